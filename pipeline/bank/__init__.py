@@ -1,0 +1,21 @@
+"""The prompt bank: immutable blobs, versions and aliases. Needs neither torch, transformers nor ray.
+
+The layout on disk is written down in FORMAT.md.
+"""
+
+from pipeline.bank.aliases import AliasMove
+from pipeline.bank.client import Prompt, PromptBank
+from pipeline.bank.manifest import BackboneId, Manifest, Metrics, PromptRecord, Template
+from pipeline.bank.publish import NewPrompt
+
+__all__ = [
+    "AliasMove",
+    "BackboneId",
+    "Manifest",
+    "Metrics",
+    "NewPrompt",
+    "Prompt",
+    "PromptBank",
+    "PromptRecord",
+    "Template",
+]

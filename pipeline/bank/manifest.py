@@ -1,0 +1,165 @@
+"""The manifest of one version: what it holds, how it is written, and its JSON Schema. See FORMAT.md."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from pipeline.bank.sealed import canonical, seal
+from pipeline.errors import BankError
+
+MAX_MANIFEST_BYTES = 256 * 2**20
+PROMPTS_OPEN, PROMPTS_CLOSE = b',"prompts":{\n', b"\n}}\n"
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+UtcTime = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+Status = Literal["tuned", "carried_forward", "kept", "failed"]
+
+
+class Frozen(BaseModel):
+    # Unknown fields are ignored: `format` grows only when an old reader would go wrong.
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+
+class BackboneId(Frozen):
+    """The frozen model that a bank's prompts belong to."""
+
+    fingerprint: str
+    """Equal exactly when the four parts below are equal."""
+    config: str
+    tokenizer: str
+    weights: str
+    quantization: str
+    model: str
+    """For people; not part of the fingerprint."""
+    architecture: Literal["decoder-only", "encoder-decoder"]
+    hidden_size: int = Field(ge=1)
+
+    def differing_parts(self, other: "BackboneId") -> tuple[str, ...]:
+        """Names of the parts that make another fingerprint; empty when the fingerprints are equal."""
+        if self.fingerprint == other.fingerprint:
+            return ()
+        parts = ("config", "tokenizer", "weights", "quantization")
+        return tuple(part for part in parts if getattr(self, part) != getattr(other, part)) or ("fingerprint",)
+
+
+class Template(Frozen):
+    """How the prompt's input and target were written while it was tuned."""
+
+    input: str
+    target: str
+    separator: str
+
+
+class Metrics(Frozen):
+    """Figures of the prompt on its splits; None where it was not measured or was not finite."""
+
+    dev_before: float | None = None
+    dev_after: float | None = None
+    test: float | None = None
+    dev_loss_before: float | None = None
+    dev_loss_after: float | None = None
+
+    @field_validator("*")
+    @classmethod
+    def _finite(cls, value: float | None) -> float | None:
+        return value if value is not None and math.isfinite(value) else None  # JSON has no NaN
+
+
+class PromptRecord(Frozen):
+    """What a manifest tells about one prompt. `digest`, `shape` and `dtype` are None when it has no blob."""
+
+    name: Name
+    status: Status
+    reason: str | None
+    """Why it was kept or has failed."""
+    digest: Digest | None
+    shape: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None
+    """[P, H]"""
+    dtype: Literal["float32"] | None
+    tuned_in: int | None = Field(ge=1)
+    """The version that first held this tuning of the prompt, and whose run made it."""
+    task: str
+    template: Template
+    labels: tuple[str, ...] | None
+    metric: str
+    metrics: Metrics
+    metrics_previous: Metrics | None
+    """The metrics of this name in the parent version."""
+    initialisation: str
+    length: int = Field(ge=1)
+    steps: int = Field(ge=0)
+    seed: int
+    corpus_digest: str
+    settings_digest: str
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PromptRecord":
+        without_blob = self.status == "failed"
+        if {self.digest is None, self.shape is None, self.dtype is None, self.tuned_in is None} != {without_blob}:
+            raise ValueError(f"status '{self.status}' contradicts digest, shape, dtype or tuned_in")
+        if self.shape is not None and self.shape[0] != self.length:
+            raise ValueError(f"length {self.length} contradicts shape {list(self.shape)}")
+        if self.status in ("kept", "failed") and not self.reason:
+            raise ValueError(f"status '{self.status}' needs a reason")
+        return self
+
+
+class Header(Frozen):
+    """All of a manifest but its prompts."""
+
+    format: Literal[1] = 1
+    version: int = Field(ge=1)
+    parent: int | None = Field(ge=1)
+    time: UtcTime
+    run: str
+    backbone: BackboneId
+    libraries: Mapping[str, str]
+
+
+class Manifest(Header):
+    """A version of the bank, whole."""
+
+    prompts: Mapping[Name, PromptRecord]
+
+    @model_validator(mode="after")
+    def _keyed_by_name(self) -> "Manifest":
+        wrong = [key for key, record in self.prompts.items() if key != record.name]
+        if wrong:
+            raise ValueError(f"prompt '{wrong[0]}' holds the record of another")
+        return self
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The bytes of `versions/<N>.json`: sealed JSON with one prompt per line, sorted by name."""
+    header = canonical(manifest.model_dump(mode="json", exclude={"prompts"}))
+    lines = [
+        b'"%s":%s' % (name.encode(), canonical(manifest.prompts[name].model_dump(mode="json")))
+        for name in sorted(manifest.prompts)
+    ]
+    return seal(header[1:-1] + PROMPTS_OPEN + b",\n".join(lines) + PROMPTS_CLOSE)
+
+
+def manifest_schema() -> str:
+    """JSON Schema of `versions/<N>.json`, as shipped in manifest.schema.json."""
+    schema: dict[str, Any] = Manifest.model_json_schema()
+    digest = {"pattern": "^[0-9a-f]{64}$", "type": "string", "description": "SHA-256 of the bytes after line 1."}
+    schema["properties"] = {"digest": digest, **schema["properties"]}
+    schema["required"] = ["digest", "format", *schema["required"]]
+    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2) + "\n"
+
+
+def check_name(kind: str, name: str) -> None:
+    """Raises: BankError when `name` could not be one segment of a key."""
+    if not NAME.fullmatch(name):
+        raise BankError(f"the {kind} name {name!r} is refused: use letters, digits, '.', '_' and '-' (128 at most)")
+
+
+def utc_now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,171 @@
+"""Publishing: blobs, then the manifest created only if absent, then the alias.
+
+Killed before the manifest, a publication leaves unreferenced blobs and nothing else;
+killed after it, a whole version that the alias does not point to yet.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from pydantic import ValidationError
+
+from pipeline.bank.aliases import advance_alias, current_move
+from pipeline.bank.blobs import MAX_BLOB_BYTES, encode_blob, write_blob
+from pipeline.bank.manifest import BackboneId, Manifest, Metrics, PromptRecord, Template, check_name, utc_now
+from pipeline.bank.sealed import first_problem
+from pipeline.bank.store import Store
+from pipeline.bank.versions import create_version, read_version, version_numbers
+from pipeline.errors import BankError
+
+
+@dataclass(frozen=True, eq=False)
+class NewPrompt:
+    """One prompt of a publication: tuned (with an array), or kept or failed (without, and with a reason)."""
+
+    name: str
+    array: np.ndarray | None
+    """[P, H] float32"""
+    task: str
+    template: Template
+    labels: Sequence[str] | None
+    metric: str
+    metrics: Metrics
+    initialisation: str
+    length: int
+    steps: int
+    seed: int
+    corpus_digest: str
+    settings_digest: str
+    status: Literal["tuned", "kept", "failed"] = "tuned"
+    reason: str | None = None
+
+
+def publish(
+    store: Store,
+    prompts: Sequence[NewPrompt],
+    backbone: BackboneId,
+    run: str,
+    libraries: Mapping[str, str],
+    alias: str,
+) -> int:
+    """Publish a new version and return its number. Raises: BankError before anything is written, StorageError."""
+    current_move(store, alias)  # a damaged alias, too, is refused before the first write
+    _check_prompts(prompts, backbone)
+    blobs = {prompt.name: encode_blob(prompt.array) for prompt in prompts if prompt.array is not None}
+    digests = {name: digest for name, (digest, _) in blobs.items()}
+    _manifest(store, prompts, digests, backbone, run, libraries)  # so is what the manifest refuses
+    for digest, data in blobs.values():
+        write_blob(store, digest, data)
+    while True:
+        manifest = _manifest(store, prompts, digests, backbone, run, libraries)
+        if create_version(store, manifest):
+            break  # otherwise another publisher was first: its version becomes the parent
+    advance_alias(store, alias, manifest.version, by=f"run {run}")
+    return manifest.version
+
+
+def check_backbone(store: Store, backbone: BackboneId) -> None:
+    """Raises: BankError when the bank's newest version belongs to another backbone."""
+    numbers = version_numbers(store)
+    if numbers:
+        version = read_version(store, numbers[-1])
+        refuse_other_backbone(version.where, version.header.backbone, backbone)
+
+
+def refuse_other_backbone(where: str, owner: BackboneId, other: BackboneId) -> None:
+    """Raises: BankError naming both backbones and the parts in which they differ."""
+    differing = owner.differing_parts(other)
+    if differing:
+        raise BankError(
+            f"{where} belongs to the backbone {_title(owner)} and not to {_title(other)}: "
+            f"they differ in {', '.join(differing)}; use a bank of this backbone, or a new folder"
+        )
+
+
+def _title(backbone: BackboneId) -> str:
+    return f"{backbone.model} (fingerprint {backbone.fingerprint}, {backbone.quantization})"
+
+
+def _check_prompts(prompts: Sequence[NewPrompt], backbone: BackboneId) -> None:
+    if not prompts:
+        raise BankError("there is nothing to publish: no prompt was given")
+    seen: set[str] = set()
+    for prompt in prompts:
+        check_name("prompt", prompt.name)
+        if prompt.name in seen:
+            raise BankError(f"prompt '{prompt.name}' is there twice in one publication; give each its own name")
+        seen.add(prompt.name)
+        if (prompt.array is None) == (prompt.status == "tuned"):
+            raise BankError(f"prompt '{prompt.name}': an array belongs to the status 'tuned' and to no other")
+        if prompt.array is not None:
+            _check_array(prompt.name, prompt.array, backbone.hidden_size)
+
+
+def _check_array(name: str, array: np.ndarray, hidden_size: int) -> None:
+    if array.dtype != np.float32 or array.ndim != 2 or array.shape[0] < 1 or array.shape[1] != hidden_size:
+        found = f"{list(array.shape)} {array.dtype}"
+        raise BankError(f"prompt '{name}' is refused: {found} where [P, {hidden_size}] float32 is expected")
+    if array.nbytes > MAX_BLOB_BYTES // 2:
+        raise BankError(f"prompt '{name}' is refused: {array.nbytes:,} bytes are more than a blob may hold")
+    if not np.isfinite(array).all():
+        raise BankError(f"prompt '{name}' is refused: it holds values that are not finite (NaN or infinite)")
+
+
+def _manifest(
+    store: Store,
+    prompts: Sequence[NewPrompt],
+    digests: Mapping[str, str],
+    backbone: BackboneId,
+    run: str,
+    libraries: Mapping[str, str],
+) -> Manifest:
+    """The manifest of the version after the newest: the publication's prompts, and the parent's others by reference."""
+    numbers = version_numbers(store)
+    parent = numbers[-1] if numbers else None
+    before: Mapping[str, PromptRecord] = {}
+    if parent is not None:
+        version = read_version(store, parent)
+        refuse_other_backbone(version.where, version.header.backbone, backbone)
+        before = version.manifest().prompts
+    number = (parent or 0) + 1
+    # A failed record without a blob stays in the version that it failed in: there is nothing to carry.
+    records = {name: _by_reference(old, "carried_forward", None) for name, old in before.items() if old.digest}
+    for prompt in prompts:
+        records[prompt.name] = _record(prompt, before.get(prompt.name), digests.get(prompt.name), number)
+    try:
+        return Manifest(
+            version=number,
+            parent=parent,
+            time=utc_now(),
+            run=run,
+            backbone=backbone,
+            libraries=libraries,
+            prompts=records,
+        )
+    except ValidationError as error:
+        raise BankError(f"version {number} is refused: {first_problem(error)}") from error
+
+
+def _record(prompt: NewPrompt, old: PromptRecord | None, digest: str | None, number: int) -> PromptRecord:
+    if prompt.array is None and old is not None and old.digest is not None:
+        return _by_reference(old, "kept", prompt.reason)
+    if prompt.status == "kept":
+        raise BankError(f"prompt '{prompt.name}' cannot be kept: the version before holds none of that name")
+    fields = {key: value for key, value in vars(prompt).items() if key != "array"}
+    blob = {
+        "digest": digest,
+        "shape": prompt.array.shape if prompt.array is not None else None,
+        "dtype": "float32" if digest else None,
+        "tuned_in": number if digest else None,
+    }
+    try:
+        return PromptRecord.model_validate({**fields, **blob, "metrics_previous": old.metrics if old else None})
+    except ValidationError as error:
+        raise BankError(f"prompt '{prompt.name}' is refused: {first_problem(error)}") from error
+
+
+def _by_reference(old: PromptRecord, status: Literal["carried_forward", "kept"], reason: str | None) -> PromptRecord:
+    changes = {"status": status, "reason": reason, "metrics_previous": old.metrics}
+    return PromptRecord.model_validate({**dict(old), **changes})

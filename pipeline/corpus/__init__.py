@@ -1,0 +1,20 @@
+"""Parquet -> text-to-text pairs -> token shards. Importing this room loads neither ray nor transformers."""
+
+from pipeline.corpus.encoding import Architecture, TokenizerSpec, encode_inputs, encode_targets, load_tokenizer
+from pipeline.corpus.reader import SplitRef, TokenSet, open_split
+from pipeline.corpus.task_corpus import TaskCorpus, TaskPlan, check_task, prepare_task
+
+__all__ = [
+    "Architecture",
+    "SplitRef",
+    "TaskCorpus",
+    "TaskPlan",
+    "TokenSet",
+    "TokenizerSpec",
+    "check_task",
+    "encode_inputs",
+    "encode_targets",
+    "load_tokenizer",
+    "open_split",
+    "prepare_task",
+]

@@ -1,0 +1,192 @@
+"""Token shards -> `TokenSet`: one split in the order of its row ids, on every rank and for any layout of the files."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.corpus.rows import SHARD_SCHEMA, RowStatus
+from pipeline.errors import CorpusError
+
+MANIFEST = "manifest.json"
+_ID_SPACE = 2**64
+_BATCH_ROWS = 8192
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+UInt64 = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class SplitRef:
+    """The rows of a shard folder whose id lies in [fraction_from, fraction_to) of all ids."""
+
+    dir: str
+    fraction_from: float = 0.0
+    fraction_to: float = 1.0
+
+    @property
+    def id_range(self) -> tuple[int, int]:
+        """First id in, first id out; neighbours that share a fraction share this number."""
+        return int(self.fraction_from * _ID_SPACE), int(self.fraction_to * _ID_SPACE)
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    counts: dict[str, int]
+    """Rows by status ("ok", "null", "empty", "input_long", "target_long")."""
+    digest: str
+    """Of the multiset of row ids: the same rows anywhere give the same digest."""
+
+    @property
+    def rows(self) -> int:
+        return sum(self.counts.values())
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """A split in memory, N rows sorted by id: flat token arrays and the offsets of the rows in them."""
+
+    row_ids: UInt64
+    input_tokens: Int32
+    input_offsets: Int64
+    target_tokens: Int32
+    target_offsets: Int64
+    targets: pa.LargeStringArray
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+    def input_ids(self, row: int) -> Int32:
+        """[T] token ids; a read-only view."""
+        return self.input_tokens[self.input_offsets[row] : self.input_offsets[row + 1]]
+
+    def target_ids(self, row: int) -> Int32:
+        """[T] token ids, separator and eos included; a read-only view."""
+        return self.target_tokens[self.target_offsets[row] : self.target_offsets[row + 1]]
+
+    def target(self, row: int) -> str:
+        """The target's text as the template rendered it."""
+        text: str = self.targets[row].as_py()
+        return text
+
+    @property
+    def input_lengths(self) -> Int32:
+        """[N] tokens per input."""
+        return np.diff(self.input_offsets).astype(np.int32)
+
+    @property
+    def target_lengths(self) -> Int32:
+        """[N] tokens per target."""
+        return np.diff(self.target_offsets).astype(np.int32)
+
+
+def open_split(ref: SplitRef, limit: int | None = None) -> TokenSet:
+    """Read a split's usable rows, sorted by row id; `limit` keeps the first ones, a fixed random subset.
+
+    Raises: CorpusError when the shards are missing.
+    """
+    low, high = ref.id_range
+    if limit is not None:
+        high = min(high, _id_after(ref, limit))
+    tables = [batch.filter(pa.array(_usable(batch, low, high))) for batch in _batches(ref, SHARD_SCHEMA.names)]
+    table = pa.Table.from_batches(tables, schema=SHARD_SCHEMA)
+    # 64-bit offsets first: a whole split may hold more tokens than list<int32> can address in one piece.
+    wide = {
+        "input_ids": pa.large_list(pa.int32()),
+        "target_ids": pa.large_list(pa.int32()),
+        "target": pa.large_string(),
+    }
+    table = table.cast(pa.schema([field.with_type(wide.get(field.name, field.type)) for field in SHARD_SCHEMA]))
+    order = pc.sort_indices(table["row_id"])[:limit]
+    columns = {name: _one_array(table[name].take(order)) for name in table.column_names}
+    input_tokens, input_offsets = _flat(columns["input_ids"])
+    target_tokens, target_offsets = _flat(columns["target_ids"])
+    return TokenSet(
+        columns["row_id"].to_numpy(), input_tokens, input_offsets, target_tokens, target_offsets, columns["target"]
+    )
+
+
+def summarise_split(ref: SplitRef) -> SplitSummary:
+    """Count a split's rows by status and digest their ids, in memory that does not grow with them."""
+    counts = np.zeros(len(RowStatus), np.int64)
+    total, squares = np.uint64(0), np.uint64(0)
+    low, high = ref.id_range
+    for batch in _batches(ref, ["row_id", "status"]):
+        ids, statuses = batch["row_id"].to_numpy(), batch["status"].to_numpy()
+        inside = _inside(ids, low, high)
+        ids, statuses = ids[inside], statuses[inside]
+        counts += np.bincount(statuses, minlength=len(RowStatus))
+        # Sums modulo 2**64: they need no order and count duplicates; the ids are hashes already.
+        with np.errstate(over="ignore"):
+            total, squares = total + ids.sum(), squares + (ids * ids).sum()
+    digest = hashlib.sha256(f"{counts.sum()} {total} {squares}".encode()).hexdigest()
+    return SplitSummary({status.name.lower(): int(counts[status]) for status in RowStatus}, digest)
+
+
+def unique_targets(ref: SplitRef) -> Iterator[str]:
+    """Each different target of the split's usable rows, once; stop early to bound time and memory."""
+    low, high = ref.id_range
+    seen: set[str] = set()
+    for batch in _batches(ref, ["row_id", "status", "target"]):
+        for target in pc.unique(batch["target"].filter(pa.array(_usable(batch, low, high)))).to_pylist():
+            if target not in seen:
+                seen.add(target)
+                yield target
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any] | None:
+    """The manifest of a complete shard folder; None when it is missing, half-built or a shard of it is gone."""
+    try:
+        manifest: dict[str, Any] = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+        sizes = {name: (Path(folder) / name).stat().st_size for name in manifest["files"]}
+    except (OSError, ValueError, KeyError):
+        return None
+    return manifest if sizes == manifest["files"] else None
+
+
+def _id_after(ref: SplitRef, limit: int) -> int:
+    """The smallest id bound below which at least `limit` usable rows lie (all ids, if there are fewer)."""
+    low, high = ref.id_range
+    ids = np.concatenate(
+        [np.empty(0, np.uint64)]
+        + [batch["row_id"].to_numpy()[_usable(batch, low, high)] for batch in _batches(ref, ["row_id", "status"])]
+    )
+    return int(np.partition(ids, limit - 1)[limit - 1]) + 1 if 0 < limit <= len(ids) else high
+
+
+def _usable(batch: pa.RecordBatch, low: int, high: int) -> npt.NDArray[np.bool_]:
+    ok: npt.NDArray[np.bool_] = batch["status"].to_numpy() == RowStatus.OK
+    return ok & _inside(batch["row_id"].to_numpy(), low, high)
+
+
+def _inside(ids: UInt64, low: int, high: int) -> npt.NDArray[np.bool_]:
+    # Plain ints: numpy 2 compares them exactly even where 2**64 is out of range for the array.
+    inside: npt.NDArray[np.bool_] = (ids >= low) & (ids < high)
+    return inside
+
+
+def _batches(ref: SplitRef, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    manifest = read_manifest(ref.dir)
+    if manifest is None:
+        raise CorpusError(f"the token shards in {ref.dir} are missing or incomplete; run the job again to build them")
+    for name in manifest["files"]:
+        with pq.ParquetFile(Path(ref.dir) / name, pre_buffer=False, buffer_size=2**20) as shard:
+            yield from shard.iter_batches(_BATCH_ROWS, columns=list(columns), use_threads=False)
+
+
+def _one_array(column: pa.ChunkedArray) -> pa.Array:
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+
+
+def _flat(lists: pa.LargeListArray) -> tuple[Int32, Int64]:
+    offsets = lists.offsets.to_numpy()
+    return lists.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0]

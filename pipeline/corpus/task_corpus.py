@@ -1,0 +1,207 @@
+"""One task's corpus put together: what can be checked beforehand, then its splits, counts and label set."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pipeline.corpus.encoding import Architecture, TokenizerSpec, encode_targets, load_tokenizer
+from pipeline.corpus.files import Source, inspect_files
+from pipeline.corpus.reader import SplitRef, SplitSummary, summarise_split, unique_targets
+from pipeline.corpus.rows import Recipe
+from pipeline.corpus.template import Template, check_columns, parse_template
+from pipeline.errors import CorpusError
+from pipeline.settings import TaskSettings
+
+SPLITS = ("train", "dev", "test")
+_MOST_LABELS = 64
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """What is known of a task's corpus before a token is made."""
+
+    task: str
+    sources: Mapping[str, Source]
+    """By setting: `train`, and `dev` and `test` where they are given."""
+    input: Template
+    target: Template
+    dev_fraction: float | None
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Rows per split, unusable ones included; a dev split by fraction and the rest of its train are estimates."""
+        rows = {split: source.rows for split, source in self.sources.items()}
+        if self.dev_fraction is not None:
+            dev = round(rows["train"] * self.dev_fraction)
+            rows |= {"train": rows["train"] - dev, "dev": dev}
+        return {split: rows[split] for split in SPLITS if split in rows}
+
+
+@dataclass(frozen=True)
+class TaskCorpus:
+    """A task's splits ready to read; plain data, so that it travels to workers."""
+
+    task: str
+    splits: Mapping[str, SplitRef]
+    """`train`, `dev` and, if the task has one, `test`."""
+    labels: tuple[str, ...] | None
+    label_ids: tuple[tuple[int, ...], ...] | None
+    """[labels][T] target tokens of each label, eos included."""
+    counts: Mapping[str, Mapping[str, int]]
+    """Rows per split by status: ok, null, empty, input_long, target_long."""
+    digest: str
+    """Of all splits' rows: the same rows in other files give the same digest."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` gives the same corpus back."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+    @staticmethod
+    def from_dict(plain: Mapping[str, Any]) -> "TaskCorpus":
+        label_ids = plain["label_ids"]
+        return TaskCorpus(
+            task=plain["task"],
+            splits={split: SplitRef(**ref) for split, ref in plain["splits"].items()},
+            labels=None if plain["labels"] is None else tuple(plain["labels"]),
+            label_ids=None if label_ids is None else tuple(map(tuple, label_ids)),
+            counts=plain["counts"],
+            digest=plain["digest"],
+        )
+
+
+def check_task(name: str, task: TaskSettings) -> TaskPlan:
+    """Find a task's files, read their footers and check its templates against them; no Ray, no tokenizer.
+
+    Raises: CorpusError naming the task, the file and the mend.
+    """
+    here = f"task '{name}'"
+    templates = parse_template(task.input, f"{here}, input"), parse_template(task.target, f"{here}, target")
+    if not templates[0].columns:
+        raise CorpusError(f"{here}, input: the template {task.input!r} names no column; write one such as {{text}}")
+    sources: dict[str, Source] = {}
+    for split, paths in (("train", task.train), ("dev", task.dev), ("test", task.test)):
+        if paths is not None:
+            source = sources[split] = inspect_files(paths, f"{here}, {split}")
+            check_columns(source, templates)
+            if not source.rows:
+                raise CorpusError(f"{source.where}: {source.files[0].path} holds no row; give a file that does")
+    return TaskPlan(name, sources, *templates, task.dev_fraction)
+
+
+def prepare_task(name: str, task: TaskSettings, tokenizer: TokenizerSpec, storage: Path) -> TaskCorpus:
+    """Build the token shards that are not there yet, and check what only the rows can tell. Needs a running Ray.
+
+    Raises: CorpusError naming the task and the mend; StorageError when `storage` cannot be written.
+    """
+    from pipeline.corpus.shards import build_shards  # here, so that reading a corpus never imports ray
+
+    plan = check_task(name, task)
+    recipe = task_recipe(plan, task, tokenizer.architecture)
+    encode_targets(load_tokenizer(tokenizer.dir), tokenizer.architecture, "", ["a"])  # has an eos, before any work
+    whole = {split: SplitRef(str(build_shards(s, recipe, tokenizer, storage))) for split, s in plan.sources.items()}
+    for split, ref in whole.items():
+        _check_bad_rows(plan.sources[split].where, task, summarise_split(ref))
+    splits = _cut(whole, plan.dev_fraction)
+    summaries = {split: summarise_split(ref) for split, ref in splits.items()}
+    for split, summary in summaries.items():
+        if not summary.counts["ok"]:
+            raise CorpusError(f"task '{name}', {split}: no usable row is left ({_counted(summary)}); {_refill(plan)}")
+    labels = _label_set(name, task, splits)
+    return TaskCorpus(
+        task=name,
+        splits=splits,
+        labels=labels,
+        label_ids=None if labels is None else _label_ids(name, labels, recipe, tokenizer),
+        counts={split: summary.counts for split, summary in summaries.items()},
+        digest=_digest(summaries),
+    )
+
+
+def task_recipe(plan: TaskPlan, task: TaskSettings, architecture: Architecture) -> Recipe:
+    """All that decides the task's tokens besides the tokenizer; an encoder-decoder has no separator."""
+    return Recipe(
+        input=plan.input,
+        target=plan.target,
+        separator=task.separator if architecture == "decoder-only" else "",
+        max_input_tokens=task.max_input_tokens,
+        max_target_tokens=task.max_target_tokens,
+        architecture=architecture,
+    )
+
+
+def _cut(whole: Mapping[str, SplitRef], dev_fraction: float | None) -> dict[str, SplitRef]:
+    splits = dict(whole)
+    if dev_fraction is not None:
+        folder = whole["train"].dir
+        splits |= {"train": SplitRef(folder, dev_fraction, 1.0), "dev": SplitRef(folder, 0.0, dev_fraction)}
+    return {split: splits[split] for split in SPLITS if split in splits}
+
+
+def _check_bad_rows(where: str, task: TaskSettings, summary: SplitSummary) -> None:
+    share = 1 - summary.counts["ok"] / summary.rows
+    if share > task.max_bad_rows:
+        raise CorpusError(
+            f"{where}: {share:.1%} of {summary.rows} rows cannot be used ({_counted(summary)}), "
+            f"more than max_bad_rows {task.max_bad_rows:.1%}; mend the rows, or raise max_input_tokens "
+            f"({task.max_input_tokens}), max_target_tokens ({task.max_target_tokens}) or max_bad_rows"
+        )
+
+
+def _counted(summary: SplitSummary) -> str:
+    words = {"null": "null", "empty": "empty", "input_long": "input over-long", "target_long": "target over-long"}
+    return ", ".join(f"{summary.counts[key]} {word}" for key, word in words.items() if summary.counts[key]) or "0 rows"
+
+
+def _refill(plan: TaskPlan) -> str:
+    return "give more rows" if plan.dev_fraction is None else f"give more rows or mend dev_fraction {plan.dev_fraction}"
+
+
+def _label_set(name: str, task: TaskSettings, splits: Mapping[str, SplitRef]) -> tuple[str, ...] | None:
+    """The task's labels where its metric or initialisation needs them; every split's targets must be among them."""
+    needs = [f"metric '{task.metric}'"] * (task.metric in ("accuracy", "f1"))
+    needs += ["prompt init 'class_labels'"] * (task.prompt.init == "class_labels")
+    if task.labels is None and not needs:
+        return None
+    labels = tuple(dict.fromkeys(task.labels)) if task.labels is not None else _found_labels(name, splits, needs[0])
+    for split, ref in splits.items():
+        unknown = next((target for target in unique_targets(ref) if target not in labels), None)
+        if unknown is not None:
+            raise CorpusError(
+                f"task '{name}', {split}: the target {unknown!r} is not in the label set "
+                f"({', '.join(map(repr, labels))}); add it to 'labels' or mend the rows"
+            )
+    return labels
+
+
+def _found_labels(name: str, splits: Mapping[str, SplitRef], need: str) -> tuple[str, ...]:
+    found = sorted(islice(unique_targets(splits["train"]), _MOST_LABELS + 1))
+    if len(found) > _MOST_LABELS:
+        raise CorpusError(
+            f"task '{name}', train: {need} needs a label set, but there are more than {_MOST_LABELS} different "
+            f"targets such as {found[0]!r}; set 'labels', or choose another {need.rpartition(' ')[0]}"
+        )
+    return tuple(found)
+
+
+def _label_ids(
+    name: str, labels: tuple[str, ...], recipe: Recipe, tokenizer: TokenizerSpec
+) -> tuple[tuple[int, ...], ...]:
+    loaded = load_tokenizer(tokenizer.dir)
+    ids = [tuple(row) for row in encode_targets(loaded, recipe.architecture, recipe.separator, labels)]
+    first: dict[tuple[int, ...], str] = {}
+    for label, tokens in zip(labels, ids, strict=True):
+        if first.setdefault(tokens, label) != label:
+            raise CorpusError(
+                f"task '{name}': the labels {first[tokens]!r} and {label!r} have the same tokens, so the model cannot "
+                "tell them apart; word them differently"
+            )
+    return tuple(ids)
+
+
+def _digest(summaries: Mapping[str, SplitSummary]) -> str:
+    return hashlib.sha256(json.dumps({split: s.digest for split, s in summaries.items()}).encode()).hexdigest()

@@ -1,0 +1,93 @@
+"""Templates: `"{column}"` placeholders that turn a row into text, as in `str.format` but by plain name only."""
+
+import difflib
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from pipeline.corpus.files import Source, SourceFile
+from pipeline.errors import CorpusError
+
+
+@dataclass(frozen=True)
+class Template:
+    text: str
+    """As written in the settings."""
+    pieces: tuple[tuple[str, str | None], ...]
+    """(literal text, column after it); None where no column follows."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns used, each once, in the order of their first use."""
+        return tuple(dict.fromkeys(column for _, column in self.pieces if column is not None))
+
+
+def parse_template(text: str, where: str) -> Template:
+    """Raises: CorpusError for unbalanced braces and for anything but a plain column name between them."""
+    try:
+        parsed = list(string.Formatter().parse(text))
+    except ValueError as error:
+        message = str(error)
+        raise CorpusError(
+            f"{where}: the template {text!r} is broken ({message[:1].lower()}{message[1:]}); "
+            "write {column} for a column, {{ and }} for braces"
+        ) from error
+    pieces: list[tuple[str, str | None]] = []
+    for literal, column, spec, conversion in parsed:
+        # A digit alone would be a position in str.format; here it can only be a column's name.
+        if column is not None and (not column or spec or conversion or any(mark in column for mark in ".[]{}")):
+            raise CorpusError(
+                f"{where}: the template {text!r} may hold plain column names only, such as {{text}}; "
+                "give the column that name in the Parquet file"
+            )
+        pieces.append((literal, column))
+    return Template(text, tuple(pieces))
+
+
+def render(template: Template, values: Mapping[str, str]) -> str:
+    """Fill one row's values in; every column of the template must be there."""
+    return "".join(literal + (values[column] if column is not None else "") for literal, column in template.pieces)
+
+
+def check_columns(source: Source, templates: Sequence[Template]) -> None:
+    """Raises: CorpusError when a file lacks a column that a template names, or holds one that is not text or number."""
+    for template in templates:
+        for name in template.columns:
+            for file in source.files:
+                _check_column(source.where, template, name, file)
+
+
+def column_texts(column: pa.Array) -> list[str | None]:
+    """[B] values -> [B] texts: strings as they are, others by str(); null and NaN are None.
+
+    Raises: UnicodeDecodeError when a string is not UTF-8.
+    """
+    return [None if value is None or value != value else str(value) for value in column.to_pylist()]
+
+
+def _check_column(where: str, template: Template, name: str, file: SourceFile) -> None:
+    if name not in file.column_names:
+        close = difflib.get_close_matches(name, file.column_names, n=1, cutoff=0.5)
+        mend = f"did you mean {{{close[0]}}}?" if close else "mend the template or the file"
+        raise CorpusError(
+            f"{where}: the template {template.text!r} names the column {name!r}, which {file.path} does not have "
+            f"(it has {', '.join(file.column_names)}); {mend}"
+        )
+    kind = dict(file.columns).get(name)
+    if kind is not None and not _is_printable(kind):
+        raise CorpusError(
+            f"{where}: the column {name!r} of {file.path} has the type {kind}, which is neither text nor number; "
+            "write it as a string"
+        )
+
+
+def _is_printable(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    checks = (
+        pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_integer,
+        pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal, pa.types.is_null,
+    )  # fmt: skip
+    return any(check(kind) for check in checks)

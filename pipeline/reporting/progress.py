@@ -1,0 +1,153 @@
+"""Progress of a run while the driver waits for it: bars on a terminal, plain lines in a log."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.reporting.events import Event, EventTail
+from pipeline.reporting.state import RunState, headline, number
+
+POLL_SECONDS = 0.25
+SECONDS_BETWEEN_LINES = 10.0
+MOST_BARS = 12
+MOST_LOSSES = 8  # in one plain line
+
+
+@contextmanager
+def follow(events_file: Path, console: Console) -> Iterator[None]:
+    """Show what is appended to `events_file` from now on, in a thread, until the block ends.
+
+    The file may not exist yet, and its workers may be killed and start again. What was written
+    before the block ended is shown before this returns, also when the block raises.
+    """
+    tail = EventTail(events_file)
+    ended = threading.Event()
+    screen: Screen = Bars(console) if console.is_terminal else Lines(console)
+
+    def watch() -> None:
+        while not ended.wait(POLL_SECONDS):
+            screen.show(tail.read())
+        screen.show(tail.read())
+
+    with screen:
+        watcher = threading.Thread(target=watch, name="progress", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
+
+
+class Screen(Protocol):
+    def show(self, events: list[Event]) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None: ...
+
+
+class Lines:
+    """One line per event that matters; of the steps, one every ten seconds by the events' own clock."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._state = RunState()
+        self._last = float("-inf")
+
+    def show(self, events: list[Event]) -> None:
+        for event in events:
+            self._state.apply(event)
+            line = sentence(event)
+            now = float(event.get("time") or 0.0)
+            if event["event"] == "step" and now - self._last >= SECONDS_BETWEEN_LINES:
+                self._last = now
+                line = step_line(self._state)
+            if line:
+                self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        pass
+
+
+class Bars:
+    """A bar per live trial, redrawn in place; stages and finished trials scroll by above them."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._state = RunState()
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+
+    def show(self, events: list[Event]) -> None:
+        for event in events:
+            self._state.apply(event)
+            line = sentence(event)
+            if line and event["event"] != "eval":  # the bars show evaluations
+                self._console.print(line, markup=False, highlight=False)
+        self._live.update(bars(self._state), refresh=True)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._live.stop()
+
+
+def sentence(event: Event) -> str:
+    """The line that this event is worth by itself; empty for steps and for events of other versions."""
+    match event:
+        case {"event": "launch", "trials": trials, "attempt": attempt}:
+            again = f" (attempt {attempt})" if attempt > 1 else ""
+            return f"launch: {len(trials)} trial{'s' if len(trials) != 1 else ''}{again}"
+        case {"event": "stage", "name": name, "text": text}:
+            return f"{name}: {text}"
+        case {"event": "resume", "step": step}:
+            return f"resumed from the checkpoint of step {step}"
+        case {"event": "eval", "trial": trial, "step": step, "metric": metric, "value": value}:
+            loss = "" if metric == "loss" else f" · dev loss {number(event.get('loss'))}"
+            return f"{trial} · step {step} · dev {metric} {number(value)}{loss}"
+        case {"event": "finished", "trial": trial, "status": status}:
+            return f"{trial} · {status}" + (f": {event['reason']}" if event.get("reason") else "")
+        case _:
+            return ""
+
+
+def step_line(state: RunState) -> str:
+    """`step 40/100 · 3 live · 310 tokens/s · loss sst2 0.71 trec 1.92`"""
+    live = list(state.live.items())
+    losses = " ".join(f"{name} {number(trial.loss)}" for name, trial in live[:MOST_LOSSES])
+    more = f" and {len(live) - MOST_LOSSES} more" if len(live) > MOST_LOSSES else ""
+    return headline(state) + (f" · loss {losses}{more}" if losses else "")
+
+
+def bars(state: RunState) -> RenderableType:
+    """The picture of a run at one moment."""
+    live = list(state.live.items())
+    if not live:
+        return Text(state.stage, style="dim")
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(max_width=32, no_wrap=True, overflow="ellipsis")
+    for name, trial in live[:MOST_BARS]:
+        grid.add_row(
+            escape(name),
+            ProgressBar(total=max(trial.max_steps, 1), completed=trial.step, width=24),
+            f"{trial.step}/{trial.max_steps}" if trial.max_steps else str(trial.step),
+            f"loss {number(trial.loss)}",
+            f"dev {trial.metric} {number(trial.value)}" if trial.metric else "",
+        )
+    rest = [Text(f"and {len(live) - MOST_BARS} more", style="dim")] if len(live) > MOST_BARS else []
+    return Group(Text(headline(state), style="bold"), grid, *rest)

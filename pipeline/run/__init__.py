@@ -1,0 +1,1 @@
+"""The whole job: check everything, prepare corpora, tune, publish."""

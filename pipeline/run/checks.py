@@ -1,0 +1,101 @@
+"""Everything that can be checked before anything is trained: what `--plan` shows, and a run does first."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from pipeline.backbone.files import (
+    Architecture,
+    ModelFiles,
+    architecture_of,
+    context_length,
+    find_model,
+    read_config,
+    read_tokenizer,
+)
+from pipeline.backbone.fingerprint import identify
+from pipeline.backbone.host import compute_dtype
+from pipeline.backbone.loading import build_skeleton
+from pipeline.backbone.memory import MemoryEstimate, estimate_memory
+from pipeline.backbone.weights import open_weights
+from pipeline.bank import BackboneId, PromptBank
+from pipeline.corpus.task_corpus import TaskPlan, check_task
+from pipeline.errors import PromptBankError, SettingsError
+from pipeline.settings import Settings, TaskSettings
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """Settings that can be carried out, and what was learnt by looking."""
+
+    settings: Settings
+    files: ModelFiles
+    config: PretrainedConfig
+    tokenizer: Any
+    identity: BackboneId
+    memory: MemoryEstimate
+    plans: Mapping[str, TaskPlan]
+    refused: Mapping[str, PromptBankError] = field(default_factory=dict)
+    """Tasks that cannot be used, when the settings say to skip them."""
+
+    @property
+    def architecture(self) -> Architecture:
+        return architecture_of(self.config)
+
+
+def check_run(settings: Settings) -> CheckedRun:
+    """Look at files, columns, templates, the model folder and the bank.
+
+    Raises: the first PromptBankError that stops the run, or one that lists every task's mistake.
+    """
+    files = find_model(settings.model.path)
+    config, tokenizer = read_config(files), read_tokenizer(files)
+    plans: dict[str, TaskPlan] = {}
+    refused: dict[str, PromptBankError] = {}
+    for name, task in settings.tasks.items():
+        try:
+            check_context(name, task, config)
+            plans[name] = check_task(name, task)
+        except PromptBankError as error:
+            refused[name] = error
+    refuse_or_skip(settings, refused)
+    int8 = settings.model.weights == "int8"
+    weights = open_weights(files, build_skeleton(config, int8=False))
+    identity = identify(settings.model.path, config, tokenizer, weights, settings.model.weights)
+    check_bank(settings, identity)
+    place = torch.device("cuda" if settings.cluster.use_gpu else "cpu")
+    dtype = compute_dtype(settings.model.dtype, place)
+    cluster = settings.cluster
+    memory = estimate_memory(config, int8, dtype, cluster.num_workers, cluster.tokens_per_microbatch)
+    return CheckedRun(settings, files, config, tokenizer, identity, memory, plans, refused)
+
+
+def refuse_or_skip(settings: Settings, refused: Mapping[str, PromptBankError]) -> None:
+    """Raises: what is wrong with the tasks, unless `run.on_bad_task` says to go on with the others."""
+    if refused and (settings.run.on_bad_task == "refuse" or len(refused) == len(settings.tasks)):
+        first = next(iter(refused.values()))
+        raise type(first)("\n".join(str(error) for error in refused.values()))
+
+
+def check_context(name: str, task: TaskSettings, config: PretrainedConfig) -> None:
+    """Raises: SettingsError when prompt, input and target may be longer than the model's context."""
+    context = context_length(config)
+    most = task.prompt.length + task.max_input_tokens + task.max_target_tokens
+    if context is not None and most > context:
+        raise SettingsError(
+            f"task '{name}': prompt.length {task.prompt.length} + max_input_tokens {task.max_input_tokens} + "
+            f"max_target_tokens {task.max_target_tokens} = {most} is longer than the model's context of {context} "
+            f"tokens; lower one of them"
+        )
+
+
+def check_bank(settings: Settings, identity: BackboneId) -> None:
+    """Raises: BankError when the bank belongs to another backbone, or a prompt to start from is not in it."""
+    bank = PromptBank.open(settings.bank.uri, settings.bank.alias, create=True)
+    bank.check_backbone(identity)
+    for task in settings.tasks.values():
+        if task.prompt.init == "bank":
+            bank.load(str(task.prompt.source), backbone=identity)

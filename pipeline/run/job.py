@@ -1,0 +1,160 @@
+"""The main job, from settings to a published version of the bank."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from safetensors.numpy import save
+
+from pipeline.backbone.files import save_description
+from pipeline.bank import PromptBank
+from pipeline.corpus.encoding import TokenizerSpec
+from pipeline.corpus.task_corpus import TaskCorpus, prepare_task
+from pipeline.errors import PromptBankError, StorageError, TuningError
+from pipeline.reporting.events import EventLog
+from pipeline.reporting.progress import follow
+from pipeline.reporting.table import TrialResult
+from pipeline.run.checks import CheckedRun, refuse_or_skip
+from pipeline.run.publishing import publish_prompts, result_of
+from pipeline.settings import Settings
+from pipeline.tuning.checkpoint import load_checkpoint, write_atomically
+from pipeline.tuning.launch import connected_ray, launch
+from pipeline.tuning.state import TrialState
+from pipeline.tuning.worker import Order
+
+
+class Exit(IntEnum):
+    """Exit codes of the job; 1 is Python's own, for a defect."""
+
+    ALL_PUBLISHED = 0
+    BAD_INPUT = 2
+    SOME_PUBLISHED = 3
+    NONE_PUBLISHED = 4
+    INTERRUPTED = 5
+
+
+@dataclass(frozen=True)
+class Outcome:
+    results: tuple[TrialResult, ...]
+    version: int | None
+    """Of the bank; None when nothing was published."""
+
+    @property
+    def exit(self) -> Exit:
+        failed = sum(result.status == "failed" for result in self.results)
+        if self.version is None:
+            return Exit.NONE_PUBLISHED
+        return Exit.SOME_PUBLISHED if failed else Exit.ALL_PUBLISHED
+
+
+def run_job(checked: CheckedRun, console: Console) -> Outcome:
+    """Prepare corpora, tune every trial, publish; resumes a run of the same name.
+
+    Raises: PromptBankError for everything that a user can mend; nothing is then published.
+    """
+    settings = checked.settings
+    folder = _run_folder(settings)
+    log = EventLog(folder / "events.jsonl")
+    with connected_ray(settings.cluster), follow(folder / "events.jsonl", console):
+        tokenizer = _save_model_description(checked, folder)
+        corpora, refused = _prepare_corpora(checked, tokenizer, log)
+        order = Order(
+            settings=settings.model_dump(mode="json"),
+            corpora={name: corpus.to_dict() for name, corpus in corpora.items()},
+            fingerprint=checked.identity.fingerprint,
+            run_folder=str(folder),
+        )
+        plain = [
+            {"trial": trial.name, "task": trial.task, "max_steps": trial.settings.max_steps}
+            for trial in order.trials(settings)
+        ]
+        log.write("launch", attempt=1, trials=plain)
+        _save_warm_starts(checked, order)
+        states = _finished_states(order, settings)
+        if states is None:
+            launch(order, settings.cluster, settings.run.max_failures)
+            states = _finished_states(order, settings)
+        if states is None:
+            raise TuningError(f"the ranks ended without finishing every trial; start run '{settings.run.name}' again")
+        log.write("stage", name="publish", text=f"to {settings.bank.uri}")
+        version = publish_prompts(settings, checked.identity, states, corpora)
+    return Outcome((*map(result_of, states), *(_refused_result(settings, *item) for item in refused.items())), version)
+
+
+def _run_folder(settings: Settings) -> Path:
+    folder = Path(settings.run.storage).expanduser().resolve() / settings.run.name
+    if "://" in settings.run.storage:
+        raise StorageError(f"run.storage {settings.run.storage}: must be a folder that every node sees, not a URI")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"run.storage {settings.run.storage}: cannot make {folder}: {error.strerror}") from error
+    return folder
+
+
+def _save_model_description(checked: CheckedRun, folder: Path) -> TokenizerSpec:
+    try:
+        save_description(checked.config, checked.tokenizer, folder / "model")
+    except OSError as error:
+        raise StorageError(f"cannot write {folder / 'model'}: {error.strerror}") from error
+    return TokenizerSpec(str(folder / "model"), checked.identity.tokenizer, checked.architecture)
+
+
+def _prepare_corpora(
+    checked: CheckedRun, tokenizer: TokenizerSpec, log: EventLog
+) -> tuple[dict[str, TaskCorpus], Mapping[str, PromptBankError]]:
+    settings = checked.settings
+    storage = Path(settings.run.storage).expanduser().resolve()
+    corpora: dict[str, TaskCorpus] = {}
+    refused = dict(checked.refused)
+    for name in checked.plans:
+        try:
+            corpora[name] = prepare_task(name, settings.tasks[name], tokenizer, storage)
+            log.write("stage", name="corpus", text=f"{name}: {_counted(corpora[name])}")
+        except StorageError:
+            raise
+        except PromptBankError as error:
+            refused[name] = error
+    refuse_or_skip(settings, refused)
+    return corpora, refused
+
+
+def _counted(corpus: TaskCorpus) -> str:
+    splits = []
+    for split, counts in corpus.counts.items():
+        dropped = [f"{count} {status.replace('_', ' ')}" for status, count in counts.items() if status != "ok" and count]
+        splits.append(f"{counts['ok']} {split} rows" + (f" ({', '.join(dropped)} left out)" if dropped else ""))
+    return ", ".join(splits)
+
+
+def _save_warm_starts(checked: CheckedRun, order: Order) -> None:
+    """Keep the prompts that trials start from with the run, so that it resumes from the same ones."""
+    settings = checked.settings
+    for trial in order.trials(settings):
+        path = order.warm_start(trial)
+        if trial.settings.prompt.init == "bank" and not path.exists():
+            bank = PromptBank.open(settings.bank.uri, settings.bank.alias)
+            array = bank.load(str(trial.settings.prompt.source), checked.identity).array
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, save({"prompt": array}))
+
+
+def _finished_states(order: Order, settings: Settings) -> list[TrialState] | None:
+    """The final state of every trial, if the run's checkpoint holds them all."""
+    checkpoint = load_checkpoint(Path(order.run_folder) / "checkpoints")
+    if checkpoint is None:
+        return None
+    states = []
+    for trial in order.trials(settings):
+        state = checkpoint.state_of(trial, torch.device("cpu"))
+        if state is None or state.status == "live":
+            return None
+        states.append(state)
+    return states
+
+
+def _refused_result(settings: Settings, name: str, error: PromptBankError) -> TrialResult:
+    return TrialResult(name, name, 0, settings.tasks[name].metric, None, None, None, "failed", str(error))

@@ -1,0 +1,91 @@
+"""From tuned trials to a version of the bank."""
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from pipeline.bank import BackboneId, Metrics, NewPrompt, PromptBank, Template
+from pipeline.corpus.task_corpus import TaskCorpus
+from pipeline.reporting.table import TrialResult
+from pipeline.settings import Settings
+from pipeline.tuning.state import TrialState
+
+_LIBRARIES = ("torch", "transformers", "deepspeed", "bitsandbytes", "ray", "pyarrow")
+
+
+def result_of(state: TrialState) -> TrialResult:
+    first, best = state.history[0], state.history[state.best_at]
+    return TrialResult(
+        trial=state.trial.name,
+        task=state.trial.task,
+        steps=state.step,
+        metric=state.trial.settings.metric,
+        dev_before=first.value,
+        dev_after=best.value,
+        test=state.test.value if state.test else None,
+        status=state.status,
+        reason=state.reason,
+    )
+
+
+def publish_prompts(
+    settings: Settings, identity: BackboneId, states: Sequence[TrialState], corpora: Mapping[str, TaskCorpus]
+) -> int | None:
+    """Publish what was tuned and say which version holds it; None when no trial succeeded.
+
+    A run that was published already, and is only started again, publishes nothing new.
+    Raises: BankError, StorageError.
+    """
+    prompts = [_new_prompt(state, corpora[state.trial.task]) for state in states]
+    if all(prompt.array is None for prompt in prompts):
+        return None
+    bank = PromptBank.open(settings.bank.uri, settings.bank.alias, create=True)
+    published = _published_before(bank, settings.run.name, prompts)
+    if published is not None:
+        return published
+    libraries = {name: version(name) for name in _LIBRARIES}
+    return bank.publish(prompts, identity, settings.run.name, libraries, settings.bank.alias)
+
+
+def _new_prompt(state: TrialState, corpus: TaskCorpus) -> NewPrompt:
+    settings = state.trial.settings
+    failed = state.status == "failed"
+    first, best = state.history[0], state.history[state.best_at]
+    metrics: dict[str, Any] = {
+        "dev_before": first.value,
+        "dev_after": best.value,
+        "test": state.test.value if state.test else None,
+        "dev_loss_before": first.loss,
+        "dev_loss_after": best.loss,
+    }
+    return NewPrompt(
+        name=state.trial.name,
+        array=None if failed else state.best.cpu().numpy(),
+        task=state.trial.task,
+        template=Template(input=settings.input, target=settings.target, separator=settings.separator),
+        labels=corpus.labels,
+        metric=settings.metric,
+        metrics=Metrics() if failed else Metrics(**metrics),
+        initialisation=settings.prompt.init,
+        length=settings.prompt.length,
+        steps=best.step,
+        seed=state.trial.seed,
+        corpus_digest=corpus.digest,
+        settings_digest=state.trial.digest,
+        status="failed" if failed else "tuned",
+        reason="no step was better than the prompt that it started from" if state.status == "no gain" else state.reason,
+    )
+
+
+def _published_before(bank: PromptBank, run: str, prompts: Sequence[NewPrompt]) -> int | None:
+    """The alias' version, when this very run published these very prompts in it."""
+    if bank.version == 0:
+        return None
+    manifest = bank.manifest(bank.version)
+    tuned = {prompt.name: prompt.settings_digest for prompt in prompts if prompt.array is not None}
+    there = {
+        name: record.settings_digest
+        for name, record in manifest.prompts.items()
+        if record.tuned_in == bank.version and record.digest is not None
+    }
+    return bank.version if manifest.run == run and there == tuned else None

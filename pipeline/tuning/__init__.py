@@ -1,0 +1,1 @@
+"""Many trials (one soft prompt each) tuned together on one frozen model."""

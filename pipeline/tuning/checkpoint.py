@@ -1,0 +1,94 @@
+"""Checkpoints of a run: one safetensors file each, complete or absent, the two newest kept.
+
+Prompts, their optimizers and counters as whole tensors, whatever the number of ranks: the model
+is frozen and needs none. A file that is damaged is passed over for the one before it.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from pipeline.errors import StorageError
+from pipeline.tuning.state import TrialState, from_record, to_record
+from pipeline.tuning.trials import Trial
+
+KEPT = 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    step: int
+    """The run's step: how often `train_step` ran, over all its attempts."""
+    records: Mapping[str, dict[str, Any]]
+    tensors: Mapping[str, dict[str, Tensor]]
+
+    def state_of(self, trial: Trial, device: torch.device) -> TrialState | None:
+        """The trial's state, if it was checkpointed under the same settings, corpus and backbone."""
+        record = self.records.get(trial.name)
+        if record is None or record["digest"] != trial.digest:
+            return None
+        return from_record(trial, record, self.tensors[trial.name], device)
+
+
+def save_checkpoint(folder: Path, step: int, states: Iterable[TrialState]) -> None:
+    """Raises: StorageError when the disk is full or not writable; older checkpoints stay."""
+    records, tensors = {}, {}
+    for state in states:
+        name = state.trial.name
+        records[name], own = to_record(state)
+        tensors.update({f"{name}/{key}": value for key, value in own.items()})
+    data = save(tensors, {"step": str(step), "trials": json.dumps(records)})
+    path = folder / f"step-{step:09d}.safetensors"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data)
+        for old in _newest_first(folder)[KEPT:]:
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write the checkpoint {path}: {error.strerror}; the run resumes from the last one") from error
+
+
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole; None when there is none."""
+    for path in _newest_first(folder):
+        try:
+            return _read(path)
+        except (SafetensorError, OSError, ValueError, KeyError):
+            continue
+    return None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The whole file or none, also after a loss of power. Raises: OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*.safetensors"), reverse=True)
+
+
+def _read(path: Path) -> Checkpoint:
+    tensors: dict[str, dict[str, Tensor]] = {}
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        for key in file.keys():  # noqa: SIM118 (no mapping)
+            trial, _, name = key.partition("/")
+            tensors.setdefault(trial, {})[name] = file.get_tensor(key)
+    return Checkpoint(int(metadata["step"]), json.loads(metadata["trials"]), tensors)

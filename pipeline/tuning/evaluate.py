@@ -1,0 +1,154 @@
+"""Evaluation: rows of many trials in the same batches, spread over ranks, scored per trial.
+
+Labels are compared by log-likelihood (accuracy, f1); open targets are decoded greedily.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.backbone import prompted
+from pipeline.backbone.host import Backbone
+from pipeline.corpus.reader import TokenSet
+from pipeline.tuning.batches import plan_microbatches
+from pipeline.tuning.metrics import label_metric, text_metric
+from pipeline.tuning.ranks import rank, sum_over_ranks, true_on_all, world_size
+
+# Without gradients nothing is stored for a backward pass.
+_BUDGET_FACTOR = 4
+
+
+@dataclass(frozen=True)
+class Exam:
+    """A prompt to be measured on a split."""
+
+    prompt: Tensor
+    split: TokenSet
+    metric: str
+    labels: tuple[str, ...] | None
+    label_ids: tuple[tuple[int, ...], ...] | None
+    max_target_tokens: int
+
+
+@dataclass(frozen=True)
+class Score:
+    value: float
+    loss: float
+    """Nats a target token."""
+
+
+@dataclass(frozen=True)
+class _Item:
+    slot: int
+    number: int
+    length: int
+
+
+def evaluate(backbone: Backbone, tokenizer: Any, exams: Sequence[Exam], token_budget: int) -> list[Score]:
+    """Score every exam. All ranks call this with the same exams and get the same scores."""
+    run = _Runner(backbone, exams, token_budget * _BUDGET_FACTOR)
+    nll = [np.zeros(len(exam.split)) for exam in exams]
+    values = [0.0] * len(exams)
+    labelled = [s for s, exam in enumerate(exams) if exam.metric in ("accuracy", "f1")]
+    others = [s for s, exam in enumerate(exams) if s not in labelled]
+    for s, outcome in run.each_row(labelled, _score_labels, width=2, copies=_label_copies).items():
+        labels = exams[s].labels or ()
+        nll[s] = outcome[:, 1]
+        values[s] = label_metric(exams[s].metric, [labels[int(i)] for i in outcome[:, 0]], _targets(exams[s]))
+    for s, outcome in run.each_row(others, _score_targets, width=1).items():
+        nll[s] = outcome[:, 0]
+    losses = [float(n.sum() / exam.split.target_lengths.sum()) for n, exam in zip(nll, exams, strict=True)]
+    decoded = [s for s in others if exams[s].metric != "loss"]
+    for s, texts in _decode(run, tokenizer, decoded).items():
+        values[s] = text_metric(exams[s].metric, texts, _targets(exams[s]))
+    by_metric = [loss if exam.metric == "loss" else value for exam, value, loss in zip(exams, values, losses, strict=True)]
+    return [Score(value, loss) for value, loss in zip(by_metric, losses, strict=True)]
+
+
+def _targets(exam: Exam) -> list[str]:
+    return [exam.split.target(i) for i in range(len(exam.split))]
+
+
+def _label_copies(exam: Exam) -> int:
+    return len(exam.label_ids or ())
+
+
+def _item(exams: Sequence[Exam], slot: int, number: int, copies: int) -> _Item:
+    split = exams[slot].split
+    tokens = len(exams[slot].prompt) + len(split.input_ids(number)) + len(split.target_ids(number))
+    return _Item(slot, number, tokens * copies)
+
+
+@dataclass(frozen=True)
+class _Runner:
+    backbone: Backbone
+    exams: Sequence[Exam]
+    token_budget: int
+
+    def each_row(
+        self,
+        slots: Sequence[int],
+        outcomes: Callable[["_Runner", list[_Item]], np.ndarray],
+        width: int,
+        copies: Callable[[Exam], int] = lambda exam: 1,
+    ) -> dict[int, np.ndarray]:
+        """`outcomes` (`[B, width]`) of every row of these exams, by exam: `[rows, width]`."""
+        items = [_item(self.exams, s, i, copies(self.exams[s])) for s in slots for i in range(len(self.exams[s].split))]
+        table = torch.zeros(len(items), width, dtype=torch.float64, device=self.backbone.device)
+        for shares in plan_microbatches([item.length for item in items], world_size(), self.token_budget):
+            mine = shares[rank()]
+            result = outcomes(self, [items[i] for i in mine or shares[0][:1]])
+            if mine:
+                table[torch.as_tensor(mine)] = torch.as_tensor(result, dtype=torch.float64, device=table.device)
+        sum_over_ranks(table)
+        of_slot = np.array([item.slot for item in items])
+        return {s: table.cpu().numpy()[of_slot == s] for s in slots}
+
+    def rows(self, items: Sequence[_Item]) -> prompted.Rows:
+        inputs = [self.exams[item.slot].split.input_ids(item.number) for item in items]
+        return prompted.Rows([exam.prompt.detach() for exam in self.exams], [item.slot for item in items], inputs)
+
+
+def _score_labels(run: _Runner, items: list[_Item]) -> np.ndarray:
+    labels = [[np.array(ids) for ids in run.exams[item.slot].label_ids or ()] for item in items]
+    scores = run.backbone.run(prompted.label_log_likelihoods, run.rows(items), labels)
+    wanted = [(run.exams[item.slot].labels or ()).index(run.exams[item.slot].split.target(item.number)) for item in items]
+    # A prompt gone NaN has no best label: it gets the first, and its loss tells.
+    return np.array([[np.argmax(np.nan_to_num(s, nan=-np.inf)), -s[w]] for s, w in zip(scores, wanted, strict=True)])
+
+
+def _score_targets(run: _Runner, items: list[_Item]) -> np.ndarray:
+    targets = [run.exams[item.slot].split.target_ids(item.number) for item in items]
+    with torch.no_grad():
+        nll = run.backbone.run(prompted.target_nll, run.rows(items), targets)
+    return nll.cpu().numpy()[:, None]
+
+
+def _decode(run: _Runner, tokenizer: Any, slots: Sequence[int]) -> dict[int, list[str]]:
+    if not slots:
+        return {}
+    longest = max(run.exams[s].max_target_tokens for s in slots)
+
+    def outcomes(run: _Runner, items: list[_Item]) -> np.ndarray:
+        ids = run.backbone.run(
+            prompted.greedy_decode,
+            run.rows(items),
+            longest,
+            tokenizer.eos_token_id,
+            lambda done: true_on_all(done, run.backbone.device),
+        )
+        table = np.full((len(items), longest + 1), -1)
+        for b, row in enumerate(ids):
+            kept = row[: run.exams[items[b].slot].max_target_tokens]
+            table[b, 0], table[b, 1 : 1 + len(kept)] = len(kept), kept
+        return table
+
+    def text(row: np.ndarray) -> str:
+        return str(tokenizer.decode(row[1 : 1 + int(row[0])].astype(int), skip_special_tokens=True)).strip()
+
+    tables = run.each_row(slots, outcomes, width=longest + 1)
+    return {s: [text(row) for row in table] for s, table in tables.items()}

@@ -1,0 +1,52 @@
+"""Starting points of a soft prompt (Lester et al. 2021, section 3.2 and appendix)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.backbone.host import Backbone
+from pipeline.tuning.trials import Trial
+
+COMMON_TOKENS = 5_000
+"""Vocabularies list frequent tokens first; the paper samples from the 5,000 most common."""
+
+
+def initial_prompt(
+    trial: Trial, backbone: Backbone, tokenizer: Any, labels: Sequence[str] | None, warm_starts: Mapping[str, np.ndarray]
+) -> Tensor:
+    """A trial's first prompt `[P, H]`, float32. Every rank makes the same one, in the same order."""
+    prompt, generator = trial.settings.prompt, trial.generator("init")
+    if prompt.init == "random":
+        values = generator.uniform(-0.5, 0.5, (prompt.length, backbone.hidden_size))
+        return torch.as_tensor(values, dtype=torch.float32, device=backbone.device)
+    if prompt.init == "bank":
+        return torch.as_tensor(fit_length(warm_starts[trial.name], prompt.length), device=backbone.device)
+    sampled = _sampled_tokens(generator, tokenizer, prompt.length)
+    if prompt.init == "sampled_vocab":
+        return backbone.embed(torch.as_tensor(sampled))
+    if prompt.init == "text":
+        assert prompt.text is not None
+        ids = tokenizer(prompt.text, add_special_tokens=False).input_ids
+        return backbone.embed(torch.as_tensor(np.resize(ids, prompt.length)))
+    rows = [_mean_embedding(backbone, tokenizer, label) for label in list(labels or ())[: prompt.length]]
+    rest = backbone.embed(torch.as_tensor(sampled[len(rows) :])) if len(rows) < prompt.length else None
+    return torch.cat([*rows, *([] if rest is None else [rest])])
+
+
+def fit_length(prompt: np.ndarray, length: int) -> np.ndarray:
+    """A prompt `[Q, H]` cut, or repeated from its start, to `[length, H]`."""
+    return prompt[np.arange(length) % len(prompt)].astype(np.float32)
+
+
+def _sampled_tokens(generator: np.random.Generator, tokenizer: Any, length: int) -> np.ndarray:
+    special = set(tokenizer.all_special_ids)
+    common = [token for token in range(min(len(tokenizer), COMMON_TOKENS)) if token not in special]
+    return generator.choice(common, size=length, replace=length > len(common))
+
+
+def _mean_embedding(backbone: Backbone, tokenizer: Any, label: str) -> Tensor:
+    ids = tokenizer(label, add_special_tokens=False).input_ids
+    return backbone.embed(torch.as_tensor(ids)).mean(0, keepdim=True)  # [1, H]

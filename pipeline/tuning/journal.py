@@ -1,0 +1,85 @@
+"""What rank 0 writes down while it tunes: the run's event log and each trial's series of metrics."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pipeline.errors import StorageError
+from pipeline.reporting.events import EventLog
+from pipeline.tuning.state import TrialState
+
+_SECONDS_BETWEEN_STEP_EVENTS = 2.0
+
+
+class Journal:
+    """Written by rank 0 alone; the other ranks hold one that is silent."""
+
+    def __init__(self, run_folder: Path, silent: bool) -> None:
+        self._events = None if silent else EventLog(run_folder / "events.jsonl")
+        self._metrics = run_folder / "metrics"
+        self._last = (time.monotonic(), 0)
+
+    def event(self, event: str, **fields: object) -> None:
+        if self._events:
+            self._events.write(event, **fields)
+
+    def resumed(self, step: int, states: Sequence[TrialState]) -> None:
+        """Cut each trial's series back to where its checkpoint stands, so that no step appears twice."""
+        if self._events is None:
+            return
+        for state in states:
+            path = self._path(state.trial.name)
+            if path.exists():
+                lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+                kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= state.step]
+                path.write_text("".join(kept))
+        self.event("resume", step=step)
+
+    def started(self, state: TrialState) -> None:
+        if self._events:
+            self._path(state.trial.name).unlink(missing_ok=True)
+
+    def stepped(self, step: int, live: Sequence[TrialState], losses: Mapping[str, float], tokens: int) -> None:
+        if self._events is None:
+            return
+        for state in live:
+            self._series(state, loss=losses[state.trial.name])
+        since, counted = self._last
+        elapsed = time.monotonic() - since
+        if elapsed < _SECONDS_BETWEEN_STEP_EVENTS and step > 1:
+            self._last = (since, counted + tokens)
+            return
+        trials = {s.trial.name: {"step": s.step, "loss": losses[s.trial.name]} for s in live}
+        rate = (counted + tokens) / max(elapsed, 1e-9)
+        self.event("step", step=step, live=len(live), tokens_per_second=rate, trials=trials)
+        self._last = (time.monotonic(), 0)
+
+    def evaluated(self, state: TrialState) -> None:
+        last = state.history[-1]
+        metric = state.trial.settings.metric
+        self._series(state, dev_metric=last.value, dev_loss=last.loss)
+        self.event("eval", trial=state.trial.name, step=state.step, metric=metric, value=last.value, loss=last.loss)
+        if state.status != "live":
+            self.finished(state)
+
+    def finished(self, state: TrialState) -> None:
+        self.event("finished", trial=state.trial.name, status=state.status, reason=state.reason)
+
+    def paused(self) -> None:
+        """Time since the last step went elsewhere (an evaluation), and is no part of the rate."""
+        self._last = (time.monotonic(), 0)
+
+    def _path(self, trial: str) -> Path:
+        return self._metrics / f"{trial}.jsonl"
+
+    def _series(self, state: TrialState, **values: float) -> None:
+        if self._events is None:
+            return
+        path = self._path(state.trial.name)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.step, **values}) + "\n")
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error.strerror}; the run resumes from its last checkpoint") from error

@@ -1,0 +1,157 @@
+"""The tuning of many trials on one backbone: slots are filled, stepped, evaluated and freed again.
+
+Every rank runs this loop over the same numbers, and so takes the same decisions.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.backbone.host import Backbone
+from pipeline.corpus.reader import TokenSet, open_split
+from pipeline.corpus.task_corpus import TaskCorpus
+from pipeline.tuning.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.tuning.evaluate import Exam, evaluate
+from pipeline.tuning.initialise import initial_prompt
+from pipeline.tuning.journal import Journal
+from pipeline.tuning.optimise import update
+from pipeline.tuning.ranks import rank
+from pipeline.tuning.state import TrialState, start
+from pipeline.tuning.step import Work, losses_and_gradients
+from pipeline.tuning.trials import Trial
+
+
+@dataclass(frozen=True)
+class TuningRun:
+    """What is tuned, and where it is written down."""
+
+    trials: Sequence[Trial]
+    corpora: Mapping[str, TaskCorpus]
+    """By task."""
+    folder: Path
+    """The run's own folder, seen by every rank."""
+    max_live_trials: int
+    checkpoint_every: int
+    token_budget: int
+    warm_starts: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Prompts `[Q, H]` from a bank, by trial, for `init: bank`."""
+
+
+@dataclass
+class _Progress:
+    run: TuningRun
+    backbone: Backbone
+    tokenizer: Any
+    journal: Journal
+    step: int
+    states: dict[str, TrialState]
+    splits: dict[tuple[str, str], TokenSet] = field(default_factory=dict)
+
+    def split(self, state: TrialState, name: str) -> TokenSet:
+        task = state.trial.task
+        limit = None if name == "train" else state.trial.settings.eval_rows
+        if (task, name) not in self.splits:
+            self.splits[task, name] = open_split(self.run.corpora[task].splits[name], limit)
+        return self.splits[task, name]
+
+    def live(self) -> list[TrialState]:
+        return [state for state in self.states.values() if state.status == "live"]
+
+
+def tune(run: TuningRun, backbone: Backbone, tokenizer: Any) -> list[TrialState]:
+    """Tune every trial to its end, resuming from the run's newest checkpoint; their final states.
+
+    Raises: StorageError when a checkpoint cannot be written.
+    """
+    progress = _resume(run, backbone, tokenizer)
+    while True:
+        _admit(progress)
+        if not progress.live():
+            break
+        _step(progress)
+        if _evaluate_due(progress) or progress.step % run.checkpoint_every == 0:
+            _save(progress)
+    _save(progress)
+    return [progress.states[trial.name] for trial in run.trials]
+
+
+def _resume(run: TuningRun, backbone: Backbone, tokenizer: Any) -> _Progress:
+    journal = Journal(run.folder, silent=rank() != 0)
+    checkpoint = load_checkpoint(run.folder / "checkpoints")
+    found = [checkpoint.state_of(trial, backbone.device) for trial in run.trials] if checkpoint else []
+    states = {state.trial.name: state for state in found if state is not None}
+    step = checkpoint.step if checkpoint and states else 0
+    if states:
+        journal.resumed(step, list(states.values()))
+    return _Progress(run, backbone, tokenizer, journal, step, states)
+
+
+def _admit(progress: _Progress) -> None:
+    """Start waiting trials while slots are free, and measure where they start from."""
+    run = progress.run
+    waiting = [trial for trial in run.trials if trial.name not in progress.states]
+    admitted = []
+    for trial in waiting[: max(0, run.max_live_trials - len(progress.live()))]:
+        labels = run.corpora[trial.task].labels
+        prompt = initial_prompt(trial, progress.backbone, progress.tokenizer, labels, run.warm_starts)
+        state = start(trial, prompt)
+        progress.states[trial.name] = state
+        progress.journal.started(state)
+        admitted.append(state)
+    if admitted:
+        _measure(progress, admitted)
+        _save(progress)
+
+
+def _step(progress: _Progress) -> None:
+    live = progress.live()
+    work = [Work(s.trial, s.prompt, s.step, progress.split(s, "train")) for s in live]
+    losses, tokens = losses_and_gradients(progress.backbone, work, progress.run.token_budget)
+    progress.step += 1
+    for state, loss in zip(live, losses, strict=True):
+        settings = state.trial.settings
+        if not np.isfinite(loss) or not bool(state.prompt.grad.isfinite().all()):  # type: ignore[union-attr]
+            state.fail(f"the loss was {loss} at step {state.step}; lower optimizer.lr or set optimizer.clip_norm")
+            progress.journal.finished(state)
+            continue
+        update(state.optimizer, settings.optimizer, state.step, settings.max_steps)
+        state.step += 1
+    stepped = [state for state in live if state.status == "live"]
+    by_name = {state.trial.name: float(loss) for state, loss in zip(live, losses, strict=True)}
+    progress.journal.stepped(progress.step, stepped, by_name, tokens)
+
+
+def _evaluate_due(progress: _Progress) -> bool:
+    due = [state for state in progress.live() if state.due]
+    if due:
+        _measure(progress, due)
+    return bool(due)
+
+
+def _measure(progress: _Progress, states: Sequence[TrialState]) -> None:
+    scores = _exam(progress, states, "dev")
+    for state, score in zip(states, scores, strict=True):
+        state.judge(score)
+        progress.journal.evaluated(state)
+    ended = [s for s in states if s.status not in ("live", "failed") and "test" in progress.run.corpora[s.trial.task].splits]
+    for state, score in zip(ended, _exam(progress, ended, "test") if ended else [], strict=True):
+        state.test = score
+    progress.journal.paused()
+
+
+def _exam(progress: _Progress, states: Sequence[TrialState], split: str) -> list[Any]:
+    exams = []
+    for state in states:
+        corpus, settings = progress.run.corpora[state.trial.task], state.trial.settings
+        prompt = state.best if split == "test" else state.prompt
+        rows = progress.split(state, split)
+        exams.append(Exam(prompt, rows, settings.metric, corpus.labels, corpus.label_ids, settings.max_target_tokens))
+    return evaluate(progress.backbone, progress.tokenizer, exams, progress.run.token_budget)
+
+
+def _save(progress: _Progress) -> None:
+    if rank() == 0:
+        save_checkpoint(progress.run.folder / "checkpoints", progress.step, progress.states.values())

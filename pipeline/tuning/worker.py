@@ -1,0 +1,85 @@
+"""What one rank does: load its part of the backbone, tune, and check that the backbone stayed frozen."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoConfig, AutoTokenizer
+
+from pipeline.backbone.files import find_model
+from pipeline.backbone.host import compute_device, compute_dtype, held_bytes, held_digest, host_backbone
+from pipeline.corpus.task_corpus import TaskCorpus
+from pipeline.errors import TuningError
+from pipeline.settings import Settings
+from pipeline.tuning.journal import Journal
+from pipeline.tuning.loop import TuningRun, tune
+from pipeline.tuning.ranks import rank, world_size
+from pipeline.tuning.trials import Trial, make_trials
+
+
+@dataclass(frozen=True)
+class Order:
+    """A run as sent to its workers: plain values only."""
+
+    settings: dict[str, Any]
+    corpora: dict[str, dict[str, Any]]
+    """`TaskCorpus.to_dict()` by task, without the tasks that were left out."""
+    fingerprint: str
+    run_folder: str
+
+    @property
+    def model_folder(self) -> Path:
+        """Config and tokenizer, saved by the driver whatever the weights' format."""
+        return Path(self.run_folder) / "model"
+
+    def warm_start(self, trial: Trial) -> Path:
+        """Where the driver keeps the bank's prompt that a trial with `init: bank` starts from."""
+        return Path(self.run_folder) / "warm_starts" / f"{trial.name}-{trial.digest[:16]}.safetensors"
+
+    def task_corpora(self) -> dict[str, TaskCorpus]:
+        return {task: TaskCorpus.from_dict(corpus) for task, corpus in self.corpora.items()}
+
+    def trials(self, settings: Settings) -> list[Trial]:
+        digests = {task: corpus.digest for task, corpus in self.task_corpora().items()}
+        return make_trials(settings, digests, self.fingerprint)
+
+    def tuning_run(self, settings: Settings) -> TuningRun:
+        trials = self.trials(settings)
+        starts = {trial.name: self.warm_start(trial) for trial in trials if trial.settings.prompt.init == "bank"}
+        return TuningRun(
+            trials=trials,
+            corpora=self.task_corpora(),
+            folder=Path(self.run_folder),
+            max_live_trials=settings.run.max_live_trials,
+            checkpoint_every=settings.run.checkpoint_every,
+            token_budget=settings.cluster.tokens_per_microbatch,
+            warm_starts={name: load_file(path)["prompt"] for name, path in starts.items()},
+        )
+
+
+def work(order: Order) -> None:
+    """Carry out a run's tuning on this rank; its results are the run's last checkpoint.
+
+    Raises: StorageError, BackboneError; TuningError when the frozen weights changed.
+    """
+    settings = Settings.model_validate(order.settings)
+    device = compute_device(settings.cluster.use_gpu)
+    torch.set_num_threads(settings.cluster.cpus_per_worker)
+    journal = Journal(Path(order.run_folder), silent=rank() != 0)
+    journal.event("stage", name="backbone", text=f"loading {settings.model.path} over {world_size()} rank(s)")
+    backbone = host_backbone(
+        find_model(settings.model.path),
+        AutoConfig.from_pretrained(order.model_folder),
+        int8=settings.model.weights == "int8",
+        dtype=compute_dtype(settings.model.dtype, device),
+        device=device,
+        sharded=world_size() > 1,
+    )
+    held = ", ".join(f"{size / 2**20:.0f} MiB of {kind}" for kind, size in sorted(held_bytes(backbone).items()))
+    before = held_digest(backbone)
+    journal.event("stage", name="tuning", text=f"rank 0 of {world_size()} holds {held}")
+    tune(order.tuning_run(settings), backbone, AutoTokenizer.from_pretrained(order.model_folder))
+    if held_digest(backbone) != before:
+        raise TuningError("the frozen weights changed during tuning; the run's prompts are not to be trusted")

@@ -1,0 +1,72 @@
+"""Small corpora as token shards, written without Ray, and the trials that learn them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from pipeline.corpus.encoding import encode_targets
+from pipeline.corpus.reader import SplitRef
+from pipeline.corpus.rows import Recipe, tokenise_rows
+from pipeline.corpus.task_corpus import TaskCorpus
+from pipeline.corpus.template import parse_template
+from pipeline.settings import TaskSettings
+from pipeline.tuning.trials import Trial, make_trial
+from tests.tiny import WORDS
+
+TOPICS = {"positive": ("good", "great", "fine"), "negative": ("bad", "awful", "poor")}
+
+
+def reviews(rows: int, seed: int) -> list[tuple[str, str]]:
+    """Texts of 2 to 9 words, one of which decides the label."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for _ in range(rows):
+        label = str(rng.choice(list(TOPICS)))
+        words = [str(rng.choice(TOPICS[label])), *map(str, rng.choice(WORDS[8:17], rng.integers(1, 9)))]
+        out.append((" ".join(rng.permutation(words)), label))
+    return out
+
+
+def write_split(folder: Path, tokenizer: Any, architecture: Any, pairs: list[tuple[str, str]]) -> SplitRef:
+    folder.mkdir(parents=True)
+    recipe = Recipe(parse_template("{text}", ""), parse_template("{label}", ""), " ", 64, 16, architecture)
+    columns = {"text": [text for text, _ in pairs], "label": [label for _, label in pairs]}
+    shard = folder / "part.parquet"
+    pq.write_table(tokenise_rows(recipe, tokenizer, columns, len(pairs)), shard)
+    (folder / "manifest.json").write_text(json.dumps({"files": {shard.name: shard.stat().st_size}}))
+    return SplitRef(str(folder))
+
+
+def make_corpus(folder: Path, tokenizer: Any, architecture: Any, task: str, seed: int = 0, rows: int = 40) -> TaskCorpus:
+    """A task with train and dev splits; labels positive and negative."""
+    labels = tuple(sorted(TOPICS))
+    ids = encode_targets(tokenizer, architecture, " ", labels)
+    splits = {
+        name: write_split(folder / task / name, tokenizer, architecture, reviews(rows, 10 * seed + i))
+        for i, name in enumerate(("train", "dev", "test"))
+    }
+    counts = {name: {"ok": rows} for name in splits}
+    return TaskCorpus(task, splits, labels, tuple(map(tuple, ids)), counts, f"digest of {task} {seed}")
+
+
+def make_task(**changes: Any) -> TaskSettings:
+    """Settings of a short trial; nested mappings such as `prompt` are given whole."""
+    short = {
+        "train": "unused",
+        "dev": "unused",
+        "prompt": {"length": 4},
+        "optimizer": {"name": "adafactor", "lr": 0.1},
+        "batch_size": 6,
+        "max_steps": 20,
+        "eval_every": 10,
+        "eval_rows": 12,
+        "max_target_tokens": 6,
+    }
+    return TaskSettings.model_validate({**short, **changes})
+
+
+def trial(name: str, corpus: TaskCorpus, **changes: Any) -> Trial:
+    return make_trial(name, make_task(**changes), 0, corpus.digest, "backbone")

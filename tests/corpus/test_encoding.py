@@ -1,0 +1,57 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.corpus import encode_inputs, encode_targets, load_tokenizer
+from pipeline.errors import CorpusError
+
+from .conftest import save_tokenizer
+
+TEXTS = ["a good film", "", " two  spaces ", "é 😀"]
+EOS = 0
+
+
+@pytest.mark.parametrize("ends_inputs", [False, True])
+def test_a_decoder_reads_input_separator_target_and_one_eos(tmp_path: Path, ends_inputs: bool) -> None:
+    tokenizer = load_tokenizer(str(save_tokenizer(tmp_path, ends_inputs)))
+    inputs = encode_inputs(tokenizer, "decoder-only", TEXTS)
+    targets = encode_targets(tokenizer, "decoder-only", "\n->", TEXTS)
+    for text, first, second in zip(TEXTS, inputs, targets, strict=True):
+        assert EOS not in first
+        assert second[-1] == EOS and EOS not in second[:-1]
+        assert tokenizer.decode(first + second[:-1]) == f"{text}\n->{text}"
+
+
+@pytest.mark.parametrize("ends_inputs", [False, True])
+def test_an_encoder_decoder_target_ends_with_one_eos_and_has_no_separator(tmp_path: Path, ends_inputs: bool) -> None:
+    tokenizer = load_tokenizer(str(save_tokenizer(tmp_path, ends_inputs)))
+    for text, first in zip(TEXTS, encode_inputs(tokenizer, "encoder-decoder", TEXTS), strict=True):
+        assert first == tokenizer(text)["input_ids"]
+    for text, ids in zip(TEXTS, encode_targets(tokenizer, "encoder-decoder", "|", TEXTS), strict=True):
+        assert ids[-1] == EOS and EOS not in ids[:-1]
+        assert tokenizer.decode(ids[:-1]) == text
+
+
+def test_encoding_a_batch_is_encoding_each_row_alone(tokenizer_dir: Path) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    assert encode_inputs(tokenizer, "decoder-only", []) == []
+    alone = [encode_inputs(tokenizer, "decoder-only", [text])[0] for text in TEXTS]
+    assert encode_inputs(tokenizer, "decoder-only", TEXTS) == alone
+
+
+def test_a_tokenizer_without_eos_or_without_files_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(save_tokenizer(tmp_path / "endless", has_eos=False)))
+    with pytest.raises(CorpusError, match="has no eos token"):
+        encode_targets(tokenizer, "decoder-only", " ", ["a"])
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(CorpusError, match="holds no tokenizer") as refused:
+        load_tokenizer(str(tmp_path / "nothing"))
+    assert "\n" not in str(refused.value)
+
+
+def test_importing_the_room_loads_neither_ray_nor_transformers() -> None:
+    code = "import sys, pipeline.corpus; print({'ray', 'transformers', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

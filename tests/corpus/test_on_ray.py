@@ -1,0 +1,342 @@
+"""The room as the job uses it: Parquet in, splits out, on a real Ray."""
+
+import dataclasses
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import ray.data
+
+from pipeline.corpus import SplitRef, TaskCorpus, TokenizerSpec, TokenSet, check_task, open_split, prepare_task
+from pipeline.corpus.shards import shard_key
+from pipeline.corpus.task_corpus import task_recipe
+from pipeline.errors import CorpusError
+from pipeline.settings import TaskSettings
+
+from .conftest import save_tokenizer
+
+Write = Callable[..., Path]
+MakeTask = Callable[..., TaskSettings]
+Row = dict[str, Any]
+
+GOOD: list[Row] = [{"text": f"a good film number {i}", "label": i % 3} for i in range(120)]
+BAD: list[Row] = [
+    {"text": None, "label": 0},
+    {"text": "null label", "label": None},
+    {"text": "  ", "label": 1},
+    {"text": "long " * 300, "label": 1},
+]
+DEV: list[Row] = [{"text": f"a bad film number {i}", "label": i % 3} for i in range(30)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def running_ray() -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def spec(tokenizer_dir: Path) -> TokenizerSpec:
+    return TokenizerSpec(str(tokenizer_dir), "digest of the tokenizer", "decoder-only")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, write: Write) -> Path:
+    """One storage for the whole module, so that equal corpora are tokenised once."""
+    folder = tmp_path_factory.mktemp("place")
+    write(folder / "train.parquet", GOOD + BAD)
+    write(folder / "dev.parquet", DEV)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(place: Path, make_task: MakeTask, spec: TokenizerSpec) -> TaskCorpus:
+    task = make_task(place / "train.parquet", dev=place / "dev.parquet")
+    return prepare_task("x", task, spec, place / "storage")
+
+
+def content(tokens: TokenSet) -> list[tuple[int, list[int], list[int], str]]:
+    return [
+        (int(tokens.row_ids[row]), tokens.input_ids(row).tolist(), tokens.target_ids(row).tolist(), tokens.target(row))
+        for row in range(len(tokens))
+    ]
+
+
+def built(place: Path) -> dict[str, int]:
+    """Shard folders that count, with the time of their manifest."""
+    folder = place / "storage" / "token_shards"
+    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("[!.]*/manifest.json")}
+
+
+def test_rows_become_token_rows_and_unusable_ones_are_counted_by_reason(
+    corpus: TaskCorpus, tokenizer_dir: Path
+) -> None:
+    from pipeline.corpus import encode_inputs, encode_targets, load_tokenizer
+
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    pairs = [(row["text"], str(row["label"])) for row in GOOD]
+    inputs = encode_inputs(tokenizer, "decoder-only", [text for text, _ in pairs])
+    targets = encode_targets(tokenizer, "decoder-only", " ", [target for _, target in pairs])
+    expected = sorted(zip(inputs, targets, [target for _, target in pairs], strict=True))
+    train = open_split(corpus.splits["train"])
+    assert sorted(row[1:] for row in content(train)) == expected
+    assert corpus.counts == {
+        "train": {"ok": 120, "null": 2, "empty": 1, "input_long": 1, "target_long": 0},
+        "dev": {"ok": 30, "null": 0, "empty": 0, "input_long": 0, "target_long": 0},
+    }
+    assert corpus.labels == ("0", "1", "2")
+    assert corpus.label_ids == tuple(tuple(ids) for ids in encode_targets(tokenizer, "decoder-only", " ", "012"))
+    manifest = json.loads((Path(corpus.splits["train"].dir) / "manifest.json").read_text())
+    assert (manifest["rows"], manifest["distinct_targets"]) == (124, ["0", "1", "2"])
+    assert manifest["input_tokens"] == sum(map(len, inputs)) == train.input_lengths.sum()
+    assert manifest["longest_input"] == max(map(len, inputs))
+
+
+def test_a_corpus_travels_as_json(corpus: TaskCorpus) -> None:
+    assert TaskCorpus.from_dict(json.loads(json.dumps(corpus.to_dict()))) == corpus
+
+
+def test_the_same_rows_in_partitions_and_another_order_are_the_same_corpus(
+    place: Path, write: Write, make_task: MakeTask, spec: TokenizerSpec, corpus: TaskCorpus
+) -> None:
+    rows = GOOD + BAD
+    random.Random(1).shuffle(rows)
+    for number, label in enumerate([0, 1, 2, None]):
+        part = [{"text": row["text"]} for row in rows if row["label"] == label]
+        name = "__HIVE_DEFAULT_PARTITION__" if label is None else label
+        write(place / "lake" / f"label={name}" / f"{9 - number}.parquet", part, row_group_size=7)
+    task = make_task(f"file://{place}/lake", dev=place / "dev.parquet")
+    moved = prepare_task("x", task, spec, place / "storage")
+    assert moved.splits["train"] != corpus.splits["train"]
+    assert content(open_split(moved.splits["train"])) == content(open_split(corpus.splits["train"]))
+    assert dataclasses.replace(moved, splits=corpus.splits) == corpus
+
+
+def test_nothing_changed_is_not_built_again(
+    place: Path, make_task: MakeTask, spec: TokenizerSpec, corpus: TaskCorpus
+) -> None:
+    before = built(place)
+    task = make_task(place / "train.parquet", dev=place / "dev.parquet", batch_size=7)
+    assert prepare_task("x", task, spec, place / "storage") == corpus
+    assert built(place) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"input": "{text} "},
+        {"target": "{label}!"},
+        {"separator": "\n"},
+        {"max_input_tokens": 255},
+        {"max_target_tokens": 63},
+        {"digest": "another"},
+        {"architecture": "encoder-decoder"},
+    ],
+)
+def test_whatever_decides_the_tokens_is_in_the_key(
+    place: Path, make_task: MakeTask, spec: TokenizerSpec, changes: dict[str, str]
+) -> None:
+    def key(**given: Any) -> str:
+        own = {name: given.pop(name) for name in ("digest", "architecture") if name in given}
+        tokenizer = dataclasses.replace(spec, **own)
+        task = make_task(place / "train.parquet", dev=place / "dev.parquet", **given)
+        plan = check_task("x", task)
+        return shard_key(plan.sources["train"], task_recipe(plan, task, tokenizer.architecture), tokenizer)[0]
+
+    assert key() == key()
+    assert key(**changes) != key()
+
+
+def test_a_changed_file_or_a_lost_shard_is_built_again(
+    place: Path, tmp_path: Path, write: Write, make_task: MakeTask, spec: TokenizerSpec
+) -> None:
+    task = make_task(write(tmp_path / "a.parquet", DEV), dev=place / "dev.parquet")
+    first = prepare_task("x", task, spec, place / "storage")
+    write(tmp_path / "a.parquet", [*DEV, {"text": "one more", "label": 0}])
+    second = prepare_task("x", task, spec, place / "storage")
+    assert (first.counts["train"]["ok"], second.counts["train"]["ok"]) == (30, 31)
+    assert first.digest != second.digest
+    next(Path(second.splits["train"].dir).glob("*.parquet")).unlink()
+    assert prepare_task("x", task, spec, place / "storage") == second
+    assert len(open_split(second.splits["train"])) == 31
+
+
+def test_the_dev_split_depends_on_row_content_only_and_shares_no_row_with_train(
+    place: Path, tmp_path: Path, write: Write, make_task: MakeTask, spec: TokenizerSpec
+) -> None:
+    def split(paths: list[str]) -> tuple[list[Any], list[Any], TaskCorpus]:
+        made = prepare_task("x", make_task(paths, dev_fraction=0.3), spec, place / "storage")
+        return content(open_split(made.splits["train"])), content(open_split(made.splits["dev"])), made
+
+    base = str(place / "train.parquet")
+    twice_and_more = str(write(tmp_path / "more.parquet", GOOD[50:] + DEV))
+    train, dev, made = split([base])
+    more_train, more_dev, _ = split([twice_and_more, base])
+    whole = open_split(SplitRef(made.splits["dev"].dir))
+    assert dev + train == content(whole) and 20 < len(dev) < 55
+    assert sum(sum(counts.values()) for counts in made.counts.values()) == 124
+    ids = {row[0] for row in more_train}
+    assert not ids & {row[0] for row in more_dev}
+    assert {row[0] for row in train} < ids and {row[0] for row in dev} < {row[0] for row in more_dev}
+
+
+def test_rows_beyond_the_allowed_share_refuse_the_task_with_counts_by_reason(
+    place: Path, make_task: MakeTask, spec: TokenizerSpec, corpus: TaskCorpus
+) -> None:
+    task = make_task(place / "train.parquet", dev=place / "dev.parquet", max_bad_rows=0.03)
+    with pytest.raises(CorpusError, match=r"^task 'x', train: 3\.2% of 124 rows .*2 null, 1 empty, 1 input over-long"):
+        prepare_task("x", task, spec, place / "storage")
+
+
+def test_targets_must_lie_in_the_label_set(
+    place: Path, write: Write, make_task: MakeTask, spec: TokenizerSpec, corpus: TaskCorpus
+) -> None:
+    strange = write(place / "strange.parquet", [{"text": "what is it", "label": 7}, *DEV[:3]])
+    many = write(place / "many.parquet", [{"text": f"row {i}", "label": i} for i in range(65)])
+    train, dev = place / "train.parquet", place / "dev.parquet"
+    open_ended = prepare_task("x", make_task(many, dev=dev, metric="exact_match"), spec, place / "storage")
+    assert (open_ended.labels, open_ended.label_ids) == (None, None)
+    for task, parts in [
+        (make_task(train, dev=strange), ["dev", "'7'", "'0', '1', '2'"]),
+        (make_task(train, dev=dev, test=strange, metric="f1"), ["test", "'7'", "'0', '1', '2'"]),
+        (make_task(train, dev=dev, labels=["0", "1"]), ["train", "'2'", "'0', '1'"]),
+        (make_task(many, dev=dev), ["train", "'accuracy'", "64", "set 'labels'", "another metric"]),
+        (
+            make_task(many, dev=dev, metric="loss", prompt={"init": "class_labels"}),
+            ["train", "'class_labels'", "set 'labels'", "another prompt init"],
+        ),
+    ]:
+        with pytest.raises(CorpusError, match=r"^task 'x', ") as refused:
+            prepare_task("x", task, spec, place / "storage")
+        assert all(part in str(refused.value) for part in parts), str(refused.value)
+    given = prepare_task("x", make_task(train, dev=strange, labels=list("7210")), spec, place / "storage")
+    assert given.labels == ("7", "2", "1", "0")
+
+
+def test_a_split_without_a_usable_row_is_refused(
+    place: Path, write: Write, make_task: MakeTask, spec: TokenizerSpec, corpus: TaskCorpus
+) -> None:
+    blank = write(place / "blank.parquet", [{"text": " ", "label": 1}, {"text": None, "label": 1}])
+    task = make_task(place / "train.parquet", dev=blank, max_bad_rows=1)
+    with pytest.raises(CorpusError, match=r"^task 'x', dev: no usable row is left \(1 null, 1 empty\)"):
+        prepare_task("x", task, spec, place / "storage")
+    tiny = make_task(place / "train.parquet", dev_fraction=1e-9)
+    with pytest.raises(CorpusError, match=r"^task 'x', dev: no usable row is left .* mend dev_fraction 1e-09"):
+        prepare_task("x", tiny, spec, place / "storage")
+
+
+def test_a_tokenizer_without_eos_is_refused_before_any_work(place: Path, tmp_path: Path, make_task: MakeTask) -> None:
+    endless = TokenizerSpec(str(save_tokenizer(tmp_path, has_eos=False)), "endless", "decoder-only")
+    before = built(place)
+    with pytest.raises(CorpusError, match="has no eos token"):
+        prepare_task("x", make_task(place / "train.parquet", dev=place / "dev.parquet"), endless, place / "storage")
+    assert built(place) == before
+
+
+def damage_pages(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 400] = bytes(400)
+    path.write_bytes(content)
+
+
+def damage_text(path: Path) -> None:
+    content = path.read_bytes()
+    assert content.count(b"good film number 9") > 0
+    path.write_bytes(content.replace(b"good film number 9", b"\xff\xfe\xff\xfe film number 9"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "options", "reason"),
+    [
+        (damage_pages, {"compression": "zstd"}, "is damaged"),
+        (damage_pages, {"compression": "none", "write_page_checksum": True}, "is damaged"),
+        (damage_text, {"compression": "none"}, "not UTF-8"),
+    ],
+)
+def test_a_damaged_file_is_one_sentence_with_its_name_and_leaves_nothing(
+    place: Path,
+    tmp_path: Path,
+    write: Write,
+    make_task: MakeTask,
+    spec: TokenizerSpec,
+    capfd: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None],
+    options: dict[str, Any],
+    reason: str,
+) -> None:
+    write(tmp_path / "good.parquet", DEV)
+    chance = random.Random(0)
+    rows = [{"text": f"a good film number {i} {chance.random()}", "label": 0} for i in range(2000)]
+    bad = write(tmp_path / "bad.parquet", rows, use_dictionary=False, **options)
+    damage(bad)
+    settings, levels = str(ray.data.DataContext.get_current()), console_levels()
+    before = built(place)
+    with pytest.raises(CorpusError, match=f"^task 'x', train: {bad} .*{reason}") as refused:
+        prepare_task("x", make_task(tmp_path, dev=place / "dev.parquet"), spec, place / "storage")
+    assert "\n" not in str(refused.value)
+    printed = capfd.readouterr()
+    assert "Traceback" not in printed.out + printed.err
+    assert built(place) == before
+    assert (str(ray.data.DataContext.get_current()), console_levels()) == (settings, levels)
+
+
+def console_levels() -> list[int]:
+    return [handler.level for handler in logging.getLogger("ray.data").handlers]
+
+
+KILLED = """
+import json, sys, ray
+from pathlib import Path
+from pipeline.corpus import TokenizerSpec, prepare_task
+from pipeline.settings import TaskSettings
+address, task, spec, storage = sys.argv[1:]
+ray.init(address)
+prepare_task("x", TaskSettings(**json.loads(task)), TokenizerSpec(*json.loads(spec)), Path(storage))
+"""
+
+
+def test_a_build_killed_half_way_leaves_nothing_that_counts_and_is_swept_later(
+    place: Path, tmp_path: Path, write: Write, make_task: MakeTask, spec: TokenizerSpec, corpus: TaskCorpus
+) -> None:
+    write(tmp_path / "a.parquet", [{"text": f"row {i}", "label": i % 3} for i in range(500)])
+    task = make_task(tmp_path / "a.parquet", dev=place / "dev.parquet")
+    before = built(place)
+    address = ray.get_runtime_context().gcs_address
+    arguments = [address, task.model_dump_json(), json.dumps(dataclasses.astuple(spec)), str(place / "storage")]
+    job = subprocess.Popen([sys.executable, "-c", KILLED, *arguments], stdout=subprocess.DEVNULL)
+    halves: list[Path] = []
+    while job.poll() is None and not halves:
+        time.sleep(0.01)
+        halves = list((place / "storage" / "token_shards").glob(".*"))
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    assert len(halves) == 1 and halves[0].exists()
+    assert built(place) == before
+    os.utime(halves[0], (0, 0))
+    finished = prepare_task("x", task, spec, place / "storage")
+    assert finished.counts["train"]["ok"] == len(open_split(finished.splits["train"])) == 500
+    assert not halves[0].exists()
+
+
+def test_a_storage_that_cannot_be_written_is_one_sentence(
+    place: Path, tmp_path: Path, make_task: MakeTask, spec: TokenizerSpec
+) -> None:
+    from pipeline.errors import StorageError
+
+    (tmp_path / "file").touch()
+    task = make_task(place / "train.parquet", dev=place / "dev.parquet")
+    with pytest.raises(StorageError, match=r"^cannot write token shards to ") as refused:
+        prepare_task("x", task, spec, tmp_path / "file")
+    assert "\n" not in str(refused.value)

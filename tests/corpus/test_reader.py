@@ -1,0 +1,91 @@
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.corpus import SplitRef, TokenSet, open_split
+from pipeline.corpus.reader import MANIFEST, summarise_split, unique_targets
+from pipeline.corpus.rows import SHARD_SCHEMA
+from pipeline.errors import CorpusError
+
+Row = tuple[int, int]
+rows_of_ids = st.lists(st.tuples(st.integers(0, 2**64 - 1), st.sampled_from([0, 0, 0, 1, 3])), max_size=40)
+
+
+def shards(folder: Path, files: list[list[Row]]) -> SplitRef:
+    """A shard folder by hand; what a row holds follows from its id, as in a real one."""
+    sizes = {}
+    for number, rows in enumerate(files):
+        table = [
+            {
+                "row_id": row_id,
+                "status": status,
+                "input_ids": [] if status else [row_id % 7] * (row_id % 5),
+                "target_ids": [] if status else [row_id % 11, 1],
+                "target": "" if status else f"t{row_id % 11}",
+            }
+            for row_id, status in rows
+        ]
+        path = folder / f"{number}.parquet"
+        pq.write_table(pa.Table.from_pylist(table, schema=SHARD_SCHEMA), path, row_group_size=3)
+        sizes[path.name] = path.stat().st_size
+    (folder / MANIFEST).write_text(json.dumps({"files": sizes}))
+    return SplitRef(str(folder))
+
+
+def content(tokens: TokenSet) -> list[tuple[int, list[int], list[int], str]]:
+    return [
+        (int(tokens.row_ids[row]), tokens.input_ids(row).tolist(), tokens.target_ids(row).tolist(), tokens.target(row))
+        for row in range(len(tokens))
+    ]
+
+
+@given(rows_of_ids, st.randoms(), st.integers(1, 4))
+def test_the_same_rows_in_other_files_and_another_order_are_the_same_set(rows: list[Row], chance, files: int) -> None:
+    shuffled = chance.sample(rows, len(rows))
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        first = shards(Path(one), [rows])
+        second = shards(Path(other), [shuffled[start::files] for start in range(files)])
+        assert content(open_split(first)) == content(open_split(second))
+        assert summarise_split(first) == summarise_split(second)
+        assert set(unique_targets(first)) == set(unique_targets(second))
+
+
+@given(rows_of_ids, st.floats(0, 1), st.integers(0, 50))
+def test_two_parts_make_the_whole_and_a_limit_keeps_its_beginning(rows: list[Row], cut: float, limit: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        ref = shards(Path(folder), [rows[::2], rows[1::2]])
+        whole = open_split(ref)
+        below, above = SplitRef(ref.dir, 0.0, cut), SplitRef(ref.dir, cut, 1.0)
+        assert content(open_split(below)) + content(open_split(above)) == content(whole)
+        counts = [summarise_split(part).counts for part in (below, above, ref)]
+        assert all(counts[0][status] + counts[1][status] == counts[2][status] for status in counts[2])
+        assert content(open_split(ref, limit)) == content(whole)[:limit]
+        assert content(open_split(above, limit)) == content(open_split(above))[:limit]
+        usable = sorted(row_id for row_id, status in rows if status == 0)
+        assert whole.row_ids.tolist() == usable
+        assert whole.input_lengths.tolist() == [row_id % 5 for row_id in usable]
+        assert whole.input_lengths.dtype == whole.input_tokens.dtype == np.int32
+
+
+@given(rows_of_ids, rows_of_ids)
+def test_the_digest_tells_different_rows_apart_duplicates_included(rows: list[Row], more: list[Row]) -> None:
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        first, second = shards(Path(one), [rows]), shards(Path(other), [rows, more])
+        assert (summarise_split(first).digest == summarise_split(second).digest) == (not more)
+
+
+def test_a_folder_that_misses_a_shard_or_its_manifest_is_not_read(tmp_path: Path) -> None:
+    ref = shards(tmp_path, [[(1, 0)], [(2, 0)]])
+    (tmp_path / "1.parquet").unlink()
+    with pytest.raises(CorpusError, match="missing or incomplete"):
+        open_split(ref)
+    (tmp_path / MANIFEST).unlink()
+    with pytest.raises(CorpusError, match="missing or incomplete"):
+        open_split(ref)

@@ -1,0 +1,178 @@
+"""Many trials tuned together: alone or together, killed or not, on one rank or two, the same prompts."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.backbone.files import find_model, read_config, read_tokenizer
+from pipeline.backbone.host import host_backbone
+from pipeline.tuning import loop
+from pipeline.tuning.checkpoint import load_checkpoint
+from pipeline.tuning.loop import TuningRun, tune
+from tests.corpora import make_corpus, trial
+from tests.ranks import run_ranks
+
+CHANGES = {
+    "first": {"prompt": {"length": 4}},
+    "second": {"prompt": {"length": 9, "init": "random"}, "batch_size": 3, "optimizer": {"name": "adamw", "lr": 0.05}},
+    "third": {"prompt": {"length": 1, "init": "class_labels"}, "optimizer": {"lr": 0.3, "clip_norm": 1.0}, "max_steps": 13},
+    "fourth": {"prompt": {"length": 6, "init": "text", "text": "is it good or bad"}, "metric": "rouge_l"},
+}
+
+
+def make_run(folder, tokenizer, architecture, names=tuple(CHANGES), **changes) -> TuningRun:
+    corpora = {
+        name: make_corpus(folder / "corpora", tokenizer, architecture, name, seed)
+        for seed, name in enumerate(CHANGES)
+        if name in names
+    }
+    trials = [trial(name, corpora[name], **CHANGES[name]) for name in names]
+    run = TuningRun(trials, corpora, folder / "run", max_live_trials=64, checkpoint_every=4, token_budget=256)
+    return replace(run, **changes)
+
+
+def prompts_of(states) -> dict[str, np.ndarray]:
+    return {state.trial.name: state.prompt.detach().numpy() for state in states}
+
+
+def assert_same_prompts(ours, reference, tolerance=1e-4):
+    for name, prompt in ours.items():
+        distance = np.linalg.norm(prompt - reference[name]) / np.linalg.norm(reference[name])
+        assert distance <= tolerance, f"{name} differs by {distance}"
+
+
+def test_a_trial_alone_ends_with_the_prompt_that_it_reaches_among_others(model, tmp_path):
+    backbone, tokenizer, _ = model
+    together = tune(make_run(tmp_path / "all", tokenizer, backbone.architecture), backbone, tokenizer)
+    for state in together:
+        name = state.trial.name
+        run = make_run(tmp_path / name, tokenizer, backbone.architecture, (name,))
+        (alone,) = tune(run, backbone, tokenizer)
+        assert_same_prompts(prompts_of([alone]), prompts_of(together))
+        assert alone.step == state.step and alone.status == state.status
+        assert [e.value for e in alone.history] == [e.value for e in state.history]
+
+
+def test_few_slots_give_the_prompts_that_many_slots_give(model, tmp_path):
+    backbone, tokenizer, _ = model
+    wide = tune(make_run(tmp_path / "wide", tokenizer, backbone.architecture), backbone, tokenizer)
+    narrow = make_run(tmp_path / "narrow", tokenizer, backbone.architecture, max_live_trials=2)
+    assert_same_prompts(prompts_of(tune(narrow, backbone, tokenizer)), prompts_of(wide))
+
+
+def test_trials_learn_their_tasks(model, tmp_path):
+    backbone, tokenizer, _ = model
+    (state,) = tune(make_run(tmp_path, tokenizer, backbone.architecture, ("first",)), backbone, tokenizer)
+    assert state.history[state.best_at].loss < state.history[0].loss
+
+
+class _Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("at", [1, 7, 11, 17])
+def test_a_run_killed_at_any_step_and_started_again_ends_with_the_same_prompts_bit_by_bit(
+    model, tmp_path, monkeypatch, at
+):
+    backbone, tokenizer, _ = model
+    taken: dict[tuple[str, int], set] = {}
+    real = loop.losses_and_gradients
+
+    def watched(backbone, work, budget):
+        if killing and work[0].step >= at:
+            raise _Killed
+        for part in work:
+            rows = loop_rows(part)
+            taken.setdefault((part.trial.name, part.step), set()).add(rows)
+        return real(backbone, work, budget)
+
+    def loop_rows(part):
+        from pipeline.tuning.batches import rows_of_step
+
+        return tuple(rows_of_step(part.trial, len(part.train), part.step))
+
+    monkeypatch.setattr(loop, "losses_and_gradients", watched)
+    killing = True
+    run = make_run(tmp_path / "killed", tokenizer, backbone.architecture)
+    with pytest.raises(_Killed):
+        tune(run, backbone, tokenizer)
+    killing = False
+    resumed = prompts_of(tune(run, backbone, tokenizer))
+    undisturbed = prompts_of(
+        tune(make_run(tmp_path / "whole", tokenizer, backbone.architecture), backbone, tokenizer)
+    )
+    for name, prompt in resumed.items():
+        np.testing.assert_array_equal(prompt, undisturbed[name])
+    assert all(len(rows) == 1 for rows in taken.values()), "a step took other rows after the restart"
+    steps = [line for line in (tmp_path / "killed/run/metrics/first.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert len(steps) == 20, "a step is written down once, however often it ran"
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(model, tmp_path):
+    backbone, tokenizer, _ = model
+    run = make_run(tmp_path, tokenizer, backbone.architecture, ("first",))
+    whole = prompts_of(tune(run, backbone, tokenizer))
+    newest, before = sorted((tmp_path / "run/checkpoints").glob("*.safetensors"), reverse=True)
+    newest.write_bytes(newest.read_bytes()[:100])
+    assert load_checkpoint(tmp_path / "run/checkpoints").step == int(before.stem.removeprefix("step-"))
+    again = prompts_of(tune(run, backbone, tokenizer))
+    np.testing.assert_array_equal(again["first"], whole["first"])
+
+
+def test_a_trial_that_goes_nan_fails_alone(model, tmp_path, monkeypatch):
+    backbone, tokenizer, _ = model
+    real = loop.initial_prompt
+
+    def poisoned(trial, *args):
+        prompt = real(trial, *args)
+        return prompt * float("nan") if trial.name == "second" else prompt
+
+    healthy = tune(make_run(tmp_path / "healthy", tokenizer, backbone.architecture), backbone, tokenizer)
+    monkeypatch.setattr(loop, "initial_prompt", poisoned)
+    states = tune(make_run(tmp_path / "poisoned", tokenizer, backbone.architecture), backbone, tokenizer)
+    by_name = {state.trial.name: state for state in states}
+    assert by_name["second"].status == "failed" and "lower optimizer.lr" in by_name["second"].reason
+    others = [state for state in states if state.trial.name != "second"]
+    assert_same_prompts(prompts_of(others), prompts_of(healthy))
+
+
+def test_a_changed_task_starts_anew_and_the_others_are_kept(model, tmp_path):
+    backbone, tokenizer, _ = model
+    run = make_run(tmp_path, tokenizer, backbone.architecture, ("first", "third"))
+    before = tune(run, backbone, tokenizer)
+    changed = trial("first", run.corpora["first"], prompt={"length": 7})
+    after = tune(replace(run, trials=[changed, run.trials[1]]), backbone, tokenizer)
+    assert after[0].prompt.shape[0] == 7 and after[0].step == 20
+    np.testing.assert_array_equal(prompts_of(after)["third"], prompts_of(before)["third"])
+
+
+def tune_on_rank(folder, model_folder):
+    files = find_model(str(model_folder))
+    backbone = host_backbone(
+        files, read_config(files), int8=True, dtype=torch.float32, device=torch.device("cpu"), sharded=True
+    )
+    tokenizer = read_tokenizer(files)
+    corpora_there = make_run_without_writing(folder, tokenizer, backbone.architecture)
+    return [(s.trial.name, s.prompt.detach().numpy(), s.history, s.test) for s in tune(corpora_there, backbone, tokenizer)]
+
+
+def make_run_without_writing(folder, tokenizer, architecture):
+    # Each rank needs the same corpora: the test wrote them, a rank only refers to them.
+    import torch.distributed as dist
+
+    own = folder / f"rank{dist.get_rank()}"
+    run = make_run(own, tokenizer, architecture)
+    return replace(run, folder=folder / "run")
+
+
+def test_two_ranks_reach_the_prompts_and_metrics_of_one_process(model, tmp_path):
+    backbone, tokenizer, folder = model
+    alone = tune(make_run(tmp_path / "one", tokenizer, backbone.architecture), backbone, tokenizer)
+    for rank in run_ranks(2, tune_on_rank, tmp_path / "two", folder):
+        for (name, prompt, history, test), state in zip(rank, alone, strict=True):
+            assert_same_prompts({name: prompt}, prompts_of(alone))
+            assert [e.value for e in history] == [e.value for e in state.history]
+            np.testing.assert_allclose([e.loss for e in history], [e.loss for e in state.history], rtol=1e-4)
+            assert test.value == state.test.value
