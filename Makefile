@@ -1,4 +1,4 @@
-# Everything that a fresh machine needs: Python 3.11 or newer with venv, g++ and make.
+# Everything that a fresh machine needs: Python 3.11 or newer with venv, and make.
 PYTHON ?= python3
 # More arguments for pip when it installs torch, for example --index-url with CPU-only builds.
 TORCH_PIP_ARGS ?=
@@ -28,7 +28,6 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) is missing or older than Python 3.11: name another one with make PYTHON=python3.11" >&2; exit 1; }
-	@command -v g++ >/dev/null || { echo "g++ is missing: DeepSpeed compiles its communication with it" >&2; exit 1; }
 	@echo 'Making .venv from the pins in constraints.txt: about three minutes, once.'
 	$(PYTHON) -m venv .venv
 	$(PIP) install $(TORCH_PIP_ARGS) "$$(grep '^torch==' constraints.txt)"

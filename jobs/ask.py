@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Ask a prompt of the bank something: the frozen model answers behind the task's soft prompt.
 
-    python jobs/ask.py --bank quickstart/bank --model smollm2-135m --task sentiment 'wonderful'
+python jobs/ask.py --bank quickstart/bank --model smollm2-135m --task sentiment 'wonderful'
 """
 
 import os
@@ -12,10 +12,10 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import typer  # noqa: E402
-from rich.console import Console  # noqa: E402
+import typer
+from rich.console import Console
 
-from pipeline.errors import PromptBankError  # noqa: E402
+from pipeline.errors import PromptBankError
 
 
 def main(

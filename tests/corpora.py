@@ -40,7 +40,9 @@ def write_split(folder: Path, tokenizer: Any, architecture: Any, pairs: list[tup
     return SplitRef(str(folder))
 
 
-def make_corpus(folder: Path, tokenizer: Any, architecture: Any, task: str, seed: int = 0, rows: int = 40) -> TaskCorpus:
+def make_corpus(
+    folder: Path, tokenizer: Any, architecture: Any, task: str, seed: int = 0, rows: int = 40
+) -> TaskCorpus:
     """A task with train and dev splits; labels positive and negative."""
     labels = tuple(sorted(TOPICS))
     ids = encode_targets(tokenizer, architecture, " ", labels)

@@ -18,10 +18,51 @@ from transformers import (
     T5Config,
 )
 
-WORDS = (
-    "good bad great awful film food fine poor plain story actor music red green blue one two three "
-    "positive negative neutral yes no the a an is was not very it this that with and or of to in"
-).split()
+WORDS = [
+    *[
+        "good",
+        "bad",
+        "great",
+        "awful",
+        "film",
+        "food",
+        "fine",
+        "poor",
+        "plain",
+        "story",
+        "actor",
+        "music",
+        "red",
+        "green",
+        "blue",
+        "one",
+        "two",
+        "three",
+    ],
+    *[
+        "positive",
+        "negative",
+        "neutral",
+        "yes",
+        "no",
+        "the",
+        "a",
+        "an",
+        "is",
+        "was",
+        "not",
+        "very",
+        "it",
+        "this",
+        "that",
+        "with",
+        "and",
+        "or",
+        "of",
+        "to",
+        "in",
+    ],
+]
 SPECIAL = ["<pad>", "</s>", "<unk>"]
 VOCAB = len(SPECIAL) + len(WORDS)
 

@@ -110,7 +110,11 @@ def architecture_of(config: PretrainedConfig, name: str = "") -> Architecture:
 
 def context_length(config: PretrainedConfig) -> int | None:
     """Most positions that a sequence may have, prompt included; None where positions are relative (T5)."""
-    return getattr(config, "max_position_embeddings", None) if FAMILIES[config.model_type] == "decoder-only" else None
+    if FAMILIES[config.model_type] == "encoder-decoder":
+        return None
+    # Within its window a sliding attention is an ordinary one, which is all that packed.py does.
+    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
+    return int(min(window, config.max_position_embeddings))
 
 
 def read_tokenizer(files: ModelFiles) -> Any:

@@ -50,6 +50,11 @@ class Backbone:
         """H: the width of an input embedding, and so of a prompt's row."""
         return int(self.config.hidden_size)
 
+    @property
+    def pads_rows(self) -> bool:
+        """Whether rows of a batch are padded to the longest; decoder-only models run them packed."""
+        return self.architecture == "encoder-decoder"
+
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(model, *args)` with every weight that it touches gathered around its use."""
         return self.hosted(function, *args)
@@ -177,11 +182,8 @@ def held_bytes(backbone: Backbone) -> dict[str, int]:
 def held_digest(backbone: Backbone) -> str:
     """Digest of the weights that this rank holds: the same before and after training."""
     total = hashlib.sha256()
-    for name, parameter in backbone.hosted.named_parameters():
-        tensor = getattr(parameter, "ds_tensor", parameter)
+    for name, tensor in [*backbone.hosted.named_parameters(), *backbone.hosted.named_buffers()]:
+        held = getattr(tensor, "ds_tensor", tensor).detach().cpu().contiguous()
         total.update(name.encode())
-        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    for name, buffer in backbone.hosted.named_buffers():
-        total.update(name.encode())
-        total.update(buffer.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        total.update(held.view(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()

@@ -64,9 +64,9 @@ class _Loaded:
 def _replace_matrices(model: nn.Module, dtype: torch.dtype) -> None:
     """Put int8 layers in place of every linear layer and of the input embedding; tied weights stay tied."""
     table = model.get_input_embeddings().weight  # type: ignore[operator]
-    replaced: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    replaced: dict[int, tuple[Tensor, nn.Parameter]] = {}
 
-    def int8_of(weight: nn.Parameter, transposed: bool = False) -> nn.Parameter:
+    def int8_of(weight: Tensor, transposed: bool = False) -> nn.Parameter:
         rows, columns = reversed(weight.shape) if transposed else weight.shape
         # The old parameter is kept beside the new one, so that its id stays unique.
         return replaced.setdefault(id(weight), (weight, empty_int8(rows, columns)))[1]
@@ -93,9 +93,7 @@ def _leaves_first(module: nn.Module) -> list[nn.Module]:
     return [*below, module]
 
 
-def _converted(
-    module: nn.Module, parameter: nn.Parameter, tensor: Tensor, dtype: torch.dtype, origin: str
-) -> _Loaded:
+def _converted(module: nn.Module, parameter: nn.Parameter, tensor: Tensor, dtype: torch.dtype, origin: str) -> _Loaded:
     if getattr(module, "stored_transposed", False) and tensor.dim() == 2:
         tensor = tensor.t()
     if parameter.shape != tensor.shape:
@@ -111,8 +109,8 @@ def _converted(
 
 def _make_buffers(model: nn.Module, module: nn.Module) -> None:
     # Buffers that no checkpoint stores (rotary frequencies): transformers knows how to compute them.
-    missing = [key for key, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+    missing = {key: buffer for key, buffer in module._buffers.items() if buffer is not None and buffer.is_meta}
+    for key, buffer in missing.items():
+        module._buffers[key] = torch.empty_like(buffer, device="cpu")
     if missing:
-        for key in missing:
-            module._buffers[key] = torch.empty_like(module._buffers[key], device="cpu")
         model._init_weights(module)  # type: ignore[operator]

@@ -1,8 +1,12 @@
 """The frozen model run behind soft prompts: `[P; X]`, rows of many prompts in one batch.
 
 Every function takes the model first, to be called through `Backbone.run`. A batch's rows are
-right-padded; a row's result does not depend on the rows beside it. For encoder-decoder models
-the prompt stands before the encoder's input (Lester et al. 2021).
+right-padded; a row's result does not depend on the rows beside it.
+
+Decoder-only: the prompt comes first and attention is causal, so its keys and values do not depend
+on the text behind it. Each prompt runs once a batch and its rows attend to it, exactly as if it ran
+once a row (see packed.py). Encoder-decoder: the prompt stands before the encoder's input, row by
+row (Lester et al. 2021).
 
 Shapes: B rows, T tokens, P prompt tokens, H hidden, V vocabulary, L labels.
 """
@@ -19,6 +23,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from pipeline.backbone.files import FAMILIES
+from pipeline.backbone.packed import Layout, make_layout, run_packed
 
 TokenRows = Sequence[np.ndarray]
 """One array of token ids a row, of any lengths."""
@@ -42,15 +47,16 @@ def target_nll(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
     if _is_encoder_decoder(model):
         return _seq2seq_nll(model, rows, targets)
     texts = [np.concatenate([x, y]) for x, y in zip(rows.inputs, targets, strict=True)]
-    embeds, _ = _with_prompts(model, Rows(rows.prompts, rows.prompt_of_row, texts))
-    hidden = model.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state  # [B, T, H]
-    starts = [len(rows.prompts[s]) + len(x) for s, x in zip(rows.prompt_of_row, rows.inputs, strict=True)]
-    row_index = np.repeat(np.arange(len(targets)), [len(y) for y in targets])
+    used, of_row = np.unique(rows.prompt_of_row, return_inverse=True)
+    prompts = [rows.prompts[s] for s in used]
+    hidden, layout = _run_behind_prompts(model, prompts, texts, list(of_row))
     # The token at position t is predicted at t - 1.
-    position = np.concatenate([start - 1 + np.arange(len(y)) for start, y in zip(starts, targets, strict=True)])
-    at = hidden[_tensor(row_index, hidden), _tensor(position, hidden)]  # [sum T, H]
-    logits = model.get_output_embeddings()(at).float()
-    nll = functional.cross_entropy(logits, _tensor(np.concatenate(targets), hidden), reduction="none")
+    before = [
+        layout.starts[len(prompts) + b] + len(x) - 1 + np.arange(len(y))
+        for b, (x, y) in enumerate(zip(rows.inputs, targets, strict=True))
+    ]
+    nll = _token_nll(model, hidden, np.concatenate(before), np.concatenate(targets))  # [sum T]
+    row_index = np.repeat(np.arange(len(targets)), [len(y) for y in targets])
     return nll.new_zeros(len(targets)).index_add(0, _tensor(row_index, hidden), nll)
 
 
@@ -80,7 +86,7 @@ def greedy_decode(
     out = [tokens]
     done = tokens == eos
     while len(out) < max_new_tokens and not all_done(bool(done.all())):
-        tokens = step(tokens, len(out) - 1)
+        tokens = step(tokens)
         out.append(tokens)
         done |= tokens == eos
     ids = torch.stack(out, dim=1).cpu().numpy()  # [B, T]
@@ -89,6 +95,10 @@ def greedy_decode(
 
 def _is_encoder_decoder(model: Any) -> bool:
     return FAMILIES[model.config.model_type] == "encoder-decoder"
+
+
+def _float_type(model: Any) -> torch.dtype:
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
 
 
 def _tensor(values: np.ndarray, like: Tensor) -> Tensor:
@@ -106,84 +116,124 @@ def _mask(lengths: np.ndarray, width: int) -> np.ndarray:
     return (np.arange(width) < lengths[:, None]).astype(np.int64)
 
 
-def _with_prompts(model: Any, rows: Rows) -> tuple[Tensor, np.ndarray]:
-    """`[P; X]` as embeddings `[B, T, H]`, right-padded, and the rows' lengths `[B]`."""
-    embedding = model.get_input_embeddings()
-    device = rows.prompts[0].device
-    ids = torch.as_tensor(_padded(rows.inputs), device=device)
-    text = embedding(ids)  # [B, T, H]
-    prompt_lengths = np.array([len(rows.prompts[s]) for s in rows.prompt_of_row])
-    lengths = prompt_lengths + [len(x) for x in rows.inputs]
-    offsets = np.cumsum([0, *(len(prompt) for prompt in rows.prompts)])
-    source = torch.cat([*(p.to(text.dtype) for p in rows.prompts), text.flatten(0, 1)])
-    width, t = int(lengths.max()), ids.shape[1]
-    at = np.arange(width)
-    index = np.empty((len(lengths), width), dtype=np.int64)
-    for b, s in enumerate(rows.prompt_of_row):
-        p = prompt_lengths[b]
-        # Padding repeats a token of the row itself: a prompt gone NaN must stay in its own rows.
-        in_text = offsets[-1] + b * t + np.clip(at - p, 0, t - 1)
-        index[b] = np.where(at < p, offsets[s] + at, in_text)
-    return functional.embedding(torch.as_tensor(index, device=device), source), lengths
+def _padded_embeddings(sequences: Sequence[Tensor]) -> Tensor:
+    """`[T_b, H]` each -> `[B, T, H]`. Padding repeats a sequence's own last embedding.
+
+    So that a prompt gone NaN stays in its own rows.
+    """
+    longest = max(len(sequence) for sequence in sequences)
+    at = [torch.arange(longest, device=sequence.device).clamp(max=len(sequence) - 1) for sequence in sequences]
+    return torch.stack([sequence[index] for sequence, index in zip(sequences, at, strict=True)])
 
 
-# Decoder-only: the prompt and input fill a cache; what follows reads it.
+# Decoder-only, scored: prompts, inputs and labels in one packed row.
 
 
-def _causal_prefix(model: Any, rows: Rows) -> tuple[Any, Tensor, np.ndarray, int]:
-    embeds, lengths = _with_prompts(model, rows)
-    output = model.base_model(inputs_embeds=embeds, use_cache=True, past_key_values=DynamicCache())
-    last = output.last_hidden_state[torch.arange(len(lengths)), _tensor(lengths - 1, embeds)]
-    logits = model.get_output_embeddings()(last).float()  # [B, V]: the first token after the input
-    return output.past_key_values, logits, lengths, embeds.shape[1]
+def _run_behind_prompts(
+    model: Any, prompts: Sequence[Tensor], texts: TokenRows, parents: Sequence[int]
+) -> tuple[Tensor, Layout]:
+    """Pack prompts and the texts behind them (a parent is a prompt's place, or beyond them a text's): `[N, H]`."""
+    device = prompts[0].device
+    lengths = [*map(len, prompts), *map(len, texts)]
+    layout = make_layout(lengths, [*(None for _ in prompts), *map(int, parents)], device)
+    words = model.get_input_embeddings()(_tensor(np.concatenate(texts), prompts[0]))
+    embeddings = torch.cat([*(prompt.to(words.dtype) for prompt in prompts), words])
+    return run_packed(model, embeddings, layout), layout
 
 
-def _continue(model: Any, ids: Tensor, cache: Any, lengths: np.ndarray, width: int, cached: int) -> Tensor:
-    """Hidden states `[B, T, H]` of tokens that follow a right-padded prefix and `cached` tokens after it."""
-    after = np.ones((len(lengths), cached + ids.shape[1]), dtype=np.int64)
-    mask = np.concatenate([_mask(lengths, width), after], axis=1)
-    positions = lengths[:, None] + cached + np.arange(ids.shape[1])
+def _token_nll(model: Any, hidden: Tensor, places: np.ndarray, tokens: np.ndarray) -> Tensor:
+    """-log P of `tokens` `[n]`, each predicted from the hidden state at its place: `[n]`."""
+    logits = model.get_output_embeddings()(hidden[_tensor(places, hidden)]).float()
+    return functional.cross_entropy(logits, _tensor(tokens, hidden), reduction="none")
+
+
+def _causal_label_nll(model: Any, rows: Rows, pairs: np.ndarray, candidates: TokenRows) -> Tensor:
+    used, of_row = np.unique(rows.prompt_of_row, return_inverse=True)
+    prompts = [rows.prompts[s] for s in used]
+    inputs = len(prompts) + np.arange(len(rows.inputs))  # segments of the inputs, then those of the labels
+    # A label's last token is predicted, and predicts nothing.
+    longer = [i for i, label in enumerate(candidates) if len(label) > 1]
+    texts = [*rows.inputs, *(candidates[i][:-1] for i in longer)]
+    hidden, layout = _run_behind_prompts(model, prompts, texts, [*of_row, *inputs[pairs[longer]]])
+    ends = layout.starts[inputs] + [len(x) - 1 for x in rows.inputs]
+    places = [ends[pairs]]
+    tokens = [np.array([label[0] for label in candidates])]
+    of_label = [np.arange(len(candidates))]
+    for segment, i in enumerate(longer, start=len(prompts) + len(rows.inputs)):
+        places.append(layout.starts[segment] + np.arange(len(candidates[i]) - 1))
+        tokens.append(candidates[i][1:])
+        of_label.append(np.full(len(candidates[i]) - 1, i))
+    nll = _token_nll(model, hidden, np.concatenate(places), np.concatenate(tokens))
+    return nll.new_zeros(len(candidates)).index_add(0, _tensor(np.concatenate(of_label), hidden), nll)
+
+
+# Decoder-only, decoded: prompt, input and token after token, each behind the keys and values of
+# what came before.
+
+
+@dataclass
+class _Context:
+    """What has been run so far, of B rows."""
+
+    cache: DynamicCache
+    mask: np.ndarray
+    """`[B, T]`: 1 where the cache holds a token, 0 where it holds padding."""
+
+
+def _prompt_context(model: Any, rows: Rows) -> _Context:
+    used, of_row = np.unique(rows.prompt_of_row, return_inverse=True)
+    prompts = [rows.prompts[s] for s in used]
+    embeds = _padded_embeddings(prompts).to(_float_type(model))  # [S, P, H]
+    cache = DynamicCache()
+    model.base_model(inputs_embeds=embeds, use_cache=True, past_key_values=cache)
+    lengths = np.array([len(prompt) for prompt in prompts])
+    cache.batch_select_indices(_tensor(of_row, embeds))
+    return _Context(cache, _mask(lengths, embeds.shape[1])[of_row])
+
+
+def _extend(model: Any, context: _Context, tokens: TokenRows) -> Tensor:
+    """Run the rows' next tokens, right-padded, and remember them: hidden states `[B, T, H]`."""
+    lengths = np.array([len(row) for row in tokens])
+    ids = _padded(tokens)
+    before = context.mask.sum(1)
+    context.mask = np.concatenate([context.mask, _mask(lengths, ids.shape[1])], axis=1)
+    device = context.cache.layers[0].keys.device
     output = model.base_model(
-        input_ids=ids,
-        past_key_values=cache,
-        attention_mask=_tensor(mask, ids),
-        position_ids=_tensor(positions, ids),
+        input_ids=torch.as_tensor(ids, device=device),
+        past_key_values=context.cache,
+        attention_mask=torch.as_tensor(context.mask, device=device),
+        position_ids=torch.as_tensor(before[:, None] + np.arange(ids.shape[1]), device=device),
         use_cache=True,
     )
     return output.last_hidden_state
 
 
-def _causal_label_nll(model: Any, rows: Rows, pairs: np.ndarray, candidates: TokenRows) -> Tensor:
-    cache, first_logits, lengths, width = _causal_prefix(model, rows)
-    index = _tensor(pairs, first_logits)
-    ids = torch.as_tensor(_padded(candidates), device=first_logits.device)  # [B*L, T]
-    nll = functional.cross_entropy(first_logits[index], ids[:, 0], reduction="none")
-    if ids.shape[1] == 1:
-        return nll
-    cache.batch_select_indices(index)
-    hidden = _continue(model, ids[:, :-1], cache, lengths[pairs], width, 0)
-    logits = model.get_output_embeddings()(hidden).float()
-    rest = functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")  # [B*L, T-1]
-    target_lengths = np.array([len(label) for label in candidates])
-    return nll + (rest * _tensor(_mask(target_lengths, ids.shape[1])[:, 1:], ids)).sum(1)
+def _causal_steps(model: Any, rows: Rows) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
+    context = _prompt_context(model, rows)
+    hidden = _extend(model, context, rows.inputs)
+    last = [len(x) - 1 for x in rows.inputs]
+    first = model.get_output_embeddings()(hidden[torch.arange(len(last)), last]).argmax(-1)
 
-
-def _causal_steps(model: Any, rows: Rows) -> tuple[Callable[[], Tensor], Callable[[Tensor, int], Tensor]]:
-    cache, first_logits, lengths, width = _causal_prefix(model, rows)
-
-    def step(tokens: Tensor, cached: int) -> Tensor:
-        hidden = _continue(model, tokens[:, None], cache, lengths, width, cached)
+    def step(tokens: Tensor) -> Tensor:
+        hidden = _extend(model, context, list(tokens[:, None].cpu().numpy()))
         return model.get_output_embeddings()(hidden[:, -1]).argmax(-1)
 
-    return lambda: first_logits.argmax(-1), step
+    return lambda: first, step
 
 
 # Encoder-decoder: the encoder runs `[P; X]` once a row; the decoder attends to it.
 
 
 def _encode(model: Any, rows: Rows) -> tuple[Tensor, Tensor]:
-    embeds, lengths = _with_prompts(model, rows)
-    mask = _tensor(_mask(lengths, embeds.shape[1]), embeds)
+    """The encoder's output `[B, T, H]` for `[P; X]`, right-padded, and its mask `[B, T]`."""
+    texts = model.get_input_embeddings()(_tensor(_padded(rows.inputs), rows.prompts[0]))  # [B, T, H]
+    prompts = [prompt.to(texts.dtype) for prompt in rows.prompts]
+    joined = [
+        torch.cat([prompts[s], text[: len(x)]])
+        for s, text, x in zip(rows.prompt_of_row, texts, rows.inputs, strict=True)
+    ]
+    embeds = _padded_embeddings(joined)
+    mask = _tensor(_mask(np.array([len(row) for row in joined]), embeds.shape[1]), embeds)
     return model.get_encoder()(inputs_embeds=embeds, attention_mask=mask).last_hidden_state, mask
 
 
@@ -211,11 +261,11 @@ def _seq2seq_label_nll(model: Any, rows: Rows, pairs: np.ndarray, candidates: To
     return _seq2seq_logits_nll(model, encoded[index], mask[index], candidates)
 
 
-def _seq2seq_steps(model: Any, rows: Rows) -> tuple[Callable[[], Tensor], Callable[[Tensor, int], Tensor]]:
+def _seq2seq_steps(model: Any, rows: Rows) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
     encoded, mask = _encode(model, rows)
     memory: dict[str, Any] = {"past_key_values": None}
 
-    def step(tokens: Tensor, cached: int) -> Tensor:
+    def step(tokens: Tensor) -> Tensor:
         output = model(
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
             attention_mask=mask,
@@ -227,4 +277,4 @@ def _seq2seq_steps(model: Any, rows: Rows) -> tuple[Callable[[], Tensor], Callab
         return output.logits[:, -1].argmax(-1)
 
     first = torch.full((len(mask),), model.config.decoder_start_token_id, device=mask.device)
-    return lambda: step(first, 0), step
+    return lambda: step(first), step

@@ -125,7 +125,8 @@ def _prepare_corpora(
 def _counted(corpus: TaskCorpus) -> str:
     splits = []
     for split, counts in corpus.counts.items():
-        dropped = [f"{count} {status.replace('_', ' ')}" for status, count in counts.items() if status != "ok" and count]
+        unused = {status.replace("_", " "): count for status, count in counts.items() if status != "ok" and count}
+        dropped = [f"{count} {status}" for status, count in unused.items()]
         splits.append(f"{counts['ok']} {split} rows" + (f" ({', '.join(dropped)} left out)" if dropped else ""))
     return ", ".join(splits)
 

@@ -53,7 +53,9 @@ def save_checkpoint(folder: Path, step: int, states: Iterable[TrialState]) -> No
         for old in _newest_first(folder)[KEPT:]:
             old.unlink(missing_ok=True)
     except OSError as error:
-        raise StorageError(f"cannot write the checkpoint {path}: {error.strerror}; the run resumes from the last one") from error
+        raise StorageError(
+            f"cannot write the checkpoint {path}: {error.strerror}; make room, and the run resumes from the last one"
+        ) from error
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:

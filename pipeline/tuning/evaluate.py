@@ -65,8 +65,10 @@ def evaluate(backbone: Backbone, tokenizer: Any, exams: Sequence[Exam], token_bu
     decoded = [s for s in others if exams[s].metric != "loss"]
     for s, texts in _decode(run, tokenizer, decoded).items():
         values[s] = text_metric(exams[s].metric, texts, _targets(exams[s]))
-    by_metric = [loss if exam.metric == "loss" else value for exam, value, loss in zip(exams, values, losses, strict=True)]
-    return [Score(value, loss) for value, loss in zip(by_metric, losses, strict=True)]
+    return [
+        Score(loss if exam.metric == "loss" else value, loss)
+        for exam, value, loss in zip(exams, values, losses, strict=True)
+    ]
 
 
 def _targets(exam: Exam) -> list[str]:
@@ -99,7 +101,8 @@ class _Runner:
         """`outcomes` (`[B, width]`) of every row of these exams, by exam: `[rows, width]`."""
         items = [_item(self.exams, s, i, copies(self.exams[s])) for s in slots for i in range(len(self.exams[s].split))]
         table = torch.zeros(len(items), width, dtype=torch.float64, device=self.backbone.device)
-        for shares in plan_microbatches([item.length for item in items], world_size(), self.token_budget):
+        lengths, padded = [item.length for item in items], self.backbone.pads_rows
+        for shares in plan_microbatches(lengths, world_size(), self.token_budget, padded):
             mine = shares[rank()]
             result = outcomes(self, [items[i] for i in mine or shares[0][:1]])
             if mine:
@@ -114,9 +117,10 @@ class _Runner:
 
 
 def _score_labels(run: _Runner, items: list[_Item]) -> np.ndarray:
-    labels = [[np.array(ids) for ids in run.exams[item.slot].label_ids or ()] for item in items]
+    exams = [run.exams[item.slot] for item in items]
+    labels = [[np.array(ids) for ids in exam.label_ids or ()] for exam in exams]
     scores = run.backbone.run(prompted.label_log_likelihoods, run.rows(items), labels)
-    wanted = [(run.exams[item.slot].labels or ()).index(run.exams[item.slot].split.target(item.number)) for item in items]
+    wanted = [(e.labels or ()).index(e.split.target(i.number)) for e, i in zip(exams, items, strict=True)]
     # A prompt gone NaN has no best label: it gets the first, and its loss tells.
     return np.array([[np.argmax(np.nan_to_num(s, nan=-np.inf)), -s[w]] for s, w in zip(scores, wanted, strict=True)])
 

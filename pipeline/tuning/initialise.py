@@ -15,7 +15,11 @@ COMMON_TOKENS = 5_000
 
 
 def initial_prompt(
-    trial: Trial, backbone: Backbone, tokenizer: Any, labels: Sequence[str] | None, warm_starts: Mapping[str, np.ndarray]
+    trial: Trial,
+    backbone: Backbone,
+    tokenizer: Any,
+    labels: Sequence[str] | None,
+    warm_starts: Mapping[str, np.ndarray],
 ) -> Tensor:
     """A trial's first prompt `[P, H]`, float32. Every rank makes the same one, in the same order."""
     prompt, generator = trial.settings.prompt, trial.generator("init")

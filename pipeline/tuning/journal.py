@@ -82,4 +82,6 @@ class Journal:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.step, **values}) + "\n")
         except OSError as error:
-            raise StorageError(f"cannot write {path}: {error.strerror}; the run resumes from its last checkpoint") from error
+            raise StorageError(
+                f"cannot write {path}: {error.strerror}; make room, and the run resumes from its last checkpoint"
+            ) from error

@@ -30,9 +30,9 @@ def connected_ray(cluster: ClusterSettings) -> Iterator[None]:
     # The workers must find this code, also when it was started as a script without being installed.
     root = str(Path(__file__).resolve().parents[2])
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}}
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING, "include_dashboard": False}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
     if address:
-        options = {"log_to_driver": False, "logging_level": logging.WARNING}
+        options = {"log_to_driver": False, "logging_level": logging.ERROR}
     else:
         cpus = max(os.cpu_count() or 1, cluster.num_workers * cluster.cpus_per_worker)
         options |= {"num_cpus": cpus, "object_store_memory": _OBJECT_STORE_BYTES}

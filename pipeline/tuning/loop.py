@@ -114,7 +114,7 @@ def _step(progress: _Progress) -> None:
     for state, loss in zip(live, losses, strict=True):
         settings = state.trial.settings
         if not np.isfinite(loss) or not bool(state.prompt.grad.isfinite().all()):  # type: ignore[union-attr]
-            state.fail(f"the loss was {loss} at step {state.step}; lower optimizer.lr or set optimizer.clip_norm")
+            state.fail_at("loss", float(loss))
             progress.journal.finished(state)
             continue
         update(state.optimizer, settings.optimizer, state.step, settings.max_steps)
@@ -136,7 +136,8 @@ def _measure(progress: _Progress, states: Sequence[TrialState]) -> None:
     for state, score in zip(states, scores, strict=True):
         state.judge(score)
         progress.journal.evaluated(state)
-    ended = [s for s in states if s.status not in ("live", "failed") and "test" in progress.run.corpora[s.trial.task].splits]
+    corpora = progress.run.corpora
+    ended = [s for s in states if s.status not in ("live", "failed") and "test" in corpora[s.trial.task].splits]
     for state, score in zip(ended, _exam(progress, ended, "test") if ended else [], strict=True):
         state.test = score
     progress.journal.paused()

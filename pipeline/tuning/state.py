@@ -57,14 +57,16 @@ class TrialState:
             self.best, self.best_at = self.prompt.detach().clone(), len(self.history) - 1
         stale = len(self.history) - 1 - self.best_at
         if not np.isfinite(score.loss):
-            self.fail(f"the dev loss was {score.loss} at step {self.step}; lower optimizer.lr or set optimizer.clip_norm")
+            self.fail_at("dev loss", score.loss)
         elif self.step >= settings.max_steps:
             self.status = "tuned" if self.best_at else "no gain"
         elif settings.patience is not None and stale >= settings.patience:
             self.status = "stopped early" if self.best_at else "no gain"
 
-    def fail(self, reason: str) -> None:
-        self.status, self.reason = "failed", reason
+    def fail_at(self, what: str, value: float) -> None:
+        """End the trial, which has left the range of numbers."""
+        self.status = "failed"
+        self.reason = f"the {what} was {value} at step {self.step}; lower optimizer.lr or set optimizer.clip_norm"
 
 
 def start(trial: Trial, prompt: Tensor) -> TrialState:

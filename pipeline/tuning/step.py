@@ -33,6 +33,7 @@ class Row:
     split: TokenSet
     number: int
     length: int
+    """Prompt, input and target tokens."""
     weight: float
 
 
@@ -50,7 +51,7 @@ def batch_of_step(work: Sequence[Work]) -> list[Row]:
 
 
 def losses_and_gradients(backbone: Backbone, work: Sequence[Work], token_budget: int) -> tuple[np.ndarray, int]:
-    """Each trial's loss `[S]` (nats a target token), its gradient left in its prompt's `.grad`; tokens run.
+    """Each trial's loss `[S]` (nats a target token), its gradient left in its prompt's `.grad`; text tokens.
 
     Every rank must call this with the same work; all ranks end with the same numbers.
     """
@@ -59,7 +60,8 @@ def losses_and_gradients(backbone: Backbone, work: Sequence[Work], token_budget:
     losses = torch.zeros(len(work), device=backbone.device)
     for prompt in prompts:
         prompt.grad = None
-    for shares in plan_microbatches([row.length for row in rows], world_size(), token_budget):
+    lengths, padded = [row.length for row in rows], backbone.pads_rows
+    for shares in plan_microbatches(lengths, world_size(), token_budget, padded):
         # A rank without a share runs another's first row at weight zero: all gather weights together.
         mine = [rows[i] for i in shares[rank()]]
         _accumulate(backbone, prompts, mine or [rows[shares[0][0]]], 1.0 if mine else 0.0, losses)
@@ -69,7 +71,7 @@ def losses_and_gradients(backbone: Backbone, work: Sequence[Work], token_budget:
     summed, *gradients = flat.split(sizes)
     for prompt, gradient in zip(prompts, gradients, strict=True):
         prompt.grad = gradient.view_as(prompt).clone()
-    return summed.cpu().numpy(), sum(row.length for row in rows)
+    return summed.cpu().numpy(), sum(row.length - len(prompts[row.slot]) for row in rows)
 
 
 def _accumulate(

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.tuning.batches import plan_microbatches, rows_of_step
+from pipeline.tuning.batches import PASS_TOKENS, plan_microbatches, rows_of_step
 from pipeline.tuning.trials import make_trial
 from tests.corpora import make_task
 
@@ -38,9 +38,9 @@ def test_trials_of_other_names_or_seeds_take_other_rows():
     assert list(first) != list(rows_of_step(trial_of("a", 16, seed=1), 1000, 0))
 
 
-@given(lengths, st.integers(1, 5), st.integers(64, 2000))
-def test_every_row_is_run_once_on_one_rank_within_the_token_budget(lengths, world, budget):
-    plan = plan_microbatches(lengths, world, budget)
+@given(lengths, st.integers(1, 5), st.integers(64, 2000), st.booleans())
+def test_every_row_is_run_once_on_one_rank_within_the_token_budget(lengths, world, budget, padded):
+    plan = plan_microbatches(lengths, world, budget, padded)
     assert sorted(row for shares in plan for share in shares for row in share) == list(range(len(lengths)))
     for shares in plan:
         assert len(shares) == world, "under ZeRO-3 every rank has every micro-batch"
@@ -48,3 +48,13 @@ def test_every_row_is_run_once_on_one_rank_within_the_token_budget(lengths, worl
         for share in shares:
             longest = max((lengths[row] for row in share), default=0)
             assert len(share) * longest <= max(budget, longest)
+
+
+@given(lengths, st.integers(1, 3), st.integers(64, 2000))
+def test_cuts_cost_no_more_than_one_pass_for_all_or_one_for_each_row(lengths, world, budget):
+    def cost(plan) -> int:
+        return sum(len(shares[0]) * max(lengths[row] for row in shares[0]) + PASS_TOKENS for shares in plan)
+
+    chosen = cost(plan_microbatches(lengths, world, budget, padded=True))
+    assert chosen <= cost(plan_microbatches(lengths, world, budget, padded=False))
+    assert chosen <= cost(plan_microbatches(lengths, world, 1, padded=True))

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from pipeline.backbone.files import find_model, read_config, read_tokenizer
 from pipeline.backbone.host import host_backbone
@@ -17,7 +18,11 @@ from tests.ranks import run_ranks
 CHANGES = {
     "first": {"prompt": {"length": 4}},
     "second": {"prompt": {"length": 9, "init": "random"}, "batch_size": 3, "optimizer": {"name": "adamw", "lr": 0.05}},
-    "third": {"prompt": {"length": 1, "init": "class_labels"}, "optimizer": {"lr": 0.3, "clip_norm": 1.0}, "max_steps": 13},
+    "third": {
+        "prompt": {"length": 1, "init": "class_labels"},
+        "optimizer": {"lr": 0.3, "clip_norm": 1.0},
+        "max_steps": 13,
+    },
     "fourth": {"prompt": {"length": 6, "init": "text", "text": "is it good or bad"}, "metric": "rouge_l"},
 }
 
@@ -100,14 +105,12 @@ def test_a_run_killed_at_any_step_and_started_again_ends_with_the_same_prompts_b
         tune(run, backbone, tokenizer)
     killing = False
     resumed = prompts_of(tune(run, backbone, tokenizer))
-    undisturbed = prompts_of(
-        tune(make_run(tmp_path / "whole", tokenizer, backbone.architecture), backbone, tokenizer)
-    )
+    undisturbed = prompts_of(tune(make_run(tmp_path / "whole", tokenizer, backbone.architecture), backbone, tokenizer))
     for name, prompt in resumed.items():
         np.testing.assert_array_equal(prompt, undisturbed[name])
     assert all(len(rows) == 1 for rows in taken.values()), "a step took other rows after the restart"
-    steps = [line for line in (tmp_path / "killed/run/metrics/first.jsonl").read_text().splitlines() if '"loss"' in line]
-    assert len(steps) == 20, "a step is written down once, however often it ran"
+    series = (tmp_path / "killed/run/metrics/first.jsonl").read_text().splitlines()
+    assert len([line for line in series if '"loss"' in line]) == 20, "a step is written down once, however often it ran"
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(model, tmp_path):
@@ -154,17 +157,10 @@ def tune_on_rank(folder, model_folder):
         files, read_config(files), int8=True, dtype=torch.float32, device=torch.device("cpu"), sharded=True
     )
     tokenizer = read_tokenizer(files)
-    corpora_there = make_run_without_writing(folder, tokenizer, backbone.architecture)
-    return [(s.trial.name, s.prompt.detach().numpy(), s.history, s.test) for s in tune(corpora_there, backbone, tokenizer)]
-
-
-def make_run_without_writing(folder, tokenizer, architecture):
-    # Each rank needs the same corpora: the test wrote them, a rank only refers to them.
-    import torch.distributed as dist
-
-    own = folder / f"rank{dist.get_rank()}"
-    run = make_run(own, tokenizer, architecture)
-    return replace(run, folder=folder / "run")
+    # Each rank writes the same corpora for itself; the run's folder is shared.
+    run = make_run(folder / f"rank{dist.get_rank()}", tokenizer, backbone.architecture)
+    states = tune(replace(run, folder=folder / "run"), backbone, tokenizer)
+    return [(state.trial.name, state.prompt.detach().numpy(), state.history, state.test) for state in states]
 
 
 def test_two_ranks_reach_the_prompts_and_metrics_of_one_process(model, tmp_path):

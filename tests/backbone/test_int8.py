@@ -1,0 +1,59 @@
+"""The int8 layers against the same arithmetic in float."""
+
+import pytest
+import torch
+
+from pipeline.backbone.int8 import Int8Embedding, Int8Linear, empty_int8, quantize_rows
+
+
+def loaded(weight: torch.Tensor, make):
+    layer = make(empty_int8(*weight.shape))
+    rows, layer.scale = quantize_rows(weight)
+    layer.weight = torch.nn.Parameter(rows, requires_grad=False)
+    return layer
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (128, 64)])
+def test_every_weight_is_kept_to_half_a_step_of_its_row(shape):
+    weight = torch.randn(shape) * torch.logspace(-3, 3, shape[0])[:, None]
+    rows, scale = quantize_rows(weight)
+    assert rows.dtype == torch.int8 and scale.dtype == torch.float32
+    error = (rows.float() * scale[:, None] - weight).abs()
+    assert bool((error <= 0.5001 * scale[:, None]).all())
+
+
+def test_product_and_gradient_are_exactly_those_of_the_kept_weights():
+    weight = torch.randn(40, 24)
+    bias = torch.nn.Parameter(torch.randn(40))
+    layer = loaded(weight, lambda parameter: Int8Linear(parameter, bias))
+    kept = layer.weight.float() * layer.scale[:, None]
+    x = torch.randn(2, 5, 24, requires_grad=True)
+    upstream = torch.randn(2, 5, 40)
+    (ours,) = torch.autograd.grad((layer(x) * upstream).sum(), x)
+    (reference,) = torch.autograd.grad(((x @ kept.t() + bias) * upstream).sum(), x)
+    torch.testing.assert_close(layer(x), x @ kept.t() + bias, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_activations_stay_bfloat16_and_lose_nothing_in_the_scale():
+    weight = torch.randn(40, 24)
+    layer = loaded(weight, lambda parameter: Int8Linear(parameter, None))
+    x = torch.randn(5, 24).bfloat16()
+    exact = x.float() @ (layer.weight.float() * layer.scale[:, None]).t()
+    assert layer(x).dtype == torch.bfloat16
+    torch.testing.assert_close(layer(x).float(), exact, rtol=2e-2, atol=2e-2)
+
+
+def test_a_row_of_a_batch_does_not_depend_on_the_others():
+    layer = loaded(torch.randn(40, 24), lambda parameter: Int8Linear(parameter, None))
+    x = torch.randn(6, 24)
+    spoiled = x.clone()
+    spoiled[3:] *= 1e6
+    torch.testing.assert_close(layer(x)[:3], layer(spoiled)[:3], rtol=1e-6, atol=1e-6)
+
+
+def test_an_embedding_gives_the_kept_rows():
+    table = torch.randn(30, 8)
+    layer = loaded(table, lambda parameter: Int8Embedding(parameter, torch.float32))
+    ids = torch.tensor([[0, 29], [7, 7]])
+    torch.testing.assert_close(layer(ids), (layer.weight.float() * layer.scale[:, None])[ids])

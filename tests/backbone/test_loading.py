@@ -1,0 +1,149 @@
+"""Loading leaf by leaf: every tensor arrives, no rank holds the model, bad folders are refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from pipeline.backbone.files import PACKAGED, find_model, read_config, read_tokenizer
+from pipeline.backbone.fingerprint import identify
+from pipeline.backbone.host import held_bytes, host_backbone
+from pipeline.backbone.loading import build_skeleton
+from pipeline.backbone.weights import open_weights
+from pipeline.errors import BackboneError
+from tests.ranks import run_ranks
+from tests.tiny import make_model
+
+CPU = torch.device("cpu")
+LARGE = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16, "head_dim": 128, "vocab_size": 8000}
+
+
+def identity_of(folder, weights="int8"):
+    files = find_model(str(folder))
+    config = read_config(files)
+    source = open_weights(files, build_skeleton(config, int8=False))
+    return identify("m", config, read_tokenizer(files), source, weights)
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs (a file's mapped pages can always be dropped)."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+
+def load_and_watch(folder):
+    from pipeline.backbone import host
+
+    # Everything that loading imports and starts is paid for by a first, tiny model.
+    load_sharded(folder.parent / "tiny")
+    before, peak = anonymous_bytes(), 0
+    real = host._move
+
+    def watched(*args, **kwargs):
+        nonlocal peak
+        peak = max(peak, anonymous_bytes())
+        real(*args, **kwargs)
+
+    host._move = watched
+    backbone = load_sharded(folder)
+    return peak - before, anonymous_bytes() - before, held_bytes(backbone), dist.get_rank()
+
+
+def load_sharded(folder):
+    files = find_model(str(folder))
+    return host_backbone(files, read_config(files), int8=True, dtype=torch.float32, device=CPU, sharded=True)
+
+
+def test_no_rank_holds_the_whole_model_before_or_after_or_while_loading(tmp_path):
+    make_model(tmp_path / "tiny")
+    folder = make_model(tmp_path / "large", **LARGE)
+    skeleton = build_skeleton(read_config(find_model(str(folder))), int8=True)
+    int8 = sum(p.numel() for p in {id(p): p for p in skeleton.parameters()}.values() if p.dtype == torch.int8)
+    largest = 8000 * 512 * 4  # one tensor as stored, once more converted, and its int8 rows
+    slack = 3 * largest
+    assert int8 > 50 * 2**20 > slack / 2
+    for peak, after, held, _ in run_ranks(2, load_and_watch, folder):
+        assert held["int8"] == int8 / 2, "int8 bytes per rank are the total over the ranks"
+        assert held["float32"] < int8 / 20, "only norms and scales are kept whole"
+        assert peak < int8 / 2 + slack, "a rank held more than its part and one layer while loading"
+        assert after < int8 / 2 + slack
+
+
+def test_weights_spread_over_many_files_are_the_same_model(tmp_path):
+    folder = make_model(tmp_path / "one")
+    spread = tmp_path / "many"
+    shutil.copytree(folder, spread)
+    tensors = load_file(spread / "model.safetensors")
+    (spread / "model.safetensors").unlink()
+    for i, (name, tensor) in enumerate(tensors.items()):
+        save_file({name: tensor}, spread / f"model-{i:05d}.safetensors")
+    assert identity_of(spread) == identity_of(folder)
+
+
+def test_the_fingerprint_covers_config_tokenizer_weights_and_quantisation(tmp_path):
+    folder = make_model(tmp_path / "m")
+    original = identity_of(folder)
+    assert identity_of(make_model(tmp_path / "same")) == original
+    assert original.differing_parts(identity_of(make_model(tmp_path / "w", seed=1))) == ("weights",)
+    assert original.differing_parts(identity_of(folder, "full")) == ("quantization",)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    assert original.differing_parts(identity_of(folder)) == ("config",)
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(tokenizer.replace('"awful"', '"aweful"'))
+    assert original.differing_parts(identity_of(folder)) == ("tokenizer",)
+
+
+def test_bad_model_folders_are_refused_with_one_sentence_each(tmp_path):
+    folder = make_model(tmp_path / "m")
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+
+    def refused(match: str, path=folder) -> None:
+        with pytest.raises(BackboneError, match=match) as caught:
+            files = find_model(str(path))
+            config = read_config(files)
+            host_backbone(files, config, int8=True, dtype=torch.float32, device=CPU, sharded=False)
+        assert "\n" not in str(caught.value)
+
+    weights.write_bytes(whole[: len(whole) // 2])
+    refused("damaged or incomplete")
+    tensors = load_file(_restored(weights, whole))
+    save_file({k: v for k, v in tensors.items() if "layers.1.mlp.up_proj" not in k}, weights)
+    refused("lack 'model.layers.1.mlp.up_proj.weight'")
+    save_file({k: v[:8].clone() if "layers.1.mlp.up_proj" in k else v for k, v in tensors.items()}, weights)
+    refused("config.json says")
+    weights.unlink()
+    refused("no weights")
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    refused("only pickled weights")
+    refused("no config.json", tmp_path)
+    refused("no such folder or file", tmp_path / "nowhere")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "bloom"}))
+    save_file(tensors, weights)
+    refused("family 'bloom' is not supported")
+
+
+def _restored(path, data: bytes):
+    path.write_bytes(data)
+    return path
+
+
+def test_gguf_weights_are_read_as_transformers_reads_them():
+    try:
+        files = find_model("smollm2-135m")
+    except BackboneError:
+        pytest.skip(f"the package {PACKAGED['smollm2-135m'][1]} is not installed")
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    skeleton = build_skeleton(read_config(files), int8=False)
+    theirs = load_gguf_checkpoint(files.folder / files.gguf, return_tensors=True, model_to_load=skeleton)["tensors"]
+    source = open_weights(files, skeleton)
+    assert set(theirs) - {"lm_head.weight"} == set(source.names)
+    for name in source.names:
+        torch.testing.assert_close(source.read(name), theirs[name], rtol=0, atol=0)

@@ -1,0 +1,99 @@
+"""The model behind soft prompts, against transformers' own forward pass, row by row."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from pipeline.backbone import prompted
+from pipeline.backbone.files import find_model, read_config
+from pipeline.backbone.host import host_backbone
+from tests.tiny import FAMILIES, VOCAB, make_model
+
+EOS = 1
+OF_ROW = [0, 1, 1, 0]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def both(request, tmp_path_factory):
+    """The same weights hosted here in full precision, and loaded by transformers."""
+    scale = 1.0 if "t5" in request.param else 3.0
+    folder = make_model(tmp_path_factory.mktemp(request.param), request.param, scale=scale)
+    files = find_model(str(folder))
+    ours = host_backbone(
+        files, read_config(files), int8=False, dtype=torch.float32, device=torch.device("cpu"), sharded=False
+    )
+    auto = AutoModelForSeq2SeqLM if ours.architecture == "encoder-decoder" else AutoModelForCausalLM
+    return ours, auto.from_pretrained(folder).eval()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    rng = np.random.default_rng(0)
+    prompts = [torch.randn(p, 32, generator=torch.Generator().manual_seed(p)) for p in (3, 7)]
+    inputs = [rng.integers(3, VOCAB, n) for n in (5, 2, 9, 4)]
+    targets = [np.append(rng.integers(3, VOCAB, n), EOS) for n in (2, 4, 1, 3)]
+    return prompted.Rows(prompts, OF_ROW, inputs), targets
+
+
+def embedded(reference, prompt, ids):
+    return torch.cat([prompt, reference.get_input_embeddings()(torch.tensor(ids, dtype=torch.long))])[None]
+
+
+def reference_nll(reference, prompt, x, y):
+    if reference.config.is_encoder_decoder:
+        loss = reference(inputs_embeds=embedded(reference, prompt, x), labels=torch.tensor(y)[None]).loss
+    else:
+        ignored = np.full(len(prompt) + len(x), -100)
+        labels = torch.tensor(np.concatenate([ignored, y]))[None]
+        loss = reference(inputs_embeds=embedded(reference, prompt, np.concatenate([x, y])), labels=labels).loss
+    return loss.item() * len(y)
+
+
+def test_a_mixed_batch_gives_each_row_the_loss_that_transformers_gives_it_alone(both, rows):
+    (ours, reference), (run, targets) = both, rows
+    nll = ours.run(prompted.target_nll, run, targets).detach().numpy()
+    alone = [
+        reference_nll(reference, run.prompts[s], x, y) for s, x, y in zip(OF_ROW, run.inputs, targets, strict=True)
+    ]
+    np.testing.assert_allclose(nll, alone, rtol=1e-5)
+
+
+def test_label_log_likelihoods_are_those_of_the_labels_as_targets(both, rows):
+    (ours, _), (run, targets) = both, rows
+    labels = [targets, targets[:2], targets[2:], targets[:1]]
+    scores = ours.run(prompted.label_log_likelihoods, run, labels)
+    for row, (score, of_row) in enumerate(zip(scores, labels, strict=True)):
+        repeated = prompted.Rows(run.prompts, [OF_ROW[row]] * len(of_row), [run.inputs[row]] * len(of_row))
+        with torch.no_grad():
+            nll = ours.run(prompted.target_nll, repeated, of_row).numpy()
+        np.testing.assert_allclose(score, -nll, rtol=1e-4)
+
+
+def test_greedy_decoding_of_a_mixed_batch_gives_transformers_tokens(both, rows):
+    (ours, reference), (run, _) = both, rows
+    answers = ours.run(prompted.greedy_decode, run, 8, EOS)
+    for s, x, answer in zip(OF_ROW, run.inputs, answers, strict=True):
+        tokens: list[int] = []
+        while len(tokens) < 8:
+            if reference.config.is_encoder_decoder:
+                decoder = torch.tensor([[reference.config.decoder_start_token_id, *tokens]])
+                output = reference(inputs_embeds=embedded(reference, run.prompts[s], x), decoder_input_ids=decoder)
+            else:
+                output = reference(inputs_embeds=embedded(reference, run.prompts[s], [*x, *tokens]))
+            tokens.append(int(output.logits[0, -1].argmax()))
+            if tokens[-1] == EOS:
+                tokens.pop()
+                break
+        assert list(answer) == tokens
+
+
+def test_a_prompt_that_is_not_a_number_touches_no_other_row(both, rows):
+    (ours, _), (run, targets) = both, rows
+    healthy = [prompt.clone().requires_grad_() for prompt in run.prompts]
+    ours.run(prompted.target_nll, prompted.Rows(healthy, OF_ROW, run.inputs), targets).sum().backward()
+    poisoned = [(run.prompts[0] * float("nan")).requires_grad_(), run.prompts[1].clone().requires_grad_()]
+    nll = ours.run(prompted.target_nll, prompted.Rows(poisoned, OF_ROW, run.inputs), targets)
+    nll.sum().backward()
+    assert [bool(row.isnan()) for row in nll] == [s == 0 for s in OF_ROW]
+    torch.testing.assert_close(poisoned[1].grad, healthy[1].grad, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,216 @@
+"""The whole job as its users start it: from the command line, killed and resumed, and submitted to a cluster."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from pipeline.bank import PromptBank
+from tests.jobs_data import make_project, write_settings
+
+ROOT = Path(__file__).resolve().parents[2]
+JOB = [sys.executable, str(ROOT / "jobs" / "tune_prompts.py")]
+
+
+def start(settings: Path, *arguments: str, **kwargs) -> subprocess.Popen:
+    command = [*JOB, "--config", str(settings), *arguments]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=settings.parent, **kwargs
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 240) -> str:
+    output, _ = process.communicate(timeout=timeout)
+    return output
+
+
+def run(settings: Path, *arguments: str, code: int = 0) -> str:
+    process = start(settings, *arguments)
+    output = finish(process)
+    assert process.returncode == code, output
+    return output
+
+
+def prompts(bank: Path, names=("film", "book")) -> dict[str, np.ndarray]:
+    opened = PromptBank.open(bank)
+    return {name: opened.load(name).array for name in names}
+
+
+def events(run_folder: Path) -> list[dict]:
+    path = run_folder / "events.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def wait_for_step(run_folder: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        assert process.poll() is None, finish(process)
+        if any(event["event"] == "step" and event["step"] >= step for event in events(run_folder)):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached in time")
+
+
+def project_in(folder: Path, **defaults) -> Path:
+    folder.mkdir()
+    settings = make_project(folder, max_steps=400, eval_every=200, patience=None, **defaults)
+    return write_settings(folder, settings)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "project"
+    output = run(project_in(folder))
+    return folder, output
+
+
+def test_the_job_publishes_every_prompt_and_prints_what_became_of_each(undisturbed):
+    folder, output = undisturbed
+    bank = PromptBank.open(folder / "bank")
+    assert bank.version == 1 and bank.names() == ("book", "film")
+    film = bank.load("film@latest")
+    assert film.array.shape == (4, 32) and film.record.status == "tuned"
+    assert film.record.template.input == "{text}" and set(film.record.labels) == {"positive", "negative"}
+    assert film.record.metrics.dev_after > film.record.metrics.dev_before
+    assert film.record.metrics.test is not None
+    for part in ("film", "book", "dev before", "dev after", "tuned", "version 1", str(folder / "bank"), "jobs/ask.py"):
+        assert part in output
+    series = [json.loads(line) for line in (folder / "runs/small/metrics/film.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in series if "loss" in line] == list(range(1, 401))
+
+
+def test_a_published_prompt_loaded_back_answers_as_well_as_it_was_measured(undisturbed):
+    folder, _ = undisturbed
+    import pyarrow.parquet as pq
+
+    from pipeline.serving import PromptedModel
+
+    model = PromptedModel.open(str(folder / "model"), PromptBank.open(folder / "bank"))
+    rows = pq.read_table(folder / "corpora/film/test.parquet").to_pylist()
+    scores = model.classify(rows, ["film"] * len(rows))
+    right = [max(score, key=score.get) == row["label"] for score, row in zip(scores, rows, strict=True)]
+    record = model.prompt("film").record
+    # The run measured a subset of 20 of these 60 rows.
+    assert abs(np.mean(right) - record.metrics.test) < 0.2 and np.mean(right) > 0.7
+
+
+def test_the_same_run_started_again_trains_and_publishes_nothing_new(undisturbed):
+    folder, _ = undisturbed
+    before = len([event for event in events(folder / "runs/small") if event["event"] == "step"])
+    output = run(folder / "settings.yaml")
+    assert "version 1" in output
+    assert PromptBank.open(folder / "bank").versions() == (1,)
+    assert len([event for event in events(folder / "runs/small") if event["event"] == "step"]) == before
+
+
+def test_a_killed_worker_is_replaced_and_the_prompts_are_those_of_an_undisturbed_run(undisturbed, tmp_path):
+    settings = project_in(tmp_path / "project")
+    process = start(settings)
+    wait_for_step(tmp_path / "project/runs/small", 60, process)
+    below = psutil.Process(process.pid).children(recursive=True)
+    workers = [child for child in below if "RayTrainWorker" in " ".join(child.cmdline())]
+    assert len(workers) == 2
+    workers[1].send_signal(signal.SIGKILL)
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert [e for e in events(tmp_path / "project/runs/small") if e["event"] == "resume"], "nothing was resumed"
+    assert_same(tmp_path / "project/bank", undisturbed[0] / "bank")
+
+
+def test_a_killed_driver_started_again_ends_with_the_prompts_of_an_undisturbed_run(undisturbed, tmp_path):
+    settings = project_in(tmp_path / "project")
+    process = start(settings)
+    wait_for_step(tmp_path / "project/runs/small", 60, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list(tmp_path.glob("project/bank/versions/*"))
+    run(settings)
+    resumed = [e["step"] for e in events(tmp_path / "project/runs/small") if e["event"] == "resume"]
+    assert resumed and resumed[0] > 0
+    assert_same(tmp_path / "project/bank", undisturbed[0] / "bank")
+
+
+def assert_same(bank: Path, reference: Path) -> None:
+    for name, prompt in prompts(bank).items():
+        np.testing.assert_array_equal(prompt, prompts(reference)[name])
+
+
+def test_the_plan_shows_rows_steps_and_memory_and_trains_nothing(undisturbed):
+    folder, _ = undisturbed
+    output = run(folder / "settings.yaml", "--plan", "--set", "run.name=planned")
+    for part in ("film", "book", "60", "30% of train", "memory on each of 2 rank(s)"):
+        assert part in output
+    assert not (folder / "runs/planned").exists()
+
+
+def test_a_mistyped_setting_is_one_sentence_and_exit_code_2(undisturbed):
+    output = run(undisturbed[0] / "settings.yaml", "--set", "tasks.film.max_stepz=3", code=2)
+    assert output.strip().endswith("unknown key 'tasks.film.max_stepz'; did you mean 'max_steps'?")
+    assert "Traceback" not in output
+
+
+@pytest.fixture
+def cluster():
+    """A Ray cluster started as an operator would, with token authentication as Ray has it by default."""
+    ports = [_free_port() for _ in range(2)]
+    ray = str(Path(sys.executable).parent / "ray")
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef",
+        "RAY_AUTH_MODE": "token",
+    }
+    head = subprocess.Popen(
+        [ray, "start", "--head", "--block", f"--port={ports[0]}", f"--dashboard-port={ports[1]}", "--num-cpus=2",
+         "--object-store-memory=200000000", "--include-dashboard=true"],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{ports[1]}"
+    try:
+        _wait_for_port(ports[1], head)
+        yield ray, environment
+    finally:
+        children = psutil.Process(head.pid).children(recursive=True)
+        head.terminate()
+        for child in [*children]:
+            child.kill()
+        head.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _wait_for_port(port: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.stdout.read()
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.5)
+    raise AssertionError("the cluster's dashboard did not come up")
+
+
+def test_the_job_submitted_to_a_running_cluster_publishes_the_same_prompts(undisturbed, cluster, tmp_path):
+    ray, environment = cluster
+    settings = project_in(tmp_path / "project")
+    submitted = subprocess.run(
+        [ray, "job", "submit", "--working-dir", str(ROOT), "--",
+         "python", "jobs/tune_prompts.py", "--config", str(settings)],
+        env=environment, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    assert "Published version 1" in submitted.stdout
+    assert_same(tmp_path / "project/bank", undisturbed[0] / "bank")

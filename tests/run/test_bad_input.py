@@ -1,0 +1,140 @@
+"""A user's mistake: one clear sentence that names the place and the mend, and nothing published."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import ray
+from rich.console import Console
+
+from pipeline.errors import BackboneError, BankError, CorpusError, PromptBankError, SettingsError, StorageError
+from pipeline.run.checks import check_run
+from pipeline.run.job import run_job
+from pipeline.settings import parse_settings
+from tests.jobs_data import make_project, write_parquet
+from tests.tiny import make_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray():
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def project(tmp_path):
+    return make_project(tmp_path)
+
+
+def run(project, *overrides):
+    return run_job(check_run(parse_settings(project, overrides)), Console(quiet=True))
+
+
+def refused(project, kind, *wanted, overrides=()):
+    with pytest.raises(kind) as caught:
+        run(project, *overrides)
+    sentence = str(caught.value)
+    assert "\n" not in sentence and "Traceback" not in sentence
+    for part in wanted:
+        assert part in sentence, sentence
+    assert not list(Path(project["bank"]["uri"]).glob("versions/*")), "something was published"
+
+
+def test_a_missing_file_is_named(project):
+    project["tasks"]["film"]["train"] = "nowhere/train.parquet"
+    refused(project, CorpusError, "task 'film'", "nowhere/train.parquet")
+
+
+def test_a_template_naming_an_unknown_column_suggests_the_one_meant(project):
+    project["tasks"]["film"]["input"] = "review: {txt}"
+    refused(project, CorpusError, "task 'film'", "'txt'", "did you mean {text}")
+
+
+def test_a_missing_target_column_names_the_file(project, tmp_path):
+    project["tasks"]["film"]["target"] = "{sentiment}"
+    refused(project, CorpusError, "task 'film'", "'sentiment'", "train.parquet")
+
+
+def test_an_empty_split_is_refused(project, tmp_path):
+    write_parquet(tmp_path / "corpora/film/dev.parquet", [("", "positive")])
+    refused(project, CorpusError, "task 'film'", "dev", overrides=["defaults.max_bad_rows=1"])
+
+
+def test_a_label_outside_the_label_set_is_named(project, tmp_path):
+    write_parquet(tmp_path / "corpora/film/dev.parquet", [("good film", "positive"), ("fine film", "neutral")])
+    refused(project, CorpusError, "task 'film'", "dev", "neutral")
+
+
+def test_a_corrupt_parquet_file_is_named(project, tmp_path):
+    path = tmp_path / "corpora/film/train.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    refused(project, CorpusError, "task 'film'", "train.parquet")
+
+
+def test_damaged_pages_behind_a_whole_footer_are_named(project, tmp_path):
+    path = tmp_path / "corpora/film/train.parquet"
+    data = bytearray(path.read_bytes())
+    data[8:80] = bytes(72)
+    path.write_bytes(data)
+    refused(project, CorpusError, "task 'film'", "train.parquet")
+
+
+def test_a_model_folder_without_weights_is_refused(project, tmp_path):
+    (tmp_path / "model/model.safetensors").unlink()
+    refused(project, BackboneError, "model.path", "no weights")
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_the_sum(project):
+    refused(project, SettingsError, "task 'film'", "context of 256", overrides=["tasks.film.prompt.length=300"])
+
+
+def test_every_bad_task_is_named_at_once(project):
+    project["tasks"]["film"]["train"] = "nowhere.parquet"
+    project["tasks"]["book"]["input"] = "{txt}"
+    with pytest.raises(PromptBankError) as caught:
+        run(project)
+    first, second = str(caught.value).splitlines()
+    assert "film" in first and "book" in second
+
+
+def test_a_bank_that_belongs_to_another_backbone_is_refused_before_any_training(project, tmp_path):
+    assert run(project, "cluster.num_workers=1").version == 1
+    make_model(tmp_path / "model", seed=1, scale=1.0)
+    with pytest.raises(BankError, match="weights"):
+        run(project, "run.name=other", "cluster.num_workers=1")
+    assert not (tmp_path / "runs/other").exists()
+    assert len(list((tmp_path / "bank/versions").iterdir())) == 1
+
+
+def test_a_bad_task_can_be_left_out_while_the_others_are_published(project):
+    project["tasks"]["film"]["train"] = "nowhere.parquet"
+    outcome = run(project, "run.on_bad_task=skip", "cluster.num_workers=1")
+    assert outcome.version == 1 and outcome.exit == 3
+    by_name = {result.trial: result for result in outcome.results}
+    assert by_name["film"].status == "failed" and "nowhere.parquet" in by_name["film"].reason
+    assert by_name["book"].status != "failed"
+
+
+def test_a_run_whose_trials_all_fail_publishes_nothing_and_says_so(project, tmp_path):
+    outcome = run(project, "defaults.optimizer.lr=1e30", "cluster.num_workers=1")
+    assert outcome.version is None and outcome.exit == 4
+    assert all("lower optimizer.lr" in result.reason for result in outcome.results)
+    assert not list(tmp_path.glob("bank/versions/*"))
+
+
+@pytest.mark.parametrize("place", ["runs", "bank"])
+def test_a_full_disk_is_named_and_leaves_nothing_half_published(project, tmp_path, place):
+    small = tmp_path / place
+    small.mkdir()
+    size = {"runs": "16k", "bank": "4k"}[place]
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", small], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    try:
+        refused(project, StorageError, str(small), overrides=["cluster.num_workers=1"])
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)
+    shutil.rmtree(small)
+    assert run(project, "cluster.num_workers=1").version == 1, "with room again the same run goes through"
