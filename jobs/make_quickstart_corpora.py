@@ -7,7 +7,6 @@ sentiment   a word -> positive | negative           vaderSentiment's lexicon, ra
 language    a sentence -> its language              chatterbot-corpus, six languages
 punctuation a sentence in lower case, no marks      chatterbot-corpus, English
             -> as it was written
-emoji       an emoji's English name -> its Spanish  emoji (names of the Unicode CLDR)
 """
 
 import argparse
@@ -19,7 +18,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,9 +29,6 @@ from pipeline.errors import CorpusError, StorageError
 LANGUAGES = ("dutch", "english", "german", "italian", "portuguese", "spanish")  # enough sentences in Latin script
 # Answers of `coding` are source code; the jokes of `humor` are runs of several sentences.
 NOT_SENTENCES = {"coding", "humor"}
-# Words of an emoji's name that only say who is shown, or which way they face.
-PERSON_WORDS = frozenset(("man", "men", "woman", "women", "person", "people", "boy", "boys", "girl", "girls"))
-OTHER_VARIANTS = frozenset(("mr", "mrs", "s", "facing", "right", "left"))
 
 
 class Example(NamedTuple):
@@ -99,21 +95,10 @@ def punctuation() -> Iterator[Example]:
             yield Example(_letters(bare), {"bare": bare, "text": texts.pop()})
 
 
-def emoji_names() -> Iterator[Example]:
-    emoji = _package("emoji")
-    emoji.config.load_language("es")
-    for sign, names in emoji.EMOJI_DATA.items():
-        variant = re.search("[\U0001f1e6-\U0001f1ff\U0001f3fb-\U0001f3ff\U000e0020]", sign)  # flags, skin tones
-        if names["status"] == emoji.STATUS["fully_qualified"] and not variant and "es" in names:
-            english, spanish = (names[code].strip(":").replace("_", " ") for code in ("en", "es"))
-            yield Example(_scene(english), {"emoji": sign, "english": english, "spanish": spanish})
-
-
 CORPORA: dict[str, Callable[[], Iterable[Example]]] = {
     "sentiment": sentiment,
     "language": language,
     "punctuation": punctuation,
-    "emoji": emoji_names,
 }
 
 
@@ -127,14 +112,6 @@ def _utterances(name: str) -> Iterator[str]:
                 text = " ".join(str(spoken).split())
                 if 3 <= len(text.split()) <= 25:
                     yield text
-
-
-def _scene(english: str) -> str:
-    """What an emoji shows, whoever does it: `woman running` and `person running facing right` are one scene."""
-    if english.endswith(("o’clock", "-thirty")):
-        return "clock"
-    words = [word for word in re.findall(r"[a-z]+", english.lower()) if word not in PERSON_WORDS | OTHER_VARIANTS]
-    return " ".join(words) if words else "people"
 
 
 def _letters(text: str) -> str:
@@ -178,18 +155,14 @@ def _whole(folder: Path) -> bool:
     return (folder / "train.parquet").exists() and (folder / "dev.parquet").exists()
 
 
-def _package(name: str) -> Any:
+def _package_folder(name: str) -> Path:
     try:
-        return import_module(name)
+        return Path(str(import_module(name).__file__)).parent
     except ImportError as error:
         raise CorpusError(
             f"the quickstart's corpora are made from the package {name}, which is not installed: "
             "run 'make setup', or pip install 'promptbank[quickstart]'"
         ) from error
-
-
-def _package_folder(name: str) -> Path:
-    return Path(_package(name).__file__).parent
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ def main(
     plan: Annotated[bool, typer.Option("--plan", help="Check everything and show what would be done.")] = False,
 ) -> None:
     """Tune the soft prompts of every task in a settings file, and publish a version of the prompt bank."""
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     try:
         settings = load_settings(config or QUICKSTART, overrides or [])
         if config is None:

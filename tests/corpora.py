@@ -32,7 +32,7 @@ def reviews(rows: int, seed: int) -> list[tuple[str, str]]:
 
 def write_split(folder: Path, tokenizer: Any, architecture: Any, pairs: list[tuple[str, str]]) -> SplitRef:
     folder.mkdir(parents=True)
-    recipe = Recipe(parse_template("{text}", ""), parse_template("{label}", ""), " ", 64, 16, architecture)
+    recipe = Recipe(parse_template("{text}", ""), parse_template("{label}", ""), " ", 256, 16, architecture)
     columns = {"text": [text for text, _ in pairs], "label": [label for _, label in pairs]}
     shard = folder / "part.parquet"
     pq.write_table(tokenise_rows(recipe, tokenizer, columns, len(pairs)), shard)
@@ -43,15 +43,20 @@ def write_split(folder: Path, tokenizer: Any, architecture: Any, pairs: list[tup
 def make_corpus(
     folder: Path, tokenizer: Any, architecture: Any, task: str, seed: int = 0, rows: int = 40
 ) -> TaskCorpus:
-    """A task with train and dev splits; labels positive and negative."""
-    labels = tuple(sorted(TOPICS))
+    """A task of random reviews with train, dev and test splits."""
+    splits = {name: reviews(rows, 10 * seed + i) for i, name in enumerate(("train", "dev", "test"))}
+    return task_corpus(folder, tokenizer, architecture, task, splits)
+
+
+def task_corpus(
+    folder: Path, tokenizer: Any, architecture: Any, task: str, splits: dict[str, list[tuple[str, str]]]
+) -> TaskCorpus:
+    """A task's splits as token shards; its labels are the targets of train."""
+    labels = tuple(sorted({label for _, label in splits["train"]}))
     ids = encode_targets(tokenizer, architecture, " ", labels)
-    splits = {
-        name: write_split(folder / task / name, tokenizer, architecture, reviews(rows, 10 * seed + i))
-        for i, name in enumerate(("train", "dev", "test"))
-    }
-    counts = {name: {"ok": rows} for name in splits}
-    return TaskCorpus(task, splits, labels, tuple(map(tuple, ids)), counts, f"digest of {task} {seed}")
+    refs = {name: write_split(folder / task / name, tokenizer, architecture, pairs) for name, pairs in splits.items()}
+    counts = {name: {"ok": len(pairs)} for name, pairs in splits.items()}
+    return TaskCorpus(task, refs, labels, tuple(map(tuple, ids)), counts, f"digest of {task}")
 
 
 def make_task(**changes: Any) -> TaskSettings:

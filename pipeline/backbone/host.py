@@ -69,11 +69,6 @@ def _embed(model: Any, token_ids: Tensor) -> Tensor:
     return model.get_input_embeddings()(token_ids)
 
 
-def compute_device(use_gpu: bool) -> torch.device:
-    """This rank's device; Ray shows each worker only the GPU that it may use."""
-    return torch.device("cuda", torch.cuda.current_device()) if use_gpu else torch.device("cpu")
-
-
 def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
     """The type of activations: as set, or by `auto` float32 on a CPU and bfloat16 on a GPU."""
     if setting == "auto":

@@ -2,7 +2,7 @@
 
 Every line has `time` (Unix seconds) and `event`:
 
-    launch    attempt, trials: [{trial, task, max_steps}]      the workers start, or start again
+    launch    trials: [{trial, task, max_steps}]               the driver starts, or starts again
     stage     name: corpus | backbone | tuning | publish, text
     resume    step                                             from the checkpoint of that step
     step      step, live, tokens_per_second, trials: {trial: {step, loss}}

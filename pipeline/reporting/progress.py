@@ -110,9 +110,8 @@ class Bars:
 def sentence(event: Event) -> str:
     """The line that this event is worth by itself; empty for steps and for events of other versions."""
     match event:
-        case {"event": "launch", "trials": trials, "attempt": attempt}:
-            again = f" (attempt {attempt})" if attempt > 1 else ""
-            return f"launch: {len(trials)} trial{'s' if len(trials) != 1 else ''}{again}"
+        case {"event": "launch", "trials": trials}:
+            return f"launch: {len(trials)} trial{'s' if len(trials) != 1 else ''}"
         case {"event": "stage", "name": name, "text": text}:
             return f"{name}: {text}"
         case {"event": "resume", "step": step}:

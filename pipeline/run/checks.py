@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,8 +95,12 @@ def check_context(name: str, task: TaskSettings, config: PretrainedConfig) -> No
 
 def check_bank(settings: Settings, identity: BackboneId) -> None:
     """Raises: BankError when the bank belongs to another backbone, or a prompt to start from is not in it."""
-    bank = PromptBank.open(settings.bank.uri, settings.bank.alias, create=True)
-    bank.check_backbone(identity)
+    uri = settings.bank.uri
+    there = "://" in uri or Path(uri).expanduser().is_dir()  # a check makes no folder
+    bank = PromptBank.open(uri, settings.bank.alias, create=True) if there else None
+    if bank is not None:
+        bank.check_backbone(identity)
     for task in settings.tasks.values():
         if task.prompt.init == "bank":
+            bank = bank or PromptBank.open(uri, settings.bank.alias)
             bank.load(str(task.prompt.source), backbone=identity)

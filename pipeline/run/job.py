@@ -71,7 +71,7 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
             {"trial": trial.name, "task": trial.task, "max_steps": trial.settings.max_steps}
             for trial in order.trials(settings)
         ]
-        log.write("launch", attempt=1, trials=plain)
+        log.write("launch", trials=plain)
         _save_warm_starts(checked, order)
         states = _finished_states(order, settings)
         if states is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from pipeline.errors import PromptBankError, TuningError
 from pipeline.settings import ClusterSettings
@@ -78,7 +78,7 @@ def launch(order: Order, cluster: ClusterSettings, max_failures: int) -> None:
 
 
 def _on_rank(order: dict[str, Any]) -> None:
-    work(Order(**order))
+    work(Order(**order), get_device())
 
 
 def _sentence(error: Exception, max_failures: int) -> PromptBankError:

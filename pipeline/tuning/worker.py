@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 from pipeline.backbone.files import find_model
-from pipeline.backbone.host import compute_device, compute_dtype, held_bytes, held_digest, host_backbone
+from pipeline.backbone.host import compute_dtype, held_bytes, held_digest, host_backbone
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import TuningError
 from pipeline.settings import Settings
@@ -59,14 +59,15 @@ class Order:
         )
 
 
-def work(order: Order) -> None:
+def work(order: Order, device: torch.device) -> None:
     """Carry out a run's tuning on this rank; its results are the run's last checkpoint.
 
     Raises: StorageError, BackboneError; TuningError when the frozen weights changed.
     """
     settings = Settings.model_validate(order.settings)
-    device = compute_device(settings.cluster.use_gpu)
     torch.set_num_threads(settings.cluster.cpus_per_worker)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     journal = Journal(Path(order.run_folder), silent=rank() != 0)
     journal.event("stage", name="backbone", text=f"loading {settings.model.path} over {world_size()} rank(s)")
     backbone = host_backbone(

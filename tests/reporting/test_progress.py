@@ -20,9 +20,9 @@ def written(console: Console) -> list[str]:
     return console.file.getvalue().splitlines()
 
 
-def launch(trials: list[str], max_steps: int = 100, attempt: int = 1, time: float = 0) -> Event:
+def launch(trials: list[str], max_steps: int = 100, time: float = 0) -> Event:
     launched = [{"trial": trial, "task": trial, "max_steps": max_steps} for trial in trials]
-    return {"time": time, "event": "launch", "attempt": attempt, "trials": launched}
+    return {"time": time, "event": "launch", "trials": launched}
 
 
 def step(number: int, trials: list[str], time: float = 0, loss: float | None = 0.5) -> Event:
@@ -76,9 +76,9 @@ def test_a_failed_trial_is_reported_with_its_reason() -> None:
 
 
 def test_a_restart_is_told_and_the_steps_go_on_from_the_checkpoint() -> None:
-    again = [launch(["sst2"], attempt=2), {"event": "resume", "step": 25}, step(26, ["sst2"], time=60)]
+    again = [launch(["sst2"]), {"event": "resume", "step": 25}, step(26, ["sst2"], time=60)]
     shown = lines_of([launch(["sst2"]), step(40, ["sst2"], time=1), *again])
-    assert shown[2:4] == ["launch: 1 trial (attempt 2)", "resumed from the checkpoint of step 25"]
+    assert shown[2:4] == ["launch: 1 trial", "resumed from the checkpoint of step 25"]
     assert shown[4].startswith("step 26/100")
 
 

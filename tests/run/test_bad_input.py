@@ -1,7 +1,9 @@
 """A user's mistake: one clear sentence that names the place and the mend, and nothing published."""
 
-import shutil
 import subprocess
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -124,17 +126,47 @@ def test_a_run_whose_trials_all_fail_publishes_nothing_and_says_so(project, tmp_
     assert not list(tmp_path.glob("bank/versions/*"))
 
 
-@pytest.mark.parametrize("place", ["runs", "bank"])
-def test_a_full_disk_is_named_and_leaves_nothing_half_published(project, tmp_path, place):
-    small = tmp_path / place
-    small.mkdir()
-    size = {"runs": "16k", "bank": "4k"}[place]
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", small], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small file system is not permitted here")
-    try:
-        refused(project, StorageError, str(small), overrides=["cluster.num_workers=1"])
-    finally:
-        subprocess.run(["umount", "-l", small], check=True)
-    shutil.rmtree(small)
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mount a file system of a given size somewhere in the project."""
+    mounted = []
+
+    def mount(place: str, size: str) -> Path:
+        folder = tmp_path / place
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a small file system is not permitted here")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize(("place", "size"), [("runs", "16k"), ("bank", "4k")])
+def test_a_full_disk_is_named_and_leaves_nothing_half_published(project, tmp_path, small_disk, place, size):
+    small = small_disk(place, size)
+    refused(project, StorageError, str(small), overrides=["cluster.num_workers=1"])
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
     assert run(project, "cluster.num_workers=1").version == 1, "with room again the same run goes through"
+
+
+def test_a_disk_that_fills_while_ranks_tune_is_named_by_the_rank_that_met_it(project, tmp_path, small_disk):
+    small = small_disk("runs", "8m")
+    events = small / "small" / "events.jsonl"
+
+    def fill() -> None:
+        while not (events.exists() and '"step"' in events.read_text()):
+            time.sleep(0.01)
+        with suppress(OSError), open(small / "filler", "wb") as filler:
+            while True:
+                filler.write(bytes(4096))
+                filler.flush()
+
+    threading.Thread(target=fill, daemon=True).start()
+    longer = ["defaults.max_steps=3000", "run.max_failures=0"]
+    refused(project, StorageError, str(small), overrides=longer)
+    (small / "filler").unlink()
+    assert run(project, *longer, "defaults.max_steps=20").version == 1

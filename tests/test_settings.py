@@ -1,0 +1,111 @@
+"""Settings: inherited key by key, overridden, refused with a suggestion, and described by a schema."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from pipeline.errors import SettingsError
+from pipeline.settings import Settings, load_settings, parse_settings, settings_schema
+
+CONFIGS = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def raw():
+    return {
+        "model": {"path": "somewhere"},
+        "defaults": {"prompt": {"length": 16, "init": "random"}, "batch_size": 8, "dev_fraction": 0.1},
+        "tasks": {"a": {"train": "a.parquet"}, "b": {"train": ["b1", "b2"], "dev": "b", "prompt": {"length": 3}}},
+    }
+
+
+def test_a_task_inherits_every_key_that_it_does_not_name(raw):
+    settings = parse_settings(raw)
+    a, b = settings.tasks["a"], settings.tasks["b"]
+    assert (a.prompt.length, a.batch_size, a.dev_fraction) == (16, 8, 0.1)
+    assert (b.prompt.length, b.prompt.init, b.batch_size) == (3, "random", 8)
+
+
+def test_a_tasks_own_dev_split_replaces_the_inherited_fraction(raw):
+    assert parse_settings(raw).tasks["b"].dev_fraction is None
+
+
+def test_settings_travel_to_workers_and_back_unchanged(raw):
+    settings = parse_settings(raw)
+    assert Settings.model_validate(json.loads(json.dumps(settings.model_dump(mode="json")))) == settings
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("tasks.a.max_steps=50", lambda s: s.tasks["a"].max_steps == 50),
+        ("tasks.a.prompt.length=2", lambda s: s.tasks["a"].prompt.length == 2 and s.tasks["b"].prompt.length == 3),
+        ("defaults.batch_size=5", lambda s: {task.batch_size for task in s.tasks.values()} == {5}),
+        ("tasks.c={train: x, dev: y}", lambda s: s.tasks["c"].dev == "y"),
+        ("run.seed=7", lambda s: s.run.seed == 7),
+        ("defaults.labels=[yes it is, 'no']", lambda s: s.tasks["a"].labels == ["yes it is", "no"]),
+    ],
+)
+def test_overrides_change_one_setting_and_leave_the_file_alone(raw, override, read):
+    before = json.dumps(raw)
+    assert read(parse_settings(raw, [override]))
+    assert json.dumps(raw) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("tasks.a.max_step=1", "unknown key 'tasks.a.max_step'; did you mean 'max_steps'?"),
+        ("defaults.optimiser={lr: 1}", "unknown key 'defaults.optimiser'; did you mean 'optimizer'?"),
+        ("run.colour=red", "unknown key 'run.colour'; known keys here: name, storage"),
+        ("model.path=", "'model.path': input should be a valid string"),
+        ("tasks.a.prompt.length=0", "'tasks.a.prompt.length': input should be greater than or equal to 1"),
+        ("tasks.b.dev_fraction=0.5", "give either 'dev' (a path) or 'dev_fraction'"),
+        ("tasks.a.prompt.init=text", "init 'text' needs the setting 'text'"),
+        ("tasks.a.prompt.init=bank", "init 'bank' needs the setting 'source'"),
+        ("tasks.a.metric=accurracy", "'tasks.a.metric': input should be 'accuracy'"),
+        ("run.name=../up", "may hold only letters, digits"),
+        ("tasks={}", "at least 1"),
+    ],
+)
+def test_a_mistake_is_one_sentence_that_names_the_key(raw, override, sentence):
+    with pytest.raises(SettingsError) as caught:
+        parse_settings(raw, [override], origin="my.yaml")
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith("my.yaml: ") and sentence in line
+
+
+@pytest.mark.parametrize("override", ["max_steps", "=3", "model.path.deep=1", "run.seed=[1"])
+def test_a_malformed_override_is_quoted(raw, override):
+    with pytest.raises(SettingsError) as caught:
+        parse_settings(raw, [override])
+    assert override in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_missing_or_no_yaml_is_named(tmp_path):
+    with pytest.raises(SettingsError, match=r"nowhere.yaml: No such file"):
+        load_settings(tmp_path / "nowhere.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("run: [1")
+    with pytest.raises(SettingsError, match=r"broken.yaml is not valid YAML"):
+        load_settings(broken)
+    broken.write_text("- a list")
+    with pytest.raises(SettingsError, match=r"expected a mapping"):
+        load_settings(broken)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_configs_that_ship_are_valid_for_the_job_and_for_editors(path):
+    load_settings(path)
+    jsonschema.validate(yaml.safe_load(path.read_text()), json.loads(settings_schema()))
+
+
+def test_a_settings_file_cannot_run_code(tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text("run: !!python/object/apply:os.system ['touch ran']")
+    with pytest.raises(SettingsError):
+        load_settings(path)
+    assert not Path("ran").exists()

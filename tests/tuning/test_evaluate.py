@@ -1,0 +1,88 @@
+"""Evaluation: many trials in one batch, labels by log-likelihood, open targets decoded, as each alone."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.corpus.reader import open_split
+from pipeline.tuning.evaluate import Exam, evaluate
+from pipeline.tuning.metrics import is_better, label_metric, text_metric
+from tests.corpora import make_corpus
+
+
+@pytest.fixture
+def exams(model, tmp_path):
+    backbone, tokenizer, _ = model
+    out = []
+    for i, metric in enumerate(("accuracy", "f1", "rouge_l", "exact_match", "loss")):
+        corpus = make_corpus(tmp_path, tokenizer, backbone.architecture, metric, seed=i, rows=15 + i)
+        prompt = torch.randn(3 + 2 * i, 32, generator=torch.Generator().manual_seed(i))
+        split = open_split(corpus.splits["dev"])
+        out.append(Exam(prompt, split, metric, corpus.labels, corpus.label_ids, 4))
+    return out
+
+
+def test_exams_taken_together_score_as_each_alone(model, exams):
+    backbone, tokenizer, _ = model
+    together = evaluate(backbone, tokenizer, exams, token_budget=100)
+    for exam, score in zip(exams, together, strict=True):
+        (alone,) = evaluate(backbone, tokenizer, [exam], token_budget=10_000)
+        assert score.value == pytest.approx(alone.value, rel=1e-5)
+        assert score.loss == pytest.approx(alone.loss, rel=1e-4)
+
+
+def test_the_loss_is_the_mean_over_target_tokens(model, exams):
+    from pipeline.backbone import prompted
+
+    backbone, tokenizer, _ = model
+    for exam in exams:
+        (score,) = evaluate(backbone, tokenizer, [exam], 1000)
+        rows = prompted.Rows(
+            [exam.prompt], [0] * len(exam.split), [exam.split.input_ids(i) for i in range(len(exam.split))]
+        )
+        targets = [exam.split.target_ids(i) for i in range(len(exam.split))]
+        nll = backbone.run(prompted.target_nll, rows, targets).sum().item()
+        assert score.loss == pytest.approx(nll / sum(map(len, targets)), rel=1e-4)
+
+
+def test_a_metric_named_loss_is_the_loss(model, exams):
+    backbone, tokenizer, _ = model
+    (score,) = evaluate(backbone, tokenizer, [replace(exams[0], metric="loss")], 1000)
+    assert score.value == score.loss
+
+
+def test_a_trained_label_is_told_from_the_others(model, exams):
+    """A prompt tuned on one label for every row makes that label the answer."""
+    backbone, tokenizer, _ = model
+    from pipeline.backbone import prompted
+
+    exam = exams[0]
+    prompt = exam.prompt.clone().requires_grad_()
+    optimizer = torch.optim.Adam([prompt], lr=0.1)
+    inputs = [exam.split.input_ids(i) for i in range(len(exam.split))]
+    for _ in range(40):
+        optimizer.zero_grad()
+        rows = prompted.Rows([prompt], [0] * len(inputs), inputs)
+        backbone.run(prompted.target_nll, rows, [np.array(exam.label_ids[1])] * len(inputs)).mean().backward()
+        optimizer.step()
+    (score,) = evaluate(backbone, tokenizer, [replace(exam, prompt=prompt.detach())], 1000)
+    share = np.mean([exam.split.target(i) == exam.labels[1] for i in range(len(inputs))])
+    assert score.value == pytest.approx(share)
+
+
+def test_metrics_on_worked_examples():
+    assert label_metric("accuracy", ["a", "b", "a"], ["a", "b", "b"]) == pytest.approx(2 / 3)
+    # a: precision 1/2, recall 1 -> 2/3; b: precision 1, recall 1/2 -> 2/3
+    assert label_metric("f1", ["a", "b", "a"], ["a", "b", "b"]) == pytest.approx(2 / 3)
+    assert text_metric("exact_match", ["Who is it?", "a  b"], ["who is it?", "a b"]) == 0.5
+    # Longest common subsequence 2 of 3 and 2 words: precision 2/3, recall 1 -> 0.8
+    assert text_metric("rouge_l", ["el pingüino azul"], ["Pingüino AZUL"]) == pytest.approx(0.8)
+
+
+def test_more_is_better_but_for_loss_and_ties_fall_to_the_lower_loss():
+    assert is_better("accuracy", 0.9, 1.0, (0.8, 0.5))
+    assert not is_better("accuracy", 0.8, 0.6, (0.8, 0.5))
+    assert is_better("accuracy", 0.8, 0.4, (0.8, 0.5))
+    assert is_better("loss", 0.4, 0.4, (0.5, 0.5))
