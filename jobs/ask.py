@@ -15,6 +15,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import typer
 from rich.console import Console
 
+from pipeline.bank import PromptBank
 from pipeline.errors import PromptBankError
 
 
@@ -22,29 +23,32 @@ def main(
     texts: Annotated[list[str], typer.Argument(help="Texts to put to the prompt.")],
     task: Annotated[str, typer.Option(help="The prompt: name, name@version or name@alias.")],
     bank: Annotated[str, typer.Option(help="The bank's folder.")],
+    alias: Annotated[str, typer.Option(help="The alias that a bare name is looked up by.")] = "latest",
     model: Annotated[str, typer.Option(help="The backbone that the prompt was tuned on.")] = "smollm2-135m",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
 ) -> None:
     """Answer texts with a prompt of the bank: its most likely label, or generated text."""
     console = Console(soft_wrap=True, highlight=False)
     try:
-        for text, answer in zip(texts, _answers(texts, task, bank, model, max_new_tokens), strict=True):
+        for text, answer in zip(
+            texts, _answers(texts, task, PromptBank.open(bank, alias), model, max_new_tokens), strict=True
+        ):
             console.print(f"{text} -> {answer}", markup=False)
     except PromptBankError as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
         raise typer.Exit(2) from error
 
 
-def _answers(texts: list[str], task: str, uri: str, model: str, max_new_tokens: int) -> list[str]:
-    from pipeline.bank import PromptBank
+def _answers(texts: list[str], task: str, bank: PromptBank, model: str, max_new_tokens: int) -> list[str]:
+    from pipeline.backbone.fingerprint import weights_setting
     from pipeline.corpus.template import parse_template
     from pipeline.serving import PromptedModel
 
-    bank = PromptBank.open(uri)
-    record = bank.load(task).record
+    prompt = bank.load(task)
+    record = prompt.record
     columns = parse_template(record.template.input, f"prompt '{task}'").columns
     rows = [dict.fromkeys(columns, text) for text in texts]
-    served = PromptedModel.open(model, bank)
+    served = PromptedModel.open(model, bank, weights_setting(prompt.backbone))
     if not record.labels or record.metric not in ("accuracy", "f1"):
         return served.generate(rows, [task] * len(rows), max_new_tokens)
     return [max(scores, key=lambda label: scores[label]) for scores in served.classify(rows, [task] * len(rows))]

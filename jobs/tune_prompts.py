@@ -6,7 +6,7 @@
 
 Without --config it runs the quickstart. Started again with the same run name, it goes on where it
 was stopped. Exit codes: 0 every prompt published, 2 bad input, 3 some published, 4 none published,
-5 interrupted (start again to resume).
+5 interrupted by lost workers, a full disk or Ctrl-C (start again to resume).
 """
 
 import os
@@ -21,7 +21,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from pipeline.errors import PromptBankError, TuningError  # noqa: E402
+from pipeline.errors import PromptBankError, StorageError, TuningError  # noqa: E402
 from pipeline.settings import Settings, load_settings  # noqa: E402
 
 QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
@@ -39,12 +39,21 @@ def main(
     try:
         settings = load_settings(config or QUICKSTART, overrides or [])
         if config is None:
+            if _in_rays_copy():
+                os.chdir(Path.home())  # what is written into the copy is deleted with it
             _make_quickstart_corpora(settings)
+        elif _in_rays_copy() and not (os.path.isabs(settings.run.storage) and os.path.isabs(settings.bank.uri)):
+            console.print(
+                "warning: run.storage or bank.uri is relative, and Ray deletes this copy of the working folder"
+            )
         raise typer.Exit(_run(settings, console, plan))
     except PromptBankError as error:
         for line in str(error).splitlines():
             Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {line}", markup=False)
-        raise typer.Exit(5 if isinstance(error, TuningError) else 2) from error
+        raise typer.Exit(5 if isinstance(error, TuningError | StorageError) else 2) from error
+    except KeyboardInterrupt as error:
+        Console(stderr=True).print("interrupted: start the same run again to resume it")
+        raise typer.Exit(5) from error
 
 
 def _run(settings: Settings, console: Console, plan_only: bool) -> int:
@@ -66,12 +75,9 @@ def _run(settings: Settings, console: Console, plan_only: bool) -> int:
         return int(outcome.exit)
     console.print(f"Published version {outcome.version} of the bank {bank.resolve()} (alias {settings.bank.alias}).")
     published = [result.trial for result in outcome.results if result.status != "failed"]
-    console.print(
-        f"Next, ask a prompt something:\n"
-        f"  {_python()} jobs/ask.py --bank {bank} --model {settings.model.path} --task {published[0]} 'your text'",
-        markup=False,
-        highlight=False,
-    )
+    alias = "" if settings.bank.alias == "latest" else f" --alias {settings.bank.alias}"
+    ask = f"{_python()} jobs/ask.py --bank {bank}{alias} --model {settings.model.path} --task {published[0]}"
+    console.print(f"Next, ask a prompt something:\n  {ask} 'your text'", markup=False, highlight=False)
     return int(outcome.exit)
 
 
@@ -81,6 +87,11 @@ def _make_quickstart_corpora(settings: Settings) -> None:
     train = next(iter(settings.tasks.values())).train
     assert isinstance(train, str)
     make_corpora(Path(train).parents[1])
+
+
+def _in_rays_copy() -> bool:
+    """Whether a submitted job runs here: in a copy of the working directory, which Ray made and deletes."""
+    return "_ray_pkg_" in str(Path.cwd())
 
 
 def _python() -> str:

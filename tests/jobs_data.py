@@ -34,7 +34,7 @@ def make_project(folder: Path, family: str = "llama", **defaults: Any) -> dict[s
             "batch_size": 4,
             "max_steps": 20,
             "eval_every": 10,
-            "eval_rows": 20,
+            "eval_rows": 60,
             "max_input_tokens": 32,
             "max_target_tokens": 8,
             **defaults,

@@ -55,6 +55,12 @@ def find_model(path: str) -> ModelFiles:
     return _checked_folder(path, local.resolve())
 
 
+def from_anywhere(path: str) -> str:
+    """The same model for a process with another working directory (Ray gives each worker its own)."""
+    local = Path(path).expanduser()
+    return path if path in PACKAGED or not local.exists() else str(local.resolve())
+
+
 def _packaged(name: str) -> ModelFiles:
     module, package, file = PACKAGED[name]
     # find_spec does not import the package, whose own dependencies are not needed.

@@ -12,6 +12,11 @@ from pipeline.bank import BackboneId
 QUANTIZATION = {"int8": "int8 rows absmax", "full": "none"}
 
 
+def weights_setting(backbone: BackboneId) -> str:
+    """The setting `model.weights` under which a backbone is this one."""
+    return next(setting for setting, name in QUANTIZATION.items() if name == backbone.quantization)
+
+
 def tokenizer_digest(tokenizer: Any) -> str:
     """Digest of the fast tokenizer's whole definition and its special tokens."""
     definition = tokenizer.backend_tokenizer.to_str() + repr(sorted(tokenizer.special_tokens_map.items()))

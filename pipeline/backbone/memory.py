@@ -25,8 +25,13 @@ class MemoryEstimate:
     """Kept for the backward pass of one micro-batch."""
 
     @property
-    def total(self) -> int:
-        return _PROCESS_BYTES + self.weights + self.gathered + self.activations
+    def parts(self) -> dict[str, int]:
+        return {
+            "weights": self.weights,
+            "largest layer gathered": self.gathered,
+            "activations": self.activations,
+            "the process": _PROCESS_BYTES,
+        }
 
 
 def estimate_memory(

@@ -195,14 +195,17 @@ def _extend(model: Any, context: _Context, tokens: TokenRows) -> Tensor:
     """Run the rows' next tokens, right-padded, and remember them: hidden states `[B, T, H]`."""
     lengths = np.array([len(row) for row in tokens])
     ids = _padded(tokens)
-    before = context.mask.sum(1)
+    # Rows that are done run on beside longer ones; what they would say beyond the context is not used.
+    positions = np.minimum(
+        context.mask.sum(1)[:, None] + np.arange(ids.shape[1]), model.config.max_position_embeddings - 1
+    )
     context.mask = np.concatenate([context.mask, _mask(lengths, ids.shape[1])], axis=1)
     device = context.cache.layers[0].keys.device
     output = model.base_model(
         input_ids=torch.as_tensor(ids, device=device),
         past_key_values=context.cache,
         attention_mask=torch.as_tensor(context.mask, device=device),
-        position_ids=torch.as_tensor(before[:, None] + np.arange(ids.shape[1]), device=device),
+        position_ids=torch.as_tensor(positions, device=device),
         use_cache=True,
     )
     return output.last_hidden_state

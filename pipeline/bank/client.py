@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.bank import publish as publishing
-from pipeline.bank.aliases import AliasMove, alias_moves, check_alias, current_move
+from pipeline.bank.aliases import AliasMove, advance_alias, alias_moves, check_alias, current_move
 from pipeline.bank.blobs import read_blob
 from pipeline.bank.manifest import BackboneId, Manifest, PromptRecord, check_name
 from pipeline.bank.publish import NewPrompt
@@ -136,6 +136,13 @@ class PromptBank:
         number = publishing.publish(self._store, prompts, backbone, run, libraries, alias)
         self.refresh()
         return number
+
+    def advance(self, alias: str, version: int, by: str) -> None:
+        """Move an alias to a later version; one that is at it or beyond stays. Raises: BankError, StorageError."""
+        check_alias(alias)
+        self._read(version)
+        advance_alias(self._store, alias, version, by)
+        self.refresh()
 
     def _resolve(self, revision: str) -> Version:
         if _VERSION.fullmatch(revision):

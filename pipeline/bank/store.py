@@ -43,7 +43,7 @@ def open_store(uri: str | Path, create: bool) -> Store:
     scheme = _SCHEME.fullmatch(str(uri))
     if scheme and scheme[1] != "file":
         raise BankError(f"{uri}: object stores ({scheme[1]}://) are not there yet; give the bank as a local folder")
-    root = Path(scheme[2] if scheme else uri)
+    root = Path(scheme[2] if scheme else uri).expanduser()
     try:
         if create:
             _make_folder(root)

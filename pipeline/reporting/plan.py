@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -59,20 +58,15 @@ def memory_table(bytes_per_rank: Mapping[str, int], ranks: int) -> Table:
     """What each rank holds, by part, and its sum; and the same over all ranks."""
     total = sum(bytes_per_rank.values())
     table = Table(box=box.SIMPLE_HEAD, show_footer=True)
-    table.add_column("memory", footer="total")
-    table.add_column("per rank", footer=size(total), justify="right")
-    table.add_column(f"{ranks} rank{'s' if ranks != 1 else ''}", footer=size(total * ranks), justify="right")
+    table.add_column("memory (estimated)", footer="total")
+    table.add_column("per rank", footer=_size(total), justify="right")
+    table.add_column(f"{ranks} rank{'s' if ranks != 1 else ''}", footer=_size(total * ranks), justify="right")
     for part, held in bytes_per_rank.items():
-        table.add_row(escape(part), size(held), size(held * ranks))
+        table.add_row(escape(part), _size(held), _size(held * ranks))
     return table
 
 
-def print_plan(console: Console, tasks: Sequence[PlannedTask], bytes_per_rank: Mapping[str, int], ranks: int) -> None:
-    console.print(plan_table(tasks))
-    console.print(memory_table(bytes_per_rank, ranks))
-
-
-def size(count: int) -> str:
+def _size(count: int) -> str:
     """Bytes in decimal units: `1.50 GB`."""
     for unit, bound in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= bound:

@@ -24,7 +24,7 @@ from pipeline.backbone.memory import MemoryEstimate, estimate_memory
 from pipeline.backbone.weights import open_weights
 from pipeline.bank import BackboneId, PromptBank
 from pipeline.corpus.task_corpus import TaskPlan, check_task
-from pipeline.errors import PromptBankError, SettingsError
+from pipeline.errors import BankError, PromptBankError, SettingsError
 from pipeline.settings import Settings, TaskSettings
 
 
@@ -66,7 +66,14 @@ def check_run(settings: Settings) -> CheckedRun:
     int8 = settings.model.weights == "int8"
     weights = open_weights(files, build_skeleton(config, int8=False))
     identity = identify(settings.model.path, config, tokenizer, weights, settings.model.weights)
-    check_bank(settings, identity)
+    bank = check_bank(settings, identity)
+    for name in plans:
+        try:
+            check_start(name, settings, tokenizer, bank, identity)
+        except PromptBankError as error:
+            refused[name] = error
+    refuse_or_skip(settings, refused)
+    plans = {name: plan for name, plan in plans.items() if name not in refused}
     place = torch.device("cuda" if settings.cluster.use_gpu else "cpu")
     dtype = compute_dtype(settings.model.dtype, place)
     cluster = settings.cluster
@@ -93,14 +100,27 @@ def check_context(name: str, task: TaskSettings, config: PretrainedConfig) -> No
         )
 
 
-def check_bank(settings: Settings, identity: BackboneId) -> None:
-    """Raises: BankError when the bank belongs to another backbone, or a prompt to start from is not in it."""
+def check_bank(settings: Settings, identity: BackboneId) -> PromptBank | None:
+    """The bank, if it is there already. Raises: BankError when it belongs to another backbone."""
     uri = settings.bank.uri
-    there = "://" in uri or Path(uri).expanduser().is_dir()  # a check makes no folder
-    bank = PromptBank.open(uri, settings.bank.alias, create=True) if there else None
-    if bank is not None:
-        bank.check_backbone(identity)
-    for task in settings.tasks.values():
-        if task.prompt.init == "bank":
-            bank = bank or PromptBank.open(uri, settings.bank.alias)
-            bank.load(str(task.prompt.source), backbone=identity)
+    if "://" not in uri and not Path(uri).expanduser().is_dir():  # a check makes no folder
+        return None
+    bank = PromptBank.open(uri, settings.bank.alias, create=True)
+    bank.check_backbone(identity)
+    return bank
+
+
+def check_start(name: str, settings: Settings, tokenizer: Any, bank: PromptBank | None, identity: BackboneId) -> None:
+    """Raises: SettingsError when a task's prompt has nothing to start from."""
+    prompt = settings.tasks[name].prompt
+    if prompt.init == "text" and not tokenizer(prompt.text, add_special_tokens=False).input_ids:
+        raise SettingsError(f"task '{name}': prompt.text {prompt.text!r} holds no token; give some words")
+    if prompt.init == "bank":
+        if bank is None:
+            raise SettingsError(
+                f"task '{name}': prompt.source {prompt.source}: there is no bank at {settings.bank.uri}"
+            )
+        try:
+            bank.load(str(prompt.source), backbone=identity)
+        except BankError as error:
+            raise SettingsError(f"task '{name}': prompt.source {prompt.source}: {error}") from error

@@ -1,7 +1,8 @@
 """The main job, from settings to a published version of the bank."""
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from rich.console import Console
 from safetensors.numpy import save
 
-from pipeline.backbone.files import save_description
+from pipeline.backbone.files import from_anywhere, save_description
 from pipeline.bank import PromptBank
 from pipeline.corpus.encoding import TokenizerSpec
 from pipeline.corpus.task_corpus import TaskCorpus, prepare_task
@@ -57,31 +58,39 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
     """
     settings = checked.settings
     folder = _run_folder(settings)
-    log = EventLog(folder / "events.jsonl")
-    with connected_ray(settings.cluster), follow(folder / "events.jsonl", console):
+    events = folder / "events.jsonl"
+    with EventLog(events) as log, connected_ray(settings.cluster), follow(events, console):
         tokenizer = _save_model_description(checked, folder)
         corpora, refused = _prepare_corpora(checked, tokenizer, log)
-        order = Order(
-            settings=settings.model_dump(mode="json"),
-            corpora={name: corpus.to_dict() for name, corpus in corpora.items()},
-            fingerprint=checked.identity.fingerprint,
-            run_folder=str(folder),
-        )
+        order = _order(checked, corpora, folder)
         plain = [
             {"trial": trial.name, "task": trial.task, "max_steps": trial.settings.max_steps}
             for trial in order.trials(settings)
         ]
         log.write("launch", trials=plain)
-        _save_warm_starts(checked, order)
         states = _finished_states(order, settings)
         if states is None:
-            launch(order, settings.cluster, settings.run.max_failures)
+            launch(order, settings.cluster, settings.run.max_failures, log)
             states = _finished_states(order, settings)
         if states is None:
             raise TuningError(f"the ranks ended without finishing every trial; start run '{settings.run.name}' again")
         log.write("stage", name="publish", text=f"to {settings.bank.uri}")
         version = publish_prompts(settings, checked.identity, states, corpora)
     return Outcome((*map(result_of, states), *(_refused_result(settings, *item) for item in refused.items())), version)
+
+
+def _order(checked: CheckedRun, corpora: Mapping[str, TaskCorpus], folder: Path) -> Order:
+    # Ray gives each worker a working directory of its own.
+    settings = checked.settings.model_dump(mode="json")
+    settings["model"]["path"] = from_anywhere(checked.settings.model.path)
+    order = Order(
+        settings=settings,
+        corpora={name: corpus.to_dict() for name, corpus in corpora.items()},
+        fingerprint=checked.identity.fingerprint,
+        run_folder=str(folder),
+        starts={},
+    )
+    return replace(order, starts=_keep_warm_starts(checked, order))
 
 
 def _run_folder(settings: Settings) -> Path:
@@ -98,8 +107,8 @@ def _run_folder(settings: Settings) -> Path:
 def _save_model_description(checked: CheckedRun, folder: Path) -> TokenizerSpec:
     try:
         save_description(checked.config, checked.tokenizer, folder / "model")
-    except OSError as error:
-        raise StorageError(f"cannot write {folder / 'model'}: {error.strerror}") from error
+    except Exception as error:  # tokenizers raises nothing more special on a full disk
+        raise StorageError(f"cannot write {folder / 'model'}: {error}; make room and start the run again") from error
     return TokenizerSpec(str(folder / "model"), checked.identity.tokenizer, checked.architecture)
 
 
@@ -131,16 +140,19 @@ def _counted(corpus: TaskCorpus) -> str:
     return ", ".join(splits)
 
 
-def _save_warm_starts(checked: CheckedRun, order: Order) -> None:
-    """Keep the prompts that trials start from with the run, so that it resumes from the same ones."""
-    settings = checked.settings
-    for trial in order.trials(settings):
-        path = order.warm_start(trial)
-        if trial.settings.prompt.init == "bank" and not path.exists():
-            bank = PromptBank.open(settings.bank.uri, settings.bank.alias)
-            array = bank.load(str(trial.settings.prompt.source), checked.identity).array
-            path.parent.mkdir(exist_ok=True)
-            write_atomically(path, save({"prompt": array}))
+def _keep_warm_starts(checked: CheckedRun, order: Order) -> dict[str, str]:
+    """Keep the prompts that tasks start from with the run, which so resumes from the same ones; their digests."""
+    settings, starts = checked.settings, {}
+    for name in order.corpora:
+        prompt = settings.tasks[name].prompt
+        if prompt.init == "bank":
+            path = order.warm_start(name)
+            if not path.exists():
+                bank = PromptBank.open(settings.bank.uri, settings.bank.alias)
+                array = bank.load(str(prompt.source), checked.identity).array
+                write_atomically(path, save({"prompt": array}))
+            starts[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return starts
 
 
 def _finished_states(order: Order, settings: Settings) -> list[TrialState] | None:

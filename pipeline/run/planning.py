@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from pipeline.reporting.plan import PlannedTask, plan_table
+from pipeline.reporting.plan import PlannedTask, memory_table, plan_table
 from pipeline.run.checks import CheckedRun
 
 
@@ -12,17 +12,13 @@ def print_plan(checked: CheckedRun, console: Console) -> None:
     console.print(plan_table([_planned(checked, name) for name in checked.plans]))
     for name, error in checked.refused.items():
         console.print(f"left out: {name}: {error}", markup=False)
-    memory, ranks = checked.memory, settings.cluster.num_workers
+    memory = checked.memory
     console.print(
         f"model {settings.model.path}: {checked.config.model_type}, {memory.parameters / 1e6:,.0f} M parameters, "
         f"{settings.model.weights}, backbone {checked.identity.fingerprint[:12]}",
         markup=False,
     )
-    console.print(
-        f"memory on each of {ranks} rank(s), estimated: {_mib(memory.total)} = weights {_mib(memory.weights)}, "
-        f"largest layer {_mib(memory.gathered)}, activations {_mib(memory.activations)}, the process itself",
-        markup=False,
-    )
+    console.print(memory_table(memory.parts, settings.cluster.num_workers))
     console.print(f"run {settings.run.storage}/{settings.run.name} -> bank {settings.bank.uri} ({settings.bank.alias})")
 
 
@@ -39,7 +35,3 @@ def _planned(checked: CheckedRun, name: str) -> PlannedTask:
         metric=task.metric,
         dev_fraction=task.dev_fraction,
     )
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB"

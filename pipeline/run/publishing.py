@@ -10,6 +10,7 @@ from pipeline.reporting.table import TrialResult
 from pipeline.settings import Settings
 from pipeline.tuning.state import TrialState
 
+_LOOK_BACK = 20
 _LIBRARIES = ("torch", "transformers", "deepspeed", "bitsandbytes", "ray", "pyarrow")
 
 
@@ -42,6 +43,7 @@ def publish_prompts(
     bank = PromptBank.open(settings.bank.uri, settings.bank.alias, create=True)
     published = _published_before(bank, settings.run.name, prompts)
     if published is not None:
+        bank.advance(settings.bank.alias, published, by=f"run {settings.run.name}")  # if it was killed before that
         return published
     libraries = {name: version(name) for name in _LIBRARIES}
     return bank.publish(prompts, identity, settings.run.name, libraries, settings.bank.alias)
@@ -78,14 +80,11 @@ def _new_prompt(state: TrialState, corpus: TaskCorpus) -> NewPrompt:
 
 
 def _published_before(bank: PromptBank, run: str, prompts: Sequence[NewPrompt]) -> int | None:
-    """The alias' version, when this very run published these very prompts in it."""
-    if bank.version == 0:
-        return None
-    manifest = bank.manifest(bank.version)
-    tuned = {prompt.name: prompt.settings_digest for prompt in prompts if prompt.array is not None}
-    there = {
-        name: record.settings_digest
-        for name, record in manifest.prompts.items()
-        if record.tuned_in == bank.version and record.digest is not None
-    }
-    return bank.version if manifest.run == run and there == tuned else None
+    """The version in which this very run published these very prompts, if it is among the newest."""
+    wanted = {prompt.name: prompt.settings_digest for prompt in prompts if prompt.array is not None}
+    for number in bank.versions()[::-1][:_LOOK_BACK]:
+        manifest = bank.manifest(number)
+        tuned = {name: record.settings_digest for name, record in manifest.prompts.items() if record.tuned_in == number}
+        if manifest.run == run and tuned == wanted:
+            return number
+    return None

@@ -47,15 +47,11 @@ def save_checkpoint(folder: Path, step: int, states: Iterable[TrialState]) -> No
         tensors.update({f"{name}/{key}": value for key, value in own.items()})
     data = save(tensors, {"step": str(step), "trials": json.dumps(records)})
     path = folder / f"step-{step:09d}.safetensors"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, data)
-        for old in _newest_first(folder)[KEPT:]:
-            old.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"cannot write the checkpoint {path}: {error.strerror}; make room, and the run resumes from the last one"
-        ) from error
+    write_atomically(path, data)
+    newest_first = _newest_first(folder)
+    # Files beyond this step are damaged ones that were passed over.
+    for other in [*newest_first[newest_first.index(path) + KEPT :], *newest_first[: newest_first.index(path)]]:
+        other.unlink(missing_ok=True)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
@@ -69,17 +65,20 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """The whole file or none, also after a loss of power. Raises: OSError."""
+    """The whole file or none, also after a loss of power; folders are made. Raises: StorageError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise
+        raise StorageError(
+            f"cannot write {path}: {error.strerror}; make room, and the same run started again goes on"
+        ) from error
 
 
 def _newest_first(folder: Path) -> list[Path]:

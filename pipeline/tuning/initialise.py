@@ -35,7 +35,8 @@ def initial_prompt(
         assert prompt.text is not None
         ids = tokenizer(prompt.text, add_special_tokens=False).input_ids
         return backbone.embed(torch.as_tensor(np.resize(ids, prompt.length)))
-    rows = [_mean_embedding(backbone, tokenizer, label) for label in list(labels or ())[: prompt.length]]
+    known = [ids for label in labels or () if (ids := tokenizer(label, add_special_tokens=False).input_ids)]
+    rows = [backbone.embed(torch.as_tensor(ids)).mean(0, keepdim=True) for ids in known[: prompt.length]]  # [1, H] each
     rest = backbone.embed(torch.as_tensor(sampled[len(rows) :])) if len(rows) < prompt.length else None
     return torch.cat([*rows, *([] if rest is None else [rest])])
 
@@ -49,8 +50,3 @@ def _sampled_tokens(generator: np.random.Generator, tokenizer: Any, length: int)
     special = set(tokenizer.all_special_ids)
     common = [token for token in range(min(len(tokenizer), COMMON_TOKENS)) if token not in special]
     return generator.choice(common, size=length, replace=length > len(common))
-
-
-def _mean_embedding(backbone: Backbone, tokenizer: Any, label: str) -> Tensor:
-    ids = tokenizer(label, add_special_tokens=False).input_ids
-    return backbone.embed(torch.as_tensor(ids)).mean(0, keepdim=True)  # [1, H]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.errors import StorageError
 from pipeline.reporting.events import EventLog
+from pipeline.tuning.checkpoint import write_atomically
 from pipeline.tuning.state import TrialState
 
 _SECONDS_BETWEEN_STEP_EVENTS = 2.0
@@ -33,12 +34,12 @@ class Journal:
             if path.exists():
                 lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
                 kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= state.step]
-                path.write_text("".join(kept))
+                write_atomically(path, "".join(kept).encode())
         self.event("resume", step=step)
 
     def started(self, state: TrialState) -> None:
         if self._events:
-            self._path(state.trial.name).unlink(missing_ok=True)
+            write_atomically(self._path(state.trial.name), b"")
 
     def stepped(self, step: int, live: Sequence[TrialState], losses: Mapping[str, float], tokens: int) -> None:
         if self._events is None:
@@ -78,7 +79,6 @@ class Journal:
             return
         path = self._path(state.trial.name)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.step, **values}) + "\n")
         except OSError as error:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from pipeline.errors import PromptBankError, TuningError
+from pipeline.errors import PromptBankError, SettingsError, TuningError
+from pipeline.reporting.events import EventLog
 from pipeline.settings import ClusterSettings
 from pipeline.tuning.worker import Order, work
 
@@ -24,7 +27,7 @@ _OBJECT_STORE_BYTES = 512 * 2**20
 def connected_ray(cluster: ClusterSettings) -> Iterator[None]:
     """A connection to the cluster named by the settings or RAY_ADDRESS; else a Ray of our own, ended after.
 
-    Raises: TuningError when the cluster cannot be reached.
+    Raises: SettingsError when the cluster cannot be reached.
     """
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     # The workers must find this code, also when it was started as a script without being installed.
@@ -40,8 +43,12 @@ def connected_ray(cluster: ClusterSettings) -> Iterator[None]:
     try:
         if started:
             ray.init(address=address or "local", runtime_env=environment, **options)
-    except (ConnectionError, RuntimeError) as error:
-        raise TuningError(f"cannot reach the Ray cluster at {address}: {str(error).splitlines()[0]}") from error
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SettingsError(
+            f"cluster.address: no Ray cluster answers at {address or 'this machine'} ({reason}); "
+            "mend the address or its token (RAY_AUTH_TOKEN)"
+        ) from error
     try:
         yield
     finally:
@@ -49,13 +56,14 @@ def connected_ray(cluster: ClusterSettings) -> Iterator[None]:
             ray.shutdown()
 
 
-def launch(order: Order, cluster: ClusterSettings, max_failures: int) -> None:
+def launch(order: Order, cluster: ClusterSettings, max_failures: int, log: EventLog) -> None:
     """Run the order on `num_workers` ranks; ranks that are lost are started again from the last checkpoint.
 
     Raises: the PromptBankError that a rank ended with; TuningError when ranks were lost too often.
     """
     # A name of its own for each launch: what is resumed is our checkpoint, never Ray's state.
     name = f"launch-{time.time_ns()}"
+    _tell_what_is_missing(cluster, log)
     trainer = TorchTrainer(
         _on_rank,
         train_loop_config=asdict(order),
@@ -75,6 +83,19 @@ def launch(order: Order, cluster: ClusterSettings, max_failures: int) -> None:
         trainer.fit()
     except Exception as error:
         raise _sentence(error, max_failures) from error
+    finally:
+        shutil.rmtree(Path(order.run_folder) / "ray" / name, ignore_errors=True)
+
+
+def _tell_what_is_missing(cluster: ClusterSettings, log: EventLog) -> None:
+    """A cluster that is too small may yet grow, so this is news and no error."""
+    wanted = {"CPU": cluster.num_workers * cluster.cpus_per_worker, "GPU": cluster.num_workers * cluster.use_gpu}
+    there = ray.cluster_resources()
+    missing = [
+        f"{n} {kind}s where there are {there.get(kind, 0):g}" for kind, n in wanted.items() if n > there.get(kind, 0)
+    ]
+    if missing:
+        log.write("stage", name="tuning", text=f"waiting for {' and '.join(missing)} in the cluster")
 
 
 def _on_rank(order: dict[str, Any]) -> None:

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pipeline.backbone.host import Backbone
 from pipeline.corpus.reader import TokenSet, open_split
 from pipeline.corpus.task_corpus import TaskCorpus
+from pipeline.errors import StorageError
 from pipeline.tuning.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.tuning.evaluate import Exam, evaluate
 from pipeline.tuning.initialise import initial_prompt
 from pipeline.tuning.journal import Journal
 from pipeline.tuning.optimise import update
-from pipeline.tuning.ranks import rank
+from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
 from pipeline.tuning.state import TrialState, start
 from pipeline.tuning.step import Work, losses_and_gradients
 from pipeline.tuning.trials import Trial
@@ -83,10 +85,19 @@ def _resume(run: TuningRun, backbone: Backbone, tokenizer: Any) -> _Progress:
     checkpoint = load_checkpoint(run.folder / "checkpoints")
     found = [checkpoint.state_of(trial, backbone.device) for trial in run.trials] if checkpoint else []
     states = {state.trial.name: state for state in found if state is not None}
-    step = checkpoint.step if checkpoint and states else 0
+    # Counted on, even where no trial can be taken up again: a newer checkpoint has the higher step.
+    step = checkpoint.step if checkpoint else 0
+    _check_ranks_agree(run, step, len(states), backbone)
     if states:
         journal.resumed(step, list(states.values()))
     return _Progress(run, backbone, tokenizer, journal, step, states)
+
+
+def _check_ranks_agree(run: TuningRun, step: int, states: int, backbone: Backbone) -> None:
+    seen = torch.zeros(world_size(), 2, device=backbone.device)
+    seen[rank()] = torch.tensor([step, states], dtype=seen.dtype)
+    if len(sum_over_ranks(seen).unique(dim=0)) > 1:
+        raise StorageError(f"ranks see different checkpoints in {run.folder}; run.storage must be one shared folder")
 
 
 def _admit(progress: _Progress) -> None:

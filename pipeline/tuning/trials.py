@@ -19,7 +19,7 @@ class Trial:
     settings: TaskSettings
     seed: int
     digest: str
-    """Of everything that decides the tuned prompt: settings, seed, corpus and backbone.
+    """Of everything that decides the tuned prompt: settings, seed, corpus, backbone, bank prompt started from.
 
     A checkpointed trial is taken up again only under the same digest.
     """
@@ -35,18 +35,29 @@ def random_numbers(*key: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(int.from_bytes(seed[:16], "big")))
 
 
-def make_trials(settings: Settings, corpora: Mapping[str, str], fingerprint: str) -> list[Trial]:
-    """One trial for each task of `corpora` (task -> corpus digest), in the settings' order."""
+def make_trials(
+    settings: Settings, corpora: Mapping[str, str], fingerprint: str, starts: Mapping[str, str]
+) -> list[Trial]:
+    """One trial for each task of `corpora` (task -> corpus digest), in the settings' order.
+
+    `starts` has the digest of the bank's prompt that a task starts from, for `init: bank`.
+    """
     return [
-        make_trial(name, task, settings.run.seed if task.seed is None else task.seed, corpora[name], fingerprint)
+        make_trial(name, task, _seed(settings, task), corpora[name], fingerprint, starts.get(name))
         for name, task in settings.tasks.items()
         if name in corpora
     ]
 
 
-def make_trial(name: str, task: TaskSettings, seed: int, corpus: str, fingerprint: str) -> Trial:
+def _seed(settings: Settings, task: TaskSettings) -> int:
+    return settings.run.seed if task.seed is None else task.seed
+
+
+def make_trial(
+    name: str, task: TaskSettings, seed: int, corpus: str, fingerprint: str, starts_from: str | None = None
+) -> Trial:
     # Where the files lie does not matter; what they hold is in the corpus digest.
     deciding = task.model_dump(mode="json", exclude={"train", "dev", "test", "seed", "max_bad_rows"})
-    parts = [name, seed, corpus, fingerprint, deciding]
+    parts = [name, seed, corpus, fingerprint, deciding, starts_from]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return Trial(name, name, task, seed, digest)

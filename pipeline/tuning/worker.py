@@ -1,9 +1,11 @@
 """What one rank does: load its part of the backbone, tune, and check that the backbone stayed frozen."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer
@@ -28,34 +30,38 @@ class Order:
     """`TaskCorpus.to_dict()` by task, without the tasks that were left out."""
     fingerprint: str
     run_folder: str
+    starts: dict[str, str]
+    """Digest of the bank's prompt that a task starts from, for `init: bank`."""
 
     @property
     def model_folder(self) -> Path:
         """Config and tokenizer, saved by the driver whatever the weights' format."""
         return Path(self.run_folder) / "model"
 
-    def warm_start(self, trial: Trial) -> Path:
-        """Where the driver keeps the bank's prompt that a trial with `init: bank` starts from."""
-        return Path(self.run_folder) / "warm_starts" / f"{trial.name}-{trial.digest[:16]}.safetensors"
+    def warm_start(self, task: str) -> Path:
+        """Where the driver keeps the bank's prompt that a task with `init: bank` starts from."""
+        source = self.settings["tasks"][task]["prompt"]["source"]
+        return Path(self.run_folder) / "warm_starts" / f"{task}.{source.replace('@', '.at.')}.safetensors"
+
+    def warm_starts(self) -> dict[str, np.ndarray]:
+        return {task: load_file(self.warm_start(task))["prompt"] for task in self.starts}
 
     def task_corpora(self) -> dict[str, TaskCorpus]:
         return {task: TaskCorpus.from_dict(corpus) for task, corpus in self.corpora.items()}
 
     def trials(self, settings: Settings) -> list[Trial]:
         digests = {task: corpus.digest for task, corpus in self.task_corpora().items()}
-        return make_trials(settings, digests, self.fingerprint)
+        return make_trials(settings, digests, self.fingerprint, self.starts)
 
     def tuning_run(self, settings: Settings) -> TuningRun:
-        trials = self.trials(settings)
-        starts = {trial.name: self.warm_start(trial) for trial in trials if trial.settings.prompt.init == "bank"}
         return TuningRun(
-            trials=trials,
+            trials=self.trials(settings),
             corpora=self.task_corpora(),
             folder=Path(self.run_folder),
             max_live_trials=settings.run.max_live_trials,
             checkpoint_every=settings.run.checkpoint_every,
             token_budget=settings.cluster.tokens_per_microbatch,
-            warm_starts={name: load_file(path)["prompt"] for name, path in starts.items()},
+            warm_starts=self.warm_starts(),
         )
 
 
@@ -83,4 +89,5 @@ def work(order: Order, device: torch.device) -> None:
     journal.event("stage", name="tuning", text=f"rank 0 of {world_size()} holds {held}")
     tune(order.tuning_run(settings), backbone, AutoTokenizer.from_pretrained(order.model_folder))
     if held_digest(backbone) != before:
+        shutil.rmtree(Path(order.run_folder) / "checkpoints", ignore_errors=True)  # or a restart would publish them
         raise TuningError("the frozen weights changed during tuning; the run's prompts are not to be trusted")

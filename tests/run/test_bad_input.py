@@ -7,27 +7,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import ray
 from rich.console import Console
 
 from pipeline.errors import BackboneError, BankError, CorpusError, PromptBankError, SettingsError, StorageError
 from pipeline.run.checks import check_run
 from pipeline.run.job import run_job
 from pipeline.settings import parse_settings
-from tests.jobs_data import make_project, write_parquet
+from tests.jobs_data import write_parquet
 from tests.tiny import make_model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray():
-    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture
-def project(tmp_path):
-    return make_project(tmp_path)
 
 
 def run(project, *overrides):
@@ -92,6 +79,20 @@ def test_a_prompt_longer_than_the_context_is_refused_with_the_sum(project):
     refused(project, SettingsError, "task 'film'", "context of 256", overrides=["tasks.film.prompt.length=300"])
 
 
+def test_a_prompt_to_start_from_that_is_not_in_the_bank_is_refused(project):
+    there_is_none = ["tasks.film.prompt={init: bank, source: film@latest}"]
+    refused(project, SettingsError, "task 'film'", "there is no bank", overrides=there_is_none)
+
+
+def test_a_text_without_tokens_is_refused(project):
+    refused(project, SettingsError, "task 'film'", "no token", overrides=["tasks.film.prompt={init: text, text: ' '}"])
+
+
+def test_a_cluster_that_does_not_answer_is_refused(project, monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    refused(project, SettingsError, "cluster.address", "nowhere", overrides=["cluster.address=ray-nowhere:1"])
+
+
 def test_every_bad_task_is_named_at_once(project):
     project["tasks"]["film"]["train"] = "nowhere.parquet"
     project["tasks"]["book"]["input"] = "{txt}"
@@ -102,17 +103,17 @@ def test_every_bad_task_is_named_at_once(project):
 
 
 def test_a_bank_that_belongs_to_another_backbone_is_refused_before_any_training(project, tmp_path):
-    assert run(project, "cluster.num_workers=1").version == 1
+    assert run(project).version == 1
     make_model(tmp_path / "model", seed=1, scale=1.0)
     with pytest.raises(BankError, match="weights"):
-        run(project, "run.name=other", "cluster.num_workers=1")
+        run(project, "run.name=other")
     assert not (tmp_path / "runs/other").exists()
     assert len(list((tmp_path / "bank/versions").iterdir())) == 1
 
 
 def test_a_bad_task_can_be_left_out_while_the_others_are_published(project):
     project["tasks"]["film"]["train"] = "nowhere.parquet"
-    outcome = run(project, "run.on_bad_task=skip", "cluster.num_workers=1")
+    outcome = run(project, "run.on_bad_task=skip")
     assert outcome.version == 1 and outcome.exit == 3
     by_name = {result.trial: result for result in outcome.results}
     assert by_name["film"].status == "failed" and "nowhere.parquet" in by_name["film"].reason
@@ -120,7 +121,7 @@ def test_a_bad_task_can_be_left_out_while_the_others_are_published(project):
 
 
 def test_a_run_whose_trials_all_fail_publishes_nothing_and_says_so(project, tmp_path):
-    outcome = run(project, "defaults.optimizer.lr=1e30", "cluster.num_workers=1")
+    outcome = run(project, "defaults.optimizer.lr=1e30")
     assert outcome.version is None and outcome.exit == 4
     assert all("lower optimizer.lr" in result.reason for result in outcome.results)
     assert not list(tmp_path.glob("bank/versions/*"))
@@ -148,9 +149,9 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize(("place", "size"), [("runs", "16k"), ("bank", "4k")])
 def test_a_full_disk_is_named_and_leaves_nothing_half_published(project, tmp_path, small_disk, place, size):
     small = small_disk(place, size)
-    refused(project, StorageError, str(small), overrides=["cluster.num_workers=1"])
+    refused(project, StorageError, str(small))
     subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
-    assert run(project, "cluster.num_workers=1").version == 1, "with room again the same run goes through"
+    assert run(project).version == 1, "with room again the same run goes through"
 
 
 def test_a_disk_that_fills_while_ranks_tune_is_named_by_the_rank_that_met_it(project, tmp_path, small_disk):
@@ -166,7 +167,7 @@ def test_a_disk_that_fills_while_ranks_tune_is_named_by_the_rank_that_met_it(pro
                 filler.flush()
 
     threading.Thread(target=fill, daemon=True).start()
-    longer = ["defaults.max_steps=3000", "run.max_failures=0"]
+    longer = ["defaults.max_steps=3000", "run.max_failures=0", "cluster.num_workers=2"]
     refused(project, StorageError, str(small), overrides=longer)
     (small / "filler").unlink()
     assert run(project, *longer, "defaults.max_steps=20").version == 1

@@ -73,6 +73,17 @@ def test_trials_learn_their_tasks(model, tmp_path):
     assert state.history[state.best_at].loss < state.history[0].loss
 
 
+def test_a_run_whose_every_trial_changed_starts_them_anew_and_can_be_resumed(model, tmp_path):
+    backbone, tokenizer, _ = model
+    run = make_run(tmp_path, tokenizer, backbone.architecture, ("first",))
+    tune(run, backbone, tokenizer)
+    shorter = replace(run, trials=[trial("first", run.corpora["first"], max_steps=6, eval_every=3)])
+    (state,) = tune(shorter, backbone, tokenizer)
+    assert state.step == 6
+    checkpoint = load_checkpoint(tmp_path / "run/checkpoints")
+    assert checkpoint.state_of(shorter.trials[0], backbone.device).status != "live", "its end was not kept"
+
+
 class _Killed(BaseException):
     pass
 
@@ -126,17 +137,19 @@ def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(model, tm
 
 def test_a_trial_that_goes_nan_fails_alone(model, tmp_path, monkeypatch):
     backbone, tokenizer, _ = model
-    real = loop.initial_prompt
+    real = loop.losses_and_gradients
 
-    def poisoned(trial, *args):
-        prompt = real(trial, *args)
-        return prompt * float("nan") if trial.name == "second" else prompt
+    def poisoned(backbone, work, budget):
+        for part in work:
+            if part.trial.name == "second" and part.step == 5:
+                part.prompt.data[0, 0] = float("nan")
+        return real(backbone, work, budget)
 
     healthy = tune(make_run(tmp_path / "healthy", tokenizer, backbone.architecture), backbone, tokenizer)
-    monkeypatch.setattr(loop, "initial_prompt", poisoned)
+    monkeypatch.setattr(loop, "losses_and_gradients", poisoned)
     states = tune(make_run(tmp_path / "poisoned", tokenizer, backbone.architecture), backbone, tokenizer)
     by_name = {state.trial.name: state for state in states}
-    assert by_name["second"].status == "failed" and "lower optimizer.lr" in by_name["second"].reason
+    assert by_name["second"].status == "failed" and "at step 5; lower optimizer.lr" in by_name["second"].reason
     others = [state for state in states if state.trial.name != "second"]
     assert_same_prompts(prompts_of(others), prompts_of(healthy))
 
