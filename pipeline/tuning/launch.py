@@ -21,6 +21,8 @@ from pipeline.settings import ClusterSettings
 from pipeline.tuning.worker import Order, work
 
 _OBJECT_STORE_BYTES = 512 * 2**20
+_START_TIMEOUT_S = 900
+"""A cluster that scales itself needs minutes for a new node."""
 
 
 @contextmanager
@@ -32,7 +34,8 @@ def connected_ray(cluster: ClusterSettings) -> Iterator[None]:
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     # The workers must find this code, also when it was started as a script without being installed.
     root = str(Path(__file__).resolve().parents[2])
-    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}}
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
     if address:
         options = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -63,6 +66,7 @@ def launch(order: Order, cluster: ClusterSettings, max_failures: int, log: Event
     """
     # A name of its own for each launch: what is resumed is our checkpoint, never Ray's state.
     name = f"launch-{time.time_ns()}"
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_TIMEOUT_S))
     _tell_what_is_missing(cluster, log)
     trainer = TorchTrainer(
         _on_rank,
@@ -76,7 +80,7 @@ def launch(order: Order, cluster: ClusterSettings, max_failures: int, log: Event
         run_config=RunConfig(
             name=name,
             storage_path=str(Path(order.run_folder) / "ray"),
-            failure_config=FailureConfig(max_failures=max_failures),
+            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=max_failures),
         ),
     )
     try:
