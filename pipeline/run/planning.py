@@ -27,7 +27,7 @@ def _planned(checked: CheckedRun, name: str) -> PlannedTask:
     return PlannedTask(
         task=name,
         train_rows=plan.rows["train"],
-        dev_rows=plan.rows.get("dev"),
+        dev_rows=None if task.dev_fraction else plan.rows["dev"],
         test_rows=plan.rows.get("test"),
         trials=1,
         max_steps=task.max_steps,
