@@ -5,6 +5,7 @@ prompts stay outside as small ordinary tensors, so each can have its own optimiz
 and schedule.
 """
 
+import ctypes
 import hashlib
 import os
 from collections.abc import Callable
@@ -105,6 +106,7 @@ def host_backbone(
     def partition(module: nn.Module) -> None:
         if module._parameters:
             deepspeed.zero.Init(module=module, config_dict_or_path=zero, dtype=dtype)
+            _return_freed_memory()
         _move(module, device, parameters=False)
 
     load_weights(model, source, dtype, partition)
@@ -113,6 +115,13 @@ def host_backbone(
     deepspeed.utils.set_z3_leaf_modules(hosted, _layer_types(model))
     engine, *_ = deepspeed.initialize(model=hosted, config=zero)
     return Backbone(config, engine.module, device, dtype)
+
+
+def _return_freed_memory() -> None:
+    """Give freed pages back to the system: glibc keeps what loading freed, up to several times the model."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _move(module: nn.Module, device: torch.device, parameters: bool = True) -> None:

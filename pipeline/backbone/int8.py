@@ -22,6 +22,8 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 _LEVELS = 127.0
+_CHUNK = 2**20
+"""Weights that are quantised at a time."""
 
 
 class Int8Linear(nn.Module):
@@ -74,9 +76,15 @@ def _unknown_scale(weight: nn.Parameter) -> Tensor:
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """W `[O, I]` -> (int8 `[O, I]`, float32 scale `[O]`) with W ≈ int8 x scale, row by row."""
-    rows, absmax, _ = int8_vectorwise_quant(weight.contiguous())
-    return rows, absmax.to(torch.float32) / _LEVELS
+    """W `[O, I]` of any float type -> (int8 `[O, I]`, float32 scale `[O]`) with W ≈ int8 x scale, row by row."""
+    rows, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(weight.shape[0])
+    # Some rows at a time: bitsandbytes makes several float copies of what it quantises.
+    step = max(1, _CHUNK // weight.shape[1])
+    for start in range(0, len(weight), step):
+        part = weight[start : start + step].to(torch.float32).contiguous()
+        rows[start : start + step], absmax, _ = int8_vectorwise_quant(part)
+        scale[start : start + step] = absmax.to(torch.float32) / _LEVELS
+    return rows, scale
 
 
 class _Int8Product(torch.autograd.Function):

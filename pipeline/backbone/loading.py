@@ -101,7 +101,7 @@ def _converted(module: nn.Module, parameter: nn.Parameter, tensor: Tensor, dtype
             f"{origin}: a weight has the shape {list(tensor.shape)} where config.json says {list(parameter.shape)}"
         )
     if parameter.dtype == torch.int8:
-        rows, scale = quantize_rows(tensor.to(torch.float32))
+        rows, scale = quantize_rows(tensor)
         return _Loaded(nn.Parameter(rows, requires_grad=False), scale, parameter)
     # A copy: a view would keep the file's memory map, and with it the whole shard, alive.
     return _Loaded(nn.Parameter(tensor.to(dtype, copy=True), requires_grad=False), None, parameter)

@@ -162,7 +162,7 @@ def test_a_mistyped_setting_is_one_sentence_and_exit_code_2(undisturbed):
 
 
 @pytest.fixture
-def cluster():
+def cluster(tmp_path):
     """A Ray cluster started as an operator would, with token authentication as Ray has it by default."""
     ports = [_free_port() for _ in range(2)]
     ray = str(Path(sys.executable).parent / "ray")
@@ -171,6 +171,7 @@ def cluster():
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef",
         "RAY_AUTH_MODE": "token",
+        "HOME": str(tmp_path),
     }
     head = subprocess.Popen(
         [ray, "start", "--head", "--block", f"--port={ports[0]}", f"--dashboard-port={ports[1]}", "--num-cpus=2",
@@ -207,16 +208,23 @@ def _wait_for_port(port: int, process: subprocess.Popen) -> None:
 def test_the_job_submitted_to_a_running_cluster_publishes_the_same_prompts(undisturbed, cluster, tmp_path):
     ray, environment = cluster
     settings = project_in(tmp_path / "project")
-    command = [ray, "job", "submit", "--working-dir", str(ROOT), "--"]
-    command += ["python", "jobs/tune_prompts.py", "--config", str(settings)]
+    output = submit(ray, environment, "python", "jobs/tune_prompts.py", "--config", str(settings))
+    assert "Published version 1" in output
+    assert_same(tmp_path / "project/bank", undisturbed[0] / "bank")
+    # The script is executable, and without --config it is the quickstart, which writes where it lasts.
+    assert "sentiment" in submit(ray, environment, "jobs/tune_prompts.py", "--plan")
+    assert (tmp_path / "quickstart/corpora/sentiment/train.parquet").exists()
+
+
+def submit(ray: str, environment: dict[str, str], *entrypoint: str) -> str:
+    command = [ray, "job", "submit", "--working-dir", str(ROOT), "--", *entrypoint]
     for _ in range(30):  # the cluster takes jobs a little after its dashboard answers
         submitted = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
         if "No available agent" not in submitted.stderr:
             break
         time.sleep(2)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    assert "Published version 1" in submitted.stdout
-    assert_same(tmp_path / "project/bank", undisturbed[0] / "bank")
+    return submitted.stdout
 
 
 @pytest.mark.skipif(not (ROOT.parent / "shared" / "data").exists(), reason="../shared/data is not there")
