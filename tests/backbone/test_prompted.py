@@ -97,3 +97,22 @@ def test_a_prompt_that_is_not_a_number_touches_no_other_row(both, rows):
     nll.sum().backward()
     assert [bool(row.isnan()) for row in nll] == [s == 0 for s in OF_ROW]
     torch.testing.assert_close(poisoned[1].grad, healthy[1].grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_int8_in_bfloat16_as_on_a_gpu_stays_close_to_the_full_model(family, rows, tmp_path):
+    run, targets = rows
+    folder = make_model(tmp_path / family, family, scale=1.0)
+    files = find_model(str(folder))
+    config = read_config(files)
+    full, half = (
+        host_backbone(files, config, int8=int8, dtype=dtype, device=torch.device("cpu"), sharded=False)
+        for int8, dtype in ((False, torch.float32), (True, torch.bfloat16))
+    )
+    with torch.no_grad():
+        exact = full.run(prompted.target_nll, run, targets)
+        close = half.run(prompted.target_nll, run, targets)
+    assert close.dtype == torch.float32
+    torch.testing.assert_close(close, exact, rtol=0.03, atol=0.05)
+    assert len(half.run(prompted.greedy_decode, run, 4, EOS)) == len(OF_ROW)
+    assert [len(s) for s in half.run(prompted.label_log_likelihoods, run, [targets] * 4)] == [4] * 4
