@@ -1,0 +1,136 @@
+"""Decoder-only models behind soft prompts.
+
+The prompt comes first and attention is causal, so its keys and values do not depend on the text
+behind it. Each prompt runs once a batch and its rows attend to it, exactly as if it ran once a row.
+
+Shapes: B rows, S prompts, T tokens, P prompt tokens, N tokens of all segments, H hidden, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import DynamicCache
+
+from pipeline.backbone.packed import Layout, make_layout, run_packed
+from pipeline.backbone.rows import Rows, TokenRows, as_indices, mask_of, pad_embeddings, pad_ids
+
+
+def target_nll(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
+    """-log P of each row's target: `[B]` float32."""
+    texts = [np.concatenate([x, y]) for x, y in zip(rows.inputs, targets, strict=True)]
+    used, of_row = np.unique(rows.prompt_of_row, return_inverse=True)
+    prompts = [rows.prompts[s] for s in used]
+    hidden, layout = _run_behind_prompts(model, prompts, texts, list(of_row))
+    # The token at position t is predicted at t - 1.
+    before = [
+        layout.starts[len(prompts) + b] + len(x) - 1 + np.arange(len(y))
+        for b, (x, y) in enumerate(zip(rows.inputs, targets, strict=True))
+    ]
+    nll = _token_nll(model, hidden, np.concatenate(before), np.concatenate(targets))  # [sum T]
+    row_index = np.repeat(np.arange(len(targets)), [len(y) for y in targets])
+    return nll.new_zeros(len(targets)).index_add(0, as_indices(row_index, hidden), nll)
+
+
+def _run_behind_prompts(
+    model: Any, prompts: Sequence[Tensor], texts: TokenRows, parents: Sequence[int]
+) -> tuple[Tensor, Layout]:
+    """Pack prompts and the texts behind them (a parent is a prompt's place, or beyond them a text's): `[N, H]`."""
+    device = prompts[0].device
+    lengths = [*map(len, prompts), *map(len, texts)]
+    layout = make_layout(lengths, [*(None for _ in prompts), *map(int, parents)], device)
+    words = model.get_input_embeddings()(as_indices(np.concatenate(texts), prompts[0]))
+    embeddings = torch.cat([*(prompt.to(words.dtype) for prompt in prompts), words])
+    return run_packed(model, embeddings, layout), layout
+
+
+def _token_nll(model: Any, hidden: Tensor, places: np.ndarray, tokens: np.ndarray) -> Tensor:
+    """-log P of `tokens` `[n]`, each predicted from the hidden state at its place: `[n]`."""
+    logits = model.get_output_embeddings()(hidden[as_indices(places, hidden)]).float()
+    return functional.cross_entropy(logits, as_indices(tokens, hidden), reduction="none")
+
+
+def label_nll(model: Any, rows: Rows, pairs: np.ndarray, candidates: TokenRows) -> Tensor:
+    """-log P of candidates, each behind the row that `pairs` names: as many as candidates, float32."""
+    used, of_row = np.unique(rows.prompt_of_row, return_inverse=True)
+    prompts = [rows.prompts[s] for s in used]
+    inputs = len(prompts) + np.arange(len(rows.inputs))  # segments of the inputs, then those of the labels
+    # A label's last token is predicted, and predicts nothing.
+    longer = [i for i, label in enumerate(candidates) if len(label) > 1]
+    texts = [*rows.inputs, *(candidates[i][:-1] for i in longer)]
+    hidden, layout = _run_behind_prompts(model, prompts, texts, [*of_row, *inputs[pairs[longer]]])
+    ends = layout.starts[inputs] + [len(x) - 1 for x in rows.inputs]
+    places = [ends[pairs]]
+    tokens = [np.array([label[0] for label in candidates])]
+    of_label = [np.arange(len(candidates))]
+    for segment, i in enumerate(longer, start=len(prompts) + len(rows.inputs)):
+        places.append(layout.starts[segment] + np.arange(len(candidates[i]) - 1))
+        tokens.append(candidates[i][1:])
+        of_label.append(np.full(len(candidates[i]) - 1, i))
+    nll = _token_nll(model, hidden, np.concatenate(places), np.concatenate(tokens))
+    return nll.new_zeros(len(candidates)).index_add(0, as_indices(np.concatenate(of_label), hidden), nll)
+
+
+# Decoding: prompt, input and token after token, each behind the keys and values of what came before.
+
+
+@dataclass
+class _Context:
+    """What has been run so far, of B rows."""
+
+    cache: DynamicCache
+    mask: np.ndarray
+    """`[B, T]`: 1 where the cache holds a token, 0 where it holds padding."""
+
+
+def _prompt_context(model: Any, rows: Rows) -> _Context:
+    used, of_row = np.unique(rows.prompt_of_row, return_inverse=True)
+    prompts = [rows.prompts[s] for s in used]
+    embeds = pad_embeddings(prompts).to(_float_type(model))  # [S, P, H]
+    cache = DynamicCache()
+    model.base_model(inputs_embeds=embeds, use_cache=True, past_key_values=cache)
+    lengths = np.array([len(prompt) for prompt in prompts])
+    cache.batch_select_indices(as_indices(of_row, embeds))
+    return _Context(cache, mask_of(lengths, embeds.shape[1])[of_row])
+
+
+def _extend(model: Any, context: _Context, tokens: TokenRows) -> Tensor:
+    """Run the rows' next tokens, right-padded, and remember them: hidden states `[B, T, H]`."""
+    lengths = np.array([len(row) for row in tokens])
+    ids = pad_ids(tokens)
+    # Rows that are done run on beside longer ones; what they would say beyond the context is not used.
+    positions = np.minimum(
+        context.mask.sum(1)[:, None] + np.arange(ids.shape[1]), model.config.max_position_embeddings - 1
+    )
+    context.mask = np.concatenate([context.mask, mask_of(lengths, ids.shape[1])], axis=1)
+    device = context.cache.layers[0].keys.device
+    output = model.base_model(
+        input_ids=torch.as_tensor(ids, device=device),
+        past_key_values=context.cache,
+        attention_mask=torch.as_tensor(context.mask, device=device),
+        position_ids=torch.as_tensor(positions, device=device),
+        use_cache=True,
+    )
+    return output.last_hidden_state
+
+
+def decoding_steps(model: Any, rows: Rows) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
+    """What gives the first tokens `[B]`, and what gives the next ones behind those."""
+    context = _prompt_context(model, rows)
+    hidden = _extend(model, context, rows.inputs)
+    last = [len(x) - 1 for x in rows.inputs]
+    first = model.get_output_embeddings()(hidden[torch.arange(len(last)), last]).argmax(-1)
+
+    def step(tokens: Tensor) -> Tensor:
+        hidden = _extend(model, context, list(tokens[:, None].cpu().numpy()))
+        return model.get_output_embeddings()(hidden[:, -1]).argmax(-1)
+
+    return lambda: first, step
+
+
+def _float_type(model: Any) -> torch.dtype:
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
