@@ -41,7 +41,7 @@ DEV: list[Row] = [{"text": f"a bad film number {i}", "label": i % 3} for i in ra
 
 @pytest.fixture(scope="module", autouse=True)
 def running_ray() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20)
     yield
     ray.shutdown()
 

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -165,6 +167,8 @@ def test_a_mistyped_setting_is_one_sentence_and_exit_code_2(undisturbed):
 def cluster(tmp_path):
     """A Ray cluster started as an operator would, with token authentication as Ray has it by default."""
     ports = [_free_port() for _ in range(2)]
+    # Short, for socket names; and its own, since Ray leaves a note in it that later starts would follow.
+    sessions = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     ray = str(Path(sys.executable).parent / "ray")
     environment = {
         **os.environ,
@@ -175,7 +179,7 @@ def cluster(tmp_path):
     }
     head = subprocess.Popen(
         [ray, "start", "--head", "--block", f"--port={ports[0]}", f"--dashboard-port={ports[1]}", "--num-cpus=2",
-         "--object-store-memory=200000000", "--include-dashboard=true"],
+         f"--temp-dir={sessions}", "--object-store-memory=200000000", "--include-dashboard=true"],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{ports[1]}"
@@ -186,6 +190,7 @@ def cluster(tmp_path):
         for process in [*psutil.Process(head.pid).children(recursive=True), head]:
             process.kill()
         head.wait()
+        shutil.rmtree(sessions, ignore_errors=True)
 
 
 def _free_port() -> int:
