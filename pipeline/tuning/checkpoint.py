@@ -26,7 +26,7 @@ KEPT = 2
 @dataclass(frozen=True)
 class Checkpoint:
     step: int
-    """The run's step: how often `train_step` ran, over all its attempts."""
+    """The run's step: how many steps were taken, over all its attempts."""
     records: Mapping[str, dict[str, Any]]
     tensors: Mapping[str, dict[str, Tensor]]
 
@@ -48,9 +48,9 @@ def save_checkpoint(folder: Path, step: int, states: Iterable[TrialState]) -> No
     data = save(tensors, {"step": str(step), "trials": json.dumps(records)})
     path = folder / f"step-{step:09d}.safetensors"
     write_atomically(path, data)
-    newest_first = _newest_first(folder)
     # Files beyond this step are damaged ones that were passed over.
-    for other in [*newest_first[newest_first.index(path) + KEPT :], *newest_first[: newest_first.index(path)]]:
+    kept = [other for other in _newest_first(folder) if other.name <= path.name][:KEPT]
+    for other in set(_newest_first(folder)) - set(kept):
         other.unlink(missing_ok=True)
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from pipeline.backbone.files import find_model, read_config, read_tokenizer
 from pipeline.backbone.host import host_backbone
 from pipeline.tuning import loop
+from pipeline.tuning.batches import rows_of_step
 from pipeline.tuning.checkpoint import load_checkpoint
 from pipeline.tuning.loop import TuningRun, tune
 from tests.corpora import make_corpus, trial
@@ -100,14 +101,9 @@ def test_a_run_killed_at_any_step_and_started_again_ends_with_the_same_prompts_b
         if killing and work[0].step >= at:
             raise _Killed
         for part in work:
-            rows = loop_rows(part)
-            taken.setdefault((part.trial.name, part.step), set()).add(rows)
+            rows = rows_of_step(part.trial, len(part.train), part.step)
+            taken.setdefault((part.trial.name, part.step), set()).add(tuple(rows))
         return real(backbone, work, budget)
-
-    def loop_rows(part):
-        from pipeline.tuning.batches import rows_of_step
-
-        return tuple(rows_of_step(part.trial, len(part.train), part.step))
 
     monkeypatch.setattr(loop, "losses_and_gradients", watched)
     killing = True
