@@ -39,7 +39,7 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, step: int, states: Iterable[TrialState]) -> None:
-    """Raises: StorageError when the disk is full or not writable; older checkpoints stay."""
+    """Raises: StorageError when the disk is full, or not writable; older checkpoints stay."""
     records, tensors = {}, {}
     for state in states:
         name = state.trial.name
@@ -51,7 +51,7 @@ def save_checkpoint(folder: Path, step: int, states: Iterable[TrialState]) -> No
     # Files beyond this step are damaged ones that were passed over.
     kept = [other for other in _newest_first(folder) if other.name <= path.name][:KEPT]
     for other in set(_newest_first(folder)) - set(kept):
-        other.unlink(missing_ok=True)
+        _remove(other)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
@@ -78,6 +78,15 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise StorageError(
             f"cannot write {path}: {error.strerror}; make room, and the same run started again goes on"
+        ) from error
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"cannot remove the old checkpoint {path}: {error.strerror}; let this user write there"
         ) from error
 
 
