@@ -133,7 +133,12 @@ class TaskSettings(TaskDefaults):
 
 class BankSettings(_Frozen):
     uri: str = "./bank"
+    """A folder, or an object store such as s3://bucket/prefix."""
     alias: Name = "latest"
+    trusted_keys: tuple[str, ...] = ()
+    """Public keys (PEM files): versions that none of them signed are refused."""
+    signing_key: str | None = None
+    """The private key (PEM file) that signs what this run publishes."""
 
 
 class Settings(_Frozen):

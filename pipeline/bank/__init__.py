@@ -4,9 +4,11 @@ The layout on disk is written down in FORMAT.md.
 """
 
 from pipeline.bank.aliases import AliasMove
-from pipeline.bank.client import Prompt, PromptBank
+from pipeline.bank.client import PromptBank
 from pipeline.bank.manifest import BackboneId, Manifest, Metrics, PromptRecord, Template
 from pipeline.bank.publish import NewPrompt
+from pipeline.bank.snapshot import Prompt, Snapshot
+from pipeline.bank.watch import Watcher, WatchEvent
 
 __all__ = [
     "AliasMove",
@@ -17,5 +19,8 @@ __all__ = [
     "Prompt",
     "PromptBank",
     "PromptRecord",
+    "Snapshot",
     "Template",
+    "WatchEvent",
+    "Watcher",
 ]

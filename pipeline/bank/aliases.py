@@ -1,16 +1,19 @@
 """Aliases: append-only moves `aliases/<name>/<seq>.json`; the highest seq is the current one."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
 
-from pipeline.bank.manifest import Frozen, Name, UtcTime, check_name, utc_now
-from pipeline.bank.sealed import canonical, parse, seal, sealed_body
+from pipeline.bank.manifest import Digest, Frozen, Name, UtcTime, check_name, utc_now
+from pipeline.bank.sealed import canonical, check_sealed, parse, seal
+from pipeline.bank.source import Source
 from pipeline.bank.store import Store
-from pipeline.bank.versions import numbered
+from pipeline.bank.versions import Version, numbered
 from pipeline.errors import BankError
 
 _MAX_MOVE_BYTES = 64 * 2**10
+Action = Literal["publish", "promote", "rollback"]
 
 
 class AliasMove(Frozen):
@@ -20,6 +23,9 @@ class AliasMove(Frozen):
     alias: Name
     seq: int = Field(ge=1)
     version: int = Field(ge=1)
+    manifest: Digest
+    """The digest in the version's seal: an alias names bytes, not only a number."""
+    action: Action
     time: UtcTime
     by: str
     """The run or person that moved it."""
@@ -32,38 +38,96 @@ def check_alias(alias: str) -> None:
         raise BankError(f"the alias name '{alias}' is refused: a number stands for a version")
 
 
-def current_move(store: Store, alias: str) -> AliasMove | None:
+def current_move(source: Source, alias: str) -> AliasMove | None:
     """The move in force, None when the alias was never set. Raises: BankError, StorageError."""
     check_alias(alias)
-    seqs = numbered(store, f"aliases/{alias}")
-    return _read_move(store, alias, seqs[-1]) if seqs else None
+    seqs = numbered(source.store, f"aliases/{alias}")
+    if not seqs:
+        return None
+    move, data = _read(source.store, alias, seqs[-1])
+    if source.cache:
+        source.cache.keep_move(source.store.uri, alias, data)
+    return move
 
 
-def alias_moves(store: Store, alias: str) -> tuple[AliasMove, ...]:
+def remembered_move(source: Source, alias: str) -> AliasMove | None:
+    """Where the alias stood when this machine last saw it; None when it never did. Raises: BankError."""
+    data = source.cache.last_move(source.store.uri, alias) if source.cache else None
+    return None if data is None else _parsed(data, f"the cached alias '{alias}' of {source.store.uri}")
+
+
+def alias_moves(source: Source, alias: str) -> tuple[AliasMove, ...]:
     """All moves, oldest first. Raises: BankError, StorageError."""
     check_alias(alias)
-    return tuple(_read_move(store, alias, seq) for seq in numbered(store, f"aliases/{alias}"))
+    return tuple(_read(source.store, alias, seq)[0] for seq in numbered(source.store, f"aliases/{alias}"))
 
 
-def advance_alias(store: Store, alias: str, version: int, by: str) -> None:
+def advance_alias(source: Source, alias: str, version: int, digest: str, by: str) -> None:
     """Move an alias to a new version, unless a later one overtook it. Raises: BankError, StorageError."""
     while True:
-        current = current_move(store, alias)
+        current = current_move(source, alias)
         # A later version descends from this one and holds its prompts: going back would hide the other's.
         if current is not None and current.version >= version:
             return
-        seq = current.seq + 1 if current else 1
-        move = AliasMove(alias=alias, seq=seq, version=version, time=utc_now(), by=by)
-        if store.create(f"aliases/{alias}/{seq}.json", seal(canonical(move.model_dump())[1:] + b"\n")):
+        if _move(source.store, alias, current, version, digest, "publish", by):
             return
 
 
-def _read_move(store: Store, alias: str, seq: int) -> AliasMove:
+def promote_alias(source: Source, alias: str, version: Version, by: str) -> AliasMove:
+    """Move an alias to any version, forward or back. Raises: BankError, StorageError."""
+    while True:
+        current = current_move(source, alias)
+        move = _move(source.store, alias, current, version.header.version, version.digest, "promote", by)
+        if move is not None:
+            return move
+
+
+def rollback_alias(source: Source, alias: str, by: str) -> AliasMove:
+    """Undo the alias' last move; undoing twice goes two back. Raises: BankError, StorageError."""
+    moves = alias_moves(source, alias)
+    standing = _standing(moves)
+    if len(standing) < 2:
+        raise BankError(f"the alias '{alias}' cannot be rolled back: no move is left before the current one")
+    target = standing[-2]
+    move = _move(source.store, alias, moves[-1], target.version, target.manifest, "rollback", by)
+    if move is None:
+        raise BankError(f"the alias '{alias}' was moved by someone else just now: look at it, then try again")
+    return move
+
+
+def _read(store: Store, alias: str, seq: int) -> tuple[AliasMove, bytes]:
     key = f"aliases/{alias}/{seq}.json"
     where = store.where(key)
     data = store.read(key, _MAX_MOVE_BYTES)
-    sealed_body(data, where)
-    move = parse(AliasMove, data, where)
+    move = _parsed(data, where)
     if (move.alias, move.seq) != (alias, seq):
         raise BankError(f"{where} is refused: it says that it is move {move.seq} of '{move.alias}'")
-    return move
+    return move, data
+
+
+def _standing(moves: Sequence[AliasMove]) -> list[AliasMove]:
+    """The moves that were not undone."""
+    standing: list[AliasMove] = []
+    for move in moves:
+        if move.action != "rollback":
+            standing.append(move)
+        elif standing:
+            standing.pop()
+    return standing
+
+
+def _move(
+    store: Store, alias: str, current: AliasMove | None, version: int, digest: str, action: Action, by: str
+) -> AliasMove | None:
+    """The new move, None when another one took its number."""
+    seq = current.seq + 1 if current else 1
+    move = AliasMove(
+        alias=alias, seq=seq, version=version, manifest=digest, action=action, time=utc_now(), by=by
+    )  # fmt: skip
+    data = seal(canonical(move.model_dump())[1:] + b"\n")
+    return move if store.create(f"aliases/{alias}/{seq}.json", data) else None
+
+
+def _parsed(data: bytes, where: str) -> AliasMove:
+    check_sealed(data, where)
+    return parse(AliasMove, data, where)

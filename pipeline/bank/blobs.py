@@ -6,15 +6,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from pipeline.bank.store import Store
+from pipeline.bank.source import Source, blob_key
+from pipeline.bank.store import Missing
 from pipeline.errors import BankError
 
 MAX_BLOB_BYTES = 2**30
 _KEY = "prompt"
-
-
-def blob_key(digest: str) -> str:
-    return f"blobs/sha256/{digest}.safetensors"
 
 
 def encode_blob(array: np.ndarray) -> tuple[str, bytes]:
@@ -24,20 +21,32 @@ def encode_blob(array: np.ndarray) -> tuple[str, bytes]:
     return hashlib.sha256(data).hexdigest(), data
 
 
-def write_blob(store: Store, digest: str, data: bytes) -> None:
-    """Store a blob, or share the one that is there. Raises: BankError when that one is damaged, StorageError."""
-    if store.exists(blob_key(digest)) or not store.create(blob_key(digest), data):
-        _read_verified(store, digest)
+def write_blob(source: Source, digest: str, data: bytes, referenced: bool) -> None:
+    """Store a blob, or share the one that is there. Raises: BankError when that one is damaged, StorageError.
+
+    One that no version refers to yet is made young again: otherwise the collector might take it
+    for one that was left behind, before the version that will refer to it is visible.
+    """
+    key = blob_key(digest)
+    while not source.store.create(key, data):
+        try:
+            source.read_stored_blob(digest, MAX_BLOB_BYTES)
+        except Missing:
+            continue  # the collector took it just now
+        if not referenced:
+            source.store.renew(key, data)
+        return
 
 
-def read_blob(store: Store, digest: str, shape: tuple[int, int]) -> np.ndarray:
+def read_blob(source: Source, digest: str, shape: tuple[int, int]) -> np.ndarray:
     """The prompt [P, H] float32, read-only, verified against its digest and the manifest's shape.
 
     Raises: BankError naming the blob's file, StorageError.
     """
-    where = store.where(blob_key(digest))
+    where = source.store.where(blob_key(digest))
+    data = source.read_blob(digest, MAX_BLOB_BYTES)
     try:
-        tensors = load(_read_verified(store, digest))
+        tensors = load(data)
     except (SafetensorError, KeyError, ValueError) as error:
         raise BankError(f"{where} is refused: not a valid safetensors file ({error})") from error
     array = tensors.get(_KEY)
@@ -48,10 +57,3 @@ def read_blob(store: Store, digest: str, shape: tuple[int, int]) -> np.ndarray:
         raise BankError(f"{where} is refused: it holds {found} where the manifest says {list(shape)} float32")
     array.flags.writeable = False
     return array
-
-
-def _read_verified(store: Store, digest: str) -> bytes:
-    data = store.read(blob_key(digest), MAX_BLOB_BYTES)
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise BankError(f"{store.where(blob_key(digest))} is damaged: its bytes do not match the digest in its name")
-    return data

@@ -1,100 +1,159 @@
 """`PromptBank`: what a job or a service holds in its hand."""
 
-import difflib
+import logging
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
+from pipeline.bank import aliases
 from pipeline.bank import publish as publishing
-from pipeline.bank.aliases import AliasMove, advance_alias, alias_moves, check_alias, current_move
-from pipeline.bank.blobs import read_blob
-from pipeline.bank.manifest import BackboneId, Manifest, PromptRecord, check_name
+from pipeline.bank.aliases import AliasMove
+from pipeline.bank.cache import Cache, default_cache
+from pipeline.bank.collect import DEFAULT_GRACE, Collected, collect
+from pipeline.bank.manifest import BackboneId, Manifest
 from pipeline.bank.publish import NewPrompt
-from pipeline.bank.store import Store, open_store
+from pipeline.bank.snapshot import Prompt, Snapshot
+from pipeline.bank.source import Source
+from pipeline.bank.store import open_store
+from pipeline.bank.verify import Verification, verify_bank
 from pipeline.bank.versions import Version, read_version, version_numbers
-from pipeline.errors import BankError
+from pipeline.bank.watch import Watcher, WatchEvent
+from pipeline.errors import BankError, StorageError
 
+_log = logging.getLogger(__name__)
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
-
-
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """A soft prompt, verified."""
-
-    array: np.ndarray
-    """[P, H] float32, read-only"""
-    record: PromptRecord
-    version: int
-    backbone: BackboneId
 
 
 class PromptBank:
     """One bank, seen at the version that its alias named when it was opened or last refreshed."""
 
-    def __init__(self, store: Store, alias: str, seen: Version | None) -> None:
-        self._store = store
+    def __init__(self, source: Source, alias: str) -> None:
+        self._source = source
         self._alias = alias
-        self._seen = seen
+        self._current: Snapshot | None = None
+        self._swap = threading.Lock()
 
     @classmethod
-    def open(cls, uri: str | Path, alias: str = "latest", create: bool = False) -> "PromptBank":
-        """Open a bank at a folder; reads the alias and one manifest.
+    def open(
+        cls,
+        uri: str | Path,
+        alias: str = "latest",
+        *,
+        create: bool = False,
+        cache: str | Path | None = None,
+        trusted_keys: Sequence[str | Path] = (),
+        signing_key: str | Path | None = None,
+    ) -> "PromptBank":
+        """Open a bank at a folder or an object store (`s3://bucket/prefix`); reads the alias and one manifest.
 
         `create` makes the folder and accepts a bank in which the alias is not set yet (version 0).
+        `cache` is a local folder that keeps what was read; an object store has one unless told otherwise
+        (`default_cache`). With it a bank opens even while its store is gone, at the version last seen there.
+        `trusted_keys` are public keys in PEM files: a manifest that none of them signed is refused.
+        `signing_key` is the private key in a PEM file that signs what this object publishes.
         Raises: BankError when there is no bank or alias, or it is damaged; StorageError.
         """
-        bank = cls(open_store(uri, create), alias, None)
-        if bank.refresh() == 0 and not create:
-            numbers = version_numbers(bank._store)
-            if not numbers:
-                raise BankError(f"there is no prompt bank at {uri}: publish to it first, or mend the path")
-            known = ", ".join(sorted(bank.aliases())) or "none"
-            raise BankError(f"the bank {uri} has no alias '{alias}'; known: {known}; newest version: {numbers[-1]}")
+        bank = cls.connect(
+            uri, alias, create=create, cache=cache, trusted_keys=trusted_keys, signing_key=signing_key
+        )  # fmt: skip
+        bank._start()
+        if bank.current is None and not create:
+            raise bank._no_alias(alias)
         return bank
+
+    @classmethod
+    def connect(
+        cls,
+        uri: str | Path,
+        alias: str = "latest",
+        *,
+        create: bool = False,
+        cache: str | Path | None = None,
+        trusted_keys: Sequence[str | Path] = (),
+        signing_key: str | Path | None = None,
+    ) -> "PromptBank":
+        """As `open`, but nothing of the bank is read yet: for its upkeep, while an alias is unset or a file damaged.
+
+        Raises: BankError when the folder or a key is missing, StorageError.
+        """
+        store = open_store(uri, create)
+        if cache is None and "://" in store.uri:
+            cache = default_cache()
+        source = Source(store, Cache(cache) if cache else None)
+        if trusted_keys or signing_key:
+            from pipeline.bank.signing import load_signing_key, load_trusted_keys
+
+            trusted = load_trusted_keys(trusted_keys)
+            sign = load_signing_key(signing_key, trusted) if signing_key else None
+            source = replace(source, trusted=trusted, sign=sign)
+        return cls(source, alias)
+
+    @property
+    def uri(self) -> str:
+        return self._source.store.uri
+
+    @property
+    def alias(self) -> str:
+        """What a bare name is looked up by."""
+        return self._alias
+
+    @property
+    def current(self) -> Snapshot | None:
+        """The version seen now, for several reads that must not see two; None while the alias was never set."""
+        return self._current
 
     @property
     def version(self) -> int:
         """The version that a bare name is loaded from; 0 while the alias was never set."""
-        return self._seen.header.version if self._seen else 0
+        return self._current.version if self._current else 0
 
     def refresh(self) -> int:
-        """Read the alias again and return the version seen from now on. Raises: BankError, StorageError."""
-        move = current_move(self._store, self._alias)
-        if move is not None and move.version != self.version:
-            self._seen = read_version(self._store, move.version)
+        """Read the alias again and return the version seen from now on.
+
+        The prompts in use are read from the new version before it takes the old one's place: when one of
+        them is damaged, or the store is gone, the old version stays. Raises: BankError, StorageError.
+        """
+        with self._swap:
+            move = aliases.current_move(self._source, self._alias)
+            if move is not None and (self._current is None or move.manifest != self._current.digest):
+                self._current = self._successor(move)
         return self.version
 
-    def names(self) -> tuple[str, ...]:
-        """Names that can be loaded from `version`, sorted. Raises: BankError."""
-        if self._seen is None:
-            return ()
-        return tuple(name for name, record in self._seen.manifest().prompts.items() if record.digest)
+    def watch(self, on_event: Callable[[WatchEvent], None] = lambda event: None, every: float = 10.0) -> Watcher:
+        """Refresh every so many seconds in the background, until the watcher is stopped."""
+        return Watcher(self.refresh, self.version, every, on_event)
 
-    def load(self, reference: str, backbone: BackboneId | None = None) -> Prompt:
+    def names(self) -> tuple[str, ...]:
+        """Names that can be loaded from `version`, sorted. Raises: BankError, StorageError."""
+        return self._current.names() if self._current else ()
+
+    def load(self, reference: str, backbone: BackboneId | None = None, any_backbone: bool = False) -> Prompt:
         """Load `name` (from the version seen), `name@3`, or `name@ALIAS` (the alias as it is now); reads one blob.
 
         Raises: BankError for an unknown name, version or alias, a damaged file, or when `backbone`
-        is given and the prompt belongs to another; StorageError.
+        is given, the prompt belongs to another, and `any_backbone` does not allow it; StorageError.
         """
+        name, snapshot = self.find(reference)
+        return snapshot.load(name, backbone, any_backbone)
+
+    def find(self, reference: str) -> tuple[str, Snapshot]:
+        """The name in `name`, `name@3` or `name@ALIAS`, and the version meant. Raises: BankError, StorageError."""
         name, at, revision = reference.partition("@")
-        check_name("prompt", name)
-        version = self._resolve(revision) if at else self._seen
-        if version is None:
+        snapshot = self.at(revision) if at else self._current
+        if snapshot is None:
             raise BankError(f"cannot load '{name}': the alias '{self._alias}' of the bank is not set yet")
-        if backbone is not None:
-            publishing.refuse_other_backbone(version.where, version.header.backbone, backbone)
-        record = version.record(name)
-        if record is None:
-            close = difflib.get_close_matches(name, version.names(), n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
-            raise BankError(f"{version.where} holds no prompt '{name}'{hint}")
-        if record.digest is None or record.shape is None:
-            raise BankError(f"{version.where} holds no blob of '{name}', which has failed: {record.reason}")
-        array = read_blob(self._store, record.digest, record.shape)
-        return Prompt(array, record, version.header.version, version.header.backbone)
+        return name, snapshot
+
+    def at(self, revision: str) -> Snapshot:
+        """A version by its number, or the one that an alias names now. Raises: BankError, StorageError."""
+        if _VERSION.fullmatch(revision):
+            return self._snapshot(int(revision))
+        move = aliases.current_move(self._source, revision)
+        if move is None:
+            raise self._no_alias(revision)
+        return self._snapshot(move.version, move.manifest)
 
     def manifest(self, version: int) -> Manifest:
         """The whole manifest of a version. Raises: BankError when missing or damaged, StorageError."""
@@ -102,20 +161,25 @@ class PromptBank:
 
     def versions(self) -> tuple[int, ...]:
         """All versions, ascending, whatever the aliases say. Raises: StorageError."""
-        return version_numbers(self._store)
+        return version_numbers(self._source.store)
 
     def aliases(self) -> dict[str, int]:
         """Every alias and its version now. Raises: BankError, StorageError."""
-        moves = (current_move(self._store, alias) for alias in sorted(self._store.list_names("aliases")))
+        names = sorted(self._source.store.list_names("aliases"))
+        moves = (aliases.current_move(self._source, alias) for alias in names)
         return {move.alias: move.version for move in moves if move}
+
+    def alias_move(self, alias: str) -> AliasMove | None:
+        """The move of an alias that is in force, None when it was never set. Raises: BankError, StorageError."""
+        return aliases.current_move(self._source, alias)
 
     def alias_history(self, alias: str) -> tuple[AliasMove, ...]:
         """All moves of an alias, oldest first. Raises: BankError, StorageError."""
-        return alias_moves(self._store, alias)
+        return aliases.alias_moves(self._source, alias)
 
     def check_backbone(self, backbone: BackboneId) -> None:
         """What `publish` would refuse, before any work. Raises: BankError naming both backbones, StorageError."""
-        publishing.check_backbone(self._store, backbone)
+        publishing.check_backbone(self._source, backbone)
 
     def publish(
         self,
@@ -133,28 +197,70 @@ class PromptBank:
         and another backbone, are refused before anything is written.
         Raises: BankError, StorageError (full disk, no permission): readers then see the version before.
         """
-        number = publishing.publish(self._store, prompts, backbone, run, libraries, alias)
+        number = publishing.publish(self._source, prompts, backbone, run, libraries, alias)
         self.refresh()
         return number
 
     def advance(self, alias: str, version: int, by: str) -> None:
         """Move an alias to a later version; one that is at it or beyond stays. Raises: BankError, StorageError."""
-        check_alias(alias)
-        self._read(version)
-        advance_alias(self._store, alias, version, by)
+        aliases.check_alias(alias)
+        aliases.advance_alias(self._source, alias, version, self._read(version).digest, by)
         self.refresh()
 
-    def _resolve(self, revision: str) -> Version:
-        if _VERSION.fullmatch(revision):
-            return self._read(int(revision))
-        check_alias(revision)
-        move = current_move(self._store, revision)
-        if move is None:
-            known = ", ".join(sorted(self.aliases())) or "none"
-            raise BankError(f"the bank {self._store.where('aliases')} has no alias '{revision}'; known: {known}")
-        return self._read(move.version)
+    def promote(self, version: int, alias: str, by: str) -> AliasMove:
+        """Move an alias to any version, forward or back. Raises: BankError, StorageError."""
+        aliases.check_alias(alias)
+        move = aliases.promote_alias(self._source, alias, self._read(version), by)
+        self.refresh()
+        return move
 
-    def _read(self, number: int) -> Version:
-        if self._seen is not None and number == self.version:
-            return self._seen  # a version never changes
-        return read_version(self._store, number)
+    def rollback(self, alias: str, by: str) -> AliasMove:
+        """Undo an alias' last move; undoing twice goes two back. Raises: BankError, StorageError."""
+        move = aliases.rollback_alias(self._source, alias, by)
+        self.refresh()
+        return move
+
+    def verify(self, on_step: Callable[[str], None] = lambda place: None) -> Verification:
+        """Read everything and tell what is wrong; repairs nothing. Raises: StorageError."""
+        return verify_bank(replace(self._source, cache=None), on_step)
+
+    def collect(self, grace: float = DEFAULT_GRACE, dry_run: bool = False) -> Collected:
+        """Delete blobs that no version refers to and what killed publishers left, older than `grace` seconds.
+
+        Raises: BankError when a version is damaged (then nothing is deleted), StorageError.
+        """
+        return collect(replace(self._source, cache=None), grace, dry_run)
+
+    def _start(self) -> None:
+        try:
+            self.refresh()
+        except StorageError as error:
+            move = aliases.remembered_move(self._source, self._alias)
+            if move is None:
+                raise
+            self._current = self._snapshot(move.version, move.manifest)
+            _log.warning("%s; going on with version %d, the last one seen of '%s'", error, move.version, self._alias)
+
+    def _successor(self, move: AliasMove) -> Snapshot:
+        successor = self._snapshot(move.version, move.manifest)
+        for name in self._current.used if self._current else ():
+            record = successor.record(name)
+            if record is not None and record.digest is not None:  # a task that has left is no damage
+                successor.load(name)
+        return successor
+
+    def _snapshot(self, number: int, digest: str | None = None) -> Snapshot:
+        current = self._current
+        if current is not None and current.version == number and digest in (None, current.digest):
+            return current  # a version never changes
+        return Snapshot(self._source, self._read(number, digest))
+
+    def _read(self, number: int, digest: str | None = None) -> Version:
+        return read_version(self._source, number, digest)
+
+    def _no_alias(self, alias: str) -> BankError:
+        numbers = self.versions()
+        if not numbers:
+            return BankError(f"there is no prompt bank at {self.uri}: publish to it first, or mend the path")
+        known = ", ".join(sorted(self.aliases())) or "none"
+        return BankError(f"the bank {self.uri} has no alias '{alias}'; known: {known}; newest version: {numbers[-1]}")

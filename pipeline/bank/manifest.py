@@ -3,13 +3,13 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.bank.sealed import canonical, seal
+from pipeline.bank.sealed import Signature, canonical, seal
 from pipeline.errors import BankError
 
 MAX_MANIFEST_BYTES = 256 * 2**20
@@ -136,21 +136,30 @@ class Manifest(Header):
         return self
 
 
-def encode_manifest(manifest: Manifest) -> bytes:
+def encode_manifest(manifest: Manifest, sign: Callable[[str], Signature] | None = None) -> bytes:
     """The bytes of `versions/<N>.json`: sealed JSON with one prompt per line, sorted by name."""
     header = canonical(manifest.model_dump(mode="json", exclude={"prompts"}))
     lines = [
         b'"%s":%s' % (name.encode(), canonical(manifest.prompts[name].model_dump(mode="json")))
         for name in sorted(manifest.prompts)
     ]
-    return seal(header[1:-1] + PROMPTS_OPEN + b",\n".join(lines) + PROMPTS_CLOSE)
+    return seal(header[1:-1] + PROMPTS_OPEN + b",\n".join(lines) + PROMPTS_CLOSE, sign)
 
 
 def manifest_schema() -> str:
     """JSON Schema of `versions/<N>.json`, as shipped in manifest.schema.json."""
     schema: dict[str, Any] = Manifest.model_json_schema()
     digest = {"pattern": "^[0-9a-f]{64}$", "type": "string", "description": "SHA-256 of the bytes after line 1."}
-    schema["properties"] = {"digest": digest, **schema["properties"]}
+    signature = {
+        "type": "object",
+        "description": "Ed25519 over the digest; see FORMAT.md.",
+        "properties": {
+            "ed25519": {"type": "string", "pattern": "^[A-Za-z0-9+/]{86}==$"},
+            "key": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
+        },
+        "required": ["ed25519", "key"],
+    }
+    schema["properties"] = {"digest": digest, "signature": signature, **schema["properties"]}
     schema["required"] = ["digest", "format", *schema["required"]]
     return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2) + "\n"
 

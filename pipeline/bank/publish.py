@@ -15,7 +15,7 @@ from pipeline.bank.aliases import advance_alias, current_move
 from pipeline.bank.blobs import MAX_BLOB_BYTES, encode_blob, write_blob
 from pipeline.bank.manifest import BackboneId, Manifest, Metrics, PromptRecord, Template, check_name, utc_now
 from pipeline.bank.sealed import first_problem
-from pipeline.bank.store import Store
+from pipeline.bank.source import Source, blob_key
 from pipeline.bank.versions import create_version, read_version, version_numbers
 from pipeline.errors import BankError
 
@@ -43,7 +43,7 @@ class NewPrompt:
 
 
 def publish(
-    store: Store,
+    source: Source,
     prompts: Sequence[NewPrompt],
     backbone: BackboneId,
     run: str,
@@ -51,26 +51,33 @@ def publish(
     alias: str,
 ) -> int:
     """Publish a new version and return its number. Raises: BankError before anything is written, StorageError."""
-    current_move(store, alias)  # a damaged alias, too, is refused before the first write
+    if source.trusted and source.sign is None:
+        raise BankError(f"cannot publish to {source.store.uri}: trusted keys are given, so a signing key is needed too")
+    current_move(source, alias)  # refuses a damaged alias before the first write
     _check_prompts(prompts, backbone)
     blobs = {prompt.name: encode_blob(prompt.array) for prompt in prompts if prompt.array is not None}
     digests = {name: digest for name, (digest, _) in blobs.items()}
-    _manifest(store, prompts, digests, backbone, run, libraries)  # so is what the manifest refuses
+    parent = _parent(source, backbone)
+    manifest = _manifest(parent, prompts, digests, backbone, run, libraries)  # what it refuses, too
+    referenced = {record.digest for record in parent.prompts.values()} if parent else set()
     for digest, data in blobs.values():
-        write_blob(store, digest, data)
-    while True:
-        manifest = _manifest(store, prompts, digests, backbone, run, libraries)
-        if create_version(store, manifest):
-            break  # otherwise another publisher was first: its version becomes the parent
-    advance_alias(store, alias, manifest.version, by=f"run {run}")
+        write_blob(source, digest, data, digest in referenced)
+    while (seal := create_version(source, manifest)) is None:
+        parent = _parent(source, backbone)  # another publisher was first: its version becomes the parent
+        manifest = _manifest(parent, prompts, digests, backbone, run, libraries)
+    # A collector that had looked before this version was visible may have taken an old blob of the same bytes.
+    for digest, data in blobs.values():
+        if not source.store.exists(blob_key(digest)):
+            source.store.create(blob_key(digest), data)
+    advance_alias(source, alias, manifest.version, seal, by=f"run {run}")
     return manifest.version
 
 
-def check_backbone(store: Store, backbone: BackboneId) -> None:
+def check_backbone(source: Source, backbone: BackboneId) -> None:
     """Raises: BankError when the bank's newest version belongs to another backbone."""
-    numbers = version_numbers(store)
+    numbers = version_numbers(source.store)
     if numbers:
-        version = read_version(store, numbers[-1])
+        version = read_version(source, numbers[-1])
         refuse_other_backbone(version.where, version.header.backbone, backbone)
 
 
@@ -113,23 +120,27 @@ def _check_array(name: str, array: np.ndarray, hidden_size: int) -> None:
         raise BankError(f"prompt '{name}' is refused: it holds values that are not finite (NaN or infinite)")
 
 
+def _parent(source: Source, backbone: BackboneId) -> Manifest | None:
+    """The newest version. Raises: BankError when it belongs to another backbone or is damaged, StorageError."""
+    numbers = version_numbers(source.store)
+    if not numbers:
+        return None
+    version = read_version(source, numbers[-1])
+    refuse_other_backbone(version.where, version.header.backbone, backbone)
+    return version.manifest()
+
+
 def _manifest(
-    store: Store,
+    parent: Manifest | None,
     prompts: Sequence[NewPrompt],
     digests: Mapping[str, str],
     backbone: BackboneId,
     run: str,
     libraries: Mapping[str, str],
 ) -> Manifest:
-    """The manifest of the version after the newest: the publication's prompts, and the parent's others by reference."""
-    numbers = version_numbers(store)
-    parent = numbers[-1] if numbers else None
-    before: Mapping[str, PromptRecord] = {}
-    if parent is not None:
-        version = read_version(store, parent)
-        refuse_other_backbone(version.where, version.header.backbone, backbone)
-        before = version.manifest().prompts
-    number = (parent or 0) + 1
+    """The manifest of the version after the parent: the publication's prompts, and the parent's others by reference."""
+    before = parent.prompts if parent else {}
+    number = parent.version + 1 if parent else 1
     # A failed record without a blob stays in the version that it failed in: there is nothing to carry.
     records = {name: _by_reference(old, "carried_forward", None) for name, old in before.items() if old.digest}
     for prompt in prompts:
@@ -137,7 +148,7 @@ def _manifest(
     try:
         return Manifest(
             version=number,
-            parent=parent,
+            parent=parent.version if parent else None,
             time=utc_now(),
             run=run,
             backbone=backbone,

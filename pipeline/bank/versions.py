@@ -1,8 +1,10 @@
 """Versions: `versions/<N>.json`, created only if absent. The only point where a version becomes visible."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pipeline.bank.content import Damaged, Verified
 from pipeline.bank.manifest import (
     MAX_MANIFEST_BYTES,
     NAME,
@@ -13,7 +15,8 @@ from pipeline.bank.manifest import (
     PromptRecord,
     encode_manifest,
 )
-from pipeline.bank.sealed import parse, sealed_body
+from pipeline.bank.sealed import Seal, check_sealed, parse
+from pipeline.bank.source import Source
 from pipeline.bank.store import Store
 from pipeline.errors import BankError
 
@@ -22,45 +25,66 @@ _NUMBERED = re.compile(r"([1-9][0-9]*)\.json")
 
 @dataclass(frozen=True)
 class Version:
-    """A verified manifest whose prompts are parsed only when asked for, so that a large bank opens fast."""
+    """A verified manifest. Prompts are parsed only when asked for: a large bank opens fast, in little memory."""
 
     header: Header
-    _data: bytes
+    digest: str
+    """The seal's: SHA-256 of all bytes after the manifest's first line."""
+    where: str
+    _content: Verified
     _first: int
     """Offset of the line break before the first prompt's line."""
     _last: int
     """Offset of the line break after the last prompt's line."""
-    where: str
 
     def names(self) -> tuple[str, ...]:
-        """Names of all records, those of failed prompts included. Raises: BankError."""
+        """Names of all records, those of failed prompts included. Raises: BankError, StorageError."""
         return tuple(name for name, _ in self._lines())
 
     def record(self, name: str) -> PromptRecord | None:
-        """The record of a prompt, None when there is none. Raises: BankError when it is invalid."""
-        wanted, low, high = b'"' + name.encode(), self._first, self._last
+        """The record of a prompt, None when there is none. Raises: BankError when it is invalid, StorageError."""
+        try:
+            line = self._find(b'"' + name.encode())
+        except Damaged as error:
+            raise self._changed() from error
+        return None if line is None else self._parsed(name, line)
+
+    def manifest(self) -> Manifest:
+        """Everything, parsed and validated. Raises: BankError, StorageError."""
+        records = {record.name: record for record in self.records()}
+        return Manifest.model_validate({**dict(self.header), "prompts": records})
+
+    def records(self) -> Iterator[PromptRecord]:
+        """All records, one after the other. Raises: BankError, StorageError."""
+        return (self._parsed(name, line) for name, line in self._lines())
+
+    def _find(self, wanted: bytes) -> bytes | None:
+        low, high = self._first, self._last
         while low < high:  # bisection between line breaks, which never stand inside a JSON string
             middle = (low + high) // 2
-            start = self._data.rfind(b"\n", low, middle + 1)
-            end = self._data.find(b"\n", start + 1, high + 1)
-            key, _, record = self._data[start + 1 : end].partition(b'":')
+            start = self._content.rfind(b"\n", low, middle + 1)
+            end = self._content.find(b"\n", start + 1, high + 1)
+            key, _, record = self._content.read(start + 1, end).partition(b'":')
             if key == wanted:
-                return self._parsed(name, record)
+                return record
             low, high = (end, high) if key < wanted else (low, start)
         return None
 
-    def manifest(self) -> Manifest:
-        """Everything, parsed and validated. Raises: BankError."""
-        records = {name: self._parsed(name, record) for name, record in self._lines()}
-        return Manifest.model_validate({**dict(self.header), "prompts": records})
+    def _lines(self) -> Iterator[tuple[str, bytes]]:
+        before = ""
+        try:
+            for line in self._content.lines(self._first + 1, self._last):
+                key, _, record = line.partition(b'":')
+                name = key[1:].decode(errors="replace")
+                if name <= before or not NAME.fullmatch(name):
+                    raise BankError(f"{self.where} is refused: a name is invalid, out of order, or there twice")
+                yield name, record
+                before = name
+        except Damaged as error:
+            raise self._changed() from error
 
-    def _lines(self) -> list[tuple[str, bytes]]:
-        lines = (line for line in self._data[self._first : self._last].split(b"\n") if line)
-        pairs = [(key[1:].decode(errors="replace"), record) for key, _, record in (x.partition(b'":') for x in lines)]
-        names = [name for name, _ in pairs]
-        if names != sorted(set(names)) or not all(map(NAME.fullmatch, names)):
-            raise BankError(f"{self.where} is refused: a prompt's name is invalid, out of order, or there twice")
-        return pairs
+    def _changed(self) -> BankError:
+        return BankError(f"{self.where} is damaged: its bytes have changed since it was opened")
 
     def _parsed(self, name: str, line: bytes) -> PromptRecord:
         record = parse(PromptRecord, line.removesuffix(b","), f"{self.where}, prompt '{name}',")
@@ -74,28 +98,44 @@ def version_numbers(store: Store) -> tuple[int, ...]:
     return numbered(store, "versions")
 
 
-def read_version(store: Store, number: int) -> Version:
-    """Read and verify one manifest. Raises: BankError naming the file, StorageError."""
+def read_version(source: Source, number: int, digest: str | None = None) -> Version:
+    """Read and verify one manifest; `digest` is that of its seal, where an alias has told it.
+
+    Raises: BankError naming the file, StorageError.
+    """
     key = f"versions/{number}.json"
-    where = store.where(key)
-    data = store.read(key, MAX_MANIFEST_BYTES)
-    body = sealed_body(data, where)
-    opened = data.find(PROMPTS_OPEN, body)
-    first, last = opened + len(PROMPTS_OPEN) - 1, len(data) - len(PROMPTS_CLOSE)
-    if opened < 0 or first >= last or not data.endswith(PROMPTS_CLOSE):
+    where = source.store.where(key)
+    content, seal = source.open_manifest(key, digest)
+    version = _layout(content, seal, where)
+    if version.header.version != number:
+        raise BankError(f"{where} is refused: it says that it is version {version.header.version}")
+    return version
+
+
+def _layout(content: Verified, seal: Seal, where: str) -> Version:
+    try:
+        end = content.find(b"\n", seal.body, content.size)
+        head = content.read(seal.body, end + 1)
+        tail = content.read(content.size - len(PROMPTS_CLOSE), content.size)
+    except Damaged as error:
+        raise BankError(f"{where} is damaged: its bytes changed while it was read") from error
+    last = content.size - len(PROMPTS_CLOSE)
+    if not head.endswith(PROMPTS_OPEN) or end >= last or tail != PROMPTS_CLOSE:
         raise BankError(f"{where} is refused: it does not hold one prompt per line")
-    header = parse(Header, b"{" + data[body:opened] + b"}", where)
-    if header.version != number:
-        raise BankError(f"{where} is refused: it says that it is version {header.version}")
-    return Version(header, data, first, last, where)
+    header = parse(Header, b"{" + head.removesuffix(PROMPTS_OPEN) + b"}", where)
+    return Version(header, seal.digest, where, content, end, last)
 
 
-def create_version(store: Store, manifest: Manifest) -> bool:
-    """Make the version visible; False when another publisher took its number. Raises: BankError, StorageError."""
-    data = encode_manifest(manifest)
+def create_version(source: Source, manifest: Manifest) -> str | None:
+    """Make the version visible; its digest, None when another publisher took its number.
+
+    Raises: BankError, StorageError.
+    """
+    data = encode_manifest(manifest, source.sign)
     if len(data) > MAX_MANIFEST_BYTES:
         raise BankError(f"version {manifest.version} is refused: its manifest is above {MAX_MANIFEST_BYTES:,} bytes")
-    return store.create(f"versions/{manifest.version}.json", data)
+    key = f"versions/{manifest.version}.json"
+    return check_sealed(data, key).digest if source.store.create(key, data) else None
 
 
 def numbered(store: Store, folder: str) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from pipeline.backbone.weights import open_weights
 from pipeline.bank import BackboneId, PromptBank
 from pipeline.corpus.task_corpus import TaskPlan, check_task
 from pipeline.errors import BankError, PromptBankError, SettingsError
+from pipeline.run.bank import open_bank
 from pipeline.settings import Settings, TaskSettings
 
 
@@ -105,7 +106,7 @@ def check_bank(settings: Settings, identity: BackboneId) -> PromptBank | None:
     uri = settings.bank.uri
     if "://" not in uri and not Path(uri).expanduser().is_dir():  # a check makes no folder
         return None
-    bank = PromptBank.open(uri, settings.bank.alias, create=True)
+    bank = open_bank(settings.bank, create=True)
     bank.check_backbone(identity)
     return bank
 

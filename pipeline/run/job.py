@@ -11,13 +11,13 @@ from rich.console import Console
 from safetensors.numpy import save
 
 from pipeline.backbone.files import from_anywhere, save_description
-from pipeline.bank import PromptBank
 from pipeline.corpus.encoding import TokenizerSpec
 from pipeline.corpus.task_corpus import TaskCorpus, prepare_task
 from pipeline.errors import PromptBankError, StorageError, TuningError
 from pipeline.reporting.events import EventLog
 from pipeline.reporting.progress import follow
 from pipeline.reporting.table import TrialResult
+from pipeline.run.bank import open_bank
 from pipeline.run.checks import CheckedRun, refuse_or_skip
 from pipeline.run.publishing import publish_prompts, result_of
 from pipeline.settings import Settings
@@ -148,7 +148,7 @@ def _keep_warm_starts(checked: CheckedRun, order: Order) -> dict[str, str]:
         if prompt.init == "bank":
             path = order.warm_start(name)
             if not path.exists():
-                bank = PromptBank.open(settings.bank.uri, settings.bank.alias)
+                bank = open_bank(settings.bank)
                 array = bank.load(str(prompt.source), checked.identity).array
                 write_atomically(path, save({"prompt": array}))
             starts[name] = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.bank import BackboneId, Metrics, NewPrompt, PromptBank, Template
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.reporting.table import TrialResult
+from pipeline.run.bank import open_bank
 from pipeline.settings import Settings
 from pipeline.tuning.state import TrialState
 
@@ -40,7 +41,7 @@ def publish_prompts(
     prompts = [_new_prompt(state, corpora[state.trial.task]) for state in states]
     if all(prompt.array is None for prompt in prompts):
         return None
-    bank = PromptBank.open(settings.bank.uri, settings.bank.alias, create=True)
+    bank = open_bank(settings.bank, create=True)
     published = _published_before(bank, settings.run.name, prompts)
     if published is not None:
         bank.advance(settings.bank.alias, published, by=f"run {settings.run.name}")  # if it was killed before that

@@ -15,7 +15,8 @@ from typing import Any
 from conftest import make_prompt, publish
 
 from pipeline.bank import PromptBank
-from pipeline.bank.store import LocalStore
+from pipeline.bank.local_store import LocalStore
+from pipeline.bank.source import Source
 from pipeline.errors import StorageError
 
 KILLED = 77
@@ -72,9 +73,9 @@ def _publish_until(uri: str, level: str, k: int) -> None:
         for name in ("open", "mkdir", "fsync", "link", "unlink"):
             setattr(os, name, _dying(getattr(os, name), counter))
     else:
-        for name in ("read", "create", "list_names", "exists"):
+        for name in ("open", "create", "renew", "list_names", "exists"):
             setattr(store, name, _dying(getattr(store, name), counter))
-    publish(PromptBank(store, "latest", None), make_prompt("sst2", 3), make_prompt("cr", 4))
+    publish(PromptBank(Source(store), "latest"), make_prompt("sst2", 3), make_prompt("cr", 4))
 
 
 def _dying(operation: Callable[..., Any], counter: Iterator[int]) -> Callable[..., Any]:

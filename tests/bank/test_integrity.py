@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,10 @@ def reseal(path: Path, change: Callable[[str], str]) -> None:
     changed = change(body.decode()).encode()
     assert changed != body
     overwrite(path, seal(changed))
+    move = path.parents[1] / "aliases/latest/1.json"
+    if path.parent.name == "versions" and move.exists():
+        new = hashlib.sha256(changed).hexdigest()
+        reseal(move, lambda text: re.sub('"manifest":"[0-9a-f]{64}"', f'"manifest":"{new}"', text))
 
 
 def replace_blob(uri: Path, data: bytes) -> Path:
@@ -147,6 +152,13 @@ def test_a_sealed_file_that_lies_is_refused_with_its_name(one_prompt, place, old
         bank.manifest(1)
         bank.load("sst2")
     assert str(one_prompt / place) in str(caught.value) and sentence in str(caught.value)
+
+
+def test_a_manifest_that_was_replaced_under_its_alias_is_refused(one_prompt):
+    path = one_prompt / "versions/1.json"
+    overwrite(path, seal(path.read_bytes().partition(b"\n")[2].replace(b'"run":"nightly"', b'"run":"another"')))
+    with pytest.raises(BankError, match=r"versions/1\.json is refused: .* it was replaced"):
+        PromptBank.open(one_prompt)
 
 
 def test_a_prompt_there_twice_is_refused(one_prompt):

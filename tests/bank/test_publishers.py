@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.bank import PromptBank
-from pipeline.bank.store import LocalStore
+from pipeline.bank.local_store import LocalStore
+from pipeline.bank.source import Source
 
 SCRIPT = Path(__file__).with_name("publisher.py")
 ROOT = SCRIPT.parents[2]
@@ -63,7 +64,7 @@ def test_a_publisher_that_is_overtaken_loses_nothing_of_the_other(bank, uri, new
             return super().create(key, data)
 
     publish(bank, new_prompt("first", 1))
-    number = publish(PromptBank(Overtaken(uri), "latest", None), new_prompt("mine", 3))
+    number = publish(PromptBank(Source(Overtaken(uri)), "latest"), new_prompt("mine", 3))
     assert number == {"versions/": 3, "aliases/": 2}[overtaken_at]
     reader = PromptBank.open(uri)
     assert reader.version == 3 and set(reader.names()) == {"first", "mine", "other"}

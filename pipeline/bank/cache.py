@@ -1,0 +1,99 @@
+"""Files of banks kept on the local disk, by digest: shared by banks and processes, and there after a restart.
+
+What is read from here is verified like what comes from the store. A cache that cannot be written only costs time.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+from pipeline.bank.content import OpenFile
+from pipeline.errors import StorageError
+
+_log = logging.getLogger(__name__)
+DEFAULT_LIMIT = 4 * 2**30
+_DIGESTS, _MOVES = "sha256", "moves"
+
+
+def default_cache() -> Path:
+    """`$PROMPT_BANK_CACHE`, or `promptbank` in the user's cache folder."""
+    own = os.environ.get("PROMPT_BANK_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "promptbank"
+
+
+class Cache:
+    """A folder of at most `limit` bytes; what was not used for longest leaves first."""
+
+    def __init__(self, folder: str | Path, limit: int = DEFAULT_LIMIT) -> None:
+        self._folder = Path(folder).expanduser()
+        self._limit = limit
+
+    def where(self, digest: str) -> str:
+        return str(self._folder / _DIGESTS / digest)
+
+    def find(self, digest: str) -> OpenFile | None:
+        """The file that was kept under a digest, to be verified by the caller."""
+        path = self.where(digest)
+        try:
+            content = OpenFile(os.open(path, os.O_RDONLY), lambda error: StorageError(f"cannot read {path}: {error}"))
+        except OSError:
+            return None
+        with suppress(OSError):
+            os.utime(path)  # used now
+        return content
+
+    def keep(self, digest: str, data: bytes) -> None:
+        self._write(self._folder / _DIGESTS / digest, data)
+        self._forget_oldest()
+
+    def drop(self, digest: str) -> None:
+        with suppress(OSError):
+            os.unlink(self.where(digest))
+
+    def keep_move(self, uri: str, alias: str, data: bytes) -> None:
+        """Remember where an alias of a bank stood, for a start while the store is gone."""
+        path = self._move_path(uri, alias)
+        with suppress(OSError):
+            if path.read_bytes() == data:
+                return
+        self._write(path, data)
+
+    def last_move(self, uri: str, alias: str) -> bytes | None:
+        with suppress(OSError):
+            return self._move_path(uri, alias).read_bytes()
+        return None
+
+    def _move_path(self, uri: str, alias: str) -> Path:
+        return self._folder / _MOVES / hashlib.sha256(uri.encode()).hexdigest() / f"{alias}.json"
+
+    def _write(self, path: Path, data: bytes) -> None:
+        temporary = path.with_name(f".{uuid4().hex}.tmp")
+        with self._only_a_warning():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                temporary.write_bytes(data)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def _forget_oldest(self) -> None:
+        with self._only_a_warning():
+            files = [(item.stat(), item.path) for item in os.scandir(self._folder / _DIGESTS) if item.is_file()]
+            total = sum(stat.st_size for stat, _ in files)
+            for stat, path in sorted(files, key=lambda file: file[0].st_mtime):
+                if total <= self._limit:
+                    return
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
+                total -= stat.st_size
+
+    @contextmanager
+    def _only_a_warning(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            _log.warning("the cache %s cannot be used: %s; the bank is read without it", self._folder, error)

@@ -1,0 +1,190 @@
+"""A bank in a folder, on a file system with hard links."""
+
+import errno
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from uuid import uuid4
+
+from pipeline.bank.content import OpenFile
+from pipeline.bank.store import Entry, Missing, check_key
+from pipeline.errors import BankError, StorageError
+
+
+def open_local_store(root: Path, create: bool) -> "LocalStore":
+    """Raises: BankError when the folder is missing, StorageError when it cannot be made or read."""
+    try:
+        if create:
+            _make_folder(root)
+        found = root.is_dir()
+    except OSError as error:
+        raise _storage_error("write" if create else "read", root)(error) from error
+    if not found:
+        raise BankError(f"there is no prompt bank at {root}: publish to it first, or mend the path")
+    return LocalStore(root)
+
+
+class LocalStore:
+    """Keys are paths below a folder; a temporary's name begins with a dot. See `store.Store`."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self.uri = str(root)
+
+    def where(self, key: str) -> str:
+        return str(self._root / key)
+
+    def open(self, key: str, limit: int) -> OpenFile:
+        path = self._path(key)
+        try:
+            content = OpenFile(os.open(path, os.O_RDONLY), _storage_error("read", path))
+        except FileNotFoundError as error:
+            raise Missing(f"{path} is missing") from error
+        except OSError as error:
+            raise _storage_error("read", path)(error) from error
+        if content.size > limit:
+            raise BankError(f"{path} is refused: {content.size:,} bytes, above the limit of {limit:,}")
+        return content
+
+    def read(self, key: str, limit: int) -> bytes:
+        content = self.open(key, limit)
+        return content.read(0, content.size)
+
+    def create(self, key: str, data: bytes) -> bool:
+        path = self._path(key)
+        try:
+            _make_folder(path.parent)
+            created = not os.path.lexists(path) and _link_new(path, data)
+            # Also when it existed: its creator may not have come as far as this line.
+            _sync_folder(path.parent)
+        except OSError as error:
+            raise _storage_error("write", path)(error) from error
+        return created
+
+    def renew(self, key: str, data: bytes) -> None:
+        path = self._path(key)
+        try:
+            _make_folder(path.parent)
+            _replace(path, data)  # not utime, which another user's file refuses
+            _sync_folder(path.parent)
+        except OSError as error:
+            raise _storage_error("write", path)(error) from error
+
+    def exists(self, key: str) -> bool:
+        return os.path.exists(self._path(key))
+
+    def list_names(self, folder: str) -> tuple[str, ...]:
+        path = self._path(folder)
+        try:
+            return tuple(name for name in os.listdir(path) if not name.startswith("."))
+        except FileNotFoundError:
+            return ()
+        except OSError as error:
+            raise _storage_error("read", path)(error) from error
+
+    def list_files(self, folder: str) -> tuple[Entry, ...]:
+        path = self._path(folder)
+        return tuple(entry for entry in _files(path) if not entry.name.startswith("."))
+
+    def list_leftovers(self) -> dict[str, Entry]:
+        found = {}
+        for folder, _, _ in os.walk(self._root):
+            for entry in _files(Path(folder)):
+                if entry.name.startswith(".") and entry.name.endswith(".tmp"):
+                    found[str(Path(folder, entry.name).relative_to(self._root))] = entry
+        return found
+
+    def delete(self, key: str) -> None:
+        path = self._root / key if key.endswith(".tmp") else self._path(key)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise _storage_error("delete", path)(error) from error
+
+    def _path(self, key: str) -> Path:
+        return self._root.joinpath(*check_key(key, self.uri))
+
+
+def _files(folder: Path) -> list[Entry]:
+    entries = []
+    try:
+        with os.scandir(folder) as scan:
+            for item in scan:
+                with suppress(FileNotFoundError):  # gone while we looked
+                    if item.is_file():
+                        stat = item.stat()
+                        entries.append(Entry(item.name, stat.st_size, stat.st_mtime))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise _storage_error("read", folder)(error) from error
+    return entries
+
+
+def _link_new(path: Path, data: bytes) -> bool:
+    temporary = _write_temporary(path, data)
+    try:
+        os.link(temporary, path)  # atomic, and fails where a rename would replace
+    except FileExistsError:
+        return False
+    finally:
+        os.unlink(temporary)
+    return True
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = _write_temporary(path, data)
+    try:
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
+
+
+def _write_temporary(path: Path, data: bytes) -> Path:
+    temporary = path.with_name(f".{uuid4().hex}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        os.unlink(temporary)
+        raise
+    return temporary
+
+
+def _make_folder(folder: Path) -> None:
+    if folder.is_dir():
+        return
+    if folder != folder.parent:
+        _make_folder(folder.parent)
+    with suppress(FileExistsError):
+        os.mkdir(folder)
+    _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _storage_error(action: str, path: Path) -> Callable[[OSError], StorageError]:
+    return lambda error: StorageError(f"cannot {action} {path}: {_why(action, error)}")
+
+
+def _why(action: str, error: OSError) -> str:
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return "the disk is full; free some space and run again"
+        case errno.EACCES | errno.EROFS:
+            return f"permission denied; let this user {action} there, or choose another folder"
+        case errno.EPERM | errno.EOPNOTSUPP:
+            return "the file system refuses it; a bank needs one with hard links"
+        case _:
+            return error.strerror or str(error)

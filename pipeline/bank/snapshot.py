@@ -1,0 +1,109 @@
+"""One version of a bank, and the prompts of it that were used so far."""
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.bank.blobs import read_blob
+from pipeline.bank.manifest import BackboneId, Header, PromptRecord, check_name
+from pipeline.bank.publish import refuse_other_backbone
+from pipeline.bank.source import Source
+from pipeline.bank.versions import Version
+from pipeline.errors import BankError
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A soft prompt, verified."""
+
+    array: np.ndarray
+    """[P, H] float32, read-only"""
+    record: PromptRecord
+    version: int
+    backbone: BackboneId
+
+
+class Snapshot:
+    """A version, which never changes; each of its prompts is read once, when first asked for."""
+
+    def __init__(self, source: Source, version: Version) -> None:
+        self._source = source
+        self._version = version
+        self._used: dict[str, Prompt] = {}
+
+    @property
+    def version(self) -> int:
+        return self._version.header.version
+
+    @property
+    def digest(self) -> str:
+        """That of the manifest's seal."""
+        return self._version.digest
+
+    @property
+    def header(self) -> Header:
+        """What the manifest tells of the version itself: parent, time, run, backbone, libraries."""
+        return self._version.header
+
+    @property
+    def backbone(self) -> BackboneId:
+        return self._version.header.backbone
+
+    def signer(self) -> str | None:
+        """The public key (64 hex digits) named by the manifest's signature, which only trusted keys check.
+
+        Raises: BankError, StorageError.
+        """
+        _, seal = self._source.open_manifest(f"versions/{self.version}.json", self.digest)
+        return seal.signature.key if seal.signature else None
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """Names of the prompts in memory."""
+        return tuple(self._used)
+
+    def names(self) -> tuple[str, ...]:
+        """Names that can be loaded, sorted. Raises: BankError, StorageError."""
+        return tuple(record.name for record in self._version.records() if record.digest)
+
+    def load(self, name: str, backbone: BackboneId | None = None, any_backbone: bool = False) -> Prompt:
+        """A prompt of this version, verified. Threads may load at once.
+
+        Raises: BankError for an unknown name, a damaged file, or when `backbone` is given, the prompt
+        belongs to another one, and `any_backbone` does not allow it; StorageError.
+        """
+        check_name("prompt", name)
+        if backbone is not None and not any_backbone:
+            refuse_other_backbone(self._version.where, self.backbone, backbone)
+        if name not in self._used:
+            self._used.setdefault(name, self._read(name))
+        return self._used[name]
+
+    def record(self, name: str) -> PromptRecord | None:
+        """What the manifest tells of a name. Raises: BankError, StorageError."""
+        check_name("prompt", name)
+        return self._version.record(name)
+
+    def known_record(self, name: str) -> PromptRecord:
+        """As `record`. Raises: BankError for an unknown name, with one that is like it; StorageError."""
+        record = self.record(name)
+        if record is None:
+            close = difflib.get_close_matches(name, self._version.names(), n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            raise BankError(f"{self._version.where} holds no prompt '{name}'{hint}")
+        return record
+
+    def records(self) -> Iterator[PromptRecord]:
+        """All records by name, those of failed prompts included, read one by one. Raises: BankError, StorageError."""
+        return self._version.records()
+
+    def _read(self, name: str) -> Prompt:
+        record = self.known_record(name)
+        where = self._version.where
+        if record.digest is None or record.shape is None:
+            raise BankError(f"{where} holds no blob of '{name}', which has failed: {record.reason}")
+        if record.shape[1] != self.backbone.hidden_size:
+            raise BankError(f"{where} is refused: '{name}' is {record.shape[1]} wide and its backbone is not")
+        return Prompt(read_blob(self._source, record.digest, record.shape), record, self.version, self.backbone)

@@ -1,0 +1,96 @@
+"""Reads a whole bank and tells what is wrong with it; repairs nothing."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from pipeline.bank.aliases import AliasMove, alias_moves, check_alias
+from pipeline.bank.blobs import read_blob
+from pipeline.bank.collect import BLOBS, SUFFIX
+from pipeline.bank.source import Source
+from pipeline.bank.versions import Version, read_version, version_numbers
+from pipeline.errors import BankError
+
+Blob = tuple[str, tuple[int, int]]
+"""Digest and shape."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    problems: tuple[str, ...]
+    """One sentence each; empty when the bank is whole."""
+    versions: int
+    aliases: int
+    blobs: int
+    """Blobs that a version refers to."""
+    unreferenced: tuple[str, ...]
+    """Digests of blobs that no version refers to: of a publisher at work, or for the collector."""
+
+
+def verify_bank(source: Source, on_step: Callable[[str], None] = lambda place: None) -> Verification:
+    """Verify every manifest (with its signature, where keys are trusted), alias move and blob.
+
+    Raises: StorageError when the store cannot be read.
+    """
+    problems: list[str] = []
+    digests: dict[int, str] = {}
+    blobs: set[Blob] = set()
+    numbers = version_numbers(source.store)
+    for number in numbers:
+        on_step(f"version {number}")
+        problems += _caught(_verify_version(source, number, numbers, digests, blobs))
+    aliases = sorted(source.store.list_names("aliases"))
+    for alias in aliases:
+        on_step(f"alias {alias}")
+        problems += _caught(_verify_alias(source, alias, numbers, digests))
+    for digest, shape in sorted(blobs):
+        on_step(f"blob {digest}")
+        problems += _caught(_verify_blob(source, digest, shape))
+    there = {entry.name.removesuffix(SUFFIX) for entry in source.store.list_files(BLOBS)}
+    referenced = {digest for digest, _ in blobs}
+    return Verification(
+        tuple(problems), len(numbers), len(aliases), len(referenced), tuple(sorted(there - referenced))
+    )  # fmt: skip
+
+
+def _verify_version(
+    source: Source, number: int, numbers: tuple[int, ...], digests: dict[int, str], blobs: set[Blob]
+) -> Iterator[str]:
+    version: Version = read_version(source, number)
+    digests[number] = version.digest
+    parent = version.header.parent
+    if parent is not None and (parent >= number or parent not in numbers):
+        yield f"{version.where}: its parent, version {parent}, is not there"
+    for record in version.records():
+        if record.digest is not None and record.shape is not None:
+            if record.shape[1] != version.header.backbone.hidden_size:
+                yield f"{version.where}: '{record.name}' is {record.shape[1]} wide and its backbone is not"
+            blobs.add((record.digest, record.shape))
+
+
+def _verify_alias(source: Source, alias: str, numbers: tuple[int, ...], digests: dict[int, str]) -> Iterator[str]:
+    check_alias(alias)
+    moves: tuple[AliasMove, ...] = alias_moves(source, alias)
+    if [move.seq for move in moves] != list(range(1, len(moves) + 1)):
+        yield f"{source.store.where(f'aliases/{alias}')}: a move is missing from its history"
+    for move in moves:
+        where = source.store.where(f"aliases/{alias}/{move.seq}.json")
+        if move.version not in numbers:
+            yield f"{where}: version {move.version} is not there"
+        elif digests.get(move.version, move.manifest) != move.manifest:
+            yield f"{where}: version {move.version} is not the one that was named; it was replaced"
+
+
+def _verify_blob(source: Source, digest: str, shape: tuple[int, int]) -> Iterator[str]:
+    read_blob(source, digest, shape)
+    yield from ()
+
+
+def _caught(problems: Iterator[str]) -> list[str]:
+    """All problems, a refusal being the last one."""
+    found = []
+    try:
+        for problem in problems:
+            found.append(problem)
+    except BankError as error:
+        found.append(str(error))
+    return found
