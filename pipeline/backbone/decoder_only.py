@@ -1,7 +1,8 @@
 """Decoder-only models behind soft prompts.
 
 The prompt comes first and attention is causal, so its keys and values do not depend on the text
-behind it. Each prompt runs once a batch and its rows attend to it, exactly as if it ran once a row.
+behind it. Each prompt runs once a batch and its rows attend to it, exactly as if it ran once a row;
+where its keys and values were kept (`prompt_states`), it does not run at all.
 
 Shapes: B rows, S prompts, T tokens, P prompt tokens, N tokens of all segments, H hidden, V vocabulary.
 """
@@ -17,7 +18,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from pipeline.backbone.packed import Layout, make_layout, run_packed
-from pipeline.backbone.rows import Rows, TokenRows, as_indices, mask_of, pad_embeddings, pad_ids
+from pipeline.backbone.rows import PromptState, Rows, TokenRows, as_indices, mask_of, pad_embeddings, pad_ids
 
 
 def target_nll(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
@@ -37,15 +38,36 @@ def target_nll(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
 
 
 def _run_behind_prompts(
-    model: Any, prompts: Sequence[Tensor], texts: TokenRows, parents: Sequence[int]
+    model: Any, prompts: Sequence[Tensor | PromptState], texts: TokenRows, parents: Sequence[int]
 ) -> tuple[Tensor, Layout]:
     """Pack prompts and the texts behind them (a parent is a prompt's place, or beyond them a text's): `[N, H]`."""
     device = prompts[0].device
+    given, fresh = _given_and_fresh(prompts)
     lengths = [*map(len, prompts), *map(len, texts)]
-    layout = make_layout(lengths, [*(None for _ in prompts), *map(int, parents)], device)
+    layout = make_layout(lengths, [*(None for _ in prompts), *map(int, parents)], device, len(given))
     words = model.get_input_embeddings()(as_indices(np.concatenate(texts), prompts[0]))
-    embeddings = torch.cat([*(prompt.to(words.dtype) for prompt in prompts), words])
-    return run_packed(model, embeddings, layout), layout
+    embeddings = torch.cat([*(prompt.to(words.dtype) for prompt in fresh), words])
+    return run_packed(model, embeddings, layout, given), layout
+
+
+def _given_and_fresh(prompts: Sequence[Tensor | PromptState]) -> tuple[list[PromptState], list[Tensor]]:
+    given = [prompt for prompt in prompts if isinstance(prompt, PromptState)]
+    fresh = [prompt for prompt in prompts if isinstance(prompt, Tensor)]
+    assert not given or not fresh, "either all prompts of a batch are given, or all run"
+    return given, fresh
+
+
+def prompt_states(model: Any, prompts: Sequence[Tensor]) -> list[PromptState]:
+    """Run prompts `[P_s, H]` and keep what the tokens behind them look at."""
+    embeds = pad_embeddings(prompts).to(_float_type(model))  # [S, P, H]
+    cache = DynamicCache()
+    model.base_model(inputs_embeds=embeds, use_cache=True, past_key_values=cache)
+    keys = torch.stack([layer.keys for layer in cache.layers]).transpose(2, 3)  # [L, S, P, A', D]
+    values = torch.stack([layer.values for layer in cache.layers]).transpose(2, 3)
+    return [
+        PromptState(keys[:, s, : len(prompt)].contiguous(), values[:, s, : len(prompt)].contiguous())
+        for s, prompt in enumerate(prompts)
+    ]
 
 
 def _token_nll(model: Any, hidden: Tensor, places: np.ndarray, tokens: np.ndarray) -> Tensor:
@@ -89,13 +111,16 @@ class _Context:
 
 def _prompt_context(model: Any, rows: Rows) -> _Context:
     used, of_row = np.unique(rows.prompt_of_row, return_inverse=True)
-    prompts = [rows.prompts[s] for s in used]
-    embeds = pad_embeddings(prompts).to(_float_type(model))  # [S, P, H]
+    given, fresh = _given_and_fresh([rows.prompts[s] for s in used])
+    states = given or prompt_states(model, fresh)
+    index = as_indices(of_row, states[0].keys)
     cache = DynamicCache()
-    model.base_model(inputs_embeds=embeds, use_cache=True, past_key_values=cache)
-    lengths = np.array([len(prompt) for prompt in prompts])
-    cache.batch_select_indices(as_indices(of_row, embeds))
-    return _Context(cache, mask_of(lengths, embeds.shape[1])[of_row])
+    for layer in range(len(states[0].keys)):
+        keys = pad_embeddings([state.keys[layer] for state in states])[index]  # [B, P, A', D]
+        values = pad_embeddings([state.values[layer] for state in states])[index]
+        cache.update(keys.transpose(1, 2), values.transpose(1, 2), layer)
+    lengths = np.array([len(state) for state in states])
+    return _Context(cache, mask_of(lengths, max(lengths))[of_row])
 
 
 def _extend(model: Any, context: _Context, tokens: TokenRows) -> Tensor:

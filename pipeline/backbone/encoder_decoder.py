@@ -49,10 +49,11 @@ def decoding_steps(model: Any, rows: Rows) -> tuple[Callable[[], Tensor], Callab
 
 def _encode(model: Any, rows: Rows) -> tuple[Tensor, Tensor]:
     """The encoder's output `[B, T, H]` for `[P; X]`, right-padded, and its mask `[B, T]`."""
-    texts = model.get_input_embeddings()(as_indices(pad_ids(rows.inputs), rows.prompts[0]))  # [B, T, H]
-    prompts = [prompt.to(texts.dtype) for prompt in rows.prompts]
+    # The encoder looks both ways, so a prompt has no state of its own that could be kept.
+    prompts = [prompt for prompt in rows.prompts if isinstance(prompt, Tensor)]
+    texts = model.get_input_embeddings()(as_indices(pad_ids(rows.inputs), prompts[0]))  # [B, T, H]
     joined = [
-        torch.cat([prompts[s], text[: len(x)]])
+        torch.cat([prompts[s].to(texts.dtype), text[: len(x)]])
         for s, text, x in zip(rows.prompt_of_row, texts, rows.inputs, strict=True)
     ]
     embeds = pad_embeddings(joined)

@@ -3,10 +3,11 @@
 A segment follows its parent: an input follows a soft prompt, a label follows an input. It attends
 to its ancestors and, causally, to itself; so a prompt shared by many rows runs once and its
 gradient is the sum over them (exact; known as shared-prefix forward, arXiv 2506.05433). Products
-with weights see every token once; only attention gathers what each segment looks at.
+with weights see every token once; only attention gathers what each segment looks at. A prompt whose
+keys and values are given does not run at all.
 
-Shapes: N tokens of all segments, R segments of one depth, T their longest, K their longest view,
-A heads, D head size.
+Shapes: N tokens that run, G tokens that are given, R segments of one depth, T their longest, K their
+longest view, A heads, D head size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from pipeline.backbone.rows import PromptState
+
 _NAME = "prompt_bank_packed"
 
 
@@ -30,7 +33,7 @@ class _Level:
     query: Tensor
     """`[R, T]` places of tokens; padding repeats the segment's last one, whose numbers are its own."""
     key: Tensor
-    """`[R, K]`"""
+    """`[R, K]` places among the tokens that are given and, after them, those that run."""
     mask: Tensor
     """`[R, 1, T, K]`: what a token may look at."""
     used: Tensor
@@ -42,7 +45,7 @@ class Layout:
     """Where the tokens of each segment lie in the packed row, and what they look at."""
 
     starts: np.ndarray
-    """First place of each segment."""
+    """First place of each segment; those that are given lie at -G to -1."""
     positions: Tensor
     """`[1, N]`: of each token behind its ancestors."""
     levels: tuple[_Level, ...]
@@ -50,17 +53,22 @@ class Layout:
     """`[N]`: place of each token in the levels' outputs, one after the other."""
 
 
-def make_layout(lengths: Sequence[int], parents: Sequence[int | None], device: torch.device) -> Layout:
-    """Lay out segments of `lengths` tokens (each at least 1); a parent comes before its children."""
-    starts = np.concatenate([[0], np.cumsum(lengths)])[:-1]
+def make_layout(lengths: Sequence[int], parents: Sequence[int | None], device: torch.device, given: int = 0) -> Layout:
+    """Lay out segments of `lengths` tokens (each at least 1); a parent comes before its children.
+
+    The first `given` segments do not run: they are only looked at.
+    """
+    given_tokens = sum(lengths[:given])
+    starts = np.concatenate([[0], np.cumsum(lengths)])[:-1] - given_tokens
+    run = range(given, len(lengths))
     chains = [_chain(segment, parents) for segment in range(len(lengths))]
     places = [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
     before = [sum(lengths[s] for s in chain[:-1]) for chain in chains]
-    positions = np.concatenate([b + np.arange(n) for b, n in zip(before, lengths, strict=True)])
+    positions = np.concatenate([before[s] + np.arange(lengths[s]) for s in run])
     levels, seen = [], []
-    for depth in sorted({len(chain) for chain in chains}):
-        members = [segment for segment, chain in enumerate(chains) if len(chain) == depth]
-        views = [np.concatenate([places[s] for s in chains[segment]]) for segment in members]
+    for depth in sorted({len(chains[s]) for s in run}):
+        members = [s for s in run if len(chains[s]) == depth]
+        views = [given_tokens + np.concatenate([places[s] for s in chains[member]]) for member in members]
         levels.append(_level([places[m] for m in members], views, [before[m] for m in members], device))
         seen.append(np.concatenate([places[m] for m in members]))
     order = np.argsort(np.concatenate(seen))
@@ -92,11 +100,11 @@ def _tensor(values: np.ndarray, device: torch.device) -> Tensor:
     return torch.as_tensor(values, dtype=torch.long, device=device)
 
 
-def run_packed(model: Any, embeddings: Tensor, layout: Layout) -> Tensor:
-    """Last hidden states `[N, H]` of packed input embeddings `[N, H]`."""
+def run_packed(model: Any, embeddings: Tensor, layout: Layout, given: Sequence[PromptState] = ()) -> Tensor:
+    """Last hidden states `[N, H]` of packed input embeddings `[N, H]`, behind the layout's given segments."""
     with _packed_attention(model):
         output = model.base_model(
-            inputs_embeds=embeddings[None], position_ids=layout.positions, use_cache=False, layout=layout
+            inputs_embeds=embeddings[None], position_ids=layout.positions, use_cache=False, layout=layout, given=given
         )
     return output.last_hidden_state[0]
 
@@ -121,12 +129,16 @@ def _attend(
     dropout: float = 0.0,
     *,
     layout: Layout,
+    given: Sequence[PromptState],
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: q `[1, A, N, D]`, k and v `[1, A', N, D]` -> `[1, N, A, D]`."""
     assert attention_mask is None and dropout == 0.0
     groups = query.shape[1] // key.shape[1]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, A, D]
+    if given:  # [G + N, A', D]
+        k = torch.cat([*(state.keys[module.layer_idx] for state in given), k])
+        v = torch.cat([*(state.values[module.layer_idx] for state in given), v])
     outputs = []
     for level in layout.levels:
         out = functional.scaled_dot_product_attention(

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pipeline.backbone import decoder_only, encoder_decoder
 from pipeline.backbone.files import FAMILIES
-from pipeline.backbone.rows import Rows, TokenRows
+from pipeline.backbone.rows import PromptState, Rows, TokenRows
 
-__all__ = ["Rows", "greedy_decode", "label_log_likelihoods", "target_nll"]
+__all__ = ["PromptState", "Rows", "greedy_decode", "label_log_likelihoods", "prompt_state", "target_nll"]
 
 
 def target_nll(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
@@ -28,6 +28,13 @@ def target_nll(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
     """
     nll: Tensor = _of(model).target_nll(model, rows, targets)
     return nll
+
+
+@torch.no_grad()
+def prompt_state(model: Any, prompt: Tensor) -> PromptState:
+    """Run a soft prompt `[P, H]` of a decoder-only model once; `Rows` take what it leaves in its place."""
+    (state,) = decoder_only.prompt_states(model, [prompt])
+    return state
 
 
 @torch.no_grad()
@@ -44,22 +51,26 @@ def label_log_likelihoods(model: Any, rows: Rows, labels: Sequence[TokenRows]) -
 
 @torch.no_grad()
 def greedy_decode(
-    model: Any, rows: Rows, max_new_tokens: int, eos: int, all_done: Callable[[bool], bool] = bool
+    model: Any, rows: Rows, max_new_tokens: int | Sequence[int], eos: int, all_done: Callable[[bool], bool] = bool
 ) -> list[np.ndarray]:
     """The most likely continuation, token by token, up to and without `eos`: B arrays of token ids.
 
+    `max_new_tokens` holds for all rows, or is given for each.
     `all_done` turns "this rank is done" into "every rank is done": under ZeRO-3 all stop together.
     """
     start, step = _of(model).decoding_steps(model, rows)
     tokens = start()
+    limits = np.broadcast_to(max_new_tokens, len(tokens))
+    limit = torch.as_tensor(limits.copy(), device=tokens.device)
     out = [tokens]
     done = tokens == eos
-    while len(out) < max_new_tokens and not all_done(bool(done.all())):
+    while len(out) < limits.max() and not all_done(bool((done | (limit <= len(out))).all())):
         tokens = step(tokens)
         out.append(tokens)
         done |= tokens == eos
     ids = torch.stack(out, dim=1).cpu().numpy()  # [B, T]
-    return [row[: np.argmax(row == eos)] if (row == eos).any() else row for row in ids]
+    ended = [row[:most] for row, most in zip(ids, limits, strict=True)]
+    return [row[: np.argmax(row == eos)] if (row == eos).any() else row for row in ended]
 
 
 def _of(model: Any) -> ModuleType:

@@ -1,6 +1,6 @@
 """Rows to run behind soft prompts, and how rows of different lengths are put side by side.
 
-Shapes: B rows, T tokens, P prompt tokens, H hidden.
+Shapes: B rows, T tokens, P prompt tokens, H hidden, L layers, A' heads of keys, D head size.
 """
 
 from collections.abc import Sequence
@@ -14,17 +14,39 @@ TokenRows = Sequence[np.ndarray]
 """One array of token ids a row, of any lengths."""
 
 
+@dataclass(frozen=True, eq=False)
+class PromptState:
+    """A soft prompt after it ran through a decoder-only model: all that the tokens behind it look at."""
+
+    keys: Tensor
+    """`[L, P, A', D]`, rotated to the prompt's positions where the model rotates."""
+    values: Tensor
+    """`[L, P, A', D]`"""
+
+    def __len__(self) -> int:
+        """P"""
+        return self.keys.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+
 @dataclass(frozen=True)
 class Rows:
     """Rows to run: for each, the soft prompt that stands before it and its input tokens."""
 
-    prompts: Sequence[Tensor]
-    """Soft prompts `[P_s, H]`; lengths may differ."""
+    prompts: Sequence[Tensor] | Sequence[PromptState]
+    """Soft prompts `[P_s, H]`, or what they left when they ran before; lengths may differ."""
     prompt_of_row: Sequence[int]
     inputs: TokenRows
 
 
-def as_indices(values: np.ndarray, like: Tensor) -> Tensor:
+def as_indices(values: np.ndarray, like: Tensor | PromptState) -> Tensor:
     """Whole numbers as a tensor beside another one."""
     return torch.as_tensor(values, dtype=torch.long, device=like.device)
 
@@ -43,7 +65,7 @@ def mask_of(lengths: np.ndarray, width: int) -> np.ndarray:
 
 
 def pad_embeddings(sequences: Sequence[Tensor]) -> Tensor:
-    """`[T_b, H]` each -> `[B, T, H]`. Padding repeats a sequence's own last embedding.
+    """`[T_b, ...]` each -> `[B, T, ...]`. Padding repeats a sequence's own last embedding.
 
     So that a prompt gone NaN stays in its own rows.
     """

@@ -1,5 +1,7 @@
-"""One backbone, many prompts: rows of different tasks answered in one batch."""
+"""One backbone, many prompts: rows of different tasks answered in one batch. `app` serves them over HTTP."""
 
+from pipeline.serving.ensemble import classify_ensemble, generate_ensemble
 from pipeline.serving.prompted_model import PromptedModel
+from pipeline.serving.served_backbone import ServedBackbone, load_backbone
 
-__all__ = ["PromptedModel"]
+__all__ = ["PromptedModel", "ServedBackbone", "classify_ensemble", "generate_ensemble", "load_backbone"]

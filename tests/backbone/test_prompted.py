@@ -99,6 +99,32 @@ def test_a_prompt_that_is_not_a_number_touches_no_other_row(both, rows):
     torch.testing.assert_close(poisoned[1].grad, healthy[1].grad, rtol=1e-5, atol=1e-6)
 
 
+def kept(ours, run):
+    """The same rows behind prompts that ran before."""
+    return prompted.Rows([ours.run(prompted.prompt_state, prompt) for prompt in run.prompts], OF_ROW, run.inputs)
+
+
+def test_prompts_that_ran_before_give_what_prompts_that_run_give(both, rows):
+    (ours, _), (run, targets) = both, rows
+    if ours.architecture == "encoder-decoder":
+        pytest.skip("a prompt before an encoder has no state of its own")
+    again = kept(ours, run)
+    with torch.no_grad():
+        nll = [ours.run(prompted.target_nll, r, targets) for r in (again, run)]
+    torch.testing.assert_close(*nll, rtol=1e-5, atol=1e-5)
+    scores = [ours.run(prompted.label_log_likelihoods, r, [targets] * 4) for r in (again, run)]
+    np.testing.assert_allclose(*scores, rtol=1e-5, atol=1e-5)
+    answers = [ours.run(prompted.greedy_decode, r, 8, EOS) for r in (again, run)]
+    assert [list(answer) for answer in answers[0]] == [list(answer) for answer in answers[1]]
+
+
+def test_each_row_may_have_its_own_longest_answer(both, rows):
+    (ours, _), (run, _) = both, rows
+    whole = ours.run(prompted.greedy_decode, run, 8, EOS)
+    limits = [3, 8, 1, 2]
+    cut = ours.run(prompted.greedy_decode, run, limits, EOS)
+    assert [list(answer) for answer in cut] == [list(row[:most]) for row, most in zip(whole, limits, strict=True)]
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 def test_int8_in_bfloat16_as_on_a_gpu_stays_close_to_the_full_model(family, rows, tmp_path):
     run, targets = rows

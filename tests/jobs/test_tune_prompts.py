@@ -94,13 +94,13 @@ def test_a_published_prompt_loaded_back_answers_as_well_as_it_was_measured(undis
     folder, _ = undisturbed
     import pyarrow.parquet as pq
 
-    from pipeline.serving import PromptedModel
+    from pipeline.serving import PromptedModel, load_backbone
 
-    model = PromptedModel.open(str(folder / "model"), PromptBank.open(folder / "bank"))
+    model = PromptedModel(load_backbone(str(folder / "model")), PromptBank.open(folder / "bank"))
     rows = pq.read_table(folder / "corpora/film/test.parquet").to_pylist()
     scores = model.classify(rows, ["film"] * len(rows))
     right = [max(score, key=score.get) == row["label"] for score, row in zip(scores, rows, strict=True)]
-    record = model.prompt("film").record
+    record = model.bank.load("film").record
     assert np.mean(right) == pytest.approx(record.metrics.test)
 
 

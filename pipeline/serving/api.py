@@ -1,0 +1,214 @@
+"""The HTTP side of a service: routes, and what a caller is told when something is wrong. Knows nothing of Ray."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, Generic, Protocol
+
+from fastapi import FastAPI, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pipeline.bank import Snapshot
+from pipeline.corpus.template import parse_template
+from pipeline.errors import CorpusError, PromptBankError
+from pipeline.serving import bodies
+from pipeline.serving.meters import Meters
+from pipeline.serving.prompted_model import Answer
+from pipeline.serving.questions import NoLabelsError, Request, RowTooLongError, UnknownTaskError
+from pipeline.serving.service_settings import ServiceSettings
+
+
+class OverloadedError(PromptBankError):
+    """More requests wait than the service allows."""
+
+
+@dataclass(frozen=True)
+class Answered(Generic[Answer]):
+    """Answers to one request, and the version of the bank that gave them."""
+
+    version: int
+    answers: Sequence[Answer]
+
+
+class Service(Protocol):
+    """What the routes need."""
+
+    settings: ServiceSettings
+    meters: Meters
+
+    def snapshot(self) -> Snapshot:
+        """The version that is served. Raises: BankError when none can be."""
+
+    def watch_error(self) -> str | None:
+        """Why the bank cannot be followed at present."""
+
+    async def generate(self, request: Request) -> Answered[str]: ...
+
+    async def classify(self, request: Request) -> Answered[dict[str, float]]: ...
+
+
+_STATUS: dict[type[Exception], int] = {
+    UnknownTaskError: 404,
+    RowTooLongError: 413,
+    NoLabelsError: 422,
+    CorpusError: 422,
+    PromptBankError: 503,
+}
+_FAILURES: dict[int | str, dict[str, Any]] = {
+    404: {"model": bodies.Failure, "description": "No such task"},
+    413: {"model": bodies.Failure, "description": "Too many rows, too long a row, or too large a body"},
+    422: {"model": bodies.Failure, "description": "A malformed body, or a row that does not fit its task"},
+    503: {"model": bodies.Failure, "description": "Too many requests wait, or the bank cannot be read"},
+}
+_UNAVAILABLE: dict[int | str, dict[str, Any]] = {503: _FAILURES[503]}
+
+
+def make_api(service: Service) -> FastAPI:
+    """The routes of a service."""
+    api = FastAPI(title="Prompt bank", description="Many tasks, one frozen model: each row runs behind its own prompt.")
+    _add_questions(api, service)
+    _add_views(api, service)
+    for kind in (PromptBankError, HTTPException, RequestValidationError, Exception):
+        api.add_exception_handler(kind, _told)
+    api.add_middleware(_BodyLimit, limit=service.settings.max_body_bytes)
+    api.add_middleware(_Metered, meters=service.meters)
+    return api
+
+
+def _add_questions(api: FastAPI, service: Service) -> None:
+    @api.post("/v1/generate", responses=_FAILURES)
+    async def generate(body: bodies.GenerateBody) -> bodies.GenerateReply:
+        """Greedy answers, each behind the prompt of its row's task."""
+        _check_size(body, service.settings)
+        reply = await service.generate(body.request())
+        rows = [bodies.Generated(task=row.task, text=text) for row, text in zip(body.rows, reply.answers, strict=True)]
+        return bodies.GenerateReply(version=reply.version, rows=rows)
+
+    @api.post("/v1/classify", responses=_FAILURES)
+    async def classify(body: bodies.ClassifyBody) -> bodies.ClassifyReply:
+        """The likelihood of each label of a row's task."""
+        _check_size(body, service.settings)
+        reply = await service.classify(body.request())
+        rows = [
+            bodies.Classified(task=row.task, label=max(scores, key=lambda label: scores[label]), log_likelihoods=scores)
+            for row, scores in zip(body.rows, reply.answers, strict=True)
+        ]
+        return bodies.ClassifyReply(version=reply.version, rows=rows)
+
+
+def _check_size(body: bodies.ClassifyBody, settings: ServiceSettings) -> None:
+    if len(body.rows) > settings.max_rows:
+        raise RowTooLongError(
+            f"the request has {len(body.rows)} rows where {settings.max_rows} are allowed; send them in parts"
+        )
+    asked = getattr(body, "max_new_tokens", 0)
+    if asked > settings.max_new_tokens:
+        raise RowTooLongError(f"max_new_tokens is {asked} where {settings.max_new_tokens} are allowed; ask for fewer")
+
+
+def _add_views(api: FastAPI, service: Service) -> None:
+    @api.get("/v1/tasks", responses=_UNAVAILABLE)
+    def tasks() -> bodies.TasksReply:
+        """Every task that can be asked, and what its rows must give."""
+        snapshot = service.snapshot()
+        return bodies.TasksReply(version=snapshot.version, tasks=[_task(snapshot, name) for name in snapshot.names()])
+
+    @api.get("/healthz", responses=_UNAVAILABLE)
+    async def healthz() -> bodies.Health:
+        """Whether questions can be answered; answers while the model runs."""
+        return bodies.Health(version=service.snapshot().version, watch_error=service.watch_error())
+
+    @api.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Counters of this replica in Prometheus' text format."""
+        return Response(service.meters.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _task(snapshot: Snapshot, name: str) -> bodies.TaskTold:
+    record = snapshot.record(name)
+    assert record is not None
+    columns = parse_template(record.template.input, f"prompt '{name}'").columns
+    labels = list(record.labels) if record.labels else None
+    return bodies.TaskTold(
+        name=name, columns=list(columns), labels=labels, metric=record.metric, prompt_length=record.length
+    )
+
+
+async def _told(request: HttpRequest, error: Exception) -> JSONResponse:
+    """Every failure as one sentence; never a traceback."""
+    headers: Mapping[str, str] = {}
+    match error:
+        case PromptBankError():
+            status = next(status for kind, status in _STATUS.items() if isinstance(error, kind))
+            sentence = str(error)
+            headers = {"Retry-After": "1"} if isinstance(error, OverloadedError) else {}
+        case RequestValidationError():
+            status, sentence = 422, _sentence(error)
+        case HTTPException():
+            status, headers = error.status_code, error.headers or {}
+            sentence = f"{request.method} {request.url.path}: {error.detail}"
+        case _:
+            status, sentence = 500, "the service failed on this request; its log tells why"
+    return JSONResponse({"error": sentence}, status, headers=dict(headers))
+
+
+def _sentence(error: RequestValidationError) -> str:
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return f"the body is not JSON ({first['ctx']['error']})"
+    where = ".".join(map(str, first["loc"]))
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message[:1].lower()}{message[1:]}"
+
+
+@dataclass(frozen=True)
+class _BodyLimit:
+    """Refuses a body above `limit` bytes, by what it says of its length or by what arrives."""
+
+    app: ASGIApp
+    limit: int
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        told = next((int(value) for key, value in scope.get("headers", ()) if key == b"content-length"), 0)
+        arrived = 0
+
+        async def limited() -> Message:
+            nonlocal arrived
+            message: Message = {} if told > self.limit else await receive()
+            arrived += len(message.get("body", b""))
+            if max(told, arrived) > self.limit:
+                raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body is above {self.limit:,} bytes")
+            return message
+
+        await self.app(scope, limited, send)
+
+
+@dataclass(frozen=True)
+class _Metered:
+    """Counts and times requests by route."""
+
+    app: ASGIApp
+    meters: Meters
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        status, start = 500, time.perf_counter()
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        finally:
+            path = getattr(scope.get("route"), "path", "other")
+            self.meters.requests.labels(path, str(status)).inc()
+            self.meters.seconds.labels(path).observe(time.perf_counter() - start)

@@ -1,0 +1,217 @@
+"""The service on Ray Serve: rows of many requests and tasks in one batch, behind HTTP. The only user of Ray here.
+
+`serve run pipeline.serving.app:build bank=BANK model=MODEL`, or `jobs/serve_prompts.py`.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+
+from pipeline.backbone.files import from_anywhere
+from pipeline.backbone.fingerprint import weights_setting
+from pipeline.bank import PromptBank, Snapshot, WatchEvent
+from pipeline.errors import BankError, PromptBankError, SettingsError
+from pipeline.serving.api import Answered, OverloadedError, make_api
+from pipeline.serving.meters import Meters
+from pipeline.serving.prompted_model import Answer, PromptedModel, Replies
+from pipeline.serving.questions import Request
+from pipeline.serving.served_backbone import load_backbone
+from pipeline.serving.service_settings import ServiceSettings
+
+_log = logging.getLogger("ray.serve")
+_NAME = "prompts"
+_SPARE_REQUESTS = 64
+"""Room for /healthz and its like while as many questions wait as may wait."""
+
+
+def build(settings: ServiceSettings) -> serve.Application:
+    """The application, for `serve.run` and `serve run`."""
+    # A replica has another working directory.
+    places = {"bank": from_anywhere(settings.bank), "model": from_anywhere(settings.model)}
+    settings = settings.model_copy(update=places | {"trusted_keys": tuple(map(from_anywhere, settings.trusted_keys))})
+    deployment = serve.deployment(
+        serve.ingress()(PromptService),
+        name=_NAME,
+        num_replicas=settings.replicas,
+        ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": int(settings.device == "cuda")},
+        max_ongoing_requests=settings.max_waiting + _SPARE_REQUESTS,
+        max_constructor_retry_count=2,
+        graceful_shutdown_timeout_s=settings.shutdown_s,
+        graceful_shutdown_wait_loop_s=0.5,
+        logging_config={"enable_access_log": False},
+    )
+    return deployment.bind(settings)
+
+
+@contextmanager
+def serving(settings: ServiceSettings, host: str, port: int) -> Iterator[None]:
+    """The application, ready at `http://host:port`; afterwards ended, with the requests that it has finished.
+
+    Runs on the Ray cluster at RAY_ADDRESS, else on a Ray of its own, which it ends too.
+    Raises: SettingsError when the port is taken or no cluster answers; the PromptBankError that a replica
+    could not start for.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        _check_port(host, port)
+    with ExitStack() as afterwards:
+        _start_ray(settings, address)
+        afterwards.callback(ray.shutdown)
+        serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly")
+        afterwards.callback(serve.delete, _NAME)  # waits for the requests that are under way
+        try:
+            serve.run(build(settings), name=_NAME)
+        except RuntimeError as error:
+            raise _reason(error) from error
+        yield
+
+
+def _start_ray(settings: ServiceSettings, address: str | None) -> None:
+    # Replicas must find this code, also when it was started as a script without being installed.
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    options: dict[str, Any] = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}, "logging_level": logging.ERROR}
+    if not address:
+        cpus = max(os.cpu_count() or 1, round(settings.replicas * settings.cpus_per_replica))
+        options |= {"num_cpus": cpus, "object_store_memory": 100 * 2**20, "include_dashboard": False}
+    try:
+        ray.init(address=address or "local", log_to_driver=False, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise SettingsError(f"RAY_ADDRESS: no Ray cluster answers at {address}; mend or unset it") from error
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise SettingsError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from error
+
+
+def _reason(error: RuntimeError) -> Exception:
+    """The sentence in what Serve tells of a replica that could not start."""
+    told = [d.message for app in serve.status().applications.values() for d in app.deployments.values()]
+    for line in reversed("\n".join(told).splitlines()):
+        name, _, sentence = line.strip().partition("Error: ")
+        if name.startswith("pipeline.errors."):
+            return PromptBankError(sentence)
+    return error
+
+
+def _rows(requests: Sequence[Request]) -> int:
+    return sum(len(request.tasks) for request in requests)
+
+
+class PromptService:
+    """One replica: a copy of the model, and a view of the bank. Requests wait on the event loop, a thread runs."""
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        self.settings = settings
+        self.bank = PromptBank.open(settings.bank, settings.alias, trusted_keys=settings.trusted_keys)
+        assert self.bank.current is not None, "a bank without a version is refused when opened"
+        weights = weights_setting(self.bank.current.backbone)
+        backbone = load_backbone(settings.model, weights, settings.device, settings.dtype)
+        self.model = PromptedModel(backbone, self.bank, settings.cache_mib * 2**20, settings.token_budget)
+        self.snapshot()  # a bank of another backbone is refused before the first request
+        self.meters = Meters(serve.get_replica_context().replica_id.unique_id)
+        self.meters.watched(self.bank.version, None)
+        self._watch_error: str | None = None
+        self._watcher = self.bank.watch(self._on_event, settings.watch_every)
+        self._worker = ThreadPoolExecutor(1, "model")
+        self._waiting = self._running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        for batch in (self._generate, self._classify):
+            batch.set_max_batch_size(settings.max_rows)
+            batch.set_batch_wait_timeout_s(settings.batch_wait_s)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return make_api(self)
+
+    def snapshot(self) -> Snapshot:
+        """Raises: BankError when the version that the bank names now is none for this model."""
+        snapshot = self.bank.current
+        if snapshot is None:
+            raise BankError("the bank has no version")
+        differing = snapshot.backbone.differing_parts(self.model.backbone.identity)
+        if differing:
+            raise BankError(
+                f"version {snapshot.version} of the bank belongs to another model than {self.settings.model}: "
+                f"they differ in {', '.join(differing)}"
+            )
+        return snapshot
+
+    def watch_error(self) -> str | None:
+        return self._watch_error
+
+    async def generate(self, request: Request) -> Answered[str]:
+        return await self._ask(self._generate, request)
+
+    async def classify(self, request: Request) -> Answered[dict[str, float]]:
+        return await self._ask(self._classify, request)
+
+    @serve.batch(batch_size_fn=_rows)
+    async def _generate(self, requests: list[Request]) -> list[Answered[str] | PromptBankError]:
+        return await self._run("generate", self.model.generate_each, requests)
+
+    @serve.batch(batch_size_fn=_rows)
+    async def _classify(self, requests: list[Request]) -> list[Answered[dict[str, float]] | PromptBankError]:
+        return await self._run("classify", self.model.classify_each, requests)
+
+    async def _ask(self, batch: Callable[[Request], Awaitable[Any]], request: Request) -> Answered[Any]:
+        if self._waiting >= self.settings.max_waiting:
+            raise OverloadedError(f"{self._waiting} requests wait for the model already; come back later")
+        self._waiting += 1
+        try:
+            # `serve.batch` collects for a fixed time, whether the model is busy or not. Who waits here
+            # until it is idle comes into the next batch together, however long the one before took.
+            await self._idle.wait()
+            answered = await batch(request)
+        finally:
+            self._waiting -= 1
+        if isinstance(answered, PromptBankError):
+            raise type(answered)(self._public(answered)) from answered
+        for task in request.tasks:
+            self.meters.rows.labels(task.partition("@")[0]).inc()
+        return answered
+
+    async def _run(
+        self, kind: str, answer: Callable[[Sequence[Request]], Replies[Answer]], requests: Sequence[Request]
+    ) -> list[Answered[Answer] | PromptBankError]:
+        self._running += 1
+        self._idle.clear()
+        self.meters.batch_rows.labels(kind).observe(_rows(requests))
+        try:
+            replies = await asyncio.get_running_loop().run_in_executor(self._worker, answer, requests)
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
+        return [
+            reply if isinstance(reply, PromptBankError) else Answered(replies.version, reply)
+            for reply in replies.of_request
+        ]
+
+    def _on_event(self, event: WatchEvent) -> None:
+        """Called in the watch's thread."""
+        self._watch_error = self._public(event.error) if event.error else None
+        self.meters.watched(event.version, self._watch_error)
+        if event.error:
+            _log.warning("serving version %d on: %s", event.version, event.error)
+        else:
+            _log.info("serving version %d of the bank", event.version)
+
+    def _public(self, error: Exception) -> str:
+        """Its sentence without where the bank lies."""
+        return str(error).replace(f"{self.bank.uri}/", "")

@@ -1,0 +1,47 @@
+"""The one model of a service: loaded whole into this process, with its tokenizer and its identity."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.backbone.files import Architecture, context_length, find_model, read_config, read_tokenizer
+from pipeline.backbone.fingerprint import identify
+from pipeline.backbone.host import Backbone, compute_dtype, host_backbone
+from pipeline.backbone.loading import build_skeleton
+from pipeline.backbone.weights import open_weights
+from pipeline.bank import BackboneId
+
+
+@dataclass(frozen=True)
+class ServedBackbone:
+    """A frozen model ready to answer, and what tells whether a prompt belongs to it."""
+
+    backbone: Backbone
+    tokenizer: Any
+    identity: BackboneId
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.backbone.architecture
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens of prompt, input and answer together; None where positions are relative (T5)."""
+        return context_length(self.backbone.config)
+
+
+def load_backbone(model: str, weights: str = "int8", device: str = "cpu", dtype: str = "auto") -> ServedBackbone:
+    """Load a model whole: a folder, hub name, .gguf file or packaged name.
+
+    `weights` is "int8" or "full", as the prompts were tuned on; `dtype` is the type of activations.
+    Raises: BackboneError when it cannot be loaded.
+    """
+    files = find_model(model)
+    config, tokenizer = read_config(files), read_tokenizer(files)
+    identity = identify(model, config, tokenizer, open_weights(files, build_skeleton(config, False)), weights)
+    place = torch.device(device)
+    backbone = host_backbone(
+        files, config, int8=weights == "int8", dtype=compute_dtype(dtype, place), device=place, sharded=False
+    )
+    return ServedBackbone(backbone, tokenizer, identity)

@@ -1,0 +1,58 @@
+"""What a service is told when it starts."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.errors import SettingsError
+
+
+class ServiceSettings(BaseModel):
+    """Settings of a service; each is an option of `jobs/serve_prompts.py` and an argument of `serve run`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    bank: str
+    """The bank's folder or object store."""
+    model: str
+    """The backbone that the prompts were tuned on: a folder, hub name, .gguf file or packaged name."""
+    alias: str = "latest"
+    """The alias that is served and followed."""
+    trusted_keys: tuple[str, ...] = ()
+    """Public keys (PEM files); with them, a version that none of them signed is not served."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of activations; auto is float32 on a CPU and bfloat16 on a GPU."""
+    replicas: int = Field(default=1, ge=1)
+    """Copies of the model."""
+    cpus_per_replica: float = Field(default=1, gt=0)
+    """Also the threads of each replica's model, on a CPU."""
+    watch_every: float = Field(default=10, gt=0)
+    """Seconds between two looks at the alias."""
+    max_rows: int = Field(default=256, ge=1)
+    """Most rows of a request, and of a batch over all requests."""
+    max_body_bytes: int = Field(default=2**20, ge=1)
+    """Largest body of a request."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Longest answer that a request may ask for, in tokens."""
+    max_waiting: int = Field(default=1000, ge=1)
+    """Requests that may wait for the model; more are told to come back later."""
+    batch_wait_s: float = Field(default=0.003, ge=0)
+    """How long a batch waits for company while the model is idle, in seconds."""
+    token_budget: int = Field(default=8192, ge=1)
+    """Most tokens that the model runs at once, and of a row with its prompt and answer."""
+    cache_mib: int = Field(default=512, ge=0)
+    """Memory for the keys and values of prompts, in MiB."""
+    shutdown_s: float = Field(default=60, ge=0)
+    """How long requests may still run when the service is told to end, in seconds."""
+
+
+def make_settings(given: Mapping[str, Any]) -> ServiceSettings:
+    """Settings from names and values. Raises: SettingsError that names the wrong one."""
+    try:
+        return ServiceSettings.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise SettingsError(f"{where}: {first['msg'][:1].lower()}{first['msg'][1:]}") from error

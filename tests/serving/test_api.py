@@ -1,0 +1,67 @@
+"""What a caller is told when the service itself is in trouble; the routes without Ray. See also test_app.py."""
+
+import subprocess
+import sys
+
+import pytest
+from fastapi.testclient import TestClient
+
+from pipeline.errors import BankError
+from pipeline.serving.api import Answered, OverloadedError, make_api
+from pipeline.serving.meters import Meters
+from pipeline.serving.service_settings import ServiceSettings
+
+BODY = {"rows": [{"task": "film", "text": "good"}]}
+
+
+class InTrouble:
+    """A service that fails as it is told to."""
+
+    def __init__(self, error=None):
+        self.settings = ServiceSettings(bank="bank", model="model")
+        self.meters = Meters("r1")
+        self.error = error
+
+    def snapshot(self):
+        raise self.error
+
+    def watch_error(self):
+        return None
+
+    async def generate(self, request):
+        if self.error:
+            raise self.error
+        return Answered(3, ["fine"] * len(request.tasks))
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "sentence"),
+    [
+        (OverloadedError("7 requests wait"), 503, "7 requests wait"),
+        (BankError("blobs/x is damaged"), 503, "blobs/x is damaged"),
+        (ZeroDivisionError("division by zero"), 500, "the service failed on this request; its log tells why"),
+    ],
+)
+def test_trouble_is_one_sentence_and_is_counted(error, status, sentence):
+    service = InTrouble(error)
+    client = TestClient(make_api(service), raise_server_exceptions=False)
+    reply = client.post("/v1/generate", json=BODY)
+    assert reply.status_code == status and reply.json() == {"error": sentence}
+    assert ("retry-after" in reply.headers) == isinstance(error, OverloadedError)
+    counted = f'promptbank_requests_total{{replica="r1",route="/v1/generate",status="{status}"}} 1.0'
+    assert counted in client.get("/metrics").text
+
+
+def test_a_replica_that_cannot_serve_is_not_healthy():
+    reply = TestClient(make_api(InTrouble(BankError("version 2 belongs to another model")))).get("/healthz")
+    assert reply.status_code == 503 and reply.json() == {"error": "version 2 belongs to another model"}
+
+
+def test_a_reply_names_the_version_that_answered():
+    reply = TestClient(make_api(InTrouble())).post("/v1/generate", json=BODY)
+    assert reply.json() == {"version": 3, "rows": [{"task": "film", "text": "fine"}]}
+
+
+def test_a_program_that_serves_itself_needs_no_ray():
+    code = "import sys, pipeline.serving; sys.exit('ray' in sys.modules or 'fastapi' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

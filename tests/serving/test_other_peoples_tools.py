@@ -1,0 +1,262 @@
+"""Exported prompts in the tools that they are made for, and prompts that those tools have made.
+
+PEFT is the real one. vLLM cannot be installed here: a stand-in takes its place and runs transformers.
+"""
+
+import importlib.util
+import socket
+import sys
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForSeq2SeqLM,
+    PromptTuningConfig,
+    TaskType,
+    get_peft_model,
+)
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from pipeline.backbone import prompted
+from pipeline.backbone.files import find_model, read_config, read_tokenizer
+from pipeline.backbone.fingerprint import identify
+from pipeline.backbone.host import Backbone, host_backbone
+from pipeline.backbone.loading import build_skeleton
+from pipeline.backbone.weights import open_weights
+from pipeline.bank import BackboneId, Metrics, NewPrompt, PromptBank, Template
+from pipeline.bank.exports import export_peft, export_vllm
+from pipeline.bank.imports import import_peft, imported_prompt
+from pipeline.corpus.encoding import encode_inputs
+from pipeline.errors import BankError
+from tests.tiny import VOCAB, make_model, make_tokenizer
+
+TEXT = "the film was not very good"
+TEMPLATE = Template(input="{text} it is", target="{label}", separator=" ")
+EVERY_TOKEN = [np.array([token]) for token in range(VOCAB)]
+
+
+def random_prompt() -> NewPrompt:
+    return NewPrompt(
+        name="film",
+        array=np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32),
+        task="film",
+        template=TEMPLATE,
+        labels=("good", "bad"),
+        metric="accuracy",
+        metrics=Metrics(),
+        initialisation="random",
+        length=5,
+        steps=0,
+        seed=0,
+        corpus_digest="0" * 64,
+        settings_digest="0" * 64,
+    )
+
+
+@dataclass(frozen=True)
+class Served:
+    backbone: Backbone
+    tokenizer: Any
+    identity: BackboneId
+    bank: PromptBank
+
+
+def serve(folder, family):
+    """A tiny model in full precision, and a bank with one prompt of it."""
+    scale = 2.0 if family == "t5" else 3.0
+    files = find_model(str(make_model(folder / "model", family, scale=scale)))
+    config, tokenizer = read_config(files), read_tokenizer(files)
+    backbone = host_backbone(files, config, int8=False, dtype=torch.float32, device=torch.device("cpu"), sharded=False)
+    source = open_weights(files, build_skeleton(config, int8=False))
+    identity = identify(files.name, config, tokenizer, source, "full")
+    bank = PromptBank.open(folder / "bank", create=True)
+    bank.publish([random_prompt()], identity, "test", {}, "latest")
+    return Served(backbone, tokenizer, identity, bank)
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "t5"])
+def served(request, tmp_path_factory):
+    return serve(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return serve(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def load_plainly(served):
+    auto = AutoModelForSeq2SeqLM if served.backbone.architecture == "encoder-decoder" else AutoModelForCausalLM
+    return auto.from_pretrained(served.identity.model).eval()
+
+
+def input_ids(served, text=TEXT + " it is"):
+    return torch.tensor(encode_inputs(served.tokenizer, served.backbone.architecture, [text]))
+
+
+def rows_of(served, prompt):
+    return prompted.Rows([torch.tensor(prompt)], [0], list(input_ids(served).numpy()))
+
+
+def our_answer(served, prompt, max_new_tokens):
+    rows = rows_of(served, prompt)
+    (ids,) = served.backbone.run(prompted.greedy_decode, rows, max_new_tokens, served.tokenizer.eos_token_id)
+    return served.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def ours(served, prompt):
+    """log P of every token of the vocabulary as the next one behind `[P; X]`: `[V]`."""
+    rows = rows_of(served, prompt)
+    (scores,) = served.backbone.run(prompted.label_log_likelihoods, rows, [EVERY_TOKEN])
+    return torch.from_numpy(scores)
+
+
+def theirs(model, **inputs):
+    """The same of a transformers or PEFT model."""
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.tensor([[model.config.decoder_start_token_id]])
+    with torch.no_grad():
+        return model(**inputs).logits[0, -1].log_softmax(-1)
+
+
+def no_network(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def test_peft_loads_an_export_without_a_look_up_and_computes_what_we_compute(served, tmp_path, monkeypatch):
+    prompt = served.bank.load("film")
+    folder = export_peft(prompt, tmp_path / "peft", "nobody/no-such-model")
+    base = load_plainly(served)
+    no_network(monkeypatch)
+    adapted = PeftModel.from_pretrained(base, folder).eval()
+    seq2seq = served.backbone.architecture == "encoder-decoder"
+    assert type(adapted) is (PeftModelForSeq2SeqLM if seq2seq else PeftModelForCausalLM)
+    embedded = base.get_input_embeddings()(input_ids(served))
+    joined = torch.cat([torch.tensor(prompt.array)[None], embedded], dim=1)
+    by_peft = theirs(adapted, input_ids=input_ids(served))
+    torch.testing.assert_close(by_peft, theirs(base, inputs_embeds=joined), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(by_peft, ours(served, prompt.array), rtol=1e-4, atol=1e-4)
+    without = theirs(base, input_ids=input_ids(served))
+    assert (by_peft - without).abs().max() > 0.01, "the prompt makes no difference, so nothing was compared"
+
+
+def test_peft_generates_what_we_generate(served, tmp_path):
+    prompt = served.bank.load("film")
+    folder = export_peft(prompt, tmp_path / "peft", "any")
+    adapted = PeftModel.from_pretrained(load_plainly(served), folder).eval()
+    ids = input_ids(served)
+    out = adapted.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0
+    )
+    answer = out[0] if adapted.config.is_encoder_decoder else out[0, ids.shape[1] :]
+    text = served.tokenizer.decode(answer, skip_special_tokens=True).strip()
+    assert text and text == our_answer(served, prompt.array, 6)
+
+
+def tuned_by_peft(served, folder, **config):
+    """An adapter of the real PEFT, saved by its own code."""
+    seq2seq = served.backbone.architecture == "encoder-decoder"
+    task = TaskType.SEQ_2_SEQ_LM if seq2seq else TaskType.CAUSAL_LM
+    torch.manual_seed(1)
+    adapted = get_peft_model(
+        load_plainly(served), PromptTuningConfig(task_type=task, num_virtual_tokens=3, **config)
+    ).eval()
+    adapted.save_pretrained(folder)
+    return adapted
+
+
+def test_an_adapter_saved_by_peft_is_imported_and_serves_as_it_did_there(served, tmp_path):
+    adapted = tuned_by_peft(served, tmp_path / "peft", num_transformer_submodules=1)
+    array = import_peft(tmp_path / "peft")
+    assert array.tobytes() == adapted.get_prompt_embedding_to_save("default").numpy().tobytes()
+    new = imported_prompt(
+        "theirs", array, task="film", template=TEMPLATE, labels=("good", "bad"), metric="accuracy", source="PEFT"
+    )
+    served.bank.publish([new], served.identity, "import", {}, "latest")
+    prompt = served.bank.load("theirs", backbone=served.identity)
+    by_peft = theirs(adapted, input_ids=input_ids(served))
+    torch.testing.assert_close(ours(served, prompt.array), by_peft, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("served", ["t5"], indirect=True)
+def test_of_an_adapter_with_both_halves_the_encoders_is_imported_on_request(served, tmp_path):
+    adapted = tuned_by_peft(served, tmp_path / "peft")  # PEFT's own default
+    with pytest.raises(BankError, match="ask for it with half='encoder'"):
+        import_peft(tmp_path / "peft")
+    both = adapted.get_prompt_embedding_to_save("default").numpy()
+    assert len(both) == 6
+    np.testing.assert_array_equal(import_peft(tmp_path / "peft", half="encoder"), both[:3])
+
+
+def test_another_adapter_saved_by_peft_is_refused_by_name(llama, tmp_path):
+    config = LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=["q_proj"])
+    get_peft_model(load_plainly(llama), config).save_pretrained(tmp_path / "lora")
+    with pytest.raises(BankError, match="an adapter of the type LORA cannot be imported"):
+        import_peft(tmp_path / "lora")
+
+
+def load_script(folder):
+    spec = importlib.util.spec_from_file_location("ask_vllm", folder / "ask_vllm.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+@pytest.mark.parametrize("served", ["llama", "gpt2"], indirect=True)
+def test_the_tensor_for_vllm_gives_transformers_the_logits_that_we_compute(served, tmp_path):
+    prompt = served.bank.load("film")
+    script = load_script(export_vllm(prompt, tmp_path / "vllm"))
+    model = load_plainly(served)
+    tensor = script.prompt_embeds({"text": TEXT}, model.get_input_embeddings(), served.tokenizer)
+    assert tensor.shape == (5 + input_ids(served).shape[1], 32) and not tensor.requires_grad
+    by_script = theirs(model, inputs_embeds=tensor[None])
+    torch.testing.assert_close(by_script, ours(served, prompt.array), rtol=1e-4, atol=1e-4)
+
+
+def test_the_script_for_vllm_leaves_out_an_eos_that_the_tokenizer_adds_and_keeps_the_models_dtype(llama, tmp_path):
+    script = load_script(export_vllm(llama.bank.load("film"), tmp_path / "vllm"))
+    embedding = load_plainly(llama).get_input_embeddings()
+    plain, ending = (script.prompt_embeds({"text": TEXT}, embedding, make_tokenizer(eos)) for eos in (False, True))
+    torch.testing.assert_close(ending, plain, rtol=0, atol=0)
+    assert script.prompt_embeds({"text": TEXT}, embedding.bfloat16(), llama.tokenizer).dtype == torch.bfloat16
+
+
+class StandInLLM:
+    """What the script calls of vLLM 0.11's interface, on transformers."""
+
+    def __init__(self, model: str, enable_prompt_embeds: bool = False) -> None:
+        assert enable_prompt_embeds, "vLLM refuses prompt_embeds without it"
+        self.model = AutoModelForCausalLM.from_pretrained(model).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def generate(self, prompts, sampling_params):
+        tensor = prompts["prompt_embeds"]
+        assert tensor.dim() == 2, "vLLM takes [sequence, hidden]"
+        assert sampling_params.temperature == 0.0
+        out = self.model.generate(
+            inputs_embeds=tensor[None], max_new_tokens=sampling_params.max_tokens, do_sample=False, pad_token_id=0
+        )
+        text = self.tokenizer.decode(out[0], skip_special_tokens=True)
+        return [types.SimpleNamespace(outputs=[types.SimpleNamespace(text=text)])]
+
+
+@pytest.mark.parametrize("served", ["llama", "gpt2"], indirect=True)
+def test_the_script_for_vllm_runs_as_it_stands_against_a_stand_in(served, tmp_path, monkeypatch, capsys):
+    prompt = served.bank.load("film")
+    folder = export_vllm(prompt, tmp_path / "vllm")
+    vllm = types.ModuleType("vllm")
+    vllm.LLM, vllm.SamplingParams = StandInLLM, types.SimpleNamespace
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setattr(sys, "argv", ["ask_vllm.py", f"text={TEXT}"])
+    load_script(folder).main()
+    text = capsys.readouterr().out.strip()
+    assert text and text == our_answer(served, prompt.array, 64)
