@@ -77,7 +77,7 @@ def promote_alias(source: Source, alias: str, version: Version, by: str) -> Alia
     """Move an alias to any version, forward or back. Raises: BankError, StorageError."""
     while True:
         current = current_move(source, alias)
-        move = _move(source.store, alias, current, version.header.version, version.digest, "promote", by)
+        move = _move(source.store, alias, current, version.header.version, version.seal.digest, "promote", by)
         if move is not None:
             return move
 
@@ -85,6 +85,8 @@ def promote_alias(source: Source, alias: str, version: Version, by: str) -> Alia
 def rollback_alias(source: Source, alias: str, by: str) -> AliasMove:
     """Undo the alias' last move; undoing twice goes two back. Raises: BankError, StorageError."""
     moves = alias_moves(source, alias)
+    if not moves:
+        raise BankError(f"there is no alias '{alias}' in {source.store.uri}; promote a version to it first")
     standing = _standing(moves)
     if len(standing) < 2:
         raise BankError(f"the alias '{alias}' cannot be rolled back: no move is left before the current one")

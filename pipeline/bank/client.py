@@ -204,20 +204,20 @@ class PromptBank:
     def advance(self, alias: str, version: int, by: str) -> None:
         """Move an alias to a later version; one that is at it or beyond stays. Raises: BankError, StorageError."""
         aliases.check_alias(alias)
-        aliases.advance_alias(self._source, alias, version, self._read(version).digest, by)
+        aliases.advance_alias(self._source, alias, version, self._read(version).seal.digest, by)
         self.refresh()
 
     def promote(self, version: int, alias: str, by: str) -> AliasMove:
         """Move an alias to any version, forward or back. Raises: BankError, StorageError."""
         aliases.check_alias(alias)
         move = aliases.promote_alias(self._source, alias, self._read(version), by)
-        self.refresh()
+        self._follow(alias)
         return move
 
     def rollback(self, alias: str, by: str) -> AliasMove:
         """Undo an alias' last move; undoing twice goes two back. Raises: BankError, StorageError."""
         move = aliases.rollback_alias(self._source, alias, by)
-        self.refresh()
+        self._follow(alias)
         return move
 
     def verify(self, on_step: Callable[[str], None] = lambda place: None) -> Verification:
@@ -230,6 +230,14 @@ class PromptBank:
         Raises: BankError when a version is damaged (then nothing is deleted), StorageError.
         """
         return collect(replace(self._source, cache=None), grace, dry_run)
+
+    def _follow(self, alias: str) -> None:
+        """See a move that was made: it stands even when a prompt in use cannot be read from its version."""
+        if alias == self._alias:
+            try:
+                self.refresh()
+            except (BankError, StorageError) as error:
+                _log.warning("'%s' was moved, and this reader stays at version %d: %s", alias, self.version, error)
 
     def _start(self) -> None:
         try:

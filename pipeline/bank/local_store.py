@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +11,8 @@ from uuid import uuid4
 from pipeline.bank.content import OpenFile
 from pipeline.bank.store import Entry, Missing, check_key
 from pipeline.errors import BankError, StorageError
+
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 
 
 def open_local_store(root: Path, create: bool) -> "LocalStore":
@@ -88,15 +91,19 @@ class LocalStore:
         return tuple(entry for entry in _files(path) if not entry.name.startswith("."))
 
     def list_leftovers(self) -> dict[str, Entry]:
-        found = {}
-        for folder, _, _ in os.walk(self._root):
-            for entry in _files(Path(folder)):
-                if entry.name.startswith(".") and entry.name.endswith(".tmp"):
-                    found[str(Path(folder, entry.name).relative_to(self._root))] = entry
-        return found
+        folders = ["", "blobs", "blobs/sha256", "versions", "aliases", *(f"aliases/{x}" for x in self._aliases())]
+        return {
+            str(Path(folder, entry.name)): entry
+            for folder in folders
+            for entry in _files(self._root / folder)
+            if _TEMPORARY.fullmatch(entry.name)
+        }
+
+    def _aliases(self) -> list[str]:
+        return [name for name in self.list_names("aliases") if (self._root / "aliases" / name).is_dir()]
 
     def delete(self, key: str) -> None:
-        path = self._root / key if key.endswith(".tmp") else self._path(key)
+        path = self._root / key if _TEMPORARY.fullmatch(key.rpartition("/")[2]) else self._path(key)
         try:
             path.unlink(missing_ok=True)
         except OSError as error:

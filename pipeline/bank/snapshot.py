@@ -40,7 +40,7 @@ class Snapshot:
     @property
     def digest(self) -> str:
         """That of the manifest's seal."""
-        return self._version.digest
+        return self._version.seal.digest
 
     @property
     def header(self) -> Header:
@@ -51,13 +51,11 @@ class Snapshot:
     def backbone(self) -> BackboneId:
         return self._version.header.backbone
 
+    @property
     def signer(self) -> str | None:
-        """The public key (64 hex digits) named by the manifest's signature, which only trusted keys check.
-
-        Raises: BankError, StorageError.
-        """
-        _, seal = self._source.open_manifest(f"versions/{self.version}.json", self.digest)
-        return seal.signature.key if seal.signature else None
+        """The public key (64 hex digits) that the manifest's signature names; only trusted keys check it."""
+        signature = self._version.seal.signature
+        return signature.key if signature else None
 
     @property
     def used(self) -> tuple[str, ...]:

@@ -56,7 +56,7 @@ def _verify_version(
     source: Source, number: int, numbers: tuple[int, ...], digests: dict[int, str], blobs: set[Blob]
 ) -> Iterator[str]:
     version: Version = read_version(source, number)
-    digests[number] = version.digest
+    digests[number] = version.seal.digest
     parent = version.header.parent
     if parent is not None and (parent >= number or parent not in numbers):
         yield f"{version.where}: its parent, version {parent}, is not there"

@@ -28,8 +28,7 @@ class Version:
     """A verified manifest. Prompts are parsed only when asked for: a large bank opens fast, in little memory."""
 
     header: Header
-    digest: str
-    """The seal's: SHA-256 of all bytes after the manifest's first line."""
+    seal: Seal
     where: str
     _content: Verified
     _first: int
@@ -123,7 +122,7 @@ def _layout(content: Verified, seal: Seal, where: str) -> Version:
     if not head.endswith(PROMPTS_OPEN) or end >= last or tail != PROMPTS_CLOSE:
         raise BankError(f"{where} is refused: it does not hold one prompt per line")
     header = parse(Header, b"{" + head.removesuffix(PROMPTS_OPEN) + b"}", where)
-    return Version(header, seal.digest, where, content, end, last)
+    return Version(header, seal, where, content, end, last)
 
 
 def create_version(source: Source, manifest: Manifest) -> str | None:

@@ -125,6 +125,7 @@ def test_each_row_may_have_its_own_longest_answer(both, rows):
     cut = ours.run(prompted.greedy_decode, run, limits, EOS)
     assert [list(answer) for answer in cut] == [list(row[:most]) for row, most in zip(whole, limits, strict=True)]
 
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 def test_int8_in_bfloat16_as_on_a_gpu_stays_close_to_the_full_model(family, rows, tmp_path):
     run, targets = rows

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from conftest import make_prompt, publish
-
 from pipeline.bank import PromptBank
-from pipeline.bank.local_store import LocalStore
 from pipeline.bank.source import Source
+from pipeline.bank.store import open_store
 from pipeline.errors import StorageError
+from tests.bank.conftest import make_prompt, publish
 
 KILLED = 77
 
@@ -59,16 +58,21 @@ def killed(folder: str, level: str) -> dict[str, Any]:
         publish(PromptBank.open(uri, create=True), make_prompt("sst2", 1), make_prompt("trec", 2))
         pid = fork(lambda uri=uri, k=steps: _publish_until(uri, level, k))
         code = exit_code(pid)
-        visible.append(_check_after(uri))
+        visible.append(check_after(uri))
         if code == 0:
             return {"steps": steps, "visible": visible}
         assert code == KILLED, f"the publisher broke at step {steps}"
         steps += 1
 
 
+def killed_at(uri: str, k: str) -> None:
+    """Publish to any store, killed after the store's k-th operation."""
+    _publish_until(uri, "store operations", int(k))
+
+
 def _publish_until(uri: str, level: str, k: int) -> None:
     counter = iter(range(k))
-    store = LocalStore(Path(uri))
+    store = open_store(uri, create=False)
     if level == "system calls":
         for name in ("open", "mkdir", "fsync", "link", "unlink"):
             setattr(os, name, _dying(getattr(os, name), counter))
@@ -88,7 +92,8 @@ def _dying(operation: Callable[..., Any], counter: Iterator[int]) -> Callable[..
     return step
 
 
-def _check_after(uri: str) -> int:
+def check_after(uri: str) -> int:
+    """See that readers and the next publisher find all that was published; the version that was visible."""
     bank = PromptBank.open(uri)
     first = {name: bank.load(f"{name}@1").array for name in ("sst2", "trec")}
     assert (first["sst2"] == make_prompt("sst2", 1).array).all()
@@ -148,5 +153,5 @@ def denied(folder: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    modes = {work.__name__: work for work in (rounds, killed, full, denied)}
+    modes = {work.__name__: work for work in (rounds, killed, killed_at, full, denied)}
     print(json.dumps(modes[sys.argv[1]](*sys.argv[2:])))

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ import pytest
 from pipeline.bank import PromptBank
 from pipeline.bank.local_store import LocalStore
 from pipeline.bank.source import Source
+from tests.bank.publisher import KILLED, check_after
+
+pytest_plugins = ["tests.bank.s3_server"]
 
 SCRIPT = Path(__file__).with_name("publisher.py")
 ROOT = SCRIPT.parents[2]
@@ -19,7 +23,7 @@ ROUNDS = 30
 
 
 def command(*args: object) -> list[str]:
-    start = f"import sys, runpy; sys.path[:0] = [{str(ROOT)!r}, {str(SCRIPT.parent)!r}]; "
+    start = f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r}); "
     return [sys.executable, "-c", start + f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')", *map(str, args)]
 
 
@@ -29,7 +33,14 @@ def run(*args: object) -> dict:
     return json.loads(done.stdout)
 
 
-def test_two_processes_publishing_at_once_get_every_number_once_and_lose_nothing(uri):
+@pytest.fixture(params=["folder", "s3"])
+def place(request, uri) -> str:
+    """Where nothing lies yet; child processes find it too."""
+    return str(uri) if request.param == "folder" else request.getfixturevalue("s3").new_uri()
+
+
+def test_two_processes_publishing_at_once_get_every_number_once_and_lose_nothing(place):
+    uri = place
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(command("rounds", uri, name, ROUNDS), **pipes) for name in ("a", "b")]
     for process in processes:
@@ -77,6 +88,19 @@ def test_a_publisher_killed_after_any_step_leaves_a_readable_bank_and_the_next_p
     visible = outcome["visible"]
     assert visible == sorted(visible) and set(visible) == {1, 2}  # version 2 appears at one step and stays
     assert outcome["steps"] >= {"store operations": 9, "system calls": 20}[level]
+
+
+def test_a_publisher_killed_after_any_operation_leaves_a_readable_bank_in_an_object_store(s3, new_prompt, publish):
+    visible = []
+    for step in count():
+        uri = s3.new_uri()
+        publish(PromptBank.open(uri, create=True), new_prompt("sst2", 1), new_prompt("trec", 2))
+        done = subprocess.run(command("killed_at", uri, step), capture_output=True, text=True)
+        visible.append(check_after(uri))
+        if done.returncode == 0:
+            break
+        assert done.returncode == KILLED, done.stderr
+    assert visible == sorted(visible) and set(visible) == {1, 2} and len(visible) > 9
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_the_version_before(tmp_path):

@@ -122,16 +122,19 @@ def test_the_collector_takes_old_leftovers_and_nothing_that_a_version_refers_to(
     old = leave_blob(uri, new_prompt, 3)
     young = leave_blob(uri, new_prompt, 4)
     age(young, 6 * DAY)
-    temporary = uri / "versions/.0123456789abcdef.tmp"
+    temporary = uri / "versions/.0123456789abcdef0123456789abcdef.tmp"
     temporary.write_bytes(b"half")
     age(temporary, 10 * DAY)
+    foreign = uri / "versions/.notes.tmp"
+    foreign.write_bytes(b"not a bank's")
+    age(foreign, 10 * DAY)
     assert bank.verify().unreferenced == tuple(sorted([old.stem, young.stem]))
 
     would = bank.collect(dry_run=True)
     assert old.exists() and temporary.exists()
-    assert would.keys == (f"blobs/sha256/{old.name}", "versions/.0123456789abcdef.tmp")
+    assert would.keys == (f"blobs/sha256/{old.name}", "versions/.0123456789abcdef0123456789abcdef.tmp")
     assert bank.collect() == would
-    assert blobs(uri) == needed | {young.name} and not temporary.exists()
+    assert blobs(uri) == needed | {young.name} and not temporary.exists() and foreign.exists()
     assert (bank.load("sst2@1").array == new_prompt("sst2", 1).array).all()
     assert bank.verify().problems == ()
 

@@ -1,0 +1,287 @@
+"""A bank in an object store: S3 and what speaks its protocol, Google Cloud Storage, Azure Blob Storage."""
+
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from pipeline.bank.content import Bytes
+from pipeline.bank.store import Entry, Missing, check_key
+from pipeline.errors import BankError, StorageError
+
+try:
+    from obstore.exceptions import AlreadyExistsError, BaseError
+    from obstore.store import AzureStore, GCSStore, S3Store, from_url
+except ImportError as error:
+    raise BankError("object stores need one more package: pip install 'promptbank[cloud]'") from error
+
+if TYPE_CHECKING:
+    from obstore import ListResult, ObjectMeta
+    from obstore.store import ClientConfig, RetryConfig
+
+_PATIENCE = 20.0
+"""Seconds after which nothing is tried again."""
+_RETRIES: "RetryConfig" = {"max_retries": 30, "retry_timeout": timedelta(seconds=_PATIENCE)}
+# `read_timeout` bounds the wait for an answer, uploads included, and every silence within one; a large download
+# that keeps coming has `timeout`.
+_CLIENT: "ClientConfig" = {"connect_timeout": "5s", "read_timeout": "30s", "timeout": "10min"}
+_PAUSE = 0.2
+_ENDPOINTS = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT",
+    "GOOGLE_BASE_URL",
+    "AZURE_STORAGE_ENDPOINT",
+    "AZURE_ENDPOINT",
+)
+_ALLOW_HTTP = ("AWS_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP", "AZURE_ALLOW_HTTP")
+# What could lead elsewhere than it seems (dots, escapes), would be dropped in silence (queries), or is a password.
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#%:\s]+(/(?!\.{1,2}(/|$))[^/?#%]+)*/?")
+_CLOUDS = "s3://bucket/folder, gs://bucket/folder, az://container/folder or abfs://container@account/folder"
+_CREDENTIALS = (
+    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS or AZURE_STORAGE_ACCOUNT_KEY"
+)
+
+_HOST = re.compile(r"Error performing \w+ (https?://[^/\s]+)")
+_STATUS = re.compile(r"status code: (\d{3})")
+_CODE = re.compile(r"<Code>(\w+)</Code>")
+_NO_BUCKET = re.compile(r"<Code>(NoSuchBucket|ContainerNotFound)</Code>")
+_NO_CREDENTIALS = re.compile(
+    r"source: Missing(AccessKeyId|SecretAccessKey)\b|/latest/api/token|/computeMetadata/|/metadata/identity/"
+)
+# Of obstore's debug output, the first that matches; `HttpError` is the transport's own verdict.
+_TRANSPORT = (
+    (r"InvalidPath", "there is an object whose name no bank can hold; delete it ({line})"),
+    (r"BadScheme", "{host} is plain http; set AWS_ALLOW_HTTP=true to allow it, or name an https:// endpoint"),
+    (r"BareRedirect", "the bucket is in another region; set AWS_REGION"),
+    (r"dns error", "the host of {host} is not known; check the endpoint and the network"),
+    (r"InvalidCertificate|InvalidMessage", "{host} does not speak TLS that can be trusted; check its certificate"),
+    (r"HttpError \{\s*kind: Connect", "nothing answers at {host}; check the endpoint and the network"),
+    (r"HttpError \{\s*kind: Timeout", "{host} does not answer in time; check the endpoint, or try again later"),
+    (r"HttpError \{", "the connection to {host} breaks off; check the network, or try again later"),
+)
+
+_first_user: int | None = None
+"""The process that first asked an object store for something."""
+
+
+def open_object_store(uri: str) -> "ObjectStore":
+    """The store at a bucket, or a folder in one, such as `s3://bucket/prompts`. The network is not asked yet.
+
+    Credentials, region and endpoint come from the environment, by the names that the clouds' own tools use
+    (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`, `AZURE_STORAGE_ACCOUNT_NAME`, …);
+    profiles in `~/.aws` are not read. Plain http needs `AWS_ALLOW_HTTP=true`.
+
+    Raises: BankError for an address or an endpoint that cannot be, StorageError for half a pair of credentials.
+    """
+    for name in _ENDPOINTS:
+        value = os.environ.get(name)
+        if value and not value.startswith(("http://", "https://")):
+            raise BankError(f"{name} is {value!r}, and must begin with https:// or http://")
+    if not _ADDRESS.fullmatch(uri):
+        raise _refused(uri, "a part of it is missing, or it holds '..', '%', '?', '#' or ':'")
+    allow_http = any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in _ALLOW_HTTP)
+    try:
+        objects = from_url(uri, client_options={**_CLIENT, "allow_http": allow_http}, retry_config=_RETRIES)
+    except (BaseError, ValueError) as error:
+        if _NO_CREDENTIALS.search(str(error)):
+            raise StorageError(f"cannot open {uri}: {_why(error)}") from error
+        raise _refused(uri, _first_line(error)) from error
+    if not isinstance(objects, S3Store | GCSStore | AzureStore):
+        raise _refused(uri, "it cannot create an object only if it is absent")
+    return ObjectStore(objects, uri.rstrip("/"))
+
+
+class ObjectStore:
+    """Keys are names of objects below a prefix. For threads, but not for forks of a process. See `store.Store`."""
+
+    def __init__(self, objects: S3Store | GCSStore | AzureStore, uri: str) -> None:
+        self._objects = objects
+        self.uri = uri
+
+    def where(self, key: str) -> str:
+        return f"{self.uri}/{key}"
+
+    def open(self, key: str, limit: int) -> Bytes:
+        return Bytes(self.read(key, limit))
+
+    def read(self, key: str, limit: int) -> bytes:
+        try:
+            size, data = self._fetch(key, limit)
+        except FileNotFoundError as error:
+            raise Missing(f"{self.where(key)} is missing") from error
+        if data is None:
+            raise BankError(f"{self.where(key)} is refused: {size:,} bytes, above the limit of {limit:,}")
+        return data
+
+    def create(self, key: str, data: bytes) -> bool:
+        """As `Store.create`, and True as well when these very bytes lie under the key already; they are young then.
+
+        When the answer to a put is lost, nobody can tell whether it was carried out, and the put that
+        obstore or this loop sends next finds its own object. Equal bytes count as ours, therefore. If they are
+        another's, each of the two is told that what it wanted is there: a blob is named by its bytes, and
+        a version or a move that says the same of the same run in the same second is the same. Bytes that shall tell
+        one creator from another, such as a lock's, must name their creator.
+
+        Raises: StorageError; the bytes may be there all the same, or still arrive.
+        """
+        give_up = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                with self._asking("write", key, AlreadyExistsError):
+                    self._objects.put(key, data, mode="create", use_multipart=False)  # parts would not be atomic
+                return True
+            except AlreadyExistsError as error:
+                failure = self._failure("write", key, error)
+            except StorageError as error:
+                failure = error
+                if _is_final(error):
+                    raise
+            same = self._is_there(key, data, failure)
+            if same:
+                self.renew(key, data)  # or the collector could take what is old and referred to by nobody yet
+            if same is not None:
+                return same
+            # Nothing is there: S3 answers "conflict" also while another's put or deletion is under way.
+            if time.monotonic() > give_up:
+                raise failure
+            time.sleep(_PAUSE)
+
+    def renew(self, key: str, data: bytes) -> None:
+        with self._asking("write", key):
+            self._objects.put(key, data, mode="overwrite", use_multipart=False)
+
+    def exists(self, key: str) -> bool:
+        """As `Store.exists`; in a bucket that is not there, nothing exists either."""
+        try:
+            with self._asking("read", key, FileNotFoundError):
+                self._objects.head(key)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def list_names(self, folder: str) -> tuple[str, ...]:
+        found = self._list(folder)
+        paths = [*found["common_prefixes"], *(item["path"] for item in found["objects"])]
+        return tuple({name for path in paths if (name := _name(path, folder))})
+
+    def list_files(self, folder: str) -> tuple[Entry, ...]:
+        return tuple(
+            Entry(name, item["size"], item["last_modified"].timestamp())
+            for item in self._list(folder)["objects"]
+            if (name := _name(item["path"], folder))
+        )
+
+    def list_leftovers(self) -> dict[str, Entry]:
+        """None: an object appears whole or not at all, and no upload is made of parts that could stay behind."""
+        return {}
+
+    def delete(self, key: str) -> None:
+        with suppress(FileNotFoundError), self._asking("delete", key, FileNotFoundError):
+            self._objects.delete(key)
+
+    def _list(self, folder: str) -> "ListResult[Sequence[ObjectMeta]]":
+        with self._asking("list", folder):
+            return self._objects.list_with_delimiter(folder)
+
+    def _fetch(self, key: str, limit: int) -> tuple[int, bytes | None]:
+        """Size of an object, and its bytes unless they are too many. Raises: FileNotFoundError, StorageError."""
+        with self._asking("read", key, FileNotFoundError):
+            found = self._objects.get(key)
+            size = found.meta["size"]  # from the answer's head: the body is not fetched yet
+            return size, bytes(found.bytes()) if size <= limit else None
+
+    def _is_there(self, key: str, data: bytes, failure: StorageError) -> bool | None:
+        """Whether a key holds `data`, None when it holds nothing. Raises: `failure` when that cannot be told."""
+        try:
+            return self._fetch(key, len(data))[1] == data
+        except FileNotFoundError:
+            return None
+        except StorageError:
+            raise failure from failure.__cause__
+
+    @contextmanager
+    def _asking(self, action: str, key: str, expected: type[Exception] | None = None) -> Iterator[None]:
+        """What obstore raises becomes a StorageError, unless it was expected."""
+        check_key(key, self.uri)
+        _refuse_forks()
+        try:
+            yield
+        except (BaseError, OSError, ValueError) as error:
+            if expected and isinstance(error, expected) and not _NO_BUCKET.search(str(error)):
+                raise
+            raise self._failure(action, key, error) from error
+
+    def _failure(self, action: str, key: str, error: Exception) -> StorageError:
+        failure = StorageError(f"cannot {action} {self.where(key)}: {_why(error)}")
+        failure.__cause__ = error
+        return failure
+
+
+def _name(path: str, folder: str) -> str | None:
+    """The name of what lies at a path, None for what is no part of a bank."""
+    inside, _, name = path.rpartition("/")
+    # Consoles mark a folder by an object of its own name, which obstore lists as a file in it.
+    return name if inside == folder and not name.startswith(".") else None
+
+
+def _refuse_forks() -> None:
+    """obstore's threads are not there after a fork, and it would wait for them for ever."""
+    global _first_user
+    _first_user = _first_user or os.getpid()
+    if _first_user != os.getpid():
+        raise StorageError(
+            "an object store was in use when this process was forked, and cannot be used in it; "
+            "start the process by 'spawn' or 'forkserver', or open the bank only after the fork"
+        )
+
+
+def _refused(uri: str, reason: str) -> BankError:
+    return BankError(f"the bank's address {uri!r} is refused ({reason}); use a local folder, {_CLOUDS}")
+
+
+def _is_final(failure: StorageError) -> bool:
+    """Whether the store said itself that it will not do it."""
+    status = _STATUS.search(str(failure.__cause__))
+    return status is not None and status[1].startswith("4")
+
+
+def _why(error: Exception) -> str:
+    """A cause and a mend, out of the many lines that obstore writes."""
+    report = str(error)
+    if _NO_CREDENTIALS.search(report):
+        return f"no credentials were found; set {_CREDENTIALS}, as the store needs"
+    if status := _STATUS.search(report):
+        code = _CODE.search(report)
+        return _why_answered(int(status[1]), code[1] if code else "")
+    found = _HOST.search(report)
+    host = found[1] if found else "the store"
+    for pattern, cause in _TRANSPORT:
+        if re.search(pattern, report):
+            return cause.format(host=host, line=_first_line(error))
+    return _first_line(error)
+
+
+def _why_answered(status: int, code: str) -> str:
+    answer = f"the store answers {status} {code}".rstrip()
+    match status:
+        case _ if code in ("NoSuchBucket", "ContainerNotFound"):
+            return "there is no such bucket; make it, or mend the address"
+        case 401 | 403:
+            return f"{answer}; check the credentials, and what they are allowed to do there"
+        case 409:
+            return f"{answer} again and again; see who else writes there"
+        case 501:
+            return f"{answer}; a bank needs a store that can create an object only if it is absent"
+        case 429 | 500 | 502 | 503 | 504:
+            return f"{answer}; try again later"
+        case _:
+            return f"{answer}; check the endpoint, the region and the bucket"
+
+
+def _first_line(error: Exception) -> str:
+    line = str(error).partition("\n")[0]
+    return re.sub(r"^(Generic \w+ error: )?(Error performing \S+ request: )?", "", line)[:200]

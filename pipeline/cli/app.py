@@ -1,0 +1,78 @@
+"""All commands in one typer application, and what becomes of errors."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from pipeline.cli import exporting, history, importing, listing, moves, output, upkeep
+from pipeline.errors import PromptBankError
+
+
+class Commands(TyperGroup):
+    """A user's mistake is one sentence and exit code 2, whoever starts the commands."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        output.accept_all_signs()
+        try:
+            sys.exit(super().main(*args, **{**options, "standalone_mode": False}))
+        except PromptBankError as error:
+            _fail(str(error))
+        except typer.TyperException as error:
+            _fail(f"{_as_sentence(error.format_message())} (see {_help_of(error)})")
+
+
+def _fail(sentence: str) -> None:
+    output.write_error(f"error: {sentence}")
+    sys.exit(2)
+
+
+def _as_sentence(message: str) -> str:
+    return message[:1].lower() + message[1:].rstrip(".").replace("Value error, ", "")
+
+
+def _help_of(error: typer.TyperException) -> str:
+    context = getattr(error, "ctx", None)
+    return f"{context.command_path if context else 'promptbank'} --help"
+
+
+app = typer.Typer(
+    cls=Commands,
+    rich_markup_mode=None,  # plain help: it reads the same on a terminal, in a pipe and in a pager
+    pretty_exceptions_enable=False,
+    invoke_without_command=True,
+    epilog="""The bank is named by --bank, or once for all by the variable PROMPT_BANK_URI:
+
+\b
+export PROMPT_BANK_URI=quickstart/bank
+promptbank ls
+promptbank show sst2@prod
+promptbank promote 12 prod
+
+Exit codes: 0 fine; 1 something was found (verify, log); 2 a mistake, told in one sentence on stderr.""",
+)
+
+
+@app.callback()
+def promptbank(context: typer.Context) -> None:
+    """Look at a prompt bank, move its aliases, look after it, and exchange prompts with other tools."""
+    if context.invoked_subcommand is None:
+        output.write(context.get_help() + "\n")
+
+
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "ls": listing.list_prompts,
+    "show": listing.show_prompt,
+    "log": history.show_log,
+    "diff": history.show_differences,
+    "promote": moves.promote,
+    "rollback": moves.rollback,
+    "verify": upkeep.verify,
+    "gc": upkeep.collect_garbage,
+    "export": exporting.export_prompt,
+    "import": importing.import_prompt,
+}
+for name, command in _COMMANDS.items():
+    app.command(name)(command)

@@ -1,0 +1,242 @@
+"""`ls` and `show`: the prompts of a version."""
+
+from fnmatch import fnmatchcase
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.bank import Metrics, PromptBank, PromptRecord, Snapshot
+from pipeline.bank.manifest import Status
+from pipeline.cli import completion, output
+from pipeline.cli.model import Words, nearest_words, why_not_of
+from pipeline.cli.options import (
+    Alias,
+    AsJson,
+    Bank,
+    Cache,
+    Reference,
+    TrustedKeys,
+    aliases_of,
+    bank_at,
+    command_line,
+    connect_bank,
+    existing_versions,
+)
+from pipeline.cli.output import Cell, Column, counted
+
+_COLOURS = {"tuned": "green", "kept": "yellow", "failed": "red"}
+_COLUMNS = (
+    Column("name", free=True),
+    Column("status"),
+    Column("tuned in", right=True),
+    Column("length", right=True),
+    Column("metric"),
+    Column("before", right=True),
+    Column("after", right=True),
+    Column("test", right=True, optional=True),
+    Column("reason"),
+)
+_REASON = len(_COLUMNS) - 1
+
+
+def list_prompts(
+    pattern: Annotated[
+        str | None, typer.Argument(metavar="PATTERN", help="Only names like this one, such as 'sst*'.")
+    ] = None,
+    version: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REV", autocompletion=completion.revisions, help="A version or an alias, in place of --alias."
+        ),
+    ] = None,
+    status: Annotated[Status | None, typer.Option(help="Only prompts with this status.")] = None,
+    aliases: Annotated[bool, typer.Option("--aliases", help="List the aliases and their versions instead.")] = False,
+    bank: Bank = None,
+    alias: Alias = "latest",
+    trusted_key: TrustedKeys = None,
+    cache: Cache = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the prompts of a version, or the aliases.
+
+    Figures are those of the dev rows before and after tuning, and of the test rows.
+
+    Examples:
+
+    \b
+    promptbank ls
+    promptbank ls --version 12 --status failed
+    promptbank ls 'sst*' --bank s3://models/prompts --json
+    """
+    if aliases:
+        _list_aliases(connect_bank(bank, alias, trusted_key, cache), as_json)
+        return
+    opened, snapshot = bank_at(version, bank, alias, trusted_key, cache)
+    records = [
+        record
+        for record in snapshot.records()
+        if status in (None, record.status) and (pattern is None or fnmatchcase(record.name, pattern))
+    ]
+    if as_json:
+        prompts = [record.model_dump(mode="json") for record in records]
+        output.write_json({**_version_fields(opened, snapshot), "prompts": prompts})
+        return
+    rows = [_row(record) for record in records]
+    if not output.on_terminal():
+        output.write_table(_COLUMNS, rows)
+        return
+    output.write_table(_COLUMNS[:_REASON], [row[:_REASON] for row in rows])  # a terminal is too narrow for sentences
+    output.remark()
+    for record in records:
+        if record.reason:
+            output.remark(f"{record.name} {record.status}: {record.reason}")
+    output.remark(f"{counted(len(records), 'prompt')} of {_title(opened, snapshot)}")
+
+
+def show_prompt(
+    reference: Reference,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Say the prompt in words of this model: a folder, hub name, .gguf file or packaged name.",
+        ),
+    ] = None,
+    nearest: Annotated[int, typer.Option(metavar="COUNT", min=1, help="Words for each of its vectors.")] = 5,
+    bank: Bank = None,
+    alias: Alias = "latest",
+    trusted_key: TrustedKeys = None,
+    cache: Cache = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show everything that is known about a prompt.
+
+    With --model, also the tokens of the vocabulary that are nearest to each of its vectors, with their cosines.
+
+    Examples:
+
+    \b
+    promptbank show sst2
+    promptbank show sst2@prod --model smollm2-135m --nearest 3
+    promptbank show sst2@12 --json
+    """
+    name, _, revision = reference.partition("@")
+    opened, snapshot = bank_at(revision if "@" in reference else None, bank, alias, trusted_key, cache)
+    record = snapshot.known_record(name)
+    words: Words | None = None
+    warning: str | None = None
+    if model is not None:
+        prompt = snapshot.load(name)
+        with output.progress(f"reading {model}"):
+            words, warning = nearest_words(model, prompt.array, nearest), why_not_of(model, prompt)
+    pointing = aliases_of(opened).get(snapshot.version, [])
+    if as_json:
+        output.write_json(
+            {
+                **_version_fields(opened, snapshot),
+                "aliases": pointing,
+                "prompt": record.model_dump(mode="json"),
+                "backbone": snapshot.backbone.model_dump(mode="json"),
+                "libraries": dict(snapshot.header.libraries),
+                "nearest": words and [[{"token": token, "cosine": cosine} for token, cosine in row] for row in words],
+                "warning": warning,
+            }
+        )
+        return
+    output.write_fields(_fields(opened, snapshot, record, pointing))
+    if words is not None:
+        output.write("\n")
+        _write_words(words)
+    if warning:
+        output.write_error(f"warning: {warning}")
+
+
+def _list_aliases(bank: PromptBank, as_json: bool) -> None:
+    existing_versions(bank)
+    found = bank.aliases()
+    if as_json:
+        rows = [{"alias": alias, "version": version} for alias, version in found.items()]
+        output.write_json({"bank": bank.uri, "aliases": rows})
+        return
+    output.write_table((Column("alias"), Column("version", right=True)), list(found.items()))
+    output.remark(f"the moves of one: {command_line(bank, 'log', 'ALIAS')}")
+
+
+def _row(record: PromptRecord) -> list[Cell]:
+    metrics = record.metrics
+    return [
+        record.name,
+        (record.status, _COLOURS.get(record.status, "")),
+        record.tuned_in,
+        record.length,
+        record.metric,
+        metrics.dev_before,
+        metrics.dev_after,
+        metrics.test,
+        record.reason,
+    ]
+
+
+def _fields(bank: PromptBank, snapshot: Snapshot, record: PromptRecord, pointing: list[str]) -> list[tuple[str, Cell]]:
+    backbone, libraries = snapshot.backbone, snapshot.header.libraries
+    shape = record.shape
+    return [
+        ("prompt", record.name),
+        ("in", _title(bank, snapshot)),
+        ("aliases", ", ".join(pointing) or None),
+        ("status", record.status),
+        ("reason", record.reason),
+        ("tuned in", record.tuned_in),
+        ("shape", shape and f"{shape[0]} × {shape[1]} {record.dtype}, {shape[0] * shape[1] * 4:,} bytes"),
+        ("digest", record.digest),
+        ("task", record.task),
+        ("input", output.quoted(record.template.input)),
+        ("separator", output.quoted(record.template.separator)),
+        ("target", output.quoted(record.template.target)),
+        ("labels", ", ".join(map(output.quoted, record.labels)) if record.labels else None),
+        ("metric", record.metric),
+        *_metric_fields("", record.metrics),
+        *(_metric_fields("parent's ", record.metrics_previous) if record.metrics_previous else []),
+        ("initialisation", record.initialisation),
+        ("length", record.length),
+        ("steps", record.steps),
+        ("seed", record.seed),
+        ("corpus", record.corpus_digest),
+        ("settings", record.settings_digest),
+        ("backbone", f"{backbone.model}, {backbone.architecture}, hidden size {backbone.hidden_size}"),
+        *((part, getattr(backbone, part)) for part in ("fingerprint", "config", "tokenizer", "weights")),
+        ("quantization", backbone.quantization),
+        ("libraries", ", ".join(f"{name} {version}" for name, version in sorted(libraries.items())) or None),
+    ]
+
+
+def _metric_fields(whose: str, metrics: Metrics) -> list[tuple[str, Cell]]:
+    return [
+        (f"{whose}dev", _from_to(metrics.dev_before, metrics.dev_after)),
+        (f"{whose}dev loss", _from_to(metrics.dev_loss_before, metrics.dev_loss_after)),
+        (f"{whose}test", metrics.test),
+    ]
+
+
+def _from_to(before: float | None, after: float | None) -> str | None:
+    if before is None and after is None:
+        return None
+    return " → ".join("-" if value is None else f"{value:.3f}" for value in (before, after))
+
+
+def _write_words(words: Words) -> None:
+    columns = [Column("vector", right=True), *(Column(f"nearest {i + 1}") for i in range(len(words[0])))]
+    rows: list[list[Cell]] = [
+        [i + 1, *(f"{token} {cosine:.2f}" for token, cosine in row)] for i, row in enumerate(words)
+    ]
+    output.write_table(columns, rows)
+
+
+def _title(bank: PromptBank, snapshot: Snapshot) -> str:
+    header = snapshot.header
+    return f"version {header.version} of {bank.uri}, {header.time}, run {header.run}"
+
+
+def _version_fields(bank: PromptBank, snapshot: Snapshot) -> dict[str, Any]:
+    header = snapshot.header
+    return {"bank": bank.uri, "version": header.version, "time": header.time, "run": header.run}
