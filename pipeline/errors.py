@@ -26,7 +26,7 @@ class BankError(PromptBankError, ValueError):
 
 
 class StorageError(PromptBankError, OSError):
-    """A place could not be written: the disk is full, or permission is missing."""
+    """A place could not be written or read: the disk is full, permission is missing, a store is gone."""
 
 
 class TuningError(PromptBankError, RuntimeError):

@@ -47,7 +47,10 @@ class Store(Protocol):
         """Everything under the key. Raises: as `open`."""
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write durably and atomically; False when the key exists already. Raises: StorageError."""
+        """Write durably and atomically; False when the key exists already. Raises: StorageError.
+
+        Where an answer can get lost, equal bytes under the key count as one's own, and are True.
+        """
 
     def renew(self, key: str, data: bytes) -> None:
         """Make a key that holds `data` as young as if it had just been created. Raises: StorageError."""
