@@ -1,5 +1,6 @@
 """The HTTP side of a service: routes, and what a caller is told when something is wrong. Knows nothing of Ray."""
 
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -189,6 +190,10 @@ class _BodyLimit:
         await self.app(scope, limited, send)
 
 
+_CLIENT_LEFT = 499
+"""As nginx counts requests whose client did not wait for the answer."""
+
+
 @dataclass(frozen=True)
 class _Metered:
     """Counts and times requests by route."""
@@ -208,6 +213,9 @@ class _Metered:
 
         try:
             await self.app(scope, receive, watched)
+        except asyncio.CancelledError:
+            status = _CLIENT_LEFT
+            raise
         finally:
             path = getattr(scope.get("route"), "path", "other")
             self.meters.requests.labels(path, str(status)).inc()

@@ -1,5 +1,7 @@
 """What a caller is told when the service itself is in trouble; the routes without Ray. See also test_app.py."""
 
+import asyncio
+import json
 import subprocess
 import sys
 
@@ -65,3 +67,21 @@ def test_a_reply_names_the_version_that_answered():
 def test_a_program_that_serves_itself_needs_no_ray():
     code = "import sys, pipeline.serving; sys.exit('ray' in sys.modules or 'fastapi' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_client_that_leaves_is_not_counted_as_a_failure_of_the_service():
+    service = InTrouble(asyncio.CancelledError())
+    scope = {"type": "http", "method": "POST", "path": "/v1/generate", "query_string": b""}
+    scope["headers"] = [(b"content-type", b"application/json")]
+    body = json.dumps({"rows": [{"task": "film", "text": "good"}]}).encode()
+
+    async def receive():
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message):
+        raise AssertionError("nobody is there to be answered")
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(make_api(service)(scope, receive, send))
+    told = service.meters.text().decode()
+    assert 'status="499"' in told and 'status="500"' not in told
