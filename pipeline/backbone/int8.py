@@ -4,9 +4,14 @@ bitsandbytes' own `Linear8bitLt` keeps its matrix in attributes that ZeRO cannot
 rank would hold all of it. Here the matrix is an ordinary int8 parameter, quantised row by row
 with bitsandbytes' function (absmax of each output row, Dettmers et al. 2022, without outliers).
 
-The product multiplies activations in their own type by the int8 matrix converted on the fly:
-exact in the matrix's 8 bits, row-independent (so trials in one batch cannot touch each other),
-and with an exact gradient. Nothing is stored for the backward pass but a reference.
+Two kinds of product, both row-independent (so trials in one batch cannot touch each other):
+
+- exact: activations in their own type times the matrix converted on the fly, with an exact gradient;
+- int8: activations, too, are quantised row by row as they come, and whole numbers are multiplied; in the
+  backward pass the gradient likewise, its scales folded in ("SwitchBack", Wortsman et al. 2023). Since weights
+  are frozen there is no weight gradient, so that every large product is in int8.
+
+Nothing is stored for the backward pass but a reference.
 """
 
 import logging
@@ -22,6 +27,10 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 _LEVELS = 127.0
+_SMALLEST = 1e-30
+"""Stands for the largest of a row of zeros."""
+_FEWEST_CUDA_ROWS = 16
+"""`torch._int_mm` wants more rows than these on CUDA."""
 _CHUNK = 2**20
 """Weights that are quantised at a time."""
 
@@ -37,11 +46,14 @@ class Int8Linear(nn.Module):
         self.bias = bias
         self.stored_transposed = stored_transposed
         """Whether checkpoints hold `[I, O]`, as for GPT-2's `Conv1D`."""
+        self.sides = (int(weight.shape[0]), int(weight.shape[1]))
+        self.int8_products = False
         self.register_buffer("scale", _unknown_scale(weight))
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., I]` of any float type -> `[..., O]` of the same type."""
-        y = _Int8Product.apply(x, self.weight, self.scale)
+        product = _Int8Product if self.int8_products else _ExactProduct
+        y = product.apply(x, self.weight, self.scale)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -87,7 +99,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return rows, scale
 
 
-class _Int8Product(torch.autograd.Function):
+class _ExactProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         # A reference to the parameter, not its data: ZeRO-3 releases the data after this
@@ -100,3 +112,56 @@ class _Int8Product(torch.autograd.Function):
         (grad,) = grads
         scaled = (grad * ctx.scale).to(grad.dtype)
         return scaled @ ctx.weight.to(grad.dtype), None, None
+
+
+class _Int8Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.weight, ctx.scale = weight, scale
+        rows, row_scale = _quantize_activations(x.flatten(0, -2))
+        # In place and in float: torch is many times slower where types are mixed.
+        y = _multiply(rows, weight.t()).float().mul_(scale).mul_(row_scale)
+        return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = grads
+        rows, row_scale = _quantize_activations(grad.flatten(0, -2) * ctx.scale)
+        dx = _multiply(rows, ctx.weight).float().mul_(row_scale)
+        return dx.view(*grad.shape[:-1], -1).to(grad.dtype), None, None
+
+
+def _quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """X `[N, I]` -> (int8 `[N, I]`, float32 scale `[N, 1]`). A row that is not finite stays so by its scale."""
+    x = x.float()
+    scale = x.abs().amax(-1, keepdim=True).clamp_min_(_SMALLEST) / _LEVELS
+    return (x / scale).round_().to(torch.int8), scale
+
+
+def _multiply(x: Tensor, y: Tensor) -> Tensor:
+    """Int8 `[N, I]` x int8 `[I, O]` -> int32 `[N, O]`."""
+    if x.is_cuda and len(x) <= _FEWEST_CUDA_ROWS:
+        return torch._int_mm(functional.pad(x, (0, 0, 0, _FEWEST_CUDA_ROWS + 1 - len(x))), y)[: len(x)]
+    return torch._int_mm(x, y)
+
+
+def multiplies_int8_fast(device: torch.device) -> bool:
+    """Whether the hardware has instructions for products of int8 numbers."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (7, 5)
+    return torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def set_products(model: nn.Module, setting: str, device: torch.device) -> None:
+    """How the model's int8 layers multiply from now on: `int8`, `exact`, or `auto`, int8 where that is fast.
+
+    The output layer stays exact: one large entry of a token's gradient over the vocabulary would leave the others
+    no bits (measured on SmolLM2: the prompt's gradient then points elsewhere, cosine 0.2 to 0.5). cuBLAS takes int8
+    matrices whose sides are multiples of 8; a layer with others stays exact there.
+    """
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    int8 = setting == "int8" or (setting == "auto" and multiplies_int8_fast(device))
+    for module in model.modules():
+        if isinstance(module, Int8Linear):
+            sides_fit = device.type != "cuda" or all(side % 8 == 0 for side in module.sides)
+            module.int8_products = int8 and sides_fit and module is not output

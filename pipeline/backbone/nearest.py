@@ -25,7 +25,7 @@ def nearest_tokens(model: str, prompt: np.ndarray, count: int = 5) -> list[list[
     """
     files = find_model(model)
     tokenizer = read_tokenizer(files)
-    table = _input_embeddings(files)[: len(tokenizer)]  # some tables have more rows than there are tokens
+    table = read_input_embeddings(files)[: len(tokenizer)]  # some tables have more rows than there are tokens
     if prompt.ndim != 2 or prompt.shape[1] != table.shape[1]:
         raise BankError(
             f"the prompt's shape {list(prompt.shape)} does not fit the model {model}, whose rows are "
@@ -39,7 +39,7 @@ def nearest_tokens(model: str, prompt: np.ndarray, count: int = 5) -> list[list[
     return [list(zip(*row, strict=True)) for row in zip(words, best.values.tolist(), strict=True)]
 
 
-def _input_embeddings(files: ModelFiles) -> Tensor:
+def read_input_embeddings(files: ModelFiles) -> Tensor:
     """The table `[V, H]` as stored."""
     skeleton = build_skeleton(read_config(files), int8=False)
     table = skeleton.get_input_embeddings().weight  # type: ignore[operator]

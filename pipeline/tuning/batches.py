@@ -5,6 +5,7 @@ the number of ranks, not on where a run was interrupted.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -29,33 +30,86 @@ def _epoch_order(seed: int, name: str, total: int, epoch: int) -> np.ndarray:
     return random_numbers(seed, name, "rows", epoch).permutation(total).astype(np.int32)
 
 
-def plan_microbatches(
-    lengths: Sequence[int], world_size: int, token_budget: int, padded: bool
-) -> list[list[list[int]]]:
-    """Deal rows into micro-batches: `[micro-batch][rank] -> row numbers`, at the least cost.
+@dataclass(frozen=True)
+class Load:
+    """What running one row costs, in tokens."""
 
-    Rows are sorted by length and cut with rows x longest within `token_budget` on every rank (a single
-    row may be longer): into few passes, or, where padding is computed (`padded`), so that padding and
-    the passes' fixed cost are least together. Every rank has every micro-batch, since under ZeRO-3 all
-    run the model together; a share may be empty in the last one.
+    slot: int
+    """The prompt that it runs behind."""
+    prompt: int
+    own: int
+    """Input, target and labels."""
+
+
+Plan = list[list[list[int]]]
+"""`[micro-batch][rank] -> row numbers`. Every rank has every micro-batch, since under ZeRO-3 all run the model
+together; a share may be empty, but never the first."""
+
+
+def plan_rows(loads: Sequence[Load], world_size: int, token_budget: int, padded: bool) -> Plan:
+    """Deal rows to ranks and micro-batches of at most `token_budget` tokens (a single row may be longer).
+
+    Where rows are padded to the longest, each carries its own prompt; where they are packed, a prompt runs
+    once in every share that has rows of it, and rows behind one prompt stay together.
     """
+    if padded:
+        return _plan_padded([load.prompt + load.own for load in loads], world_size, token_budget)
+    total = sum({load.slot: load.prompt for load in loads}.values()) + sum(load.own for load in loads)
+    passes = max(1, -(-total // (token_budget * world_size)))
+    while True:
+        bins = _fill(loads, passes * world_size)
+        if passes * world_size >= len(loads) or all(_cost(loads, rows) <= token_budget for rows in bins):
+            break
+        passes += 1
+    # Ranks wait for one another: micro-batches of like cost, the costliest first.
+    bins.sort(key=lambda rows: -_cost(loads, rows))
+    plan = [bins[i : i + world_size] for i in range(0, len(bins), world_size)]
+    return [shares for shares in plan if shares[0]]
+
+
+def _fill(loads: Sequence[Load], count: int) -> list[list[int]]:
+    """Rows in `count` bins of like cost; a prompt's rows are split only where they would overfill one."""
+    of_slot: dict[int, list[int]] = {}
+    for row in sorted(range(len(loads)), key=lambda row: (-loads[row].own, row)):
+        of_slot.setdefault(loads[row].slot, []).append(row)
+    fair = sum(_cost(loads, rows) for rows in of_slot.values()) / count
+    parts = []
+    for rows in of_slot.values():
+        pieces = min(len(rows), max(1, round(_cost(loads, rows) / fair)))
+        parts += [rows[piece::pieces] for piece in range(pieces)]
+    bins: list[list[int]] = [[] for _ in range(count)]
+    filled = [0] * count
+    for part in sorted(parts, key=lambda part: -_cost(loads, part)):
+        least = min(range(count), key=lambda i: filled[i])
+        bins[least] += part
+        filled[least] += _cost(loads, part)
+    return bins
+
+
+def _cost(loads: Sequence[Load], rows: Sequence[int]) -> int:
+    """Tokens that run when these rows are packed."""
+    prompts = {loads[row].slot: loads[row].prompt for row in rows}
+    return sum(prompts.values()) + sum(loads[row].own for row in rows)
+
+
+def _plan_padded(lengths: Sequence[int], world_size: int, token_budget: int) -> Plan:
+    """Rows sorted by length and cut so that padding and the passes' fixed cost are least together."""
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     groups = [order[i : i + world_size] for i in range(0, len(order), world_size)]
-    cuts = _cheapest_cuts([lengths[group[0]] for group in groups], token_budget, padded)
     plan = []
-    for first, end in cuts:
+    for first, end in _cheapest_cuts([lengths[group[0]] for group in groups], token_budget):
         chunk = [row for group in groups[first:end] for row in group]
         plan.append([chunk[rank::world_size] for rank in range(world_size)])
     return plan
 
 
-def _cheapest_cuts(longest: Sequence[int], token_budget: int, padded: bool) -> list[tuple[int, int]]:
-    """Cut falling lengths into runs; a run costs a pass and, padded, its size x its first length."""
+def _cheapest_cuts(longest: Sequence[int], token_budget: int) -> list[tuple[int, int]]:
+    """Cut falling lengths into runs; a run costs a pass and its size x its first length."""
     cost, end_of = [0] * (len(longest) + 1), [0] * len(longest)
     for first in reversed(range(len(longest))):
         most = max(1, token_budget // longest[first])
         ends = range(first + 1, min(first + most, len(longest)) + 1)
-        run_cost = {end: (end - first) * longest[first] * padded + PASS_TOKENS + cost[end] for end in ends}
+        run_cost = {end: (end - first) * longest[first] + PASS_TOKENS + cost[end] for end in ends}
         end_of[first] = min(run_cost, key=lambda end: (run_cost[end], -end))
         cost[first] = run_cost[end_of[first]]
     cuts, first = [], 0

@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.backbone import prompted
 from pipeline.backbone.host import Backbone
 from pipeline.corpus.reader import TokenSet
-from pipeline.tuning.batches import plan_microbatches
+from pipeline.tuning.batches import Load, plan_rows
 from pipeline.tuning.metrics import label_metric, text_metric
 from pipeline.tuning.ranks import rank, sum_over_ranks, true_on_all, world_size
 
@@ -45,7 +45,7 @@ class Score:
 class _Item:
     slot: int
     number: int
-    length: int
+    load: Load
 
 
 def evaluate(backbone: Backbone, tokenizer: Any, exams: Sequence[Exam], token_budget: int) -> list[Score]:
@@ -81,8 +81,8 @@ def _label_copies(exam: Exam) -> int:
 
 def _item(exams: Sequence[Exam], slot: int, number: int, copies: int) -> _Item:
     split = exams[slot].split
-    tokens = len(exams[slot].prompt) + len(split.input_ids(number)) + len(split.target_ids(number))
-    return _Item(slot, number, tokens * copies)
+    own = len(split.input_ids(number)) + copies * len(split.target_ids(number))
+    return _Item(slot, number, Load(slot, len(exams[slot].prompt), own))
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,13 @@ class _Runner:
         outcomes: Callable[["_Runner", list[_Item]], np.ndarray],
         width: int,
         copies: Callable[[Exam], int] = lambda exam: 1,
+        padded: bool = False,
     ) -> dict[int, np.ndarray]:
         """`outcomes` (`[B, width]`) of every row of these exams, by exam: `[rows, width]`."""
         items = [_item(self.exams, s, i, copies(self.exams[s])) for s in slots for i in range(len(self.exams[s].split))]
         table = torch.zeros(len(items), width, dtype=torch.float64, device=self.backbone.device)
-        lengths, padded = [item.length for item in items], self.backbone.pads_rows
-        for shares in plan_microbatches(lengths, world_size(), self.token_budget, padded):
+        loads = [item.load for item in items]
+        for shares in plan_rows(loads, world_size(), self.token_budget, padded or self.backbone.pads_rows):
             mine = shares[rank()]
             result = outcomes(self, [items[i] for i in mine or shares[0][:1]])
             if mine:
@@ -154,5 +155,5 @@ def _decode(run: _Runner, tokenizer: Any, slots: Sequence[int]) -> dict[int, lis
     def text(row: np.ndarray) -> str:
         return str(tokenizer.decode(row[1 : 1 + int(row[0])].astype(int), skip_special_tokens=True)).strip()
 
-    tables = run.each_row(slots, outcomes, width=longest + 1)
+    tables = run.each_row(slots, outcomes, width=longest + 1, padded=True)
     return {s: [text(row) for row in table] for s, table in tables.items()}

@@ -10,7 +10,7 @@ from torch import Tensor
 from pipeline.backbone import prompted
 from pipeline.backbone.host import Backbone
 from pipeline.corpus.reader import TokenSet
-from pipeline.tuning.batches import plan_microbatches, rows_of_step
+from pipeline.tuning.batches import Load, plan_rows, rows_of_step
 from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
 from pipeline.tuning.trials import Trial
 
@@ -33,7 +33,7 @@ class Row:
     split: TokenSet
     number: int
     length: int
-    """Prompt, input and target tokens."""
+    """Input and target tokens."""
     weight: float
 
 
@@ -45,7 +45,7 @@ def batch_of_step(work: Sequence[Work]) -> list[Row]:
         # Mean over the target tokens of this trial's rows on all ranks, as the trial alone would have.
         weight = 1.0 / sum(len(part.train.target_ids(number)) for number in numbers)
         for number in numbers:
-            length = len(part.prompt) + len(part.train.input_ids(number)) + len(part.train.target_ids(number))
+            length = len(part.train.input_ids(number)) + len(part.train.target_ids(number))
             rows.append(Row(slot, part.train, int(number), length, weight))
     return rows
 
@@ -60,8 +60,8 @@ def losses_and_gradients(backbone: Backbone, work: Sequence[Work], token_budget:
     losses = torch.zeros(len(work), device=backbone.device)
     for prompt in prompts:
         prompt.grad = None
-    lengths, padded = [row.length for row in rows], backbone.pads_rows
-    for shares in plan_microbatches(lengths, world_size(), token_budget, padded):
+    loads = [Load(row.slot, len(prompts[row.slot]), row.length) for row in rows]
+    for shares in plan_rows(loads, world_size(), token_budget, backbone.pads_rows):
         # A rank without a share runs another's first row at weight zero: all gather weights together.
         mine = [rows[i] for i in shares[rank()]]
         _accumulate(backbone, prompts, mine or [rows[shares[0][0]]], 1.0 if mine else 0.0, losses)
@@ -71,7 +71,7 @@ def losses_and_gradients(backbone: Backbone, work: Sequence[Work], token_budget:
     summed, *gradients = flat.split(sizes)
     for prompt, gradient in zip(prompts, gradients, strict=True):
         prompt.grad = gradient.view_as(prompt).clone()
-    return summed.cpu().numpy(), sum(row.length - len(prompts[row.slot]) for row in rows)
+    return summed.cpu().numpy(), sum(row.length for row in rows)
 
 
 def _accumulate(

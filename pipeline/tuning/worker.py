@@ -83,6 +83,7 @@ def work(order: Order, device: torch.device) -> None:
         dtype=compute_dtype(settings.model.dtype, device),
         device=device,
         sharded=world_size() > 1,
+        products=settings.model.products,
     )
     held = ", ".join(f"{size / 2**20:.0f} MiB of {kind}" for kind, size in sorted(held_bytes(backbone).items()))
     before = held_digest(backbone)

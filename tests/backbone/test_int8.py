@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.backbone.int8 import Int8Embedding, Int8Linear, empty_int8, quantize_rows
+from pipeline.backbone.int8 import Int8Embedding, Int8Linear, empty_int8, quantize_rows, set_products
 
 
 def loaded(weight: torch.Tensor, make):
@@ -57,3 +57,43 @@ def test_an_embedding_gives_the_kept_rows():
     layer = loaded(table, lambda parameter: Int8Embedding(parameter, torch.float32))
     ids = torch.tensor([[0, 29], [7, 7]])
     torch.testing.assert_close(layer(ids), (layer.weight.float() * layer.scale[:, None])[ids])
+
+
+def both_products(weight: torch.Tensor, x: torch.Tensor, upstream: torch.Tensor):
+    """Output and gradient of the exact product, then of the int8 one."""
+    results = []
+    for setting in ("exact", "int8"):
+        layer = loaded(weight, lambda parameter: Int8Linear(parameter, None))
+        set_products(layer, setting, torch.device("cpu"))
+        x = x.detach().requires_grad_()
+        y = layer(x)
+        results += [y.detach(), *torch.autograd.grad((y * upstream).sum(), x)]
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_products_and_gradients_are_near_the_exact_ones(dtype):
+    torch.manual_seed(0)
+    x, upstream = torch.randn(3, 50, 256, dtype=dtype), torch.randn(3, 50, 96, dtype=dtype)
+    exact_y, exact_dx, y, dx = both_products(torch.randn(96, 256), x, upstream)
+    for ours, reference in ((y, exact_y), (dx, exact_dx)):
+        assert ours.dtype == dtype and ours.shape == reference.shape
+        error = (ours.float() - reference.float()).norm() / reference.float().norm()
+        assert error < 0.02
+
+
+def test_a_row_of_an_int8_product_does_not_depend_on_the_others_bit_by_bit():
+    torch.manual_seed(0)
+    weight, x, upstream = torch.randn(40, 24), torch.randn(6, 24), torch.randn(6, 40)
+    spoiled, spoiled_upstream = x.clone(), upstream.clone()
+    spoiled[3:] = torch.tensor([float("nan"), float("inf"), 1e30])[:, None]
+    spoiled_upstream[3:] = float("nan")
+    _, _, y, dx = both_products(weight, x, upstream)
+    _, _, spoiled_y, spoiled_dx = both_products(weight, spoiled, spoiled_upstream)
+    assert torch.equal(y[:3], spoiled_y[:3]) and torch.equal(dx[:3], spoiled_dx[:3])
+    assert not spoiled_y[3].isfinite().any()
+
+
+def test_rows_of_zeros_stay_zeros_in_int8_products():
+    _, _, y, dx = both_products(torch.randn(8, 16), torch.zeros(2, 16), torch.zeros(2, 8))
+    assert not y.any() and not dx.any()

@@ -13,8 +13,8 @@ from pipeline.backbone.fingerprint import identify
 from pipeline.backbone.host import held_bytes, host_backbone
 from pipeline.backbone.loading import build_skeleton
 from pipeline.backbone.weights import open_weights
+from pipeline.benchmark.ranks import run_ranks
 from pipeline.errors import BackboneError
-from tests.ranks import run_ranks
 from tests.tiny import make_model
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.tuning.batches import PASS_TOKENS, plan_microbatches, rows_of_step
+from pipeline.tuning.batches import PASS_TOKENS, Load, plan_rows, rows_of_step
 from pipeline.tuning.trials import make_trial
 from tests.corpora import make_task
 
@@ -38,23 +38,46 @@ def test_trials_of_other_names_or_seeds_take_other_rows():
     assert list(first) != list(rows_of_step(trial_of("a", 16, seed=1), 1000, 0))
 
 
-@given(lengths, st.integers(1, 5), st.integers(64, 2000), st.booleans())
-def test_every_row_is_run_once_on_one_rank_within_the_token_budget(lengths, world, budget, padded):
-    plan = plan_microbatches(lengths, world, budget, padded)
-    assert sorted(row for shares in plan for share in shares for row in share) == list(range(len(lengths)))
+def loads_of(rows) -> list[Load]:
+    """Rows of five trials with prompts of 1, 21, 41, … tokens."""
+    return [Load(slot, 1 + 20 * slot, own) for slot, own in rows]
+
+
+def tokens_run(loads, share) -> int:
+    """What a packed share runs: each of its prompts once, and its rows."""
+    return sum({loads[row].slot: loads[row].prompt for row in share}.values()) + sum(loads[row].own for row in share)
+
+
+rows_of_trials = st.lists(st.tuples(st.integers(0, 4), st.integers(1, 400)), min_size=1, max_size=60)
+
+
+@given(rows_of_trials, st.integers(1, 5), st.integers(64, 2000), st.booleans())
+def test_every_row_is_run_once_on_one_rank_within_the_token_budget(rows, world, budget, padded):
+    loads = loads_of(rows)
+    plan = plan_rows(loads, world, budget, padded)
+    assert sorted(row for shares in plan for share in shares for row in share) == list(range(len(loads)))
     for shares in plan:
         assert len(shares) == world, "under ZeRO-3 every rank has every micro-batch"
         assert shares[0], "a rank without rows borrows from the first"
         for share in shares:
-            longest = max((lengths[row] for row in share), default=0)
-            assert len(share) * longest <= max(budget, longest)
+            longest = max((loads[row].prompt + loads[row].own for row in share), default=0)
+            cost = len(share) * longest if padded else tokens_run(loads, share)
+            assert len(share) <= 1 or cost <= budget
+
+
+@given(st.integers(2, 8), st.integers(1, 4), st.integers(5, 200))
+def test_packed_prompts_run_once_where_trials_can_be_dealt_whole(trials, world, prompt):
+    """The cost of a step hardly depends on the prompts' length only if no rank runs another's prompts."""
+    loads = [Load(slot, prompt, 10) for slot in range(trials * world) for _ in range(8)]
+    (shares,) = plan_rows(loads, world, 10**6, padded=False)
+    assert sum(tokens_run(loads, share) for share in shares) == trials * world * (prompt + 80)
+    assert len({tokens_run(loads, share) for share in shares}) == 1
 
 
 @given(lengths, st.integers(1, 3), st.integers(64, 2000))
-def test_cuts_cost_no_more_than_one_pass_for_all_or_one_for_each_row(lengths, world, budget):
+def test_padded_rows_are_cut_no_worse_than_one_row_a_pass(lengths, world, budget):
     def cost(plan) -> int:
         return sum(len(shares[0]) * max(lengths[row] for row in shares[0]) + PASS_TOKENS for shares in plan)
 
-    chosen = cost(plan_microbatches(lengths, world, budget, padded=True))
-    assert chosen <= cost(plan_microbatches(lengths, world, budget, padded=False))
-    assert chosen <= cost(plan_microbatches(lengths, world, 1, padded=True))
+    loads = [Load(0, 0, length) for length in lengths]
+    assert cost(plan_rows(loads, world, budget, padded=True)) <= cost(plan_rows(loads, world, 1, padded=True))

@@ -1,4 +1,4 @@
-"""Run a function in several processes joined by gloo, as Ray Train would run it."""
+"""Run a function in several processes joined as ranks, as Ray Train would, but without Ray."""
 
 import os
 import socket
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """`function(*args)` in `world_size` fresh processes; their results by rank."""
+    """`function(*args)` in `world_size` fresh processes, of one thread at first; their results by rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -25,7 +25,11 @@ def _run(rank: int, world_size: int, port: int, function: Callable[..., Any], ar
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+        backend = "nccl"
+    dist.init_process_group(backend, rank=rank, world_size=world_size)
     try:
         return function(*args)
     finally:

@@ -1,0 +1,81 @@
+"""Two or more sides in turn, several rounds: rates, ratios and their spread."""
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+SETTLING = 2
+"""First steps that do not count: allocators, kernels and ZeRO-3's trace settle in them."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one side did, step by step."""
+
+    tokens: Sequence[int]
+    """Text tokens, padding and prompt not counted."""
+    seconds: Sequence[float]
+    losses: Sequence[Sequence[float]]
+    """Of every task, in nats a target token."""
+
+    @property
+    def rate(self) -> float:
+        """Text tokens a second, once settled."""
+        return sum(self.tokens[SETTLING:]) / sum(self.seconds[SETTLING:])
+
+
+@dataclass(frozen=True)
+class Result:
+    """Rates of every side in every round, and how many times faster the first side is than each other."""
+
+    name: str
+    device: str
+    rates: Mapping[str, Sequence[float]]
+    ratios: Mapping[str, tuple[float, float, float]]
+    """Least, median and greatest over the rounds."""
+    losses: Mapping[str, Sequence[Sequence[float]]]
+    """Of the first round: of every step, of every task, in nats a target token."""
+    loss_difference: Mapping[str, float]
+    """Greatest relative difference of any of them from the first side's."""
+
+
+def compare(name: str, sides: Mapping[str, Callable[[], Side]], rounds: int) -> Result:
+    """Run all sides in turn, round after round; the first is the one that the others are compared with."""
+    done: dict[str, list[Side]] = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side, run in sides.items():
+            done[side].append(run())
+    first, *others = sides
+    rates = {side: [round(run.rate, 1) for run in runs] for side, runs in done.items()}
+    ratios = {}
+    for other in others:
+        each = [mine.rate / theirs.rate for mine, theirs in zip(done[first], done[other], strict=True)]
+        ratios[other] = (min(each), statistics.median(each), max(each))
+    apart = {other: _loss_difference(done[first][0], done[other][0]) for other in others}
+    losses = {side: [list(step) for step in runs[0].losses] for side, runs in done.items()}
+    return Result(name, device_name(), rates, ratios, losses, apart)
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
+    return f"{platform.machine()}, {os.cpu_count()} cores"
+
+
+def save_results(path: Path, results: Sequence[Result]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+
+
+def _loss_difference(mine: Side, theirs: Side) -> float:
+    pairs = [pair for a, b in zip(mine.losses, theirs.losses, strict=True) for pair in zip(a, b, strict=True)]
+    return max(abs(a - b) / abs(b) for a, b in pairs)
