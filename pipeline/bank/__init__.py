@@ -5,9 +5,10 @@ The layout on disk is written down in FORMAT.md.
 
 from pipeline.bank.aliases import AliasMove
 from pipeline.bank.client import PromptBank
-from pipeline.bank.manifest import BackboneId, Manifest, Metrics, PromptRecord, Template
+from pipeline.bank.manifest import BackboneId, Manifest, Metrics, PromptRecord, Template, Unknown
 from pipeline.bank.publish import NewPrompt
 from pipeline.bank.snapshot import Prompt, Snapshot
+from pipeline.bank.store import Missing
 from pipeline.bank.watch import Watcher, WatchEvent
 
 __all__ = [
@@ -15,12 +16,14 @@ __all__ = [
     "BackboneId",
     "Manifest",
     "Metrics",
+    "Missing",
     "NewPrompt",
     "Prompt",
     "PromptBank",
     "PromptRecord",
     "Snapshot",
     "Template",
+    "Unknown",
     "WatchEvent",
     "Watcher",
 ]

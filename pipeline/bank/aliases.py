@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.bank.manifest import Digest, Frozen, Name, UtcTime, check_name, utc_now
+from pipeline.bank.manifest import NAME, Digest, Frozen, Id, Name, UtcTime, check_name, new_id, utc_now
 from pipeline.bank.sealed import canonical, check_sealed, parse, seal
 from pipeline.bank.source import Source
 from pipeline.bank.store import Store
@@ -27,6 +27,8 @@ class AliasMove(Frozen):
     """The digest in the version's seal: an alias names bytes, not only a number."""
     action: Action
     time: UtcTime
+    id: Id
+    """Random: tells two moves of the same kind, by the same person, in the same second, apart."""
     by: str
     """The run or person that moved it."""
 
@@ -36,6 +38,13 @@ def check_alias(alias: str) -> None:
     check_name("alias", alias)
     if alias.isdecimal():
         raise BankError(f"the alias name '{alias}' is refused: a number stands for a version")
+
+
+def alias_names(store: Store) -> tuple[str, ...]:
+    """All aliases, sorted; what else lies beside them is let be. Raises: StorageError."""
+    files = {entry.name for entry in store.list_files("aliases")}
+    names = sorted(set(store.list_names("aliases")) - files)
+    return tuple(name for name in names if NAME.fullmatch(name) and not name.isdecimal())
 
 
 def current_move(source: Source, alias: str) -> AliasMove | None:
@@ -124,7 +133,7 @@ def _move(
     """The new move, None when another one took its number."""
     seq = current.seq + 1 if current else 1
     move = AliasMove(
-        alias=alias, seq=seq, version=version, manifest=digest, action=action, time=utc_now(), by=by
+        alias=alias, seq=seq, version=version, manifest=digest, action=action, time=utc_now(), id=new_id(), by=by
     )  # fmt: skip
     data = seal(canonical(move.model_dump())[1:] + b"\n")
     return move if store.create(f"aliases/{alias}/{seq}.json", data) else None

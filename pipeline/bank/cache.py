@@ -17,20 +17,27 @@ from pipeline.errors import StorageError
 _log = logging.getLogger(__name__)
 DEFAULT_LIMIT = 4 * 2**30
 _DIGESTS, _MOVES = "sha256", "moves"
+_LOOKS = 32
+"""How often the folder is looked through while as much as it may hold is written to it."""
 
 
-def default_cache() -> Path:
-    """`$PROMPT_BANK_CACHE`, or `promptbank` in the user's cache folder."""
+def default_cache() -> Path | None:
+    """`$PROMPT_BANK_CACHE`, or `promptbank` in the user's cache folder; None for a user without a home."""
     own = os.environ.get("PROMPT_BANK_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "promptbank"
+    try:
+        return Path(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "promptbank").expanduser()
+    except RuntimeError:
+        _log.warning("this user has no home folder, so nothing is cached; set PROMPT_BANK_CACHE")
+        return None
 
 
 class Cache:
-    """A folder of at most `limit` bytes; what was not used for longest leaves first."""
+    """A folder of at most `limit` bytes, give or take a few percent; what was not used for longest leaves first."""
 
     def __init__(self, folder: str | Path, limit: int = DEFAULT_LIMIT) -> None:
         self._folder = Path(folder).expanduser()
         self._limit = limit
+        self._unchecked = limit  # bytes written since the folder was last looked through; at first unknown
 
     def where(self, digest: str) -> str:
         return str(self._folder / _DIGESTS / digest)
@@ -48,7 +55,10 @@ class Cache:
 
     def keep(self, digest: str, data: bytes) -> None:
         self._write(self._folder / _DIGESTS / digest, data)
-        self._forget_oldest()
+        self._unchecked += len(data)
+        if self._unchecked > self._limit / _LOOKS:  # looking through many files at every write would be slow
+            self._unchecked = 0
+            self._forget_oldest()
 
     def drop(self, digest: str) -> None:
         with suppress(OSError):

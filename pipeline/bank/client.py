@@ -12,7 +12,7 @@ from pipeline.bank import publish as publishing
 from pipeline.bank.aliases import AliasMove
 from pipeline.bank.cache import Cache, default_cache
 from pipeline.bank.collect import DEFAULT_GRACE, Collected, collect
-from pipeline.bank.manifest import BackboneId, Manifest
+from pipeline.bank.manifest import BackboneId, Manifest, Unknown
 from pipeline.bank.publish import NewPrompt
 from pipeline.bank.snapshot import Prompt, Snapshot
 from pipeline.bank.source import Source
@@ -23,6 +23,8 @@ from pipeline.bank.watch import Watcher, WatchEvent
 from pipeline.errors import BankError, StorageError
 
 _log = logging.getLogger(__name__)
+_OTHERS = 4
+"""Versions beside the current one that stay open, for references such as `name@3`."""
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 
 
@@ -34,6 +36,8 @@ class PromptBank:
         self._alias = alias
         self._current: Snapshot | None = None
         self._swap = threading.Lock()
+        self._others: dict[int, Snapshot] = {}
+        self._swap_others = threading.Lock()
 
     @classmethod
     def open(
@@ -165,8 +169,7 @@ class PromptBank:
 
     def aliases(self) -> dict[str, int]:
         """Every alias and its version now. Raises: BankError, StorageError."""
-        names = sorted(self._source.store.list_names("aliases"))
-        moves = (aliases.current_move(self._source, alias) for alias in names)
+        moves = (aliases.current_move(self._source, alias) for alias in aliases.alias_names(self._source.store))
         return {move.alias: move.version for move in moves if move}
 
     def alias_move(self, alias: str) -> AliasMove | None:
@@ -198,14 +201,14 @@ class PromptBank:
         Raises: BankError, StorageError (full disk, no permission): readers then see the version before.
         """
         number = publishing.publish(self._source, prompts, backbone, run, libraries, alias)
-        self.refresh()
+        self._follow(alias)
         return number
 
     def advance(self, alias: str, version: int, by: str) -> None:
         """Move an alias to a later version; one that is at it or beyond stays. Raises: BankError, StorageError."""
         aliases.check_alias(alias)
         aliases.advance_alias(self._source, alias, version, self._read(version).seal.digest, by)
-        self.refresh()
+        self._follow(alias)
 
     def promote(self, version: int, alias: str, by: str) -> AliasMove:
         """Move an alias to any version, forward or back. Raises: BankError, StorageError."""
@@ -251,17 +254,28 @@ class PromptBank:
 
     def _successor(self, move: AliasMove) -> Snapshot:
         successor = self._snapshot(move.version, move.manifest)
-        for name in self._current.used if self._current else ():
-            record = successor.record(name)
-            if record is not None and record.digest is not None:  # a task that has left is no damage
-                successor.load(name)
+        seen: set[str] = set()
+        # Until no other prompt has come into use meanwhile.
+        while self._current is not None and (fresh := set(self._current.used) - seen):
+            for name in fresh:
+                record = successor.record(name)
+                if record is not None and record.digest is not None:  # a task that has left is no damage
+                    successor.load(name)
+            seen |= fresh
         return successor
 
     def _snapshot(self, number: int, digest: str | None = None) -> Snapshot:
         current = self._current
         if current is not None and current.version == number and digest in (None, current.digest):
             return current  # a version never changes
-        return Snapshot(self._source, self._read(number, digest))
+        known = self._others.get(number)
+        if known is None or digest not in (None, known.digest):
+            known = Snapshot(self._source, self._read(number, digest))
+            with self._swap_others:
+                self._others[number] = known
+                while len(self._others) > _OTHERS:
+                    del self._others[next(iter(self._others))]
+        return known
 
     def _read(self, number: int, digest: str | None = None) -> Version:
         return read_version(self._source, number, digest)
@@ -271,4 +285,4 @@ class PromptBank:
         if not numbers:
             return BankError(f"there is no prompt bank at {self.uri}: publish to it first, or mend the path")
         known = ", ".join(sorted(self.aliases())) or "none"
-        return BankError(f"the bank {self.uri} has no alias '{alias}'; known: {known}; newest version: {numbers[-1]}")
+        return Unknown(f"the bank {self.uri} has no alias '{alias}'; known: {known}; newest version: {numbers[-1]}")

@@ -6,6 +6,7 @@ so only what is older than the grace period goes. Should both meet all the same,
 blobs once its version is visible, and the collector puts back what a newer version turns out to need.
 """
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -50,7 +51,7 @@ def collect(source: Source, grace: float = DEFAULT_GRACE, dry_run: bool = False)
     doomed = {
         f"{BLOBS}/{name}": entry
         for name, entry in old.items()
-        if name.endswith(SUFFIX) and name.removesuffix(SUFFIX) not in referenced
+        if is_blob(name) and name.removesuffix(SUFFIX) not in referenced
     }
     leftovers = {key: entry for key, entry in source.store.list_leftovers().items() if entry.modified < before}
     if not dry_run:
@@ -62,17 +63,24 @@ def collect(source: Source, grace: float = DEFAULT_GRACE, dry_run: bool = False)
     return Collected(tuple(sorted(found)), sum(entry.size for entry in found.values()))
 
 
+def is_blob(name: str) -> bool:
+    """Whether a file under `BLOBS` is a bank's; any other is let be."""
+    return re.fullmatch(rf"[0-9a-f]{{64}}{re.escape(SUFFIX)}", name) is not None
+
+
 def _delete(source: Source, keys: Sequence[str], before: float, newest_seen: int) -> None:
     young = {f"{BLOBS}/{entry.name}" for entry in source.store.list_files(BLOBS) if entry.modified >= before}
-    deleted = {}
-    for key in keys:
-        if key not in young:
-            with suppress(Missing):  # another collector was first
-                deleted[key] = source.store.read(key, MAX_BLOB_BYTES)
-                source.store.delete(key)
-    newer = [number for number in version_numbers(source.store) if number > newest_seen]
-    for key in deleted.keys() & set(map(blob_key, _referenced(source, newer))):
-        source.store.create(key, deleted[key])
+    deleted: dict[str, bytes] = {}
+    try:
+        for key in keys:
+            if key not in young:
+                with suppress(Missing):  # another collector was first
+                    deleted[key] = source.store.read(key, MAX_BLOB_BYTES)
+                    source.store.delete(key)
+    finally:  # also when one of many could not be deleted
+        newer = [number for number in version_numbers(source.store) if number > newest_seen]
+        for key in deleted.keys() & set(map(blob_key, _referenced(source, newer))):
+            source.store.create(key, deleted[key])
 
 
 def _batches(keys: list[str]) -> Iterator[list[str]]:

@@ -43,8 +43,8 @@ class OpenFile:
         except OSError as error:
             raise self._fail(error) from error
 
-    def __del__(self) -> None:
-        os.close(self._file)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound: at exit `os` may be gone
+        close(self._file)
 
 
 class Damaged(Exception):

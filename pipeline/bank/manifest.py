@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
+from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -19,6 +20,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 UtcTime = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+Id = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Status = Literal["tuned", "carried_forward", "kept", "failed"]
 
 
@@ -119,6 +121,8 @@ class Header(Frozen):
     parent: int | None = Field(ge=1)
     time: UtcTime
     run: str
+    id: Id
+    """Random: tells two publications of the same prompts, by the same run, in the same second, apart."""
     backbone: BackboneId
     libraries: Mapping[str, str]
 
@@ -164,10 +168,18 @@ def manifest_schema() -> str:
     return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2) + "\n"
 
 
+class Unknown(BankError):
+    """There is no prompt or alias of this name, or cannot be one."""
+
+
 def check_name(kind: str, name: str) -> None:
-    """Raises: BankError when `name` could not be one segment of a key."""
+    """Raises: Unknown when `name` could not be one segment of a key."""
     if not NAME.fullmatch(name):
-        raise BankError(f"the {kind} name {name!r} is refused: use letters, digits, '.', '_' and '-' (128 at most)")
+        raise Unknown(f"the {kind} name {name!r} is refused: use letters, digits, '.', '_' and '-' (128 at most)")
+
+
+def new_id() -> str:
+    return uuid4().hex
 
 
 def utc_now() -> str:

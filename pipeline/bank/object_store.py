@@ -122,9 +122,8 @@ class ObjectStore:
 
         When the answer to a put is lost, nobody can tell whether it was carried out, and the put that
         obstore or this loop sends next finds its own object. Equal bytes count as ours, therefore. If they are
-        another's, each of the two is told that what it wanted is there: a blob is named by its bytes, and
-        a version or a move that says the same of the same run in the same second is the same. Bytes that shall tell
-        one creator from another, such as a lock's, must name their creator.
+        another's, each of the two is told that what it wanted is there: a blob is named by its bytes. Bytes that
+        shall tell one creator from another, as a version's and a move's, must hold something of the creator's own.
 
         Raises: StorageError; the bytes may be there all the same, or still arrive.
         """

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from pipeline.bank.aliases import advance_alias, current_move
 from pipeline.bank.blobs import MAX_BLOB_BYTES, encode_blob, write_blob
-from pipeline.bank.manifest import BackboneId, Manifest, Metrics, PromptRecord, Template, check_name, utc_now
+from pipeline.bank.manifest import BackboneId, Manifest, Metrics, PromptRecord, Template, check_name, new_id, utc_now
 from pipeline.bank.sealed import first_problem
 from pipeline.bank.source import Source, blob_key
 from pipeline.bank.versions import create_version, read_version, version_numbers
@@ -151,6 +151,7 @@ def _manifest(
             parent=parent.version if parent else None,
             time=utc_now(),
             run=run,
+            id=new_id(),
             backbone=backbone,
             libraries=libraries,
             prompts=records,

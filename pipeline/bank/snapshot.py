@@ -7,11 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.bank.blobs import read_blob
-from pipeline.bank.manifest import BackboneId, Header, PromptRecord, check_name
+from pipeline.bank.manifest import BackboneId, Header, PromptRecord, Unknown, check_name
 from pipeline.bank.publish import refuse_other_backbone
 from pipeline.bank.source import Source
 from pipeline.bank.versions import Version
 from pipeline.errors import BankError
+
+_COMPARED = 500
+"""Names that a misspelt one is compared with; all of a large bank's would take a tenth of a second."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,12 +88,13 @@ class Snapshot:
         return self._version.record(name)
 
     def known_record(self, name: str) -> PromptRecord:
-        """As `record`. Raises: BankError for an unknown name, with one that is like it; StorageError."""
+        """As `record`. Raises: Unknown for an unknown name, with one that is like it; StorageError."""
         record = self.record(name)
         if record is None:
-            close = difflib.get_close_matches(name, self._version.names(), n=1)
+            like = [other for other in self._version.names() if other[:1] == name[:1]][:_COMPARED]
+            close = difflib.get_close_matches(name, like, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else ""
-            raise BankError(f"{self._version.where} holds no prompt '{name}'{hint}")
+            raise Unknown(f"{self._version.where} holds no prompt '{name}'{hint}")
         return record
 
     def records(self) -> Iterator[PromptRecord]:
@@ -101,7 +105,7 @@ class Snapshot:
         record = self.known_record(name)
         where = self._version.where
         if record.digest is None or record.shape is None:
-            raise BankError(f"{where} holds no blob of '{name}', which has failed: {record.reason}")
+            raise Unknown(f"{where} holds no blob of '{name}', which has failed: {record.reason}")
         if record.shape[1] != self.backbone.hidden_size:
             raise BankError(f"{where} is refused: '{name}' is {record.shape[1]} wide and its backbone is not")
         return Prompt(read_blob(self._source, record.digest, record.shape), record, self.version, self.backbone)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.bank.cache import Cache
-from pipeline.bank.content import Content, Verified
+from pipeline.bank.content import Content, Damaged, Verified
 from pipeline.bank.manifest import MAX_MANIFEST_BYTES
 from pipeline.bank.sealed import Seal, Signature, open_sealed
 from pipeline.bank.store import Store
@@ -38,7 +38,7 @@ class Source:
                 self.cache.drop(digest)  # damaged: the store has it whole
         verified, seal = self._checked(self.store.open(key, MAX_MANIFEST_BYTES), where, digest)
         if self.cache:
-            self.cache.keep(seal.digest, verified.read(0, verified.size))
+            self.cache.keep(seal.digest, _whole(verified, where))
             if near := self.cache.find(seal.digest):
                 verified.go_on_from(near)
         return verified, seal
@@ -72,3 +72,10 @@ class Source:
 
             check_signature(seal, self.trusted, where)
         return verified, seal
+
+
+def _whole(verified: Verified, where: str) -> bytes:
+    try:
+        return verified.read(0, verified.size)
+    except Damaged as error:
+        raise BankError(f"{where} is damaged: its bytes changed while it was read") from error

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pipeline.bank.aliases import AliasMove, alias_moves, check_alias
+from pipeline.bank.aliases import AliasMove, alias_moves, alias_names
 from pipeline.bank.blobs import read_blob
-from pipeline.bank.collect import BLOBS, SUFFIX
+from pipeline.bank.collect import BLOBS, SUFFIX, is_blob
 from pipeline.bank.source import Source
 from pipeline.bank.versions import Version, read_version, version_numbers
 from pipeline.errors import BankError
@@ -38,14 +38,14 @@ def verify_bank(source: Source, on_step: Callable[[str], None] = lambda place: N
     for number in numbers:
         on_step(f"version {number}")
         problems += _caught(_verify_version(source, number, numbers, digests, blobs))
-    aliases = sorted(source.store.list_names("aliases"))
+    aliases = alias_names(source.store)
     for alias in aliases:
         on_step(f"alias {alias}")
         problems += _caught(_verify_alias(source, alias, numbers, digests))
     for digest, shape in sorted(blobs):
         on_step(f"blob {digest}")
         problems += _caught(_verify_blob(source, digest, shape))
-    there = {entry.name.removesuffix(SUFFIX) for entry in source.store.list_files(BLOBS)}
+    there = {e.name.removesuffix(SUFFIX) for e in source.store.list_files(BLOBS) if is_blob(e.name)}
     referenced = {digest for digest, _ in blobs}
     return Verification(
         tuple(problems), len(numbers), len(aliases), len(referenced), tuple(sorted(there - referenced))
@@ -68,7 +68,6 @@ def _verify_version(
 
 
 def _verify_alias(source: Source, alias: str, numbers: tuple[int, ...], digests: dict[int, str]) -> Iterator[str]:
-    check_alias(alias)
     moves: tuple[AliasMove, ...] = alias_moves(source, alias)
     if [move.seq for move in moves] != list(range(1, len(moves) + 1)):
         yield f"{source.store.where(f'aliases/{alias}')}: a move is missing from its history"

@@ -18,7 +18,7 @@ class WatchEvent:
     version: int
     """The version that is served now."""
     previous: int
-    error: BankError | StorageError | None
+    error: Exception | None
     """Why a new version is not served; the one before goes on."""
 
 
@@ -57,7 +57,9 @@ class Watcher:
     def _look(self) -> None:
         try:
             version = self._refresh()
-        except (BankError, StorageError) as error:
+        except Exception as error:  # whatever it is: a watch that ended unseen would never swap again
+            if not isinstance(error, BankError | StorageError):
+                _log.exception("the prompt bank's watch failed, and goes on")
             if str(error) != self._failure:
                 self._failure = str(error)
                 self._tell(WatchEvent(self._served, self._served, error))

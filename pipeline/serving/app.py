@@ -214,4 +214,4 @@ class PromptService:
 
     def _public(self, error: Exception) -> str:
         """Its sentence without where the bank lies."""
-        return str(error).replace(f"{self.bank.uri}/", "")
+        return str(error).replace(f"{self.bank.uri}/", "").replace(f"the bank {self.bank.uri}", "the bank")

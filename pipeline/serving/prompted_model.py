@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pipeline.backbone import prompted
-from pipeline.bank import Prompt, PromptBank, Snapshot
-from pipeline.errors import BankError, PromptBankError
+from pipeline.bank import Missing, Prompt, PromptBank, Snapshot, Unknown
+from pipeline.errors import PromptBankError
 from pipeline.serving.questions import Question, Request, Text, UnknownTaskError, make_questions
 from pipeline.serving.served_backbone import ServedBackbone
 from pipeline.serving.state_cache import StateCache
@@ -109,15 +109,9 @@ class PromptedModel:
     def _load(self, task: str, snapshot: Snapshot | None) -> Prompt:
         try:
             name, version = self.bank.find(task) if "@" in task or snapshot is None else (task, snapshot)
-            record = version.record(name)
-        except BankError as error:
-            raise UnknownTaskError(str(error)) from error
-        try:
             return version.load(name, self.backbone.identity)
-        except BankError as error:
-            if record is None or record.digest is None:
-                raise UnknownTaskError(str(error)) from error
-            raise
+        except (Missing, Unknown) as error:
+            raise UnknownTaskError(str(error)) from error
 
     def _in_order(
         self,

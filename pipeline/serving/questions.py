@@ -88,7 +88,18 @@ def _rendered(row: Text, record: PromptRecord, where: str) -> str:
     missing = [column for column in template.columns if row.get(column) is None]
     if missing:
         raise CorpusError(f"{where} needs the column(s) {', '.join(missing)}")
-    return render(template, {column: str(row[column]) for column in template.columns})
+    text = render(template, {column: str(row[column]) for column in template.columns})
+    if not _is_unicode(text):
+        raise CorpusError(f"{where} holds half a character (a lone surrogate); send whole Unicode text")
+    return text
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _label_ids(record: PromptRecord, served: ServedBackbone) -> Mapping[str, np.ndarray]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline.errors import SettingsError
 
@@ -20,7 +20,7 @@ class ServiceSettings(BaseModel):
     alias: str = "latest"
     """The alias that is served and followed."""
     trusted_keys: tuple[str, ...] = ()
-    """Public keys (PEM files); with them, a version that none of them signed is not served."""
+    """Public keys (PEM files, separated by commas); with them, a version that none of them signed is not served."""
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of activations; auto is float32 on a CPU and bfloat16 on a GPU."""
@@ -46,6 +46,11 @@ class ServiceSettings(BaseModel):
     """Memory for the keys and values of prompts, in MiB."""
     shutdown_s: float = Field(default=60, ge=0)
     """How long requests may still run when the service is told to end, in seconds."""
+
+    @field_validator("trusted_keys", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return tuple(value.split(",")) if isinstance(value, str) else value
 
 
 def make_settings(given: Mapping[str, Any]) -> ServiceSettings:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.bank import PromptBank, WatchEvent
-from pipeline.bank.cache import Cache
+from pipeline.bank.cache import Cache, default_cache
 from pipeline.errors import BankError, StorageError
 
 SOON = 20.0
@@ -200,7 +200,7 @@ def test_a_cache_that_cannot_be_written_only_costs_time(two, uri, tmp_path, new_
 
 
 def test_the_cache_stays_below_its_limit_and_forgets_what_was_not_used_for_longest(tmp_path):
-    cache = Cache(tmp_path, limit=3_000)
+    cache = Cache(tmp_path, limit=3_000)  # looked through at every write, for each is more than a 32nd
     for digest in ("a", "b", "c"):
         cache.keep(digest * 64, bytes(1_000))
         time.sleep(0.01)
@@ -246,3 +246,42 @@ def test_a_manifest_that_changes_under_an_open_reader_is_refused(bank, uri, new_
         file.write(data.replace(b'"separator":" "', b'"separator":"_"'))
     with pytest.raises(BankError, match=r"versions/1\.json is damaged: its bytes have changed since"):
         reader.load("task-0050")
+
+
+def test_a_watch_outlives_any_failure_and_tells_of_it(two, uri, new_prompt, publish, monkeypatch, caplog):
+    reader, events = PromptBank.open(uri), Events()
+    good = reader.refresh
+    monkeypatch.setattr(reader, "refresh", lambda: (_ for _ in ()).throw(MemoryError("none left")))
+    watcher = reader.watch(events, every=0.01)
+    events.wait_for(1)
+    assert "none left" in str(events.seen[0].error) and "none left" in caplog.text
+    publish(two, new_prompt("sst2", 2))
+    watcher._refresh = good
+    events.wait_for(2)
+    watcher.stop()
+    assert events.seen[1].version == reader.version == 2
+
+
+def test_a_publication_that_is_out_is_not_reported_as_failed(two, uri, new_prompt, publish, caplog):
+    """Though a prompt in use cannot be read from it: the version is there, and a retry would publish it twice."""
+    two.load("cr")
+    publish(two, new_prompt("mr", 8))
+    damage(uri / f"blobs/sha256/{two.load('cr').record.digest}.safetensors")
+    assert publish(two, new_prompt("trec", 9)) == 3
+    assert two.version == 2 and "stays at version 2" in caplog.text
+    assert two.aliases() == {"latest": 3}
+
+
+def test_an_older_version_that_was_opened_by_number_is_not_read_again(two, uri, new_prompt, publish):
+    publish(two, new_prompt("sst2", 2))
+    reader = PromptBank.open(uri)
+    first = reader.load("sst2@1")
+    (uri / "versions/1.json").unlink()
+    assert reader.load("sst2@1") is first
+
+
+def test_a_user_without_a_home_has_no_cache_and_no_error(monkeypatch, caplog):
+    for name in ("PROMPT_BANK_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "expanduser", lambda path: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert default_cache() is None and "set PROMPT_BANK_CACHE" in caplog.text

@@ -13,6 +13,7 @@ import pytest
 from pipeline.bank import PromptBank
 from pipeline.bank.local_store import LocalStore
 from pipeline.bank.source import Source
+from pipeline.bank.store import open_store
 from tests.bank.publisher import KILLED, check_after
 
 pytest_plugins = ["tests.bank.s3_server"]
@@ -80,6 +81,22 @@ def test_a_publisher_that_is_overtaken_loses_nothing_of_the_other(bank, uri, new
     reader = PromptBank.open(uri)
     assert reader.version == 3 and set(reader.names()) == {"first", "mine", "other"}
     assert reader.manifest(3).parent == 2
+
+
+def test_of_two_publications_of_the_same_prompts_in_the_same_second_one_becomes_the_next_version(
+    place, new_prompt, publish, monkeypatch
+):
+    monkeypatch.setattr("pipeline.bank.publish.utc_now", lambda: "2026-01-31T02:10:00Z")
+    store = open_store(place, create=True)
+    create = store.create
+
+    def overtaken(key: str, data: bytes) -> bool:
+        monkeypatch.setattr(store, "create", create)
+        assert publish(PromptBank.open(place, create=True), new_prompt("sst2")) == 1
+        return create(key, data)
+
+    monkeypatch.setattr(store, "create", lambda key, data: (overtaken if "versions" in key else create)(key, data))
+    assert publish(PromptBank(Source(store), "latest"), new_prompt("sst2")) == 2
 
 
 @pytest.mark.parametrize("level", ["store operations", "system calls"])

@@ -9,7 +9,7 @@ import pytest
 from pipeline.bank import PromptBank
 from pipeline.bank.local_store import LocalStore
 from pipeline.bank.source import Source
-from pipeline.errors import BankError
+from pipeline.errors import BankError, StorageError
 
 DAY = 24 * 3600.0
 
@@ -209,3 +209,34 @@ def test_a_collector_at_work_while_a_publisher_shares_a_leftover_loses_nothing(
     assert store.done
     assert (PromptBank.open(uri).load("cr").array == new_prompt("cr", 3).array).all()
     assert bank.verify().problems == ()
+
+
+def test_a_collection_that_fails_midway_puts_back_what_a_new_version_needs(bank, uri, new_prompt, publish):
+    publish(bank, new_prompt("sst2", 1))
+    for value in (3, 4):
+        leave_blob(uri, new_prompt, value)
+
+    class Failing(LocalStore):
+        deleted = 0
+
+        def delete(self, key: str) -> None:
+            if self.deleted:
+                raise StorageError("the store is gone")
+            publish(bank, new_prompt("cr", 3), new_prompt("trec", 4))
+            super().delete(key)
+            self.deleted += 1
+
+    with pytest.raises(StorageError, match="the store is gone"):
+        PromptBank(Source(Failing(uri)), "latest").collect()
+    assert bank.verify().problems == ()
+
+
+def test_files_that_are_no_part_of_a_bank_are_let_be(bank, uri, new_prompt, publish):
+    publish(bank, new_prompt())
+    strangers = [uri / "blobs/sha256/my copy.safetensors", uri / "blobs/sha256/notes.txt", uri / "aliases/README"]
+    for path in strangers:
+        path.write_text("a person's")
+        age(path, 400 * DAY)
+    (uri / "aliases/lost+found").mkdir()
+    assert bank.collect().keys == () and bank.verify().problems == () and bank.verify().unreferenced == ()
+    assert bank.aliases() == {"latest": 1} and all(path.exists() for path in strangers)

@@ -188,6 +188,7 @@ def test_no_rows_are_no_answers(served):
         ("good", "film@prod", UnknownTaskError, "no alias 'prod'"),
         ("good", "../film", UnknownTaskError, "refused"),
         ("good", "open", BankError, "without a label set"),
+        ("half a \ud800 character", "film", CorpusError, "lone surrogate"),
         ("good " * 300, "film", RowTooLongError, "is too long"),
     ],
 )
