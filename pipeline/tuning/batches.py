@@ -57,7 +57,7 @@ def plan_rows(loads: Sequence[Load], world_size: int, token_budget: int, padded:
     total = sum({load.slot: load.prompt for load in loads}.values()) + sum(load.own for load in loads)
     passes = max(1, -(-total // (token_budget * world_size)))
     while True:
-        bins = _fill(loads, passes * world_size)
+        bins = _fill(loads, passes * world_size, token_budget)
         if passes * world_size >= len(loads) or all(_cost(loads, rows) <= token_budget for rows in bins):
             break
         passes += 1
@@ -67,7 +67,7 @@ def plan_rows(loads: Sequence[Load], world_size: int, token_budget: int, padded:
     return [shares for shares in plan if shares[0]]
 
 
-def _fill(loads: Sequence[Load], count: int) -> list[list[int]]:
+def _fill(loads: Sequence[Load], count: int, token_budget: int) -> list[list[int]]:
     """Rows in `count` bins of like cost; a prompt's rows are split only where they would overfill one."""
     of_slot: dict[int, list[int]] = {}
     for row in sorted(range(len(loads)), key=lambda row: (-loads[row].own, row)):
@@ -76,6 +76,8 @@ def _fill(loads: Sequence[Load], count: int) -> list[list[int]]:
     parts = []
     for rows in of_slot.values():
         pieces = min(len(rows), max(1, round(_cost(loads, rows) / fair)))
+        while pieces < len(rows) and _cost(loads, rows[::pieces]) > token_budget:  # the first piece is the costliest
+            pieces += 1
         parts += [rows[piece::pieces] for piece in range(pieces)]
     bins: list[list[int]] = [[] for _ in range(count)]
     filled = [0] * count

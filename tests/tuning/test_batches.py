@@ -1,7 +1,7 @@
 """Which rows a step takes and which rank runs them."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.tuning.batches import PASS_TOKENS, Load, plan_rows, rows_of_step
@@ -51,6 +51,7 @@ def tokens_run(loads, share) -> int:
 rows_of_trials = st.lists(st.tuples(st.integers(0, 4), st.integers(1, 400)), min_size=1, max_size=60)
 
 
+@settings(max_examples=500)
 @given(rows_of_trials, st.integers(1, 5), st.integers(64, 2000), st.booleans())
 def test_every_row_is_run_once_on_one_rank_within_the_token_budget(rows, world, budget, padded):
     loads = loads_of(rows)
