@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from pipeline.backbone.files import Architecture, ModelFiles, architecture_of
+from pipeline.backbone.fused import use_kernels
 from pipeline.backbone.int8 import set_products
 from pipeline.backbone.loading import build_skeleton, load_weights
 from pipeline.backbone.weights import open_weights
@@ -89,15 +90,18 @@ def host_backbone(
     device: torch.device,
     sharded: bool,
     products: str = "exact",
+    kernels: bool = True,
 ) -> Backbone:
     """Load the frozen model: whole into this process, or partitioned over all ranks of torch.distributed.
 
-    `products` (`exact`, `int8` or `auto`, see `int8.set_products`) tells how int8 layers multiply.
+    `products` (`exact`, `int8` or `auto`, see `int8.set_products`) tells how int8 layers multiply, `kernels` whether
+    parts of the layers run as compiled kernels where these serve (`native`).
     Sharded, no rank ever holds the whole model: leaf by leaf a tensor is read, quantised and partitioned.
     Raises: BackboneError when weights are damaged or missing.
     """
     model = build_skeleton(config, int8, dtype)
     set_products(model, products, device)
+    use_kernels(model, kernels)
     source = open_weights(files, model)
     if not sharded:
         load_weights(model, source, dtype, lambda module: _move(module, device))

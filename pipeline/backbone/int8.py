@@ -15,6 +15,9 @@ Nothing is stored for the backward pass but a reference.
 """
 
 import logging
+import threading
+import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +28,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 from bitsandbytes.functional import int8_vectorwise_quant  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
+
+from pipeline.backbone.native import rows as native  # noqa: E402
 
 _LEVELS = 127.0
 _SMALLEST = 1e-30
@@ -48,12 +53,17 @@ class Int8Linear(nn.Module):
         """Whether checkpoints hold `[I, O]`, as for GPT-2's `Conv1D`."""
         self.sides = (int(weight.shape[0]), int(weight.shape[1]))
         self.int8_products = False
+        self.kernels = False
+        """Whether what surrounds the int8 product runs as compiled kernels, where these serve."""
         self.register_buffer("scale", _unknown_scale(weight))
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., I]` of any float type -> `[..., O]` of the same type."""
-        product = _Int8Product if self.int8_products else _ExactProduct
-        y = product.apply(x, self.weight, self.scale)
+        if self.int8_products:
+            kernels = self.kernels and native.serves(x, self.scale)
+            y = _Int8Product.apply(x, *_quantized(x, kernels), self.weight, self.scale, kernels)
+        else:
+            y = _ExactProduct.apply(x, self.weight, self.scale)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -116,26 +126,61 @@ class _ExactProduct(torch.autograd.Function):
 
 class _Int8Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        ctx.weight, ctx.scale = weight, scale
-        rows, row_scale = _quantize_activations(x.flatten(0, -2))
-        # In place and in float: torch is many times slower where types are mixed.
-        y = _multiply(rows, weight.t()).float().mul_(scale).mul_(row_scale)
+    def forward(
+        ctx: Any, x: Tensor, rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, kernels: bool
+    ) -> Tensor:
+        ctx.weight, ctx.scale, ctx.kernels = weight, scale, kernels
+        y = _rescale(_multiply(rows, weight.t()), row_scale, scale, kernels)
         return y.view(*x.shape[:-1], -1).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        rows, row_scale = _quantize_activations(grad.flatten(0, -2) * ctx.scale)
-        dx = _multiply(rows, ctx.weight).float().mul_(row_scale)
-        return dx.view(*grad.shape[:-1], -1).to(grad.dtype), None, None
+        kernels = ctx.kernels and native.serves(grad)
+        rows, row_scale = _quantize(grad.flatten(0, -2), kernels, ctx.scale)
+        dx = _rescale(_multiply(rows, ctx.weight), row_scale, None, kernels)
+        return dx.view(*grad.shape[:-1], -1).to(grad.dtype), None, None, None, None, None
 
 
-def _quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """X `[N, I]` -> (int8 `[N, I]`, float32 scale `[N, 1]`). A row that is not finite stays so by its scale."""
-    x = x.float()
+@dataclass(frozen=True)
+class _Quantized:
+    of: weakref.ref[Tensor]
+    version: int
+    rows: Tensor
+    scale: Tensor
+
+
+_last = threading.local()
+
+
+def _quantized(x: Tensor, kernels: bool) -> tuple[Tensor, Tensor]:
+    """X `[..., I]` in int8, `[N, I]` and `[N, 1]`; once for layers that follow each other on the same activations."""
+    last: _Quantized | None = getattr(_last, "activations", None)
+    if last is None or last.of() is not x or last.version != x._version:
+        rows, scale = _quantize(x.detach().flatten(0, -2), kernels)
+        last = _last.activations = _Quantized(weakref.ref(x), x._version, rows, scale)
+    return last.rows, last.scale
+
+
+def _quantize(x: Tensor, kernels: bool, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """X `[N, I]`, times `columns` `[I]` -> (int8 `[N, I]`, float32 scale `[N, 1]`).
+
+    A row that is not finite stays so by its scale.
+    """
+    if kernels:
+        return native.quantize_rows(x, columns)
+    x = x.float() if columns is None else x * columns
     scale = x.abs().amax(-1, keepdim=True).clamp_min_(_SMALLEST) / _LEVELS
     return (x / scale).round_().to(torch.int8), scale
+
+
+def _rescale(product: Tensor, row_scale: Tensor, columns: Tensor | None, kernels: bool) -> Tensor:
+    """Int32 `[N, O]` -> float32 `[N, O]`."""
+    if kernels:
+        return native.rescale(product, row_scale, columns)
+    # In place and in float: torch is many times slower where types are mixed.
+    y = product.float()
+    return (y if columns is None else y.mul_(columns)).mul_(row_scale)
 
 
 def _multiply(x: Tensor, y: Tensor) -> Tensor:

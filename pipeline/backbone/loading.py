@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Pretrained
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.backbone.files import FAMILIES
+from pipeline.backbone.fused import fuse
 from pipeline.backbone.int8 import Int8Embedding, Int8Linear, empty_int8, quantize_rows
 from pipeline.backbone.weights import WeightSource, first_name
 from pipeline.errors import BackboneError
@@ -23,6 +24,7 @@ def build_skeleton(config: PretrainedConfig, int8: bool, dtype: torch.dtype = to
     with torch.device("meta"):
         model: nn.Module = auto.from_config(config, attn_implementation="sdpa")
     model.eval().requires_grad_(False)  # eval: dropout would make ranks disagree
+    fuse(model)
     if int8:
         _replace_matrices(model, dtype)
     return model

@@ -3,77 +3,60 @@
 A segment follows its parent: an input follows a soft prompt, a label follows an input. It attends
 to its ancestors and, causally, to itself; so a prompt shared by many rows runs once and its
 gradient is the sum over them (exact; known as shared-prefix forward, arXiv 2506.05433). Products
-with weights see every token once. Attention is two products: of all tokens behind one parent with
-their ancestors' keys, which are gathered once a parent and not once a row, and of each segment with
-itself. A prompt whose keys and values are given does not run at all.
+with weights see every token once. A prompt whose keys and values are given does not run at all.
 
-Shapes: N tokens that run, G tokens that are given, and for the segments of one level: n their tokens,
-R segments, T the longest, F families (segments with one parent), M tokens of the largest family,
-K the longest chain of ancestors. A heads, A' heads of keys, D head size.
+Shapes: N tokens that run, G tokens that are given. A heads, A' heads of keys, D head size.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from pipeline.backbone import packed_attention
+from pipeline.backbone.fused import uses_kernels
+from pipeline.backbone.native import attention as native_attention
 from pipeline.backbone.rows import PromptState
+from pipeline.backbone.segments import Segments, make_segments
 
 _NAME = "prompt_bank_packed"
 
 
-@dataclass(frozen=True)
-class _Ancestors:
-    """What families look at before themselves."""
-
-    tokens: Tensor
-    """`[F, M]` places of each family's tokens; padding repeats the last one."""
-    keys: Tensor
-    """`[F, K]` places among the tokens that are given and, after them, those that run."""
-    hidden: Tensor
-    """`[F, 1, 1, K]`: 0, or -inf for padding."""
-    own_of_family: Tensor
-    """`[F * M]`: place of each family's token in `[R * T]`."""
-    family_of_own: Tensor
-    """`[R * T]`: place of each segment's token in `[F * M]`."""
-    used: Tensor
-    """`[n]` places in `[F * M]` of the segments' tokens."""
-
-
-@dataclass(frozen=True)
-class _Level:
-    """Segments of one depth and of like length (8 or less, 16 or less, …), padded for attention alone."""
-
-    own: Tensor
-    """`[R, T]` places of tokens; padding repeats the segment's last one."""
-    own_keys: Tensor
-    """`[R, T]`: the same among all tokens, those that are given included."""
-    causal: Tensor
-    """`[T, T]`: 0, or -inf for what comes later."""
-    used: Tensor
-    """`[n]` places in `[R * T]` that are no padding."""
-    ancestors: _Ancestors | None
-    """None at depth 1."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """Where the tokens of each segment lie in the packed row, and what they look at."""
 
-    starts: np.ndarray
-    """First place of each segment; those that are given lie at -G to -1."""
-    positions: Tensor
-    """`[1, N]`: of each token behind its ancestors."""
-    levels: tuple[_Level, ...]
-    order: Tensor
-    """`[N]`: place of each token in the levels' outputs, one after the other."""
+    segments: Segments
+    device: torch.device
+
+    @property
+    def starts(self) -> np.ndarray:
+        """First place of each segment; those that are given lie at -G to -1."""
+        return self.segments.starts
+
+    # Each of these two is laid out once a batch, and serves every layer.
+
+    @cached_property
+    def levels(self) -> packed_attention.Levels:
+        return packed_attention.make_levels(self.segments, self.device)
+
+    def rotation(self, embeddings: tuple[Tensor, Tensor]) -> native_attention.Rotation:
+        """From transformers' cosine and sine `[1, N, D]`, the same for every layer."""
+        if "_rotation" not in self.__dict__:
+            cosine, sine = (part[0, :, : part.shape[-1] // 2].float().contiguous() for part in embeddings)
+            self.__dict__["_rotation"] = (cosine, sine)
+        kept: native_attention.Rotation = self.__dict__["_rotation"]
+        return kept
+
+    @cached_property
+    def forest(self) -> native_attention.Forest:
+        return native_attention.make_forest(self.segments)
 
 
 def make_layout(lengths: Sequence[int], parents: Sequence[int | None], device: torch.device, given: int = 0) -> Layout:
@@ -81,95 +64,20 @@ def make_layout(lengths: Sequence[int], parents: Sequence[int | None], device: t
 
     The first `given` segments do not run: they are only looked at.
     """
-    given_tokens = sum(lengths[:given])
-    starts = np.concatenate([[0], np.cumsum(lengths)])[:-1] - given_tokens
-    run = range(given, len(lengths))
-    chains = [_chain(segment, parents) for segment in range(len(lengths))]
-    places = [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-    before = [sum(lengths[s] for s in chain[:-1]) for chain in chains]
-    positions = np.concatenate([before[s] + np.arange(lengths[s]) for s in run])
-    levels, seen = [], []
-    alike = [(len(chain), max(3, (n - 1).bit_length())) for chain, n in zip(chains, lengths, strict=True)]
-    for kind in sorted({alike[s] for s in run}):
-        members = [s for s in run if alike[s] == kind]
-        levels.append(_level([places[m] for m in members], [chains[m][:-1] for m in members], places, device))
-        seen.append(np.concatenate([places[m] for m in members]))
-    order = np.argsort(np.concatenate(seen))
-    return Layout(starts, _tensor(positions[None], device), tuple(levels), _tensor(order, device))
-
-
-def _chain(segment: int, parents: Sequence[int | None]) -> list[int]:
-    chain = [segment]
-    while (parent := parents[chain[0]]) is not None:
-        assert parent < chain[0]
-        chain.insert(0, parent)
-    return chain
-
-
-def _level(own: list[np.ndarray], ancestors: list[list[int]], places: list[np.ndarray], device: torch.device) -> _Level:
-    """Segments by the places of their tokens, and the segments that each has before it."""
-    given = -min(0, int(places[0][0]))
-    padded = _pad(own)
-    causal = np.triu(np.full((padded.shape[1], padded.shape[1]), -np.inf, dtype=np.float32), 1)
-    used = np.flatnonzero(_is_token(own))
-    return _Level(
-        _tensor(padded, device),
-        _tensor(padded + given, device),
-        torch.as_tensor(causal, device=device),
-        _tensor(used, device),
-        _ancestors(own, ancestors, places, given, device) if ancestors[0] else None,
-    )
-
-
-def _ancestors(
-    own: list[np.ndarray], ancestors: list[list[int]], places: list[np.ndarray], given: int, device: torch.device
-) -> _Ancestors:
-    families: dict[int, list[int]] = {}
-    for row, chain in enumerate(ancestors):
-        families.setdefault(chain[-1], []).append(row)
-    width = max(map(len, own))
-    # A segment's tokens by their places in [R * T].
-    flat = [row * width + np.arange(len(tokens)) for row, tokens in enumerate(own)]
-    members = [np.concatenate([flat[row] for row in rows]) for rows in families.values()]
-    keys = [np.concatenate([places[s] for s in ancestors[rows[0]]]) + given for rows in families.values()]
-    tokens = [np.concatenate([own[row] for row in rows]) for rows in families.values()]
-    own_of_family = _pad(members)  # [F, M]
-    place_in_family = np.flatnonzero(_is_token(members))  # of the tokens, family by family
-    place = np.empty(len(own) * width, dtype=np.int64)
-    place[np.concatenate(members)] = place_in_family
-    family_of_own = _pad([place[tokens] for tokens in flat])  # [R, T]
-    hidden = np.where(_is_token(keys), 0.0, -np.inf).astype(np.float32)
-    return _Ancestors(
-        _tensor(_pad(tokens), device),
-        _tensor(_pad(keys), device),
-        torch.as_tensor(hidden[:, None, None], device=device),
-        _tensor(own_of_family.ravel(), device),
-        _tensor(family_of_own.ravel(), device),
-        _tensor(place[np.concatenate(flat)], device),
-    )
-
-
-def _pad(rows: list[np.ndarray]) -> np.ndarray:
-    """`[rows, longest]`; a row's padding repeats its last entry, so that a NaN stays among its own."""
-    longest = max(map(len, rows))
-    return np.stack([np.pad(row, (0, longest - len(row)), mode="edge") for row in rows])
-
-
-def _is_token(rows: list[np.ndarray]) -> np.ndarray:
-    """`[rows, longest]`: False for padding."""
-    lengths = np.array([len(row) for row in rows])
-    return np.arange(lengths.max()) < lengths[:, None]
-
-
-def _tensor(values: np.ndarray, device: torch.device) -> Tensor:
-    return torch.as_tensor(values, dtype=torch.long, device=device)
+    return Layout(make_segments(lengths, parents, given), device)
 
 
 def run_packed(model: Any, embeddings: Tensor, layout: Layout, given: Sequence[PromptState] = ()) -> Tensor:
     """Last hidden states `[N, H]` of packed input embeddings `[N, H]`, behind the layout's given segments."""
+    positions = torch.as_tensor(layout.segments.positions()[None], dtype=torch.long, device=layout.device)
     with _packed_attention(model):
         output = model.base_model(
-            inputs_embeds=embeddings[None], position_ids=layout.positions, use_cache=False, layout=layout, given=given
+            inputs_embeds=embeddings[None],
+            position_ids=positions,
+            use_cache=False,
+            layout=layout,
+            given=given,
+            kernels=uses_kernels(model),
         )
     return output.last_hidden_state[0]
 
@@ -195,59 +103,19 @@ def _attend(
     *,
     layout: Layout,
     given: Sequence[PromptState],
+    kernels: bool,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: q `[1, A, N, D]`, k and v `[1, A', N, D]` -> `[1, N, A, D]`."""
     assert attention_mask is None and dropout == 0.0
-    q, k, v = (x[0].transpose(0, 1) for x in (query * (scaling or query.shape[-1] ** -0.5), key, value))  # [N, A, D]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, A, D]
     if given:  # [G + N, A', D]
         k = torch.cat([*(state.keys[module.layer_idx] for state in given), k])
         v = torch.cat([*(state.values[module.layer_idx] for state in given), v])
-    remember = torch.is_grad_enabled() and q.requires_grad
-    outputs = [
-        # Scores are computed again in the backward pass: kept for every layer, they would outgrow all else.
-        checkpoint(_attend_level, q, k, v, level, use_reentrant=False) if remember else _attend_level(q, k, v, level)
-        for level in layout.levels
-    ]
-    return torch.cat(outputs)[layout.order][None], None
-
-
-def _attend_level(q: Tensor, k: Tensor, v: Tensor, level: _Level) -> Tensor:
-    """Outputs `[n, A, D]` of one level's tokens."""
-    heads, length = k.shape[1], level.own.shape[1]
-    own_k, own_v = (_by_head(_take(x, level.own_keys), heads) for x in (k, v))  # [R * A', T, D]
-    scores = _by_head(_take(q, level.own), heads) @ own_k.mT  # [R * A', (A/A') * T, T]
-    scores = (scores.unflatten(1, (-1, length)) + level.causal.to(q.dtype)).flatten(1, 2)
-    if level.ancestors is None:
-        return _take(_by_token(scores.softmax(-1) @ own_v, heads, length), level.used)
-    family = level.ancestors
-    tokens = family.tokens.shape[1]
-    before_k, before_v = (_by_head(_take(x, family.keys), heads) for x in (k, v))  # [F * A', K, D]
-    before = _by_head(_take(q, family.tokens), heads) @ before_k.mT  # [F * A', (A/A') * M, K]
-    before = (before.unflatten(0, (-1, heads)) + family.hidden.to(q.dtype)).flatten(0, 1)
-    own = _by_head(_take(_by_token(scores, heads, length), family.own_of_family).unflatten(0, (-1, tokens)), heads)
-    weights = torch.cat([before, own], -1).softmax(-1)
-    to_before, to_own = weights.split([before.shape[-1], length], -1)
-    out = _take(_by_token(to_before @ before_v, heads, tokens), family.used)
-    to_own = _take(_by_token(to_own, heads, tokens), family.family_of_own).unflatten(0, (-1, length))
-    return out + _take(_by_token(_by_head(to_own, heads) @ own_v, heads, length), level.used)
-
-
-def _by_head(x: Tensor, heads: int) -> Tensor:
-    """`[R, T, A, X]` -> `[R * A', (A/A') * T, X]`: one matrix for each head of keys and all queries that share it."""
-    return x.unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3).flatten(0, 1)
-
-
-def _by_token(x: Tensor, heads: int, length: int) -> Tensor:
-    """`[R * A', (A/A') * T, X]` -> `[R * T, A, X]`."""
-    split = x.unflatten(0, (-1, heads)).unflatten(2, (-1, length))  # [R, A', A/A', T, X]
-    return split.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
-
-
-def _take(x: Tensor, places: Tensor) -> Tensor:
-    """`[N, A, X]` at places `[...]` -> `[..., A, X]`."""
-    # As an embedding, for its gradient is summed over repeated places several times faster than an index's.
-    return functional.embedding(places, x.flatten(1)).unflatten(-1, x.shape[1:])
+    scaling = scaling or q.shape[-1] ** -0.5
+    if kernels and native_attention.serves(q, k, v):
+        return native_attention.attend(q, k, v, scaling, layout.forest)[None], None
+    return packed_attention.attend(q * scaling, k, v, layout.levels)[None], None
 
 
 ALL_ATTENTION_FUNCTIONS.register(_NAME, _attend)

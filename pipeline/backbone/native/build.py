@@ -1,0 +1,70 @@
+"""Compile the kernels beside this file, once a machine, with whatever C compiler there is."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+_SOURCES = ("rows.c", "attention.c")
+_HEADERS = ("vectors.h",)
+_FLAGS = "-O3 -std=gnu11 -shared -fPIC -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-unknown-pragmas"
+_WISHES = (
+    "-march=native -mprefer-vector-width=512 -fopenmp",
+    "-march=native -fopenmp",
+    "-march=native -fopenmp-simd",
+    "",
+)
+"""The best first: not every compiler has OpenMP or knows this processor."""
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where they cannot be compiled, and PyTorch's own operators have to do."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "promptbank" / "kernels"
+    for compiler in _compilers():
+        for wish in _WISHES:
+            try:
+                path = folder / f"{_digest(compiler, wish)}.so"
+                if not path.exists():
+                    _compile(compiler, wish, path)
+                return ctypes.CDLL(str(path))
+            except (OSError, subprocess.SubprocessError):
+                continue
+    return None
+
+
+def _compilers() -> list[list[str]]:
+    named = [shlex.split(os.environ["CC"])] if os.environ.get("CC") else []
+    found = [[path] for name in ("cc", "gcc", "clang") if (path := shutil.which(name))]
+    return [*named, *found]
+
+
+def _compile(compiler: list[str], wish: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    here = Path(__file__).parent
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # ranks may compile at the same time
+        made = Path(folder) / path.name
+        sources = [str(here / name) for name in _SOURCES]
+        command = [*compiler, *_FLAGS.split(), *wish.split(), *sources, "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        made.replace(path)
+
+
+def _digest(compiler: list[str], wish: str) -> str:
+    """Of all that decides the machine code: a home folder may be shared by machines that differ."""
+    texts = [(Path(__file__).parent / name).read_text() for name in (*_SOURCES, *_HEADERS)]
+    parts = [*texts, _FLAGS, wish, *compiler, *platform.uname()[4:], _processor()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _processor() -> str:
+    """The processor's model and instructions, as far as the system tells."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))

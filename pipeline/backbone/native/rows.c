@@ -1,0 +1,103 @@
+// Token by token: what happens around the int8 products, each in one walk over memory.
+#include "vectors.h"
+
+#define SMALLEST 1e-30f
+#define LEVELS 127.0f
+
+// x [n, width], times `columns` [width] if given -> int8 [n, width] and scale [n], x ~ int8 x scale.
+// A row that is not finite gets a scale that is none either.
+void quantize_rows(const float *x, const float *columns, int8_t *out, float *scale, int64_t n, int64_t width) {
+    const float magic = 12582912.0f;  // rounds half to even
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        const float *row = x + i * width;
+        int8_t *to = out + i * width;
+        float largest = 0.0f, spoiled = 0.0f;
+#pragma omp simd reduction(max : largest) reduction(+ : spoiled)
+        for (int64_t j = 0; j < width; j++) {
+            float value = columns ? row[j] * columns[j] : row[j];
+            float size = __builtin_fabsf(value);
+            largest = size > largest ? size : largest;
+            spoiled += value * 0.0f;
+        }
+        float step = (largest < SMALLEST ? SMALLEST : largest) / LEVELS;
+        scale[i] = step + spoiled;
+#pragma omp simd
+        for (int64_t j = 0; j < width; j++) {
+            float value = columns ? row[j] * columns[j] : row[j];
+            float rounded = value / step + magic;
+            to[j] = (int8_t)(int32_t)(rounded - magic);
+        }
+    }
+}
+
+// int32 [n, width] x scale [n] (x columns [width] if given) -> float32 [n, width].
+void rescale(const int32_t *x, const float *columns, const float *scale, float *out, int64_t n, int64_t width) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        const int32_t *row = x + i * width;
+        float *to = out + i * width, own = scale[i];
+        if (columns) {
+#pragma omp simd
+            for (int64_t j = 0; j < width; j++) to[j] = (float)row[j] * columns[j] * own;
+        } else {
+#pragma omp simd
+            for (int64_t j = 0; j < width; j++) to[j] = (float)row[j] * own;
+        }
+    }
+}
+
+// y = x / rms(x) x weight, row by row; `inverse` [n] is 1 / rms(x).
+void rms_norm(const float *x, const float *weight, float epsilon, float *y, float *inverse, int64_t n, int64_t width) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        const float *row = x + i * width;
+        float *to = y + i * width, squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+        for (int64_t j = 0; j < width; j++) squares += row[j] * row[j];
+        float own = 1.0f / __builtin_sqrtf(squares / (float)width + epsilon);
+        inverse[i] = own;
+#pragma omp simd
+        for (int64_t j = 0; j < width; j++) to[j] = weight[j] * (row[j] * own);
+    }
+}
+
+void rms_norm_backward(
+    const float *dy, const float *x, const float *weight, const float *inverse, float *dx, int64_t n, int64_t width) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        const float *grad = dy + i * width, *row = x + i * width;
+        float *to = dx + i * width, own = inverse[i], dot = 0.0f;
+#pragma omp simd reduction(+ : dot)
+        for (int64_t j = 0; j < width; j++) dot += grad[j] * weight[j] * row[j];
+        float along = dot * own * own / (float)width;
+#pragma omp simd
+        for (int64_t j = 0; j < width; j++) to[j] = own * (grad[j] * weight[j] - row[j] * along);
+    }
+}
+
+// y = silu(gate) x up, entry by entry.
+void silu_product(const float *gate, const float *up, float *y, int64_t n, int64_t width) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        const float *g = gate + i * width, *u = up + i * width;
+        float *to = y + i * width;
+#pragma omp simd
+        for (int64_t j = 0; j < width; j++) to[j] = g[j] / (1.0f + exponential(-g[j])) * u[j];
+    }
+}
+
+void silu_product_backward(
+    const float *dy, const float *gate, const float *up, float *dgate, float *dup, int64_t n, int64_t width) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        const float *grad = dy + i * width, *g = gate + i * width, *u = up + i * width;
+        float *to_gate = dgate + i * width, *to_up = dup + i * width;
+#pragma omp simd
+        for (int64_t j = 0; j < width; j++) {
+            float sigmoid = 1.0f / (1.0f + exponential(-g[j]));
+            to_up[j] = grad[j] * g[j] * sigmoid;
+            to_gate[j] = grad[j] * u[j] * sigmoid * (1.0f + g[j] * (1.0f - sigmoid));
+        }
+    }
+}

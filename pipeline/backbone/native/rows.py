@@ -1,0 +1,96 @@
+"""Token by token: what happens around the int8 products, each in one walk over memory.
+
+Shapes: N tokens, X the width of a row. Everything is float32 on the CPU unless said otherwise.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.backbone.native.build import library
+
+_P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_SIGNATURES: dict[str, list[Any]] = {
+    "quantize_rows": [_P, _P, _P, _P, _N, _N],
+    "rescale": [_P, _P, _P, _P, _N, _N],
+    "rms_norm": [_P, _P, _F, _P, _P, _N, _N],
+    "rms_norm_backward": [_P, _P, _P, _P, _P, _N, _N],
+    "silu_product": [_P, _P, _P, _N, _N],
+    "silu_product_backward": [_P, _P, _P, _P, _P, _N, _N],
+}
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether these kernels can take the tensors."""
+    return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors) and library() is not None
+
+
+def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """X `[N, X]`, times `columns` `[X]` if given -> (int8 `[N, X]`, scale `[N, 1]`)."""
+    x = x.contiguous()
+    rows, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), 1)
+    _call("quantize_rows", x, columns, rows, scale, *x.shape)
+    return rows, scale
+
+
+def rescale(product: Tensor, scale: Tensor, columns: Tensor | None = None) -> Tensor:
+    """Int32 `[N, X]` x scale `[N, 1]` (x columns `[X]` if given) -> `[N, X]`."""
+    out = torch.empty(product.shape)
+    _call("rescale", product.contiguous(), columns, scale, out, *product.shape)
+    return out
+
+
+class RmsNorm(torch.autograd.Function):
+    """`x / rms(x) * weight` of x `[..., X]`, with a frozen weight `[X]`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        y, inverse = torch.empty_like(flat), torch.empty(len(flat))
+        _call("rms_norm", flat, weight, epsilon, y, inverse, *flat.shape)
+        ctx.save_for_backward(flat, inverse)
+        ctx.weight = weight  # a reference: under ZeRO-3 its data comes and goes
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = grads
+        flat, inverse = ctx.saved_tensors
+        dx = torch.empty_like(flat)
+        _call("rms_norm_backward", grad.contiguous(), flat, ctx.weight, inverse, dx, *flat.shape)
+        return dx.view(grad.shape), None, None
+
+
+class SiluProduct(torch.autograd.Function):
+    """`silu(gate) * up`, both `[..., X]`."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        y = torch.empty_like(gate)
+        _call("silu_product", gate, up, y, *_rows(gate))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (grad,) = grads
+        gate, up = ctx.saved_tensors
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        _call("silu_product_backward", grad.contiguous(), gate, up, dgate, dup, *_rows(gate))
+        return dgate, dup
+
+
+def _rows(x: Tensor) -> tuple[int, int]:
+    return x.numel() // x.shape[-1], x.shape[-1]
+
+
+def _call(name: str, *args: Tensor | int | float | None) -> None:
+    kernels = library()
+    assert kernels is not None
+    function = getattr(kernels, name)
+    if function.argtypes is None:
+        function.argtypes, function.restype = _SIGNATURES[name], None
+    function(*(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args))

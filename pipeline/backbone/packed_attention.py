@@ -1,0 +1,182 @@
+"""Attention of packed segments with PyTorch's own operators, on any device and in any type.
+
+Two products: of all tokens behind one parent with their ancestors' keys, which are gathered once a parent and not
+once a row, and of each segment with itself.
+
+Shapes: G tokens that are given, N that run, and for the segments of one level: n their tokens, R segments, T the
+longest, F families (segments with one parent), M tokens of the largest family, K the longest chain of ancestors.
+A heads, A' heads of keys, D head size.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from pipeline.backbone.segments import Segments
+
+
+@dataclass(frozen=True)
+class _Ancestors:
+    """What families look at before themselves."""
+
+    tokens: Tensor
+    """`[F, M]` places of each family's tokens; padding repeats the last one."""
+    keys: Tensor
+    """`[F, K]` places among the tokens that are given and, after them, those that run."""
+    hidden: Tensor
+    """`[F, 1, 1, K]`: 0, or -inf for padding."""
+    own_of_family: Tensor
+    """`[F * M]`: place of each family's token in `[R * T]`."""
+    family_of_own: Tensor
+    """`[R * T]`: place of each segment's token in `[F * M]`."""
+    used: Tensor
+    """`[n]` places in `[F * M]` of the segments' tokens."""
+
+
+@dataclass(frozen=True)
+class _Level:
+    """Segments of one depth and of like length (8 or less, 16 or less, …), padded for attention alone."""
+
+    own: Tensor
+    """`[R, T]` places of tokens; padding repeats the segment's last one."""
+    own_keys: Tensor
+    """`[R, T]`: the same among all tokens, those that are given included."""
+    causal: Tensor
+    """`[T, T]`: 0, or -inf for what comes later."""
+    used: Tensor
+    """`[n]` places in `[R * T]` that are no padding."""
+    ancestors: _Ancestors | None
+    """None at depth 1."""
+
+
+@dataclass(frozen=True)
+class Levels:
+    levels: tuple[_Level, ...]
+    order: Tensor
+    """`[N]`: place of each token in the levels' outputs, one after the other."""
+
+
+def make_levels(segments: Segments, device: torch.device) -> Levels:
+    """Group the segments that run by depth and length."""
+    places, chains = segments.places(), segments.chains()
+    alike = [
+        (len(chain), max(3, (n - 1).bit_length())) for chain, n in zip(chains, segments.lengths.tolist(), strict=True)
+    ]
+    levels, seen = [], []
+    for kind in sorted({alike[s] for s in segments.run}):
+        members = [s for s in segments.run if alike[s] == kind]
+        levels.append(_level([places[m] for m in members], [chains[m][:-1] for m in members], places, device))
+        seen.append(np.concatenate([places[m] for m in members]))
+    return Levels(tuple(levels), _tensor(np.argsort(np.concatenate(seen)), device))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, levels: Levels) -> Tensor:
+    """Q `[N, A, D]`, scaled, k and v `[G + N, A', D]` -> `[N, A, D]`."""
+    remember = torch.is_grad_enabled() and q.requires_grad
+    outputs = [
+        # Scores are computed again in the backward pass: kept for every layer, they would outgrow all else.
+        checkpoint(_attend_level, q, k, v, level, use_reentrant=False) if remember else _attend_level(q, k, v, level)
+        for level in levels.levels
+    ]
+    return torch.cat(outputs)[levels.order]
+
+
+def _level(own: list[np.ndarray], ancestors: list[list[int]], places: list[np.ndarray], device: torch.device) -> _Level:
+    """Segments by the places of their tokens, and the segments that each has before it."""
+    given = -min(0, int(places[0][0]))
+    padded = _pad(own)
+    causal = np.triu(np.full((padded.shape[1], padded.shape[1]), -np.inf, dtype=np.float32), 1)
+    used = np.flatnonzero(_is_token(own))
+    return _Level(
+        _tensor(padded, device),
+        _tensor(padded + given, device),
+        torch.as_tensor(causal, device=device),
+        _tensor(used, device),
+        _ancestors(own, ancestors, places, given, device) if ancestors[0] else None,
+    )
+
+
+def _ancestors(
+    own: list[np.ndarray], ancestors: list[list[int]], places: list[np.ndarray], given: int, device: torch.device
+) -> _Ancestors:
+    families: dict[int, list[int]] = {}
+    for row, chain in enumerate(ancestors):
+        families.setdefault(chain[-1], []).append(row)
+    width = max(map(len, own))
+    # A segment's tokens by their places in [R * T].
+    flat = [row * width + np.arange(len(tokens)) for row, tokens in enumerate(own)]
+    members = [np.concatenate([flat[row] for row in rows]) for rows in families.values()]
+    keys = [np.concatenate([places[s] for s in ancestors[rows[0]]]) + given for rows in families.values()]
+    tokens = [np.concatenate([own[row] for row in rows]) for rows in families.values()]
+    own_of_family = _pad(members)  # [F, M]
+    place_in_family = np.flatnonzero(_is_token(members))  # of the tokens, family by family
+    place = np.empty(len(own) * width, dtype=np.int64)
+    place[np.concatenate(members)] = place_in_family
+    family_of_own = _pad([place[tokens] for tokens in flat])  # [R, T]
+    hidden = np.where(_is_token(keys), 0.0, -np.inf).astype(np.float32)
+    return _Ancestors(
+        _tensor(_pad(tokens), device),
+        _tensor(_pad(keys), device),
+        torch.as_tensor(hidden[:, None, None], device=device),
+        _tensor(own_of_family.ravel(), device),
+        _tensor(family_of_own.ravel(), device),
+        _tensor(place[np.concatenate(flat)], device),
+    )
+
+
+def _pad(rows: list[np.ndarray]) -> np.ndarray:
+    """`[rows, longest]`; a row's padding repeats its last entry, so that a NaN stays among its own."""
+    longest = max(map(len, rows))
+    return np.stack([np.pad(row, (0, longest - len(row)), mode="edge") for row in rows])
+
+
+def _is_token(rows: list[np.ndarray]) -> np.ndarray:
+    """`[rows, longest]`: False for padding."""
+    lengths = np.array([len(row) for row in rows])
+    return np.arange(lengths.max()) < lengths[:, None]
+
+
+def _tensor(values: np.ndarray, device: torch.device) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.long, device=device)
+
+
+def _attend_level(q: Tensor, k: Tensor, v: Tensor, level: _Level) -> Tensor:
+    """Outputs `[n, A, D]` of one level's tokens."""
+    heads, length = k.shape[1], level.own.shape[1]
+    own_k, own_v = (_by_head(_take(x, level.own_keys), heads) for x in (k, v))  # [R * A', T, D]
+    scores = _by_head(_take(q, level.own), heads) @ own_k.mT  # [R * A', (A/A') * T, T]
+    scores = (scores.unflatten(1, (-1, length)) + level.causal.to(q.dtype)).flatten(1, 2)
+    if level.ancestors is None:
+        return _take(_by_token(scores.softmax(-1) @ own_v, heads, length), level.used)
+    family = level.ancestors
+    tokens = family.tokens.shape[1]
+    before_k, before_v = (_by_head(_take(x, family.keys), heads) for x in (k, v))  # [F * A', K, D]
+    before = _by_head(_take(q, family.tokens), heads) @ before_k.mT  # [F * A', (A/A') * M, K]
+    before = (before.unflatten(0, (-1, heads)) + family.hidden.to(q.dtype)).flatten(0, 1)
+    own = _by_head(_take(_by_token(scores, heads, length), family.own_of_family).unflatten(0, (-1, tokens)), heads)
+    weights = torch.cat([before, own], -1).softmax(-1)
+    to_before, to_own = weights.split([before.shape[-1], length], -1)
+    out = _take(_by_token(to_before @ before_v, heads, tokens), family.used)
+    to_own = _take(_by_token(to_own, heads, tokens), family.family_of_own).unflatten(0, (-1, length))
+    return out + _take(_by_token(_by_head(to_own, heads) @ own_v, heads, length), level.used)
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """`[R, T, A, X]` -> `[R * A', (A/A') * T, X]`: one matrix for each head of keys and all queries that share it."""
+    return x.unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3).flatten(0, 1)
+
+
+def _by_token(x: Tensor, heads: int, length: int) -> Tensor:
+    """`[R * A', (A/A') * T, X]` -> `[R * T, A, X]`."""
+    split = x.unflatten(0, (-1, heads)).unflatten(2, (-1, length))  # [R, A', A/A', T, X]
+    return split.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
+
+
+def _take(x: Tensor, places: Tensor) -> Tensor:
+    """`[N, A, X]` at places `[...]` -> `[..., A, X]`."""
+    # As an embedding, for its gradient is summed over repeated places several times faster than an index's.
+    return functional.embedding(places, x.flatten(1)).unflatten(-1, x.shape[1:])
