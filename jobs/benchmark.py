@@ -1,17 +1,18 @@
 #!/usr/bin/env python
-"""Measure tuning against what a user would pick instead. Runs without Ray, in one process.
+"""Measure tuning against what a user would pick instead. Runs without Ray, from one command.
 
-python jobs/benchmark.py peers --data ../shared/data --length 100
-python jobs/benchmark.py lengths --data ../shared/data
-python jobs/benchmark.py growth --data ../shared/data
+python jobs/benchmark.py peers --data ../shared/data --length 100   # against PEFT and transformers' Trainer
+python jobs/benchmark.py ablation --data ../shared/data             # what each part of a fast step brings
+python jobs/benchmark.py lengths --data ../shared/data              # what a longer prompt costs
+python jobs/benchmark.py growth --data ../shared/data               # 1 to 256 trials in one run
+python jobs/benchmark.py quality --data ../shared/data              # whether speed costs the prompts anything
 """
 
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -19,12 +20,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from pipeline.errors import PromptBankError
 
 if TYPE_CHECKING:
-    from pipeline.benchmark.comparison import Side
+    from pipeline.benchmark.bench import Bench
+    from pipeline.benchmark.comparison import Result, Side
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None, pretty_exceptions_enable=False
@@ -55,26 +56,54 @@ def peers(
     rounds: Rounds = 2,
     ranks: Ranks = 2,
     threads: Threads = 2,
-    with_int8_peer: Annotated[bool, typer.Option(help="Also PEFT on load_in_8bit.")] = False,
-    with_switches: Annotated[bool, typer.Option(help="Also PEFT with bf16 and rows grouped by length.")] = False,
+    int8_peer: Annotated[bool, typer.Option(help="Also PEFT on load_in_8bit.")] = False,
+    switches_peer: Annotated[bool, typer.Option(help="Also PEFT with bf16 and rows grouped by length.")] = False,
     out: Out = Path("docs/benchmarks/peers.json"),
 ) -> None:
     """All tasks together against PEFT and transformers' Trainer, one task after another, on the same rows."""
-    from pipeline.benchmark.bench import open_bench
+    from pipeline.benchmark.bench import OurOptions
     from pipeline.benchmark.peft_trainer import PeerOptions
 
-    with tempfile.TemporaryDirectory() as folder:
-        bench = open_bench(model, data, tasks.split(","), length, batch, steps, ranks, threads, Path(folder))
-        sides = {
-            "ours, int8 products": bench.ours("int8"),
-            "ours, exact products": bench.ours("exact"),
-            "PEFT + Trainer, float32": bench.peer(PeerOptions()),
-        }
-        if with_int8_peer:
-            sides["PEFT + Trainer, load_in_8bit"] = bench.peer(PeerOptions(int8=True))
-        if with_switches:
-            sides["PEFT + Trainer, bf16, by length"] = bench.peer(PeerOptions(bf16=True, by_length=True))
-        _run(f"peers, prompt length {length}, {tasks}, {batch} rows a task", sides, rounds, out)
+    bench = _bench(data, tasks.split(","), model, length, batch, steps, ranks, threads)
+    sides = {
+        "ours": bench.ours(),
+        "ours, exact products": bench.ours(OurOptions(products="exact")),
+        "PEFT + Trainer": bench.peer(PeerOptions()),
+    }
+    if int8_peer:
+        sides["PEFT + Trainer, load_in_8bit"] = bench.peer(PeerOptions(int8=True))
+    if switches_peer:
+        sides["PEFT + Trainer, bf16, by length"] = bench.peer(PeerOptions(bf16=True, by_length=True))
+    _run(f"peers, prompt length {length}, {tasks}, {batch} rows a task", sides, rounds, out, bench)
+
+
+@app.command()
+def ablation(
+    data: Data,
+    tasks: Tasks = FOUR,
+    model: Model = "smollm2-135m",
+    length: Annotated[int, typer.Option(help="Prompt length.")] = 100,
+    batch: Batch = 16,
+    steps: Steps = 5,
+    rounds: Rounds = 2,
+    ranks: Ranks = 2,
+    threads: Threads = 2,
+    out: Out = Path("docs/benchmarks/ablation.json"),
+) -> None:
+    """A step as it is, and with each of its parts taken out alone."""
+    from pipeline.benchmark import ablation as without
+    from pipeline.benchmark.bench import OurOptions
+
+    bench = _bench(data, tasks.split(","), model, length, batch, steps, ranks, threads)
+    sides = {
+        "all parts": bench.ours(),
+        "a prompt runs with every row": bench.ours(OurOptions(nll=without.prompt_per_row)),
+        "rows padded to the longest": bench.ours(OurOptions(nll=without.padded_rows)),
+        "logits at every position": bench.ours(OurOptions(nll=without.all_logits)),
+        "float products of int8 weights": bench.ours(OurOptions(products="exact")),
+        "no compiled kernels": bench.ours(OurOptions(kernels=False)),
+    }
+    _run(f"ablation, prompt length {length}, {tasks}, {batch} rows a task", sides, rounds, out, bench)
 
 
 @app.command()
@@ -90,16 +119,11 @@ def lengths(
     out: Out = Path("docs/benchmarks/lengths.json"),
 ) -> None:
     """What a step costs by prompt length: 1 against 20 and 100."""
-    from pipeline.benchmark.bench import open_bench
-
-    with tempfile.TemporaryDirectory() as folder:
-        sides = {
-            f"prompt length {length}": open_bench(
-                model, data, tasks.split(","), length, batch, steps, ranks, threads, Path(folder)
-            ).ours("int8")
-            for length in (1, 20, 100)
-        }
-        _run(f"prompt lengths, {tasks}, {batch} rows a task", sides, rounds, out)
+    bench = {
+        length: _bench(data, tasks.split(","), model, length, batch, steps, ranks, threads) for length in (1, 20, 100)
+    }
+    sides = {f"prompt length {length}": of_length.ours() for length, of_length in bench.items()}
+    _run(f"prompt lengths, {tasks}, {batch} rows a task", sides, rounds, out)
 
 
 @app.command()
@@ -108,50 +132,82 @@ def growth(
     tasks: Tasks = FOUR,
     model: Model = "smollm2-135m",
     length: Annotated[int, typer.Option(help="Prompt length.")] = 20,
-    batch: Batch = 2,
+    batch: Batch = 4,
     steps: Steps = 4,
-    rounds: Rounds = 2,
+    rounds: Rounds = 1,
     ranks: Ranks = 2,
     threads: Threads = 2,
+    most: Annotated[int, typer.Option(help="Most trials in one run: 1, 4, 16, … up to it.")] = 256,
     out: Out = Path("docs/benchmarks/growth.json"),
 ) -> None:
-    """Tokens a second with 1, 4, 16 and 64 trials in one run, each of the same batch."""
+    """Tokens a second and memory with 1, 4, 16, 64 and 256 trials in one run; also as a plot beside the JSON file."""
+    from pipeline.benchmark.plot import plot_growth
+
+    counts = [count for count in (1, 4, 16, 64, 256, 1024) if count <= most]
+    names = tasks.split(",") * most
+    bench = {count: _bench(data, names[:count], model, length, batch, steps, ranks, threads) for count in counts}
+    sides = {f"{count} trials": of_count.ours() for count, of_count in bench.items()}
+    result = _run(f"growth, prompt length {length}, {batch} rows a trial", sides, rounds, out)
+    plot_growth(counts, result, out.with_suffix(".svg"))
+
+
+@app.command()
+def quality(
+    data: Data,
+    tasks: Tasks = FOUR,
+    model: Model = "smollm2-135m",
+    length: Annotated[int, typer.Option(help="Prompt length.")] = 20,
+    batch: Batch = 8,
+    steps: Steps = 100,
+    seeds: Annotated[int, typer.Option(help="Trials of every task.")] = 3,
+    rate: Annotated[float, typer.Option(help="Adafactor's rate.")] = 0.03,
+    dev_rows: Annotated[int, typer.Option(help="Dev rows of every task, at most.")] = 500,
+    ranks: Ranks = 2,
+    threads: Threads = 2,
+    peer: Annotated[bool, typer.Option(help="Also PEFT and Trainer, one trial after another.")] = False,
+    out: Out = Path("docs/benchmarks/quality.json"),
+) -> None:
+    """Dev accuracy at equal steps: int8 products, exact products, float weights, and (--peer) PEFT's prompts."""
+    from pipeline.benchmark.quality import compare_quality
+    from pipeline.benchmark.tables import quality_table
+
+    work = {"rate": rate, "seeds": seeds, "rows": 100_000, "dev_rows": dev_rows}
+    bench = _bench(data, tasks.split(","), model, length, batch, steps, ranks, threads, **work)
+    result = compare_quality(bench, peer, out)
+    console.print(quality_table(result))
+    console.print(f"Written to {out}.")
+
+
+def _bench(
+    data: Path,
+    names: list[str],
+    model: str,
+    length: int,
+    batch: int,
+    steps: int,
+    ranks: int,
+    threads: int,
+    **work: Any,
+) -> "Bench":
     from pipeline.benchmark.bench import open_bench
+    from pipeline.benchmark.work import WorkOptions
 
-    names = tasks.split(",") * 64
-    with tempfile.TemporaryDirectory() as folder:
-        sides = {
-            f"{count} trials": open_bench(
-                model,
-                data,
-                names[:count],
-                length,
-                batch,
-                steps,
-                ranks,
-                threads,
-                Path(folder),
-            ).ours("int8")
-            for count in (1, 4, 16, 64)
-        }
-        _run(f"growth, prompt length {length}, {batch} rows a trial", sides, rounds, out)
+    return open_bench(model, data, names, WorkOptions(length, batch, **work), steps, ranks, threads)
 
 
-def _run(name: str, sides: "Mapping[str, Callable[[], Side]]", rounds: int, out: Path) -> None:
+def _run(
+    name: str, sides: "Mapping[str, Callable[[], Side]]", rounds: int, out: Path, bench: "Bench | None" = None
+) -> "Result":
     from pipeline.benchmark.comparison import compare, save_results
+    from pipeline.benchmark.peak import shares_of_peak
+    from pipeline.benchmark.tables import comparison_table
 
     result = compare(name, sides, rounds)
-    table = Table(title=f"{result.name} ({result.device})", title_justify="left")
-    first = next(iter(sides))
-    for column in ("side", "text tokens/s", f"'{first}' is faster by", "losses apart"):
-        table.add_column(column)
-    for side, rates in result.rates.items():
-        low, middle, high = result.ratios.get(side, (1.0, 1.0, 1.0))
-        apart = f"{result.loss_difference[side]:.2%}" if side in result.loss_difference else "–"
-        table.add_row(side, " ".join(f"{rate:.0f}" for rate in rates), f"{middle:.2f} ({low:.2f} – {high:.2f})", apart)
-    console.print(table)
-    save_results(out, [result])
+    facts = shares_of_peak(result, bench.config, bench.needed_tokens, bench.threads) if bench else {}
+    console.print(comparison_table(result, facts.get("share_of_peak")))
+    save_results(out, [result], **facts)
     console.print(f"Written to {out}.")
+    return result
 
 
 if __name__ == "__main__":

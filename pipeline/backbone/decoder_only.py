@@ -23,21 +23,22 @@ from pipeline.backbone.rows import PromptState, Rows, TokenRows, as_indices, mas
 
 def target_nll(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
     """-log P of each row's target: `[B]` float32."""
-    texts = [np.concatenate([x, y]) for x, y in zip(rows.inputs, targets, strict=True)]
+    # A target's last token is predicted, and predicts nothing: it does not run.
+    texts = [np.concatenate([x, y[:-1]]) for x, y in zip(rows.inputs, targets, strict=True)]
     used, of_row = np.unique(rows.prompt_of_row, return_inverse=True)
     prompts = [rows.prompts[s] for s in used]
-    hidden, layout = _run_behind_prompts(model, prompts, texts, list(of_row))
+    hidden, layout = run_behind_prompts(model, prompts, texts, list(of_row))
     # The token at position t is predicted at t - 1.
     before = [
         layout.starts[len(prompts) + b] + len(x) - 1 + np.arange(len(y))
         for b, (x, y) in enumerate(zip(rows.inputs, targets, strict=True))
     ]
-    nll = _token_nll(model, hidden, np.concatenate(before), np.concatenate(targets))  # [sum T]
+    nll = token_nll(model, hidden, np.concatenate(before), np.concatenate(targets))  # [sum T]
     row_index = np.repeat(np.arange(len(targets)), [len(y) for y in targets])
     return nll.new_zeros(len(targets)).index_add(0, as_indices(row_index, hidden), nll)
 
 
-def _run_behind_prompts(
+def run_behind_prompts(
     model: Any, prompts: Sequence[Tensor | PromptState], texts: TokenRows, parents: Sequence[int]
 ) -> tuple[Tensor, Layout]:
     """Pack prompts and the texts behind them (a parent is a prompt's place, or beyond them a text's): `[N, H]`."""
@@ -70,7 +71,7 @@ def prompt_states(model: Any, prompts: Sequence[Tensor]) -> list[PromptState]:
     ]
 
 
-def _token_nll(model: Any, hidden: Tensor, places: np.ndarray, tokens: np.ndarray) -> Tensor:
+def token_nll(model: Any, hidden: Tensor, places: np.ndarray, tokens: np.ndarray) -> Tensor:
     """-log P of `tokens` `[n]`, each predicted from the hidden state at its place: `[n]`."""
     logits = model.get_output_embeddings()(hidden[as_indices(places, hidden)]).float()
     return functional.cross_entropy(logits, as_indices(tokens, hidden), reduction="none")
@@ -84,7 +85,7 @@ def label_nll(model: Any, rows: Rows, pairs: np.ndarray, candidates: TokenRows) 
     # A label's last token is predicted, and predicts nothing.
     longer = [i for i, label in enumerate(candidates) if len(label) > 1]
     texts = [*rows.inputs, *(candidates[i][:-1] for i in longer)]
-    hidden, layout = _run_behind_prompts(model, prompts, texts, [*of_row, *inputs[pairs[longer]]])
+    hidden, layout = run_behind_prompts(model, prompts, texts, [*of_row, *inputs[pairs[longer]]])
     ends = layout.starts[inputs] + [len(x) - 1 for x in rows.inputs]
     places = [ends[pairs]]
     tokens = [np.array([label[0] for label in candidates])]
@@ -93,7 +94,7 @@ def label_nll(model: Any, rows: Rows, pairs: np.ndarray, candidates: TokenRows) 
         places.append(layout.starts[segment] + np.arange(len(candidates[i]) - 1))
         tokens.append(candidates[i][1:])
         of_label.append(np.full(len(candidates[i]) - 1, i))
-    nll = _token_nll(model, hidden, np.concatenate(places), np.concatenate(tokens))
+    nll = token_nll(model, hidden, np.concatenate(places), np.concatenate(tokens))
     return nll.new_zeros(len(candidates)).index_add(0, as_indices(np.concatenate(of_label), hidden), nll)
 
 

@@ -1,26 +1,40 @@
 """One model and some tasks, ready to be run by either side."""
 
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from transformers import PretrainedConfig
 
+from pipeline.backbone import prompted
+from pipeline.backbone.allocator import keep_freed_memory
 from pipeline.backbone.files import architecture_of, find_model, read_config, read_tokenizer
-from pipeline.backbone.host import compute_dtype, host_backbone
+from pipeline.backbone.host import Backbone, compute_dtype, host_backbone
 from pipeline.backbone.nearest import read_input_embeddings
 from pipeline.benchmark.comparison import Side
 from pipeline.benchmark.ours import tune_together
 from pipeline.benchmark.peft_trainer import PeerOptions, load_peer_model, tune_one_by_one
 from pipeline.benchmark.ranks import run_ranks
-from pipeline.benchmark.work import TaskWork, load_work
+from pipeline.benchmark.work import TaskWork, WorkOptions, load_work
 
-_TOKEN_BUDGET = 4096
-_ROWS = 1_000
 _COMMON_TOKENS = 5_000
+
+
+@dataclass(frozen=True)
+class OurOptions:
+    """How our side runs; the defaults are how it runs for users."""
+
+    products: str = "auto"
+    kernels: bool = True
+    int8: bool = True
+    nll: Callable[..., Tensor] = prompted.target_nll
+    token_budget: int = 4096
 
 
 @dataclass(frozen=True)
@@ -33,61 +47,73 @@ class Bench:
     ranks: int
     threads: int
     """Of all ranks together."""
-    folder: Path
-    """For what the other side writes."""
 
-    def ours(self, products: str) -> Callable[[], Side]:
-        """All tasks together on `ranks` processes; ZeRO-3 where there are several."""
-        return lambda: run_ranks(self.ranks, _tune_on_rank, self, products)[0]
+    def ours(self, options: OurOptions | None = None) -> Callable[[], Side]:
+        """All tasks together on `ranks` fresh processes; ZeRO-3 where there are several."""
+        return lambda: _of_all(run_ranks(self.ranks, tune_on_rank, self, options or OurOptions()))
 
     def peer(self, options: PeerOptions) -> Callable[[], Side]:
-        """One task after another, in this process."""
-        loaded: list[Any] = []
+        """One task after another, in one fresh process."""
+        return lambda: _of_all(run_ranks(1, _tune_as_peer, self, options))
 
-        def run() -> Side:
-            torch.set_num_threads(self.threads)
-            if not loaded:
-                loaded.append(load_peer_model(_as_safetensors(self.model, self.folder), options))
-            return tune_one_by_one(loaded[0], self.tasks, self.prompts, self.steps, options, self.folder)
+    @property
+    def config(self) -> PretrainedConfig:
+        return read_config(find_model(self.model))
 
-        return run
+    @property
+    def needed_tokens(self) -> float:
+        """Tokens that a step has to compute at the least: each prompt once, each row's text once."""
+        text = sum(task.text_tokens(step) for task in self.tasks for step in range(self.steps)) / self.steps
+        return text + sum(len(prompt) for prompt in self.prompts)
 
 
 def open_bench(
-    model: str,
-    data: Path,
-    names: Sequence[str],
-    length: int,
-    batch: int,
-    steps: int,
-    ranks: int,
-    threads: int,
-    folder: Path,
+    model: str, data: Path, names: Sequence[str], work: WorkOptions, steps: int, ranks: int, threads: int
 ) -> Bench:
     """Raises: BackboneError, CorpusError."""
     files = find_model(model)
     config, tokenizer = read_config(files), read_tokenizer(files)
-    tasks = load_work(data, names, tokenizer, architecture_of(config), length, batch, _ROWS)
+    tasks = load_work(data, names, tokenizer, architecture_of(config), work)
     table = read_input_embeddings(files)
-    draws = [task.trial.generator("init").choice(_COMMON_TOKENS, length, replace=False) for task in tasks]
+    draws = [task.trial.generator("init").choice(_COMMON_TOKENS, work.length, replace=False) for task in tasks]
     prompts = [table[draw].float().numpy() for draw in draws]
-    return Bench(model, tasks, prompts, steps, ranks, threads, folder)
+    return Bench(model, tasks, prompts, steps, ranks, threads)
 
 
-def _tune_on_rank(bench: Bench, products: str) -> Side:
+def host_for(bench: Bench, options: OurOptions) -> Backbone:
+    """The frozen model on this rank."""
     torch.set_num_threads(max(1, bench.threads // bench.ranks))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     files = find_model(bench.model)
     backbone = host_backbone(
         files,
         read_config(files),
-        int8=True,
+        int8=options.int8,
         dtype=compute_dtype("auto", device),
         device=device,
         sharded=dist.get_world_size() > 1,
-        products=products,
+        products=options.products,
+        kernels=options.kernels,
     )
-    return tune_together(backbone, bench.tasks, bench.prompts, bench.steps, _TOKEN_BUDGET)
+    keep_freed_memory()
+    return backbone
+
+
+def tune_on_rank(bench: Bench, options: OurOptions) -> Side:
+    """Our side of a bench on this rank."""
+    backbone = host_for(bench, options)
+    return tune_together(backbone, bench.tasks, bench.prompts, bench.steps, options.token_budget, options.nll)
+
+
+def _tune_as_peer(bench: Bench, options: PeerOptions) -> Side:
+    torch.set_num_threads(bench.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        model = load_peer_model(_as_safetensors(bench.model, Path(folder)), options)
+        return tune_one_by_one(model, bench.tasks, bench.prompts, bench.steps, options, Path(folder))
+
+
+def _of_all(ranks: Sequence[Side]) -> Side:
+    return replace(ranks[0], peak_bytes=sum(rank.peak_bytes for rank in ranks))
 
 
 def _as_safetensors(model: str, folder: Path) -> Path:
@@ -95,11 +121,11 @@ def _as_safetensors(model: str, folder: Path) -> Path:
     from transformers import AutoModelForCausalLM
 
     files = find_model(model)
+    if files.gguf is None:
+        return files.folder
     saved = folder / "model"
-    if not saved.exists():
-        named = {"gguf_file": files.gguf} if files.gguf else {}
-        loaded = AutoModelForCausalLM.from_pretrained(files.folder, dtype=torch.float32, **named)
-        loaded.config.quantization_config = None
-        loaded.hf_quantizer = None
-        loaded.save_pretrained(saved)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(files.folder, dtype=torch.float32, gguf_file=files.gguf)
+    loaded.config.quantization_config = None
+    loaded.hf_quantizer = None
+    loaded.save_pretrained(saved)
     return saved

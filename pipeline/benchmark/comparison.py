@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 SETTLING = 2
@@ -23,26 +24,38 @@ class Side:
     seconds: Sequence[float]
     losses: Sequence[Sequence[float]]
     """Of every task, in nats a target token."""
+    prompts: Sequence[np.ndarray] = ()
+    """`[P, H]` of every task, at the end."""
+    peak_bytes: int = 0
+    """Most memory of all its processes together, loading included: resident on a CPU, allocated on a GPU."""
 
     @property
     def rate(self) -> float:
         """Text tokens a second, once settled."""
         return sum(self.tokens[SETTLING:]) / sum(self.seconds[SETTLING:])
 
+    @property
+    def step_seconds(self) -> float:
+        """Of a step, once settled."""
+        return sum(self.seconds[SETTLING:]) / len(self.seconds[SETTLING:])
+
 
 @dataclass(frozen=True)
 class Result:
-    """Rates of every side in every round, and how many times faster the first side is than each other."""
+    """What every side did in every round, and how many times faster the first side is than each other."""
 
     name: str
     device: str
     rates: Mapping[str, Sequence[float]]
+    """Text tokens a second."""
+    step_seconds: Mapping[str, Sequence[float]]
+    peak_mib: Mapping[str, Sequence[int]]
     ratios: Mapping[str, tuple[float, float, float]]
-    """Least, median and greatest over the rounds."""
+    """Of rates: least, median and greatest over the rounds."""
     losses: Mapping[str, Sequence[Sequence[float]]]
     """Of the first round: of every step, of every task, in nats a target token."""
     loss_difference: Mapping[str, float]
-    """Greatest relative difference of any of them from the first side's."""
+    """Greatest relative difference of any of them from the first side's, over the tasks that both have."""
 
 
 def compare(name: str, sides: Mapping[str, Callable[[], Side]], rounds: int) -> Result:
@@ -52,14 +65,20 @@ def compare(name: str, sides: Mapping[str, Callable[[], Side]], rounds: int) -> 
         for side, run in sides.items():
             done[side].append(run())
     first, *others = sides
-    rates = {side: [round(run.rate, 1) for run in runs] for side, runs in done.items()}
     ratios = {}
     for other in others:
         each = [mine.rate / theirs.rate for mine, theirs in zip(done[first], done[other], strict=True)]
         ratios[other] = (min(each), statistics.median(each), max(each))
-    apart = {other: _loss_difference(done[first][0], done[other][0]) for other in others}
-    losses = {side: [list(step) for step in runs[0].losses] for side, runs in done.items()}
-    return Result(name, device_name(), rates, ratios, losses, apart)
+    return Result(
+        name=name,
+        device=device_name(),
+        rates={side: [round(run.rate, 1) for run in runs] for side, runs in done.items()},
+        step_seconds={side: [round(run.step_seconds, 4) for run in runs] for side, runs in done.items()},
+        peak_mib={side: [run.peak_bytes // 2**20 for run in runs] for side, runs in done.items()},
+        ratios=ratios,
+        losses={side: [list(step) for step in runs[0].losses] for side, runs in done.items()},
+        loss_difference={other: _loss_difference(done[first][0], done[other][0]) for other in others},
+    )
 
 
 def device_name() -> str:
@@ -71,11 +90,12 @@ def device_name() -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
-def save_results(path: Path, results: Sequence[Result]) -> None:
+def save_results(path: Path, results: Sequence[Result], **facts: object) -> None:
+    """Write results as JSON, each with the facts given."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+    path.write_text(json.dumps([{**asdict(result), **facts} for result in results], indent=1) + "\n")
 
 
 def _loss_difference(mine: Side, theirs: Side) -> float:
-    pairs = [pair for a, b in zip(mine.losses, theirs.losses, strict=True) for pair in zip(a, b, strict=True)]
+    pairs = [pair for a, b in zip(mine.losses, theirs.losses, strict=True) for pair in zip(a, b, strict=False)]
     return max(abs(a - b) / abs(b) for a, b in pairs)

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
 
 from pipeline.benchmark.comparison import Side
+from pipeline.benchmark.memory import peak_bytes
 from pipeline.benchmark.work import TaskWork
 from pipeline.tuning.optimise import make_optimizer
 
@@ -42,6 +43,8 @@ def tune_one_by_one(
         [sum(run.tokens[step] for run in runs) for step in range(steps)],
         [sum(run.seconds[step] for run in runs) for step in range(steps)],
         [[run.losses[step][0] for run in runs] for step in range(steps)],
+        [prompt for run in runs for prompt in run.prompts],
+        peak_bytes(),
     )
 
 
@@ -91,7 +94,7 @@ def _tune(model: Any, task: TaskWork, prompt: np.ndarray, steps: int, options: P
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return Side(counted.tokens[:steps], clock.seconds, [[loss] for loss in losses])
+    return Side(counted.tokens[:steps], clock.seconds, [[loss] for loss in losses], [weight.detach().cpu().numpy()])
 
 
 def _example(task: TaskWork, row: int) -> dict[str, list[int]]:

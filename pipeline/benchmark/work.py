@@ -17,12 +17,31 @@ from pipeline.tuning.batches import rows_of_step
 from pipeline.tuning.trials import Trial, make_trial
 
 _LONGEST_INPUT = 256
+_SEPARATOR = " "
+
+
+@dataclass(frozen=True)
+class WorkOptions:
+    length: int
+    """Of every prompt."""
+    batch_size: int
+    """Rows a step of every task."""
+    rate: float = 0.001
+    """A low rate by default, so that the sides' losses can be compared step by step."""
+    seeds: int = 1
+    """Trials of every task."""
+    rows: int = 1_000
+    """Train rows of every task, at most."""
+    dev_rows: int = 0
 
 
 @dataclass(frozen=True)
 class TaskWork:
     trial: Trial
     train: TokenSet
+    dev: TokenSet | None
+    labels: tuple[str, ...]
+    label_ids: tuple[tuple[int, ...], ...]
 
     def rows(self, step: int) -> np.ndarray:
         """Row numbers of a step, the same on both sides."""
@@ -34,35 +53,50 @@ class TaskWork:
 
 
 def load_work(
-    data: Path, names: Sequence[str], tokenizer: Any, architecture: Any, length: int, batch_size: int, rows: int
+    data: Path, names: Sequence[str], tokenizer: Any, architecture: Any, options: WorkOptions
 ) -> list[TaskWork]:
-    """Tasks of `data/<name>/train.parquet` with the columns text and label. Raises: CorpusError."""
+    """Tasks of `data/<name>/{train,dev}.parquet` with the columns text and label; a name may come several times.
+
+    Raises: CorpusError.
+    """
+    settings = TaskSettings.model_validate(
+        {
+            "train": "in memory",
+            "dev": "in memory",
+            "prompt": {"length": options.length},
+            "batch_size": options.batch_size,
+            "optimizer": {"name": "adafactor", "lr": options.rate},
+        }
+    )
+    splits: dict[str, tuple[TokenSet, TokenSet | None]] = {}
     work = []
-    for name in names:
-        path = data / name / "train.parquet"
-        try:
-            table = pq.read_table(path, columns=["text", "label"]).slice(0, rows)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise CorpusError(f"{path} cannot be read as Parquet with the columns text and label: {error}") from error
-        settings = TaskSettings.model_validate(
-            {
-                "train": "in memory",
-                "dev": "in memory",
-                "prompt": {"length": length},
-                "batch_size": batch_size,
-                # A low rate, so that the sides' losses can be compared step by step.
-                "optimizer": {"name": "adafactor", "lr": 0.001},
-            }
-        )
-        texts, labels = (table[column].to_pylist() for column in ("text", "label"))
-        trial = make_trial(name, settings, 0, "benchmark", "benchmark")
-        work.append(TaskWork(trial, _token_set(tokenizer, architecture, texts, [str(label) for label in labels])))
+    for place, name in enumerate(names):
+        if name not in splits:
+            train = _token_set(tokenizer, architecture, data / name / "train.parquet", options.rows)
+            dev = options.dev_rows
+            splits[name] = (
+                train,
+                _token_set(tokenizer, architecture, data / name / "dev.parquet", dev) if dev else None,
+            )
+        train, held_out = splits[name]
+        labels = tuple(sorted(set(train.targets.to_pylist())))
+        label_ids = tuple(tuple(ids) for ids in encode_targets(tokenizer, architecture, _SEPARATOR, labels))
+        for seed in range(options.seeds):
+            # Trials of one name draw rows of their own.
+            own = seed + options.seeds * names[:place].count(name)
+            trial = make_trial(name, settings, own, "benchmark", "benchmark")
+            work.append(TaskWork(trial, train, held_out, labels, label_ids))
     return work
 
 
-def _token_set(tokenizer: Any, architecture: Any, texts: list[str], labels: list[str]) -> TokenSet:
+def _token_set(tokenizer: Any, architecture: Any, path: Path, rows: int) -> TokenSet:
+    try:
+        table = pq.read_table(path, columns=["text", "label"]).slice(0, rows)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise CorpusError(f"{path} cannot be read as Parquet with the columns text and label: {error}") from error
+    texts, labels = table["text"].to_pylist(), [str(label) for label in table["label"].to_pylist()]
     inputs = [ids[:_LONGEST_INPUT] for ids in encode_inputs(tokenizer, architecture, texts)]
-    targets = encode_targets(tokenizer, architecture, " ", labels)
+    targets = encode_targets(tokenizer, architecture, _SEPARATOR, labels)
     flat = [np.concatenate(rows).astype(np.int32) for rows in (inputs, targets)]
     offsets = [
         np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64) for rows in (inputs, targets)

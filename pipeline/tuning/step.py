@@ -1,6 +1,6 @@
 """One step of many trials: a batch of each trial's rows, one gradient a prompt, one all-reduce."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,10 +50,12 @@ def batch_of_step(work: Sequence[Work]) -> list[Row]:
     return rows
 
 
-def losses_and_gradients(backbone: Backbone, work: Sequence[Work], token_budget: int) -> tuple[np.ndarray, int]:
+def losses_and_gradients(
+    backbone: Backbone, work: Sequence[Work], token_budget: int, nll: Callable[..., Tensor] = prompted.target_nll
+) -> tuple[np.ndarray, int]:
     """Each trial's loss `[S]` (nats a target token), its gradient left in its prompt's `.grad`; text tokens.
 
-    Every rank must call this with the same work; all ranks end with the same numbers.
+    Every rank must call this with the same work; all ranks end with the same numbers. `nll` computes the rows' losses.
     """
     rows = batch_of_step(work)
     prompts = [part.prompt for part in work]
@@ -64,7 +66,7 @@ def losses_and_gradients(backbone: Backbone, work: Sequence[Work], token_budget:
     for shares in plan_rows(loads, world_size(), token_budget, backbone.pads_rows):
         # A rank without a share runs another's first row at weight zero: all gather weights together.
         mine = [rows[i] for i in shares[rank()]]
-        _accumulate(backbone, prompts, mine or [rows[shares[0][0]]], 1.0 if mine else 0.0, losses)
+        _accumulate(backbone, prompts, mine or [rows[shares[0][0]]], 1.0 if mine else 0.0, losses, nll)
     flat = torch.cat([losses, *(_gradient(prompt).flatten() for prompt in prompts)])
     sum_over_ranks(flat)
     sizes = [len(work), *(prompt.numel() for prompt in prompts)]
@@ -75,11 +77,16 @@ def losses_and_gradients(backbone: Backbone, work: Sequence[Work], token_budget:
 
 
 def _accumulate(
-    backbone: Backbone, prompts: Sequence[Tensor], rows: Sequence[Row], factor: float, losses: Tensor
+    backbone: Backbone,
+    prompts: Sequence[Tensor],
+    rows: Sequence[Row],
+    factor: float,
+    losses: Tensor,
+    row_nll: Callable[..., Tensor],
 ) -> None:
     slots = [row.slot for row in rows]
     run = prompted.Rows(prompts, slots, [row.split.input_ids(row.number) for row in rows])
-    nll = backbone.run(prompted.target_nll, run, [row.split.target_ids(row.number) for row in rows])  # [B]
+    nll = backbone.run(row_nll, run, [row.split.target_ids(row.number) for row in rows])  # [B]
     weighted = nll * torch.tensor([row.weight * factor for row in rows], device=nll.device)
     losses.index_add_(0, torch.tensor(slots, device=nll.device), weighted.detach())
     weighted.sum().backward()

@@ -6,12 +6,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pipeline.backbone import prompted
 from pipeline.backbone.files import find_model, read_config, read_tokenizer
 from pipeline.backbone.host import host_backbone
+from pipeline.benchmark import ablation
 from pipeline.benchmark.comparison import Side, compare
 from pipeline.benchmark.ours import tune_together
 from pipeline.benchmark.peft_trainer import PeerOptions, load_peer_model, tune_one_by_one
-from pipeline.benchmark.work import load_work
+from pipeline.benchmark.work import WorkOptions, load_work
 from pipeline.errors import CorpusError
 from tests.corpora import reviews
 from tests.tiny import make_model
@@ -28,7 +30,7 @@ def work(tmp_path):
         texts, labels = zip(*reviews(30, seed), strict=True)
         pq.write_table(pa.table({"text": texts, "label": labels}), path)
     tokenizer = read_tokenizer(find_model(str(folder)))
-    tasks = load_work(tmp_path / "data", ["film", "book"], tokenizer, "decoder-only", 5, 6, 30)
+    tasks = load_work(tmp_path / "data", ["film", "book"], tokenizer, "decoder-only", WorkOptions(5, 6))
     rng = np.random.default_rng(0)
     return folder, tasks, [rng.normal(size=(5, 32)).astype(np.float32) for _ in tasks]
 
@@ -44,6 +46,21 @@ def test_prompts_tuned_together_have_the_losses_of_peft_and_trainer_one_by_one(w
     theirs = tune_one_by_one(load_peer_model(folder, options), tasks, prompts, STEPS, options, tmp_path / "peer")
     assert ours.tokens == theirs.tokens
     np.testing.assert_allclose(ours.losses, theirs.losses, rtol=1e-3)  # Trainer rounds what it logs
+
+
+@pytest.mark.parametrize("without", [ablation.prompt_per_row, ablation.padded_rows, ablation.all_logits])
+def test_taking_a_part_out_changes_how_a_loss_is_computed_and_not_the_loss(work, without):
+    folder, tasks, prompts = work
+    files = find_model(str(folder))
+    backbone = host_backbone(
+        files, read_config(files), int8=False, dtype=torch.float32, device=torch.device("cpu"), sharded=False
+    )
+    ours, other = (
+        tune_together(backbone, tasks, prompts, STEPS, token_budget=64, nll=nll)
+        for nll in (prompted.target_nll, without)
+    )
+    np.testing.assert_allclose(other.losses, ours.losses, rtol=1e-4)
+    np.testing.assert_allclose(other.prompts, ours.prompts, rtol=1e-4, atol=1e-5)
 
 
 def test_ratios_leave_the_settling_steps_out_and_tell_their_spread():
@@ -63,4 +80,4 @@ def test_ratios_leave_the_settling_steps_out_and_tell_their_spread():
 
 def test_a_task_that_is_not_there_gets_one_sentence(tmp_path):
     with pytest.raises(CorpusError, match=r"nothing/train\.parquet cannot be read"):
-        load_work(tmp_path, ["nothing"], None, "decoder-only", 5, 6, 30)
+        load_work(tmp_path, ["nothing"], None, "decoder-only", WorkOptions(5, 6))

@@ -1,0 +1,85 @@
+"""Whether what makes a step fast costs the tuned prompts anything: dev metrics of several tasks and seeds."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.backbone.files import find_model, read_tokenizer
+from pipeline.backbone.host import Backbone
+from pipeline.benchmark.bench import Bench, OurOptions, host_for
+from pipeline.benchmark.comparison import device_name
+from pipeline.benchmark.ours import tune_together
+from pipeline.benchmark.peft_trainer import PeerOptions
+from pipeline.benchmark.ranks import run_ranks
+from pipeline.tuning.evaluate import Exam, evaluate
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Accuracies on dev, of every task over its seeds."""
+
+    before: dict[str, list[float]] = field(default_factory=dict)
+    after: dict[str, list[float]] = field(default_factory=dict)
+    seconds: float = 0.0
+    """Of the tuning alone."""
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean([value for values in self.after.values() for value in values]))
+
+
+def compare_quality(bench: Bench, with_peer: bool, out: Path) -> dict[str, Quality]:
+    """Every way to tune the same trials, from the same prompts, on the same rows; written to `out` as JSON."""
+    sides = {
+        "int8 products": tune_and_score(bench, OurOptions(products="int8")),
+        "exact products": tune_and_score(bench, OurOptions(products="exact")),
+        "float32 weights": tune_and_score(bench, OurOptions(int8=False)),
+    }
+    if with_peer:
+        peer = bench.peer(PeerOptions())()
+        after = score(bench, peer.prompts, OurOptions(int8=False))
+        sides["PEFT + Trainer"] = Quality(sides["float32 weights"].before, after, sum(peer.seconds))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    plain = {side: {**asdict(quality), "mean": quality.mean} for side, quality in sides.items()}
+    out.write_text(json.dumps({"device": device_name(), "steps": bench.steps, "sides": plain}, indent=1) + "\n")
+    return sides
+
+
+def tune_and_score(bench: Bench, options: OurOptions) -> Quality:
+    """Tune every trial, and measure the prompts before and after on the backbone that they were tuned on."""
+    return run_ranks(bench.ranks, _on_rank, bench, options)[0]
+
+
+def score(bench: Bench, prompts: Sequence[np.ndarray], options: OurOptions) -> dict[str, list[float]]:
+    """Dev accuracies of prompts that were tuned elsewhere."""
+    return run_ranks(bench.ranks, _score_on_rank, bench, prompts, options)[0]
+
+
+def _on_rank(bench: Bench, options: OurOptions) -> Quality:
+    backbone = host_for(bench, options)
+    side = tune_together(backbone, bench.tasks, bench.prompts, bench.steps, options.token_budget, options.nll)
+    before, after = (_accuracies(bench, backbone, prompts, options) for prompts in (bench.prompts, side.prompts))
+    return Quality(before, after, sum(side.seconds))
+
+
+def _score_on_rank(bench: Bench, prompts: Sequence[np.ndarray], options: OurOptions) -> dict[str, list[float]]:
+    return _accuracies(bench, host_for(bench, options), prompts, options)
+
+
+def _accuracies(
+    bench: Bench, backbone: Backbone, prompts: Sequence[np.ndarray], options: OurOptions
+) -> dict[str, list[float]]:
+    exams = []
+    for task, prompt in zip(bench.tasks, prompts, strict=True):
+        assert task.dev is not None
+        tensor = torch.from_numpy(np.ascontiguousarray(prompt)).to(backbone.device)
+        exams.append(Exam(tensor, task.dev, "accuracy", task.labels, task.label_ids, 8))
+    tokenizer = read_tokenizer(find_model(bench.model))
+    out: dict[str, list[float]] = {}
+    for task, result in zip(bench.tasks, evaluate(backbone, tokenizer, exams, options.token_budget), strict=True):
+        out.setdefault(task.trial.name, []).append(result.value)
+    return out

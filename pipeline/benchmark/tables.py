@@ -1,0 +1,47 @@
+"""Results for people."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from rich.table import Table
+
+from pipeline.benchmark.comparison import Result
+from pipeline.benchmark.quality import Quality
+
+
+def comparison_table(result: Result, shares: Mapping[str, float] | None = None) -> Table:
+    """One row a side."""
+    first = next(iter(result.rates))
+    table = Table(title=f"{result.name} ({result.device})", title_justify="left")
+    columns = ["side", "text tokens/s", "s/step", "peak MiB", f"'{first}' is faster by", "losses apart"]
+    for column in [*columns, *(["of int8 peak"] if shares else [])]:
+        table.add_column(column)
+    for side in result.rates:
+        low, middle, high = result.ratios.get(side, (1.0, 1.0, 1.0))
+        table.add_row(
+            side,
+            _joined(result.rates[side], "{:.0f}"),
+            _joined(result.step_seconds[side], "{:.2f}"),
+            _joined(result.peak_mib[side], "{:.0f}"),
+            f"{middle:.2f} ({low:.2f} – {high:.2f})",
+            f"{result.loss_difference[side]:.2%}" if side in result.loss_difference else "–",
+            *([f"{shares[side]:.0%}"] if shares else []),
+        )
+    return table
+
+
+def quality_table(sides: Mapping[str, Quality]) -> Table:
+    """One row a side: every task's mean over seeds, and the spread."""
+    table = Table(title="dev accuracy, mean over seeds ± standard deviation", title_justify="left")
+    table.add_column("side")
+    tasks = list(next(iter(sides.values())).after)
+    for column in [*tasks, "mean", "tuning, s"]:
+        table.add_column(column)
+    for side, quality in sides.items():
+        cells = [f"{np.mean(quality.after[task]):.3f} ± {np.std(quality.after[task]):.3f}" for task in tasks]
+        table.add_row(side, *cells, f"{quality.mean:.3f}", f"{quality.seconds:.0f}")
+    return table
+
+
+def _joined(values: Sequence[float], form: str) -> str:
+    return " ".join(form.format(value) for value in values)
