@@ -10,8 +10,8 @@
 #define LANES 8
 #define WIDE 2
 #endif
-// Rows of a product that are computed at once; with WIDE vectors each they fill the registers.
-#define TALL 4
+// Rows of a product that are computed at once; their sums, WIDE vectors each, and a row of B fill the registers.
+#define TALL 6
 
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4)));
 
@@ -42,27 +42,30 @@ static inline float exponential(float x) {
 __attribute__((always_inline)) static inline void tile(
     float *c, int64_t c_row, const float *a, int64_t down, int64_t along, const float *b, int64_t b_row,
     int64_t tall, int64_t k, int wide, int add) {
-    // Rows beyond the last repeat it, and are not stored.
-    const float *a0 = a, *a1 = a + (tall > 1 ? down : 0), *a2 = a + (tall > 2 ? 2 * down : 0),
-                *a3 = a + (tall > 3 ? 3 * down : 0);
-    vector s0[WIDE] = {0}, s1[WIDE] = {0}, s2[WIDE] = {0}, s3[WIDE] = {0};
+    const float *rows[TALL];
+    vector sums[TALL][WIDE];
+#pragma GCC unroll 8
+    for (int r = 0; r < TALL; r++) {
+        rows[r] = a + (r < tall ? r : tall - 1) * down;  // rows beyond the last repeat it, and are not stored
+#pragma GCC unroll 8
+        for (int w = 0; w < wide; w++) sums[r][w] = (vector){0};
+    }
     for (int64_t i = 0; i < k; i++) {
         const vector *row = (const vector *)(b + i * b_row);
-        float x0 = a0[i * along], x1 = a1[i * along], x2 = a2[i * along], x3 = a3[i * along];
-#pragma GCC unroll 4
-        for (int w = 0; w < wide; w++) {
-            vector y = row[w];
-            s0[w] += x0 * y;
-            s1[w] += x1 * y;
-            s2[w] += x2 * y;
-            s3[w] += x3 * y;
+        vector y[WIDE];
+#pragma GCC unroll 8
+        for (int w = 0; w < wide; w++) y[w] = row[w];
+#pragma GCC unroll 8
+        for (int r = 0; r < TALL; r++) {
+            float x = rows[r][i * along];
+#pragma GCC unroll 8
+            for (int w = 0; w < wide; w++) sums[r][w] += x * y[w];
         }
     }
-    vector *sums[TALL] = {s0, s1, s2, s3};
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < TALL; r++)
         if (r < tall)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int w = 0; w < wide; w++) {
                 vector *out = (vector *)(c + r * c_row) + w;
                 *out = add ? *out + sums[r][w] : sums[r][w];
