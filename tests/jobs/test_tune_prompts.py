@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +212,7 @@ def _wait_for_port(port: int, process: subprocess.Popen) -> None:
     raise AssertionError("the cluster's dashboard did not come up")
 
 
+@pytest.mark.timeout(600)
 def test_the_job_submitted_to_a_running_cluster_publishes_the_same_prompts(undisturbed, cluster, tmp_path):
     ray, environment = cluster
     settings = project_in(tmp_path / "project")
@@ -222,14 +225,31 @@ def test_the_job_submitted_to_a_running_cluster_publishes_the_same_prompts(undis
 
 
 def submit(ray: str, environment: dict[str, str], *entrypoint: str) -> str:
-    command = [ray, "job", "submit", "--working-dir", str(ROOT), "--", *entrypoint]
-    for _ in range(30):  # the cluster takes jobs a little after its dashboard answers
-        submitted = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-        if "No available agent" not in submitted.stderr:
+    """What an entrypoint printed that was submitted to the cluster and succeeded."""
+
+    def job(*arguments: str) -> str:
+        command = [ray, "job", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True).stdout
+
+    name = f"test-{uuid.uuid4().hex[:8]}"
+    for attempt in range(30):  # the cluster takes jobs a little after its dashboard answers
+        try:
+            job("submit", "--no-wait", f"--submission-id={name}-{attempt}", f"--working-dir={ROOT}", "--", *entrypoint)
             break
-        time.sleep(2)
-    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    return submitted.stdout
+        except subprocess.CalledProcessError as error:
+            assert "No available agent" in error.stderr, error.stdout + error.stderr
+            time.sleep(2)
+        except subprocess.TimeoutExpired:
+            assert attempt < 2, "the cluster took no job"
+    name = f"{name}-{attempt}"
+    # Asked for, not followed: `ray job submit` that waits can wait for ever, and then tells nothing of the job.
+    deadline = time.monotonic() + 240
+    while not (ended := re.search("succeeded|failed|stopped", status := job("status", name))):
+        assert time.monotonic() < deadline, f"{status}\n{job('logs', name)}"
+        time.sleep(1)
+    output = job("logs", name)
+    assert ended[0] == "succeeded", output
+    return output
 
 
 @pytest.mark.skipif(not (ROOT.parent / "shared" / "data").exists(), reason="../shared/data is not there")
