@@ -100,7 +100,8 @@ def ablation(
         "a prompt runs with every row": bench.ours(OurOptions(nll=without.prompt_per_row)),
         "rows padded to the longest": bench.ours(OurOptions(nll=without.padded_rows)),
         "logits at every position": bench.ours(OurOptions(nll=without.all_logits)),
-        "float products of int8 weights": bench.ours(OurOptions(products="exact")),
+        "float gradients": bench.ours(OurOptions(products="int8_forward")),
+        "float products both ways": bench.ours(OurOptions(products="exact")),
         "no compiled kernels": bench.ours(OurOptions(kernels=False)),
     }
     _run(f"ablation, prompt length {length}, {tasks}, {batch} rows a task", sides, rounds, out, bench)
@@ -167,7 +168,7 @@ def quality(
     peer: Annotated[bool, typer.Option(help="Also PEFT and Trainer, one trial after another.")] = False,
     out: Out = Path("docs/benchmarks/quality.json"),
 ) -> None:
-    """Dev accuracy at equal steps: int8 products, exact products, float weights, and (--peer) PEFT's prompts."""
+    """Dev accuracy at equal steps: int8 products both ways, forward, and not; float weights; (--peer) PEFT's prompts."""
     from pipeline.benchmark.quality import compare_quality
     from pipeline.benchmark.tables import quality_table
 

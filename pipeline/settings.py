@@ -48,9 +48,9 @@ class ModelSettings(_Frozen):
     """`int8` quantises every linear layer row by row; `full` keeps the `dtype` below."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of activations and unquantised weights; `auto` is float32 on a CPU, bfloat16 on a GPU."""
-    products: Literal["auto", "int8", "exact"] = "auto"
-    """How int8 layers multiply while tuning: `int8` quantises activations and gradients too, row by row; `exact`
-    does not; `auto` is int8 where the processor has instructions for it."""
+    products: Literal["auto", "int8", "int8_forward", "exact"] = "auto"
+    """How int8 layers multiply while tuning: `int8` quantises activations and gradients too, row by row; `int8_forward`
+    activations only; `exact` neither; `auto` is int8 where the processor has instructions for it."""
 
 
 class ClusterSettings(_Frozen):

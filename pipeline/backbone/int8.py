@@ -9,7 +9,7 @@ Two kinds of product, both row-independent (so trials in one batch cannot touch 
 - exact: activations in their own type times the matrix converted on the fly, with an exact gradient;
 - int8: activations, too, are quantised row by row as they come, and whole numbers are multiplied; in the
   backward pass the gradient likewise, its scales folded in ("SwitchBack", Wortsman et al. 2023). Since weights
-  are frozen there is no weight gradient, so that every large product is in int8.
+  are frozen there is no weight gradient, so that every large product is in int8. The backward pass alone can be exact.
 
 Nothing is stored for the backward pass but a reference.
 """
@@ -53,6 +53,8 @@ class Int8Linear(nn.Module):
         """Whether checkpoints hold `[I, O]`, as for GPT-2's `Conv1D`."""
         self.sides = (int(weight.shape[0]), int(weight.shape[1]))
         self.int8_products = False
+        self.exact_backward = False
+        """Whether int8 products forward have an exact gradient."""
         self.kernels = False
         """Whether what surrounds the int8 product runs as compiled kernels, where these serve."""
         self.register_buffer("scale", _unknown_scale(weight))
@@ -61,7 +63,7 @@ class Int8Linear(nn.Module):
         """x `[..., I]` of any float type -> `[..., O]` of the same type."""
         if self.int8_products:
             kernels = self.kernels and native.serves(x, self.scale)
-            y = _Int8Product.apply(x, *_quantized(x, kernels), self.weight, self.scale, kernels)
+            y = _Int8Product.apply(x, *_quantized(x, kernels), self.weight, self.scale, kernels, self.exact_backward)
         else:
             y = _ExactProduct.apply(x, self.weight, self.scale)
         return y if self.bias is None else y + self.bias
@@ -119,27 +121,39 @@ class _ExactProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (grad,) = grads
-        scaled = (grad * ctx.scale).to(grad.dtype)
-        return scaled @ ctx.weight.to(grad.dtype), None, None
+        return _exact_gradient(grads[0], ctx.weight, ctx.scale), None, None
+
+
+def _exact_gradient(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    scaled = (grad * scale).to(grad.dtype)
+    return scaled @ weight.to(grad.dtype)
 
 
 class _Int8Product(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, kernels: bool
+        ctx: Any,
+        x: Tensor,
+        rows: Tensor,
+        row_scale: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        kernels: bool,
+        exact_backward: bool,
     ) -> Tensor:
-        ctx.weight, ctx.scale, ctx.kernels = weight, scale, kernels
+        ctx.weight, ctx.scale, ctx.kernels, ctx.exact_backward = weight, scale, kernels, exact_backward
         y = _rescale(_multiply(rows, weight.t()), row_scale, scale, kernels)
         return y.view(*x.shape[:-1], -1).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
+        (grad,), others = grads, (None,) * 6
+        if ctx.exact_backward:
+            return _exact_gradient(grad, ctx.weight, ctx.scale), *others
         kernels = ctx.kernels and native.serves(grad)
         rows, row_scale = _quantize(grad.flatten(0, -2), kernels, ctx.scale)
         dx = _rescale(_multiply(rows, ctx.weight), row_scale, None, kernels)
-        return dx.view(*grad.shape[:-1], -1).to(grad.dtype), None, None, None, None, None
+        return dx.view(*grad.shape[:-1], -1).to(grad.dtype), *others
 
 
 @dataclass(frozen=True)
@@ -198,15 +212,17 @@ def multiplies_int8_fast(device: torch.device) -> bool:
 
 
 def set_products(model: nn.Module, setting: str, device: torch.device) -> None:
-    """How the model's int8 layers multiply from now on: `int8`, `exact`, or `auto`, int8 where that is fast.
+    """How the model's int8 layers multiply from now on: `int8`, `int8_forward` (the gradient is exact), `exact`, or
+    `auto`, int8 where that is fast.
 
     The output layer stays exact: one large entry of a token's gradient over the vocabulary would leave the others
     no bits (measured on SmolLM2: the prompt's gradient then points elsewhere, cosine 0.2 to 0.5). cuBLAS takes int8
     matrices whose sides are multiples of 8; a layer with others stays exact there.
     """
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    int8 = setting == "int8" or (setting == "auto" and multiplies_int8_fast(device))
+    int8 = setting in ("int8", "int8_forward") or (setting == "auto" and multiplies_int8_fast(device))
     for module in model.modules():
         if isinstance(module, Int8Linear):
             sides_fit = device.type != "cuda" or all(side % 8 == 0 for side in module.sides)
             module.int8_products = int8 and sides_fit and module is not output
+            module.exact_backward = setting == "int8_forward"

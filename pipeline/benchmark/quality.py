@@ -1,7 +1,7 @@
 """Whether what makes a step fast costs the tuned prompts anything: dev metrics of several tasks and seeds."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -34,19 +34,28 @@ class Quality:
 
 def compare_quality(bench: Bench, with_peer: bool, out: Path) -> dict[str, Quality]:
     """Every way to tune the same trials, from the same prompts, on the same rows; written to `out` as JSON."""
-    sides = {
-        "int8 products": tune_and_score(bench, OurOptions(products="int8")),
-        "exact products": tune_and_score(bench, OurOptions(products="exact")),
-        "float32 weights": tune_and_score(bench, OurOptions(int8=False)),
+    ways = {
+        "int8 products": OurOptions(products="int8"),
+        "int8 products, exact gradients": OurOptions(products="int8_forward"),
+        "exact products": OurOptions(products="exact"),
+        "float32 weights": OurOptions(int8=False),
     }
+    sides: dict[str, Quality] = {}
+    for side, options in ways.items():
+        sides[side] = tune_and_score(bench, options)
+        _save(out, bench.steps, sides)  # each takes minutes: what is known is kept
     if with_peer:
         peer = bench.peer(PeerOptions())()
         after = score(bench, peer.prompts, OurOptions(int8=False))
         sides["PEFT + Trainer"] = Quality(sides["float32 weights"].before, after, sum(peer.seconds))
+        _save(out, bench.steps, sides)
+    return sides
+
+
+def _save(out: Path, steps: int, sides: Mapping[str, Quality]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     plain = {side: {**asdict(quality), "mean": quality.mean} for side, quality in sides.items()}
-    out.write_text(json.dumps({"device": device_name(), "steps": bench.steps, "sides": plain}, indent=1) + "\n")
-    return sides
+    out.write_text(json.dumps({"device": device_name(), "steps": steps, "sides": plain}, indent=1) + "\n")
 
 
 def tune_and_score(bench: Bench, options: OurOptions) -> Quality:

@@ -59,10 +59,10 @@ def test_an_embedding_gives_the_kept_rows():
     torch.testing.assert_close(layer(ids), (layer.weight.float() * layer.scale[:, None])[ids])
 
 
-def both_products(weight: torch.Tensor, x: torch.Tensor, upstream: torch.Tensor):
+def both_products(weight: torch.Tensor, x: torch.Tensor, upstream: torch.Tensor, settings=("exact", "int8")):
     """Output and gradient of the exact product, then of the int8 one."""
     results = []
-    for setting in ("exact", "int8"):
+    for setting in settings:
         layer = loaded(weight, lambda parameter: Int8Linear(parameter, None))
         set_products(layer, setting, torch.device("cpu"))
         x = x.detach().requires_grad_()
@@ -80,6 +80,15 @@ def test_int8_products_and_gradients_are_near_the_exact_ones(dtype):
         assert ours.dtype == dtype and ours.shape == reference.shape
         error = (ours.float() - reference.float()).norm() / reference.float().norm()
         assert error < 0.02
+
+
+def test_int8_products_forward_alone_have_the_exact_gradient_bit_by_bit():
+    torch.manual_seed(0)
+    weight, x, upstream = torch.randn(40, 24), torch.randn(6, 24), torch.randn(6, 40)
+    _, exact_dx, y, dx = both_products(weight, x, upstream, ("exact", "int8_forward"))
+    _, _, int8_y, int8_dx = both_products(weight, x, upstream)
+    assert torch.equal(y, int8_y)
+    assert torch.equal(dx, exact_dx) and not torch.equal(dx, int8_dx)
 
 
 def test_a_row_of_an_int8_product_does_not_depend_on_the_others_bit_by_bit():
