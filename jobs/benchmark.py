@@ -5,6 +5,7 @@ python jobs/benchmark.py peers --data ../shared/data --length 100   # against PE
 python jobs/benchmark.py ablation --data ../shared/data             # what each part of a fast step brings
 python jobs/benchmark.py lengths --data ../shared/data              # what a longer prompt costs
 python jobs/benchmark.py growth --data ../shared/data               # 1 to 256 trials in one run
+python jobs/benchmark.py zero --data ../shared/data                 # what ZeRO-3 costs
 python jobs/benchmark.py quality --data ../shared/data              # whether speed costs the prompts anything
 """
 
@@ -43,6 +44,7 @@ Batch = Annotated[int, typer.Option(help="Rows a step of every task.")]
 Out = Annotated[Path, typer.Option(help="JSON file for the results.")]
 
 FOUR = "sst2,trec,cr,mpqa"
+WITH_DEV = "sst2,cr,mpqa,subj"
 
 
 @app.command()
@@ -153,9 +155,33 @@ def growth(
 
 
 @app.command()
-def quality(
+def zero(
     data: Data,
     tasks: Tasks = FOUR,
+    model: Model = "smollm2-135m",
+    length: Annotated[int, typer.Option(help="Prompt length.")] = 100,
+    batch: Batch = 16,
+    steps: Steps = 5,
+    rounds: Rounds = 3,
+    ranks: Ranks = 2,
+    threads: Threads = 2,
+    out: Out = Path("docs/benchmarks/zero.json"),
+) -> None:
+    """What ZeRO-3 costs where the model would fit every rank: partitioned against whole on each."""
+    from pipeline.benchmark.bench import OurOptions
+
+    bench = _bench(data, tasks.split(","), model, length, batch, steps, ranks, threads)
+    sides = {
+        "partitioned by ZeRO-3": bench.ours(),
+        "whole on every rank": bench.ours(OurOptions(partitioned=False)),
+    }
+    _run(f"ZeRO-3, {ranks} ranks, prompt length {length}, {tasks}, {batch} rows a task", sides, rounds, out, bench)
+
+
+@app.command()
+def quality(
+    data: Data,
+    tasks: Tasks = WITH_DEV,
     model: Model = "smollm2-135m",
     length: Annotated[int, typer.Option(help="Prompt length.")] = 20,
     batch: Batch = 8,
@@ -168,7 +194,7 @@ def quality(
     peer: Annotated[bool, typer.Option(help="Also PEFT and Trainer, one trial after another.")] = False,
     out: Out = Path("docs/benchmarks/quality.json"),
 ) -> None:
-    """Dev accuracy at equal steps: int8 products both ways, forward, and not; float weights; (--peer) PEFT's prompts."""
+    """Dev accuracy at equal steps: int8 products, forward alone, none; float weights; (--peer) PEFT's prompts."""
     from pipeline.benchmark.quality import compare_quality
     from pipeline.benchmark.tables import quality_table
 

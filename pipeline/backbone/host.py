@@ -94,8 +94,8 @@ def host_backbone(
 ) -> Backbone:
     """Load the frozen model: whole into this process, or partitioned over all ranks of torch.distributed.
 
-    `products` (`exact`, `int8`, `int8_forward` or `auto`, see `int8.set_products`) tells how int8 layers multiply, `kernels` whether
-    parts of the layers run as compiled kernels where these serve (`native`).
+    `products` (`exact`, `int8`, `int8_forward` or `auto`, see `int8.set_products`) tells how int8 layers multiply,
+    `kernels` whether parts of the layers run as compiled kernels where these serve (`native`).
     Sharded, no rank ever holds the whole model: leaf by leaf a tensor is read, quantised and partitioned.
     Raises: BackboneError when weights are damaged or missing.
     """

@@ -33,6 +33,8 @@ class OurOptions:
     products: str = "auto"
     kernels: bool = True
     int8: bool = True
+    partitioned: bool = True
+    """Over the ranks by ZeRO-3, where there are several; else every rank holds the whole model."""
     nll: Callable[..., Tensor] = prompted.target_nll
     token_budget: int = 4096
 
@@ -91,7 +93,7 @@ def host_for(bench: Bench, options: OurOptions) -> Backbone:
         int8=options.int8,
         dtype=compute_dtype("auto", device),
         device=device,
-        sharded=dist.get_world_size() > 1,
+        sharded=options.partitioned and dist.get_world_size() > 1,
         products=options.products,
         kernels=options.kernels,
     )
