@@ -104,6 +104,7 @@ def ablation(
         "logits at every position": bench.ours(OurOptions(nll=without.all_logits)),
         "float gradients": bench.ours(OurOptions(products="int8_forward")),
         "float products both ways": bench.ours(OurOptions(products="exact")),
+        "partitioned by ZeRO-3": bench.ours(OurOptions(partition="always")),
         "no compiled kernels": bench.ours(OurOptions(kernels=False)),
     }
     _run(f"ablation, prompt length {length}, {tasks}, {batch} rows a task", sides, rounds, out, bench)
@@ -172,8 +173,8 @@ def zero(
 
     bench = _bench(data, tasks.split(","), model, length, batch, steps, ranks, threads)
     sides = {
-        "partitioned by ZeRO-3": bench.ours(),
-        "whole on every rank": bench.ours(OurOptions(partitioned=False)),
+        "partitioned by ZeRO-3": bench.ours(OurOptions(partition="always")),
+        "whole on every rank": bench.ours(OurOptions(partition="never")),
     }
     _run(f"ZeRO-3, {ranks} ranks, prompt length {length}, {tasks}, {batch} rows a task", sides, rounds, out, bench)
 

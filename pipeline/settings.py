@@ -55,7 +55,10 @@ class ModelSettings(_Frozen):
 
 class ClusterSettings(_Frozen):
     num_workers: int = Field(1, ge=1)
-    """Ranks; the model is partitioned over them by ZeRO-3."""
+    """Ranks: they share the rows of every step, and the model where it is partitioned."""
+    partition: Literal["auto", "always", "never"] = "auto"
+    """Whether ZeRO-3 partitions the model over the ranks. `auto` does so unless it takes less than a quarter of every
+    rank's free memory: whole on every rank, nothing has to be gathered."""
     use_gpu: bool = False
     address: str | None = None
     """Ray address; without it RAY_ADDRESS is used, and without that a local Ray is started."""

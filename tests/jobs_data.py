@@ -27,7 +27,7 @@ def make_project(folder: Path, family: str = "llama", **defaults: Any) -> dict[s
     return {
         "run": {"name": "small", "storage": str(folder / "runs"), "checkpoint_every": 5},
         "model": {"path": str(folder / "model")},
-        "cluster": {"num_workers": 2},
+        "cluster": {"num_workers": 2, "partition": "always"},
         "defaults": {
             "prompt": {"length": 4},
             "optimizer": {"lr": 0.1},

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -22,6 +21,7 @@ from pipeline.benchmark.ours import tune_together
 from pipeline.benchmark.peft_trainer import PeerOptions, load_peer_model, tune_one_by_one
 from pipeline.benchmark.ranks import run_ranks
 from pipeline.benchmark.work import TaskWork, WorkOptions, load_work
+from pipeline.tuning.placement import partitions
 
 _COMMON_TOKENS = 5_000
 
@@ -33,8 +33,8 @@ class OurOptions:
     products: str = "auto"
     kernels: bool = True
     int8: bool = True
-    partitioned: bool = True
-    """Over the ranks by ZeRO-3, where there are several; else every rank holds the whole model."""
+    partition: str = "auto"
+    """Whether ZeRO-3 partitions the model over the ranks, see `placement.partitions`."""
     nll: Callable[..., Tensor] = prompted.target_nll
     token_budget: int = 4096
 
@@ -87,13 +87,14 @@ def host_for(bench: Bench, options: OurOptions) -> Backbone:
     torch.set_num_threads(max(1, bench.threads // bench.ranks))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     files = find_model(bench.model)
+    config, dtype = read_config(files), compute_dtype("auto", device)
     backbone = host_backbone(
         files,
-        read_config(files),
+        config,
         int8=options.int8,
-        dtype=compute_dtype("auto", device),
+        dtype=dtype,
         device=device,
-        sharded=options.partitioned and dist.get_world_size() > 1,
+        sharded=partitions(options.partition, config, options.int8, dtype, device),
         products=options.products,
         kernels=options.kernels,
     )

@@ -19,6 +19,8 @@ def print_plan(checked: CheckedRun, console: Console) -> None:
         markup=False,
     )
     console.print(memory_table(memory.parts, settings.cluster.num_workers))
+    if settings.cluster.partition == "auto" and settings.cluster.num_workers > 1:
+        console.print("(partitioned; where every rank has room for four times the whole model, each holds it whole)")
     console.print(f"run {settings.run.storage}/{settings.run.name} -> bank {settings.bank.uri} ({settings.bank.alias})")
 
 

@@ -18,6 +18,7 @@ from pipeline.errors import TuningError
 from pipeline.settings import Settings
 from pipeline.tuning.journal import Journal
 from pipeline.tuning.loop import TuningRun, tune
+from pipeline.tuning.placement import partitions
 from pipeline.tuning.ranks import rank, world_size
 from pipeline.tuning.trials import Trial, make_trials
 
@@ -76,14 +77,18 @@ def work(order: Order, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     journal = Journal(Path(order.run_folder), silent=rank() != 0)
-    journal.event("stage", name="backbone", text=f"loading {settings.model.path} over {world_size()} rank(s)")
+    config, int8 = AutoConfig.from_pretrained(order.model_folder), settings.model.weights == "int8"
+    dtype = compute_dtype(settings.model.dtype, device)
+    sharded = partitions(settings.cluster.partition, config, int8, dtype, device)
+    how = "partitioned over" if sharded else "whole on each of"
+    journal.event("stage", name="backbone", text=f"loading {settings.model.path}, {how} {world_size()} rank(s)")
     backbone = host_backbone(
         find_model(settings.model.path),
-        AutoConfig.from_pretrained(order.model_folder),
-        int8=settings.model.weights == "int8",
-        dtype=compute_dtype(settings.model.dtype, device),
+        config,
+        int8=int8,
+        dtype=dtype,
         device=device,
-        sharded=world_size() > 1,
+        sharded=sharded,
         products=settings.model.products,
     )
     keep_freed_memory()

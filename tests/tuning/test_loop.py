@@ -160,10 +160,10 @@ def test_a_changed_task_starts_anew_and_the_others_are_kept(model, tmp_path):
     np.testing.assert_array_equal(prompts_of(after)["third"], prompts_of(before)["third"])
 
 
-def tune_on_rank(folder, model_folder):
+def tune_on_rank(folder, model_folder, sharded):
     files = find_model(str(model_folder))
     backbone = host_backbone(
-        files, read_config(files), int8=True, dtype=torch.float32, device=torch.device("cpu"), sharded=True
+        files, read_config(files), int8=True, dtype=torch.float32, device=torch.device("cpu"), sharded=sharded
     )
     tokenizer = read_tokenizer(files)
     # Each rank writes the same corpora for itself; the run's folder is shared.
@@ -172,10 +172,11 @@ def tune_on_rank(folder, model_folder):
     return [(state.trial.name, state.prompt.detach().numpy(), state.history, state.test) for state in states]
 
 
-def test_two_ranks_reach_the_prompts_and_metrics_of_one_process(model, tmp_path):
+@pytest.mark.parametrize("sharded", [True, False], ids=["partitioned", "whole"])
+def test_two_ranks_reach_the_prompts_and_metrics_of_one_process(model, tmp_path, sharded):
     backbone, tokenizer, folder = model
     alone = tune(make_run(tmp_path / "one", tokenizer, backbone.architecture), backbone, tokenizer)
-    for rank in run_ranks(2, tune_on_rank, tmp_path / "two", folder):
+    for rank in run_ranks(2, tune_on_rank, tmp_path / "two", folder, sharded):
         for (name, prompt, history, test), state in zip(rank, alone, strict=True):
             assert_same_prompts({name: prompt}, prompts_of(alone))
             assert [e.value for e in history] == [e.value for e in state.history]

@@ -1,0 +1,42 @@
+"""Whether the ranks share one backbone, partitioned by ZeRO-3, or each holds it whole."""
+
+import os
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PretrainedConfig
+
+from pipeline.backbone.memory import estimate_memory
+from pipeline.tuning.ranks import true_on_all, world_size
+
+_MOST = 0.25
+"""The share of a rank's free memory that a whole backbone may take; the rest is for activations, and for others."""
+
+
+def partitions(setting: str, config: PretrainedConfig, int8: bool, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether to partition the backbone: `always`, `never`, or `auto`, where a rank has little room for all of it.
+
+    Every rank must call this; all get the same answer.
+    """
+    if world_size() == 1 or setting == "never":
+        return False
+    needed = estimate_memory(config, int8, dtype, 1, 0)
+    fits = needed.weights + needed.gathered <= _MOST * free_bytes(device)
+    return setting == "always" or not true_on_all(fits, device)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of this rank: its GPU's, or its part of the machine's (of the container's, where that has less)."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    return min(psutil.virtual_memory().available, _container_bytes()) // ranks_here
+
+
+def _container_bytes(folder: Path = Path("/sys/fs/cgroup")) -> int:
+    """What a container (cgroup v2) may still take."""
+    try:
+        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return 2**62
