@@ -89,7 +89,7 @@ def test_a_large_row_group_is_shared_out_and_read_once(tmp_path: Path) -> None:
     units = read_units(source)
     assert len(source.files[0].row_groups) == 1 and len(units) == 5
     read = [[text for _, b in read_texts(source.filesystem, u, ["text"], HERE) for text in b["text"]] for u in units]
-    assert sum(read, []) == texts
+    assert [text for part in read for text in part] == texts
     assert max(map(len, read)) - min(map(len, read)) <= 1
 
 
@@ -102,9 +102,7 @@ def test_reading_holds_a_few_pages_and_not_a_row_group(tmp_path: Path) -> None:
     assert len(source.files[0].row_groups) == 1 and size > 45 * 2**20
     before = pa.total_allocated_bytes()
     units = read_units(source)
-    held = [
-        pa.total_allocated_bytes() for unit in units for _ in read_texts(source.filesystem, unit, ["text"], HERE)
-    ]
+    held = [pa.total_allocated_bytes() for unit in units for _ in read_texts(source.filesystem, unit, ["text"], HERE)]
     assert max(held) - before < size / 4
 
 
