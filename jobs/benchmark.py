@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure tuning against what a user would pick instead. Runs without Ray, from one command.
+"""Measure against what a user would pick instead. Runs without Ray (except corpus), from one command.
 
 python jobs/benchmark.py peers --data ../shared/data --length 100   # against PEFT and transformers' Trainer
 python jobs/benchmark.py ablation --data ../shared/data             # what each part of a fast step brings
@@ -7,6 +7,7 @@ python jobs/benchmark.py lengths --data ../shared/data              # what a lon
 python jobs/benchmark.py growth --data ../shared/data               # 1 to 256 trials in one run
 python jobs/benchmark.py zero --data ../shared/data                 # what ZeRO-3 costs
 python jobs/benchmark.py quality --data ../shared/data              # whether speed costs the prompts anything
+python jobs/benchmark.py corpus --data ../shared/data               # tokenising through Ray Data, by corpus size
 """
 
 import os
@@ -203,6 +204,28 @@ def quality(
     bench = _bench(data, tasks.split(","), model, length, batch, steps, ranks, threads, **work)
     result = compare_quality(bench, peer, out)
     console.print(quality_table(result))
+    console.print(f"Written to {out}.")
+
+
+@app.command()
+def corpus(
+    data: Data,
+    model: Model = "smollm2-135m",
+    gigabytes: Annotated[float, typer.Option(help="The largest corpus.")] = 1.0,
+    rounds: Rounds = 3,
+    speed_megabytes: Annotated[float, typer.Option(help="Parquet of a round, for either kind of text.")] = 40.0,
+    scratch: Annotated[Path | None, typer.Option(help="Where corpora are generated, and deleted after.")] = None,
+    out: Out = Path("docs/benchmarks/corpus.json"),
+) -> None:
+    """Tokenising through Ray Data: rate against the bare fast tokenizer, memory by size, an unchanged second night."""
+    from pipeline.benchmark.corpus import measure_corpus, save_figures
+    from pipeline.benchmark.tables import corpus_tables
+
+    sizes = [size for size in (10.0, 100.0, 1000.0) if size < gigabytes * 1000] + [gigabytes * 1000]
+    figures = measure_corpus(data, model, sizes, rounds, speed_megabytes, scratch)
+    for table in corpus_tables(figures):
+        console.print(table)
+    save_figures(out, figures)
     console.print(f"Written to {out}.")
 
 

@@ -6,6 +6,7 @@ import numpy as np
 from rich.table import Table
 
 from pipeline.benchmark.comparison import Result
+from pipeline.benchmark.corpus import CorpusFigures
 from pipeline.benchmark.quality import Quality
 
 
@@ -41,6 +42,25 @@ def quality_table(sides: Mapping[str, Quality]) -> Table:
         cells = [f"{np.mean(quality.after[task]):.3f} ± {np.std(quality.after[task]):.3f}" for task in tasks]
         table.add_row(side, *cells, f"{quality.mean:.3f}", f"{quality.seconds:.0f}")
     return table
+
+
+def corpus_tables(figures: CorpusFigures) -> tuple[Table, Table]:
+    """Rates against the bare tokenizer, and memory and seconds by corpus size."""
+    speed = Table(title=f"tokenising on {figures.cores} cores ({figures.device})", title_justify="left")
+    for column in ("texts", "tokens a text", "bare, k tokens/s", "ours, k tokens/s", "ours / bare"):
+        speed.add_column(column)
+    for name, of in figures.speed.items():
+        low, middle, high = of.ratio
+        rates = [_joined([rate / 1000 for rate in side], "{:.0f}") for side in (of.bare, of.ours)]
+        speed.add_row(name, f"{of.tokens_a_text:.0f}", *rates, f"{middle:.2f} ({low:.2f} – {high:.2f})")
+    nights = Table(title="a task's corpus by size", title_justify="left")
+    for column in ("MB", "rows", "driver, MiB", "greatest worker, MiB", "workers, MiB", "first night, s", "second, s"):
+        nights.add_column(column)
+    for night in figures.nights:
+        memory = (night.driver_mib, night.worker_mib, night.workers_mib)
+        seconds = f"{night.first_seconds:.1f}", f"{night.second_seconds:.1f}"
+        nights.add_row(f"{night.megabytes:.0f}", f"{night.rows:,}", *map(str, memory), *seconds)
+    return speed, nights
 
 
 def _joined(values: Sequence[float], form: str) -> str:

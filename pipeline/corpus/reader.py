@@ -1,6 +1,5 @@
 """Token shards -> `TokenSet`: one split in the order of its row ids, on every rank and for any layout of the files."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,11 +13,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.corpus.rows import SHARD_SCHEMA, RowStatus
+from pipeline.corpus.tally import NO_ROWS, SplitSummary, tally_rows
 from pipeline.errors import CorpusError
 
 MANIFEST = "manifest.json"
 _ID_SPACE = 2**64
 _BATCH_ROWS = 8192
+_ID_ROWS = 2**18
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -38,17 +39,9 @@ class SplitRef:
         """First id in, first id out; neighbours that share a fraction share this number."""
         return int(self.fraction_from * _ID_SPACE), int(self.fraction_to * _ID_SPACE)
 
-
-@dataclass(frozen=True)
-class SplitSummary:
-    counts: dict[str, int]
-    """Rows by status ("ok", "null", "empty", "input_long", "target_long")."""
-    digest: str
-    """Of the multiset of row ids: the same rows anywhere give the same digest."""
-
     @property
-    def rows(self) -> int:
-        return sum(self.counts.values())
+    def is_whole(self) -> bool:
+        return self.id_range == (0, _ID_SPACE)
 
 
 @dataclass(frozen=True)
@@ -116,25 +109,27 @@ def open_split(ref: SplitRef, limit: int | None = None) -> TokenSet:
 
 
 def summarise_split(ref: SplitRef) -> SplitSummary:
-    """Count a split's rows by status and digest their ids, in memory that does not grow with them."""
-    counts = np.zeros(len(RowStatus), np.int64)
-    total, squares = np.uint64(0), np.uint64(0)
+    """Count a split's rows by status and digest their ids; a whole folder's are in its manifest already."""
+    manifest = _manifest(ref)
+    if ref.is_whole and "corpus_digest" in manifest:
+        return SplitSummary(manifest["counts"], manifest["corpus_digest"])
+    tally = NO_ROWS
     low, high = ref.id_range
-    for batch in _batches(ref, ["row_id", "status"]):
+    for batch in _batches(ref, ["row_id", "status"], _ID_ROWS):
         ids, statuses = batch["row_id"].to_numpy(), batch["status"].to_numpy()
         inside = _inside(ids, low, high)
-        ids, statuses = ids[inside], statuses[inside]
-        counts += np.bincount(statuses, minlength=len(RowStatus))
-        # Sums modulo 2**64: they need no order and count duplicates; the ids are hashes already.
-        with np.errstate(over="ignore"):
-            total, squares = total + ids.sum(), squares + (ids * ids).sum()
-    digest = hashlib.sha256(f"{counts.sum()} {total} {squares}".encode()).hexdigest()
-    return SplitSummary({status.name.lower(): int(counts[status]) for status in RowStatus}, digest)
+        tally += tally_rows(ids[inside], statuses[inside])
+    return tally.summary
 
 
 def unique_targets(ref: SplitRef) -> Iterator[str]:
     """Each different target of the split's usable rows, once; stop early to bound time and memory."""
     low, high = ref.id_range
+    listed = _manifest(ref).get("target_ids")
+    # What begins at the least id or ends at the greatest holds a target if it holds the first or last row with it.
+    if listed is not None and (low == 0 or high == _ID_SPACE):
+        yield from (target for target, (first, last) in listed.items() if (first < high if low == 0 else last >= low))
+        return
     seen: set[str] = set()
     for batch in _batches(ref, ["row_id", "status", "target"]):
         for target in pc.unique(batch["target"].filter(pa.array(_usable(batch, low, high)))).to_pylist():
@@ -174,13 +169,17 @@ def _inside(ids: UInt64, low: int, high: int) -> npt.NDArray[np.bool_]:
     return inside
 
 
-def _batches(ref: SplitRef, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def _manifest(ref: SplitRef) -> dict[str, Any]:
     manifest = read_manifest(ref.dir)
     if manifest is None:
         raise CorpusError(f"the token shards in {ref.dir} are missing or incomplete; run the job again to build them")
-    for name in manifest["files"]:
+    return manifest
+
+
+def _batches(ref: SplitRef, columns: Sequence[str], rows: int = _BATCH_ROWS) -> Iterator[pa.RecordBatch]:
+    for name in _manifest(ref)["files"]:
         with pq.ParquetFile(Path(ref.dir) / name, pre_buffer=False, buffer_size=2**20) as shard:
-            yield from shard.iter_batches(_BATCH_ROWS, columns=list(columns), use_threads=False)
+            yield from shard.iter_batches(rows, columns=list(columns), use_threads=False)
 
 
 def _one_array(column: pa.ChunkedArray) -> pa.Array:

@@ -1,7 +1,8 @@
-"""One read unit (some row groups of one file) -> batches of column texts, in a memory that no file can raise."""
+"""One read unit (some rows of one file) -> batches of column texts, in a memory that no file can raise."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,7 +12,10 @@ from pipeline.corpus.files import Source, SourceFile, one_line
 from pipeline.corpus.template import column_texts
 from pipeline.errors import CorpusError
 
-_UNIT_BYTES = 64 * 2**20
+_UNITS = 64
+_LEAST_UNIT_BYTES, _MOST_UNIT_BYTES = 2 * 2**20, 16 * 2**20
+# A slice reads and drops the rows before it, which costs each about a hundredth of what tokenising it does.
+_MOST_SLICES = 16
 _BATCH_BYTES = 2**20
 _BATCH_ROWS = 1024
 _STREAM_BUFFER = 2**20
@@ -19,10 +23,12 @@ _STREAM_BUFFER = 2**20
 
 @dataclass(frozen=True)
 class ReadUnit:
-    """What one Ray task reads at a time."""
+    """What one Ray task reads at a time: rows `first` to `end` (not included) of some row groups of one file."""
 
     file: SourceFile
     row_groups: tuple[int, ...]
+    first: int
+    end: int
 
     @property
     def batch_rows(self) -> int:
@@ -32,21 +38,36 @@ class ReadUnit:
 
 
 def read_units(source: Source) -> tuple[ReadUnit, ...]:
-    """Cut the files into units of neighbouring row groups, none over 64 MiB unless a single row group is."""
-    units: list[ReadUnit] = []
-    for file in source.files:
-        group_ids: list[int] = []
-        size = 0
-        for group, (rows, nbytes) in enumerate(file.row_groups):
-            if group_ids and size + nbytes > _UNIT_BYTES:
-                units.append(ReadUnit(file, tuple(group_ids)))
-                group_ids, size = [], 0
-            if rows:
-                group_ids.append(group)
-                size += nbytes
-        if group_ids:
-            units.append(ReadUnit(file, tuple(group_ids)))
-    return tuple(units)
+    """Cut the files into units of like size, enough of them to keep many cores busy to the end.
+
+    A unit is some neighbouring row groups, or a slice of a large one.
+    """
+    size = sum(nbytes for file in source.files for _, nbytes in file.row_groups)
+    unit_bytes = min(max(size // _UNITS, _LEAST_UNIT_BYTES), _MOST_UNIT_BYTES)
+    return tuple(unit for file in source.files for unit in _cut(file, unit_bytes))
+
+
+def _cut(file: SourceFile, unit_bytes: int) -> Iterator[ReadUnit]:
+    group_ids: list[int] = []
+    gathered_rows, size = 0, 0
+    for group, (rows, nbytes) in enumerate(file.row_groups):
+        if group_ids and size + nbytes > unit_bytes:
+            yield ReadUnit(file, tuple(group_ids), 0, gathered_rows)
+            group_ids, gathered_rows, size = [], 0, 0
+        if nbytes > unit_bytes:
+            yield from _slices(file, group, rows, nbytes, unit_bytes)
+        elif rows:
+            group_ids.append(group)
+            gathered_rows, size = gathered_rows + rows, size + nbytes
+    if group_ids:
+        yield ReadUnit(file, tuple(group_ids), 0, gathered_rows)
+
+
+def _slices(file: SourceFile, group: int, rows: int, nbytes: int, unit_bytes: int) -> Iterator[ReadUnit]:
+    count = min(-(-nbytes // unit_bytes), _MOST_SLICES, rows)
+    bounds = [rows * slice_ // count for slice_ in range(count + 1)]
+    for first, end in pairwise(bounds):
+        yield ReadUnit(file, (group,), first, end)
 
 
 def read_texts(
@@ -67,7 +88,8 @@ def read_texts(
             buffer_size=_STREAM_BUFFER,
             page_checksum_verification=True,
         ) as file:
-            for batch in file.iter_batches(unit.batch_rows, list(unit.row_groups), own, use_threads=False):
+            batches = file.iter_batches(unit.batch_rows, list(unit.row_groups), own, use_threads=False)
+            for batch in _between(batches, unit.first, unit.end):
                 texts = {name: column_texts(batch[name]) for name in own}
                 yield batch.num_rows, texts | {name: [value] * batch.num_rows for name, value in fixed.items()}
     except UnicodeDecodeError as error:
@@ -76,3 +98,15 @@ def read_texts(
         raise CorpusError(
             f"{where}: {unit.file.path} is damaged ({one_line(error)}); write it again or leave it out"
         ) from error
+
+
+def _between(batches: Iterable[pa.RecordBatch], first: int, end: int) -> Iterator[pa.RecordBatch]:
+    """The rows `first` to `end` of what `batches` hold together."""
+    start = 0
+    for batch in batches:
+        low, high = max(first - start, 0), min(end - start, batch.num_rows)
+        if low < high:
+            yield batch.slice(low, high - low)
+        start += batch.num_rows
+        if start >= end:
+            return

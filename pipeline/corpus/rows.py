@@ -1,16 +1,17 @@
 """One batch of corpus rows -> the rows of a token shard. Pure: no Ray, no files."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from itertools import chain, compress
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.corpus.encoding import Architecture, encode_inputs, encode_targets
-from pipeline.corpus.template import Template, render
+from pipeline.corpus.encoding import Architecture, FastTokenizer, encode_inputs, encode_targets
+from pipeline.corpus.template import Rendered, Template, render_rows
 
 
 class RowStatus(IntEnum):
@@ -51,70 +52,77 @@ class Recipe:
         return tuple(dict.fromkeys(self.input.columns + self.target.columns))
 
 
-def row_identity(input_text: str | None, target_text: str | None) -> int:
-    """The 64-bit name of a text-to-text pair: order and splits derive from it and from nothing else."""
-    canonical = json.dumps([input_text, target_text], ensure_ascii=False).encode()
-    return int.from_bytes(hashlib.blake2b(canonical).digest()[:8], "big")
-
-
-def tokenise_rows(recipe: Recipe, tokenizer: Any, columns: Mapping[str, Sequence[str | None]], rows: int) -> pa.Table:
-    """Columns of B texts -> a table of B rows with SHARD_SCHEMA; unusable rows keep a status and no tokens."""
-    inputs = [_fill(recipe.input, columns, row) for row in range(rows)]
-    targets = [_fill(recipe.target, columns, row) for row in range(rows)]
-    statuses = [_text_status(pair) for pair in zip(inputs, targets, strict=True)]
-    ids = [row_identity(i.text, t.text) for i, t in zip(inputs, targets, strict=True)]
-
-    kept = [row for row, status in enumerate(statuses) if status == RowStatus.OK]
-    input_ids = _spread(rows, kept, encode_inputs(tokenizer, recipe.architecture, [inputs[r].text or "" for r in kept]))
-    target_ids = _spread(
-        rows,
-        kept,
-        encode_targets(tokenizer, recipe.architecture, recipe.separator, [targets[r].text or "" for r in kept]),
+def row_identities(inputs: Sequence[str | None], targets: Sequence[str | None]) -> npt.NDArray[np.uint64]:
+    """[B] pairs -> [B] 64-bit names of them: order and splits derive from these and from nothing else."""
+    digests = (
+        hashlib.blake2b((_canonical(one) + _canonical(other)).encode(), digest_size=8).digest()
+        for one, other in zip(inputs, targets, strict=True)
     )
-    for row in kept:
-        if len(input_ids[row]) > recipe.max_input_tokens:
-            statuses[row] = RowStatus.INPUT_LONG
-        elif len(target_ids[row]) > recipe.max_target_tokens:
-            statuses[row] = RowStatus.TARGET_LONG
-    used = [status == RowStatus.OK for status in statuses]
+    return np.frombuffer(b"".join(digests), ">u8").astype(np.uint64)
+
+
+def _canonical(text: str | None) -> str:
+    # With its length in front, no text and its neighbour can be read as another pair.
+    return "-" if text is None else f"{len(text)}:{text}"
+
+
+def tokenise_rows(
+    recipe: Recipe, tokenizer: FastTokenizer, columns: Mapping[str, Sequence[str | None]], rows: int
+) -> pa.Table:
+    """Columns of B texts -> a table of B rows with SHARD_SCHEMA; unusable rows keep a status and no tokens."""
+    inputs = render_rows(recipe.input, columns, rows)
+    targets = render_rows(recipe.target, columns, rows)
+    statuses = _text_statuses(inputs, targets)
+    kept = np.flatnonzero(statuses == RowStatus.OK)
+    kept_inputs, kept_targets = _texts(inputs, kept), _texts(targets, kept)
+
+    input_ids = encode_inputs(tokenizer, recipe.architecture, kept_inputs)
+    # A task's targets are often a few labels: each different one is encoded once.
+    different = list(dict.fromkeys(kept_targets))
+    encoded = encode_targets(tokenizer, recipe.architecture, recipe.separator, different)
+    ids_of = dict(zip(different, encoded, strict=True))
+    target_ids = [ids_of[target] for target in kept_targets]
+
+    input_long = _lengths(input_ids) > recipe.max_input_tokens
+    target_long = _lengths(target_ids) > recipe.max_target_tokens
+    statuses[kept[target_long]] = RowStatus.TARGET_LONG
+    statuses[kept[input_long]] = RowStatus.INPUT_LONG
+    used = ~(input_long | target_long)
     return pa.table(
         {
-            "row_id": ids,
-            "status": [int(status) for status in statuses],
-            "input_ids": [tokens if use else [] for tokens, use in zip(input_ids, used, strict=True)],
-            "target_ids": [tokens if use else [] for tokens, use in zip(target_ids, used, strict=True)],
-            "target": [target.text if use else "" for target, use in zip(targets, used, strict=True)],
+            "row_id": row_identities(inputs.texts, targets.texts),
+            "status": statuses,
+            "input_ids": _token_lists(rows, kept[used], list(compress(input_ids, used))),
+            "target_ids": _token_lists(rows, kept[used], list(compress(target_ids, used))),
+            "target": [text if ok else "" for text, ok in zip(targets.texts, statuses == RowStatus.OK, strict=True)],
         },
         schema=SHARD_SCHEMA,
     )
 
 
-@dataclass(frozen=True)
-class _Filled:
-    text: str | None
-    """None when a column of the template is null."""
-    blank: bool
-    """Nothing but white space came out of the columns, or in all."""
+def _text_statuses(inputs: Rendered, targets: Rendered) -> npt.NDArray[np.int8]:
+    """[B] statuses as far as the texts alone decide them."""
+    statuses = np.full(len(inputs.texts), RowStatus.OK, np.int8)
+    for side in (inputs, targets):
+        statuses[np.asarray(side.blank, bool)] = RowStatus.EMPTY
+    for side in (inputs, targets):
+        if None in side.texts:
+            statuses[[text is None for text in side.texts]] = RowStatus.NULL
+    return statuses
 
 
-def _fill(template: Template, columns: Mapping[str, Sequence[str | None]], row: int) -> _Filled:
-    values = {name: value for name in template.columns if (value := columns[name][row]) is not None}
-    if len(values) < len(template.columns):
-        return _Filled(None, False)
-    text = render(template, values)
-    # "review: {text}" without a text is as empty as "{text}" without one.
-    nothing_in = bool(values) and not any(value.strip() for value in values.values())
-    return _Filled(text, nothing_in or not text.strip())
+def _texts(rendered: Rendered, kept: npt.NDArray[np.intp]) -> list[str]:
+    return [rendered.texts[row] or "" for row in kept.tolist()]
 
 
-def _text_status(pair: tuple[_Filled, _Filled]) -> RowStatus:
-    if any(side.text is None for side in pair):
-        return RowStatus.NULL
-    return RowStatus.EMPTY if any(side.blank for side in pair) else RowStatus.OK
+def _lengths(ids: Sequence[Sequence[int]]) -> npt.NDArray[np.int32]:
+    return np.fromiter(map(len, ids), np.int32, len(ids))
 
 
-def _spread(rows: int, places: Sequence[int], tokens: Sequence[list[int]]) -> list[list[int]]:
-    spread: list[list[int]] = [[] for _ in range(rows)]
-    for place, ids in zip(places, tokens, strict=True):
-        spread[place] = ids
-    return spread
+def _token_lists(rows: int, places: npt.NDArray[np.intp], ids: Sequence[Sequence[int]]) -> pa.ListArray:
+    """The ids of some rows as lists of all `rows` rows; the others get empty ones. From flat arrays, not row by row."""
+    offsets = np.zeros(rows + 1, np.int32)
+    offsets[places + 1] = _lengths(ids)
+    np.cumsum(offsets, out=offsets)
+    tokens = np.fromiter(chain.from_iterable(ids), np.int32, offsets[-1])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens))

@@ -2,7 +2,8 @@
 
 Why not `ray.data.read_parquet`: in Ray 2.60 a worker held 1.0 GB while reading a 360 MB file of one row group, with
 blocks of 16 MiB (pyarrow's scanner alone: 0.9 GB), so a file's row groups would set the memory of the task. Here the
-tasks stream pages themselves (`reading`; 28 MB on that file), and Ray Data spreads, bundles and writes.
+tasks stream pages themselves (`reading`; 28 MB on that file) through the tokenizer into a shard of their own
+(`writing`); Ray Data spreads them, and what comes back to the driver are counts.
 """
 
 import hashlib
@@ -16,30 +17,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 import ray.data
 from ray.exceptions import RayTaskError
 
-from pipeline.corpus.encoding import TokenizerSpec, load_tokenizer
+from pipeline.corpus.encoding import TokenizerContent, TokenizerSpec, load_tokenizer, tokenizer_content
 from pipeline.corpus.files import Source
-from pipeline.corpus.reader import MANIFEST, SplitRef, read_manifest, summarise_split, unique_targets
+from pipeline.corpus.reader import MANIFEST, read_manifest
 from pipeline.corpus.reading import ReadUnit, read_texts, read_units
 from pipeline.corpus.rows import Recipe, tokenise_rows
+from pipeline.corpus.tally import ShardTally, total
+from pipeline.corpus.writing import write_shard
 from pipeline.errors import CorpusError, PromptBankError, StorageError
 
-FORMAT_VERSION = 1
-_BLOCK_BYTES = 16 * 2**20
-_SHARD_BYTES = 64 * 2**20
+FORMAT_VERSION = 2
 _MAX_TASKS = 2000
-_LISTED_TARGETS = 1000
 _ABANDONED_AFTER_S = 24 * 3600
 
 
@@ -48,7 +44,8 @@ class _Work:
     source: Source
     units: tuple[ReadUnit, ...]
     recipe: Recipe
-    tokenizer_dir: str
+    tokenizer: TokenizerContent
+    folder: Path
 
 
 def shard_key(source: Source, recipe: Recipe, tokenizer: TokenizerSpec) -> tuple[str, dict[str, Any]]:
@@ -81,8 +78,9 @@ def build_shards(source: Source, recipe: Recipe, tokenizer: TokenizerSpec, stora
     try:
         _remove_abandoned(final.parent)
         fresh.mkdir(parents=True)
-        _write_shards(_Work(source, read_units(source), recipe, tokenizer.dir), fresh)
-        _write_manifest(fresh, key, inputs, source)
+        content = tokenizer_content(load_tokenizer(tokenizer.dir))
+        shards = _write_shards(_Work(source, read_units(source), recipe, content, fresh))
+        _write_manifest(fresh, key, inputs, source, shards)
         _publish(fresh, final)
     except OSError as error:
         if isinstance(error, PromptBankError):
@@ -93,64 +91,62 @@ def build_shards(source: Source, recipe: Recipe, tokenizer: TokenizerSpec, stora
     return final
 
 
-def _write_shards(work: _Work, folder: Path) -> None:
+def _write_shards(work: _Work) -> dict[str, ShardTally]:
+    """-> what was counted of each shard, by file name."""
     tasks = min(len(work.units), _MAX_TASKS)
     try:
         with _quiet_ray_data():
             units = ray.data.range(len(work.units), override_num_blocks=tasks)
-            rows = units.map_batches(
+            written = units.map_batches(
                 partial(_tokenise_units, work=work), batch_size=None, batch_format="numpy", zero_copy_batch=True
             )
-            # A minimum of bytes keeps Ray from fusing the write into the task before it, which would collect
-            # everything that the task yields before the first byte is written.
-            rows.write_parquet(str(folder), min_bytes_per_file=_SHARD_BYTES)
+            return {row["shard"]: ShardTally.from_dict(json.loads(row["tally"])) for row in written.iter_rows()}
     except Exception as error:
-        raise _translated(error, work, folder.parent) from None
+        raise _translated(error, work.folder.parent) from None
 
 
-def _tokenise_units(batch: dict[str, np.ndarray], work: _Work) -> Iterator[pa.Table]:
-    """Runs in a Ray worker: stream the units' rows through the tokenizer, one small table at a time."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # Ray runs one task per core already
-    tokenizer = load_tokenizer(work.tokenizer_dir)
+def _tokenise_units(batch: dict[str, np.ndarray], work: _Work) -> Iterator[dict[str, list[str]]]:
+    """Runs in a Ray worker: stream the units' rows through the tokenizer into a shard each."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # Ray runs one task per core already
     for index in batch["id"]:
         unit = work.units[index]
-        for rows, texts in read_texts(work.source.filesystem, unit, work.recipe.columns, work.source.where):
-            yield tokenise_rows(work.recipe, tokenizer, texts, rows)
+        # A name of its own for each attempt: Ray runs a task again whose worker died.
+        shard = f"{index:06d}-{uuid.uuid4().hex}.parquet"
+        texts = read_texts(work.source.filesystem, unit, work.recipe.columns, work.source.where)
+        tables = (tokenise_rows(work.recipe, work.tokenizer, columns, rows) for rows, columns in texts)
+        tally = write_shard(work.folder / shard, tables)
+        yield {"shard": [shard], "tally": [json.dumps(tally.to_dict())]}
 
 
-def _write_manifest(folder: Path, key: str, inputs: dict[str, Any], source: Source) -> None:
-    files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.parquet"))}
-    manifest: dict[str, Any] = {"key": key, "made_from": inputs, "files": files}
-    # Written first without the counts: the reader takes a folder's files from its manifest alone.
-    (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-    ref = SplitRef(str(folder))
-    summary = summarise_split(ref)
+def _write_manifest(
+    folder: Path, key: str, inputs: dict[str, Any], source: Source, shards: dict[str, ShardTally]
+) -> None:
+    for path in folder.glob("*.parquet"):
+        if path.name not in shards:  # of a task whose worker died
+            path.unlink()
+    whole = total(shards.values())
+    summary = whole.rows.summary
     if summary.rows != source.rows:
         raise CorpusError(
             f"{source.where}: {summary.rows} rows were read where the files' footers promise {source.rows}; "
             "the files changed meanwhile, so run the job again"
         )
-    targets = sorted(islice(unique_targets(ref), _LISTED_TARGETS + 1))
-    manifest |= {
+    targets = None if whole.targets is None else dict(sorted(whole.targets.items()))
+    manifest = {
+        "key": key,
+        "made_from": inputs,
+        "files": {name: (folder / name).stat().st_size for name in sorted(shards)},
         "rows": summary.rows,
         "counts": summary.counts,
         "corpus_digest": summary.digest,
-        **_token_figures([folder / name for name in files]),
-        "distinct_targets": targets if len(targets) <= _LISTED_TARGETS else None,
+        "input_tokens": whole.input_tokens,
+        "target_tokens": whole.target_tokens,
+        "longest_input": whole.longest_input,
+        "longest_target": whole.longest_target,
+        "distinct_targets": None if targets is None else list(targets),
+        "target_ids": targets,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _token_figures(shards: list[Path]) -> dict[str, int]:
-    figures = dict.fromkeys(("input_tokens", "target_tokens", "longest_input", "longest_target"), 0)
-    for path in shards:
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as shard:
-            for batch in shard.iter_batches(8192, columns=["input_ids", "target_ids"], use_threads=False):
-                for side in ("input", "target"):
-                    lengths = pc.list_value_length(batch[f"{side}_ids"])
-                    figures[f"{side}_tokens"] += pc.sum(lengths).as_py()
-                    figures[f"longest_{side}"] = max(figures[f"longest_{side}"], pc.max(lengths).as_py())
-    return figures
 
 
 def _publish(fresh: Path, final: Path) -> None:
@@ -178,7 +174,6 @@ def _quiet_ray_data() -> Iterator[None]:
         "enable_progress_bars": False,
         "print_on_execution_start": False,
         "raise_original_map_exception": True,
-        "target_max_block_size": _BLOCK_BYTES,
     }
     before = {name: getattr(context, name) for name in settings}
     consoles = [h for h in logging.getLogger("ray.data").handlers if isinstance(h, logging.StreamHandler)]
@@ -196,7 +191,7 @@ def _quiet_ray_data() -> Iterator[None]:
             handler.setLevel(level)
 
 
-def _translated(error: Exception, work: _Work, storage: Path) -> Exception:
+def _translated(error: Exception, storage: Path) -> Exception:
     """The error to show for one that came out of Ray; an unknown one stays as it is."""
     cause: BaseException | None = error
     while cause is not None:

@@ -10,8 +10,9 @@ from typing import Any
 
 from pipeline.corpus.encoding import Architecture, TokenizerSpec, encode_targets, load_tokenizer
 from pipeline.corpus.files import Source, inspect_files
-from pipeline.corpus.reader import SplitRef, SplitSummary, summarise_split, unique_targets
+from pipeline.corpus.reader import SplitRef, summarise_split, unique_targets
 from pipeline.corpus.rows import Recipe
+from pipeline.corpus.tally import SplitSummary
 from pipeline.corpus.template import Template, check_columns, parse_template
 from pipeline.errors import CorpusError
 from pipeline.settings import TaskSettings

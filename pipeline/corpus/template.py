@@ -51,6 +51,38 @@ def render(template: Template, values: Mapping[str, str]) -> str:
     return "".join(literal + (values[column] if column is not None else "") for literal, column in template.pieces)
 
 
+@dataclass(frozen=True)
+class Rendered:
+    texts: Sequence[str | None]
+    """[B]; None where a column of the template is null."""
+    blank: Sequence[bool]
+    """[B]: nothing but white space came out of the columns, or in all; False where the text is None."""
+
+
+def render_rows(template: Template, columns: Mapping[str, Sequence[str | None]], rows: int) -> Rendered:
+    """Fill the values of `rows` rows in, a column at a time: as `render` does for each."""
+    names = [column for _, column in template.pieces if column is not None]
+    if not names:
+        text = render(template, {})
+        return Rendered([text] * rows, [_is_blank(text)] * rows)
+    if template.pieces == (("", names[0]),):
+        texts = columns[names[0]]
+        return Rendered(texts, [text is not None and _is_blank(text) for text in texts])
+    braced = (
+        literal.replace("{", "{{").replace("}", "}}") + "{}" * (name is not None) for literal, name in template.pieces
+    )
+    fill = "".join(braced).format
+    filled = list(zip(*(columns[name] for name in names), strict=True))
+    texts = [None if None in values else fill(*values) for values in filled]
+    # "review: {text}" without a text is as empty as "{text}" without one.
+    blank = [None not in values and all(map(_is_blank, values)) for values in filled]
+    return Rendered(texts, blank)
+
+
+def _is_blank(text: str | None) -> bool:
+    return not text or text.isspace()
+
+
 def check_columns(source: Source, templates: Sequence[Template]) -> None:
     """Raises: CorpusError when a file lacks a column that a template names, or holds one that is not text or number."""
     for template in templates:
@@ -64,6 +96,9 @@ def column_texts(column: pa.Array) -> list[str | None]:
 
     Raises: UnicodeDecodeError when a string is not UTF-8.
     """
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        strings: list[str | None] = column.to_pylist()
+        return strings
     return [None if value is None or value != value else str(value) for value in column.to_pylist()]
 
 

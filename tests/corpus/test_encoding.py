@@ -1,13 +1,19 @@
+import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.corpus import encode_inputs, encode_targets, load_tokenizer
+from pipeline.corpus.encoding import tokenizer_content
 from pipeline.errors import CorpusError
+from tests.tiny import make_tokenizer
 
-from .conftest import save_tokenizer
+from .conftest import LINES, save_tokenizer
 
 TEXTS = ["a good film", "", " two  spaces ", "é 😀"]
 EOS = 0
@@ -39,6 +45,51 @@ def test_encoding_a_batch_is_encoding_each_row_alone(tokenizer_dir: Path) -> Non
     assert encode_inputs(tokenizer, "decoder-only", []) == []
     alone = [encode_inputs(tokenizer, "decoder-only", [text])[0] for text in TEXTS]
     assert encode_inputs(tokenizer, "decoder-only", TEXTS) == alone
+
+
+ODD = [
+    "</s>",
+    " </s>a</s>",
+    "\u200d",
+    "\x00",
+    "e\u0301",
+    "\u00e9",
+    "\ufeff",
+    "<x>",
+    "  \n\t ",
+    "\U0001f468\u200d\U0001f469",
+    "¼",
+    "\u202e",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Tokenizers that differ in what they add and how they split."""
+    folder = tmp_path_factory.mktemp("saved")
+    made = {
+        name: load_tokenizer(str(save_tokenizer(folder / name, ends_inputs=name == "template")))
+        for name in ("plain", "template", "cut", "split")
+    }
+    made["template"].add_tokens(["<x>", "go od"])
+    made["split"].split_special_tokens = True
+    return made | {"words": make_tokenizer(eos_template=True)}
+
+
+@pytest.mark.parametrize("name", ["plain", "template", "cut", "split", "words"])
+@given(texts=st.lists(st.lists(st.text(max_size=9) | st.sampled_from([*ODD, *LINES]), max_size=4).map("".join)))
+def test_ids_are_those_of_the_tokenizers_own_call_here_and_where_it_was_sent(
+    tokenizers: dict[str, Any], name: str, texts: list[str]
+) -> None:
+    tokenizer = tokenizers[name]
+    expected = [tokenizer(text)["input_ids"] for text in texts]
+    bare = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    for one in (tokenizer, pickle.loads(pickle.dumps(tokenizer_content(tokenizer)))):
+        if name == "cut":  # as a tokenizer.json may ask for, and transformers does not heed
+            one.backend_tokenizer.enable_truncation(3)
+            one.backend_tokenizer.enable_padding(length=9)
+        assert encode_inputs(one, "encoder-decoder", texts) == expected
+        assert encode_targets(one, "decoder-only", "", texts) == [[*ids, tokenizer.eos_token_id] for ids in bare]
 
 
 def test_a_tokenizer_without_eos_or_without_files_is_refused_in_one_sentence(tmp_path: Path) -> None:

@@ -1,0 +1,139 @@
+"""What is counted of token rows while they are written, in parts that add up: rows, ids, lengths, targets."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.corpus.rows import RowStatus
+
+LISTED_TARGETS = 1000
+_WORD = 2**64
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    counts: dict[str, int]
+    """Rows by status ("ok", "null", "empty", "input_long", "target_long")."""
+    digest: str
+    """Of the multiset of row ids: the same rows anywhere give the same digest."""
+
+    @property
+    def rows(self) -> int:
+        return sum(self.counts.values())
+
+
+@dataclass(frozen=True)
+class RowTally:
+    """Rows by status, and sums over their ids modulo 2**64; of rows in any order."""
+
+    counts: tuple[int, ...]
+    ids: int
+    squares: int
+
+    def __add__(self, other: "RowTally") -> "RowTally":
+        counts = tuple(a + b for a, b in zip(self.counts, other.counts, strict=True))
+        return RowTally(counts, (self.ids + other.ids) % _WORD, (self.squares + other.squares) % _WORD)
+
+    @property
+    def summary(self) -> SplitSummary:
+        # Sums need no order and count duplicates; the ids are hashes already.
+        digest = hashlib.sha256(f"{sum(self.counts)} {self.ids} {self.squares}".encode()).hexdigest()
+        return SplitSummary({status.name.lower(): self.counts[status] for status in RowStatus}, digest)
+
+
+NO_ROWS = RowTally((0,) * len(RowStatus), 0, 0)
+
+
+def tally_rows(ids: npt.NDArray[np.uint64], statuses: npt.NDArray[np.int8]) -> RowTally:
+    """`[N]` ids and statuses of rows -> their tally."""
+    counts = tuple(np.bincount(statuses, minlength=len(RowStatus)).tolist())
+    with np.errstate(over="ignore"):
+        return RowTally(counts, int(ids.sum(dtype=np.uint64)), int((ids * ids).sum(dtype=np.uint64)))
+
+
+@dataclass(frozen=True)
+class ShardTally:
+    """Of one token shard, or of several together."""
+
+    rows: RowTally
+    input_tokens: int
+    target_tokens: int
+    longest_input: int
+    longest_target: int
+    targets: Mapping[str, tuple[int, int]] | None
+    """Each different target of the usable rows, with the least and greatest id of those; None over LISTED_TARGETS."""
+
+    def __add__(self, other: "ShardTally") -> "ShardTally":
+        return ShardTally(
+            self.rows + other.rows,
+            self.input_tokens + other.input_tokens,
+            self.target_tokens + other.target_tokens,
+            max(self.longest_input, other.longest_input),
+            max(self.longest_target, other.longest_target),
+            _merged(self.targets, other.targets),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        rows = {"counts": self.rows.counts, "ids": self.rows.ids, "squares": self.rows.squares}
+        return {**self.__dict__, "rows": rows}
+
+    @staticmethod
+    def from_dict(plain: Mapping[str, Any]) -> "ShardTally":
+        rows = plain["rows"]
+        targets = plain["targets"]
+        return ShardTally(
+            **{
+                **plain,
+                "rows": RowTally(tuple(rows["counts"]), rows["ids"], rows["squares"]),
+                "targets": None if targets is None else {key: (low, high) for key, (low, high) in targets.items()},
+            }
+        )
+
+
+EMPTY = ShardTally(NO_ROWS, 0, 0, 0, 0, {})
+
+
+def tally_table(table: pa.Table) -> ShardTally:
+    """Of one table with SHARD_SCHEMA."""
+    lengths = {side: pc.list_value_length(table[f"{side}_ids"]) for side in ("input", "target")}
+    return ShardTally(
+        tally_rows(table["row_id"].to_numpy(), table["status"].to_numpy()),
+        pc.sum(lengths["input"]).as_py() or 0,
+        pc.sum(lengths["target"]).as_py() or 0,
+        pc.max(lengths["input"]).as_py() or 0,
+        pc.max(lengths["target"]).as_py() or 0,
+        _targets(table),
+    )
+
+
+def total(tallies: Iterable[ShardTally]) -> ShardTally:
+    return reduce(ShardTally.__add__, tallies, EMPTY)
+
+
+def _targets(table: pa.Table) -> dict[str, tuple[int, int]] | None:
+    usable = table.select(["row_id", "target"]).filter(pc.equal(table["status"], int(RowStatus.OK)))
+    found = usable.group_by("target").aggregate([("row_id", "min"), ("row_id", "max")])
+    if found.num_rows > LISTED_TARGETS:
+        return None
+    columns = (found[name].to_pylist() for name in ("target", "row_id_min", "row_id_max"))
+    return {target: (low, high) for target, low, high in zip(*columns, strict=True)}
+
+
+def _merged(
+    one: Mapping[str, tuple[int, int]] | None, other: Mapping[str, tuple[int, int]] | None
+) -> Mapping[str, tuple[int, int]] | None:
+    if one is None or other is None:
+        return None
+    merged = dict(one)
+    for target, (low, high) in other.items():
+        mine = merged.get(target, (low, high))
+        merged[target] = min(low, mine[0]), max(high, mine[1])
+    return merged if len(merged) <= LISTED_TARGETS else None
