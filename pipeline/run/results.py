@@ -47,7 +47,7 @@ def choose(states: Sequence[TrialState]) -> list[Entry]:
 def result_of(entry: Entry) -> TrialResult:
     state = entry.chosen
     return TrialResult(
-        trial=state.trial.name,
+        trial=entry.task if entry.failed else state.trial.name,
         task=entry.task,
         steps=state.step,
         metric=state.trial.settings.metric,

@@ -103,7 +103,7 @@ def start(trial: Trial, prompt: Tensor) -> TrialState:
 
 
 def winner(states: Iterable[TrialState | None]) -> TrialState | None:
-    """Of a task's trials (None: not started), the one whose best prompt has the best dev metric; equal ones by dev loss, then the earlier trial.
+    """Of a task's trials (None: not started), the one whose best prompt has the best dev metric, the first of equals.
 
     One that halving stopped may win: its best prompt was measured on the same rows. None when every trial failed.
     """
