@@ -7,6 +7,7 @@ from rich.table import Table
 
 from pipeline.benchmark.comparison import Result
 from pipeline.benchmark.quality import Quality
+from pipeline.benchmark.sweep import SweepResult
 
 
 def comparison_table(result: Result, shares: Mapping[str, float] | None = None) -> Table:
@@ -40,6 +41,31 @@ def quality_table(sides: Mapping[str, Quality]) -> Table:
     for side, quality in sides.items():
         cells = [f"{np.mean(quality.after[task]):.3f} ± {np.std(quality.after[task]):.3f}" for task in tasks]
         table.add_row(side, *cells, f"{quality.mean:.3f}", f"{quality.seconds:.0f}")
+    return table
+
+
+def sweep_table(result: SweepResult) -> Table:
+    """One row a side; of the trials one after another only a sample ran."""
+    table = Table(title=f"a sweep of {result.trials} trials", title_justify="left")
+    for column in ["side", "wall time, s", "faster by", "text tokens/s", "steps", "ends", "best dev accuracy"]:
+        table.add_column(column)
+    alone = f"one after another ({result.alone.trials} ran, time scaled to {result.trials})"
+    sides = {
+        "together": (result.together, result.together.seconds),
+        "together, halving": (result.halving, result.halving.seconds),
+        alone: (result.alone, result.alone_seconds),
+    }
+    for name, (side, seconds) in sides.items():
+        low, middle, high = result.ratios.get(name, (1.0, 1.0, 1.0))
+        table.add_row(
+            name,
+            _joined(seconds, "{:.0f}"),
+            f"{middle:.2f} ({low:.2f} – {high:.2f})",
+            f"{side.rate:.0f}",
+            str(side.steps),
+            ", ".join(f"{count} {status}" for status, count in side.ends.items()),
+            ", ".join(f"{task} {value:.3f}" for task, value in side.best.items()),
+        )
     return table
 
 
