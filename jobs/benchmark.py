@@ -201,7 +201,7 @@ def sweep(
 ) -> None:
     """A sweep's wall time: together, with and without halving, against one after another (a sample, scaled)."""
     from pipeline.benchmark.sweep import SweepOptions, compare_sweeps
-    from pipeline.benchmark.tables import sweep_table
+    from pipeline.benchmark.tables import sweep_distances, sweep_table
 
     options = SweepOptions(
         model=model,
@@ -223,10 +223,7 @@ def sweep(
     )
     result = compare_sweeps(options, out)
     console.print(sweep_table(result))
-    console.print(
-        f"Prompts apart, at most: together from alone {result.distance_alone:.1e}, "
-        f"finished under halving from together {result.distance_survivors:.1e}."
-    )
+    console.print(sweep_distances(result))
     console.print(f"Written to {out}.")
 
 

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from pipeline.backbone.files import architecture_of, find_model, read_config, read_tokenizer
@@ -73,6 +72,16 @@ class SweepSide:
 
 
 @dataclass(frozen=True)
+class Apart:
+    """Greatest relative distance of any trial's end from its end on another side."""
+
+    prompt: float
+    first_loss: float
+    """Dev loss at the first evaluation after the start."""
+    last_loss: float
+
+
+@dataclass(frozen=True)
 class SweepResult:
     trials: int
     together: SweepSide
@@ -81,10 +90,10 @@ class SweepResult:
     """Of the sample alone, one after another."""
     alone_seconds: list[float]
     """Of every round, scaled from the sample's trials to all."""
-    distance_alone: float
-    """Greatest relative distance of a sampled trial's prompt, tuned together, from the one tuned alone."""
-    distance_survivors: float
-    """The same between trials that halving let finish and those without halving."""
+    alone_apart: Apart
+    """The sampled trials tuned together, from the same tuned alone."""
+    survivors_apart: Apart
+    """The trials that halving let finish, from the same without halving."""
 
     @property
     def ratios(self) -> dict[str, tuple[float, float, float]]:
@@ -153,8 +162,8 @@ def _on_rank(options: SweepOptions, corpora: Sequence[TaskCorpus], folder: str) 
         halving=halving,
         alone=alone,
         alone_seconds=[seconds * len(every) / len(sample) for seconds in alone.seconds],
-        distance_alone=_distance(all_states, by_itself),
-        distance_survivors=_distance(all_states, [state for state in left if state.status not in ("halved", "failed")]),
+        alone_apart=_apart(all_states, by_itself),
+        survivors_apart=_apart(all_states, [state for state in left if state.status not in ("halved", "failed")]),
     )
 
 
@@ -222,7 +231,11 @@ def _of_two_steps(trial: Trial) -> Trial:
     return replace(trial, settings=trial.settings.model_copy(update={"max_steps": 2}))
 
 
-def _distance(ours: Sequence[TrialState], others: Sequence[TrialState]) -> float:
-    by_name = {state.trial.name: state.prompt.detach() for state in ours}
-    pairs = [(by_name[state.trial.name], state.prompt.detach()) for state in others]
-    return max((float((a - b).norm() / b.norm()) for a, b in pairs), default=float(np.nan))
+def _apart(ours: Sequence[TrialState], others: Sequence[TrialState]) -> Apart:
+    by_name = {state.trial.name: state for state in ours}
+    pairs = [(by_name[state.trial.name], state) for state in others]
+    return Apart(
+        prompt=max(float(((a.prompt - b.prompt).norm() / b.prompt.norm()).detach()) for a, b in pairs),
+        first_loss=max(abs(a.history[1].loss / b.history[1].loss - 1) for a, b in pairs),
+        last_loss=max(abs(a.history[-1].loss / b.history[-1].loss - 1) for a, b in pairs),
+    )

@@ -69,5 +69,15 @@ def sweep_table(result: SweepResult) -> Table:
     return table
 
 
+def sweep_distances(result: SweepResult) -> str:
+    """Whether the sides tuned the same prompts: one line a comparison."""
+    sides = {"together from alone": result.alone_apart, "halving's survivors from together": result.survivors_apart}
+    return "\n".join(
+        f"{name}, at most apart: prompts {apart.prompt:.1e}, dev loss {apart.first_loss:.1e} at the first evaluation, "
+        f"{apart.last_loss:.1e} at the last"
+        for name, apart in sides.items()
+    )
+
+
 def _joined(values: Sequence[float], form: str) -> str:
     return " ".join(form.format(value) for value in values)
