@@ -139,7 +139,8 @@ def _halve(progress: _Progress) -> list[TrialState]:
             if verdict == "go on":
                 go_on.append(state)
             elif verdict == "out":
-                state.halve(ranking(entrants, len(state.scores)).index(place) + 1)
+                reached = ranking(entrants, len(state.scores))
+                state.halve(reached.index(place) + 1, len(reached))
                 progress.journal.finished(state)
     return sorted(go_on, key=lambda state: -state.step)
 

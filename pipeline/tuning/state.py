@@ -85,10 +85,11 @@ class TrialState:
         elif len(self.history) - 1 in rungs(settings):
             self.status = "paused"
 
-    def halve(self, place: int) -> None:
-        """End the trial at its rung, where it is in this place."""
+    def halve(self, place: int, among: int) -> None:
+        """End the trial at its rung, where it is in this place among those that reached it."""
         self.status = "halved"
-        self.reason = f"its dev {self.trial.settings.metric} was in place {place} of its sweep at step {self.step}"
+        metric = self.trial.settings.metric
+        self.reason = f"its dev {metric} at step {self.step} was in place {place} of {among} trials of its sweep"
 
     def fail_at(self, what: str, value: float) -> None:
         """End the trial, which has left the range of numbers."""
