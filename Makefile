@@ -50,7 +50,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@$(PRINT_SCHEMA) | diff -q - $(SCHEMA) >/dev/null || \
-	  { echo "$(SCHEMA) is not that of pipeline/settings.py: run make schema" >&2; exit 1; }
+	  { echo "$(SCHEMA) is not that of pipeline/settings: run make schema" >&2; exit 1; }
 
 schema: $(STAMP)
 	$(PRINT_SCHEMA) > $(SCHEMA)

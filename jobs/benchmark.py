@@ -8,6 +8,7 @@ python jobs/benchmark.py growth --data ../shared/data               # 1 to 256 t
 python jobs/benchmark.py zero --data ../shared/data                 # what ZeRO-3 costs
 python jobs/benchmark.py quality --data ../shared/data              # whether speed costs the prompts anything
 python jobs/benchmark.py corpus --data ../shared/data               # tokenising through Ray Data, by corpus size
+python jobs/benchmark.py sweep --data ../shared/data                # 64 trials of a sweep against one after another
 """
 
 import os
@@ -226,6 +227,54 @@ def corpus(
     for table in corpus_tables(figures):
         console.print(table)
     save_figures(out, figures)
+    console.print(f"Written to {out}.")
+
+
+@app.command()
+def sweep(
+    data: Data,
+    tasks: Tasks = "cr,mpqa",
+    model: Model = "smollm2-135m",
+    lengths: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "8,20",
+    rates: Annotated[str, typer.Option(help="Adafactor's rates, separated by commas.")] = "0.003,0.01,0.03,0.1",
+    seeds: Annotated[int, typer.Option(help="Seeds; with two tasks, lengths and rates as they are, 64 trials.")] = 4,
+    batch: Annotated[int, typer.Option(help="Rows a step of every trial.")] = 2,
+    steps: Annotated[int, typer.Option(help="Steps of every trial.")] = 12,
+    eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 3,
+    dev_rows: Annotated[int, typer.Option(help="Dev rows of every task, at most.")] = 16,
+    factor: Annotated[int, typer.Option(help="Halving lets one trial in so many go on.")] = 3,
+    sample: Annotated[int, typer.Option(help="Trials that run alone; their time is scaled to all.")] = 8,
+    rounds: Rounds = 1,
+    ranks: Ranks = 2,
+    threads: Threads = 2,
+    products: Annotated[str, typer.Option(help="auto, int8 or exact.")] = "auto",
+    out: Out = Path("docs/benchmarks/sweep.json"),
+) -> None:
+    """A sweep's wall time: together, with and without halving, against one after another (a sample, scaled)."""
+    from pipeline.benchmark.sweep import SweepOptions, compare_sweeps
+    from pipeline.benchmark.tables import sweep_distances, sweep_table
+
+    options = SweepOptions(
+        model=model,
+        data=data,
+        tasks=tasks.split(","),
+        lengths=[int(length) for length in lengths.split(",")],
+        rates=[float(rate) for rate in rates.split(",")],
+        seeds=seeds,
+        batch_size=batch,
+        steps=steps,
+        eval_every=eval_every,
+        dev_rows=dev_rows,
+        factor=factor,
+        sample=sample,
+        rounds=rounds,
+        ranks=ranks,
+        threads=threads,
+        products=products,
+    )
+    result = compare_sweeps(options, out)
+    console.print(sweep_table(result))
+    console.print(sweep_distances(result))
     console.print(f"Written to {out}.")
 
 

@@ -1,6 +1,7 @@
 """Settings: inherited key by key, overridden, refused with a suggestion, and described by a schema."""
 
 import json
+import re
 from pathlib import Path
 
 import jsonschema
@@ -76,6 +77,84 @@ def test_a_mistake_is_one_sentence_that_names_the_key(raw, override, sentence):
         parse_settings(raw, [override], origin="my.yaml")
     (line,) = str(caught.value).splitlines()
     assert line.startswith("my.yaml: ") and sentence in line
+
+
+@pytest.fixture
+def swept(raw):
+    raw["defaults"] |= {
+        "max_steps": 100,
+        "eval_every": 10,
+        "sweep": {"optimizer.lr": [0.1, 1], "prompt.length": [4, 8]},
+    }
+    raw["tasks"]["b"] |= {"sweep": {"seed": [0, 1, 2], "optimizer.lr": [0.3]}, "halving": {"first": 2}}
+    return raw
+
+
+def test_a_sweep_has_a_trial_for_every_combination_and_its_lists_are_inherited_one_by_one(swept):
+    settings = parse_settings(swept)
+    a, b = (settings.tasks[name].trials(name) for name in "ab")
+    assert list(a) == ["a.length-4.lr-0.1", "a.length-4.lr-1.0", "a.length-8.lr-0.1", "a.length-8.lr-1.0"]
+    assert {(t.prompt.length, t.prompt.init, t.optimizer.lr, t.sweep) for t in a.values()} == {
+        (length, "random", lr, None) for length in (4, 8) for lr in (0.1, 1.0)
+    }
+    assert len(b) == 6 and b["b.length-8.lr-0.3.seed-2"].seed == 2
+    swept["tasks"]["b"]["sweep"] = dict(reversed(swept["tasks"]["b"]["sweep"].items()))
+    assert list(parse_settings(swept).tasks["b"].trials("b")) == list(b), (
+        "the order of keys in the file decides nothing"
+    )
+
+
+def test_a_task_can_do_without_the_inherited_sweep_and_halving(swept):
+    swept["defaults"]["halving"] = {"factor": 4}
+    settings = parse_settings(swept, ["tasks.a.sweep=null"])
+    assert settings.tasks["a"].trials("a") == {"a": settings.tasks["a"]} and settings.tasks["a"].halving is None
+    assert settings.tasks["b"].halving.model_dump() == {"first": 2, "factor": 4}
+
+
+def test_swept_settings_travel_to_workers_and_back_unchanged(swept):
+    settings = parse_settings(swept)
+    again = Settings.model_validate(json.loads(json.dumps(settings.model_dump(mode="json"))))
+    assert again == settings and again.tasks["b"].trials("b") == settings.tasks["b"].trials("b")
+    jsonschema.validate(swept, json.loads(settings_schema()))
+
+
+def test_a_trials_name_is_a_files_name_whatever_is_swept(raw):
+    raw["tasks"]["a"]["sweep"] = {
+        "prompt.init": ["text"],
+        "prompt.text": ["is it good/bad?", "x" * 300, "plain"],
+        "optimizer.clip_norm": [None, 1e-5],
+    }
+    raw["tasks"]["a"]["prompt"] = {"text": "swept"}
+    names = list(parse_settings(raw).tasks["a"].trials("a"))
+    assert len(set(names)) == 6 and all(re.fullmatch(r"[A-Za-z0-9._-]{1,200}", name) for name in names)
+    assert "a.init-text.text-plain.clip_norm-none" in names
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("tasks.a.sweep={optimizer.rate: [1]}", "'tasks.a.sweep.optimizer.rate': input should be 'prompt.length'"),
+        ("tasks.a.sweep={optimizer.lr: 1}", "'tasks.a.sweep.optimizer.lr': input should be a valid list"),
+        ("tasks.a.sweep={seed: []}", "'tasks.a.sweep.seed': list should have at least 1 item"),
+        (
+            "tasks.a.sweep={optimizer.lr: [0.1, -1]}",
+            "'tasks.a': sweep: with optimizer.lr -1, optimizer.lr: Input should",
+        ),
+        ("defaults.sweep={prompt.length: [many]}", "'defaults': sweep: with prompt.length many, prompt.length: Input"),
+        ("tasks.a.sweep={prompt.init: [text]}", "with prompt.init text, prompt: init 'text' needs the setting 'text'"),
+        ("tasks.a.sweep={optimizer.lr: [1, 1.0]}", "'tasks.a': sweep: optimizer.lr 1.0 is there twice"),
+        (f"tasks.a.sweep={{seed: {[*range(1001)]}}}", "make 1,001 trials, more than 1,000"),
+        ("tasks.a.halving={factor: 3}", "task 'a': halving is there to stop trials of a sweep; give a 'sweep', too"),
+        ("tasks.a.halving={facter: 3}", "unknown key 'tasks.a.halving.facter'; did you mean 'factor'?"),
+        ("tasks.a={train: x, sweep: {seed: [1]}, halving: {first: 60}}", "60 x eval_every 500 is not before max_steps"),
+        ("tasks={a: {train: x, sweep: {seed: [1]}}, a.seed-1: {train: x}}", "both have a trial 'a.seed-1'; rename"),
+    ],
+)
+def test_a_mistake_in_a_sweep_is_one_sentence_that_names_the_choice(raw, override, sentence):
+    with pytest.raises(SettingsError) as caught:
+        parse_settings(raw, [override])
+    (line,) = str(caught.value).splitlines()
+    assert sentence in line
 
 
 @pytest.mark.parametrize("override", ["max_steps", "=3", "model.path.deep=1", "run.seed=[1"])

@@ -8,6 +8,7 @@ from rich.table import Table
 from pipeline.benchmark.comparison import Result
 from pipeline.benchmark.corpus import CorpusFigures
 from pipeline.benchmark.quality import Quality
+from pipeline.benchmark.sweep import SweepResult
 
 
 def comparison_table(result: Result, shares: Mapping[str, float] | None = None) -> Table:
@@ -61,6 +62,41 @@ def corpus_tables(figures: CorpusFigures) -> tuple[Table, Table]:
         seconds = f"{night.first_seconds:.1f}", f"{night.second_seconds:.1f}"
         nights.add_row(f"{night.megabytes:.0f}", f"{night.rows:,}", *map(str, memory), *seconds)
     return speed, nights
+
+
+def sweep_table(result: SweepResult) -> Table:
+    """One row a side; of the trials one after another only a sample ran."""
+    table = Table(title=f"a sweep of {result.trials} trials", title_justify="left")
+    for column in ["side", "wall time, s", "faster by", "text tokens/s", "steps", "ends", "best dev accuracy"]:
+        table.add_column(column)
+    alone = f"one after another ({result.alone.trials} ran, time scaled to {result.trials})"
+    sides = {
+        "together": (result.together, result.together.seconds),
+        "together, halving": (result.halving, result.halving.seconds),
+        alone: (result.alone, result.alone_seconds),
+    }
+    for name, (side, seconds) in sides.items():
+        low, middle, high = result.ratios.get(name, (1.0, 1.0, 1.0))
+        table.add_row(
+            name,
+            _joined(seconds, "{:.0f}"),
+            f"{middle:.2f} ({low:.2f} – {high:.2f})",
+            f"{side.rate:.0f}",
+            str(side.steps),
+            ", ".join(f"{count} {status}" for status, count in side.ends.items()),
+            ", ".join(f"{task} {value:.3f}" for task, value in side.best.items()),
+        )
+    return table
+
+
+def sweep_distances(result: SweepResult) -> str:
+    """Whether the sides tuned the same prompts: one line a comparison."""
+    sides = {"together from alone": result.alone_apart, "halving's survivors from together": result.survivors_apart}
+    return "\n".join(
+        f"{name}, at most apart: prompts {apart.prompt:.1e}, dev loss {apart.first_loss:.1e} at the first evaluation, "
+        f"{apart.last_loss:.1e} at the last"
+        for name, apart in sides.items()
+    )
 
 
 def _joined(values: Sequence[float], form: str) -> str:

@@ -164,8 +164,9 @@ def _refill(plan: TaskPlan) -> str:
 
 def _label_set(name: str, task: TaskSettings, splits: Mapping[str, SplitRef]) -> tuple[str, ...] | None:
     """The task's labels where its metric or initialisation needs them; every split's targets must be among them."""
+    class_labels_asked = any(trial.prompt.init == "class_labels" for trial in task.trials(name).values())
     needs = [f"metric '{task.metric}'"] * (task.metric in ("accuracy", "f1"))
-    needs += ["prompt init 'class_labels'"] * (task.prompt.init == "class_labels")
+    needs += ["prompt init 'class_labels'"] * (class_labels_asked)
     if task.labels is None and not needs:
         return None
     labels = tuple(dict.fromkeys(task.labels)) if task.labels is not None else _found_labels(name, splits, needs[0])

@@ -43,7 +43,7 @@ class EventLog:
             raise self._refused(error) from error
 
     def write(self, event: str, **fields: Any) -> None:
-        line = json.dumps({"time": time.time(), "event": event, **_finite(fields)}, ensure_ascii=False, allow_nan=False)
+        line = json.dumps({"time": time.time(), "event": event, **finite(fields)}, ensure_ascii=False, allow_nan=False)
         try:
             self._append(line.encode() + b"\n")
         except OSError as error:
@@ -98,11 +98,11 @@ def _parse(line: bytes) -> Event | None:
     return event if isinstance(event, dict) and "event" in event else None
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

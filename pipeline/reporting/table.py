@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-_COLOUR = {"tuned": "green", "stopped early": "green", "no gain": "yellow", "failed": "red"}
+_COLOUR = {"tuned": "green", "stopped early": "green", "halved": "green", "no gain": "yellow", "failed": "red"}
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,15 @@ class TrialResult:
     """Dev metric of the best prompt, the one published."""
     test: float | None
     status: str
-    """tuned | stopped early | no gain | failed"""
+    """tuned | stopped early | halved | no gain | failed"""
     reason: str | None = None
     """Why the trial failed, in one sentence."""
+    among: str | None = None
+    """Which trials of its sweep it was chosen from: `best of 12 (8 halved)`."""
 
 
 def results_table(results: Sequence[TrialResult]) -> Table:
-    """One row per trial, in the order given; the column `test` only if any trial has a test metric."""
+    """One row per result, in the order given; the column `test` only if any trial has a test metric."""
     with_test = any(result.test is not None for result in results)
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("trial", "task"):
@@ -41,6 +43,7 @@ def results_table(results: Sequence[TrialResult]) -> Table:
     table.add_column("status")
     for result in results:
         values = [result.dev_before, result.dev_after, *([result.test] if with_test else [])]
+        status = result.status if result.among is None else f"{result.status}, {result.among}"
         colour = _COLOUR.get(result.status, "default")
         table.add_row(
             escape(result.trial),
@@ -48,7 +51,7 @@ def results_table(results: Sequence[TrialResult]) -> Table:
             str(result.steps),
             result.metric,
             *("–" if value is None else f"{value:.3f}" for value in values),
-            f"[{colour}]{escape(result.status)}[/]",
+            f"[{colour}]{escape(status)}[/]",
         )
     return table
 

@@ -92,10 +92,11 @@ def refuse_or_skip(settings: Settings, refused: Mapping[str, PromptBankError]) -
 def check_context(name: str, task: TaskSettings, config: PretrainedConfig) -> None:
     """Raises: SettingsError when prompt, input and target may be longer than the model's context."""
     context = context_length(config)
-    most = task.prompt.length + task.max_input_tokens + task.max_target_tokens
+    length = max(trial.prompt.length for trial in task.trials(name).values())
+    most = length + task.max_input_tokens + task.max_target_tokens
     if context is not None and most > context:
         raise SettingsError(
-            f"task '{name}': prompt.length {task.prompt.length} + max_input_tokens {task.max_input_tokens} + "
+            f"task '{name}': prompt.length {length} + max_input_tokens {task.max_input_tokens} + "
             f"max_target_tokens {task.max_target_tokens} = {most} is longer than the model's context of {context} "
             f"tokens; lower one of them"
         )
@@ -113,15 +114,14 @@ def check_bank(settings: Settings, identity: BackboneId) -> PromptBank | None:
 
 def check_start(name: str, settings: Settings, tokenizer: Any, bank: PromptBank | None, identity: BackboneId) -> None:
     """Raises: SettingsError when a task's prompt has nothing to start from."""
-    prompt = settings.tasks[name].prompt
-    if prompt.init == "text" and not tokenizer(prompt.text, add_special_tokens=False).input_ids:
-        raise SettingsError(f"task '{name}': prompt.text {prompt.text!r} holds no token; give some words")
-    if prompt.init == "bank":
+    prompts = [trial.prompt for trial in settings.tasks[name].trials(name).values()]
+    for text in {prompt.text for prompt in prompts if prompt.init == "text"}:
+        if not tokenizer(text, add_special_tokens=False).input_ids:
+            raise SettingsError(f"task '{name}': prompt.text {text!r} holds no token; give some words")
+    for source in sorted({str(prompt.source) for prompt in prompts if prompt.init == "bank"}):
         if bank is None:
-            raise SettingsError(
-                f"task '{name}': prompt.source {prompt.source}: there is no bank at {settings.bank.uri}"
-            )
+            raise SettingsError(f"task '{name}': prompt.source {source}: there is no bank at {settings.bank.uri}")
         try:
-            bank.load(str(prompt.source), backbone=identity)
+            bank.load(source, backbone=identity)
         except BankError as error:
-            raise SettingsError(f"task '{name}': prompt.source {prompt.source}: {error}") from error
+            raise SettingsError(f"task '{name}': prompt.source {source}: {error}") from error

@@ -19,7 +19,8 @@ from pipeline.reporting.progress import follow
 from pipeline.reporting.table import TrialResult
 from pipeline.run.bank import open_bank
 from pipeline.run.checks import CheckedRun, refuse_or_skip
-from pipeline.run.publishing import publish_prompts, result_of
+from pipeline.run.publishing import publish_prompts
+from pipeline.run.results import choose, result_of, write_trials
 from pipeline.settings import Settings
 from pipeline.tuning.checkpoint import load_checkpoint, write_atomically
 from pipeline.tuning.launch import connected_ray, launch
@@ -75,8 +76,10 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
         if states is None:
             raise TuningError(f"the ranks ended without finishing every trial; start run '{settings.run.name}' again")
         log.write("stage", name="publish", text=f"to {settings.bank.uri}")
-        version = publish_prompts(settings, checked.identity, states, corpora)
-    return Outcome((*map(result_of, states), *(_refused_result(settings, *item) for item in refused.items())), version)
+        entries = choose(states)
+        write_trials(folder / "trials.json", entries)
+        version = publish_prompts(settings, checked.identity, entries, corpora)
+    return Outcome((*map(result_of, entries), *(_refused_result(settings, *item) for item in refused.items())), version)
 
 
 def _order(checked: CheckedRun, corpora: Mapping[str, TaskCorpus], folder: Path) -> Order:
@@ -141,17 +144,17 @@ def _counted(corpus: TaskCorpus) -> str:
 
 
 def _keep_warm_starts(checked: CheckedRun, order: Order) -> dict[str, str]:
-    """Keep the prompts that tasks start from with the run, which so resumes from the same ones; their digests."""
+    """Keep the prompts that trials start from with the run, which so resumes from the same ones; their digests."""
     settings, starts = checked.settings, {}
-    for name in order.corpora:
-        prompt = settings.tasks[name].prompt
+    for trial in order.trials(settings):
+        prompt = trial.settings.prompt
         if prompt.init == "bank":
-            path = order.warm_start(name)
+            path = order.warm_start(trial)
             if not path.exists():
                 bank = open_bank(settings.bank)
                 array = bank.load(str(prompt.source), checked.identity).array
                 write_atomically(path, save({"prompt": array}))
-            starts[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            starts[trial.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return starts
 
 
@@ -163,7 +166,7 @@ def _finished_states(order: Order, settings: Settings) -> list[TrialState] | Non
     states = []
     for trial in order.trials(settings):
         state = checkpoint.state_of(trial, torch.device("cpu"))
-        if state is None or state.status == "live":
+        if state is None or not state.ended:
             return None
         states.append(state)
     return states

@@ -26,14 +26,15 @@ def print_plan(checked: CheckedRun, console: Console) -> None:
 
 def _planned(checked: CheckedRun, name: str) -> PlannedTask:
     task, plan = checked.settings.tasks[name], checked.plans[name]
+    trials = task.trials(name).values()
     return PlannedTask(
         task=name,
         train_rows=plan.rows["train"],
         dev_rows=None if task.dev_fraction else plan.rows["dev"],
         test_rows=plan.rows.get("test"),
-        trials=1,
+        trials=len(trials),
         max_steps=task.max_steps,
-        prompt_length=task.prompt.length,
+        prompt_length=max(trial.prompt.length for trial in trials),
         metric=task.metric,
         dev_fraction=task.dev_fraction,
     )

@@ -6,39 +6,24 @@ from typing import Any
 
 from pipeline.bank import BackboneId, Metrics, NewPrompt, PromptBank, Template
 from pipeline.corpus.task_corpus import TaskCorpus
-from pipeline.reporting.table import TrialResult
 from pipeline.run.bank import open_bank
+from pipeline.run.results import Entry
 from pipeline.settings import Settings
-from pipeline.tuning.state import TrialState
 
+_NO_GAIN = "no step was better than the prompt that it started from"
 _LOOK_BACK = 20
 _LIBRARIES = ("torch", "transformers", "deepspeed", "bitsandbytes", "ray", "pyarrow")
 
 
-def result_of(state: TrialState) -> TrialResult:
-    first, best = state.history[0], state.history[state.best_at]
-    return TrialResult(
-        trial=state.trial.name,
-        task=state.trial.task,
-        steps=state.step,
-        metric=state.trial.settings.metric,
-        dev_before=first.value,
-        dev_after=best.value,
-        test=state.test.value if state.test else None,
-        status=state.status,
-        reason=state.reason,
-    )
-
-
 def publish_prompts(
-    settings: Settings, identity: BackboneId, states: Sequence[TrialState], corpora: Mapping[str, TaskCorpus]
+    settings: Settings, identity: BackboneId, entries: Sequence[Entry], corpora: Mapping[str, TaskCorpus]
 ) -> int | None:
-    """Publish what was tuned and say which version holds it; None when no trial succeeded.
+    """Publish every task's best prompt and say which version holds them; None when no trial succeeded.
 
     A run that was published already, and is only started again, publishes nothing new.
     Raises: BankError, StorageError.
     """
-    prompts = [_new_prompt(state, corpora[state.trial.task]) for state in states]
+    prompts = [_new_prompt(entry, corpora[entry.task]) for entry in entries]
     if all(prompt.array is None for prompt in prompts):
         return None
     bank = open_bank(settings.bank, create=True)
@@ -50,9 +35,9 @@ def publish_prompts(
     return bank.publish(prompts, identity, settings.run.name, libraries, settings.bank.alias)
 
 
-def _new_prompt(state: TrialState, corpus: TaskCorpus) -> NewPrompt:
+def _new_prompt(entry: Entry, corpus: TaskCorpus) -> NewPrompt:
+    state, failed = entry.chosen, entry.failed
     settings = state.trial.settings
-    failed = state.status == "failed"
     first, best = state.history[0], state.history[state.best_at]
     metrics: dict[str, Any] = {
         "dev_before": first.value,
@@ -62,9 +47,9 @@ def _new_prompt(state: TrialState, corpus: TaskCorpus) -> NewPrompt:
         "dev_loss_after": best.loss,
     }
     return NewPrompt(
-        name=state.trial.name,
+        name=entry.task,
         array=None if failed else state.best.cpu().numpy(),
-        task=state.trial.task,
+        task=entry.task,
         template=Template(input=settings.input, target=settings.target, separator=settings.separator),
         labels=corpus.labels,
         metric=settings.metric,
@@ -76,7 +61,7 @@ def _new_prompt(state: TrialState, corpus: TaskCorpus) -> NewPrompt:
         corpus_digest=corpus.digest,
         settings_digest=state.trial.digest,
         status="failed" if failed else "tuned",
-        reason="no step was better than the prompt that it started from" if state.status == "no gain" else state.reason,
+        reason=_NO_GAIN if not failed and not state.best_at else entry.reason,
     )
 
 

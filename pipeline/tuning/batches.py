@@ -1,6 +1,6 @@
 """Which rows a step takes, and which rank runs them: pure functions, the same on every rank.
 
-A trial's batch at its own step s depends on (its seed, s) alone: not on the other trials, not on
+A trial's batch at its own step s depends on (its task, its seed, s) alone: not on the other trials, not on
 the number of ranks, not on where a run was interrupted.
 """
 
@@ -21,13 +21,13 @@ def rows_of_step(trial: Trial, total: int, step: int) -> np.ndarray:
     size = trial.settings.batch_size
     at = np.arange(step * size, (step + 1) * size)
     epochs, places = np.divmod(at, total)
-    orders = [_epoch_order(trial.seed, trial.name, total, int(epoch)) for epoch in epochs]
+    orders = [_epoch_order(trial.seed, trial.task, total, int(epoch)) for epoch in epochs]
     return np.array([order[place] for order, place in zip(orders, places, strict=True)], dtype=np.int64)
 
 
 @lru_cache(maxsize=256)
-def _epoch_order(seed: int, name: str, total: int, epoch: int) -> np.ndarray:
-    return random_numbers(seed, name, "rows", epoch).permutation(total).astype(np.int32)
+def _epoch_order(seed: int, task: str, total: int, epoch: int) -> np.ndarray:
+    return random_numbers(seed, task, "rows", epoch).permutation(total).astype(np.int32)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class Journal:
         metric = state.trial.settings.metric
         self._series(state, dev_metric=last.value, dev_loss=last.loss)
         self.event("eval", trial=state.trial.name, step=state.step, metric=metric, value=last.value, loss=last.loss)
-        if state.status != "live":
+        if state.ended:
             self.finished(state)
 
     def finished(self, state: TrialState) -> None:

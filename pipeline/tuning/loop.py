@@ -17,11 +17,12 @@ from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import StorageError
 from pipeline.tuning.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.tuning.evaluate import Exam, evaluate
+from pipeline.tuning.halving import Entrant, ranking, rungs, verdicts
 from pipeline.tuning.initialise import initial_prompt
 from pipeline.tuning.journal import Journal
 from pipeline.tuning.optimise import update
 from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
-from pipeline.tuning.state import TrialState, start
+from pipeline.tuning.state import TrialState, start, winner
 from pipeline.tuning.step import Work, losses_and_gradients
 from pipeline.tuning.trials import Trial
 
@@ -62,6 +63,16 @@ class _Progress:
     def live(self) -> list[TrialState]:
         return [state for state in self.states.values() if state.status == "live"]
 
+    def waiting(self) -> list[Trial]:
+        return [trial for trial in self.run.trials if trial.name not in self.states]
+
+    def sweeps(self) -> list[list[Trial]]:
+        """Every task's trials."""
+        of_task: dict[str, list[Trial]] = {}
+        for trial in self.run.trials:
+            of_task.setdefault(trial.task, []).append(trial)
+        return list(of_task.values())
+
 
 def tune(run: TuningRun, backbone: Backbone, tokenizer: Any) -> list[TrialState]:
     """Tune every trial to its end, resuming from the run's newest checkpoint; their final states.
@@ -70,7 +81,7 @@ def tune(run: TuningRun, backbone: Backbone, tokenizer: Any) -> list[TrialState]
     """
     progress = _resume(run, backbone, tokenizer)
     while True:
-        _admit(progress)
+        _fill_slots(progress)
         if not progress.live():
             break
         _step(progress)
@@ -100,21 +111,53 @@ def _check_ranks_agree(run: TuningRun, step: int, states: int, backbone: Backbon
         raise StorageError(f"ranks see different checkpoints in {run.folder}; run.storage must be one shared folder")
 
 
-def _admit(progress: _Progress) -> None:
-    """Start waiting trials while slots are free, and measure where they start from."""
+def _fill_slots(progress: _Progress) -> None:
+    """Before every step: no slot stays free while a trial waits for one, or is paused and may go on."""
+    while True:  # a trial may fail where it starts
+        free = max(0, progress.run.max_live_trials - len(progress.live()))
+        resumed = _halve(progress)[:free]
+        for state in resumed:
+            state.status = "live"
+        admitted = progress.waiting()[: free - len(resumed)]
+        if not admitted:
+            break
+        _admit(progress, admitted)
+
+
+def _halve(progress: _Progress) -> list[TrialState]:
+    """End the paused trials that halving gives up; those that may go on, the furthest first."""
+    go_on = []
+    for trials in progress.sweeps():
+        settings = trials[0].settings
+        states = [progress.states.get(trial.name) for trial in trials]
+        if settings.halving is None or not any(state and state.status == "paused" for state in states):
+            continue
+        entrants = [Entrant(state.scores, state.role) if state else Entrant((), "waiting") for state in states]
+        for place, verdict in verdicts(entrants, rungs(settings), settings.halving.factor).items():
+            state = states[place]
+            assert state is not None
+            if verdict == "go on":
+                go_on.append(state)
+            elif verdict == "out":
+                reached = ranking(entrants, len(state.scores))
+                state.halve(reached.index(place) + 1, len(reached))
+                progress.journal.finished(state)
+    return sorted(go_on, key=lambda state: -state.step)
+
+
+def _admit(progress: _Progress, trials: Sequence[Trial]) -> None:
+    """Start trials, and measure where they start from."""
     run = progress.run
-    waiting = [trial for trial in run.trials if trial.name not in progress.states]
     admitted = []
-    for trial in waiting[: max(0, run.max_live_trials - len(progress.live()))]:
+    for trial in trials:
         labels = run.corpora[trial.task].labels
         prompt = initial_prompt(trial, progress.backbone, progress.tokenizer, labels, run.warm_starts)
         state = start(trial, prompt)
         progress.states[trial.name] = state
         progress.journal.started(state)
         admitted.append(state)
-    if admitted:
-        _measure(progress, admitted)
-        _save(progress)
+    _measure(progress, admitted)
+    _save(progress)
 
 
 def _step(progress: _Progress) -> None:
@@ -147,11 +190,17 @@ def _measure(progress: _Progress, states: Sequence[TrialState]) -> None:
     for state, score in zip(states, scores, strict=True):
         state.judge(score)
         progress.journal.evaluated(state)
-    corpora = progress.run.corpora
-    ended = [s for s in states if s.status not in ("live", "failed") and "test" in corpora[s.trial.task].splits]
-    for state, score in zip(ended, _exam(progress, ended, "test") if ended else [], strict=True):
-        state.test = score
     progress.journal.paused()
+
+
+def _test_winners(progress: _Progress) -> None:
+    """Measure on its test split, where it has one, the prompt that a task publishes, and no other."""
+    of_task = [[progress.states.get(trial.name) for trial in trials] for trials in progress.sweeps()]
+    winners = [winner(states) for states in of_task if all(state and state.ended for state in states)]
+    corpora = progress.run.corpora
+    untested = [s for s in winners if s is not None and s.test is None and "test" in corpora[s.trial.task].splits]
+    for state, score in zip(untested, _exam(progress, untested, "test") if untested else [], strict=True):
+        state.test = score
 
 
 def _exam(progress: _Progress, states: Sequence[TrialState], split: str) -> list[Any]:
@@ -165,5 +214,6 @@ def _exam(progress: _Progress, states: Sequence[TrialState], split: str) -> list
 
 
 def _save(progress: _Progress) -> None:
+    _test_winners(progress)  # first: a run killed after its last checkpoint is published as that one has it
     if rank() == 0:
         save_checkpoint(progress.run.folder / "checkpoints", progress.step, progress.states.values())

@@ -34,7 +34,6 @@ def text_metric(name: str, predicted: Sequence[str], wanted: Sequence[str]) -> f
     return float(np.mean(equal))
 
 
-def is_better(metric: str, value: float, loss: float, than: tuple[float, float]) -> bool:
-    """Whether (metric value, dev loss) beats another; equal metrics are told apart by loss."""
-    sign = -1.0 if metric == "loss" else 1.0
-    return (sign * value, -loss) > (sign * than[0], -than[1])
+def goodness(metric: str, value: float, loss: float) -> tuple[float, float]:
+    """A dev metric so that more is better; equal metrics are told apart by dev loss."""
+    return (-value if metric == "loss" else value), -loss

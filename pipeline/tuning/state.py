@@ -1,5 +1,6 @@
 """Where a trial stands: everything needed to go on with it, or to publish it."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -10,11 +11,13 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from pipeline.tuning.evaluate import Score
-from pipeline.tuning.metrics import is_better
+from pipeline.tuning.halving import rungs
+from pipeline.tuning.metrics import goodness
 from pipeline.tuning.optimise import make_optimizer
 from pipeline.tuning.trials import Trial
 
-Status = Literal["live", "tuned", "stopped early", "no gain", "failed"]
+Status = Literal["live", "paused", "tuned", "stopped early", "halved", "no gain", "failed"]
+"""`paused` at a rung until halving decides; `halved` is how it then ends. `stopped early` is for want of progress."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,9 @@ class Evaluation:
     step: int
     value: float
     loss: float
+
+    def better(self, metric: str, than: "Evaluation") -> bool:
+        return goodness(metric, self.value, self.loss) > goodness(metric, than.value, than.loss)
 
 
 @dataclass
@@ -43,6 +49,21 @@ class TrialState:
     test: Score | None = None
 
     @property
+    def ended(self) -> bool:
+        return self.status not in ("live", "paused")
+
+    @property
+    def role(self) -> Literal["live", "paused", "ended"]:
+        """Its status as halving sees it."""
+        return "live" if self.status == "live" else "paused" if self.status == "paused" else "ended"
+
+    @property
+    def scores(self) -> list[tuple[float, float]]:
+        """Goodness at every evaluation after the start; one that was not finite ended the trial, and is no score."""
+        metric = self.trial.settings.metric
+        return [goodness(metric, e.value, e.loss) for e in self.history[1:] if np.isfinite(e.loss)]
+
+    @property
     def due(self) -> bool:
         """Whether the dev metric is to be measured now."""
         settings = self.trial.settings
@@ -52,8 +73,7 @@ class TrialState:
         """Take in an evaluation: keep the best prompt, and stop when done or without progress."""
         settings = self.trial.settings
         self.history.append(Evaluation(self.step, score.value, score.loss))
-        best = self.history[self.best_at]
-        if len(self.history) > 1 and is_better(settings.metric, score.value, score.loss, (best.value, best.loss)):
+        if self.history[-1].better(settings.metric, self.history[self.best_at]):
             self.best, self.best_at = self.prompt.detach().clone(), len(self.history) - 1
         stale = len(self.history) - 1 - self.best_at
         if not np.isfinite(score.loss):
@@ -62,6 +82,14 @@ class TrialState:
             self.status = "tuned" if self.best_at else "no gain"
         elif settings.patience is not None and stale >= settings.patience:
             self.status = "stopped early" if self.best_at else "no gain"
+        elif len(self.history) - 1 in rungs(settings):
+            self.status = "paused"
+
+    def halve(self, place: int, among: int) -> None:
+        """End the trial at its rung, where it is in this place among those that reached it."""
+        self.status = "halved"
+        metric = self.trial.settings.metric
+        self.reason = f"its dev {metric} at step {self.step} was in place {place} of {among} trials of its sweep"
 
     def fail_at(self, what: str, value: float) -> None:
         """End the trial, which has left the range of numbers."""
@@ -73,6 +101,21 @@ def start(trial: Trial, prompt: Tensor) -> TrialState:
     parameter = Parameter(prompt.clone())
     optimizer = make_optimizer(parameter, trial.settings.optimizer)
     return TrialState(trial, parameter, optimizer, best=prompt.clone())
+
+
+def winner(states: Iterable[TrialState | None]) -> TrialState | None:
+    """Of a task's trials (None: not started), the one whose best prompt has the best dev metric, the first of equals.
+
+    One that halving stopped may win: its best prompt was measured on the same rows. None when every trial failed.
+    """
+    first: TrialState | None = None
+    for state in states:
+        if state is None or state.status == "failed":
+            continue
+        metric, best = state.trial.settings.metric, state.history[state.best_at]
+        if first is None or best.better(metric, first.history[first.best_at]):
+            first = state
+    return first
 
 
 def to_record(state: TrialState) -> tuple[dict[str, Any], dict[str, Tensor]]:

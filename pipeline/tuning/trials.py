@@ -15,6 +15,7 @@ class Trial:
     """A task with one choice of length, initialisation, optimizer and seed."""
 
     name: str
+    """The task's, or for a trial of a sweep such as `sst2.length-20.lr-0.1`."""
     task: str
     settings: TaskSettings
     seed: int
@@ -25,8 +26,12 @@ class Trial:
     """
 
     def generator(self, purpose: str, index: int = 0) -> np.random.Generator:
-        """Random numbers for one purpose of this trial, the same whichever trials run beside it."""
-        return random_numbers(self.seed, self.name, purpose, index)
+        """Random numbers for one purpose of this trial, the same whichever trials run beside it.
+
+        Trials of one task and seed draw the same ones: a sweep's choices are compared on equal rows, and a choice
+        tuned in a sweep ends with the prompt of a task that was given that choice alone.
+        """
+        return random_numbers(self.seed, self.task, purpose, index)
 
 
 def random_numbers(*key: int | str) -> np.random.Generator:
@@ -38,14 +43,15 @@ def random_numbers(*key: int | str) -> np.random.Generator:
 def make_trials(
     settings: Settings, corpora: Mapping[str, str], fingerprint: str, starts: Mapping[str, str]
 ) -> list[Trial]:
-    """One trial for each task of `corpora` (task -> corpus digest), in the settings' order.
+    """Every trial of each task of `corpora` (task -> corpus digest), in the settings' order.
 
-    `starts` has the digest of the bank's prompt that a task starts from, for `init: bank`.
+    `starts` has the digest of the bank's prompt that a trial starts from, for `init: bank`.
     """
     return [
-        make_trial(name, task, _seed(settings, task), corpora[name], fingerprint, starts.get(name))
-        for name, task in settings.tasks.items()
-        if name in corpora
+        make_trial(task, own, _seed(settings, own), corpora[task], fingerprint, starts.get(name), name)
+        for task, whole in settings.tasks.items()
+        if task in corpora
+        for name, own in whole.trials(task).items()
     ]
 
 
@@ -54,10 +60,19 @@ def _seed(settings: Settings, task: TaskSettings) -> int:
 
 
 def make_trial(
-    name: str, task: TaskSettings, seed: int, corpus: str, fingerprint: str, starts_from: str | None = None
+    task: str,
+    settings: TaskSettings,
+    seed: int,
+    corpus: str,
+    fingerprint: str,
+    starts_from: str | None = None,
+    name: str | None = None,
 ) -> Trial:
-    # Where the files lie does not matter; what they hold is in the corpus digest.
-    deciding = task.model_dump(mode="json", exclude={"train", "dev", "test", "seed", "max_bad_rows"})
-    parts = [name, seed, corpus, fingerprint, deciding, starts_from]
+    """A trial of a task, of the task's name unless it has one of its own."""
+    # Where the files lie does not matter; what they hold is in the corpus digest. Nor which other trials there are.
+    deciding = settings.model_dump(mode="json", exclude={"train", "dev", "test", "seed", "max_bad_rows", "sweep"})
+    if settings.halving is None:
+        del deciding["halving"]  # as before there was any: runs begun then can be taken up
+    parts = [task, seed, corpus, fingerprint, deciding, starts_from]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return Trial(name, name, task, seed, digest)
+    return Trial(name or task, task, settings, seed, digest)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer
@@ -33,20 +32,17 @@ class Order:
     fingerprint: str
     run_folder: str
     starts: dict[str, str]
-    """Digest of the bank's prompt that a task starts from, for `init: bank`."""
+    """Digest of the bank's prompt that a trial starts from, for `init: bank`."""
 
     @property
     def model_folder(self) -> Path:
         """Config and tokenizer, saved by the driver whatever the weights' format."""
         return Path(self.run_folder) / "model"
 
-    def warm_start(self, task: str) -> Path:
-        """Where the driver keeps the bank's prompt that a task with `init: bank` starts from."""
-        source = self.settings["tasks"][task]["prompt"]["source"]
-        return Path(self.run_folder) / "warm_starts" / f"{task}.{source.replace('@', '.at.')}.safetensors"
-
-    def warm_starts(self) -> dict[str, np.ndarray]:
-        return {task: load_file(self.warm_start(task))["prompt"] for task in self.starts}
+    def warm_start(self, trial: Trial) -> Path:
+        """Where the driver keeps the bank's prompt that a trial with `init: bank` starts from."""
+        source = str(trial.settings.prompt.source)
+        return Path(self.run_folder) / "warm_starts" / f"{trial.task}.{source.replace('@', '.at.')}.safetensors"
 
     def task_corpora(self) -> dict[str, TaskCorpus]:
         return {task: TaskCorpus.from_dict(corpus) for task, corpus in self.corpora.items()}
@@ -56,14 +52,17 @@ class Order:
         return make_trials(settings, digests, self.fingerprint, self.starts)
 
     def tuning_run(self, settings: Settings) -> TuningRun:
+        trials = self.trials(settings)
+        kept = {trial.name: self.warm_start(trial) for trial in trials if trial.name in self.starts}
+        prompts = {path: load_file(path)["prompt"] for path in set(kept.values())}
         return TuningRun(
-            trials=self.trials(settings),
+            trials=trials,
             corpora=self.task_corpora(),
             folder=Path(self.run_folder),
             max_live_trials=settings.run.max_live_trials,
             checkpoint_every=settings.run.checkpoint_every,
             token_budget=settings.cluster.tokens_per_microbatch,
-            warm_starts=self.warm_starts(),
+            warm_starts={name: prompts[path] for name, path in kept.items()},
         )
 
 

@@ -42,6 +42,11 @@ def test_only_failed_trials_are_explained_under_the_table() -> None:
     assert "the first prompt" not in shown([no_gain])
 
 
+def test_a_sweeps_winner_tells_which_trials_it_was_chosen_from() -> None:
+    best = TrialResult("cr.lr-0.1", "cr", 50, "f1", 0.1, 0.9, None, "tuned", among="best of 12 (8 halved)")
+    assert cells(shown([best], width=120), "cr.lr-0.1")[-6:] == ["tuned,", "best", "of", "12", "(8", "halved)"]
+
+
 def test_colour_is_for_terminals_only() -> None:
     assert "\x1b[" in shown([TUNED], terminal=True)
     assert "\x1b[" not in shown([TUNED])

@@ -1,9 +1,12 @@
 """The job in one process with its real ranks: resumed, repeated, warm-started."""
 
+import json
 import os
 
+import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import load_file
 
 from pipeline.bank import PromptBank
 from pipeline.run.checks import check_run
@@ -42,6 +45,82 @@ def test_a_prompt_started_from_the_bank_starts_where_that_one_ended_also_when_th
     film = next(result for result in outcome.results if result.trial == "film")
     assert film.dev_before == pytest.approx(first["film"].dev_after)
     assert run(project, *warm).version == outcome.version, "started again, it starts from what it first found"
+
+
+SWEPT = [
+    "tasks.film.sweep={prompt.length: [2, 4, 6], optimizer.lr: [0.05, 0.5]}",
+    "tasks.film.halving={first: 1, factor: 3}",
+    "tasks.book.sweep={seed: [3, 4], optimizer.lr: [1e30, 0.1]}",
+    "defaults.eval_every=4",
+    "run.max_live_trials=4",
+]
+
+
+def test_of_a_sweep_the_best_trial_is_published_under_the_tasks_name_and_once(project, tmp_path):
+    outcome = run(project, *SWEPT)
+    assert outcome.exit == 0 and outcome.version == 1
+    trials = json.loads((tmp_path / "runs/small/trials.json").read_text())
+    assert len(trials) == 10
+    bank = PromptBank.open(tmp_path / "bank")
+    assert bank.names() == ("book", "film")
+    for result in outcome.results:
+        own = [t for t in trials if t["task"] == result.task]
+        (best,) = [t for t in own if t["published"]]
+        record = bank.load(result.task).record
+        assert result.trial == best["trial"] and result.dev_after == best["dev_after"] == record.metrics.dev_after
+        assert best["dev_after"] == max(t["dev_after"] for t in own if t["status"] != "failed")
+        assert (record.length, record.seed, record.settings_digest, record.steps) == (
+            best["prompt"]["length"],
+            best["seed"],
+            best["settings_digest"],
+            best["best_step"],
+        )
+    film, book = outcome.results
+    halved = sum(t["status"] == "halved" for t in trials)
+    assert halved >= 3 and film.among == f"best of 6 ({halved} halved)" and book.among == "best of 4 (2 failed)"
+    assert film.test is not None
+    assert run(project, *SWEPT).version == 1, "started again it publishes nothing new"
+
+
+def test_a_sweeps_winner_is_the_prompt_of_a_task_given_its_choice_alone(project, tmp_path):
+    run(project, *SWEPT[:1])
+    swept = PromptBank.open(tmp_path / "bank").load("film")
+    trials = json.loads((tmp_path / "runs/small/trials.json").read_text())
+    best = next(t for t in trials if t["task"] == "film" and t["published"])
+    chosen = (
+        f"tasks.film.prompt.length={best['prompt']['length']}",
+        f"tasks.film.optimizer.lr={best['optimizer']['lr']}",
+    )
+    run(project, *chosen, "run.name=alone", f"bank.uri={tmp_path}/other")
+    alone = PromptBank.open(tmp_path / "other").load("film")
+    assert np.linalg.norm(swept.array - alone.array) <= 1e-4 * np.linalg.norm(alone.array)
+    assert swept.record.settings_digest == alone.record.settings_digest
+
+
+def test_a_sweep_over_prompts_of_the_bank_starts_each_trial_from_its_own(project, tmp_path):
+    project["tasks"]["book"] |= {"metric": "accuracy", "prompt": {"length": 4}}
+    first = run(project).results
+    project["tasks"]["film"] |= {
+        "prompt": {"init": "bank", "source": "one of"},
+        "sweep": {"prompt.source": ["film@1", "book@1"]},
+    }
+    run(project, "run.name=warm")
+    trials = json.loads((tmp_path / "runs/warm/trials.json").read_text())
+    before = {t["prompt"]["source"]: t["dev_before"] for t in trials if t["task"] == "film"}
+    assert before["film@1"] == pytest.approx(first[0].dev_after)
+    assert set(before) == {"film@1", "book@1"}
+    (film, book) = (load_file(path)["prompt"] for path in sorted(tmp_path.glob("runs/warm/warm_starts/film.*"))[::-1])
+    bank = PromptBank.open(tmp_path / "bank")
+    np.testing.assert_array_equal(film, bank.load("film@1").array)
+    np.testing.assert_array_equal(book, bank.load("book@1").array)
+
+
+def test_a_task_whose_every_trial_fails_has_failed_and_says_of_how_many(project):
+    outcome = run(project, "tasks.film.sweep={optimizer.lr: [1e30, 1e29]}")
+    assert outcome.exit == 3
+    film = outcome.results[0]
+    assert film.status == "failed" and film.trial == "film" and film.among == "best of 2 (2 failed)"
+    assert film.reason.startswith("all of its 2 trials failed; of the first, the loss was")
 
 
 def test_paths_relative_to_where_the_job_starts_reach_the_ranks(project, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from pipeline.backbone import prompted
 from pipeline.corpus.reader import open_split
 from pipeline.tuning.evaluate import Exam, evaluate
-from pipeline.tuning.metrics import is_better, label_metric, text_metric
+from pipeline.tuning.metrics import goodness, label_metric, text_metric
 from tests.corpora import make_corpus
 
 
@@ -75,7 +75,7 @@ def test_metrics_on_worked_examples():
 
 
 def test_more_is_better_but_for_loss_and_ties_fall_to_the_lower_loss():
-    assert is_better("accuracy", 0.9, 1.0, (0.8, 0.5))
-    assert not is_better("accuracy", 0.8, 0.6, (0.8, 0.5))
-    assert is_better("accuracy", 0.8, 0.4, (0.8, 0.5))
-    assert is_better("loss", 0.4, 0.4, (0.5, 0.5))
+    assert goodness("accuracy", 0.9, 1.0) > goodness("accuracy", 0.8, 0.5)
+    assert goodness("accuracy", 0.8, 0.6) < goodness("accuracy", 0.8, 0.5)
+    assert goodness("accuracy", 0.8, 0.4) > goodness("accuracy", 0.8, 0.5)
+    assert goodness("loss", 0.4, 0.4) > goodness("loss", 0.5, 0.5)

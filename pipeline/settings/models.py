@@ -1,21 +1,11 @@
-"""Settings: one YAML file in, one frozen and validated `Settings` out. The only reader of configuration.
+"""What may be set, key by key, and what each key means."""
 
-A task inherits every key of `defaults` that it does not name itself, key by key
-(`prompt: {length: 32}` under a task keeps the default `init`). Relative paths are
-relative to the directory that the job is started in.
-"""
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-import difflib
-import json
-import re
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.errors import SettingsError
+from pipeline.settings.sweeps import MOST_TRIALS, SweptKey, choices, count_choices, trial_name, with_choice
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Paths = str | list[str]
@@ -94,6 +84,15 @@ class OptimizerSettings(_Frozen):
     """Largest norm of this prompt's own gradient; without it only Adafactor's update clipping acts."""
 
 
+class HalvingSettings(_Frozen):
+    """Successive halving (Jamieson & Talwalkar 2016): of a sweep's trials that reach a rung, the best go on."""
+
+    first: int = Field(1, ge=1)
+    """Evaluations of a trial before the first rung; each rung after it is `factor` times as far."""
+    factor: int = Field(3, ge=2)
+    """One in so many goes on from a rung, and at least one."""
+
+
 class TaskDefaults(_Frozen):
     """What every task may set. The defaults are Lester et al. (2021), section 3 and appendix A."""
 
@@ -122,6 +121,41 @@ class TaskDefaults(_Frozen):
     max_target_tokens: int = Field(64, ge=1)
     max_bad_rows: float = Field(0.05, ge=0, le=1)
     """Largest share of null, empty and over-long rows that is dropped without refusing the task."""
+    sweep: dict[SweptKey, Annotated[list[Any], Field(min_length=1)]] | None = None
+    """Lists of values, such as `{prompt.length: [20, 100], optimizer.lr: [0.03, 0.1], seed: [0, 1]}`: every
+    combination is tuned as a trial of its own, and the one with the best dev metric is published."""
+    halving: HalvingSettings | None = None
+    """Stops hopeless trials of a sweep early; without it, every trial is tuned to its end."""
+
+    def trials(self, name: str) -> dict[str, Self]:
+        """The settings of every trial of the task of this name, by trial; one, of the task's name, without a sweep.
+
+        Raises: ValueError naming the choice that is not valid, or is there twice.
+        """
+        if self.sweep is None:
+            return {name: self}
+        whole = self.model_dump(exclude={"sweep"})
+        trials: dict[str, Self] = {}
+        for choice in choices(self.sweep):
+            try:
+                trial = type(self).model_validate(with_choice(whole, choice))
+            except ValidationError as error:
+                raise ValueError(f"sweep: with {_written(choice)}, {_first(error)}") from error
+            # As validated: 1 and 1.0 are one learning rate.
+            read = {key: _at(trial, key) for key in choice}
+            if trial_name(name, read) in trials:
+                raise ValueError(f"sweep: {_written(read)} is there twice; give each value once")
+            trials[trial_name(name, read)] = trial
+        return trials
+
+    @model_validator(mode="after")
+    def _sweep_is_valid(self) -> Self:
+        if self.sweep is not None:
+            count = count_choices(self.sweep)
+            if count > MOST_TRIALS:
+                raise ValueError(f"sweep: its lists make {count:,} trials, more than {MOST_TRIALS:,}; shorten them")
+            self.trials("")
+        return self
 
 
 class TaskSettings(TaskDefaults):
@@ -155,108 +189,45 @@ class Settings(_Frozen):
     tasks: dict[Name, TaskSettings] = Field(min_length=1)
     bank: BankSettings = BankSettings()
 
+    @model_validator(mode="after")
+    def _halving_can_act(self) -> Self:
+        for name, task in self.tasks.items():
+            if task.halving is None:
+                continue
+            if task.sweep is None:
+                raise ValueError(f"task '{name}': halving is there to stop trials of a sweep; give a 'sweep', too")
+            if task.halving.first * task.eval_every >= task.max_steps:
+                raise ValueError(
+                    f"task '{name}': halving.first {task.halving.first} x eval_every {task.eval_every} is not before "
+                    f"max_steps {task.max_steps}, so that no trial would stop early; lower one of the first two"
+                )
+        return self
 
-_TASKS = Settings.model_fields["tasks"].annotation
-
-
-def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
-    """Read and validate a settings file; `overrides` are `dotted.key=value` with YAML values.
-
-    Raises: SettingsError naming the file, the key and the mend.
-    """
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(f"cannot read the settings file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} is not valid YAML: {_one_line(error)}") from error
-    return parse_settings(raw, overrides, origin=str(path))
-
-
-def parse_settings(raw: Any, overrides: Sequence[str] = (), origin: str = "settings") -> Settings:
-    """Validate a settings mapping as read from YAML. Raises: SettingsError."""
-    if not isinstance(raw, dict):
-        raise SettingsError(f"{origin}: expected a mapping with the keys {', '.join(Settings.model_fields)}")
-    for override in overrides:
-        raw = _with_override(raw, override)
-    try:
-        return Settings.model_validate(_with_defaults(raw))
-    except ValidationError as error:
-        details = error.errors()
-        in_defaults = {detail["loc"][1:] for detail in details if detail["loc"][:1] == ("defaults",)}
-        own = [d for d in details if d["loc"][:1] != ("tasks",) or d["loc"][2:] not in in_defaults]
-        sentences = dict.fromkeys(map(_sentence, own))
-        raise SettingsError("\n".join(f"{origin}: {sentence}" for sentence in sentences)) from error
+    @model_validator(mode="after")
+    def _trials_names_differ(self) -> Self:
+        owner: dict[str, str] = {}
+        for name, task in self.tasks.items():
+            for trial in task.trials(name):
+                if trial in owner:
+                    raise ValueError(
+                        f"tasks '{owner[trial]}' and '{name}' both have a trial '{trial}'; rename one task"
+                    )
+                owner[trial] = name
+        return self
 
 
-def settings_schema() -> str:
-    """JSON Schema of the settings file, for editors (`# yaml-language-server: $schema=…`)."""
-    return json.dumps(Settings.model_json_schema(), indent=2) + "\n"
+def _written(choice: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in choice.items())
 
 
-def _with_override(raw: dict[str, Any], override: str) -> dict[str, Any]:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise SettingsError(f"--set {override}: write it as key=value, for example tasks.sst2.max_steps=50")
-    result = dict(raw)
-    node = result
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        child = node.get(parent)
-        if child is not None and not isinstance(child, dict):
-            raise SettingsError(f"--set {override}: '{parent}' is a value, not a mapping")
-        node[parent] = dict(child or {})
-        node = node[parent]
-    try:
-        node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise SettingsError(f"--set {override}: the value is not valid YAML: {_one_line(error)}") from error
-    return result
+def _at(settings: BaseModel, key: str) -> Any:
+    value: Any = settings
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
 
 
-def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
-    defaults, tasks = raw.get("defaults"), raw.get("tasks")
-    if not isinstance(defaults, dict) or not isinstance(tasks, dict):
-        return raw
-    merged = {name: _merge(defaults, task) if isinstance(task, dict) else task for name, task in tasks.items()}
-    for name, task in tasks.items():  # a task's own dev split replaces the inherited one
-        if isinstance(task, dict) and "dev" in task and "dev_fraction" not in task:
-            merged[name].pop("dev_fraction", None)
-    return {**raw, "tasks": merged}
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _sentence(detail: Any) -> str:
-    where = ".".join(str(part) for part in detail["loc"] if part not in ("str", "list[str]", "[key]"))
-    where = where or "the file"
-    match detail["type"]:
-        case "extra_forbidden":
-            return f"unknown key '{where}'{_suggestion(detail['loc'])}"
-        case "missing":
-            return f"'{where}' is missing"
-        case "string_pattern_mismatch":
-            return f"'{where}': {detail['input']!r} may hold only letters, digits, '.', '_' and '-'"
-        case _:
-            message = detail["msg"].removeprefix("Value error, ")
-            return f"'{where}': {message[:1].lower()}{message[1:]}"
-
-
-def _suggestion(loc: tuple[int | str, ...]) -> str:
-    model: Any = Settings
-    for part in loc[:-1]:
-        # Under `tasks` the key is the task's name; everywhere else it is a field.
-        model = TaskSettings if model is _TASKS else model.model_fields[str(part)].annotation
-    known = list(model.model_fields)
-    close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else f"; known keys here: {', '.join(known)}"
-
-
-def _one_line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error))
+def _first(error: ValidationError) -> str:
+    """`optimizer.lr: Input should be greater than 0`"""
+    detail = error.errors()[0]
+    return f"{'.'.join(map(str, detail['loc']))}: {detail['msg'].removeprefix('Value error, ')}"

@@ -1,0 +1,36 @@
+"""Settings: one YAML file in, one frozen and validated `Settings` out. The only reader of configuration.
+
+A task inherits every key of `defaults` that it does not name itself, key by key
+(`prompt: {length: 32}` under a task keeps the default `init`). Relative paths are
+relative to the directory that the job is started in.
+"""
+
+from pipeline.settings.models import (
+    BankSettings,
+    ClusterSettings,
+    HalvingSettings,
+    ModelSettings,
+    OptimizerSettings,
+    PromptSettings,
+    RunSettings,
+    Settings,
+    TaskDefaults,
+    TaskSettings,
+)
+from pipeline.settings.reading import load_settings, parse_settings, settings_schema
+
+__all__ = [
+    "BankSettings",
+    "ClusterSettings",
+    "HalvingSettings",
+    "ModelSettings",
+    "OptimizerSettings",
+    "PromptSettings",
+    "RunSettings",
+    "Settings",
+    "TaskDefaults",
+    "TaskSettings",
+    "load_settings",
+    "parse_settings",
+    "settings_schema",
+]

@@ -1,0 +1,126 @@
+"""From a YAML file and overrides to validated settings, or one sentence for each mistake."""
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from pipeline.errors import SettingsError
+from pipeline.settings.models import Settings, TaskSettings
+
+_TASKS = Settings.model_fields["tasks"].annotation
+
+
+def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read and validate a settings file; `overrides` are `dotted.key=value` with YAML values.
+
+    Raises: SettingsError naming the file, the key and the mend.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"cannot read the settings file {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not valid YAML: {_one_line(error)}") from error
+    return parse_settings(raw, overrides, origin=str(path))
+
+
+def parse_settings(raw: Any, overrides: Sequence[str] = (), origin: str = "settings") -> Settings:
+    """Validate a settings mapping as read from YAML. Raises: SettingsError."""
+    if not isinstance(raw, dict):
+        raise SettingsError(f"{origin}: expected a mapping with the keys {', '.join(Settings.model_fields)}")
+    for override in overrides:
+        raw = _with_override(raw, override)
+    try:
+        return Settings.model_validate(_with_defaults(raw))
+    except ValidationError as error:
+        details = error.errors()
+        in_defaults = {detail["loc"][1:] for detail in details if detail["loc"][:1] == ("defaults",)}
+        own = [d for d in details if d["loc"][:1] != ("tasks",) or d["loc"][2:] not in in_defaults]
+        sentences = dict.fromkeys(map(_sentence, own))
+        raise SettingsError("\n".join(f"{origin}: {sentence}" for sentence in sentences)) from error
+
+
+def settings_schema() -> str:
+    """JSON Schema of the settings file, for editors (`# yaml-language-server: $schema=…`)."""
+    return json.dumps(Settings.model_json_schema(), indent=2) + "\n"
+
+
+def _with_override(raw: dict[str, Any], override: str) -> dict[str, Any]:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise SettingsError(f"--set {override}: write it as key=value, for example tasks.sst2.max_steps=50")
+    result = dict(raw)
+    node = result
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        child = node.get(parent)
+        if child is not None and not isinstance(child, dict):
+            raise SettingsError(f"--set {override}: '{parent}' is a value, not a mapping")
+        node[parent] = dict(child or {})
+        node = node[parent]
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"--set {override}: the value is not valid YAML: {_one_line(error)}") from error
+    return result
+
+
+def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
+    defaults, tasks = raw.get("defaults"), raw.get("tasks")
+    if not isinstance(defaults, dict) or not isinstance(tasks, dict):
+        return raw
+    merged = {name: _merge(defaults, task) if isinstance(task, dict) else task for name, task in tasks.items()}
+    for name, task in tasks.items():
+        if not isinstance(task, dict):
+            continue
+        if "dev" in task and "dev_fraction" not in task:  # a task's own dev split replaces the inherited one
+            merged[name].pop("dev_fraction", None)
+        if merged[name].get("sweep") is None and "halving" not in task:  # inherited halving is for those with a sweep
+            merged[name].pop("halving", None)
+    return {**raw, "tasks": merged}
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _sentence(detail: Any) -> str:
+    where = ".".join(str(part) for part in detail["loc"] if part not in ("str", "list[str]", "[key]"))
+    message = detail["msg"].removeprefix("Value error, ")
+    match detail["type"]:
+        case "value_error" if not where:
+            return str(message)
+        case "extra_forbidden":
+            return f"unknown key '{where}'{_suggestion(detail['loc'])}"
+        case "missing":
+            return f"'{where}' is missing"
+        case "string_pattern_mismatch":
+            return f"'{where}': {detail['input']!r} may hold only letters, digits, '.', '_' and '-'"
+        case _:
+            return f"'{where or 'the file'}': {message[:1].lower()}{message[1:]}"
+
+
+def _suggestion(loc: tuple[int | str, ...]) -> str:
+    model: Any = Settings
+    for part in loc[:-1]:
+        # Under `tasks` the key is the task's name; everywhere else it is a field, of a model or of a model or null.
+        model = TaskSettings if model is _TASKS else model.model_fields[str(part)].annotation
+        if model is not _TASKS:
+            model = next((kind for kind in get_args(model) if hasattr(kind, "model_fields")), model)
+    known = list(model.model_fields)
+    close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; known keys here: {', '.join(known)}"
+
+
+def _one_line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error))

@@ -1,0 +1,74 @@
+"""A sweep's choices: every combination of its lists, as changes to a task's settings, and what they are called."""
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from typing import Any, Literal, get_args
+
+SweptKey = Literal[
+    "prompt.length",
+    "prompt.init",
+    "prompt.text",
+    "prompt.source",
+    "optimizer.name",
+    "optimizer.lr",
+    "optimizer.weight_decay",
+    "optimizer.schedule",
+    "optimizer.warmup_steps",
+    "optimizer.clip_norm",
+    "seed",
+]
+Sweep = Mapping[SweptKey, Sequence[Any]]
+Choice = Mapping[str, Any]
+"""A value for each swept key."""
+
+MOST_TRIALS = 1_000
+_SHORT = re.compile(r"[A-Za-z0-9._-]{1,24}")
+_LONGEST_NAME = 200
+"""File systems take 255 bytes, ending included."""
+
+
+def count_choices(sweep: Sweep) -> int:
+    return math.prod(map(len, sweep.values()))
+
+
+def choices(sweep: Sweep) -> Iterator[Choice]:
+    """All combinations, in the order of the keys' declaration; the last key changes fastest."""
+    # Not the file's order: the trials' order breaks ties, and must survive a settings file sorted anew.
+    keys = [key for key in get_args(SweptKey) if key in sweep]
+    for values in product(*(sweep[key] for key in keys)):
+        yield dict(zip(keys, values, strict=True))
+
+
+def with_choice(settings: Mapping[str, Any], choice: Choice) -> dict[str, Any]:
+    """A task's settings with the choice in place of what stood there."""
+    changed = dict(settings)
+    for key, value in choice.items():
+        part, _, leaf = key.rpartition(".")
+        if part:
+            changed[part] = {**changed[part], leaf: value}
+        else:
+            changed[leaf] = value
+    return changed
+
+
+def trial_name(task: str, choice: Choice) -> str:
+    """`sst2.length-20.lr-0.1.seed-1`: unlike for unlike choices, and fit to be a file's name."""
+    parts = [f"{_word(key)}-{_label(value)}" for key, value in choice.items()]
+    name = ".".join([task, *parts])
+    return name if len(name) <= _LONGEST_NAME else f"{task}.{_digest(name)}"
+
+
+def _word(key: str) -> str:
+    return "optimizer" if key == "optimizer.name" else key.rpartition(".")[2]
+
+
+def _label(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if _SHORT.fullmatch(text) else _digest(text)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
