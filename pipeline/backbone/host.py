@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from pipeline.backbone.files import Architecture, ModelFiles, architecture_of
 from pipeline.backbone.fused import use_kernels
 from pipeline.backbone.int8 import set_products
-from pipeline.backbone.loading import build_skeleton, load_weights
+from pipeline.backbone.loading import build_skeleton, load_weights, untie_what_is_stored_apart
 from pipeline.backbone.weights import open_weights
 
 
@@ -103,6 +103,7 @@ def host_backbone(
     set_products(model, products, device)
     use_kernels(model, kernels)
     source = open_weights(files, model)
+    untie_what_is_stored_apart(model, source)
     if not sharded:
         load_weights(model, source, dtype, lambda module: _move(module, device))
         return Backbone(config, _Hosted(model), device, dtype)

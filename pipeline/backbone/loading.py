@@ -30,6 +30,21 @@ def build_skeleton(config: PretrainedConfig, int8: bool, dtype: torch.dtype = to
     return model
 
 
+def untie_what_is_stored_apart(model: nn.Module, source: WeightSource) -> None:
+    """Give a tied parameter that the source stores under two names, with different values, one for each.
+
+    transformers ties T5's output layer to its embedding whatever the checkpoint says, and unties them in
+    `from_pretrained` by the same rule; T5 1.1 and the LM-adapted checkpoints need it.
+    """
+    for names in _names_by_parameter(model).values():
+        stored = [name for name in names if name in source.names]
+        for name in stored[1:]:
+            if not torch.equal(source.read(name), source.read(stored[0])):
+                module_name, _, key = name.rpartition(".")
+                module = model.get_submodule(module_name)
+                module._parameters[key] = nn.Parameter(torch.empty_like(model.get_parameter(name)), requires_grad=False)
+
+
 def load_weights(model: nn.Module, source: WeightSource, dtype: torch.dtype, place: Place) -> None:
     """Give every parameter of a skeleton its data, in `dtype` or int8; call `place` leaf by leaf.
 

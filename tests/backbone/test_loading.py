@@ -83,6 +83,22 @@ def test_weights_spread_over_many_files_are_the_same_model(tmp_path):
     assert identity_of(spread) == identity_of(folder)
 
 
+def test_an_output_layer_stored_apart_from_the_embedding_is_not_tied_to_it(tmp_path):
+    folder = make_model(tmp_path / "t5", "t5")
+    tensors = load_file(folder / "model.safetensors")
+
+    def rows_of(output):
+        save_file({**tensors, "lm_head.weight": output}, folder / "model.safetensors")
+        files = find_model(str(folder))
+        model = host_backbone(files, read_config(files), int8=True, dtype=torch.float32, device=CPU, sharded=False)
+        return model.hosted.model.get_input_embeddings().weight, model.hosted.model.get_output_embeddings().weight
+
+    table, output = rows_of(tensors["shared.weight"].clone())
+    assert output is table, "stored twice, but equal"
+    table, output = rows_of(tensors["shared.weight"].flip(0).contiguous())
+    assert torch.equal(output, table.flip(0)) and not torch.equal(output, table)
+
+
 def test_the_fingerprint_covers_config_tokenizer_weights_and_quantisation(tmp_path):
     folder = make_model(tmp_path / "m")
     original = identity_of(folder)
