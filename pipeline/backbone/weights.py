@@ -1,10 +1,12 @@
-"""Weights read one tensor at a time, so that no process ever holds the whole model."""
+"""Weights read some rows of a tensor at a time, so that no process ever holds the whole model."""
 
 import hashlib
+import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,16 +16,23 @@ from pipeline.backbone.files import ModelFiles
 from pipeline.errors import BackboneError
 
 
+class Read(Protocol):
+    def __call__(self, name: str, first: int = 0, last: int | None = None) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class WeightSource:
     """Tensors by the name that transformers gives them."""
 
     origin: str
     names: frozenset[str]
-    read: Callable[[str], Tensor]
-    """Name -> the tensor as stored (GGUF: dequantised to float32)."""
+    shape: Callable[[str], tuple[int, ...]]
+    read: Read
+    """Name -> the tensor as stored (GGUF: dequantised to float32), or its rows from `first` up to `last`."""
     raw: Callable[[str], Any]
     """Name -> the tensor's stored bytes, for a digest."""
+    reads_rows: bool
+    """Whether to read some rows costs less than to read the tensor."""
 
 
 def open_weights(files: ModelFiles, skeleton: nn.Module) -> WeightSource:
@@ -58,23 +67,78 @@ def first_name(source: WeightSource, candidates: Iterable[str]) -> str:
     raise BackboneError(f"{source.origin}: the weights lack '{candidates[0]}'; the checkpoint is incomplete")
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """Where a safetensors file keeps a tensor."""
+
+    file: BinaryIO
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self, first: int = 0, last: int | None = None) -> Tensor:
+        """Into memory of our own: of a mapped file, every page that was looked at would count as this process's."""
+        stop = self.shape[0] if last is None and self.shape else last
+        shape = (stop - first, *self.shape[1:]) if stop is not None else self.shape
+        tensor = torch.empty(shape, dtype=self.dtype)
+        if not tensor.numel():
+            return tensor
+        start = self.offset + (first * (tensor.nbytes // shape[0]) if shape else 0)
+        left = tensor.view(-1).view(torch.uint8).numpy().data
+        while left:
+            count = os.preadv(self.file.fileno(), [left], start)
+            if count == 0:
+                raise BackboneError(f"{self.file.name} became shorter while it was read; fetch the model again")
+            left, start = left[count:], start + count
+        return tensor
+
+
+_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
 def _open_safetensors(files: ModelFiles) -> WeightSource:
-    shards: dict[str, Path] = {}
-    handles: dict[Path, Any] = {}
+    stored: dict[str, _Stored] = {}
     for path in sorted(files.folder.glob("*.safetensors")):
         try:
-            handles[path] = safe_open(path, framework="pt")
+            with safe_open(path, framework="pt"):  # checks the header against the file
+                stored.update(_stored_in(path))
         except (SafetensorError, OSError) as error:
             raise BackboneError(f"{path} is damaged or incomplete ({error}); fetch the model again") from error
-        shards.update(dict.fromkeys(handles[path].keys(), path))
+        except KeyError as error:
+            raise BackboneError(f"{path} holds numbers of the type {error}, which is not supported") from error
 
-    def read(name: str) -> Tensor:
-        return handles[shards[name]].get_tensor(name)
+    def read(name: str, first: int = 0, last: int | None = None) -> Tensor:
+        return stored[name].read(first, last)
 
     def raw(name: str) -> Any:
-        return read(name).contiguous().view(-1).view(torch.uint8).numpy()
+        return read(name).view(-1).view(torch.uint8).numpy()
 
-    return WeightSource(str(files.folder), frozenset(shards), read, raw)
+    return WeightSource(
+        str(files.folder), frozenset(stored), lambda name: stored[name].shape, read, raw, reads_rows=True
+    )
+
+
+def _stored_in(path: Path) -> dict[str, _Stored]:
+    """By the format's definition: the header's size in 8 bytes, the header in JSON, the tensors' bytes."""
+    file = open(path, "rb", buffering=0)  # noqa: SIM115  (closed with the source that holds it)
+    size = int.from_bytes(file.read(8), "little")
+    header = json.loads(os.pread(file.fileno(), size, 8))
+    header.pop("__metadata__", None)
+    return {
+        name: _Stored(file, _TYPES[entry["dtype"]], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
 
 
 def _open_gguf(files: ModelFiles, skeleton: nn.Module) -> WeightSource:
@@ -100,12 +164,15 @@ def _open_gguf(files: ModelFiles, skeleton: nn.Module) -> WeightSource:
     # llama.cpp permutes some matrices; transformers knows how to undo it.
     processor = TENSOR_PROCESSORS.get(family, TensorProcessor)(config=config.to_dict())
 
-    def read(name: str) -> Tensor:
+    def read(name: str, first: int = 0, last: int | None = None) -> Tensor:
         tensor = tensors[name]
         floats = gguf.dequantize(tensor.data, tensor.tensor_type)
-        return torch.from_numpy(processor.process(weights=floats, name=tensor.name).weights.copy())
+        return torch.from_numpy(processor.process(weights=floats, name=tensor.name).weights[first:last].copy())
+
+    def shape(name: str) -> tuple[int, ...]:
+        return tuple(int(side) for side in reversed(tensors[name].shape))
 
     def raw(name: str) -> Any:
         return tensors[name].data.tobytes()
 
-    return WeightSource(str(path), frozenset(tensors), read, raw)
+    return WeightSource(str(path), frozenset(tensors), shape, read, raw, reads_rows=False)

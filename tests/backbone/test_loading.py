@@ -2,16 +2,18 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from pipeline.backbone import loading
 from pipeline.backbone.files import PACKAGED, find_model, read_config, read_tokenizer
 from pipeline.backbone.fingerprint import identify
 from pipeline.backbone.host import held_bytes, host_backbone
-from pipeline.backbone.loading import build_skeleton
+from pipeline.backbone.loading import Placement, Share, build_skeleton, load_weights
 from pipeline.backbone.weights import open_weights
 from pipeline.benchmark.ranks import run_ranks
 from pipeline.errors import BackboneError
@@ -40,14 +42,14 @@ def load_and_watch(folder):
     # Everything that loading imports and starts is paid for by a first, tiny model.
     load_sharded(folder.parent / "tiny")
     before, peak = anonymous_bytes(), 0
-    real = host._move
+    real = host._move_buffers
 
     def watched(*args, **kwargs):
         nonlocal peak
         peak = max(peak, anonymous_bytes())
         real(*args, **kwargs)
 
-    host._move = watched
+    host._move_buffers = watched
     backbone = load_sharded(folder)
     return peak - before, anonymous_bytes() - before, held_bytes(backbone), dist.get_rank()
 
@@ -70,6 +72,64 @@ def test_no_rank_holds_the_whole_model_before_or_after_or_while_loading(tmp_path
         assert held["float32"] < int8 / 20, "only norms and scales are kept whole"
         assert peak < int8 / 2 + slack, "a rank held more than its part and one layer while loading"
         assert after < int8 / 2 + slack
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "t5", "t5_tied"])
+@pytest.mark.parametrize("int8", [True, False])
+def test_the_ranks_pieces_put_together_are_the_model_bit_by_bit_however_it_is_cut(family, int8, tmp_path, monkeypatch):
+    folder = make_model(tmp_path / "m", family)
+    whole = pieces_of(folder, int8, Share())
+    monkeypatch.setattr(loading, "_CHUNK", 100)  # some rows at a time, as for a large model
+    for ranks in (2, 3, 7):
+        shared = [pieces_of(folder, int8, Share(rank, ranks)) for rank in range(ranks)]
+        for name, (tensor, _) in whole.items():
+            joined = torch.cat([piece for piece, _ in (rank[name] for rank in shared)])
+            assert torch.equal(joined[: tensor.numel()], tensor), f"{name} over {ranks} ranks"
+            assert not joined[tensor.numel() :].any(), "padding"
+        scales = {name: [rank[name][1] for rank in shared] for name in whole if whole[name][1] is not None}
+        for name, parts in scales.items():
+            assert torch.equal(torch.stack(parts).sum(0), whole[name][1]), f"scale of {name} over {ranks} ranks"
+
+
+def pieces_of(folder, int8, share):
+    """Every parameter's piece, and its scales as this rank knows them."""
+    files = find_model(str(folder))
+    model = build_skeleton(read_config(files), int8)
+    source = open_weights(files, model)
+    pieces = {}
+
+    def keep(piece, shape):
+        kept = torch.nn.Parameter(torch.empty(0, dtype=piece.dtype), requires_grad=False)
+        pieces[id(kept)] = piece
+        return kept
+
+    load_weights(model, source, torch.float32, Placement(share, keep, lambda scale: scale, lambda module: None))
+    scales = dict(model.named_buffers())
+    return {
+        name: (pieces[id(kept)], scales.get(name.removesuffix("weight") + "scale"))
+        for name, kept in model.named_parameters()
+    }
+
+
+def test_a_rank_reads_only_the_rows_that_it_holds(tmp_path):
+    folder = make_model(tmp_path / "m", hidden_size=64, intermediate_size=512)
+    files = find_model(str(folder))
+    model = build_skeleton(read_config(files), int8=True)
+    source = open_weights(files, model)
+    read = []
+
+    def counted(name, first=0, last=None):
+        tensor = source.read(name, first, last)
+        read.append(tensor.numel())
+        return tensor
+
+    keep = Placement(
+        Share(1, 4), lambda piece, _: torch.nn.Parameter(piece, False), lambda scale: scale, lambda module: None
+    )
+    load_weights(model, replace(source, read=counted), torch.float32, keep)
+    skeleton = build_skeleton(read_config(files), int8=True)
+    total = sum(p.numel() for p in {id(p): p for p in skeleton.parameters()}.values())
+    assert sum(read) < 0.27 * total
 
 
 def test_weights_spread_over_many_files_are_the_same_model(tmp_path):
