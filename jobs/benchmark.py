@@ -6,6 +6,7 @@ python jobs/benchmark.py ablation --data ../shared/data             # what each 
 python jobs/benchmark.py lengths --data ../shared/data              # what a longer prompt costs
 python jobs/benchmark.py growth --data ../shared/data               # 1 to 256 trials in one run
 python jobs/benchmark.py quality --data ../shared/data              # whether speed costs the prompts anything
+python jobs/benchmark.py fit                                        # models of 3 billion parameters, in memory's bound
 """
 
 import os
@@ -176,6 +177,36 @@ def quality(
     result = compare_quality(bench, peer, out)
     console.print(quality_table(result))
     console.print(f"Written to {out}.")
+
+
+@app.command()
+def fit(
+    shapes: Annotated[str, typer.Option(help="Published shapes, separated by commas.")] = "t5-xl,llama-3b",
+    layers: Annotated[int | None, typer.Option(help="Fewer layers than the shapes have.")] = None,
+    folder: Annotated[Path, typer.Option(help="Where checkpoints are written, and used if there.")] = Path(
+        "runs/large"
+    ),
+    keep: Annotated[
+        bool, typer.Option(help="Leave a checkpoint that was written; else one is on disk at a time.")
+    ] = False,
+    prompts: Annotated[int, typer.Option(help="Prompts tuned together.")] = 4,
+    length: Annotated[int, typer.Option(help="Prompt length.")] = 20,
+    batch: Batch = 2,
+    steps: Annotated[int, typer.Option(help="Steps of all prompts.")] = 3,
+    ranks: Ranks = 2,
+    threads: Threads = 2,
+    out: Out = Path("docs/benchmarks/fit.json"),
+) -> None:
+    """Large models of random weights in int8: every rank's peak memory against its bound, and loading's speed."""
+    from pipeline.benchmark.fit import FitOptions, measure_fit, save_fits
+    from pipeline.benchmark.fit_table import fit_table
+
+    options = FitOptions(ranks, threads, prompts, length, batch, steps)
+    for shape in shapes.split(","):
+        result = measure_fit(shape, layers, folder, options, keep)
+        console.print(fit_table(result))
+        save_fits(out, [result])
+        console.print(f"Written to {out}.")
 
 
 def _bench(

@@ -39,7 +39,7 @@ _FEWEST_CUDA_ROWS = 16
 """`torch._int_mm` wants more rows than these on CUDA."""
 _CHUNK = 2**20
 """Weights that are quantised at a time."""
-_CONVERTED_AT_ONCE = 2**25
+_CONVERTED_AT_ONCE = 2**23
 """Weights that an exact product converts at a time: a large vocabulary in float takes more than int8 saves."""
 
 
