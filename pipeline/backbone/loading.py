@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.backbone.files import FAMILIES
 from pipeline.backbone.fused import fuse
 from pipeline.backbone.int8 import Int8Embedding, Int8Linear, empty_int8, quantize_rows
-from pipeline.backbone.weights import WeightSource, first_name
+from pipeline.backbone.weights import WeightSource, first_name, stored_alike
 from pipeline.errors import BackboneError
 
 _CHUNK = 2**22
@@ -68,7 +68,7 @@ def untie_what_is_stored_apart(model: nn.Module, source: WeightSource) -> None:
     for names in _names_by_parameter(model).values():
         stored = [name for name in names if name in source.names]
         for name in stored[1:]:
-            if not torch.equal(source.read(name), source.read(stored[0])):
+            if not stored_alike(source, name, stored[0]):
                 module_name, _, key = name.rpartition(".")
                 module = model.get_submodule(module_name)
                 module._parameters[key] = nn.Parameter(torch.empty_like(model.get_parameter(name)), requires_grad=False)

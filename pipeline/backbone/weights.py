@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -14,6 +16,10 @@ from torch import Tensor, nn
 
 from pipeline.backbone.files import ModelFiles
 from pipeline.errors import BackboneError
+
+_PIECE = 2**22
+"""Entries that are read at a time for a digest."""
+_MOST_READERS = 8
 
 
 class Read(Protocol):
@@ -29,8 +35,8 @@ class WeightSource:
     shape: Callable[[str], tuple[int, ...]]
     read: Read
     """Name -> the tensor as stored (GGUF: dequantised to float32), or its rows from `first` up to `last`."""
-    raw: Callable[[str], Any]
-    """Name -> the tensor's stored bytes, for a digest."""
+    stored: Callable[[str], Iterator[Any]]
+    """Name -> the tensor's stored bytes, piece by piece, for a digest."""
     reads_rows: bool
     """Whether to read some rows costs less than to read the tensor."""
 
@@ -44,12 +50,26 @@ def open_weights(files: ModelFiles, skeleton: nn.Module) -> WeightSource:
 
 
 def weights_digest(source: WeightSource) -> str:
-    """Digest of every tensor's name and stored bytes, whatever files they are spread over."""
+    """Digest of every tensor's name and stored bytes, whatever files they are spread over; tensors side by side."""
     total = hashlib.sha256()
-    for name in sorted(source.names):
-        total.update(f"{name}\0".encode())
-        total.update(hashlib.sha256(source.raw(name)).digest())
+    names = sorted(source.names)
+    with ThreadPoolExecutor(min(_MOST_READERS, os.cpu_count() or 1)) as pool:
+        for name, digest in zip(names, pool.map(lambda name: _digest(source.stored(name)), names), strict=True):
+            total.update(f"{name}\0".encode())
+            total.update(digest)
     return total.hexdigest()
+
+
+def _digest(pieces: Iterator[Any]) -> bytes:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.digest()
+
+
+def stored_alike(source: WeightSource, name: str, other: str) -> bool:
+    """Whether two tensors' bytes are the same."""
+    return _digest(source.stored(name)) == _digest(source.stored(other))
 
 
 def first_name(source: WeightSource, candidates: Iterable[str]) -> str:
@@ -79,11 +99,8 @@ class _Stored:
     def read(self, first: int = 0, last: int | None = None) -> Tensor:
         """Into memory of our own: of a mapped file, every page that was looked at would count as this process's."""
         stop = self.shape[0] if last is None and self.shape else last
-        shape = (stop - first, *self.shape[1:]) if stop is not None else self.shape
-        tensor = torch.empty(shape, dtype=self.dtype)
-        if not tensor.numel():
-            return tensor
-        start = self.offset + (first * (tensor.nbytes // shape[0]) if shape else 0)
+        tensor = torch.empty(self.shape if stop is None else (stop - first, *self.shape[1:]), dtype=self.dtype)
+        start = self.offset + first * math.prod(self.shape[1:]) * self.dtype.itemsize
         left = tensor.view(-1).view(torch.uint8).numpy().data
         while left:
             count = os.preadv(self.file.fileno(), [left], start)
@@ -121,11 +138,16 @@ def _open_safetensors(files: ModelFiles) -> WeightSource:
     def read(name: str, first: int = 0, last: int | None = None) -> Tensor:
         return stored[name].read(first, last)
 
-    def raw(name: str) -> Any:
-        return read(name).view(-1).view(torch.uint8).numpy()
+    def pieces(name: str) -> Iterator[Any]:
+        shape = stored[name].shape
+        rows = shape[0] if shape else 1
+        step = max(1, _PIECE // max(1, math.prod(shape[1:])))
+        for first in range(0, rows, step):
+            tensor = stored[name].read(first, min(first + step, rows)) if shape else stored[name].read()
+            yield tensor.view(-1).view(torch.uint8).numpy()
 
     return WeightSource(
-        str(files.folder), frozenset(stored), lambda name: stored[name].shape, read, raw, reads_rows=True
+        str(files.folder), frozenset(stored), lambda name: stored[name].shape, read, pieces, reads_rows=True
     )
 
 
@@ -172,7 +194,7 @@ def _open_gguf(files: ModelFiles, skeleton: nn.Module) -> WeightSource:
     def shape(name: str) -> tuple[int, ...]:
         return tuple(int(side) for side in reversed(tensors[name].shape))
 
-    def raw(name: str) -> Any:
-        return tensors[name].data.tobytes()
+    def pieces(name: str) -> Iterator[Any]:
+        yield tensors[name].data.tobytes()
 
-    return WeightSource(str(path), frozenset(tensors), shape, read, raw, reads_rows=False)
+    return WeightSource(str(path), frozenset(tensors), shape, read, pieces, reads_rows=False)
