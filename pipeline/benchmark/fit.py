@@ -127,7 +127,8 @@ def measure_fit(shape: str, layers: int | None, folder: Path, options: FitOption
     The folder is deleted again, unless it was there or is to be kept.
     Raises: BackboneError, StorageError.
     """
-    target = folder / (shape if layers is None else f"{shape}-{layers}-layers")
+    name = Path(shape).stem
+    target = folder / (name if layers is None else f"{name}-{layers}-layers")
     made = not (target / "config.json").exists()
     try:
         if made:

@@ -1,5 +1,6 @@
 """Loading leaf by leaf: every tensor arrives, no rank holds the model, bad folders are refused."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from pipeline.backbone import loading
+from pipeline.backbone import loading, weights
 from pipeline.backbone.files import PACKAGED, find_model, read_config, read_tokenizer
 from pipeline.backbone.fingerprint import identify
 from pipeline.backbone.host import held_bytes, host_backbone
@@ -23,11 +24,11 @@ CPU = torch.device("cpu")
 LARGE = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16, "head_dim": 128, "vocab_size": 8000}
 
 
-def identity_of(folder, weights="int8"):
+def identity_of(folder, quantisation="int8"):
     files = find_model(str(folder))
     config = read_config(files)
     source = open_weights(files, build_skeleton(config, int8=False))
-    return identify("m", config, read_tokenizer(files), source, weights)
+    return identify("m", config, read_tokenizer(files), source, quantisation)
 
 
 def anonymous_bytes() -> int:
@@ -159,6 +160,16 @@ def test_an_output_layer_stored_apart_from_the_embedding_is_not_tied_to_it(tmp_p
     assert torch.equal(output, table.flip(0)) and not torch.equal(output, table)
 
 
+def test_the_fingerprint_is_of_the_whole_tensors_however_they_are_read(tmp_path, monkeypatch):
+    folder = make_model(tmp_path / "m")
+    expected = hashlib.sha256()
+    for name, tensor in sorted(load_file(folder / "model.safetensors").items()):
+        expected.update(f"{name}\0".encode() + hashlib.sha256(tensor.numpy().tobytes()).digest())
+    assert identity_of(folder).weights == expected.hexdigest()
+    monkeypatch.setattr(weights, "_PIECE", 100)
+    assert identity_of(folder).weights == expected.hexdigest()
+
+
 def test_the_fingerprint_covers_config_tokenizer_weights_and_quantisation(tmp_path):
     folder = make_model(tmp_path / "m")
     original = identity_of(folder)
@@ -176,8 +187,8 @@ def test_the_fingerprint_covers_config_tokenizer_weights_and_quantisation(tmp_pa
 
 def test_bad_model_folders_are_refused_with_one_sentence_each(tmp_path):
     folder = make_model(tmp_path / "m")
-    weights = folder / "model.safetensors"
-    whole = weights.read_bytes()
+    stored = folder / "model.safetensors"
+    whole = stored.read_bytes()
 
     def refused(match: str, path=folder) -> None:
         with pytest.raises(BackboneError, match=match) as caught:
@@ -186,14 +197,14 @@ def test_bad_model_folders_are_refused_with_one_sentence_each(tmp_path):
             host_backbone(files, config, int8=True, dtype=torch.float32, device=CPU, sharded=False)
         assert "\n" not in str(caught.value)
 
-    weights.write_bytes(whole[: len(whole) // 2])
+    stored.write_bytes(whole[: len(whole) // 2])
     refused("damaged or incomplete")
-    tensors = load_file(_restored(weights, whole))
-    save_file({k: v for k, v in tensors.items() if "layers.1.mlp.up_proj" not in k}, weights)
+    tensors = load_file(_restored(stored, whole))
+    save_file({k: v for k, v in tensors.items() if "layers.1.mlp.up_proj" not in k}, stored)
     refused("lack 'model.layers.1.mlp.up_proj.weight'")
-    save_file({k: v[:8].clone() if "layers.1.mlp.up_proj" in k else v for k, v in tensors.items()}, weights)
+    save_file({k: v[:8].clone() if "layers.1.mlp.up_proj" in k else v for k, v in tensors.items()}, stored)
     refused("config.json says")
-    weights.unlink()
+    stored.unlink()
     refused("no weights")
     (folder / "pytorch_model.bin").write_bytes(b"")
     refused("only pickled weights")
@@ -201,7 +212,7 @@ def test_bad_model_folders_are_refused_with_one_sentence_each(tmp_path):
     refused("no such folder or file", tmp_path / "nowhere")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "bloom"}))
-    save_file(tensors, weights)
+    save_file(tensors, stored)
     refused("family 'bloom' is not supported")
 
 
