@@ -9,6 +9,7 @@ python jobs/benchmark.py zero --data ../shared/data                 # what ZeRO-
 python jobs/benchmark.py quality --data ../shared/data              # whether speed costs the prompts anything
 python jobs/benchmark.py corpus --data ../shared/data               # tokenising through Ray Data, by corpus size
 python jobs/benchmark.py sweep --data ../shared/data                # 64 trials of a sweep against one after another
+python jobs/benchmark.py fit                                        # models of 3 billion parameters, in memory's bound
 """
 
 import os
@@ -276,6 +277,36 @@ def sweep(
     console.print(sweep_table(result))
     console.print(sweep_distances(result))
     console.print(f"Written to {out}.")
+
+
+@app.command()
+def fit(
+    shapes: Annotated[str, typer.Option(help="Published shapes, separated by commas.")] = "t5-xl,llama-3b",
+    layers: Annotated[int | None, typer.Option(help="Fewer layers than the shapes have.")] = None,
+    folder: Annotated[Path, typer.Option(help="Where checkpoints are written, and used if there.")] = Path(
+        "runs/large"
+    ),
+    keep: Annotated[
+        bool, typer.Option(help="Leave a checkpoint that was written; else one is on disk at a time.")
+    ] = False,
+    prompts: Annotated[int, typer.Option(help="Prompts tuned together.")] = 4,
+    length: Annotated[int, typer.Option(help="Prompt length.")] = 20,
+    batch: Batch = 2,
+    steps: Annotated[int, typer.Option(help="Steps of all prompts.")] = 3,
+    ranks: Ranks = 2,
+    threads: Threads = 2,
+    out: Out = Path("docs/benchmarks/fit.json"),
+) -> None:
+    """Large models of random weights in int8: every rank's peak memory against its bound, and loading's speed."""
+    from pipeline.benchmark.fit import FitOptions, measure_fit, save_fits
+    from pipeline.benchmark.fit_table import fit_table
+
+    options = FitOptions(ranks, threads, prompts, length, batch, steps)
+    for shape in shapes.split(","):
+        result = measure_fit(shape, layers, folder, options, keep)
+        console.print(fit_table(result))
+        save_fits(out, [result])
+        console.print(f"Written to {out}.")
 
 
 def _bench(

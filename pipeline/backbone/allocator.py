@@ -5,14 +5,25 @@ import ctypes
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _AS_MUCH_AS_THERE_IS = 2**31 - 1
+_SMALL_MODEL = 2**29
+_LARGE_TENSOR = 2**20
 
 
-def keep_freed_memory() -> None:
-    """Use freed memory again instead of giving it back at once.
+def suit_allocator(held_bytes: int) -> None:
+    """Choose between speed and memory by what a rank holds of the model.
 
-    By default every large tensor comes as fresh pages, which the system clears one by one: a tenth of a step on a CPU.
+    By default every large tensor comes as fresh pages, which the system clears one by one: a tenth of a step on a CPU
+    with a small model. So that one uses freed memory again. Beside a large one, layers gathered and freed leave holes
+    in which nothing fits: a third of a gigabyte and more, which then goes back to the system at once.
     """
+    if held_bytes < _SMALL_MODEL:
+        _set_thresholds(_AS_MUCH_AS_THERE_IS)
+    else:
+        _set_thresholds(_LARGE_TENSOR)
+
+
+def _set_thresholds(size: int) -> None:
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
-        set_option(_M_MMAP_THRESHOLD, _AS_MUCH_AS_THERE_IS)
-        set_option(_M_TRIM_THRESHOLD, _AS_MUCH_AS_THERE_IS)
+        set_option(_M_MMAP_THRESHOLD, size)
+        set_option(_M_TRIM_THRESHOLD, size)

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from pipeline.backbone.files import Architecture, ModelFiles, architecture_of
 from pipeline.backbone.fused import use_kernels
 from pipeline.backbone.int8 import set_products
-from pipeline.backbone.loading import build_skeleton, load_weights
+from pipeline.backbone.loading import Placement, Share, build_skeleton, load_weights, untie_what_is_stored_apart
 from pipeline.backbone.weights import open_weights
 
 
@@ -96,33 +96,65 @@ def host_backbone(
 
     `products` (`exact`, `int8`, `int8_forward` or `auto`, see `int8.set_products`) tells how int8 layers multiply,
     `kernels` whether parts of the layers run as compiled kernels where these serve (`native`).
-    Sharded, no rank ever holds the whole model: leaf by leaf a tensor is read, quantised and partitioned.
+    Sharded, no rank ever holds the whole model, nor a whole matrix: it reads and quantises its own part.
     Raises: BackboneError when weights are damaged or missing.
     """
     model = build_skeleton(config, int8, dtype)
     set_products(model, products, device)
     use_kernels(model, kernels)
     source = open_weights(files, model)
+    untie_what_is_stored_apart(model, source)
     if not sharded:
-        load_weights(model, source, dtype, lambda module: _move(module, device))
+        load_weights(model, source, dtype, _whole(device))
         return Backbone(config, _Hosted(model), device, dtype)
     _start_deepspeed(device)
     import deepspeed
 
     zero = _zero_settings(int(config.hidden_size))
-
-    def partition(module: nn.Module) -> None:
-        if module._parameters:
-            deepspeed.zero.Init(module=module, config_dict_or_path=zero, dtype=dtype)
-            _return_freed_memory()
-        _move(module, device, parameters=False)
-
-    load_weights(model, source, dtype, partition)
+    load_weights(model, source, dtype, _partitioned(zero, dtype, device))
+    _return_freed_memory()
     hosted = _Hosted(model)
     # One gather for a whole transformer layer instead of one for each of its matrices.
     deepspeed.utils.set_z3_leaf_modules(hosted, _layer_types(model))
     engine, *_ = deepspeed.initialize(model=hosted, config=zero)
     return Backbone(config, engine.module, device, dtype)
+
+
+def _whole(device: torch.device) -> Placement:
+    def parameter(piece: Tensor, shape: torch.Size) -> nn.Parameter:
+        return nn.Parameter(piece.view(shape).to(device), requires_grad=False)
+
+    return Placement(Share(), parameter, lambda scale: scale, lambda module: _move_buffers(module, device))
+
+
+def _partitioned(zero: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Placement:
+    """Give DeepSpeed each rank's partition as it is.
+
+    Its own way, `zero.Init(module=…)`, takes the whole tensor on every rank and broadcasts it first.
+    """
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, free_param
+
+    init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=zero, dtype=dtype)
+    share = Share(dist.get_rank(), dist.get_world_size())
+
+    def parameter(piece: Tensor, shape: torch.Size) -> nn.Parameter:
+        # DeepSpeed asks for the whole shape; one entry of memory stands behind it.
+        whole = nn.Parameter(piece.new_empty(1, device=device).expand(shape), requires_grad=False)
+        init._convert_to_deepspeed_param(whole)
+        partition: Any = piece.to(device)
+        partition.ds_numel, partition.final_location = len(piece), None
+        partition.status = PartitionedParamStatus.AVAILABLE
+        whole.ds_tensor, whole.ds_numel_aligned = partition, len(piece) * share.ranks  # type: ignore[attr-defined]
+        free_param(whole)
+        return whole
+
+    def sum_over_ranks(scale: Tensor) -> Tensor:
+        scale = scale.to(device)
+        dist.all_reduce(scale)
+        return scale
+
+    return Placement(share, parameter, sum_over_ranks, lambda module: _move_buffers(module, device))
 
 
 def _return_freed_memory() -> None:
@@ -132,10 +164,7 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
-def _move(module: nn.Module, device: torch.device, parameters: bool = True) -> None:
-    for parameter in module._parameters.values() if parameters else ():
-        if parameter is not None:
-            parameter.data = parameter.data.to(device)
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
     for key, buffer in module._buffers.items():
         if buffer is not None:
             module._buffers[key] = buffer.to(device)
@@ -155,6 +184,8 @@ def _zero_settings(hidden_size: int) -> dict[str, Any]:
             # Training and evaluation walk the model differently, which breaks prefetching's trace.
             "stage3_prefetch_bucket_size": 0,
             "stage3_max_reuse_distance": 0,
+            # Matrix by matrix into its own memory; by default they are gathered side by side, and then copied.
+            "stage3_allgather_sequential": True,
         },
         # The CPU backend would report every step.
         "steps_per_print": 10**9,

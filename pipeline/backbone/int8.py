@@ -17,6 +17,7 @@ Nothing is stored for the backward pass but a reference.
 import logging
 import threading
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,8 @@ _FEWEST_CUDA_ROWS = 16
 """`torch._int_mm` wants more rows than these on CUDA."""
 _CHUNK = 2**20
 """Weights that are quantised at a time."""
+_CONVERTED_AT_ONCE = 2**23
+"""Weights that an exact product converts at a time: a large vocabulary in float takes more than int8 saves."""
 
 
 class Int8Linear(nn.Module):
@@ -101,6 +104,9 @@ def _unknown_scale(weight: nn.Parameter) -> Tensor:
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """W `[O, I]` of any float type -> (int8 `[O, I]`, float32 scale `[O]`) with W ≈ int8 x scale, row by row."""
+    quantized = native.quantize_weights(weight)
+    if quantized is not None:
+        return quantized[0], quantized[1] / _LEVELS
     rows, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(weight.shape[0])
     # Some rows at a time: bitsandbytes makes several float copies of what it quantises.
     step = max(1, _CHUNK // weight.shape[1])
@@ -117,7 +123,8 @@ class _ExactProduct(torch.autograd.Function):
         # A reference to the parameter, not its data: ZeRO-3 releases the data after this
         # layer and gathers it again behind the same object before this layer's backward.
         ctx.weight, ctx.scale = weight, scale
-        return ((x @ weight.to(x.dtype).t()) * scale).to(x.dtype)
+        parts = [x @ part.to(x.dtype).t() for part in _some_rows(weight)]
+        return ((parts[0] if len(parts) == 1 else torch.cat(parts, -1)) * scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -126,7 +133,15 @@ class _ExactProduct(torch.autograd.Function):
 
 def _exact_gradient(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     scaled = (grad * scale).to(grad.dtype)
-    return scaled @ weight.to(grad.dtype)
+    parts = _some_rows(weight)
+    columns = scaled.split([len(part) for part in parts], -1)
+    first, *others = (column @ part.to(grad.dtype) for column, part in zip(columns, parts, strict=True))
+    return sum(others, first)
+
+
+def _some_rows(weight: Tensor) -> Sequence[Tensor]:
+    """W `[O, I]` in pieces of rows that may be converted to float."""
+    return weight.split(max(1, _CONVERTED_AT_ONCE // weight.shape[1]))
 
 
 class _Int8Product(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Build the frozen model leaf by leaf: read a tensor, quantise it, hand it to its host, forget it."""
+"""Build the frozen model leaf by leaf: read this rank's rows of a tensor, quantise them, hand them to their host."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,11 +11,40 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.backbone.files import FAMILIES
 from pipeline.backbone.fused import fuse
 from pipeline.backbone.int8 import Int8Embedding, Int8Linear, empty_int8, quantize_rows
-from pipeline.backbone.weights import WeightSource, first_name
+from pipeline.backbone.weights import WeightSource, first_name, stored_alike
 from pipeline.errors import BackboneError
 
-Place = Callable[[nn.Module], None]
-"""Told of every leaf module once its tensors are there: partitions it, moves it, or leaves it."""
+_CHUNK = 2**22
+"""Weights that are read at a time."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a rank holds of every tensor: one of `ranks` equal pieces of it, flattened, as ZeRO-3 partitions it."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    def size(self, numel: int) -> int:
+        """Entries of a piece; the last one is padded."""
+        return -(-numel // self.ranks)
+
+    def span(self, numel: int) -> tuple[int, int]:
+        """First entry in, first entry out."""
+        size = self.size(numel)
+        return min(self.rank * size, numel), min((self.rank + 1) * size, numel)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where weights go as they come."""
+
+    share: Share
+    parameter: Callable[[Tensor, torch.Size], nn.Parameter]
+    """This rank's piece of a tensor, and the tensor's shape -> what stands for the tensor in its module."""
+    sum_over_ranks: Callable[[Tensor], Tensor]
+    finish: Callable[[nn.Module], None]
+    """Told of every module once its tensors are there."""
 
 
 def build_skeleton(config: PretrainedConfig, int8: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -30,10 +59,27 @@ def build_skeleton(config: PretrainedConfig, int8: bool, dtype: torch.dtype = to
     return model
 
 
-def load_weights(model: nn.Module, source: WeightSource, dtype: torch.dtype, place: Place) -> None:
-    """Give every parameter of a skeleton its data, in `dtype` or int8; call `place` leaf by leaf.
+def untie_what_is_stored_apart(model: nn.Module, source: WeightSource) -> None:
+    """Give a tied parameter that the source stores under two names, with different values, one for each.
 
-    The most that is held beyond what `place` keeps is one tensor as stored and once converted.
+    transformers ties T5's output layer to its embedding whatever the checkpoint says, and unties them in
+    `from_pretrained` by the same rule; T5 1.1 and the LM-adapted checkpoints need it.
+    """
+    for names in _names_by_parameter(model).values():
+        stored = [name for name in names if name in source.names]
+        for name in stored[1:]:
+            if not stored_alike(source, name, stored[0]):
+                module_name, _, key = name.rpartition(".")
+                module = model.get_submodule(module_name)
+                module._parameters[key] = nn.Parameter(torch.empty_like(model.get_parameter(name)), requires_grad=False)
+
+
+def load_weights(model: nn.Module, source: WeightSource, dtype: torch.dtype, placement: Placement) -> None:
+    """Give every parameter of a skeleton its data, in `dtype` or int8, leaf by leaf.
+
+    A rank reads and quantises only the rows that it holds a piece of; scales of int8 rows are whole on every rank.
+    The most that is held beyond the rank's own share is some rows as stored and once converted; of a tensor that
+    cannot be read by rows, the tensor.
     Raises: BackboneError when a tensor is missing or has another shape.
     """
     names = _names_by_parameter(model)
@@ -43,16 +89,16 @@ def load_weights(model: nn.Module, source: WeightSource, dtype: torch.dtype, pla
             if parameter is None:
                 continue
             if id(parameter) not in loaded:
-                tensor = source.read(first_name(source, names[id(parameter)]))
-                loaded[id(parameter)] = _converted(module, parameter, tensor, dtype, source.origin)
-                del tensor
+                rows = _rows_of(module, parameter, source, first_name(source, names[id(parameter)]))
+                piece, scale = _read_share(rows, parameter, dtype, placement)
+                loaded[id(parameter)] = _Loaded(placement.parameter(piece, parameter.shape), scale, parameter)
             # A tied parameter stays one object; each of its layers has the scale.
             entry = loaded[id(parameter)]
             module._parameters[key] = entry.parameter
             if entry.scale is not None:
                 module.scale = entry.scale
         _make_buffers(model, module)
-        place(module)
+        placement.finish(module)
 
 
 @dataclass(frozen=True)
@@ -61,6 +107,56 @@ class _Loaded:
     scale: Tensor | None
     skeleton: nn.Parameter
     """Kept, so that its id stays unique."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A stored tensor, to be read by rows."""
+
+    read: Callable[[int, int], Tensor]
+    at_a_time: int
+
+
+def _rows_of(module: nn.Module, parameter: nn.Parameter, source: WeightSource, name: str) -> _Rows:
+    turned = getattr(module, "stored_transposed", False) and parameter.dim() == 2
+    stored = source.shape(name)
+    shape = stored[::-1] if turned else stored
+    if tuple(parameter.shape) != shape:
+        raise BackboneError(
+            f"{source.origin}: a weight has the shape {list(shape)} where config.json says {list(parameter.shape)}"
+        )
+    if source.reads_rows and not turned:
+        width = parameter.numel() // max(1, len(parameter))
+        return _Rows(lambda first, last: source.read(name, first, last), max(1, _CHUNK // max(1, width)))
+    return _Rows(
+        lambda first, last: (source.read(name).t() if turned else source.read(name))[first:last], len(parameter)
+    )
+
+
+def _read_share(
+    rows: _Rows, parameter: nn.Parameter, dtype: torch.dtype, placement: Placement
+) -> tuple[Tensor, Tensor | None]:
+    """This rank's piece, flat and padded with zeros, and the scales of all rows if the parameter is int8."""
+    int8 = parameter.dtype == torch.int8
+    share, numel, width = placement.share, parameter.numel(), parameter.numel() // len(parameter)
+    start, stop = share.span(numel)
+    size = share.size(numel)
+    piece = torch.empty(size, dtype=torch.int8 if int8 else dtype)
+    piece[stop - start :] = 0
+    scale = torch.zeros(len(parameter))
+    first_row, last_row = start // width, -(-stop // width)
+    for first in range(first_row, last_row, rows.at_a_time):
+        last = min(first + rows.at_a_time, last_row)
+        part = rows.read(first, last)
+        if int8:
+            part, scale[first:last] = quantize_rows(part)
+        into, out_of = max(start, first * width), min(stop, last * width)
+        piece[into - start : out_of - start] = part.reshape(-1)[into - first * width : out_of - first * width]
+    if not int8:
+        return piece, None
+    # A row that two ranks share counts once: for the one that has its beginning.
+    scale[: -(-start // width)] = 0
+    return piece, placement.sum_over_ranks(scale)
 
 
 def _replace_matrices(model: nn.Module, dtype: torch.dtype) -> None:
@@ -93,20 +189,6 @@ def _names_by_parameter(model: nn.Module) -> dict[int, list[str]]:
 def _leaves_first(module: nn.Module) -> list[nn.Module]:
     below = [leaf for child in module.children() for leaf in _leaves_first(child)]
     return [*below, module]
-
-
-def _converted(module: nn.Module, parameter: nn.Parameter, tensor: Tensor, dtype: torch.dtype, origin: str) -> _Loaded:
-    if getattr(module, "stored_transposed", False) and tensor.dim() == 2:
-        tensor = tensor.t()
-    if parameter.shape != tensor.shape:
-        raise BackboneError(
-            f"{origin}: a weight has the shape {list(tensor.shape)} where config.json says {list(parameter.shape)}"
-        )
-    if parameter.dtype == torch.int8:
-        rows, scale = quantize_rows(tensor)
-        return _Loaded(nn.Parameter(rows, requires_grad=False), scale, parameter)
-    # A copy: a view would keep the file's memory map, and with it the whole shard, alive.
-    return _Loaded(nn.Parameter(tensor.to(dtype, copy=True), requires_grad=False), None, parameter)
 
 
 def _make_buffers(model: nn.Module, module: nn.Module) -> None:

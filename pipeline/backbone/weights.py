@@ -1,10 +1,14 @@
-"""Weights read one tensor at a time, so that no process ever holds the whole model."""
+"""Weights read some rows of a tensor at a time, so that no process ever holds the whole model."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +17,14 @@ from torch import Tensor, nn
 from pipeline.backbone.files import ModelFiles
 from pipeline.errors import BackboneError
 
+_PIECE = 2**22
+"""Entries that are read at a time for a digest."""
+_MOST_READERS = 8
+
+
+class Read(Protocol):
+    def __call__(self, name: str, first: int = 0, last: int | None = None) -> Tensor: ...
+
 
 @dataclass(frozen=True)
 class WeightSource:
@@ -20,10 +32,13 @@ class WeightSource:
 
     origin: str
     names: frozenset[str]
-    read: Callable[[str], Tensor]
-    """Name -> the tensor as stored (GGUF: dequantised to float32)."""
-    raw: Callable[[str], Any]
-    """Name -> the tensor's stored bytes, for a digest."""
+    shape: Callable[[str], tuple[int, ...]]
+    read: Read
+    """Name -> the tensor as stored (GGUF: dequantised to float32), or its rows from `first` up to `last`."""
+    stored: Callable[[str], Iterator[Any]]
+    """Name -> the tensor's stored bytes, piece by piece, for a digest."""
+    reads_rows: bool
+    """Whether to read some rows costs less than to read the tensor."""
 
 
 def open_weights(files: ModelFiles, skeleton: nn.Module) -> WeightSource:
@@ -35,12 +50,26 @@ def open_weights(files: ModelFiles, skeleton: nn.Module) -> WeightSource:
 
 
 def weights_digest(source: WeightSource) -> str:
-    """Digest of every tensor's name and stored bytes, whatever files they are spread over."""
+    """Digest of every tensor's name and stored bytes, whatever files they are spread over; tensors side by side."""
     total = hashlib.sha256()
-    for name in sorted(source.names):
-        total.update(f"{name}\0".encode())
-        total.update(hashlib.sha256(source.raw(name)).digest())
+    names = sorted(source.names)
+    with ThreadPoolExecutor(min(_MOST_READERS, os.cpu_count() or 1)) as pool:
+        for name, digest in zip(names, pool.map(lambda name: _digest(source.stored(name)), names), strict=True):
+            total.update(f"{name}\0".encode())
+            total.update(digest)
     return total.hexdigest()
+
+
+def _digest(pieces: Iterator[Any]) -> bytes:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.digest()
+
+
+def stored_alike(source: WeightSource, name: str, other: str) -> bool:
+    """Whether two tensors' bytes are the same."""
+    return _digest(source.stored(name)) == _digest(source.stored(other))
 
 
 def first_name(source: WeightSource, candidates: Iterable[str]) -> str:
@@ -58,23 +87,80 @@ def first_name(source: WeightSource, candidates: Iterable[str]) -> str:
     raise BackboneError(f"{source.origin}: the weights lack '{candidates[0]}'; the checkpoint is incomplete")
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """Where a safetensors file keeps a tensor."""
+
+    file: BinaryIO
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self, first: int = 0, last: int | None = None) -> Tensor:
+        """Into memory of our own: of a mapped file, every page that was looked at would count as this process's."""
+        stop = self.shape[0] if last is None and self.shape else last
+        tensor = torch.empty(self.shape if stop is None else (stop - first, *self.shape[1:]), dtype=self.dtype)
+        start = self.offset + first * math.prod(self.shape[1:]) * self.dtype.itemsize
+        left = tensor.view(-1).view(torch.uint8).numpy().data
+        while left:
+            count = os.preadv(self.file.fileno(), [left], start)
+            if count == 0:
+                raise BackboneError(f"{self.file.name} became shorter while it was read; fetch the model again")
+            left, start = left[count:], start + count
+        return tensor
+
+
+_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
 def _open_safetensors(files: ModelFiles) -> WeightSource:
-    shards: dict[str, Path] = {}
-    handles: dict[Path, Any] = {}
+    stored: dict[str, _Stored] = {}
     for path in sorted(files.folder.glob("*.safetensors")):
         try:
-            handles[path] = safe_open(path, framework="pt")
+            with safe_open(path, framework="pt"):  # checks the header against the file
+                stored.update(_stored_in(path))
         except (SafetensorError, OSError) as error:
             raise BackboneError(f"{path} is damaged or incomplete ({error}); fetch the model again") from error
-        shards.update(dict.fromkeys(handles[path].keys(), path))
+        except KeyError as error:
+            raise BackboneError(f"{path} holds numbers of the type {error}, which is not supported") from error
 
-    def read(name: str) -> Tensor:
-        return handles[shards[name]].get_tensor(name)
+    def read(name: str, first: int = 0, last: int | None = None) -> Tensor:
+        return stored[name].read(first, last)
 
-    def raw(name: str) -> Any:
-        return read(name).contiguous().view(-1).view(torch.uint8).numpy()
+    def pieces(name: str) -> Iterator[Any]:
+        shape = stored[name].shape
+        rows = shape[0] if shape else 1
+        step = max(1, _PIECE // max(1, math.prod(shape[1:])))
+        for first in range(0, rows, step):
+            tensor = stored[name].read(first, min(first + step, rows)) if shape else stored[name].read()
+            yield tensor.view(-1).view(torch.uint8).numpy()
 
-    return WeightSource(str(files.folder), frozenset(shards), read, raw)
+    return WeightSource(
+        str(files.folder), frozenset(stored), lambda name: stored[name].shape, read, pieces, reads_rows=True
+    )
+
+
+def _stored_in(path: Path) -> dict[str, _Stored]:
+    """By the format's definition: the header's size in 8 bytes, the header in JSON, the tensors' bytes."""
+    file = open(path, "rb", buffering=0)  # noqa: SIM115  (closed with the source that holds it)
+    size = int.from_bytes(file.read(8), "little")
+    header = json.loads(os.pread(file.fileno(), size, 8))
+    header.pop("__metadata__", None)
+    return {
+        name: _Stored(file, _TYPES[entry["dtype"]], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
 
 
 def _open_gguf(files: ModelFiles, skeleton: nn.Module) -> WeightSource:
@@ -100,12 +186,15 @@ def _open_gguf(files: ModelFiles, skeleton: nn.Module) -> WeightSource:
     # llama.cpp permutes some matrices; transformers knows how to undo it.
     processor = TENSOR_PROCESSORS.get(family, TensorProcessor)(config=config.to_dict())
 
-    def read(name: str) -> Tensor:
+    def read(name: str, first: int = 0, last: int | None = None) -> Tensor:
         tensor = tensors[name]
         floats = gguf.dequantize(tensor.data, tensor.tensor_type)
-        return torch.from_numpy(processor.process(weights=floats, name=tensor.name).weights.copy())
+        return torch.from_numpy(processor.process(weights=floats, name=tensor.name).weights[first:last].copy())
 
-    def raw(name: str) -> Any:
-        return tensors[name].data.tobytes()
+    def shape(name: str) -> tuple[int, ...]:
+        return tuple(int(side) for side in reversed(tensors[name].shape))
 
-    return WeightSource(str(path), frozenset(tensors), read, raw)
+    def pieces(name: str) -> Iterator[Any]:
+        yield tensors[name].data.tobytes()
+
+    return WeightSource(str(path), frozenset(tensors), shape, read, pieces, reads_rows=False)

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from pipeline.backbone import prompted
-from pipeline.backbone.allocator import keep_freed_memory
+from pipeline.backbone.allocator import suit_allocator
 from pipeline.backbone.files import architecture_of, find_model, read_config, read_tokenizer
-from pipeline.backbone.host import Backbone, compute_dtype, host_backbone
+from pipeline.backbone.host import Backbone, compute_dtype, held_bytes, host_backbone
 from pipeline.backbone.nearest import read_input_embeddings
 from pipeline.benchmark.comparison import Side
 from pipeline.benchmark.ours import tune_together
@@ -98,7 +98,7 @@ def host_for(bench: Bench, options: OurOptions) -> Backbone:
         products=options.products,
         kernels=options.kernels,
     )
-    keep_freed_memory()
+    suit_allocator(sum(held_bytes(backbone).values()))
     return backbone
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer
 
-from pipeline.backbone.allocator import keep_freed_memory
+from pipeline.backbone.allocator import suit_allocator
 from pipeline.backbone.files import find_model
 from pipeline.backbone.host import compute_dtype, held_bytes, held_digest, host_backbone
 from pipeline.corpus.task_corpus import TaskCorpus
@@ -90,8 +90,9 @@ def work(order: Order, device: torch.device) -> None:
         sharded=sharded,
         products=settings.model.products,
     )
-    keep_freed_memory()
-    held = ", ".join(f"{size / 2**20:.0f} MiB of {kind}" for kind, size in sorted(held_bytes(backbone).items()))
+    sizes = held_bytes(backbone)
+    suit_allocator(sum(sizes.values()))
+    held = ", ".join(f"{size / 2**20:.0f} MiB of {kind}" for kind, size in sorted(sizes.items()))
     before = held_digest(backbone)
     journal.event("stage", name="tuning", text=f"rank 0 of {world_size()} holds {held}")
     tune(order.tuning_run(settings), backbone, AutoTokenizer.from_pretrained(order.model_folder))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pipeline.backbone import int8
 from pipeline.backbone.int8 import Int8Embedding, Int8Linear, empty_int8, quantize_rows, set_products
 
 
@@ -33,6 +34,17 @@ def test_product_and_gradient_are_exactly_those_of_the_kept_weights():
     (reference,) = torch.autograd.grad(((x @ kept.t() + bias) * upstream).sum(), x)
     torch.testing.assert_close(layer(x), x @ kept.t() + bias, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_a_large_matrix_is_converted_in_pieces_and_multiplies_the_same(monkeypatch):
+    layer = loaded(torch.randn(40, 24), lambda parameter: Int8Linear(parameter, None))
+    x, upstream = torch.randn(2, 5, 24, requires_grad=True), torch.randn(2, 5, 40)
+    whole = layer(x)
+    (whole_gradient,) = torch.autograd.grad((whole * upstream).sum(), x)
+    monkeypatch.setattr(int8, "_CONVERTED_AT_ONCE", 7 * 24)
+    torch.testing.assert_close(layer(x), whole, rtol=1e-6, atol=1e-6)
+    (gradient,) = torch.autograd.grad((layer(x) * upstream).sum(), x)
+    torch.testing.assert_close(gradient, whole_gradient, rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16_activations_stay_bfloat16_and_lose_nothing_in_the_scale():

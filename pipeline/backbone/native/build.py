@@ -11,7 +11,7 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-_SOURCES = ("rows.c", "attention.c")
+_SOURCES = ("rows.c", "attention.c", "weights.c")
 _HEADERS = ("vectors.h",)
 _FLAGS = "-O3 -std=gnu11 -shared -fPIC -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-unknown-pragmas"
 _WISHES = (

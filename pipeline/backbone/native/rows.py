@@ -14,6 +14,8 @@ from pipeline.backbone.native.build import library
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, list[Any]] = {
     "quantize_rows": [_P, _P, _P, _P, _N, _N],
+    "quantize_bfloat16_weights": [_P, _P, _P, _N, _N],
+    "quantize_float32_weights": [_P, _P, _P, _N, _N],
     "rescale": [_P, _P, _P, _P, _N, _N],
     "rms_norm": [_P, _P, _F, _P, _P, _N, _N],
     "rms_norm_backward": [_P, _P, _P, _P, _P, _N, _N],
@@ -33,6 +35,20 @@ def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Ten
     rows, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), 1)
     _call("quantize_rows", x, columns, rows, scale, *x.shape)
     return rows, scale
+
+
+def quantize_weights(weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """W `[N, X]`, float32 or bfloat16 -> (int8 `[N, X]`, the largest entry of each row `[N]`), as bitsandbytes.
+
+    None for another type or device, or without a compiler.
+    """
+    kernel = {torch.float32: "quantize_float32_weights", torch.bfloat16: "quantize_bfloat16_weights"}.get(weight.dtype)
+    if kernel is None or weight.device.type != "cpu" or library() is None:
+        return None
+    weight = weight.contiguous()
+    rows, largest = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
+    _call(kernel, weight, rows, largest, *weight.shape)
+    return rows, largest
 
 
 def rescale(product: Tensor, scale: Tensor, columns: Tensor | None = None) -> Tensor:

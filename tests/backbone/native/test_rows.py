@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from bitsandbytes.functional import int8_vectorwise_quant
 
 from pipeline.backbone import int8
 from pipeline.backbone.fused import RmsNorm
@@ -33,6 +34,16 @@ def test_rows_are_quantised_bit_by_bit_as_pytorch_does_it(width, with_columns):
     columns = torch.rand(width) + 0.5 if with_columns else None
     ours, reference = (int8._quantize(x, kernels, columns) for kernels in (True, False))
     assert torch.equal(ours[0], reference[0]) and torch.equal(ours[1], reference[1])
+
+
+@needs_compiler
+@pytest.mark.parametrize("width", [1, 17, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_quantised_bit_by_bit_as_bitsandbytes_does_it(width, dtype):
+    weight = torch.cat([awkward_rows(40, width), torch.randn(2000, width)]).to(dtype)
+    quantised, largest = rows.quantize_weights(weight)
+    reference, absmax, _ = int8_vectorwise_quant(weight.float())
+    assert torch.equal(quantised, reference) and torch.equal(largest, absmax)
 
 
 @needs_compiler
