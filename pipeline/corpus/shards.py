@@ -30,7 +30,7 @@ from pipeline.corpus.files import Source
 from pipeline.corpus.reader import MANIFEST, read_manifest
 from pipeline.corpus.reading import ReadUnit, read_texts, read_units
 from pipeline.corpus.rows import Recipe, tokenise_rows
-from pipeline.corpus.tally import ShardTally, total
+from pipeline.corpus.tally import ShardTally, manifest_figures, total
 from pipeline.corpus.writing import write_shard
 from pipeline.errors import CorpusError, PromptBankError, StorageError
 
@@ -124,28 +124,14 @@ def _write_manifest(
     for path in folder.glob("*.parquet"):
         if path.name not in shards:  # of a task whose worker died
             path.unlink()
-    whole = total(shards.values())
-    summary = whole.rows.summary
-    if summary.rows != source.rows:
+    figures = manifest_figures(total(shards.values()))
+    if figures["rows"] != source.rows:
         raise CorpusError(
-            f"{source.where}: {summary.rows} rows were read where the files' footers promise {source.rows}; "
+            f"{source.where}: {figures['rows']} rows were read where the files' footers promise {source.rows}; "
             "the files changed meanwhile, so run the job again"
         )
-    targets = None if whole.targets is None else dict(sorted(whole.targets.items()))
-    manifest = {
-        "key": key,
-        "made_from": inputs,
-        "files": {name: (folder / name).stat().st_size for name in sorted(shards)},
-        "rows": summary.rows,
-        "counts": summary.counts,
-        "corpus_digest": summary.digest,
-        "input_tokens": whole.input_tokens,
-        "target_tokens": whole.target_tokens,
-        "longest_input": whole.longest_input,
-        "longest_target": whole.longest_target,
-        "distinct_targets": None if targets is None else list(targets),
-        "target_ids": targets,
-    }
+    files = {name: (folder / name).stat().st_size for name in sorted(shards)}
+    manifest = {"key": key, "made_from": inputs, "files": files, **figures}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

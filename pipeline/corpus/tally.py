@@ -118,6 +118,23 @@ def total(tallies: Iterable[ShardTally]) -> ShardTally:
     return reduce(ShardTally.__add__, tallies, EMPTY)
 
 
+def manifest_figures(whole: ShardTally) -> dict[str, Any]:
+    """What a shard folder's manifest tells of its rows, so that nobody has to read them for it."""
+    summary = whole.rows.summary
+    targets = None if whole.targets is None else dict(sorted(whole.targets.items()))
+    return {
+        "rows": summary.rows,
+        "counts": summary.counts,
+        "corpus_digest": summary.digest,
+        "input_tokens": whole.input_tokens,
+        "target_tokens": whole.target_tokens,
+        "longest_input": whole.longest_input,
+        "longest_target": whole.longest_target,
+        "distinct_targets": None if targets is None else list(targets),
+        "target_ids": targets,
+    }
+
+
 def _targets(table: pa.Table) -> dict[str, tuple[int, int]] | None:
     usable = table.select(["row_id", "target"]).filter(pc.equal(table["status"], int(RowStatus.OK)))
     found = usable.group_by("target").aggregate([("row_id", "min"), ("row_id", "max")])
