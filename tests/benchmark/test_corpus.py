@@ -37,7 +37,7 @@ def test_the_bare_tokenizer_sees_every_text_once_in_each_way_to_use_the_cores(da
 
 
 def test_a_folder_without_a_corpus_gets_one_sentence(tmp_path):
-    with pytest.raises(CorpusError, match="there is no <task>/train.parquet"):
+    with pytest.raises(CorpusError, match="there is no <task>/train"):
         read_sentences(tmp_path)
 
 
