@@ -32,8 +32,8 @@ def test_the_bare_tokenizer_sees_every_text_once_in_each_way_to_use_the_cores(da
     texts = pq.read_table(tmp_path / "a.parquet")["text"].to_pylist()
     expected = sum(map(len, tokenizer(texts)["input_ids"]))
     for way in bare_ways(2):
-        tokens, seconds = run_bare(tokenizer_content(tokenizer), tmp_path / "a.parquet", way)
-        assert tokens == expected and seconds > 0
+        run = run_bare(tokenizer_content(tokenizer), tmp_path / "a.parquet", way)
+        assert run.tokens == expected and run.seconds > 0 and run.cpu_seconds > 0
 
 
 def test_a_folder_without_a_corpus_gets_one_sentence(tmp_path):
