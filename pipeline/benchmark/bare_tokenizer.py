@@ -29,15 +29,36 @@ def bare_ways(cores: int) -> tuple[BareWay, ...]:
     return (BareWay(cores, 1, 64), BareWay(cores, 1, 1000), BareWay(1, cores, 1000))
 
 
-def run_bare(tokenizer: TokenizerContent, file: Path, way: BareWay) -> tuple[int, float]:
-    """-> input tokens, and seconds from the first call's start to the last one's end."""
+@dataclass(frozen=True)
+class Run:
+    """A file's texts, tokenised once by either side."""
+
+    tokens: int
+    """Of the inputs."""
+    seconds: float
+    cpu_seconds: float
+    """Of all processes and threads together: what other work on the machine takes is not in it."""
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.seconds
+
+    @property
+    def cpu_rate(self) -> float:
+        """Tokens a second of one core."""
+        return self.tokens / self.cpu_seconds
+
+
+def run_bare(tokenizer: TokenizerContent, file: Path, way: BareWay) -> Run:
+    """Timed from the first call's start to the last one's end."""
     context = get_context("spawn")
     start = context.Barrier(way.processes)
     calls = [(tokenizer, file, way, rank) for rank in range(way.processes)]
     with context.Pool(way.processes, initializer=_keep, initargs=(start,)) as pool:
         done = pool.starmap(_tokenise, calls, chunksize=1)
-    begun, ended = min(begin for _, begin, _ in done), max(end for _, _, end in done)
-    return sum(tokens for tokens, _, _ in done), ended - begun
+    tokens, begun, ended, cpu_seconds = zip(*done, strict=True)
+    return Run(sum(tokens), max(ended) - min(begun), sum(cpu_seconds))
 
 
 _start: Barrier
@@ -48,7 +69,7 @@ def _keep(start: Barrier) -> None:
     _start = start
 
 
-def _tokenise(content: TokenizerContent, file: Path, way: BareWay, rank: int) -> tuple[int, float, float]:
+def _tokenise(content: TokenizerContent, file: Path, way: BareWay, rank: int) -> tuple[int, float, float, float]:
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if way.threads > 1 else "false"
     os.environ["RAYON_NUM_THREADS"] = str(way.threads)
     tokenizer = content.backend_tokenizer
@@ -56,9 +77,9 @@ def _tokenise(content: TokenizerContent, file: Path, way: BareWay, rank: int) ->
     calls = [texts[first : first + way.call_rows] for first in range(0, len(texts), way.call_rows)]
     _start.wait()
     # One clock for all processes of a machine.
-    begin = time.monotonic()
+    begin, cpu_begin = time.monotonic(), time.process_time()
     tokens = sum(sum(map(len, tokenizer.encode_batch_fast(call))) for call in calls)
-    return tokens, begin, time.monotonic()
+    return tokens, begin, time.monotonic(), time.process_time() - cpu_begin
 
 
 def _share(file: Path, rank: int, processes: int) -> Sequence[str]:

@@ -19,7 +19,7 @@ import psutil
 import pyarrow.parquet as pq
 
 from pipeline.backbone.files import architecture_of, find_model, read_config, read_tokenizer, save_description
-from pipeline.benchmark.bare_tokenizer import BareWay, bare_ways, run_bare
+from pipeline.benchmark.bare_tokenizer import BareWay, Run, bare_ways, run_bare
 from pipeline.benchmark.comparison import device_name
 from pipeline.benchmark.corpus_files import read_sentences, write_corpus
 from pipeline.benchmark.memory import peak_bytes
@@ -51,6 +51,8 @@ class Speed:
     way: BareWay
     ratio: tuple[float, float, float]
     """Ours to bare: least, median and greatest over the rounds."""
+    cpu_ratio: tuple[float, float, float]
+    """The same of tokens a second of one core, all of Ray's processes included: steadier on a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -121,36 +123,51 @@ def _measure_speed(
     content = tokenizer_content(load_tokenizer(spec.dir))
     # Before the rounds: start Ray's workers, and find the bare tokenizer's fastest way.
     _build(small, spec, place)
-    rates = {way: tokens / seconds for way in bare_ways(cores) for tokens, seconds in [run_bare(content, small, way)]}
+    rates = {way: run_bare(content, small, way).rate for way in bare_ways(cores)}
     way = max(rates, key=rates.__getitem__)
-    bare, ours, tokens = [], [], 0
+    bare, ours = [], []
     for round_ in range(rounds):
-        tokens, seconds = run_bare(content, file, way)
-        bare.append(tokens / seconds)
-        counted, seconds = _build(file, spec, place, check=round_ == 0)
-        ours.append(counted / seconds)
-        assert counted == tokens, f"{counted} input tokens where the bare tokenizer has {tokens}"
-    each = [mine / theirs for mine, theirs in zip(ours, bare, strict=True)]
-    ratio = min(each), statistics.median(each), max(each)
-    size = file.stat().st_size / 1e6
-    return Speed(tokens / rows, round(size, 1), [*map(round, bare)], [*map(round, ours)], way, ratio)
+        bare.append(run_bare(content, file, way))
+        ours.append(_build(file, spec, place, check=round_ == 0))
+        tokens = bare[-1].tokens
+        assert ours[-1].tokens == tokens, f"{ours[-1].tokens} input tokens where the bare tokenizer has {tokens}"
+    return Speed(
+        tokens_a_text=bare[0].tokens / rows,
+        megabytes=round(file.stat().st_size / 1e6, 1),
+        bare=[round(run.rate) for run in bare],
+        ours=[round(run.rate) for run in ours],
+        way=way,
+        ratio=_spread([mine.rate / theirs.rate for mine, theirs in zip(ours, bare, strict=True)]),
+        cpu_ratio=_spread([mine.cpu_rate / theirs.cpu_rate for mine, theirs in zip(ours, bare, strict=True)]),
+    )
 
 
-def _build(file: Path, spec: TokenizerSpec, place: Path, check: bool = False) -> tuple[int, float]:
-    """-> input tokens of the shards, and seconds to build them."""
+def _spread(ratios: Sequence[float]) -> tuple[float, float, float]:
+    return min(ratios), statistics.median(ratios), max(ratios)
+
+
+def _build(file: Path, spec: TokenizerSpec, place: Path, check: bool = False) -> Run:
+    """Build the shards, look at them, and delete them."""
     from pipeline.corpus.shards import build_shards  # imports ray
 
     source, storage = inspect_files(str(file), "benchmark"), place / "storage"
     templates = parse_template("{text}", "benchmark"), parse_template("{label}", "benchmark")
     recipe = Recipe(*templates, " ", 10**6, 10**6, spec.architecture)
-    begin = time.perf_counter()
+    begin, cpu_begin = time.perf_counter(), _cpu_seconds()
     folder = build_shards(source, recipe, spec, storage)
-    seconds = time.perf_counter() - begin
+    seconds, cpu_seconds = time.perf_counter() - begin, _cpu_seconds() - cpu_begin
     if check:
         _check_ids(file, folder, spec)
     tokens = json.loads((folder / "manifest.json").read_text())["input_tokens"]
     shutil.rmtree(storage)
-    return tokens, seconds
+    return Run(tokens, seconds, cpu_seconds)
+
+
+def _cpu_seconds() -> float:
+    """Of this process and all that it started, Ray's servers and workers among them."""
+    here = psutil.Process()
+    times = [process.cpu_times() for process in (here, *here.children(recursive=True))]
+    return sum(time_.user + time_.system for time_ in times)
 
 
 def _check_ids(file: Path, folder: Path, spec: TokenizerSpec) -> None:

@@ -30,12 +30,14 @@ from pipeline.corpus.files import Source
 from pipeline.corpus.reader import MANIFEST, read_manifest
 from pipeline.corpus.reading import ReadUnit, read_texts, read_units
 from pipeline.corpus.rows import Recipe, tokenise_rows
-from pipeline.corpus.tally import ShardTally, total
+from pipeline.corpus.tally import EMPTY, ShardTally, manifest_figures
 from pipeline.corpus.writing import write_shard
 from pipeline.errors import CorpusError, PromptBankError, StorageError
 
 FORMAT_VERSION = 2
 _MAX_TASKS = 2000
+# What a task gives back is small, and Ray reserves memory by this bound.
+_BLOCK_BYTES = 2**20
 _ABANDONED_AFTER_S = 24 * 3600
 
 
@@ -79,8 +81,13 @@ def build_shards(source: Source, recipe: Recipe, tokenizer: TokenizerSpec, stora
         _remove_abandoned(final.parent)
         fresh.mkdir(parents=True)
         content = tokenizer_content(load_tokenizer(tokenizer.dir))
-        shards = _write_shards(_Work(source, read_units(source), recipe, content, fresh))
-        _write_manifest(fresh, key, inputs, source, shards)
+        shards, whole = _write_shards(_Work(source, read_units(source), recipe, content, fresh))
+        if whole.rows.summary.rows != source.rows:
+            raise CorpusError(
+                f"{source.where}: {whole.rows.summary.rows} rows were read where the files' footers promise "
+                f"{source.rows}; the files changed meanwhile, so run the job again"
+            )
+        _write_manifest(fresh, {"key": key, "made_from": inputs}, shards, manifest_figures(whole))
         _publish(fresh, final)
     except OSError as error:
         if isinstance(error, PromptBankError):
@@ -91,8 +98,9 @@ def build_shards(source: Source, recipe: Recipe, tokenizer: TokenizerSpec, stora
     return final
 
 
-def _write_shards(work: _Work) -> dict[str, ShardTally]:
-    """-> what was counted of each shard, by file name."""
+def _write_shards(work: _Work) -> tuple[list[str], ShardTally]:
+    """-> file names of the shards, and what was counted of all together."""
+    names, whole = [], EMPTY
     tasks = min(len(work.units), _MAX_TASKS)
     try:
         with _quiet_ray_data():
@@ -100,9 +108,12 @@ def _write_shards(work: _Work) -> dict[str, ShardTally]:
             written = units.map_batches(
                 partial(_tokenise_units, work=work), batch_size=None, batch_format="numpy", zero_copy_batch=True
             )
-            return {row["shard"]: ShardTally.from_dict(json.loads(row["tally"])) for row in written.iter_rows()}
+            for row in written.iter_rows():
+                names.append(row["shard"])
+                whole += ShardTally.from_dict(json.loads(row["tally"]))
     except Exception as error:
         raise _translated(error, work.folder.parent) from None
+    return sorted(names), whole
 
 
 def _tokenise_units(batch: dict[str, np.ndarray], work: _Work) -> Iterator[dict[str, list[str]]]:
@@ -118,34 +129,12 @@ def _tokenise_units(batch: dict[str, np.ndarray], work: _Work) -> Iterator[dict[
         yield {"shard": [shard], "tally": [json.dumps(tally.to_dict())]}
 
 
-def _write_manifest(
-    folder: Path, key: str, inputs: dict[str, Any], source: Source, shards: dict[str, ShardTally]
-) -> None:
+def _write_manifest(folder: Path, origin: dict[str, Any], shards: list[str], figures: dict[str, Any]) -> None:
     for path in folder.glob("*.parquet"):
         if path.name not in shards:  # of a task whose worker died
             path.unlink()
-    whole = total(shards.values())
-    summary = whole.rows.summary
-    if summary.rows != source.rows:
-        raise CorpusError(
-            f"{source.where}: {summary.rows} rows were read where the files' footers promise {source.rows}; "
-            "the files changed meanwhile, so run the job again"
-        )
-    targets = None if whole.targets is None else dict(sorted(whole.targets.items()))
-    manifest = {
-        "key": key,
-        "made_from": inputs,
-        "files": {name: (folder / name).stat().st_size for name in sorted(shards)},
-        "rows": summary.rows,
-        "counts": summary.counts,
-        "corpus_digest": summary.digest,
-        "input_tokens": whole.input_tokens,
-        "target_tokens": whole.target_tokens,
-        "longest_input": whole.longest_input,
-        "longest_target": whole.longest_target,
-        "distinct_targets": None if targets is None else list(targets),
-        "target_ids": targets,
-    }
+    files = {name: (folder / name).stat().st_size for name in shards}
+    manifest = {**origin, "files": files, **figures}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -174,6 +163,7 @@ def _quiet_ray_data() -> Iterator[None]:
         "enable_progress_bars": False,
         "print_on_execution_start": False,
         "raise_original_map_exception": True,
+        "target_max_block_size": _BLOCK_BYTES,
     }
     before = {name: getattr(context, name) for name in settings}
     consoles = [h for h in logging.getLogger("ray.data").handlers if isinstance(h, logging.StreamHandler)]

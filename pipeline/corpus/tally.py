@@ -1,9 +1,8 @@
 """What is counted of token rows while they are written, in parts that add up: rows, ids, lengths, targets."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import reduce
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -82,20 +81,16 @@ class ShardTally:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        rows = {"counts": self.rows.counts, "ids": self.rows.ids, "squares": self.rows.squares}
-        return {**self.__dict__, "rows": rows}
+        return asdict(self)
 
     @staticmethod
     def from_dict(plain: Mapping[str, Any]) -> "ShardTally":
-        rows = plain["rows"]
-        targets = plain["targets"]
-        return ShardTally(
-            **{
-                **plain,
-                "rows": RowTally(tuple(rows["counts"]), rows["ids"], rows["squares"]),
-                "targets": None if targets is None else {key: (low, high) for key, (low, high) in targets.items()},
-            }
-        )
+        rows, targets = plain["rows"], plain["targets"]
+        read = {
+            "rows": RowTally(tuple(rows["counts"]), rows["ids"], rows["squares"]),
+            "targets": None if targets is None else {target: (low, high) for target, (low, high) in targets.items()},
+        }
+        return ShardTally(**{**plain, **read})
 
 
 EMPTY = ShardTally(NO_ROWS, 0, 0, 0, 0, {})
@@ -114,8 +109,21 @@ def tally_table(table: pa.Table) -> ShardTally:
     )
 
 
-def total(tallies: Iterable[ShardTally]) -> ShardTally:
-    return reduce(ShardTally.__add__, tallies, EMPTY)
+def manifest_figures(whole: ShardTally) -> dict[str, Any]:
+    """What a shard folder's manifest tells of its rows, so that nobody has to read them for it."""
+    summary = whole.rows.summary
+    targets = None if whole.targets is None else dict(sorted(whole.targets.items()))
+    return {
+        "rows": summary.rows,
+        "counts": summary.counts,
+        "corpus_digest": summary.digest,
+        "input_tokens": whole.input_tokens,
+        "target_tokens": whole.target_tokens,
+        "longest_input": whole.longest_input,
+        "longest_target": whole.longest_target,
+        "distinct_targets": None if targets is None else list(targets),
+        "target_ids": targets,
+    }
 
 
 def _targets(table: pa.Table) -> dict[str, tuple[int, int]] | None:

@@ -10,7 +10,7 @@ from pipeline.corpus.rows import SHARD_SCHEMA
 from pipeline.corpus.tally import EMPTY, ShardTally, tally_table
 
 _ROW_GROUP_BYTES = 8 * 2**20
-# Ids in four streams of bytes, the upper ones nearly all zero: half the time and four fifths of the size of a
+# Ids as four streams of bytes, the upper ones nearly all zero: half the time and four fifths of the size of a
 # dictionary's pages. Statistics would be of no use to a reader that takes all rows.
 _OPTIONS = {
     "compression": "zstd",

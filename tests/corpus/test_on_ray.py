@@ -8,11 +8,14 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import ray.data
@@ -328,6 +331,38 @@ def test_a_build_killed_half_way_leaves_nothing_that_counts_and_is_swept_later(
     finished = prepare_task("x", task, spec, place / "storage")
     assert finished.counts["train"]["ok"] == len(open_split(finished.splits["train"])) == 500
     assert not halves[0].exists()
+
+
+@pytest.mark.slow
+def test_a_worker_killed_while_tokenising_changes_nothing(
+    place: Path, tmp_path: Path, write: Write, make_task: MakeTask, spec: TokenizerSpec, corpus: TaskCorpus
+) -> None:
+    chance = random.Random(0)
+    words = [f"w{number}" for number in range(5000)]
+    rows = [{"text": " ".join(chance.choices(words, k=60)), "label": i % 3} for i in range(40_000)]
+    task = make_task(write(tmp_path / "a.parquet", rows), dev=place / "dev.parquet", max_input_tokens=10_000)
+    undisturbed = prepare_task("x", task, spec, tmp_path / "undisturbed")
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not killed:
+            time.sleep(0.02)
+            if any((tmp_path / "disturbed").glob("token_shards/.*/*.parquet")):
+                with suppress(psutil.Error):  # of processes that end meanwhile
+                    workers = psutil.Process().children(recursive=True)
+                    killed.extend(worker.pid for worker in workers if "_tokenise_units" in "".join(worker.cmdline()))
+                for pid in killed[:1]:
+                    os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    disturbed = prepare_task("x", task, spec, tmp_path / "disturbed")
+    killer.join(1)
+    assert killed and not killer.is_alive()
+    assert (disturbed.counts, disturbed.digest) == (undisturbed.counts, undisturbed.digest)
+    train = Path(disturbed.splits["train"].dir)
+    assert set(json.loads((train / "manifest.json").read_text())["files"]) == {f.name for f in train.glob("*.parquet")}
+    assert content(open_split(disturbed.splits["train"])) == content(open_split(undisturbed.splits["train"]))
 
 
 def test_a_storage_that_cannot_be_written_is_one_sentence(

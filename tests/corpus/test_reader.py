@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pipeline.corpus import SplitRef, TokenSet, open_split
 from pipeline.corpus.reader import MANIFEST, summarise_split, unique_targets
 from pipeline.corpus.rows import SHARD_SCHEMA
+from pipeline.corpus.tally import EMPTY, LISTED_TARGETS, ShardTally, manifest_figures, tally_table
 from pipeline.errors import CorpusError
 
 Row = tuple[int, int]
@@ -74,6 +75,23 @@ def test_two_parts_make_the_whole_and_a_limit_keeps_its_beginning(rows: list[Row
         assert whole.input_lengths.dtype == whole.input_tokens.dtype == np.int32
 
 
+@given(rows_of_ids, st.floats(0, 1), st.integers(1, 4))
+def test_what_the_manifest_tells_is_what_the_shards_hold(rows: list[Row], cut: float, files: int) -> None:
+    parts = [rows[start::files] for start in range(files)]
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        read, told = shards(Path(one), parts), shards(Path(other), parts)
+        tables = [pq.read_table(path) for path in Path(told.dir).glob("*.parquet")]
+        sent = [ShardTally.from_dict(json.loads(json.dumps(tally_table(table).to_dict()))) for table in tables]
+        tally = sum(sent, EMPTY)
+        manifest = json.loads((Path(told.dir) / MANIFEST).read_text()) | manifest_figures(tally)
+        (Path(told.dir) / MANIFEST).write_text(json.dumps(manifest))
+        assert manifest["longest_input"] == max((row_id % 5 for row_id, status in rows if not status), default=0)
+        for fractions in [(0.0, 1.0), (0.0, cut), (cut, 1.0), (cut / 2, cut)]:
+            part, same = SplitRef(read.dir, *fractions), SplitRef(told.dir, *fractions)
+            assert summarise_split(part) == summarise_split(same)
+            assert set(unique_targets(part)) == set(unique_targets(same))
+
+
 @given(rows_of_ids, rows_of_ids)
 def test_the_digest_tells_different_rows_apart_duplicates_included(rows: list[Row], more: list[Row]) -> None:
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
@@ -89,3 +107,16 @@ def test_a_folder_that_misses_a_shard_or_its_manifest_is_not_read(tmp_path: Path
     (tmp_path / MANIFEST).unlink()
     with pytest.raises(CorpusError, match="missing or incomplete"):
         open_split(ref)
+
+
+def test_targets_are_listed_up_to_a_number_and_then_read_from_the_shards() -> None:
+    def tally(first: int, end: int) -> ShardTally:
+        columns = {"row_id": range(first, end), "status": [0] * (end - first), "input_ids": [[1]] * (end - first)}
+        columns |= {"target_ids": [[1]] * (end - first), "target": [f"t{row}" for row in range(first, end)]}
+        return tally_table(pa.table(columns, schema=SHARD_SCHEMA))
+
+    listed = tally(0, LISTED_TARGETS)
+    assert len(manifest_figures(listed)["distinct_targets"]) == LISTED_TARGETS
+    assert (listed + tally(5, 9)).targets == listed.targets
+    for more in (tally(0, LISTED_TARGETS + 1), listed + tally(LISTED_TARGETS, LISTED_TARGETS + 1)):
+        assert manifest_figures(more)["distinct_targets"] is manifest_figures(more)["target_ids"] is None
