@@ -224,6 +224,7 @@ def sweep(
     result = compare_sweeps(options, out)
     console.print(sweep_table(result))
     console.print(sweep_distances(result))
+    console.print(f"Halving saved {result.steps_saved:.0%} of the steps.")
     console.print(f"Written to {out}.")
 
 
