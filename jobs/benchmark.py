@@ -237,14 +237,14 @@ def sweep(
     tasks: Tasks = "cr,mpqa",
     model: Model = "smollm2-135m",
     lengths: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "8,20",
-    rates: Annotated[str, typer.Option(help="Adafactor's rates, separated by commas.")] = "0.003,0.01,0.03,0.1",
+    rates: Annotated[str, typer.Option(help="Adafactor's rates, separated by commas.")] = "0.001,0.003,0.01,0.03",
     seeds: Annotated[int, typer.Option(help="Seeds; with two tasks, lengths and rates as they are, 64 trials.")] = 4,
     batch: Annotated[int, typer.Option(help="Rows a step of every trial.")] = 2,
     steps: Annotated[int, typer.Option(help="Steps of every trial.")] = 12,
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 3,
     dev_rows: Annotated[int, typer.Option(help="Dev rows of every task, at most.")] = 16,
     factor: Annotated[int, typer.Option(help="Halving lets one trial in so many go on.")] = 3,
-    sample: Annotated[int, typer.Option(help="Trials that run alone; their time is scaled to all.")] = 8,
+    sample: Annotated[int, typer.Option(min=2, help="Trials that run alone; their time is scaled to all.")] = 8,
     rounds: Rounds = 1,
     ranks: Ranks = 2,
     threads: Threads = 2,
@@ -276,6 +276,7 @@ def sweep(
     result = compare_sweeps(options, out)
     console.print(sweep_table(result))
     console.print(sweep_distances(result))
+    console.print(f"Halving saved {result.steps_saved:.0%} of the steps.")
     console.print(f"Written to {out}.")
 
 

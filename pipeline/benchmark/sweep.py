@@ -73,7 +73,7 @@ class SweepSide:
 
 @dataclass(frozen=True)
 class Apart:
-    """Greatest relative distance of any trial's end from its end on another side."""
+    """Greatest relative distance of any trial from itself on another side."""
 
     prompt: float
     first_loss: float
@@ -90,10 +90,15 @@ class SweepResult:
     """Of the sample alone, one after another."""
     alone_seconds: list[float]
     """Of every round, scaled from the sample's trials to all."""
-    alone_apart: Apart
-    """The sampled trials tuned together, from the same tuned alone."""
-    survivors_apart: Apart
-    """The trials that halving let finish, from the same without halving."""
+    alone_apart: dict[float, Apart]
+    """By learning rate: the sampled trials tuned together, from the same tuned alone."""
+    survivors_apart: dict[float, Apart]
+    """By learning rate: the trials that halving let finish, from the same without halving."""
+
+    @property
+    def steps_saved(self) -> float:
+        """Share of the steps that halving does without."""
+        return 1 - self.halving.steps / self.together.steps
 
     @property
     def ratios(self) -> dict[str, tuple[float, float, float]]:
@@ -115,8 +120,14 @@ def compare_sweeps(options: SweepOptions, out: Path) -> SweepResult:
         ]
         result: SweepResult = run_ranks(options.ranks, _on_rank, options, corpora, folder)[0]
     out.parent.mkdir(parents=True, exist_ok=True)
-    plain = {"device": device_name(), "options": {**asdict(options), "data": options.data.name}, **asdict(result)}
-    out.write_text(json.dumps({**plain, "ratios": result.ratios}, indent=1) + "\n")
+    facts = {
+        "device": device_name(),
+        "options": {**asdict(options), "data": options.data.name},
+        "alone_seconds_are": f"of {result.alone.trials} trials, spread evenly, scaled to {result.trials}",
+        "steps_saved_by_halving": result.steps_saved,
+        "ratios": result.ratios,
+    }
+    out.write_text(json.dumps({**facts, **asdict(result)}, indent=1) + "\n")
     return result
 
 
@@ -149,7 +160,7 @@ def _on_rank(options: SweepOptions, corpora: Sequence[TaskCorpus], folder: str) 
     bench = _Bench(options, {corpus.task: corpus for corpus in corpora}, Path(folder), *_host(options))
     every = make_trials(sweep_settings(options, False), bench.digests, "benchmark", {})
     halved = make_trials(sweep_settings(options, True), bench.digests, "benchmark", {})
-    sample = [every[(2 * i + 1) * len(every) // (2 * options.sample)] for i in range(options.sample)]
+    sample = [every[i * (len(every) - 1) // (options.sample - 1)] for i in range(options.sample)]
     bench.timed([_of_two_steps(sample[0])])  # allocators, kernels and ZeRO-3's trace settle in it
     together, halving, alone = SweepSide(), SweepSide(), SweepSide()
     for _ in range(options.rounds):
@@ -231,11 +242,16 @@ def _of_two_steps(trial: Trial) -> Trial:
     return replace(trial, settings=trial.settings.model_copy(update={"max_steps": 2}))
 
 
-def _apart(ours: Sequence[TrialState], others: Sequence[TrialState]) -> Apart:
+def _apart(ours: Sequence[TrialState], others: Sequence[TrialState]) -> dict[float, Apart]:
     by_name = {state.trial.name: state for state in ours}
-    pairs = [(by_name[state.trial.name], state) for state in others]
-    return Apart(
-        prompt=max(float(((a.prompt - b.prompt).norm() / b.prompt.norm()).detach()) for a, b in pairs),
-        first_loss=max(abs(a.history[1].loss / b.history[1].loss - 1) for a, b in pairs),
-        last_loss=max(abs(a.history[-1].loss / b.history[-1].loss - 1) for a, b in pairs),
-    )
+    of_rate: dict[float, list[tuple[TrialState, TrialState]]] = {}
+    for state in others:
+        of_rate.setdefault(state.trial.settings.optimizer.lr, []).append((by_name[state.trial.name], state))
+    return {
+        rate: Apart(
+            prompt=max(float(((a.prompt - b.prompt).norm() / b.prompt.norm()).detach()) for a, b in pairs),
+            first_loss=max(abs(a.history[1].loss / b.history[1].loss - 1) for a, b in pairs),
+            last_loss=max(abs(a.history[-1].loss / b.history[-1].loss - 1) for a, b in pairs),
+        )
+        for rate, pairs in sorted(of_rate.items())
+    }

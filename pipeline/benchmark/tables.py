@@ -89,14 +89,17 @@ def sweep_table(result: SweepResult) -> Table:
     return table
 
 
-def sweep_distances(result: SweepResult) -> str:
-    """Whether the sides tuned the same prompts: one line a comparison."""
-    sides = {"together from alone": result.alone_apart, "halving's survivors from together": result.survivors_apart}
-    return "\n".join(
-        f"{name}, at most apart: prompts {apart.prompt:.1e}, dev loss {apart.first_loss:.1e} at the first evaluation, "
-        f"{apart.last_loss:.1e} at the last"
-        for name, apart in sides.items()
-    )
+def sweep_distances(result: SweepResult) -> Table:
+    """Whether the sides tuned the same prompts."""
+    table = Table(title="at most apart, relative", title_justify="left")
+    for column in ["sides", "rate", "prompts", "dev loss at the first evaluation", "dev loss at the last"]:
+        table.add_column(column)
+    sides = {"together, alone": result.alone_apart, "halving's survivors, together": result.survivors_apart}
+    for name, of_rate in sides.items():
+        for rate, apart in of_rate.items():
+            figures = (apart.prompt, apart.first_loss, apart.last_loss)
+            table.add_row(name, f"{rate:g}", *(f"{figure:.1e}" for figure in figures))
+    return table
 
 
 def _joined(values: Sequence[float], form: str) -> str:

@@ -40,7 +40,9 @@ def test_trials_together_alone_and_under_halving_end_with_the_same_prompts(tmp_p
         pq.write_table(pa.table({"text": texts, "label": labels}), path)
     result = compare_sweeps(options(tmp_path), tmp_path / "sweep.json")
     assert (result.trials, result.together.steps, result.alone.trials) == (16, 16 * 8, 4)
-    assert max(result.alone_apart.prompt, result.survivors_apart.prompt) < 1e-3
+    assert set(result.alone_apart) == {0.01, 0.1}
+    for apart in [*result.alone_apart.values(), *result.survivors_apart.values()]:
+        assert apart.prompt < 1e-3 and apart.last_loss < 1e-3
     assert result.halving.steps < 0.7 * result.together.steps and result.halving.ends["tuned"] >= 2
     assert result.alone.tokens < result.together.tokens and result.alone_seconds == [
         4 * s for s in result.alone.seconds

@@ -100,10 +100,7 @@ def test_a_sweeps_winner_is_the_prompt_of_a_task_given_its_choice_alone(project,
 def test_a_sweep_over_prompts_of_the_bank_starts_each_trial_from_its_own(project, tmp_path):
     project["tasks"]["book"] |= {"metric": "accuracy", "prompt": {"length": 4}}
     first = run(project).results
-    project["tasks"]["film"] |= {
-        "prompt": {"init": "bank", "source": "one of"},
-        "sweep": {"prompt.source": ["film@1", "book@1"]},
-    }
+    project["tasks"]["film"]["sweep"] = {"prompt.init": ["bank"], "prompt.source": ["film@1", "book@1"]}
     run(project, "run.name=warm")
     trials = json.loads((tmp_path / "runs/warm/trials.json").read_text())
     before = {t["prompt"]["source"]: t["dev_before"] for t in trials if t["task"] == "film"}
