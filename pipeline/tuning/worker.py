@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 from pipeline.backbone.allocator import suit_allocator
 from pipeline.backbone.files import find_model
 from pipeline.backbone.host import compute_dtype, held_bytes, held_digest, host_backbone
+from pipeline.backbone.offload import keep_by
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import TuningError
 from pipeline.settings import Settings
@@ -85,6 +86,7 @@ def work(order: Order, device: torch.device) -> None:
         device=device,
         sharded=world_size() > 1,
         products=settings.model.products,
+        keep=keep_by(settings.model.offload, settings.model.offload_folder, device),
     )
     sizes = held_bytes(backbone)
     suit_allocator(sum(sizes.values()))
