@@ -190,8 +190,8 @@ def fit(
         bool, typer.Option(help="Leave a checkpoint that was written; else one is on disk at a time.")
     ] = False,
     prompts: Annotated[int, typer.Option(help="Prompts tuned together.")] = 4,
-    length: Annotated[int, typer.Option(help="Prompt length.")] = 20,
-    batch: Batch = 2,
+    length: Annotated[int, typer.Option(help="Prompt length.")] = 10,
+    batch: Batch = 1,
     steps: Annotated[int, typer.Option(help="Steps of all prompts.")] = 3,
     ranks: Ranks = 2,
     threads: Threads = 2,

@@ -111,7 +111,7 @@ def host_backbone(
     if not sharded:
         load_weights(model, source, dtype, _whole(device, keep))
         return Backbone(config, _Hosted(model), device, dtype)
-    _start_deepspeed(device)
+    start_deepspeed(device)
     import deepspeed
 
     zero = _zero_settings(int(config.hidden_size))
@@ -196,7 +196,8 @@ def _zero_settings(hidden_size: int) -> dict[str, Any]:
     }
 
 
-def _start_deepspeed(device: torch.device) -> None:
+def start_deepspeed(device: torch.device) -> None:
+    """Import it and let it join the ranks: seconds, that are no part of loading. Doing it again costs nothing."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed

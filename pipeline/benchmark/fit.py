@@ -7,11 +7,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +20,9 @@ from torch import nn
 
 from pipeline.backbone.allocator import suit_allocator
 from pipeline.backbone.files import find_model, read_config
-from pipeline.backbone.host import compute_dtype, held_bytes, host_backbone
+from pipeline.backbone.host import compute_dtype, held_bytes, host_backbone, start_deepspeed
 from pipeline.backbone.loading import build_skeleton, untie_what_is_stored_apart
+from pipeline.backbone.memory import gathered_together
 from pipeline.backbone.weights import open_weights
 from pipeline.benchmark.comparison import device_name
 from pipeline.benchmark.ours import tune_together
@@ -38,7 +38,7 @@ from pipeline.tuning.trials import make_trial
 _SLACK = 2**30
 _READ_AT_ONCE = 2**23
 _ROWS = 64
-_TOKEN_BUDGET = 512
+_TOKEN_BUDGET = 256
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class FitOptions:
     threads: int = 2
     """Of all ranks together."""
     prompts: int = 4
-    length: int = 20
+    length: int = 10
     """Of every prompt."""
-    batch_size: int = 2
-    """Rows a step of every prompt, of up to 24 random tokens."""
+    batch_size: int = 1
+    """Rows a step of every prompt, of up to 16 random tokens."""
     steps: int = 3
 
 
@@ -158,27 +158,22 @@ def size_of(folder: Path) -> Size:
     files = find_model(str(folder))
     model = build_skeleton(read_config(files), int8=True)
     untie_what_is_stored_apart(model, open_weights(files, model))
-    layers = [layer for block in model.modules() if isinstance(block, nn.ModuleList) for layer in block]
-    lists = {id(part) for layer in layers for part in layer.modules() if part is not layer}
-    outermost = [layer for layer in layers if id(layer) not in lists]
-    inside = {id(p) for layer in outermost for p in layer.parameters()}
-    alone = [_int8_bytes([p]) for p in model.parameters() if id(p) not in inside]
     return Size(
         parameters=sum(p.numel() for p in model.parameters()),
         int8_bytes=_int8_bytes(model.parameters()),
-        layer_bytes=max([*(_int8_bytes(layer.parameters()) for layer in outermost), *alone]),
+        layer_bytes=max(map(_int8_bytes, gathered_together(model))),
     )
 
 
-def _int8_bytes(parameters: Any) -> int:
-    return sum(p.numel() for p in {id(p): p for p in parameters}.values() if p.dtype == torch.int8)
+def _int8_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters if p.dtype == torch.int8)
 
 
 def _on_rank(folder: Path, options: FitOptions) -> RankFit:
-    import deepspeed  # noqa: F401  (imported before the clock starts)
-
     torch.set_num_threads(max(1, options.threads // options.ranks))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.ranks > 1:
+        start_deepspeed(device)
     files = find_model(str(folder))
     config = read_config(files)
     weights = sorted(folder.glob("*.safetensors"))
@@ -209,7 +204,7 @@ def _on_rank(folder: Path, options: FitOptions) -> RankFit:
 
 def _random_task(place: int, vocabulary: int, options: FitOptions) -> TaskWork:
     rng = np.random.default_rng(place)
-    lengths = {"inputs": rng.integers(4, 21, _ROWS), "targets": rng.integers(1, 5, _ROWS)}
+    lengths = {"inputs": rng.integers(4, 13, _ROWS), "targets": rng.integers(1, 5, _ROWS)}
     tokens = {key: rng.integers(3, vocabulary, sizes.sum()).astype(np.int32) for key, sizes in lengths.items()}
     offsets = {key: np.concatenate([[0], np.cumsum(sizes)]) for key, sizes in lengths.items()}
     texts = pa.array([""] * _ROWS, pa.large_string())
