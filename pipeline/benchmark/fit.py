@@ -1,6 +1,7 @@
 """Models that one rank could not hold: memory of every rank while it loads and trains, and how fast it loads.
 
-The bound: int8 bytes / ranks + the largest layer gathered + 1 GiB, for everything that a rank's process has resident.
+The bound: int8 bytes / ranks + the largest layer gathered + 1 GiB, for everything that a rank's process has resident
+(where weights are kept in files, without the pages of these, which the system drops when memory is needed).
 """
 
 import json
@@ -23,6 +24,7 @@ from pipeline.backbone.files import find_model, read_config
 from pipeline.backbone.host import compute_dtype, held_bytes, host_backbone, start_deepspeed
 from pipeline.backbone.loading import build_skeleton, untie_what_is_stored_apart
 from pipeline.backbone.memory import gathered_together
+from pipeline.backbone.offload import keep_by
 from pipeline.backbone.weights import open_weights
 from pipeline.benchmark.comparison import device_name
 from pipeline.benchmark.ours import tune_together
@@ -52,6 +54,8 @@ class FitOptions:
     batch_size: int = 1
     """Rows a step of every prompt, of up to 16 random tokens."""
     steps: int = 3
+    offload_folder: str | None = None
+    """Where weights are kept in files, as by `model.offload: nvme`."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,14 @@ class Fit:
 
     @property
     def peaks(self) -> tuple[int, int]:
-        """Of any rank: while loading, while training."""
-        return max(rank.loading.total for rank in self.ranks), max(rank.training.total for rank in self.ranks)
+        """Of any rank: while loading, while training. Where weights are in files, what no file backs."""
+        kind = "total" if self.options.offload_folder is None else "own"
+        loading, training = ([getattr(peak, kind) for peak in peaks] for peaks in self._watched)
+        return max(loading), max(training)
+
+    @property
+    def _watched(self) -> tuple[list[Resident], list[Resident]]:
+        return [rank.loading for rank in self.ranks], [rank.training for rank in self.ranks]
 
     @property
     def holds(self) -> bool:
@@ -190,6 +200,7 @@ def _on_rank(folder: Path, options: FitOptions) -> RankFit:
             device=device,
             sharded=options.ranks > 1,
             products="auto",
+            keep=keep_by("nvme" if options.offload_folder else "none", options.offload_folder, device),
         )
     seconds = time.perf_counter() - start
     plain.append(_plain_read(weights))
