@@ -8,6 +8,7 @@ import errno
 import os
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -46,7 +47,8 @@ def in_files(folder: Path) -> Keep:
             mend = "make room there, or name a folder on a larger disk" if full else str(error)
             raise StorageError(f"model.offload_folder {folder}: cannot keep weights there: {mend}") from error
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
         return mapped
 
     return keep
