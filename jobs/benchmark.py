@@ -291,9 +291,10 @@ def fit(
         bool, typer.Option(help="Leave a checkpoint that was written; else one is on disk at a time.")
     ] = False,
     prompts: Annotated[int, typer.Option(help="Prompts tuned together.")] = 4,
-    length: Annotated[int, typer.Option(help="Prompt length.")] = 20,
-    batch: Batch = 2,
+    length: Annotated[int, typer.Option(help="Prompt length.")] = 10,
+    batch: Batch = 1,
     steps: Annotated[int, typer.Option(help="Steps of all prompts.")] = 3,
+    offload_folder: Annotated[Path | None, typer.Option(help="Keep weights in files there.")] = None,
     ranks: Ranks = 2,
     threads: Threads = 2,
     out: Out = Path("docs/benchmarks/fit.json"),
@@ -302,7 +303,8 @@ def fit(
     from pipeline.benchmark.fit import FitOptions, measure_fit, save_fits
     from pipeline.benchmark.fit_table import fit_table
 
-    options = FitOptions(ranks, threads, prompts, length, batch, steps)
+    offload = None if offload_folder is None else str(offload_folder)
+    options = FitOptions(ranks, threads, prompts, length, batch, steps, offload)
     for shape in shapes.split(","):
         result = measure_fit(shape, layers, folder, options, keep)
         console.print(fit_table(result))

@@ -68,6 +68,8 @@ def test_overrides_change_one_setting_and_leave_the_file_alone(raw, override, re
         ("tasks.a.prompt.init=text", "init 'text' needs the setting 'text'"),
         ("tasks.a.prompt.init=bank", "init 'bank' needs the setting 'source'"),
         ("tasks.a.metric=accurracy", "'tasks.a.metric': input should be 'accuracy'"),
+        ("model.offload=nvme", "offload 'nvme' and 'offload_folder' (a folder on a local disk) go together"),
+        ("model.offload=cpu", "model.offload 'cpu' is for GPUs"),
         ("run.name=../up", "may hold only letters, digits"),
         ("tasks={}", "at least 1"),
     ],

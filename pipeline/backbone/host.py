@@ -21,6 +21,7 @@ from pipeline.backbone.files import Architecture, ModelFiles, architecture_of
 from pipeline.backbone.fused import use_kernels
 from pipeline.backbone.int8 import set_products
 from pipeline.backbone.loading import Placement, Share, build_skeleton, load_weights, untie_what_is_stored_apart
+from pipeline.backbone.offload import Keep, on_device
 from pipeline.backbone.weights import open_weights
 
 
@@ -91,11 +92,13 @@ def host_backbone(
     sharded: bool,
     products: str = "exact",
     kernels: bool = True,
+    keep: Keep | None = None,
 ) -> Backbone:
     """Load the frozen model: whole into this process, or partitioned over all ranks of torch.distributed.
 
     `products` (`exact`, `int8`, `int8_forward` or `auto`, see `int8.set_products`) tells how int8 layers multiply,
     `kernels` whether parts of the layers run as compiled kernels where these serve (`native`).
+    `keep` tells where weights stay between uses (`offload`), by default on the device.
     Sharded, no rank ever holds the whole model, nor a whole matrix: it reads and quantises its own part.
     Raises: BackboneError when weights are damaged or missing.
     """
@@ -104,14 +107,15 @@ def host_backbone(
     use_kernels(model, kernels)
     source = open_weights(files, model)
     untie_what_is_stored_apart(model, source)
+    keep = keep or on_device(device)
     if not sharded:
-        load_weights(model, source, dtype, _whole(device))
+        load_weights(model, source, dtype, _whole(device, keep))
         return Backbone(config, _Hosted(model), device, dtype)
-    _start_deepspeed(device)
+    start_deepspeed(device)
     import deepspeed
 
     zero = _zero_settings(int(config.hidden_size))
-    load_weights(model, source, dtype, _partitioned(zero, dtype, device))
+    load_weights(model, source, dtype, _partitioned(zero, dtype, device, keep))
     _return_freed_memory()
     hosted = _Hosted(model)
     # One gather for a whole transformer layer instead of one for each of its matrices.
@@ -120,14 +124,14 @@ def host_backbone(
     return Backbone(config, engine.module, device, dtype)
 
 
-def _whole(device: torch.device) -> Placement:
+def _whole(device: torch.device, keep: Keep) -> Placement:
     def parameter(piece: Tensor, shape: torch.Size) -> nn.Parameter:
-        return nn.Parameter(piece.view(shape).to(device), requires_grad=False)
+        return nn.Parameter(keep(piece).view(shape), requires_grad=False)
 
     return Placement(Share(), parameter, lambda scale: scale, lambda module: _move_buffers(module, device))
 
 
-def _partitioned(zero: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Placement:
+def _partitioned(zero: dict[str, Any], dtype: torch.dtype, device: torch.device, keep: Keep) -> Placement:
     """Give DeepSpeed each rank's partition as it is.
 
     Its own way, `zero.Init(module=…)`, takes the whole tensor on every rank and broadcasts it first.
@@ -142,7 +146,7 @@ def _partitioned(zero: dict[str, Any], dtype: torch.dtype, device: torch.device)
         # DeepSpeed asks for the whole shape; one entry of memory stands behind it.
         whole = nn.Parameter(piece.new_empty(1, device=device).expand(shape), requires_grad=False)
         init._convert_to_deepspeed_param(whole)
-        partition: Any = piece.to(device)
+        partition: Any = keep(piece)
         partition.ds_numel, partition.final_location = len(piece), None
         partition.status = PartitionedParamStatus.AVAILABLE
         whole.ds_tensor, whole.ds_numel_aligned = partition, len(piece) * share.ranks  # type: ignore[attr-defined]
@@ -192,7 +196,8 @@ def _zero_settings(hidden_size: int) -> dict[str, Any]:
     }
 
 
-def _start_deepspeed(device: torch.device) -> None:
+def start_deepspeed(device: torch.device) -> None:
+    """Import it and let it join the ranks: seconds, that are no part of loading. Doing it again costs nothing."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed

@@ -39,7 +39,7 @@ _FEWEST_CUDA_ROWS = 16
 """`torch._int_mm` wants more rows than these on CUDA."""
 _CHUNK = 2**20
 """Weights that are quantised at a time."""
-_CONVERTED_AT_ONCE = 2**23
+CONVERTED_AT_ONCE = 2**23
 """Weights that an exact product converts at a time: a large vocabulary in float takes more than int8 saves."""
 
 
@@ -141,7 +141,7 @@ def _exact_gradient(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 def _some_rows(weight: Tensor) -> Sequence[Tensor]:
     """W `[O, I]` in pieces of rows that may be converted to float."""
-    return weight.split(max(1, _CONVERTED_AT_ONCE // weight.shape[1]))
+    return weight.split(max(1, CONVERTED_AT_ONCE // weight.shape[1]))
 
 
 class _Int8Product(torch.autograd.Function):

@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 
-from pipeline.backbone.loading import build_skeleton
+from pipeline.backbone.int8 import CONVERTED_AT_ONCE
+from pipeline.backbone.loading import build_skeleton, untie_what_is_stored_apart
+from pipeline.backbone.weights import WeightSource
 
 # Imported libraries and the allocator, as measured on an idle rank.
 _PROCESS_BYTES = 700 * 2**20
@@ -20,7 +23,7 @@ class MemoryEstimate:
     weights: int
     """Held between calls: this rank's part of every matrix, and the small parameters whole."""
     gathered: int
-    """The largest layer, gathered from all ranks and converted for its product."""
+    """The largest layer, gathered from all ranks, and what of a matrix is converted for its product."""
     activations: int
     """Kept for the backward pass of one micro-batch."""
 
@@ -35,19 +38,47 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    config: PretrainedConfig, int8: bool, dtype: torch.dtype, world_size: int, tokens_per_microbatch: int
+    config: PretrainedConfig,
+    int8: bool,
+    dtype: torch.dtype,
+    world_size: int,
+    tokens_per_microbatch: int,
+    source: WeightSource | None = None,
 ) -> MemoryEstimate:
-    """An upper estimate, within a factor of about two, of what a rank needs in training."""
+    """An upper estimate, within a factor of about two, of what a rank needs in training.
+
+    `source` tells whether a checkpoint stores apart what transformers would tie.
+    """
     skeleton = build_skeleton(config, int8)
+    if source is not None:
+        untie_what_is_stored_apart(skeleton, source)
     size = dtype.itemsize
-    parameters = list({id(p): p for p in skeleton.parameters()}.values())
-    held = [(p.numel(), 1 if p.dtype == torch.int8 else size) for p in parameters]
     whole = 2 * int(config.hidden_size)  # up to here a parameter stays on every rank, see host.py
-    weights = sum(n * b // (world_size if n > whole else 1) for n, b in held)
-    gathered = max(n * (b if world_size > 1 else 0) + (n * size if b != size else 0) for n, b in held)
+    parameters = list(skeleton.parameters())
+    weights = sum(_bytes(p, size) // (world_size if p.numel() > whole else 1) for p in parameters)
+    gathered = max(sum(_bytes(p, size) for p in group) for group in gathered_together(skeleton))
+    converted = max((min(p.numel(), CONVERTED_AT_ONCE) for p in parameters if p.dtype == torch.int8), default=0)
     hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
     inner = int(getattr(config, "intermediate_size", None) or getattr(config, "d_ff", None) or 4 * hidden)
     # Norms, projections, residuals and the feed-forward's two branches; logits at a quarter of the positions.
     layer = 10 * hidden + 4 * inner
     activations = tokens_per_microbatch * (layers * layer * size + int(config.vocab_size) * 8 // 4)
-    return MemoryEstimate(sum(n for n, _ in held), weights, gathered, activations)
+    return MemoryEstimate(
+        parameters=sum(p.numel() for p in parameters),
+        weights=weights,
+        gathered=(gathered if world_size > 1 else 0) + converted * size,
+        activations=activations,
+    )
+
+
+def gathered_together(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Parameters that ZeRO-3 gathers at once (see host.py): those of a transformer layer; each other one alone."""
+    layers = [layer for block in model.modules() if isinstance(block, nn.ModuleList) for layer in block]
+    inner = {id(part) for layer in layers for part in layer.modules() if part is not layer}
+    groups = [list(layer.parameters()) for layer in layers if id(layer) not in inner]
+    of_layers = {id(parameter) for group in groups for parameter in group}
+    return [*groups, *([parameter] for parameter in model.parameters() if id(parameter) not in of_layers)]
+
+
+def _bytes(parameter: nn.Parameter, size: int) -> int:
+    return parameter.numel() * (1 if parameter.dtype == torch.int8 else size)

@@ -1,17 +1,17 @@
 """Models that one rank could not hold: memory of every rank while it loads and trains, and how fast it loads.
 
-The bound: int8 bytes / ranks + the largest layer gathered + 1 GiB, for everything that a rank's process has resident.
+The bound: int8 bytes / ranks + the largest layer gathered + 1 GiB, for everything that a rank's process has resident
+(where weights are kept in files, without the pages of these, which the system drops when memory is needed).
 """
 
 import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +21,10 @@ from torch import nn
 
 from pipeline.backbone.allocator import suit_allocator
 from pipeline.backbone.files import find_model, read_config
-from pipeline.backbone.host import compute_dtype, held_bytes, host_backbone
+from pipeline.backbone.host import compute_dtype, held_bytes, host_backbone, start_deepspeed
 from pipeline.backbone.loading import build_skeleton, untie_what_is_stored_apart
+from pipeline.backbone.memory import gathered_together
+from pipeline.backbone.offload import keep_by
 from pipeline.backbone.weights import open_weights
 from pipeline.benchmark.comparison import device_name
 from pipeline.benchmark.ours import tune_together
@@ -38,7 +40,7 @@ from pipeline.tuning.trials import make_trial
 _SLACK = 2**30
 _READ_AT_ONCE = 2**23
 _ROWS = 64
-_TOKEN_BUDGET = 512
+_TOKEN_BUDGET = 256
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,13 @@ class FitOptions:
     threads: int = 2
     """Of all ranks together."""
     prompts: int = 4
-    length: int = 20
+    length: int = 10
     """Of every prompt."""
-    batch_size: int = 2
-    """Rows a step of every prompt, of up to 24 random tokens."""
+    batch_size: int = 1
+    """Rows a step of every prompt, of up to 16 random tokens."""
     steps: int = 3
+    offload_folder: str | None = None
+    """Where weights are kept in files, as by `model.offload: nvme`."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,14 @@ class Fit:
 
     @property
     def peaks(self) -> tuple[int, int]:
-        """Of any rank: while loading, while training."""
-        return max(rank.loading.total for rank in self.ranks), max(rank.training.total for rank in self.ranks)
+        """Of any rank: while loading, while training. Where weights are in files, what no file backs."""
+        kind = "total" if self.options.offload_folder is None else "own"
+        loading, training = ([getattr(peak, kind) for peak in peaks] for peaks in self._watched)
+        return max(loading), max(training)
+
+    @property
+    def _watched(self) -> tuple[list[Resident], list[Resident]]:
+        return [rank.loading for rank in self.ranks], [rank.training for rank in self.ranks]
 
     @property
     def holds(self) -> bool:
@@ -158,27 +168,22 @@ def size_of(folder: Path) -> Size:
     files = find_model(str(folder))
     model = build_skeleton(read_config(files), int8=True)
     untie_what_is_stored_apart(model, open_weights(files, model))
-    layers = [layer for block in model.modules() if isinstance(block, nn.ModuleList) for layer in block]
-    lists = {id(part) for layer in layers for part in layer.modules() if part is not layer}
-    outermost = [layer for layer in layers if id(layer) not in lists]
-    inside = {id(p) for layer in outermost for p in layer.parameters()}
-    alone = [_int8_bytes([p]) for p in model.parameters() if id(p) not in inside]
     return Size(
         parameters=sum(p.numel() for p in model.parameters()),
         int8_bytes=_int8_bytes(model.parameters()),
-        layer_bytes=max([*(_int8_bytes(layer.parameters()) for layer in outermost), *alone]),
+        layer_bytes=max(map(_int8_bytes, gathered_together(model))),
     )
 
 
-def _int8_bytes(parameters: Any) -> int:
-    return sum(p.numel() for p in {id(p): p for p in parameters}.values() if p.dtype == torch.int8)
+def _int8_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters if p.dtype == torch.int8)
 
 
 def _on_rank(folder: Path, options: FitOptions) -> RankFit:
-    import deepspeed  # noqa: F401  (imported before the clock starts)
-
     torch.set_num_threads(max(1, options.threads // options.ranks))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.ranks > 1:
+        start_deepspeed(device)
     files = find_model(str(folder))
     config = read_config(files)
     weights = sorted(folder.glob("*.safetensors"))
@@ -195,6 +200,7 @@ def _on_rank(folder: Path, options: FitOptions) -> RankFit:
             device=device,
             sharded=options.ranks > 1,
             products="auto",
+            keep=keep_by("nvme" if options.offload_folder else "none", options.offload_folder, device),
         )
     seconds = time.perf_counter() - start
     plain.append(_plain_read(weights))
@@ -209,7 +215,7 @@ def _on_rank(folder: Path, options: FitOptions) -> RankFit:
 
 def _random_task(place: int, vocabulary: int, options: FitOptions) -> TaskWork:
     rng = np.random.default_rng(place)
-    lengths = {"inputs": rng.integers(4, 21, _ROWS), "targets": rng.integers(1, 5, _ROWS)}
+    lengths = {"inputs": rng.integers(4, 13, _ROWS), "targets": rng.integers(1, 5, _ROWS)}
     tokens = {key: rng.integers(3, vocabulary, sizes.sum()).astype(np.int32) for key, sizes in lengths.items()}
     offsets = {key: np.concatenate([[0], np.cumsum(sizes)]) for key, sizes in lengths.items()}
     texts = pa.array([""] * _ROWS, pa.large_string())

@@ -37,11 +37,11 @@ def quality_table(sides: Mapping[str, Quality]) -> Table:
     table = Table(title="dev accuracy, mean over seeds ± standard deviation", title_justify="left")
     table.add_column("side")
     tasks = list(next(iter(sides.values())).after)
-    for column in [*tasks, "mean", "tuning, s"]:
+    for column in [*tasks, "mean", "mean loss", "tuning, s"]:
         table.add_column(column)
     for side, quality in sides.items():
         cells = [f"{np.mean(quality.after[task]):.3f} ± {np.std(quality.after[task]):.3f}" for task in tasks]
-        table.add_row(side, *cells, f"{quality.mean:.3f}", f"{quality.seconds:.0f}")
+        table.add_row(side, *cells, f"{quality.mean:.3f}", f"{quality.mean_loss:.3f}", f"{quality.seconds:.0f}")
     return table
 
 

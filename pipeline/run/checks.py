@@ -78,7 +78,7 @@ def check_run(settings: Settings) -> CheckedRun:
     place = torch.device("cuda" if settings.cluster.use_gpu else "cpu")
     dtype = compute_dtype(settings.model.dtype, place)
     cluster = settings.cluster
-    memory = estimate_memory(config, int8, dtype, cluster.num_workers, cluster.tokens_per_microbatch)
+    memory = estimate_memory(config, int8, dtype, cluster.num_workers, cluster.tokens_per_microbatch, weights)
     return CheckedRun(settings, files, config, tokenizer, identity, memory, plans, refused)
 
 

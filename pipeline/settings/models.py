@@ -41,6 +41,17 @@ class ModelSettings(_Frozen):
     products: Literal["auto", "int8", "int8_forward", "exact"] = "auto"
     """How int8 layers multiply while tuning: `int8` quantises activations and gradients too, row by row; `int8_forward`
     activations only; `exact` neither; `auto` is int8 where the processor has instructions for it."""
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """Where a rank's part of the weights waits between uses: on its device, in main memory (`cpu`, for GPUs), or in
+    files under `offload_folder` (`nvme`), of which the system keeps in memory what there is room for."""
+    offload_folder: str | None = None
+    """A folder on each node's own fast disk, for `offload: nvme`."""
+
+    @model_validator(mode="after")
+    def _offload_has_its_folder(self) -> "ModelSettings":
+        if (self.offload == "nvme") != (self.offload_folder is not None):
+            raise ValueError("offload 'nvme' and 'offload_folder' (a folder on a local disk) go together")
+        return self
 
 
 class ClusterSettings(_Frozen):
@@ -201,6 +212,18 @@ class Settings(_Frozen):
                     f"task '{name}': halving.first {task.halving.first} x eval_every {task.eval_every} is not before "
                     f"max_steps {task.max_steps}, so that no trial would stop early; lower one of the first two"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _offload_has_a_use(self) -> "Settings":
+        if self.model.offload == "cpu" and not self.cluster.use_gpu:
+            raise ValueError("model.offload 'cpu' is for GPUs: without them weights are in main memory; use 'nvme'")
+        alone = self.cluster.num_workers == 1 or self.cluster.partition == "never"
+        if self.model.offload != "none" and self.cluster.use_gpu and alone:
+            raise ValueError(
+                "model.offload needs cluster.num_workers of 2 or more and no partition 'never': a single GPU holds the "
+                "model whole"
+            )
         return self
 
     @model_validator(mode="after")

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from pipeline.backbone.allocator import suit_allocator
 from pipeline.backbone.files import find_model
-from pipeline.backbone.host import compute_dtype, held_bytes, held_digest, host_backbone
+from pipeline.backbone.host import Backbone, compute_dtype, held_bytes, held_digest, host_backbone
+from pipeline.backbone.offload import keep_by
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import TuningError
 from pipeline.settings import Settings
@@ -76,20 +77,7 @@ def work(order: Order, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     journal = Journal(Path(order.run_folder), silent=rank() != 0)
-    config, int8 = AutoConfig.from_pretrained(order.model_folder), settings.model.weights == "int8"
-    dtype = compute_dtype(settings.model.dtype, device)
-    sharded = partitions(settings.cluster.partition, config, int8, dtype, device)
-    how = "partitioned over" if sharded else "whole on each of"
-    journal.event("stage", name="backbone", text=f"loading {settings.model.path}, {how} {world_size()} rank(s)")
-    backbone = host_backbone(
-        find_model(settings.model.path),
-        config,
-        int8=int8,
-        dtype=dtype,
-        device=device,
-        sharded=sharded,
-        products=settings.model.products,
-    )
+    backbone = _host(order, settings, device, journal)
     sizes = held_bytes(backbone)
     suit_allocator(sum(sizes.values()))
     held = ", ".join(f"{size / 2**20:.0f} MiB of {kind}" for kind, size in sorted(sizes.items()))
@@ -99,3 +87,23 @@ def work(order: Order, device: torch.device) -> None:
     if held_digest(backbone) != before:
         shutil.rmtree(Path(order.run_folder) / "checkpoints", ignore_errors=True)  # or a restart would publish them
         raise TuningError("the frozen weights changed during tuning; the run's prompts are not to be trusted")
+
+
+def _host(order: Order, settings: Settings, device: torch.device, journal: Journal) -> Backbone:
+    model, cluster = settings.model, settings.cluster
+    config, int8, dtype = AutoConfig.from_pretrained(order.model_folder), model.weights == "int8", model.dtype
+    # Who asks for offload has no room to spare.
+    setting = "always" if model.offload != "none" and cluster.partition == "auto" else cluster.partition
+    sharded = partitions(setting, config, int8, compute_dtype(dtype, device), device)
+    how = "partitioned over" if sharded else "whole on each of"
+    journal.event("stage", name="backbone", text=f"loading {model.path}, {how} {world_size()} rank(s)")
+    return host_backbone(
+        find_model(model.path),
+        config,
+        int8=int8,
+        dtype=compute_dtype(dtype, device),
+        device=device,
+        sharded=sharded,
+        products=model.products,
+        keep=keep_by(model.offload, model.offload_folder, device),
+    )

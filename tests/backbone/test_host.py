@@ -8,15 +8,19 @@ import torch.distributed as dist
 from pipeline.backbone import prompted
 from pipeline.backbone.files import find_model, read_config
 from pipeline.backbone.host import Backbone, held_bytes, held_digest, host_backbone
+from pipeline.backbone.offload import Keep, in_files
 from pipeline.benchmark.ranks import run_ranks
+from pipeline.benchmark.resident import resident
 from tests.tiny import VOCAB, make_model
 
 CPU = torch.device("cpu")
 
 
-def load(folder, sharded: bool) -> Backbone:
+def load(folder, sharded: bool, keep: Keep | None = None) -> Backbone:
     files = find_model(str(folder))
-    return host_backbone(files, read_config(files), int8=True, dtype=torch.float32, device=CPU, sharded=sharded)
+    return host_backbone(
+        files, read_config(files), int8=True, dtype=torch.float32, device=CPU, sharded=sharded, keep=keep
+    )
 
 
 def loss_and_gradients(backbone: Backbone, rank: int, world_size: int) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -62,3 +66,37 @@ def test_two_zero3_ranks_give_the_loss_and_gradients_of_one_process_and_hold_hal
             assert np.linalg.norm(ours - reference) <= 1e-4 * np.linalg.norm(reference)
         assert held["int8"] == held_bytes(whole)["int8"] / 2
         assert frozen, "training changed a frozen weight"
+
+
+LARGE = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "head_dim": 128, "vocab_size": 8000}
+
+
+def offloaded_on_rank(folder, kept_in):
+    load(folder, sharded=True)  # what loading imports and starts is paid for
+    kept = []
+    before = resident()
+    backbone = load(folder, sharded=True, keep=lambda piece: kept.append(1) or in_files(kept_in)(piece))
+    after = resident()
+    digests = held_digest(backbone), held_digest(load(folder, sharded=True))
+    return after.own - before.own, held_bytes(backbone)["int8"], digests, len(kept)
+
+
+def test_weights_kept_in_files_are_the_same_and_take_no_memory_of_a_ranks_own(tmp_path):
+    folder, files = make_model(tmp_path / "m", **LARGE), tmp_path / "files"
+    for own, held, (offloaded, usual), kept in run_ranks(2, offloaded_on_rank, folder, files):
+        assert kept and held > 20 * 2**20
+        assert own < held / 2, "the partitions took anonymous memory"
+        assert offloaded == usual
+    assert not list(files.iterdir()), "files outlive the process"
+
+
+def offloaded_losses(folder, kept_in):
+    return loss_and_gradients(load(folder, True, in_files(kept_in)), dist.get_rank(), dist.get_world_size())
+
+
+def test_a_backbone_kept_in_files_gives_the_losses_and_gradients_of_one_in_memory_bit_by_bit(tmp_path):
+    folder = make_model(tmp_path / "m", "llama")
+    (usual, _, _), _ = run_ranks(2, on_rank, folder)
+    (offloaded, _) = run_ranks(2, offloaded_losses, folder, tmp_path / "files")
+    assert np.array_equal(offloaded[0], usual[0])
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(offloaded[1], usual[1], strict=True))

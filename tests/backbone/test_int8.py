@@ -41,7 +41,7 @@ def test_a_large_matrix_is_converted_in_pieces_and_multiplies_the_same(monkeypat
     x, upstream = torch.randn(2, 5, 24, requires_grad=True), torch.randn(2, 5, 40)
     whole = layer(x)
     (whole_gradient,) = torch.autograd.grad((whole * upstream).sum(), x)
-    monkeypatch.setattr(int8, "_CONVERTED_AT_ONCE", 7 * 24)
+    monkeypatch.setattr(int8, "CONVERTED_AT_ONCE", 7 * 24)
     torch.testing.assert_close(layer(x), whole, rtol=1e-6, atol=1e-6)
     (gradient,) = torch.autograd.grad((layer(x) * upstream).sum(), x)
     torch.testing.assert_close(gradient, whole_gradient, rtol=1e-5, atol=1e-6)

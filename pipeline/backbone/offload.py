@@ -1,0 +1,62 @@
+"""Where a rank keeps its share of the weights between uses: on its device, in main memory, or in files.
+
+DeepSpeed's own swapping to NVMe has buffers of the activations' type only, so it cannot take int8 weights. Here a
+file is mapped into memory instead: the system reads what is gathered and drops what memory is needed for.
+"""
+
+import errno
+import os
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import StorageError
+
+Keep = Callable[[Tensor], Tensor]
+"""A flat piece of a matrix, as it comes on the CPU -> the same where it stays."""
+
+
+def on_device(device: torch.device) -> Keep:
+    return lambda piece: piece.to(device)
+
+
+def in_main_memory(piece: Tensor) -> Tensor:
+    """Pinned, so that a GPU reads it at the bus' speed."""
+    return piece.pin_memory() if torch.cuda.is_available() else piece
+
+
+def in_files(folder: Path) -> Keep:
+    """A file for every piece. Once mapped it has no name: it goes when the process does, however that ends.
+
+    Raises: StorageError when the folder cannot be written or its disk is full.
+    """
+
+    def keep(piece: Tensor) -> Tensor:
+        path = folder / f".weights-{uuid.uuid4().hex}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(path, "xb") as file:
+                file.write(piece.view(torch.uint8).numpy().data)
+            mapped = torch.from_file(str(path), shared=False, size=piece.numel(), dtype=piece.dtype)
+        except (OSError, RuntimeError) as error:
+            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+            mend = "make room there, or name a folder on a larger disk" if full else str(error)
+            raise StorageError(f"model.offload_folder {folder}: cannot keep weights there: {mend}") from error
+        finally:
+            with suppress(OSError):
+                path.unlink()
+        return mapped
+
+    return keep
+
+
+def keep_by(offload: str, folder: str | os.PathLike[str] | None, device: torch.device) -> Keep:
+    """By the settings `model.offload` and `model.offload_folder`."""
+    if offload == "nvme":
+        assert folder is not None
+        return in_files(Path(folder).expanduser())
+    return in_main_memory if offload == "cpu" else on_device(device)
