@@ -57,14 +57,17 @@ class Speed:
 
 @dataclass(frozen=True)
 class Night:
-    """One corpus size: its first night in a fresh process on a fresh Ray, and the next one with nothing changed."""
+    """One corpus size: its first night in a fresh process on a fresh Ray, and the next one with nothing changed.
+
+    Only making the shards: a rank that tunes holds a whole split's tokens in memory (`TokenSet`).
+    """
 
     megabytes: float
     rows: int
     first_seconds: float
     second_seconds: float
     driver_mib: int
-    """Most resident memory of the process that calls."""
+    """Most resident memory of the process that calls: nearly all of it libraries, torch among them."""
     worker_mib: int
     """Of the greatest worker of Ray."""
     workers_mib: int
