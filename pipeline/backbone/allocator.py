@@ -19,7 +19,15 @@ def suit_allocator(held_bytes: int) -> None:
     if held_bytes < _SMALL_MODEL:
         _set_thresholds(_AS_MUCH_AS_THERE_IS)
     else:
-        _set_thresholds(_LARGE_TENSOR)
+        give_back_freed_memory()
+
+
+def give_back_freed_memory() -> None:
+    """Give what is free back to the system, and from now on every large tensor as it is freed."""
+    _set_thresholds(_LARGE_TENSOR)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _set_thresholds(size: int) -> None:

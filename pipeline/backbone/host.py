@@ -5,7 +5,6 @@ prompts stay outside as small ordinary tensors, so each can have its own optimiz
 and schedule.
 """
 
-import ctypes
 import hashlib
 import os
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from pipeline.backbone.allocator import give_back_freed_memory
 from pipeline.backbone.files import Architecture, ModelFiles, architecture_of
 from pipeline.backbone.fused import use_kernels
 from pipeline.backbone.int8 import set_products
@@ -115,8 +115,8 @@ def host_backbone(
     import deepspeed
 
     zero = _zero_settings(int(config.hidden_size))
+    give_back_freed_memory()
     load_weights(model, source, dtype, _partitioned(zero, dtype, device, keep))
-    _return_freed_memory()
     hosted = _Hosted(model)
     # One gather for a whole transformer layer instead of one for each of its matrices.
     deepspeed.utils.set_z3_leaf_modules(hosted, _layer_types(model))
@@ -159,13 +159,6 @@ def _partitioned(zero: dict[str, Any], dtype: torch.dtype, device: torch.device,
         return scale
 
     return Placement(share, parameter, sum_over_ranks, lambda module: _move_buffers(module, device))
-
-
-def _return_freed_memory() -> None:
-    """Give freed pages back to the system: glibc keeps what loading freed, up to several times the model."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:

@@ -14,8 +14,8 @@ from pipeline.backbone.int8 import Int8Embedding, Int8Linear, empty_int8, quanti
 from pipeline.backbone.weights import WeightSource, first_name, stored_alike
 from pipeline.errors import BackboneError
 
-_CHUNK = 2**22
-"""Weights that are read at a time."""
+_CHUNK = 2**18
+"""Weights that are read at a time: they stay in the processor's cache until they are quantised."""
 
 
 @dataclass(frozen=True)
