@@ -6,6 +6,7 @@ python jobs/benchmark.py ablation --data ../shared/data             # what each 
 python jobs/benchmark.py lengths --data ../shared/data              # what a longer prompt costs
 python jobs/benchmark.py growth --data ../shared/data               # 1 to 256 trials in one run
 python jobs/benchmark.py zero --data ../shared/data                 # what ZeRO-3 costs
+python jobs/benchmark.py ranks --data ../shared/data                # bytes of a step here, and on up to 64 GPUs
 python jobs/benchmark.py quality --data ../shared/data              # whether speed costs the prompts anything
 python jobs/benchmark.py corpus --data ../shared/data               # tokenising through Ray Data, by corpus size
 python jobs/benchmark.py sweep --data ../shared/data                # 64 trials of a sweep against one after another
@@ -180,6 +181,34 @@ def zero(
         "whole on every rank": bench.ours(OurOptions(partition="never")),
     }
     _run(f"ZeRO-3, {ranks} ranks, prompt length {length}, {tasks}, {batch} rows a task", sides, rounds, out, bench)
+
+
+@app.command()
+def ranks(
+    data: Data,
+    tasks: Tasks = FOUR,
+    model: Model = "smollm2-135m",
+    length: Annotated[int, typer.Option(help="Prompt length.")] = 100,
+    batch: Batch = 16,
+    shapes: Annotated[str, typer.Option(help="Published shapes, separated by commas.")] = "t5-xxl,llama-7b,llama-70b",
+    counts: Annotated[str, typer.Option(help="Numbers of GPUs, separated by commas.")] = "1,2,8,16,64",
+    tokens: Annotated[int, typer.Option(help="Tokens of a micro-batch on each GPU.")] = 8192,
+    trials: Annotated[int, typer.Option(help="Prompts of 100 tokens that are tuned together.")] = 64,
+    out: Out = Path("docs/benchmarks/ranks.json"),
+) -> None:
+    """Bytes that a step gathers and sends on 2 ranks here, and a model of it for up to 64 GPUs and 70 B parameters."""
+    from pipeline.benchmark.cost import costs_of, measure_traffic, save_costs
+    from pipeline.benchmark.tables import cost_table
+
+    traffic = measure_traffic(_bench(data, tasks.split(","), model, length, batch, 3, 2, 2))
+    console.print(
+        f"{model} on 2 ranks here: a rank receives {traffic.gathered / 1e6:.1f} MB of weights a step, "
+        f"{traffic.walks:.2f} times what the model of a micro-batch says, and sums {traffic.reduced / 1e6:.2f} MB"
+    )
+    costs = costs_of(shapes.split(","), [int(count) for count in counts.split(",")], tokens, trials, 100)
+    console.print(cost_table(costs, tokens))
+    save_costs(out, traffic, tokens, trials, costs)
+    console.print(f"Written to {out}.")
 
 
 @app.command()

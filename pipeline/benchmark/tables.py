@@ -7,6 +7,7 @@ from rich.table import Table
 
 from pipeline.benchmark.comparison import Result
 from pipeline.benchmark.corpus import CorpusFigures
+from pipeline.benchmark.cost import StepCost
 from pipeline.benchmark.quality import Quality
 from pipeline.benchmark.sweep import SweepResult
 
@@ -99,6 +100,19 @@ def sweep_distances(result: SweepResult) -> Table:
         for rate, apart in of_rate.items():
             figures = (apart.prompt, apart.first_loss, apart.last_loss)
             table.add_row(name, f"{rate:g}", *(f"{figure:.1e}" for figure in figures))
+    return table
+
+
+def cost_table(costs: Mapping[str, Sequence[StepCost]], tokens: int) -> Table:
+    """What a step costs a rank, by shape and number of ranks."""
+    table = Table(title=f"a step of one micro-batch of {tokens:,} tokens on each rank", title_justify="left")
+    for column in ["model", "ranks", "gathered, GB", "all-reduced, MB", "gathers, s", "products, s", "gathers' share"]:
+        table.add_column(column)
+    for shape, row in costs.items():
+        for cost in row:
+            sizes = f"{cost.gathered / 1e9:.1f}", f"{cost.reduced / 1e6:.1f}"
+            seconds = f"{cost.gather_seconds:.3f}", f"{cost.compute_seconds:.3f}"
+            table.add_row(shape, str(cost.ranks), *sizes, *seconds, f"{cost.share:.0%}")
     return table
 
 
