@@ -7,7 +7,7 @@ and schedule.
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,8 +137,11 @@ def _partitioned(zero: dict[str, Any], dtype: torch.dtype, device: torch.device,
     Its own way, `zero.Init(module=…)`, takes the whole tensor on every rank and broadcasts it first.
     """
     import deepspeed
+    from deepspeed.runtime.zero import partition_parameters
     from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, free_param
 
+    if dist.get_backend() == "gloo":
+        partition_parameters._dist_allgather_fn = _gather_in_place
     init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=zero, dtype=dtype)
     share = Share(dist.get_rank(), dist.get_world_size())
 
@@ -159,6 +162,27 @@ def _partitioned(zero: dict[str, Any], dtype: torch.dtype, device: torch.device,
         return scale
 
     return Placement(share, parameter, sum_over_ranks, lambda module: _move_buffers(module, device))
+
+
+@dataclass(frozen=True)
+class _Gathering:
+    """What DeepSpeed waits for."""
+
+    parts: Sequence[Any]
+
+    def wait(self) -> None:
+        for part in self.parts:
+            part.wait()
+
+
+def _gather_in_place(partition: Tensor, whole: Tensor, group: Any = None) -> _Gathering:
+    """Each rank's partition straight to its place: gloo's own all-gather makes a second tensor as large as `whole`."""
+    places = whole.chunk(dist.get_world_size(group))
+    places[dist.get_rank(group)].copy_(partition)
+    sources = range(len(places)) if group is None else dist.get_process_group_ranks(group)
+    return _Gathering(
+        [dist.broadcast(place, source, group, async_op=True) for place, source in zip(places, sources, strict=True)]
+    )
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:
