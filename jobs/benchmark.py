@@ -3,6 +3,7 @@
 
 python jobs/benchmark.py peers --data ../shared/data --length 100   # against PEFT and transformers' Trainer
 python jobs/benchmark.py ablation --data ../shared/data             # what each part of a fast step brings
+python jobs/benchmark.py profile --data ../shared/data              # where the time of a step goes
 python jobs/benchmark.py lengths --data ../shared/data              # what a longer prompt costs
 python jobs/benchmark.py growth --data ../shared/data               # 1 to 256 trials in one run
 python jobs/benchmark.py zero --data ../shared/data                 # what ZeRO-3 costs
@@ -112,6 +113,29 @@ def ablation(
         "no compiled kernels": bench.ours(OurOptions(kernels=False)),
     }
     _run(f"ablation, prompt length {length}, {tasks}, {batch} rows a task", sides, rounds, out, bench)
+
+
+@app.command()
+def profile(
+    data: Data,
+    tasks: Tasks = FOUR,
+    model: Model = "smollm2-135m",
+    length: Annotated[int, typer.Option(help="Prompt length.")] = 100,
+    batch: Batch = 16,
+    ranks: Ranks = 2,
+    threads: Threads = 2,
+    out: Out = Path("docs/benchmarks/profile.json"),
+) -> None:
+    """Where the time of a step goes."""
+    from pipeline.benchmark.bench import OurOptions
+    from pipeline.benchmark.profile import profile_step, save_shares
+    from pipeline.benchmark.tables import shares_table
+
+    bench = _bench(data, tasks.split(","), model, length, batch, 3, ranks, threads)
+    shares = profile_step(bench, OurOptions())
+    console.print(shares_table(shares))
+    save_shares(out, shares)
+    console.print(f"Written to {out}.")
 
 
 @app.command()

@@ -84,9 +84,14 @@ def open_bench(
 
 def host_for(bench: Bench, options: OurOptions) -> Backbone:
     """The frozen model on this rank."""
-    torch.set_num_threads(max(1, bench.threads // bench.ranks))
+    return host_model(bench.model, bench.threads // bench.ranks, options)
+
+
+def host_model(model: str, threads: int, options: OurOptions) -> Backbone:
+    """A model by name, frozen, on this rank of `threads` threads. Raises: BackboneError."""
+    torch.set_num_threads(max(1, threads))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    files = find_model(bench.model)
+    files = find_model(model)
     config, dtype = read_config(files), compute_dtype("auto", device)
     backbone = host_backbone(
         files,

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from pipeline.backbone.files import architecture_of, find_model, read_config, read_tokenizer
-from pipeline.backbone.host import Backbone, compute_dtype, host_backbone
+from pipeline.backbone.host import Backbone
+from pipeline.benchmark.bench import OurOptions, host_model
 from pipeline.benchmark.comparison import device_name
 from pipeline.benchmark.corpora import write_corpus
 from pipeline.benchmark.ranks import run_ranks
@@ -21,7 +22,6 @@ from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.settings import Settings, parse_settings
 from pipeline.tuning.batches import rows_of_step
 from pipeline.tuning.loop import TuningRun, tune
-from pipeline.tuning.ranks import world_size
 from pipeline.tuning.state import TrialState, winner
 from pipeline.tuning.trials import Trial, make_trials
 
@@ -157,7 +157,9 @@ def sweep_settings(options: SweepOptions, halving: bool) -> Settings:
 
 
 def _on_rank(options: SweepOptions, corpora: Sequence[TaskCorpus], folder: str) -> SweepResult:
-    bench = _Bench(options, {corpus.task: corpus for corpus in corpora}, Path(folder), *_host(options))
+    backbone = host_model(options.model, options.threads // options.ranks, OurOptions(products=options.products))
+    tokenizer = read_tokenizer(find_model(options.model))
+    bench = _Bench(options, {corpus.task: corpus for corpus in corpora}, Path(folder), backbone, tokenizer)
     every = make_trials(sweep_settings(options, False), bench.digests, "benchmark", {})
     halved = make_trials(sweep_settings(options, True), bench.digests, "benchmark", {})
     sample = [every[i * (len(every) - 1) // (options.sample - 1)] for i in range(options.sample)]
@@ -176,22 +178,6 @@ def _on_rank(options: SweepOptions, corpora: Sequence[TaskCorpus], folder: str) 
         alone_apart=_apart(all_states, by_itself),
         survivors_apart=_apart(all_states, [state for state in left if state.status not in ("halved", "failed")]),
     )
-
-
-def _host(options: SweepOptions) -> tuple[Backbone, Any]:
-    torch.set_num_threads(max(1, options.threads // options.ranks))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    files = find_model(options.model)
-    backbone = host_backbone(
-        files,
-        read_config(files),
-        int8=True,
-        dtype=compute_dtype("auto", device),
-        device=device,
-        sharded=world_size() > 1,
-        products=options.products,
-    )
-    return backbone, read_tokenizer(files)
 
 
 @dataclass

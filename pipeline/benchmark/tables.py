@@ -33,6 +33,16 @@ def comparison_table(result: Result, shares: Mapping[str, float] | None = None) 
     return table
 
 
+def shares_table(shares: Mapping[str, float]) -> Table:
+    """Parts of a step and what share of its time each takes."""
+    table = Table(title="where the time of a step goes", title_justify="left")
+    table.add_column("part")
+    table.add_column("share", justify="right")
+    for part, share in shares.items():
+        table.add_row(part, f"{share:.1%}")
+    return table
+
+
 def quality_table(sides: Mapping[str, Quality]) -> Table:
     """One row a side: every task's mean over seeds, and the spread."""
     table = Table(title="dev accuracy, mean over seeds ± standard deviation", title_justify="left")
