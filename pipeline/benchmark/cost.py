@@ -99,6 +99,8 @@ class CountedTraffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.name == "c10d::_allgather_base_":
             self.gathered += args[0].nbytes
+        if func._schema.name == "c10d::broadcast_":  # on gloo a gather is a broadcast from every rank, see `host`
+            self.gathered += sum(tensor.nbytes for tensor in args[0])
         if func._schema.name == "c10d::allreduce_":
             self.reduced += sum(tensor.nbytes for tensor in args[0])
         return func(*args, **(kwargs or {}))

@@ -68,7 +68,7 @@ def test_two_zero3_ranks_give_the_loss_and_gradients_of_one_process_and_hold_hal
         assert frozen, "training changed a frozen weight"
 
 
-LARGE = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "head_dim": 128, "vocab_size": 8000}
+LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 5, "head_dim": 128, "vocab_size": 8000}
 
 
 def offloaded_on_rank(folder, kept_in):
@@ -84,7 +84,7 @@ def offloaded_on_rank(folder, kept_in):
 def test_weights_kept_in_files_are_the_same_and_take_no_memory_of_a_ranks_own(tmp_path):
     folder, files = make_model(tmp_path / "m", **LARGE), tmp_path / "files"
     for own, held, (offloaded, usual), kept in run_ranks(2, offloaded_on_rank, folder, files):
-        assert kept and held > 20 * 2**20
+        assert kept and held > 35 * 2**20
         assert own < held / 2, "the partitions took anonymous memory"
         assert offloaded == usual
     assert not list(files.iterdir()), "files outlive the process"

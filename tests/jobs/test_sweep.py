@@ -50,6 +50,7 @@ def test_the_job_says_which_trials_the_winner_was_chosen_from(undisturbed):
     assert "7" in run(folder / "settings.yaml", "--plan").split("total")[1].split(), "the plan counts trials"
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_started_again_ends_as_an_undisturbed_one(undisturbed, tmp_path):
     settings = project_in(tmp_path / "project")
     process = start(settings)
