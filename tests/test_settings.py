@@ -89,6 +89,7 @@ def swept(raw):
         "sweep": {"optimizer.lr": [0.1, 1], "prompt.length": [4, 8]},
     }
     raw["tasks"]["b"] |= {"sweep": {"seed": [0, 1, 2], "optimizer.lr": [0.3]}, "halving": {"first": 2}}
+    del raw["tasks"]["b"]["prompt"]
     return raw
 
 
@@ -111,6 +112,15 @@ def test_a_task_can_do_without_the_inherited_sweep_and_halving(swept):
     settings = parse_settings(swept, ["tasks.a.sweep=null"])
     assert settings.tasks["a"].trials("a") == {"a": settings.tasks["a"]} and settings.tasks["a"].halving is None
     assert settings.tasks["b"].halving.model_dump() == {"first": 2, "factor": 4}
+
+
+def test_what_a_task_sets_itself_is_not_swept_by_an_inherited_list(swept):
+    settings = parse_settings(swept, ["tasks.a.optimizer.lr=0.7", "tasks.b.sweep.prompt.length=[5, 6]"])
+    a, b = (settings.tasks[name].trials(name).values() for name in "ab")
+    assert [(t.prompt.length, t.optimizer.lr) for t in a] == [(4, 0.7), (8, 0.7)]
+    assert {t.prompt.length for t in b} == {5, 6} and {t.optimizer.lr for t in b} == {0.3}
+    alone = parse_settings(swept, ["tasks.a.optimizer.lr=0.7", "tasks.a.prompt.length=3"]).tasks["a"]
+    assert list(alone.trials("a")) == ["a"] and alone.prompt.length == 3
 
 
 def test_swept_settings_travel_to_workers_and_back_unchanged(swept):

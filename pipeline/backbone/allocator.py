@@ -5,6 +5,8 @@ import ctypes
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _AS_MUCH_AS_THERE_IS = 2**31 - 1
+_OLD_LIMIT = 2**25
+"""The most that older releases of glibc take."""
 _SMALL_MODEL = 2**29
 _LARGE_TENSOR = 2**20
 
@@ -33,5 +35,6 @@ def give_back_freed_memory() -> None:
 def _set_thresholds(size: int) -> None:
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
-        set_option(_M_MMAP_THRESHOLD, size)
+        if not set_option(_M_MMAP_THRESHOLD, size):
+            set_option(_M_MMAP_THRESHOLD, _OLD_LIMIT)
         set_option(_M_TRIM_THRESHOLD, size)

@@ -14,7 +14,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -151,8 +151,9 @@ def _publish(fresh: Path, final: Path) -> None:
 def _remove_abandoned(folder: Path) -> None:
     """Builds that were killed count for nothing, but they fill the disk."""
     for path in folder.glob(".*"):
-        if time.time() - path.stat().st_mtime > _ABANDONED_AFTER_S:
-            shutil.rmtree(path, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another job may publish its own just now
+            if time.time() - path.stat().st_mtime > _ABANDONED_AFTER_S:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager

@@ -78,7 +78,8 @@ def check_run(settings: Settings) -> CheckedRun:
     place = torch.device("cuda" if settings.cluster.use_gpu else "cpu")
     dtype = compute_dtype(settings.model.dtype, place)
     cluster = settings.cluster
-    memory = estimate_memory(config, int8, dtype, cluster.num_workers, cluster.tokens_per_microbatch, weights)
+    parts = 1 if cluster.partition == "never" else cluster.num_workers
+    memory = estimate_memory(config, int8, dtype, parts, cluster.tokens_per_microbatch, weights)
     return CheckedRun(settings, files, config, tokenizer, identity, memory, plans, refused)
 
 

@@ -86,6 +86,8 @@ def _order(checked: CheckedRun, corpora: Mapping[str, TaskCorpus], folder: Path)
     # Ray gives each worker a working directory of its own.
     settings = checked.settings.model_dump(mode="json")
     settings["model"]["path"] = from_anywhere(checked.settings.model.path)
+    if checked.settings.model.offload_folder is not None:
+        settings["model"]["offload_folder"] = str(Path(checked.settings.model.offload_folder).expanduser().resolve())
     order = Order(
         settings=settings,
         corpora={name: corpus.to_dict() for name, corpus in corpora.items()},

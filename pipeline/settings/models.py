@@ -40,7 +40,8 @@ class ModelSettings(_Frozen):
     """Type of activations and unquantised weights; `auto` is float32 on a CPU, bfloat16 on a GPU."""
     products: Literal["auto", "int8", "int8_forward", "exact"] = "auto"
     """How int8 layers multiply while tuning: `int8` quantises activations and gradients too, row by row; `int8_forward`
-    activations only; `exact` neither; `auto` is int8 where the processor has instructions for it."""
+    activations only; `exact` neither; `auto` is int8 where every rank's hardware has instructions for it. Dev and test
+    metrics are measured with the same products; the service uses exact ones."""
     offload: Literal["none", "cpu", "nvme"] = "none"
     """Where a rank's part of the weights waits between uses: on its device, in main memory (`cpu`, for GPUs), or in
     files under `offload_folder` (`nvme`), of which the system keeps in memory what there is room for."""

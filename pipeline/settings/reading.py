@@ -57,7 +57,8 @@ def _with_override(raw: dict[str, Any], override: str) -> dict[str, Any]:
         raise SettingsError(f"--set {override}: write it as key=value, for example tasks.sst2.max_steps=50")
     result = dict(raw)
     node = result
-    *parents, leaf = key.split(".")
+    before, sweep, swept = key.partition(".sweep.")  # whose own keys are dotted: prompt.length
+    *parents, leaf = [*before.split("."), "sweep", swept] if sweep else key.split(".")
     for parent in parents:
         child = node.get(parent)
         if child is not None and not isinstance(child, dict):
@@ -81,9 +82,24 @@ def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
             continue
         if "dev" in task and "dev_fraction" not in task:  # a task's own dev split replaces the inherited one
             merged[name].pop("dev_fraction", None)
+        _drop_what_is_set(merged[name], task)
         if merged[name].get("sweep") is None and "halving" not in task:  # inherited halving is for those with a sweep
             merged[name].pop("halving", None)
     return {**raw, "tasks": merged}
+
+
+def _drop_what_is_set(merged: dict[str, Any], task: dict[str, Any]) -> None:
+    """What a task sets itself is not swept by an inherited list."""
+    own, sweep = task.get("sweep"), merged.get("sweep")
+    if isinstance(sweep, dict):
+        kept = {key: values for key, values in sweep.items() if key in (own or {}) or not _is_set(task, key)}
+        if kept != sweep:
+            merged["sweep"] = kept or None
+
+
+def _is_set(task: Any, key: str) -> bool:
+    part, _, rest = key.partition(".")
+    return isinstance(task, dict) and part in task and (not rest or _is_set(task[part], rest))
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -35,8 +35,10 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _container_bytes(folder: Path = Path("/sys/fs/cgroup")) -> int:
-    """What a container (cgroup v2) may still take."""
+    """What a container (cgroup v2) may still take; files that the system caches for it give way."""
     try:
-        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
-    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        used = int((folder / "memory.current").read_text()) - int(statistics["inactive_file"])
+        return int((folder / "memory.max").read_text()) - used
+    except (OSError, ValueError, KeyError):  # no container, or one without a limit ("max")
         return 2**62

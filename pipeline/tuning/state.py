@@ -122,7 +122,9 @@ def to_record(state: TrialState) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A state as plain JSON and named tensors."""
     numbers: dict[str, Any] = {}
     tensors = {"prompt": state.prompt.detach(), "best": state.best}
-    for key, value in state.optimizer.state_dict()["state"].get(0, {}).items():
+    # An ended trial takes no step any more: of a long sweep only the live trials' optimizers are written.
+    optimizer = {} if state.ended else state.optimizer.state_dict()["state"].get(0, {})
+    for key, value in optimizer.items():
         if isinstance(value, Tensor):
             tensors[f"optimizer/{key}"] = value
         else:

@@ -47,8 +47,9 @@ def make_trials(
 
     `starts` has the digest of the bank's prompt that a trial starts from, for `init: bank`.
     """
+    products = settings.model.products
     return [
-        make_trial(task, own, _seed(settings, own), corpora[task], fingerprint, starts.get(name), name)
+        make_trial(task, own, _seed(settings, own), corpora[task], fingerprint, starts.get(name), name, products)
         for task, whole in settings.tasks.items()
         if task in corpora
         for name, own in whole.trials(task).items()
@@ -67,12 +68,13 @@ def make_trial(
     fingerprint: str,
     starts_from: str | None = None,
     name: str | None = None,
+    products: str = "auto",
 ) -> Trial:
     """A trial of a task, of the task's name unless it has one of its own."""
     # Where the files lie does not matter; what they hold is in the corpus digest. Nor which other trials there are.
     deciding = settings.model_dump(mode="json", exclude={"train", "dev", "test", "seed", "max_bad_rows", "sweep"})
     if settings.halving is None:
         del deciding["halving"]  # as before there was any: runs begun then can be taken up
-    parts = [task, seed, corpus, fingerprint, deciding, starts_from]
+    parts = [task, seed, corpus, fingerprint, deciding, starts_from, *([] if products == "auto" else [products])]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return Trial(name or task, task, settings, seed, digest)

@@ -41,5 +41,7 @@ def test_a_containers_limit_counts_as_the_machines_memory(tmp_path):
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("1000\n")
     assert placement._container_bytes(tmp_path) > 2**60
+    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 700\n")
+    assert placement._container_bytes(tmp_path) > 2**60
     (tmp_path / "memory.max").write_text("5000\n")
-    assert placement._container_bytes(tmp_path) == 4000
+    assert placement._container_bytes(tmp_path) == 4700

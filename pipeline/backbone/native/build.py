@@ -26,7 +26,10 @@ _WISHES = (
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None where they cannot be compiled, and PyTorch's own operators have to do."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "promptbank" / "kernels"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "promptbank" / "kernels"
+    except RuntimeError:  # a user without a home folder, as containers have
+        return None
     for compiler in _compilers():
         for wish in _WISHES:
             try:
