@@ -168,7 +168,8 @@ def test_a_mistyped_setting_is_one_sentence_and_exit_code_2(undisturbed):
 @pytest.fixture
 def cluster(tmp_path):
     """A Ray cluster started as an operator would, with token authentication as Ray has it by default."""
-    ports = [_free_port() for _ in range(2)]
+    # Ports of its own: another Ray on this machine has the usual ones, and jobs would never find their agent.
+    ports = [_free_port() for _ in range(4)]
     # Short, for socket names; and its own, since Ray leaves a note in it that later starts would follow.
     sessions = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     ray = str(Path(sys.executable).parent / "ray")
@@ -181,6 +182,7 @@ def cluster(tmp_path):
     }
     head = subprocess.Popen(
         [ray, "start", "--head", "--block", f"--port={ports[0]}", f"--dashboard-port={ports[1]}", "--num-cpus=2",
+         f"--dashboard-agent-listen-port={ports[2]}", f"--ray-client-server-port={ports[3]}",
          f"--temp-dir={sessions}", "--object-store-memory=200000000", "--include-dashboard=true"],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
