@@ -92,8 +92,13 @@ def device_name() -> str:
 
 def save_results(path: Path, results: Sequence[Result], **facts: object) -> None:
     """Write results as JSON, each with the facts given."""
+    write_json(path, [{**asdict(result), **facts} for result in results])
+
+
+def write_json(path: Path, figures: object) -> None:
+    """Write figures where the documentation keeps them; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([{**asdict(result), **facts} for result in results], indent=1) + "\n")
+    path.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def _loss_difference(mine: Side, theirs: Side) -> float:

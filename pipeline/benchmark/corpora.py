@@ -4,15 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.benchmark.work import read_rows
 from pipeline.corpus.encoding import encode_targets
 from pipeline.corpus.reader import MANIFEST, SplitRef
 from pipeline.corpus.rows import Recipe, tokenise_rows
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.corpus.template import parse_template
-from pipeline.errors import CorpusError
 
 _ROWS = 1_000
 _SEPARATOR = " "
@@ -25,18 +24,15 @@ def write_corpus(
     recipe = Recipe(parse_template("{text}", ""), parse_template("{label}", ""), _SEPARATOR, 256, 16, architecture)
     splits, counts, labels = {}, {}, set()
     for split, most in (("train", rows), ("dev", dev_rows)):
-        path = data / name / f"{split}.parquet"
-        try:
-            table = pq.read_table(path, columns=["text", "label"]).slice(0, most)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise CorpusError(f"{path} cannot be read as Parquet with the columns text and label: {error}") from error
-        columns = {"text": table["text"].to_pylist(), "label": [str(label) for label in table["label"].to_pylist()]}
-        labels |= set(columns["label"])
+        texts, found = read_rows(data / name / f"{split}.parquet", most)
+        labels |= set(found)
         place = folder / name / split
         place.mkdir(parents=True)
-        pq.write_table(tokenise_rows(recipe, tokenizer, columns, table.num_rows), place / "part.parquet")
+        pq.write_table(
+            tokenise_rows(recipe, tokenizer, {"text": texts, "label": found}, len(texts)), place / "part.parquet"
+        )
         (place / MANIFEST).write_text(json.dumps({"files": {"part.parquet": (place / "part.parquet").stat().st_size}}))
-        splits[split], counts[split] = SplitRef(str(place)), {"ok": table.num_rows}
+        splits[split], counts[split] = SplitRef(str(place)), {"ok": len(texts)}
     ordered = tuple(sorted(labels))
     ids = encode_targets(tokenizer, architecture, _SEPARATOR, ordered)
     return TaskCorpus(name, splits, ordered, tuple(map(tuple, ids)), counts, f"benchmark {name}")

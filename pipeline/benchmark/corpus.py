@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from pipeline.backbone.files import architecture_of, find_model, read_config, read_tokenizer, save_description
 from pipeline.benchmark.bare_tokenizer import BareWay, Run, bare_ways, run_bare
-from pipeline.benchmark.comparison import device_name
+from pipeline.benchmark.comparison import device_name, write_json
 from pipeline.benchmark.corpus_files import read_sentences, write_corpus
 from pipeline.benchmark.memory import peak_bytes
 from pipeline.corpus.encoding import TokenizerSpec, load_tokenizer, tokenizer_content
@@ -100,8 +100,7 @@ def measure_corpus(
 
 
 def save_figures(path: Path, figures: CorpusFigures) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(figures), indent=1) + "\n")
+    write_json(path, asdict(figures))
 
 
 def _save_tokenizer(model: str, folder: Path) -> TokenizerSpec:

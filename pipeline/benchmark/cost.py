@@ -1,6 +1,5 @@
 """What a step costs a rank: bytes gathered and sent, and operations; measured on a step, and for machines not here."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import PretrainedConfig
 from pipeline.backbone.int8 import Int8Embedding
 from pipeline.backbone.loading import build_skeleton
 from pipeline.benchmark.bench import Bench, OurOptions, host_for
+from pipeline.benchmark.comparison import write_json
 from pipeline.benchmark.ours import tune_together
 from pipeline.benchmark.peak import useful_operations
 from pipeline.benchmark.ranks import run_ranks
@@ -149,5 +149,4 @@ def save_costs(path: Path, traffic: Traffic, tokens: int, trials: int, costs: Ma
     """Write everything as JSON, with what was assumed."""
     plain = {shape: [{**asdict(cost), "share": cost.share} for cost in row] for shape, row in costs.items()}
     facts = {"tokens_a_rank": tokens, "trials": trials, "assumed": asdict(H100_NODES)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"measured_here": asdict(traffic), **facts, "costs": plain}, indent=1) + "\n")
+    write_json(path, {"measured_here": asdict(traffic), **facts, "costs": plain})

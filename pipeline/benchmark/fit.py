@@ -26,7 +26,7 @@ from pipeline.backbone.loading import build_skeleton, untie_what_is_stored_apart
 from pipeline.backbone.memory import gathered_together
 from pipeline.backbone.offload import keep_by
 from pipeline.backbone.weights import open_weights
-from pipeline.benchmark.comparison import device_name
+from pipeline.benchmark.comparison import device_name, write_json
 from pipeline.benchmark.ours import tune_together
 from pipeline.benchmark.ranks import run_ranks
 from pipeline.benchmark.resident import Resident, Watch, resident
@@ -159,8 +159,7 @@ def save_fits(path: Path, fits: Sequence[Fit]) -> None:
     shapes = {fit.shape for fit in fits}
     derived = ("bound", "peaks", "holds", "load_rate", "plain_rates", "ranks_agree")
     new = [{**asdict(fit), **{key: getattr(fit, key) for key in derived}} for fit in fits]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([*(fit for fit in kept if fit["shape"] not in shapes), *new], indent=1) + "\n")
+    write_json(path, [*(fit for fit in kept if fit["shape"] not in shapes), *new])
 
 
 def size_of(folder: Path) -> Size:

@@ -1,6 +1,5 @@
 """Where the time of a step goes, by what is done."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.benchmark.bench import Bench, OurOptions, host_for
-from pipeline.benchmark.comparison import device_name
+from pipeline.benchmark.comparison import device_name, write_json
 from pipeline.benchmark.ours import tune_together
 from pipeline.benchmark.ranks import run_ranks
 
@@ -31,8 +30,7 @@ def profile_step(bench: Bench, options: OurOptions) -> dict[str, float]:
 
 
 def save_shares(path: Path, shares: Mapping[str, float]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"device": device_name(), "shares": shares}, indent=1) + "\n")
+    write_json(path, {"device": device_name(), "shares": shares})
 
 
 def _on_rank(bench: Bench, options: OurOptions) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """Whether what makes a step fast costs the tuned prompts anything: dev metrics of several tasks and seeds."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from pipeline.backbone.files import find_model, read_tokenizer
 from pipeline.backbone.host import Backbone
 from pipeline.benchmark.bench import Bench, OurOptions, host_for
-from pipeline.benchmark.comparison import device_name
+from pipeline.benchmark.comparison import device_name, write_json
 from pipeline.benchmark.ours import tune_together
 from pipeline.benchmark.peft_trainer import PeerOptions
 from pipeline.benchmark.ranks import run_ranks
@@ -63,12 +62,11 @@ def compare_quality(bench: Bench, with_peer: bool, out: Path) -> dict[str, Quali
 
 
 def _save(out: Path, steps: int, sides: Mapping[str, Quality]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
     plain = {
         side: {**asdict(quality), "mean": quality.mean, "mean_loss": quality.mean_loss}
         for side, quality in sides.items()
     }
-    out.write_text(json.dumps({"device": device_name(), "steps": steps, "sides": plain}, indent=1) + "\n")
+    write_json(out, {"device": device_name(), "steps": steps, "sides": plain})
 
 
 def tune_and_score(bench: Bench, options: OurOptions) -> Quality:

@@ -1,6 +1,5 @@
 """A sweep's wall time: its trials together, together with halving, and one after another."""
 
-import json
 import statistics
 import tempfile
 import time
@@ -14,7 +13,7 @@ import torch
 from pipeline.backbone.files import architecture_of, find_model, read_config, read_tokenizer
 from pipeline.backbone.host import Backbone
 from pipeline.benchmark.bench import OurOptions, host_model
-from pipeline.benchmark.comparison import device_name
+from pipeline.benchmark.comparison import device_name, write_json
 from pipeline.benchmark.corpora import write_corpus
 from pipeline.benchmark.ranks import run_ranks
 from pipeline.corpus.reader import open_split
@@ -119,7 +118,6 @@ def compare_sweeps(options: SweepOptions, out: Path) -> SweepResult:
             for name in options.tasks
         ]
         result: SweepResult = run_ranks(options.ranks, _on_rank, options, corpora, folder)[0]
-    out.parent.mkdir(parents=True, exist_ok=True)
     facts = {
         "device": device_name(),
         "options": {**asdict(options), "data": options.data.name},
@@ -127,7 +125,7 @@ def compare_sweeps(options: SweepOptions, out: Path) -> SweepResult:
         "steps_saved_by_halving": result.steps_saved,
         "ratios": result.ratios,
     }
-    out.write_text(json.dumps({**facts, **asdict(result)}, indent=1) + "\n")
+    write_json(out, {**facts, **asdict(result)})
     return result
 
 

@@ -89,12 +89,17 @@ def load_work(
     return work
 
 
-def _token_set(tokenizer: Any, architecture: Any, path: Path, rows: int) -> TokenSet:
+def read_rows(path: Path, rows: int) -> tuple[list[str], list[str]]:
+    """Texts and labels of a file's first rows. Raises: CorpusError."""
     try:
         table = pq.read_table(path, columns=["text", "label"]).slice(0, rows)
     except (OSError, pa.ArrowInvalid) as error:
         raise CorpusError(f"{path} cannot be read as Parquet with the columns text and label: {error}") from error
-    texts, labels = table["text"].to_pylist(), [str(label) for label in table["label"].to_pylist()]
+    return table["text"].to_pylist(), [str(label) for label in table["label"].to_pylist()]
+
+
+def _token_set(tokenizer: Any, architecture: Any, path: Path, rows: int) -> TokenSet:
+    texts, labels = read_rows(path, rows)
     inputs = [ids[:_LONGEST_INPUT] for ids in encode_inputs(tokenizer, architecture, texts)]
     targets = encode_targets(tokenizer, architecture, _SEPARATOR, labels)
     flat = [np.concatenate(rows).astype(np.int32) for rows in (inputs, targets)]

@@ -21,9 +21,11 @@ def partitions(setting: str, config: PretrainedConfig, int8: bool, dtype: torch.
     """
     if world_size() == 1 or setting == "never":
         return False
+    if setting == "always":
+        return True
     needed = estimate_memory(config, int8, dtype, 1, 0)
     fits = needed.weights + needed.gathered <= _MOST * free_bytes(device)
-    return setting == "always" or not true_on_all(fits, device)
+    return not true_on_all(fits, device)
 
 
 def free_bytes(device: torch.device) -> int:
