@@ -98,7 +98,7 @@ def host_backbone(
 ) -> Backbone:
     """Load the frozen model: whole into this process, or partitioned over all ranks of torch.distributed.
 
-    `products` (`exact`, `int8`, `int8_forward` or `auto`, see `int8.set_products`) tells how int8 layers multiply,
+    `products` (`exact`, `int8` or `int8_forward`, see `int8.set_products`) tells how int8 layers multiply,
     `kernels` whether parts of the layers run as compiled kernels where these serve (`native`).
     `keep` tells where weights stay between uses (`offload`), by default on the device. `share_memory` lets ranks on
     CPUs of one machine read each other's parts directly (`node_memory`).

@@ -227,17 +227,16 @@ def multiplies_int8_fast(device: torch.device) -> bool:
 
 
 def set_products(model: nn.Module, setting: str, device: torch.device) -> None:
-    """How the model's int8 layers multiply from now on: `int8`, `int8_forward` (the gradient is exact), `exact`, or
-    `auto`, int8 where that is fast.
+    """How the model's int8 layers multiply from now on: `int8`, `int8_forward` (the gradient is exact) or `exact`.
 
     The output layer stays exact: one large entry of a token's gradient over the vocabulary would leave the others
     no bits (measured on SmolLM2: the prompt's gradient then points elsewhere, cosine 0.2 to 0.5). cuBLAS takes int8
     matrices whose sides are multiples of 8; a layer with others stays exact there.
     """
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    int8 = setting in ("int8", "int8_forward") or (setting == "auto" and multiplies_int8_fast(device))
+    assert setting in ("int8", "int8_forward", "exact"), setting
     for module in model.modules():
         if isinstance(module, Int8Linear):
             sides_fit = device.type != "cuda" or all(side % 8 == 0 for side in module.sides)
-            module.int8_products = int8 and sides_fit and module is not output
+            module.int8_products = setting != "exact" and sides_fit and module is not output
             module.exact_backward = setting == "int8_forward"

@@ -16,12 +16,13 @@ from pipeline.backbone.allocator import suit_allocator
 from pipeline.backbone.files import architecture_of, find_model, read_config, read_tokenizer
 from pipeline.backbone.host import Backbone, compute_dtype, held_bytes, host_backbone
 from pipeline.backbone.nearest import read_input_embeddings
+from pipeline.backbone.offload import in_files
 from pipeline.benchmark.comparison import Side
 from pipeline.benchmark.ours import tune_together
 from pipeline.benchmark.peft_trainer import PeerOptions, load_peer_model, tune_one_by_one
 from pipeline.benchmark.ranks import run_ranks
 from pipeline.benchmark.work import TaskWork, WorkOptions, load_work
-from pipeline.tuning.placement import partitions
+from pipeline.tuning.placement import agreed_products, partitions
 
 _COMMON_TOKENS = 5_000
 
@@ -39,6 +40,8 @@ class OurOptions:
     token_budget: int = 4096
     share_memory: bool = True
     """Whether ranks of one machine read each other's weights directly, see `host_backbone`."""
+    offload_folder: str | None = None
+    """Where weights are kept in files, as by `model.offload: nvme`."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ def host_model(model: str, threads: int, options: OurOptions) -> Backbone:
         dtype=dtype,
         device=device,
         sharded=partitions(options.partition, config, options.int8, dtype, device),
-        products=options.products,
+        products=agreed_products(options.products, device),
+        keep=None if options.offload_folder is None else in_files(Path(options.offload_folder)),
         kernels=options.kernels,
         share_memory=options.share_memory,
     )

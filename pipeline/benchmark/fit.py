@@ -19,13 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipeline.backbone.allocator import suit_allocator
 from pipeline.backbone.files import find_model, read_config
-from pipeline.backbone.host import compute_dtype, held_bytes, host_backbone, start_deepspeed
+from pipeline.backbone.host import held_bytes, start_deepspeed
 from pipeline.backbone.loading import build_skeleton, untie_what_is_stored_apart
 from pipeline.backbone.memory import gathered_together
-from pipeline.backbone.offload import keep_by
 from pipeline.backbone.weights import open_weights
+from pipeline.benchmark.bench import OurOptions, host_model
 from pipeline.benchmark.comparison import device_name, write_json
 from pipeline.benchmark.ours import tune_together
 from pipeline.benchmark.ranks import run_ranks
@@ -179,32 +178,19 @@ def _int8_bytes(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def _on_rank(folder: Path, options: FitOptions) -> RankFit:
-    torch.set_num_threads(max(1, options.threads // options.ranks))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.ranks > 1:
-        start_deepspeed(device)
-    files = find_model(str(folder))
-    config = read_config(files)
+        start_deepspeed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     weights = sorted(folder.glob("*.safetensors"))
     before = resident()
     plain = [_plain_read(weights)]
     _start_together(weights)
     start = time.perf_counter()
     with Watch() as loading:
-        backbone = host_backbone(
-            files,
-            config,
-            int8=True,
-            dtype=compute_dtype("auto", device),
-            device=device,
-            sharded=options.ranks > 1,
-            products="auto",
-            keep=keep_by("nvme" if options.offload_folder else "none", options.offload_folder, device),
-        )
+        hosted = OurOptions(partition="always", offload_folder=options.offload_folder)
+        backbone = host_model(str(folder), options.threads // options.ranks, hosted)
     seconds = time.perf_counter() - start
     plain.append(_plain_read(weights))
-    suit_allocator(sum(held_bytes(backbone).values()))
-    tasks = [_random_task(place, config.vocab_size, options) for place in range(options.prompts)]
+    tasks = [_random_task(place, backbone.config.vocab_size, options) for place in range(options.prompts)]
     rng = np.random.default_rng(0)
     prompts = [rng.normal(size=(options.length, backbone.hidden_size)).astype(np.float32) for _ in tasks]
     with Watch() as training:

@@ -1,4 +1,4 @@
-"""Whether the ranks share one backbone, partitioned by ZeRO-3, or each holds it whole."""
+"""What all ranks must decide alike: whether they share one backbone, partitioned by ZeRO-3, and how it multiplies."""
 
 import os
 from pathlib import Path
@@ -7,6 +7,7 @@ import psutil
 import torch
 from transformers import PretrainedConfig
 
+from pipeline.backbone.int8 import multiplies_int8_fast
 from pipeline.backbone.memory import estimate_memory
 from pipeline.tuning.ranks import true_on_all, world_size
 
@@ -26,6 +27,16 @@ def partitions(setting: str, config: PretrainedConfig, int8: bool, dtype: torch.
     needed = estimate_memory(config, int8, dtype, 1, 0)
     fits = needed.weights + needed.gathered <= _MOST * free_bytes(device)
     return not true_on_all(fits, device)
+
+
+def agreed_products(setting: str, device: torch.device) -> str:
+    """How int8 layers multiply (see `int8.set_products`): as set, or by `auto` in int8 where every rank does it fast.
+
+    Every rank must call this; all get the same answer, for a trial's gradient must not depend on which has its rows.
+    """
+    if setting != "auto":
+        return setting
+    return "int8" if true_on_all(multiplies_int8_fast(device), device) else "exact"
 
 
 def free_bytes(device: torch.device) -> int:

@@ -12,15 +12,14 @@ from transformers import AutoConfig, AutoTokenizer
 from pipeline.backbone.allocator import suit_allocator
 from pipeline.backbone.files import find_model
 from pipeline.backbone.host import Backbone, compute_dtype, held_bytes, held_digest, host_backbone
-from pipeline.backbone.int8 import multiplies_int8_fast
 from pipeline.backbone.offload import keep_by
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import TuningError
 from pipeline.settings import Settings
 from pipeline.tuning.journal import Journal
 from pipeline.tuning.loop import TuningRun, tune
-from pipeline.tuning.placement import partitions
-from pipeline.tuning.ranks import rank, true_on_all, world_size
+from pipeline.tuning.placement import agreed_products, partitions
+from pipeline.tuning.ranks import rank, world_size
 from pipeline.tuning.trials import Trial, make_trials
 
 
@@ -105,13 +104,6 @@ def _host(order: Order, settings: Settings, device: torch.device, journal: Journ
         dtype=compute_dtype(dtype, device),
         device=device,
         sharded=sharded,
-        products=_products(model.products, device),
+        products=agreed_products(model.products, device),
         keep=keep_by(model.offload, model.offload_folder, device),
     )
-
-
-def _products(setting: str, device: torch.device) -> str:
-    """The same on all ranks: a trial's gradient must not depend on which of them has its rows."""
-    if setting != "auto":
-        return setting
-    return "int8" if true_on_all(multiplies_int8_fast(device), device) else "exact"
