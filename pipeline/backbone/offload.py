@@ -54,9 +54,9 @@ def in_files(folder: Path) -> Keep:
     return keep
 
 
-def keep_by(offload: str, folder: str | os.PathLike[str] | None, device: torch.device) -> Keep:
-    """By the settings `model.offload` and `model.offload_folder`."""
+def keep_by(offload: str, folder: str | os.PathLike[str] | None) -> Keep | None:
+    """By the settings `model.offload` and `model.offload_folder`; None where weights stay on their device."""
     if offload == "nvme":
         assert folder is not None
         return in_files(Path(folder).expanduser())
-    return in_main_memory if offload == "cpu" else on_device(device)
+    return in_main_memory if offload == "cpu" else None

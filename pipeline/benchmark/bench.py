@@ -16,7 +16,7 @@ from pipeline.backbone.allocator import suit_allocator
 from pipeline.backbone.files import architecture_of, find_model, read_config, read_tokenizer
 from pipeline.backbone.host import Backbone, compute_dtype, held_bytes, host_backbone
 from pipeline.backbone.nearest import read_input_embeddings
-from pipeline.backbone.offload import in_files
+from pipeline.backbone.offload import keep_by
 from pipeline.benchmark.comparison import Side
 from pipeline.benchmark.ours import tune_together
 from pipeline.benchmark.peft_trainer import PeerOptions, load_peer_model, tune_one_by_one
@@ -106,7 +106,7 @@ def host_model(model: str, threads: int, options: OurOptions) -> Backbone:
         device=device,
         sharded=partitions(options.partition, config, options.int8, dtype, device),
         products=agreed_products(options.products, device),
-        keep=None if options.offload_folder is None else in_files(Path(options.offload_folder)),
+        keep=keep_by("nvme" if options.offload_folder else "none", options.offload_folder),
         kernels=options.kernels,
         share_memory=options.share_memory,
     )

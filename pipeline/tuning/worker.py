@@ -105,5 +105,5 @@ def _host(order: Order, settings: Settings, device: torch.device, journal: Journ
         device=device,
         sharded=sharded,
         products=agreed_products(model.products, device),
-        keep=keep_by(model.offload, model.offload_folder, device),
+        keep=keep_by(model.offload, model.offload_folder),
     )
