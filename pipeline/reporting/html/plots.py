@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pipeline.reporting.html.night import Curve, PastVersion, Series, TaskNight
 from pipeline.reporting.html.scale import Axis, Bucket, axis_of, thin
-from pipeline.reporting.html.words import figure
+from pipeline.reporting.words import figure
 
 WIDTH, HEIGHT = 340, 156
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 330, 8, 134

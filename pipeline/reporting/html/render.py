@@ -9,7 +9,8 @@ from typing import Any, get_args
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.reporting.html import plots, words
+from pipeline.reporting import words
+from pipeline.reporting.html import plots
 from pipeline.reporting.html.night import Decision, NightReport, TaskNight
 
 MOST_OPEN = 12
