@@ -144,7 +144,8 @@ def tail_run(
 ) -> None:
     """Follow what a run tells, until it ends.
 
-    Stages, evaluations, trials that finish, and a line of steps every ten seconds. When nothing comes for long, it says for how long, and goes on.
+    Stages, evaluations, trials that finish, and a line of steps every ten seconds. When nothing comes for long, it
+    says for how long, and goes on.
 
     Examples:
 
