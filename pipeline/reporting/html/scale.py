@@ -77,5 +77,7 @@ def axis_of(values: Sequence[float], start: float, end: float, may_be_log: bool 
     low, high = min(values), max(values)
     if may_be_log and low > 0 and high / low > _LOG_FROM:
         return Axis(low / 1.2, high * 1.2, start, end, log=True)
-    room = 0.06 * (high - low) or abs(high) * 0.1 or 0.1
+    largest = max(abs(low), abs(high))
+    # Differences that floats can hardly tell apart are not blown up to the whole height.
+    room = max(0.06 * (high - low), 1e-6 * largest, 1e-9) if high > low else 0.1 * largest or 0.1
     return Axis(low - room, high + room, start, end)
