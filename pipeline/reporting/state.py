@@ -64,8 +64,14 @@ class RunState:
                 self._finish(trial, event)
             case "end":
                 self.ended, self.version, self.exit = True, event.get("version"), event.get("exit")
+                self._rest()
             case "stopped":
                 self.stopped = str(event.get("reason") or "no reason was recorded")
+                self._rest()
+
+    def _rest(self) -> None:
+        for trial in self.trials.values():
+            trial.live = False
 
     def _launch(self, event: Event) -> None:
         """Workers that start again know of the trials only what their checkpoint says, and tell it when they resume.
