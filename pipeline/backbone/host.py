@@ -21,6 +21,7 @@ from pipeline.backbone.files import Architecture, ModelFiles, architecture_of
 from pipeline.backbone.fused import use_kernels
 from pipeline.backbone.int8 import set_products
 from pipeline.backbone.loading import Placement, Share, build_skeleton, load_weights, untie_what_is_stored_apart
+from pipeline.backbone.node_memory import NodeMemory, join_node_memory
 from pipeline.backbone.offload import Keep, on_device
 from pipeline.backbone.weights import open_weights
 
@@ -93,12 +94,14 @@ def host_backbone(
     products: str = "exact",
     kernels: bool = True,
     keep: Keep | None = None,
+    share_memory: bool = True,
 ) -> Backbone:
     """Load the frozen model: whole into this process, or partitioned over all ranks of torch.distributed.
 
     `products` (`exact`, `int8`, `int8_forward` or `auto`, see `int8.set_products`) tells how int8 layers multiply,
     `kernels` whether parts of the layers run as compiled kernels where these serve (`native`).
-    `keep` tells where weights stay between uses (`offload`), by default on the device.
+    `keep` tells where weights stay between uses (`offload`), by default on the device. `share_memory` lets ranks on
+    CPUs of one machine read each other's parts directly (`node_memory`).
     Sharded, no rank ever holds the whole model, nor a whole matrix: it reads and quantises its own part.
     Raises: BackboneError when weights are damaged or missing.
     """
@@ -107,16 +110,19 @@ def host_backbone(
     use_kernels(model, kernels)
     source = open_weights(files, model)
     untie_what_is_stored_apart(model, source)
-    keep = keep or on_device(device)
     if not sharded:
-        load_weights(model, source, dtype, _whole(device, keep))
+        load_weights(model, source, dtype, _whole(device, keep or on_device(device)))
         return Backbone(config, _Hosted(model), device, dtype)
     start_deepspeed(device)
     import deepspeed
 
     zero = _zero_settings(int(config.hidden_size))
     give_back_freed_memory()
+    node = join_node_memory() if share_memory and keep is None and device.type == "cpu" else None
+    keep = keep or (node.keep if node else on_device(device))
+    _gather_by(node)
     load_weights(model, source, dtype, _partitioned(zero, dtype, device, keep))
+    dist.barrier()  # what others hold may be read from here on
     hosted = _Hosted(model)
     # One gather for a whole transformer layer instead of one for each of its matrices.
     deepspeed.utils.set_z3_leaf_modules(hosted, _layer_types(model))
@@ -137,11 +143,8 @@ def _partitioned(zero: dict[str, Any], dtype: torch.dtype, device: torch.device,
     Its own way, `zero.Init(module=…)`, takes the whole tensor on every rank and broadcasts it first.
     """
     import deepspeed
-    from deepspeed.runtime.zero import partition_parameters
     from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, free_param
 
-    if dist.get_backend() == "gloo":
-        partition_parameters._dist_allgather_fn = _gather_in_place
     init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=zero, dtype=dtype)
     share = Share(dist.get_rank(), dist.get_world_size())
 
@@ -164,6 +167,22 @@ def _partitioned(zero: dict[str, Any], dtype: torch.dtype, device: torch.device,
     return Placement(share, parameter, sum_over_ranks, lambda module: _move_buffers(module, device))
 
 
+def _gather_by(node: NodeMemory | None) -> None:
+    """Set how DeepSpeed gathers in this process: gloo's own all-gather makes a second tensor as large as the whole."""
+    from deepspeed.runtime.zero import partition_parameters
+
+    if dist.get_backend() != "gloo":
+        return
+
+    def gather(partition: Tensor, whole: Tensor, group: Any = None) -> _Gathering:
+        if node is not None and node.holds(partition):
+            node.gather(partition, whole)
+            return _Gathering(())
+        return _gather_in_place(partition, whole, group)
+
+    partition_parameters._dist_allgather_fn = gather
+
+
 @dataclass(frozen=True)
 class _Gathering:
     """What DeepSpeed waits for."""
@@ -176,7 +195,7 @@ class _Gathering:
 
 
 def _gather_in_place(partition: Tensor, whole: Tensor, group: Any = None) -> _Gathering:
-    """Each rank's partition straight to its place: gloo's own all-gather makes a second tensor as large as `whole`."""
+    """Each rank's partition straight to its place."""
     places = whole.chunk(dist.get_world_size(group))
     places[dist.get_rank(group)].copy_(partition)
     sources = range(len(places)) if group is None else dist.get_process_group_ranks(group)

@@ -37,6 +37,8 @@ class OurOptions:
     """Whether ZeRO-3 partitions the model over the ranks, see `placement.partitions`."""
     nll: Callable[..., Tensor] = prompted.target_nll
     token_budget: int = 4096
+    share_memory: bool = True
+    """Whether ranks of one machine read each other's weights directly, see `host_backbone`."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def host_model(model: str, threads: int, options: OurOptions) -> Backbone:
         sharded=partitions(options.partition, config, options.int8, dtype, device),
         products=options.products,
         kernels=options.kernels,
+        share_memory=options.share_memory,
     )
     suit_allocator(sum(held_bytes(backbone).values()))
     return backbone

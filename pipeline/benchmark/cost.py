@@ -126,7 +126,7 @@ def measure_traffic(bench: Bench) -> Traffic:
 
 
 def _count_on_rank(bench: Bench) -> tuple[int, int]:
-    backbone = host_for(bench, OurOptions(partition="always"))
+    backbone = host_for(bench, OurOptions(partition="always", share_memory=False))  # as between machines
     tune_together(backbone, bench.tasks, bench.prompts, bench.steps - 1, OurOptions().token_budget)
     with CountedTraffic() as traffic:
         tune_together(backbone, bench.tasks, bench.prompts, 1, OurOptions().token_budget)

@@ -16,10 +16,17 @@ from tests.tiny import VOCAB, make_model
 CPU = torch.device("cpu")
 
 
-def load(folder, sharded: bool, keep: Keep | None = None) -> Backbone:
+def load(folder, sharded: bool, keep: Keep | None = None, share_memory: bool = True) -> Backbone:
     files = find_model(str(folder))
     return host_backbone(
-        files, read_config(files), int8=True, dtype=torch.float32, device=CPU, sharded=sharded, keep=keep
+        files,
+        read_config(files),
+        int8=True,
+        dtype=torch.float32,
+        device=CPU,
+        sharded=sharded,
+        keep=keep,
+        share_memory=share_memory,
     )
 
 

@@ -19,7 +19,9 @@ CPU = torch.device("cpu")
 
 def count_on_rank(folder) -> int:
     files = find_model(str(folder))
-    backbone = host_backbone(files, read_config(files), int8=True, dtype=torch.float32, device=CPU, sharded=True)
+    backbone = host_backbone(
+        files, read_config(files), int8=True, dtype=torch.float32, device=CPU, sharded=True, share_memory=False
+    )
     prompt = torch.randn(3, 32, requires_grad=True)
     for _ in range(3):  # until ZeRO's recorded order has settled
         with CountedTraffic() as traffic:
