@@ -40,6 +40,14 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60:,} h {minutes % 60:02} min"
 
 
+def about(seconds: float) -> str:
+    """`45 s`, `12 min`, `1 h 07 min`: for what is a moment old, or an estimate."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds) // 60
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02} min"
+
+
 def size(count: int | None) -> str:
     """Bytes in binary units: `1.50 GiB`."""
     if count is None:

@@ -76,18 +76,18 @@ def test_ls_says_of_every_run_whether_it_runs_how_far_it_is_and_when_it_will_be_
     code, stdout, stderr = runs("ls")
     assert (code, stderr) == (0, "")
     rows = [re.split(r" {2,}", line) for line in stdout.splitlines()]
-    assert rows[0] == [
-        "run", "state", "stage", "step", "to go", "tokens/s", "done in", "finished", "failed", "last event",
-    ]  # fmt: skip
-    assert rows[1][:6] == ["going", "running", "tuning", "30", "70", "310"] and rows[1][6].startswith("2 min 1")
-    assert rows[2] == ["nightly/2026-11-25", "stopped", "tuning", "30", "-", "-", "-", "0/2", "0", "1 min 30 s ago"]
-    assert rows[3] == ["quiet", "silent", "tuning", "30", "70", "310", "-", "0/2", "0", "12 min 00 s ago"]
-    assert rows[4] == ["over", "done", "tuning", "30", "-", "-", "-", "1/2", "1", "1 h 07 min ago"]
+    assert rows == [
+        ["run", "state", "stage", "step", "tokens/s", "done in", "finished", "failed", "last event"],
+        ["going", "running", "tuning", "30/100", "310", "2 min", "0/2", "-", rows[1][-1]],
+        ["nightly/2026-11-25", "stopped", "tuning", "30", "-", "-", "0/2", "-", "1 min ago"],
+        ["quiet", "silent", "tuning", "30/100", "-", "-", "0/2", "-", "12 min ago"],
+        ["over", "done", "tuning", "30", "-", "-", "1/2", "1", "1 h 06 min ago"],
+    ]
 
 
 def test_a_silent_run_is_called_silent_and_not_dead(runs):
     stdout = runs("show", "quiet")[1]
-    assert "state   silent for 12 min 00 s; lately never for more than 2.0 s" in re.sub(" {2,}", "   ", stdout)
+    assert re.search("^state +silent for 12 min; lately never for more than 2 s$", stdout, re.MULTILINE)
     assert "dead" not in stdout and "at the latest" not in stdout
 
 
@@ -96,10 +96,10 @@ def test_show_says_when_it_will_be_done_and_from_what(runs):
         re.split(r" {2,}", line, maxsplit=1) for line in runs("show", "going")[1].split("\n\n")[0].splitlines()
     )
     assert re.fullmatch(
-        r"tuning in 2 min 1\d s at the latest \(\S+Z\): 70 steps to go at 2 s each, the pace of the last 60 events",
+        r"tuning in 2 min at the latest \(\S+Z\): 70 steps to go at 2 s each, the pace of the last 60 events",
         shown["done"],
     )
-    assert shown["state"].startswith("running: last event 1.") and shown["trials"] == "2 live"
+    assert shown["state"].startswith("running: last event ") and shown["trials"] == "2 live"
 
 
 def test_show_tells_every_trial_and_why_one_failed(runs):
@@ -170,7 +170,7 @@ def test_tail_says_that_a_run_is_silent_and_goes_on(storage):
     child = subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment()
     )
-    assert child.stderr is not None and child.stderr.readline().startswith("silent for 12 min 0")
+    assert child.stderr is not None and child.stderr.readline().startswith("silent for 12 min; ")
     with EventLog(storage / "quiet" / "events.jsonl") as log:
         log.write("stopped", reason="interrupted")
     assert child.communicate(timeout=20) == ("stopped: interrupted\n", "")
