@@ -61,7 +61,8 @@ class TaskNight:
     tuned: float | None = None
     """The prompt tuned tonight, on the same rows."""
     p_value: float | None = None
-    """Of the gate's paired test; `why` says which test."""
+    """Of the gate's one-sided paired test: how likely a lead of the bank's prompt as large as this one is, if both are
+    equally good. Small where tonight's prompt is worse."""
     start: float | None = None
     """The prompt that tuning started from."""
     warm: float | None = None
