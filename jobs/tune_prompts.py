@@ -69,6 +69,8 @@ def _run(settings: Settings, console: Console, plan_only: bool) -> int:
         return 0
     outcome = run_job(checked, console)
     print_results(console, outcome.results)
+    if outcome.report is not None:
+        console.print(f"Report: {outcome.report}", markup=False, highlight=False)
     bank = Path(settings.bank.uri).expanduser()
     if outcome.version is None:
         console.print(f"No prompt was published; the bank {bank} is as it was.")

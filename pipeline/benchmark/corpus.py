@@ -22,7 +22,6 @@ from pipeline.backbone.files import architecture_of, find_model, read_config, re
 from pipeline.benchmark.bare_tokenizer import BareWay, Run, bare_ways, run_bare
 from pipeline.benchmark.comparison import device_name, write_json
 from pipeline.benchmark.corpus_files import read_sentences, write_corpus
-from pipeline.benchmark.memory import peak_bytes
 from pipeline.corpus.encoding import TokenizerSpec, load_tokenizer, tokenizer_content
 from pipeline.corpus.files import inspect_files
 from pipeline.corpus.reader import SplitRef, open_split
@@ -31,6 +30,7 @@ from pipeline.corpus.task_corpus import prepare_task
 from pipeline.corpus.template import parse_template
 from pipeline.settings import ClusterSettings, TaskSettings
 from pipeline.tuning.launch import connected_ray
+from pipeline.tuning.peak_memory import peak_bytes
 
 _CHECKED_ROWS = 2000
 _SAMPLE_SECONDS = 0.5

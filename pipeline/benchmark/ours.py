@@ -11,9 +11,9 @@ from torch.nn import Parameter
 from pipeline.backbone import prompted
 from pipeline.backbone.host import Backbone
 from pipeline.benchmark.comparison import Side
-from pipeline.benchmark.memory import peak_bytes
 from pipeline.benchmark.work import TaskWork
 from pipeline.tuning.optimise import make_optimizer, update
+from pipeline.tuning.peak_memory import peak_bytes
 from pipeline.tuning.step import Work, losses_and_gradients
 
 

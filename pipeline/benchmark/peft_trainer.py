@@ -14,9 +14,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
 
 from pipeline.benchmark.comparison import Side
-from pipeline.benchmark.memory import peak_bytes
 from pipeline.benchmark.work import TaskWork
 from pipeline.tuning.optimise import make_optimizer
+from pipeline.tuning.peak_memory import peak_bytes
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from pipeline.cli import exporting, history, importing, listing, moves, output, upkeep
+from pipeline.cli.runs import runs
 from pipeline.errors import PromptBankError
 
 
@@ -57,7 +58,7 @@ Exit codes: 0 fine; 1 something was found (verify, log); 2 a mistake, told in on
 
 @app.callback()
 def promptbank(context: typer.Context) -> None:
-    """Look at a prompt bank, move its aliases, look after it, and exchange prompts with other tools."""
+    """Look at a prompt bank and at runs, move aliases, look after a bank, and exchange prompts with other tools."""
     if context.invoked_subcommand is None:
         output.write(context.get_help() + "\n")
 
@@ -76,3 +77,4 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 }
 for name, command in _COMMANDS.items():
     app.command(name)(command)
+app.add_typer(runs, name="runs")

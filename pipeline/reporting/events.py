@@ -2,12 +2,16 @@
 
 Every line has `time` (Unix seconds) and `event`:
 
-    launch    trials: [{trial, task, max_steps}]               the driver starts, or starts again
+    begin     tasks                                            the driver starts, or starts again
+    launch    trials: [{trial, task, max_steps}]               all that are to be tuned
     stage     name: corpus | backbone | tuning | publish, text
-    resume    step                                             from the checkpoint of that step
+    memory    stage, peak_bytes                                most that rank 0 held at once, until that stage's end
+    resume    step, trials: {trial: {step, status, reason}}    from the checkpoint of that step; status: if it has ended
     step      step, live, tokens_per_second, trials: {trial: {step, loss}}
     eval      trial, step, metric, value, loss
     finished  trial, status, reason
+    end       version, exit                                    it is done; version null: nothing was published
+    stopped   reason                                           it could not go on; started again, it resumes
 
 A number that is not finite is written as null, for JSON has no other way to say it.
 """
@@ -67,12 +71,15 @@ class EventLog:
 
 
 class EventTail:
-    """Reads what is appended to an event log after this tail was made; the file need not exist yet."""
+    """Reads what is appended to an event log after this tail was made; the file need not exist yet.
 
-    def __init__(self, path: Path) -> None:
+    `whole`: what was there before is read, too.
+    """
+
+    def __init__(self, path: Path, whole: bool = False) -> None:
         self._path = path
         self._begun = b""
-        self._offset = path.stat().st_size if path.exists() else 0
+        self._offset = path.stat().st_size if path.exists() and not whole else 0
 
     def read(self) -> list[Event]:
         """The events completed since the last call. A line still being written waits for the next call;
@@ -87,10 +94,11 @@ class EventTail:
             return []
         self._offset += len(new)
         *complete, self._begun = (self._begun + new).split(b"\n")
-        return [event for event in map(_parse, complete) if event is not None]
+        return [event for event in map(parse_event, complete) if event is not None]
 
 
-def _parse(line: bytes) -> Event | None:
+def parse_event(line: bytes) -> Event | None:
+    """None for a line that holds no event."""
     try:
         event = json.loads(line)
     except ValueError:

@@ -15,12 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.reporting.events import Event, EventTail
+from pipeline.reporting.sentences import Narrator, sentence
 from pipeline.reporting.state import RunState, headline, number
 
 POLL_SECONDS = 0.25
-SECONDS_BETWEEN_LINES = 10.0
 MOST_BARS = 12
-MOST_LOSSES = 8  # in one plain line
 
 
 @contextmanager
@@ -58,23 +57,15 @@ class Screen(Protocol):
 
 
 class Lines:
-    """One line per event that matters; of the steps, one every ten seconds by the events' own clock."""
+    """The lines of a narrator, for logs."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._state = RunState()
-        self._last = float("-inf")
+        self._narrator = Narrator()
 
     def show(self, events: list[Event]) -> None:
-        for event in events:
-            self._state.apply(event)
-            line = sentence(event)
-            now = float(event.get("time") or 0.0)
-            if event["event"] == "step" and now - self._last >= SECONDS_BETWEEN_LINES:
-                self._last = now
-                line = step_line(self._state)
-            if line:
-                self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        for line in filter(None, map(self._narrator.tell, events)):
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         return self
@@ -105,32 +96,6 @@ class Bars:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._live.stop()
-
-
-def sentence(event: Event) -> str:
-    """The line that this event is worth by itself; empty for steps and for events of other versions."""
-    match event:
-        case {"event": "launch", "trials": trials}:
-            return f"launch: {len(trials)} trial{'s' if len(trials) != 1 else ''}"
-        case {"event": "stage", "name": name, "text": text}:
-            return f"{name}: {text}"
-        case {"event": "resume", "step": step}:
-            return f"resumed from the checkpoint of step {step}"
-        case {"event": "eval", "trial": trial, "step": step, "metric": metric, "value": value}:
-            loss = "" if metric == "loss" else f" · dev loss {number(event.get('loss'))}"
-            return f"{trial} · step {step} · dev {metric} {number(value)}{loss}"
-        case {"event": "finished", "trial": trial, "status": status}:
-            return f"{trial} · {status}" + (f": {event['reason']}" if event.get("reason") else "")
-        case _:
-            return ""
-
-
-def step_line(state: RunState) -> str:
-    """`step 40/100 · 3 live · 310 tokens/s · loss sst2 0.71 trec 1.92`"""
-    live = list(state.live.items())
-    losses = " ".join(f"{name} {number(trial.loss)}" for name, trial in live[:MOST_LOSSES])
-    more = f" and {len(live) - MOST_LOSSES} more" if len(live) > MOST_LOSSES else ""
-    return headline(state) + (f" · loss {losses}{more}" if losses else "")
 
 
 def bars(state: RunState) -> RenderableType:

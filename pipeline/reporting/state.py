@@ -16,14 +16,25 @@ class TrialState:
     value: float | None = None
     live: bool = False
     finished: bool = False
+    status: str = ""
+    """How it finished: tuned | stopped early | halved | no gain | failed."""
+    reason: str | None = None
 
 
 @dataclass
 class RunState:
     stage: str = ""
+    """The newest stage's text, else its name."""
+    stage_name: str = ""
     step: int = 0
     tokens_per_second: float = 0.0
     trials: dict[str, TrialState] = field(default_factory=dict)
+    ended: bool = False
+    """It has run to its end, and `version` tells what it published, if anything."""
+    version: int | None = None
+    exit: int | None = None
+    stopped: str | None = None
+    """Why it stopped before its end."""
 
     @property
     def live(self) -> dict[str, TrialState]:
@@ -38,20 +49,32 @@ class RunState:
         match event["event"]:
             case "launch":
                 self._launch(event)
+            case "begin":
+                self.ended, self.stopped, self.version, self.exit = False, None, None, None
             case "stage":
-                self.stage = str(event.get("text") or event.get("name") or "")
+                self.stage_name = str(event.get("name") or "")
+                self.stage = str(event.get("text") or self.stage_name)
             case "resume":
-                self.step = int(event.get("step") or 0)
+                self._resume(event)
             case "step":
                 self._step(event)
             case "eval" if trial := self.trials.get(event.get("trial", "")):
-                trial.step = max(trial.step, int(event.get("step") or 0))
-                trial.metric, trial.value = event.get("metric"), event.get("value")
+                self._evaluated(trial, event)
             case "finished" if trial := self.trials.get(event.get("trial", "")):
-                trial.live, trial.finished = False, True
+                self._finish(trial, event)
+            case "end":
+                self.ended, self.version, self.exit = True, event.get("version"), event.get("exit")
+                self._rest()
+            case "stopped":
+                self.stopped = str(event.get("reason") or "no reason was recorded")
+                self._rest()
+
+    def _rest(self) -> None:
+        for trial in self.trials.values():
+            trial.live = False
 
     def _launch(self, event: Event) -> None:
-        """Workers that start again know of the trials only what their checkpoint says: so do we.
+        """Workers that start again know of the trials only what their checkpoint says, and tell it when they resume.
         What was measured stays shown until it is measured again."""
         before = self.trials
         self.trials = {}
@@ -59,8 +82,31 @@ class RunState:
             name = launched["trial"]
             trial = before.get(name, TrialState(launched.get("task", name), 0))
             trial.max_steps = int(launched.get("max_steps") or 0)
-            trial.live = trial.finished = False
+            trial.live = False
             self.trials[name] = trial
+
+    def _resume(self, event: Event) -> None:
+        self.step = int(event.get("step") or 0)
+        kept = event.get("trials")
+        if kept is None:
+            return
+        for name, trial in self.trials.items():
+            there = kept.get(name, {})
+            trial.step, trial.live, trial.finished = int(there.get("step") or 0), False, False
+            trial.status, trial.reason = "", None
+            if there.get("status"):
+                self._finish(trial, there)
+
+    def _evaluated(self, trial: TrialState, event: Event) -> None:
+        step = int(event.get("step") or 0)
+        if step == 0:  # it has just started, perhaps not for the first time
+            trial.step, trial.finished, trial.status, trial.reason = 0, False, "", None
+        trial.step = max(trial.step, step)
+        trial.metric, trial.value = event.get("metric"), event.get("value")
+
+    def _finish(self, trial: TrialState, event: Event) -> None:
+        trial.live, trial.finished = False, True
+        trial.status, trial.reason = str(event.get("status") or ""), event.get("reason")
 
     def _step(self, event: Event) -> None:
         self.step = int(event.get("step") or 0)
@@ -71,6 +117,7 @@ class RunState:
         for name, now in running.items():
             trial = self.trials.setdefault(name, TrialState(name, 0, live=True))
             trial.step, trial.loss = int(now.get("step") or 0), now.get("loss")
+            trial.finished = False
 
 
 def headline(state: RunState) -> str:

@@ -1,7 +1,8 @@
 """The main job, from settings to a published version of the bank."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
@@ -20,6 +21,7 @@ from pipeline.reporting.table import TrialResult
 from pipeline.run.bank import open_bank
 from pipeline.run.checks import CheckedRun, refuse_or_skip
 from pipeline.run.publishing import publish_prompts
+from pipeline.run.report import write_report
 from pipeline.run.results import choose, result_of, write_trials
 from pipeline.settings import Settings
 from pipeline.tuning.checkpoint import load_checkpoint, write_atomically
@@ -43,6 +45,8 @@ class Outcome:
     results: tuple[TrialResult, ...]
     version: int | None
     """Of the bank; None when nothing was published."""
+    report: Path | None = None
+    """The run's page; None when it could not be written."""
 
     @property
     def exit(self) -> Exit:
@@ -60,7 +64,8 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
     settings = checked.settings
     folder = _run_folder(settings)
     events = folder / "events.jsonl"
-    with EventLog(events) as log, connected_ray(settings.cluster), follow(events, console):
+    with EventLog(events) as log, _telling_why(log), connected_ray(settings.cluster), follow(events, console):
+        log.write("begin", tasks=len(checked.plans))
         tokenizer = _save_model_description(checked, folder)
         corpora, refused = _prepare_corpora(checked, tokenizer, log)
         order = _order(checked, corpora, folder)
@@ -79,7 +84,27 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
         entries = choose(states)
         write_trials(folder / "trials.json", entries)
         version = publish_prompts(settings, checked.identity, entries, corpora)
-    return Outcome((*map(result_of, entries), *(_refused_result(settings, *item) for item in refused.items())), version)
+        left_out = [_refused_result(settings, *item) for item in refused.items()]
+        outcome = Outcome((*map(result_of, entries), *left_out), version)
+        log.write("end", version=version, exit=int(outcome.exit))
+        try:
+            page = write_report(folder, settings, checked.identity, entries, left_out, corpora, version)
+        except PromptBankError as error:  # the prompts are published: a page less is no failure
+            console.print(f"warning: the run's report was not written: {error}", markup=False)
+            return outcome
+    return replace(outcome, report=page)
+
+
+@contextmanager
+def _telling_why(log: EventLog) -> Iterator[None]:
+    """Whoever watches the run's storage shall see that it stopped, and why."""
+    try:
+        yield
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+        with suppress(StorageError):  # a full disk is the reason, perhaps
+            log.write("stopped", reason="interrupted" if interrupted else str(error) or type(error).__name__)
+        raise
 
 
 def _order(checked: CheckedRun, corpora: Mapping[str, TaskCorpus], folder: Path) -> Order:

@@ -10,9 +10,9 @@ from pipeline.run.bank import open_bank
 from pipeline.run.results import Entry
 from pipeline.settings import Settings
 
-_NO_GAIN = "no step was better than the prompt that it started from"
+NO_GAIN = "no step was better than the prompt that it started from"
 _LOOK_BACK = 20
-_LIBRARIES = ("torch", "transformers", "deepspeed", "bitsandbytes", "ray", "pyarrow")
+LIBRARIES = ("torch", "transformers", "deepspeed", "bitsandbytes", "ray", "pyarrow")
 
 
 def publish_prompts(
@@ -31,7 +31,7 @@ def publish_prompts(
     if published is not None:
         bank.advance(settings.bank.alias, published, by=f"run {settings.run.name}")  # if it was killed before that
         return published
-    libraries = {name: version(name) for name in _LIBRARIES}
+    libraries = {name: version(name) for name in LIBRARIES}
     return bank.publish(prompts, identity, settings.run.name, libraries, settings.bank.alias)
 
 
@@ -61,7 +61,7 @@ def _new_prompt(entry: Entry, corpus: TaskCorpus) -> NewPrompt:
         corpus_digest=corpus.digest,
         settings_digest=state.trial.digest,
         status="failed" if failed else "tuned",
-        reason=_NO_GAIN if not failed and not state.best_at else entry.reason,
+        reason=NO_GAIN if not failed and not state.best_at else entry.reason,
     )
 
 

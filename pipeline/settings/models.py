@@ -67,6 +67,8 @@ class ClusterSettings(_Frozen):
     cpus_per_worker: int = Field(1, ge=1)
     tokens_per_microbatch: int = Field(2048, ge=64)
     """Prompt, input and target tokens that one rank runs in one forward pass, padding included."""
+    price_per_rank_hour: float | None = Field(None, ge=0)
+    """What an hour of a rank costs, in your currency; the report then tells what the run cost."""
 
 
 class PromptSettings(_Frozen):

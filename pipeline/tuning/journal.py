@@ -35,7 +35,8 @@ class Journal:
                 lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
                 kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= state.step]
                 write_atomically(path, "".join(kept).encode())
-        self.event("resume", step=step)
+        trials = {s.trial.name: {"step": s.step, **(_end(s) if s.ended else {})} for s in states}
+        self.event("resume", step=step, trials=trials)
 
     def started(self, state: TrialState) -> None:
         if self._events:
@@ -65,7 +66,7 @@ class Journal:
             self.finished(state)
 
     def finished(self, state: TrialState) -> None:
-        self.event("finished", trial=state.trial.name, status=state.status, reason=state.reason)
+        self.event("finished", trial=state.trial.name, **_end(state))
 
     def paused(self) -> None:
         """Time since the last step went elsewhere (an evaluation), and is no part of the rate."""
@@ -85,3 +86,7 @@ class Journal:
             raise StorageError(
                 f"cannot write {path}: {error.strerror}; make room, and the run resumes from its last checkpoint"
             ) from error
+
+
+def _end(state: TrialState) -> dict[str, object]:
+    return {"status": state.status, "reason": state.reason}

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from pipeline.bank import PromptBank
+from pipeline.errors import PromptBankError
+from pipeline.reporting.watched import read_run
 from pipeline.run.checks import check_run
 from pipeline.run.job import run_job
 from pipeline.settings import parse_settings
@@ -36,6 +39,42 @@ def test_a_finished_run_publishes_nothing_twice_whatever_came_after_it_or_where_
     assert run(project).version == 1
     bank = PromptBank.open(tmp_path / "bank")
     assert bank.versions() == (1, 2) and bank.version == 2, "the alias stays at the later version"
+
+
+def events_of(project):
+    return [
+        json.loads(line) for line in (Path(project["run"]["storage"]) / "small/events.jsonl").read_text().splitlines()
+    ]
+
+
+def test_a_run_leaves_a_page_with_its_curves_and_rows_and_says_that_it_has_ended(project):
+    outcome = run(project)
+    page = outcome.report.read_text()
+    for text in ("Training loss of film", "Dev rouge_l of book", "Version 1 is published.", "usable", "rank-seconds"):
+        assert text in page
+    begun, *_, end = events_of(project)
+    assert (begun["event"], end["event"], end["version"], end["exit"]) == ("begin", "end", 1, 0)
+    held = {event["stage"]: event["peak_bytes"] for event in events_of(project) if event["event"] == "memory"}
+    assert set(held) == {"backbone", "tuning"} and min(held.values()) > 2**20
+    run(project, "run.name=other", "run.seed=1", "cluster.price_per_rank_hour=2")
+    page = outcome.report.parents[1].joinpath("other", "report.html").read_text()
+    assert "was at 1" in page and "version 1: " in page and "version 2: " in page and "2.00 per rank-hour" in page
+
+
+def test_a_run_that_cannot_go_on_says_so_to_whoever_watches_it(project, tmp_path):
+    checked = check_run(parse_settings(project, ()))
+    (tmp_path / "bank").write_text("a file where the bank should be")
+    with pytest.raises(PromptBankError) as refusal:
+        run_job(checked, Console(quiet=True))
+    assert events_of(project)[-1]["event"] == "stopped" and events_of(project)[-1]["reason"] == str(refusal.value)
+    (tmp_path / "bank").unlink()
+    assert run(project).version == 1
+    state = read_run(tmp_path / "runs" / "small", "small").state
+    assert (
+        state.ended
+        and state.stopped is None
+        and {trial.status for trial in state.trials.values()} <= {"tuned", "no gain"}
+    )
 
 
 def test_a_prompt_started_from_the_bank_starts_where_that_one_ended_also_when_the_bank_moved_on(project, tmp_path):

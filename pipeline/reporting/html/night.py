@@ -1,0 +1,161 @@
+"""What the page tells of a night, as plain values. All texts are data: the page escapes them.
+
+Metrics are dev metrics as the bank has them; None is what was not measured, or is not finite.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Decision = Literal["failed", "removed", "kept", "cold", "warm", "carried"]
+"""What became of a task's prompt:
+
+    failed    no new prompt, for a reason of its own; the old one, where there is one, stays
+    removed   the task has left the settings, and its prompt the bank
+    kept      tuned tonight, but the prompt in the bank stays: the new one did not pass the gate
+    cold      tuned from a fresh initialisation, and published
+    warm      tuned from the prompt in the bank, and published
+    carried   nothing changed, nothing was trained: the same blob again
+"""
+Verdict = Literal["good", "partial", "bad"]
+"""All as asked for; some of it, or the alias stayed; nothing."""
+Series = Sequence[tuple[int, float | None]]
+"""(step, value), by step."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How one trial went: a task has one, or one per choice of its sweep."""
+
+    trial: str
+    losses: Series = ()
+    """Training loss of every step."""
+    evaluations: Series = ()
+    """Dev metric of every evaluation; step 0 is the prompt as it was initialised."""
+    published: bool = False
+    status: str = ""
+    """tuned | stopped early | halved | no gain | failed"""
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class PastVersion:
+    """A task's prompt as one version of the bank has it."""
+
+    version: int
+    value: float | None
+    status: str
+    """As in the manifest: tuned | carried_forward | kept | failed."""
+
+
+@dataclass(frozen=True)
+class TaskNight:
+    name: str
+    decision: Decision
+    why: str
+    """One sentence."""
+    metric: str
+    """Name of the dev metric; of `loss`, less is better."""
+    incumbent: float | None = None
+    """The prompt that was in the bank, on tonight's dev rows where it was measured again."""
+    tuned: float | None = None
+    """The prompt tuned tonight, on the same rows."""
+    p_value: float | None = None
+    """Of the gate's one-sided paired test: how likely a lead of the bank's prompt as large as this one is, if both are
+    equally good. Small where tonight's prompt is worse."""
+    start: float | None = None
+    """The prompt that tuning started from."""
+    warm: float | None = None
+    """Where both starts were tuned: how the one from the bank's prompt ended…"""
+    cold: float | None = None
+    """… and how the fresh one did."""
+    steps: int = 0
+    canary: bool = False
+    history: Sequence[PastVersion] = ()
+    """The last versions, oldest first, tonight's among them when there is one."""
+    curves: Sequence[Curve] = ()
+    rows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Split -> status (ok, null, empty, input_long, target_long) -> rows."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether there is a curve to be drawn."""
+        return any(curve.losses or curve.evaluations for curve in self.curves)
+
+    @property
+    def baseline(self) -> float | None:
+        """What tonight's prompt is compared with: the bank's, for a new task the one that it started from."""
+        return self.start if self.incumbent is None else self.incumbent
+
+    @property
+    def gain(self) -> float | None:
+        """How much better tonight's prompt is than that; below 0 it is worse, whatever the metric."""
+        if self.baseline is None or self.tuned is None:
+            return None
+        change = self.tuned - self.baseline
+        return -change if self.metric == "loss" else change
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    seconds: float
+    peak_bytes: int | None = None
+    """Most memory that one rank held until the stage's end; None where it was not measured."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One of the run's own conditions for moving the alias."""
+
+    name: str
+    held: bool
+    found: str
+    """What was asked for and what was found, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that went wrong in the run as a whole: a lost rank, a store that was gone for a while."""
+
+    time: float
+    """Unix seconds"""
+    what: str
+    survived: bool = True
+
+
+@dataclass(frozen=True)
+class NightReport:
+    title: str
+    run: str
+    verdict: Verdict
+    outcome: str
+    """What came of it, in one sentence: the version, the alias, or why neither."""
+    started: float
+    ended: float
+    """Unix seconds"""
+    tasks: Sequence[TaskNight]
+    bank: str = ""
+    alias: str = ""
+    version: int | None = None
+    """The version that was published, if one was."""
+    parent: int | None = None
+    """The version that tasks are compared with."""
+    alias_before: int | None = None
+    alias_after: int | None = None
+    exit_code: int | None = None
+    conditions: Sequence[Condition] = ()
+    faults: Sequence[Fault] = ()
+    stages: Sequence[Stage] = ()
+    """In the order in which they began."""
+    ranks: int = 0
+    rank_seconds: float = 0.0
+    """Seconds that ranks were held, summed over ranks."""
+    price_per_rank_hour: float | None = None
+    """In the reader's currency; without it no money is told."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """More to know, by name: model, fingerprint, settings file, versions of libraries."""
+
+    @property
+    def price(self) -> float | None:
+        return None if self.price_per_rank_hour is None else self.rank_seconds / 3600 * self.price_per_rank_hour

@@ -1,0 +1,55 @@
+"""What a run's folder holds for the page: the curve of a trial, time and memory by stage."""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from pipeline.errors import StorageError
+from pipeline.reporting.events import Event
+from pipeline.reporting.html.night import Curve, Stage
+
+_STARTING = "starting ranks"
+
+
+def read_curve(run_folder: Path, trial: str) -> Curve:
+    """The curve in `metrics/<trial>.jsonl`; empty where the trial never started. Raises: StorageError."""
+    path = run_folder / "metrics" / f"{trial}.jsonl"
+    losses: list[tuple[int, float | None]] = []
+    evaluations: list[tuple[int, float | None]] = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+    for line in lines:
+        if not line.endswith("}"):  # its writer was killed within it
+            continue
+        point = json.loads(line)
+        if "dev_metric" in point:
+            evaluations.append((point["step"], _finite(point["dev_metric"])))
+        else:
+            losses.append((point["step"], _finite(point["loss"])))
+    return Curve(trial, losses, evaluations)
+
+
+def stages_of(events: Iterable[Event]) -> list[Stage]:
+    """Seconds and memory of each stage, summed over every start of the run; the time between two starts is nobody's."""
+    found: dict[str, Stage] = {}
+    current, last = "", 0.0
+    for event in events:
+        now = float(event.get("time") or last)
+        if current and event["event"] != "begin":
+            found[current] = replace(found[current], seconds=found[current].seconds + max(0.0, now - last))
+        last = now
+        if event["event"] in ("begin", "launch", "stage"):
+            current = {"begin": "corpus", "launch": _STARTING}.get(event["event"]) or str(event.get("name") or "")
+            found.setdefault(current, Stage(current, 0.0))
+        elif event["event"] == "memory" and event.get("stage") in found:
+            stage = found[event["stage"]]
+            found[stage.name] = replace(stage, peak_bytes=max(stage.peak_bytes or 0, int(event["peak_bytes"])))
+    return list(found.values())
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
