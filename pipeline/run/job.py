@@ -74,7 +74,7 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
             launch(order, settings.cluster, settings.run.max_failures, log)
             states = _finished_states(order, settings)
         if states is None:
-            raise TuningError(f"the ranks ended without finishing every trial; start run '{settings.run.name}' again")
+            raise TuningError(_stopped(order, settings))
         log.write("stage", name="publish", text=f"to {settings.bank.uri}")
         entries = choose(states)
         write_trials(folder / "trials.json", entries)
@@ -172,6 +172,12 @@ def _finished_states(order: Order, settings: Settings) -> list[TrialState] | Non
             return None
         states.append(state)
     return states
+
+
+def _stopped(order: Order, settings: Settings) -> str:
+    checkpoint = load_checkpoint(Path(order.run_folder) / "checkpoints")
+    at = f"at step {checkpoint.step}, with a checkpoint of it" if checkpoint else "before its first step"
+    return f"run '{settings.run.name}' was told to stop and did, {at}; start it again to go on from there"
 
 
 def _refused_result(settings: Settings, name: str, error: PromptBankError) -> TrialResult:
