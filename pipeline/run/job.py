@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from pipeline.reporting.progress import follow
 from pipeline.reporting.table import TrialResult
 from pipeline.run.bank import open_bank
 from pipeline.run.checks import CheckedRun, refuse_or_skip
+from pipeline.run.patience import patiently
 from pipeline.run.publishing import publish_prompts
 from pipeline.run.results import choose, result_of, write_trials
 from pipeline.settings import Settings
@@ -78,7 +80,8 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
         log.write("stage", name="publish", text=f"to {settings.bank.uri}")
         entries = choose(states)
         write_trials(folder / "trials.json", entries)
-        version = publish_prompts(settings, checked.identity, entries, corpora)
+        publish = partial(publish_prompts, settings, checked.identity, entries, corpora)
+        version = patiently(publish, "publish", log)
     return Outcome((*map(result_of, entries), *(_refused_result(settings, *item) for item in refused.items())), version)
 
 
@@ -126,7 +129,8 @@ def _prepare_corpora(
     refused = dict(checked.refused)
     for name in checked.plans:
         try:
-            corpora[name] = prepare_task(name, settings.tasks[name], tokenizer, storage)
+            prepare = partial(prepare_task, name, settings.tasks[name], tokenizer, storage)
+            corpora[name] = patiently(prepare, "corpus", log)
             log.write("stage", name="corpus", text=f"{name}: {_counted(corpora[name])}")
         except StorageError:
             raise
