@@ -59,7 +59,9 @@ def connected_ray(cluster: ClusterSettings) -> Iterator[None]:
     try:
         if started:
             ray.init(address=address or "local", runtime_env=environment, **options)
-            sigterm_is_ctrl_c()  # ray.init makes it an exit without a word
+            sigterm_is_ctrl_c()
+    except SystemExit as exit:  # what ray.init makes of SIGTERM
+        raise KeyboardInterrupt from exit
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SettingsError(
