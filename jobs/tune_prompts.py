@@ -6,7 +6,7 @@
 
 Without --config it runs the quickstart. Started again with the same run name, it goes on where it
 was stopped. Exit codes: 0 every prompt published, 2 bad input, 3 some published, 4 none published,
-5 interrupted by lost workers, a full disk or Ctrl-C (start again to resume).
+5 interrupted by lost workers, a full disk, SIGTERM or Ctrl-C (start again to resume).
 """
 
 import os
@@ -23,6 +23,7 @@ from rich.console import Console  # noqa: E402
 
 from pipeline.errors import PromptBankError, StorageError, TuningError  # noqa: E402
 from pipeline.settings import Settings, load_settings  # noqa: E402
+from pipeline.tuning.signals import sigterm_is_ctrl_c  # noqa: E402
 
 QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
 
@@ -36,6 +37,7 @@ def main(
 ) -> None:
     """Tune the soft prompts of every task in a settings file, and publish a version of the prompt bank."""
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+    sigterm_is_ctrl_c()
     try:
         settings = load_settings(config or QUICKSTART, overrides or [])
         if config is None:

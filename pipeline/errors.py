@@ -29,5 +29,9 @@ class StorageError(PromptBankError, OSError):
     """A place could not be written or read: the disk is full, permission is missing, a store is gone."""
 
 
+class UnreachableError(StorageError):
+    """A store does not answer, or says that it cannot now: the same may well succeed a little later."""
+
+
 class TuningError(PromptBankError, RuntimeError):
     """The run itself could not go on: workers lost too often, or no trial left."""

@@ -10,9 +10,21 @@ from uuid import uuid4
 
 from pipeline.bank.content import OpenFile
 from pipeline.bank.store import Entry, Missing, check_key
-from pipeline.errors import BankError, StorageError
+from pipeline.errors import BankError, StorageError, UnreachableError
 
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
+
+# What a network file system answers while its server is away.
+_PASSING = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+    errno.ECONNREFUSED,
+)
 
 
 def open_local_store(root: Path, create: bool) -> "LocalStore":
@@ -182,7 +194,11 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _storage_error(action: str, path: Path) -> Callable[[OSError], StorageError]:
-    return lambda error: StorageError(f"cannot {action} {path}: {_why(action, error)}")
+    def failure(error: OSError) -> StorageError:
+        kind = UnreachableError if error.errno in _PASSING else StorageError
+        return kind(f"cannot {action} {path}: {_why(action, error)}")
+
+    return failure
 
 
 def _why(action: str, error: OSError) -> str:

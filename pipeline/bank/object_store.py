@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.bank.content import Bytes
 from pipeline.bank.store import Entry, Missing, check_key
-from pipeline.errors import BankError, StorageError
+from pipeline.errors import BankError, StorageError, UnreachableError
 
 try:
     from obstore.exceptions import AlreadyExistsError, BaseError
@@ -63,6 +63,8 @@ _TRANSPORT = (
     (r"HttpError \{\s*kind: Timeout", "{host} does not answer in time; check the endpoint, or try again later"),
     (r"HttpError \{", "the connection to {host} breaks off; check the network, or try again later"),
 )
+
+_PASSING = (429, 500, 502, 503, 504)
 
 _first_user: int | None = None
 """The process that first asked an object store for something."""
@@ -215,7 +217,8 @@ class ObjectStore:
             raise self._failure(action, key, error) from error
 
     def _failure(self, action: str, key: str, error: Exception) -> StorageError:
-        failure = StorageError(f"cannot {action} {self.where(key)}: {_why(error)}")
+        kind = UnreachableError if _may_pass(error) else StorageError
+        failure = kind(f"cannot {action} {self.where(key)}: {_why(error)}")
         failure.__cause__ = error
         return failure
 
@@ -248,6 +251,16 @@ def _is_final(failure: StorageError) -> bool:
     return status is not None and status[1].startswith("4")
 
 
+def _may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed later: the store is overloaded, or nothing is heard of it."""
+    report = str(error)
+    if _NO_CREDENTIALS.search(report):
+        return False
+    if status := _STATUS.search(report):
+        return int(status[1]) in _PASSING
+    return any(re.search(pattern, report) for pattern in (r"dns error", r"HttpError \{"))
+
+
 def _why(error: Exception) -> str:
     """A cause and a mend, out of the many lines that obstore writes."""
     report = str(error)
@@ -275,7 +288,7 @@ def _why_answered(status: int, code: str) -> str:
             return f"{answer} again and again; see who else writes there"
         case 501:
             return f"{answer}; a bank needs a store that can create an object only if it is absent"
-        case 429 | 500 | 502 | 503 | 504:
+        case _ if status in _PASSING:
             return f"{answer}; try again later"
         case _:
             return f"{answer}; check the endpoint, the region and the bucket"

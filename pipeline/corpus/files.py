@@ -12,9 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from pipeline.errors import CorpusError
+from pipeline.errors import CorpusError, PromptBankError, UnreachableError
 
 _FOOTER_READERS = 16
+# How Arrow words that a store is overloaded, or that nothing is heard of it.
+_AWAY = re.compile(
+    r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|REQUEST_TIMEOUT|THROTTLING)"
+    r"|AWS Error UNKNOWN \(HTTP status 5\d\d\)|curlCode: (6|7|28|35|52|55|56)\b|[Tt]imed out|[Cc]ould ?n.t connect"
+)
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
@@ -88,6 +93,13 @@ def inspect_files(paths: str | Sequence[str], where: str) -> Source:
     return Source(where, filesystem, files_read)
 
 
+def unreadable(error: BaseException, what: str, mend: str) -> PromptBankError:
+    """The error to raise for `error`: one of the corpus, or of a store that may answer later."""
+    if _AWAY.search(str(error)):
+        return UnreachableError(f"{what} ({one_line(error)}); its store is away, so try again later")
+    return CorpusError(f"{what} ({one_line(error)}); {mend}")
+
+
 def one_line(error: BaseException) -> str:
     """An error's message fit to stand in brackets inside a sentence."""
     return re.sub(r"\s+", " ", str(error)).strip().rstrip(".")
@@ -98,7 +110,7 @@ def _find(path: str, where: str) -> tuple[fs.FileSystem, list[_Listed]]:
         filesystem, fixed, pattern = _locate(path)
         files = list(_list(filesystem, fixed, pattern))
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise CorpusError(f"{where}: cannot look up {path} ({one_line(error)}); mend the path or its access") from error
+        raise unreadable(error, f"{where}: cannot look up {path}", "mend the path or its access") from error
     if files:
         return filesystem, files
     kind = filesystem.get_file_info(fixed).type
@@ -171,9 +183,8 @@ def _read_footer(filesystem: fs.FileSystem, file: _Listed, where: str) -> Source
         footer = pq.read_metadata(file.path, filesystem=filesystem)
         schema = footer.schema.to_arrow_schema()
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise CorpusError(
-            f"{where}: {file.path} is not a readable Parquet file ({one_line(error)}); write it again or leave it out"
-        ) from error
+        what = f"{where}: {file.path} is not a readable Parquet file"
+        raise unreadable(error, what, "write it again or leave it out") from error
     groups = (footer.row_group(index) for index in range(footer.num_row_groups))
     return SourceFile(
         path=file.path,

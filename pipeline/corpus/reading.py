@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from pipeline.corpus.files import Source, SourceFile, one_line
+from pipeline.corpus.files import Source, SourceFile, unreadable
 from pipeline.corpus.template import column_texts
 from pipeline.errors import CorpusError
 
@@ -95,9 +95,7 @@ def read_texts(
     except UnicodeDecodeError as error:
         raise CorpusError(f"{where}: {unit.file.path} holds text that is not UTF-8; write it again as UTF-8") from error
     except (pa.ArrowException, OSError) as error:
-        raise CorpusError(
-            f"{where}: {unit.file.path} is damaged ({one_line(error)}); write it again or leave it out"
-        ) from error
+        raise unreadable(error, f"{where}: {unit.file.path} is damaged", "write it again or leave it out") from error
 
 
 def _between(batches: Iterable[pa.RecordBatch], first: int, end: int) -> Iterator[pa.RecordBatch]:

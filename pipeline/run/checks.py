@@ -24,7 +24,7 @@ from pipeline.backbone.memory import MemoryEstimate, estimate_memory
 from pipeline.backbone.weights import open_weights
 from pipeline.bank import BackboneId, PromptBank
 from pipeline.corpus.task_corpus import TaskPlan, check_task
-from pipeline.errors import BankError, PromptBankError, SettingsError
+from pipeline.errors import BankError, PromptBankError, SettingsError, StorageError
 from pipeline.run.bank import open_bank
 from pipeline.settings import Settings, TaskSettings
 
@@ -61,6 +61,8 @@ def check_run(settings: Settings) -> CheckedRun:
         try:
             check_context(name, task, config)
             plans[name] = check_task(name, task)
+        except StorageError:  # no mistake of the task's
+            raise
         except PromptBankError as error:
             refused[name] = error
     refuse_or_skip(settings, refused)

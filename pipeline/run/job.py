@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from pipeline.reporting.progress import follow
 from pipeline.reporting.table import TrialResult
 from pipeline.run.bank import open_bank
 from pipeline.run.checks import CheckedRun, refuse_or_skip
+from pipeline.run.patience import patiently
 from pipeline.run.publishing import publish_prompts
 from pipeline.run.report import write_report
 from pipeline.run.results import choose, result_of, write_trials
@@ -79,11 +81,12 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
             launch(order, settings.cluster, settings.run.max_failures, log)
             states = _finished_states(order, settings)
         if states is None:
-            raise TuningError(f"the ranks ended without finishing every trial; start run '{settings.run.name}' again")
+            raise TuningError(_stopped(order, settings))
         log.write("stage", name="publish", text=f"to {settings.bank.uri}")
         entries = choose(states)
         write_trials(folder / "trials.json", entries)
-        version = publish_prompts(settings, checked.identity, entries, corpora)
+        publish = partial(publish_prompts, settings, checked.identity, entries, corpora)
+        version = patiently(publish, "publish", log)
         left_out = [_refused_result(settings, *item) for item in refused.items()]
         outcome = Outcome((*map(result_of, entries), *left_out), version)
         log.write("end", version=version, exit=int(outcome.exit))
@@ -151,7 +154,8 @@ def _prepare_corpora(
     refused = dict(checked.refused)
     for name in checked.plans:
         try:
-            corpora[name] = prepare_task(name, settings.tasks[name], tokenizer, storage)
+            prepare = partial(prepare_task, name, settings.tasks[name], tokenizer, storage)
+            corpora[name] = patiently(prepare, "corpus", log)
             log.write("stage", name="corpus", text=f"{name}: {_counted(corpora[name])}")
         except StorageError:
             raise
@@ -197,6 +201,12 @@ def _finished_states(order: Order, settings: Settings) -> list[TrialState] | Non
             return None
         states.append(state)
     return states
+
+
+def _stopped(order: Order, settings: Settings) -> str:
+    checkpoint = load_checkpoint(Path(order.run_folder) / "checkpoints")
+    at = f"at step {checkpoint.step}, with a checkpoint of it" if checkpoint else "before its first step"
+    return f"run '{settings.run.name}' was told to stop and did, {at}; start it again to go on from there"
 
 
 def _refused_result(settings: Settings, name: str, error: PromptBankError) -> TrialResult:

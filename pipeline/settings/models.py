@@ -27,6 +27,10 @@ class RunSettings(_Frozen):
     """Steps between checkpoints of the prompts and their optimizers."""
     max_failures: int = Field(3, ge=0)
     """How often lost workers are started again before the run gives up."""
+    hang_timeout: float = Field(600.0, gt=0)
+    """Seconds after which a rank that shows no sign of life (no layer of the model begins to run) is ended, and all
+    start again from the last checkpoint, as after a loss; four times as many while they load. It must be longer than
+    the backward pass of `cluster.tokens_per_microbatch` tokens."""
     on_bad_task: Literal["refuse", "skip"] = "refuse"
     """A task whose corpus cannot be used stops the run before training, or is reported as failed."""
 

@@ -6,7 +6,9 @@ is frozen and needs none. A file that is damaged is passed over for the one befo
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,20 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise StorageError(
             f"cannot write {path}: {error.strerror}; make room, and the same run started again goes on"
         ) from error
+
+
+def temporaries(folder: Path) -> list[Path]:
+    """What writers that were killed within `write_atomically` left in a folder and those below it."""
+    return [path for path in folder.rglob(".*") if path.suffix[1:].isdecimal()]
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a whole folder, if it is there and can be."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _remove(path: Path) -> None:

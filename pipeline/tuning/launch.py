@@ -1,26 +1,34 @@
 """Spread a run over ranks: the local or remote Ray, and Ray Train's worker group."""
 
 import logging
+import math
 import os
-import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, get_preemption_info
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch.config import _TorchBackend
 
 from pipeline.errors import PromptBankError, SettingsError, TuningError
 from pipeline.reporting.events import EventLog
 from pipeline.settings import ClusterSettings
+from pipeline.tuning.checkpoint import remove, temporaries
+from pipeline.tuning.notices import allow_to_run, ask_to_stop, forget_request
+from pipeline.tuning.signals import heed_sigterm, sigterm_is_ctrl_c, stop_by_signal
+from pipeline.tuning.watchdog import LOADING, hang_reports, hang_sentence
 from pipeline.tuning.worker import Order, work
 
 _OBJECT_STORE_BYTES = 512 * 2**20
+_SHUTDOWN_TIMEOUT_S = 5
 _START_TIMEOUT_S = 900
 """A cluster that scales itself needs minutes for a new node."""
 
@@ -35,7 +43,12 @@ def connected_ray(cluster: ClusterSettings) -> Iterator[None]:
     # The workers must find this code, also when it was started as a script without being installed.
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
+    variables = {
+        "PYTHONPATH": os.pathsep.join(paths),
+        # Ranks that failed are killed; a hung one would be waited for.
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": str(_SHUTDOWN_TIMEOUT_S),
+    }
+    environment = {"env_vars": variables}
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
     if address:
         options = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -46,6 +59,9 @@ def connected_ray(cluster: ClusterSettings) -> Iterator[None]:
     try:
         if started:
             ray.init(address=address or "local", runtime_env=environment, **options)
+            sigterm_is_ctrl_c()
+    except SystemExit as exit:  # what ray.init makes of SIGTERM
+        raise KeyboardInterrupt from exit
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SettingsError(
@@ -62,16 +78,21 @@ def connected_ray(cluster: ClusterSettings) -> Iterator[None]:
 def launch(order: Order, cluster: ClusterSettings, max_failures: int, log: EventLog) -> None:
     """Run the order on `num_workers` ranks; ranks that are lost are started again from the last checkpoint.
 
+    Returns when the ranks have ended: with every trial, or where SIGTERM or Ctrl-C made them leave with a checkpoint.
     Raises: the PromptBankError that a rank ended with; TuningError when ranks were lost too often.
     """
     # A name of its own for each launch: what is resumed is our checkpoint, never Ray's state.
-    name = f"launch-{time.time_ns()}"
+    name, run_folder = f"launch-{time.time_ns()}", Path(order.run_folder)
+    timeout = float(order.settings["run"]["hang_timeout"])
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_TIMEOUT_S))
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout)  # a stopped process, or a frozen node
+    for leftover in (order.hangs, run_folder / "ray", *temporaries(run_folder)):  # of a driver that was killed
+        remove(leftover)
     _tell_what_is_missing(cluster, log)
     trainer = TorchTrainer(
         _on_rank,
         train_loop_config=asdict(order),
-        torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
+        torch_config=_Ranks(backend="nccl" if cluster.use_gpu else "gloo", timeout_s=math.ceil(LOADING * timeout)),
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers,
             use_gpu=cluster.use_gpu,
@@ -79,16 +100,54 @@ def launch(order: Order, cluster: ClusterSettings, max_failures: int, log: Event
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=str(Path(order.run_folder) / "ray"),
+            storage_path=str(run_folder / "ray"),
             failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=max_failures),
         ),
     )
+    allow_to_run(run_folder)
     try:
-        trainer.fit()
+        _fit(trainer, run_folder, log)
     except Exception as error:
-        raise _sentence(error, max_failures) from error
+        raise _sentence(error, max_failures, hang_reports(order.hangs), timeout) from error
     finally:
-        shutil.rmtree(Path(order.run_folder) / "ray" / name, ignore_errors=True)
+        remove(run_folder / "ray")
+        forget_request(run_folder)
+        if not hang_reports(order.hangs):
+            remove(order.hangs)
+
+
+def _fit(trainer: TorchTrainer, run_folder: Path, log: EventLog) -> None:
+    """`trainer.fit()` in a thread, where it sets no handler of Ctrl-C: Ray's own ends ranks without a checkpoint."""
+    ended: Future[object] = Future()
+
+    def fit() -> None:
+        try:
+            ended.set_result(trainer.fit())
+        except BaseException as error:
+            ended.set_exception(error)
+
+    def ask() -> None:
+        ask_to_stop(run_folder)
+        log.write("stage", name="tuning", text="told to stop: leaving after this step (told again: at once)")
+
+    with stop_by_signal(ask):
+        Thread(target=fit, daemon=True).start()
+        ended.result()
+
+
+class _RanksBackend(_TorchBackend):
+    def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
+        super().on_training_start(worker_group, backend_config)
+        worker_group.execute(heed_sigterm)  # in the main thread of each, where alone a handler can be set
+
+
+@dataclass
+class _Ranks(TorchConfig):
+    """Ranks of torch.distributed that heed SIGTERM."""
+
+    @property
+    def backend_cls(self) -> type[_RanksBackend]:
+        return _RanksBackend
 
 
 def _tell_what_is_missing(cluster: ClusterSettings, log: EventLog) -> None:
@@ -103,10 +162,10 @@ def _tell_what_is_missing(cluster: ClusterSettings, log: EventLog) -> None:
 
 
 def _on_rank(order: dict[str, Any]) -> None:
-    work(Order(**order), get_device())
+    work(Order(**order), get_device(), lambda: get_preemption_info() is not None)
 
 
-def _sentence(error: Exception, max_failures: int) -> PromptBankError:
+def _sentence(error: Exception, max_failures: int, hung: Sequence[Path], timeout: float) -> PromptBankError:
     failures = [*getattr(error, "worker_failures", {}).values(), error.__cause__, error]
     for failure in failures:
         while failure is not None:
@@ -116,7 +175,8 @@ def _sentence(error: Exception, max_failures: int) -> PromptBankError:
                     return candidate
             failure = failure.__cause__
     last = str(failures[0] or error).strip().splitlines()
+    reason = hang_sentence(hung, timeout) if hung else last[-1] if last else type(error).__name__
     return TuningError(
-        f"the ranks were lost or failed more than {max_failures} time(s); the last reason was: "
-        f"{last[-1] if last else type(error).__name__}; start the same run again to resume it"
+        f"the ranks were lost or failed more than {max_failures} time(s); the last reason was: {reason}; start the "
+        "same run again to resume it"
     )

@@ -3,6 +3,7 @@
 Every rank runs this loop over the same numbers, and so takes the same decisions.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +13,16 @@ import numpy as np
 import torch
 
 from pipeline.backbone.host import Backbone
+from pipeline.corpus.files import one_line
 from pipeline.corpus.reader import TokenSet, open_split
 from pipeline.corpus.task_corpus import TaskCorpus
-from pipeline.errors import StorageError
+from pipeline.errors import CorpusError, StorageError
 from pipeline.tuning.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.tuning.evaluate import Exam, evaluate
 from pipeline.tuning.halving import Entrant, ranking, rungs, verdicts
 from pipeline.tuning.initialise import initial_prompt
 from pipeline.tuning.journal import Journal
+from pipeline.tuning.notices import Notices
 from pipeline.tuning.optimise import update
 from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
 from pipeline.tuning.state import TrialState, start, winner
@@ -63,6 +66,9 @@ class _Progress:
     def live(self) -> list[TrialState]:
         return [state for state in self.states.values() if state.status == "live"]
 
+    def due(self) -> list[TrialState]:
+        return [state for state in self.live() if state.due]
+
     def waiting(self) -> list[Trial]:
         return [trial for trial in self.run.trials if trial.name not in self.states]
 
@@ -74,21 +80,33 @@ class _Progress:
         return list(of_task.values())
 
 
-def tune(run: TuningRun, backbone: Backbone, tokenizer: Any) -> list[TrialState]:
+def tune(run: TuningRun, backbone: Backbone, tokenizer: Any, notices: Notices | None = None) -> list[TrialState]:
     """Tune every trial to its end, resuming from the run's newest checkpoint; their final states.
 
+    Given notice to stop, it leaves after the step that it is at, with the states of the trials that have started.
     Raises: StorageError when a checkpoint cannot be written.
     """
     progress = _resume(run, backbone, tokenizer)
-    while True:
+    while not _must_stop(progress, notices):
+        if _evaluate_due(progress):  # also what a run that was stopped left due
+            _save(progress)
         _fill_slots(progress)
         if not progress.live():
             break
         _step(progress)
-        if _evaluate_due(progress) or progress.step % run.checkpoint_every == 0:
+        if progress.step % run.checkpoint_every == 0 and not progress.due():
             _save(progress)
     _save(progress)
-    return [progress.states[trial.name] for trial in run.trials]
+    return [progress.states[trial.name] for trial in run.trials if trial.name in progress.states]
+
+
+def _must_stop(progress: _Progress, notices: Notices | None) -> bool:
+    notice = notices.next(progress.backbone.device) if notices else "go on"
+    if notice == "save":
+        _save(progress)
+    elif notice == "stop":
+        progress.journal.event("stage", name="tuning", text=f"stopping at step {progress.step}, with a checkpoint")
+    return notice == "stop"
 
 
 def _resume(run: TuningRun, backbone: Backbone, tokenizer: Any) -> _Progress:
@@ -101,7 +119,9 @@ def _resume(run: TuningRun, backbone: Backbone, tokenizer: Any) -> _Progress:
     _check_ranks_agree(run, step, len(states), backbone)
     if states:
         journal.resumed(step, list(states.values()))
-    return _Progress(run, backbone, tokenizer, journal, step, states)
+    progress = _Progress(run, backbone, tokenizer, journal, step, states)
+    _drop_unreadable(progress, [state for state in states.values() if not state.ended])
+    return progress
 
 
 def _check_ranks_agree(run: TuningRun, step: int, states: int, backbone: Backbone) -> None:
@@ -156,8 +176,25 @@ def _admit(progress: _Progress, trials: Sequence[Trial]) -> None:
         progress.states[trial.name] = state
         progress.journal.started(state)
         admitted.append(state)
-    _measure(progress, admitted)
+    _drop_unreadable(progress, admitted)
+    _measure(progress, [state for state in admitted if not state.ended])
     _save(progress)
+
+
+def _drop_unreadable(progress: _Progress, states: Sequence[TrialState]) -> None:
+    """End the trials whose token shards a rank cannot read any more; the others must not stop for them."""
+    lost, reason = torch.zeros(len(states), device=progress.backbone.device), ""
+    for place, state in enumerate(states):
+        try:
+            for split in progress.run.corpora[state.trial.task].splits:
+                progress.split(state, split)
+        except (CorpusError, OSError, ValueError) as error:
+            lost[place], reason = 1.0, f" ({one_line(error)})"
+    if len(states):
+        sum_over_ranks(lost)
+    for state in itertools.compress(states, lost.tolist()):
+        state.lose(f"its token shards could not be read{reason}; a run of another run.name makes them anew")
+        progress.journal.finished(state)
 
 
 def _step(progress: _Progress) -> None:
@@ -179,14 +216,14 @@ def _step(progress: _Progress) -> None:
 
 
 def _evaluate_due(progress: _Progress) -> bool:
-    due = [state for state in progress.live() if state.due]
+    due = progress.due()
     if due:
         _measure(progress, due)
     return bool(due)
 
 
 def _measure(progress: _Progress, states: Sequence[TrialState]) -> None:
-    scores = _exam(progress, states, "dev")
+    scores = _exam(progress, states, "dev") if states else []
     for state, score in zip(states, scores, strict=True):
         state.judge(score)
         progress.journal.evaluated(state)

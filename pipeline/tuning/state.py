@@ -67,7 +67,8 @@ class TrialState:
     def due(self) -> bool:
         """Whether the dev metric is to be measured now."""
         settings = self.trial.settings
-        return self.step % settings.eval_every == 0 or self.step >= settings.max_steps
+        measured = self.history[-1].step == self.step
+        return not measured and (self.step % settings.eval_every == 0 or self.step >= settings.max_steps)
 
     def judge(self, score: Score) -> None:
         """Take in an evaluation: keep the best prompt, and stop when done or without progress."""
@@ -90,6 +91,12 @@ class TrialState:
         self.status = "halved"
         metric = self.trial.settings.metric
         self.reason = f"its dev {metric} at step {self.step} was in place {place} of {among} trials of its sweep"
+
+    def lose(self, reason: str) -> None:
+        """End the trial, whose corpus is gone."""
+        if not self.history:  # it never started
+            self.history.append(Evaluation(self.step, float("nan"), float("nan")))
+        self.status, self.reason = "failed", reason
 
     def fail_at(self, what: str, value: float) -> None:
         """End the trial, which has left the range of numbers."""

@@ -1,6 +1,8 @@
 """What one rank does: load its part of the backbone, tune, and check that the backbone stayed frozen."""
 
+import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,12 @@ from pipeline.errors import TuningError
 from pipeline.settings import Settings
 from pipeline.tuning.journal import Journal
 from pipeline.tuning.loop import TuningRun, tune
+from pipeline.tuning.notices import Notices
 from pipeline.tuning.peak_memory import peak_bytes
 from pipeline.tuning.placement import agreed_products, partitions
 from pipeline.tuning.ranks import rank, world_size
 from pipeline.tuning.trials import Trial, make_trials
+from pipeline.tuning.watchdog import call_at_every_layer, hang_reports, hang_sentence, watched
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,16 @@ class Order:
             warm_starts={name: prompts[path] for name, path in kept.items()},
         )
 
+    @property
+    def hangs(self) -> Path:
+        """Where ranks that the watchdog ends leave their stacks."""
+        return Path(self.run_folder) / "hangs"
 
-def work(order: Order, device: torch.device) -> None:
+
+def work(order: Order, device: torch.device, node_leaves: Callable[[], bool]) -> None:
     """Carry out a run's tuning on this rank; its results are the run's last checkpoint.
 
+    `node_leaves` is that of `Notices`.
     Raises: StorageError, BackboneError; TuningError when the frozen weights changed.
     """
     settings = Settings.model_validate(order.settings)
@@ -78,14 +88,29 @@ def work(order: Order, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     journal = Journal(Path(order.run_folder), silent=rank() != 0)
+    if hung := hang_reports(order.hangs):
+        journal.event("stage", name="tuning", text=f"starting again: {hang_sentence(hung, settings.run.hang_timeout)}")
+    with watched(settings.run.hang_timeout, order.hangs / f"rank-{rank()}.{os.getpid()}.txt") as alive:
+        _tune(order, settings, device, journal, Notices(Path(order.run_folder), node_leaves), alive)
+
+
+def _tune(
+    order: Order,
+    settings: Settings,
+    device: torch.device,
+    journal: Journal,
+    notices: Notices,
+    alive: Callable[[], None],
+) -> None:
     backbone = _host(order, settings, device, journal)
+    call_at_every_layer(backbone.hosted, alive)
     sizes = held_bytes(backbone)
     suit_allocator(sum(sizes.values()))
     held = ", ".join(f"{size / 2**20:.0f} MiB of {kind}" for kind, size in sorted(sizes.items()))
     before = held_digest(backbone)
     journal.event("stage", name="tuning", text=f"rank 0 of {world_size()} holds {held}")
     journal.event("memory", stage="backbone", peak_bytes=peak_bytes())
-    tune(order.tuning_run(settings), backbone, AutoTokenizer.from_pretrained(order.model_folder))
+    tune(order.tuning_run(settings), backbone, AutoTokenizer.from_pretrained(order.model_folder), notices)
     journal.event("memory", stage="tuning", peak_bytes=peak_bytes())
     if held_digest(backbone) != before:
         shutil.rmtree(Path(order.run_folder) / "checkpoints", ignore_errors=True)  # or a restart would publish them

@@ -18,56 +18,7 @@ import psutil
 import pytest
 
 from pipeline.bank import PromptBank
-from tests.jobs_data import make_project, write_settings
-
-ROOT = Path(__file__).resolve().parents[2]
-JOB = [sys.executable, str(ROOT / "jobs" / "tune_prompts.py")]
-
-
-def start(settings: Path, *arguments: str, **kwargs) -> subprocess.Popen:
-    command = [*JOB, "--config", str(settings), *arguments]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=settings.parent, **kwargs
-    )
-
-
-def finish(process: subprocess.Popen, timeout: float = 240) -> str:
-    output, _ = process.communicate(timeout=timeout)
-    return output
-
-
-def run(settings: Path, *arguments: str, code: int = 0) -> str:
-    process = start(settings, *arguments)
-    output = finish(process)
-    assert process.returncode == code, output
-    return output
-
-
-def prompts(bank: Path, names=("film", "book")) -> dict[str, np.ndarray]:
-    opened = PromptBank.open(bank)
-    return {name: opened.load(name).array for name in names}
-
-
-def events(run_folder: Path) -> list[dict]:
-    path = run_folder / "events.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def wait_for_step(run_folder: Path, step: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 180
-    while time.monotonic() < deadline:
-        assert process.poll() is None, finish(process)
-        if any(event["event"] == "step" and event["step"] >= step for event in events(run_folder)):
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"step {step} was not reached in time")
-
-
-def project_in(folder: Path, **defaults) -> Path:
-    folder.mkdir()
-    settings = make_project(folder, max_steps=400, eval_every=200, patience=None, **defaults)
-    return write_settings(folder, settings)
+from tests.job_process import JOB, ROOT, assert_same, events, finish, project_in, run, start, wait_for_step
 
 
 @pytest.fixture(scope="module")
@@ -144,11 +95,6 @@ def test_a_killed_driver_started_again_ends_with_the_prompts_of_an_undisturbed_r
     ]
     assert [line["step"] for line in series if "loss" in line] == list(range(1, 401)), "a step is there twice, or never"
     assert_same(tmp_path / "project/bank", undisturbed[0] / "bank")
-
-
-def assert_same(bank: Path, reference: Path) -> None:
-    for name, prompt in prompts(bank).items():
-        np.testing.assert_array_equal(prompt, prompts(reference)[name])
 
 
 def test_the_plan_shows_rows_steps_and_memory_and_trains_nothing(undisturbed):
