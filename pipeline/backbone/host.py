@@ -8,7 +8,7 @@ and schedule.
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +37,14 @@ class _Hosted(nn.Module):
         return function(self.model, *args)
 
 
+@dataclass
+class Traffic:
+    """Counts what ZeRO-3 costs this rank."""
+
+    gathered: int = 0
+    """Bytes of weights gathered, this rank's own part included."""
+
+
 @dataclass(frozen=True)
 class Backbone:
     """A frozen model ready to run. Under ZeRO-3 every rank must make the same calls in the same order."""
@@ -45,6 +53,7 @@ class Backbone:
     hosted: nn.Module
     device: torch.device
     dtype: torch.dtype
+    traffic: Traffic = field(default_factory=Traffic)
 
     @property
     def architecture(self) -> Architecture:
@@ -120,14 +129,15 @@ def host_backbone(
     give_back_freed_memory()
     node = join_node_memory() if share_memory and keep is None and device.type == "cpu" else None
     keep = keep or (node.keep if node else on_device(device))
-    _gather_by(node)
+    traffic = Traffic()
+    _gather_by(node, traffic)
     load_weights(model, source, dtype, _partitioned(zero, dtype, device, keep))
     dist.barrier()  # what others hold may be read from here on
     hosted = _Hosted(model)
     # One gather for a whole transformer layer instead of one for each of its matrices.
     deepspeed.utils.set_z3_leaf_modules(hosted, _layer_types(model))
     engine, *_ = deepspeed.initialize(model=hosted, config=zero)
-    return Backbone(config, engine.module, device, dtype)
+    return Backbone(config, engine.module, device, dtype, traffic)
 
 
 def _whole(device: torch.device, keep: Keep) -> Placement:
@@ -167,18 +177,19 @@ def _partitioned(zero: dict[str, Any], dtype: torch.dtype, device: torch.device,
     return Placement(share, parameter, sum_over_ranks, lambda module: _move_buffers(module, device))
 
 
-def _gather_by(node: NodeMemory | None) -> None:
-    """Set how DeepSpeed gathers in this process: gloo's own all-gather makes a second tensor as large as the whole."""
+def _gather_by(node: NodeMemory | None, traffic: Traffic) -> None:
+    """Set how DeepSpeed gathers in this process, and count it."""
+    import deepspeed
     from deepspeed.runtime.zero import partition_parameters
 
-    if dist.get_backend() != "gloo":
-        return
-
-    def gather(partition: Tensor, whole: Tensor, group: Any = None) -> _Gathering:
+    def gather(partition: Tensor, whole: Tensor, group: Any = None) -> Any:
+        traffic.gathered += whole.nbytes
         if node is not None and node.holds(partition):
             node.gather(partition, whole)
             return _Gathering(())
-        return _gather_in_place(partition, whole, group)
+        if dist.get_backend(group) == "gloo":
+            return _gather_in_place(partition, whole, group)
+        return deepspeed.comm.allgather_fn(whole, partition, group=group, async_op=True)
 
     partition_parameters._dist_allgather_fn = gather
 
@@ -195,7 +206,7 @@ class _Gathering:
 
 
 def _gather_in_place(partition: Tensor, whole: Tensor, group: Any = None) -> _Gathering:
-    """Each rank's partition straight to its place."""
+    """Each rank's partition straight to its place: gloo's own all-gather makes a second tensor as large as `whole`."""
     places = whole.chunk(dist.get_world_size(group))
     places[dist.get_rank(group)].copy_(partition)
     sources = range(len(places)) if group is None else dist.get_process_group_ranks(group)

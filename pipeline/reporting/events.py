@@ -1,13 +1,14 @@
 """`events.jsonl`: what a run tells the people who watch it, one JSON object per line, only ever appended.
 
-Every line has `time` (Unix seconds) and `event`:
+Every line has `time` (Unix seconds), `run` and `event`:
 
     begin     tasks                                            the driver starts, or starts again
     launch    trials: [{trial, task, max_steps}]               all that are to be tuned
     stage     name: corpus | backbone | tuning | publish, text
     memory    stage, peak_bytes                                most that rank 0 held at once, until that stage's end
     resume    step, trials: {trial: {step, status, reason}}    from the checkpoint of that step; status: if it has ended
-    step      step, live, tokens_per_second, trials: {trial: {step, loss}}
+    step      step, live, trials: {trial: {step, loss}}, tokens_per_second (of text), padding (share of the tokens that
+              were computed), gathered_bytes (of weights by rank 0, since it loaded them)
     eval      trial, step, metric, value, loss
     finished  trial, status, reason
     end       version, exit                                    it is done; version null: nothing was published
@@ -47,7 +48,8 @@ class EventLog:
             raise self._refused(error) from error
 
     def write(self, event: str, **fields: Any) -> None:
-        line = json.dumps({"time": time.time(), "event": event, **finite(fields)}, ensure_ascii=False, allow_nan=False)
+        record = {"time": time.time(), "run": self._path.parent.name, "event": event, **finite(fields)}
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False)
         try:
             self._append(line.encode() + b"\n")
         except OSError as error:

@@ -1,7 +1,8 @@
 """Progress of a run while the driver waits for it: bars on a terminal, plain lines in a log."""
 
+import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -17,26 +18,37 @@ from rich.text import Text
 from pipeline.reporting.events import Event, EventTail
 from pipeline.reporting.sentences import Narrator, sentence
 from pipeline.reporting.state import RunState, headline, number
+from pipeline.reporting.trackers import Audience, Tracker
 
 POLL_SECONDS = 0.25
 MOST_BARS = 12
 
 
 @contextmanager
-def follow(events_file: Path, console: Console) -> Iterator[None]:
-    """Show what is appended to `events_file` from now on, in a thread, until the block ends.
+def follow(
+    events_file: Path, console: Console, trackers: Sequence[Tracker] = (), as_json: bool = False
+) -> Iterator[None]:
+    """Show what is appended to `events_file` from now on, in a thread, until the block ends; trackers hear of it, too.
 
     The file may not exist yet, and its workers may be killed and start again. What was written
-    before the block ended is shown before this returns, also when the block raises.
+    before the block ended is shown before this returns, also when the block raises. With `as_json`,
+    every event is printed as it is written, for machines that read logs.
     """
     tail = EventTail(events_file)
     ended = threading.Event()
-    screen: Screen = Bars(console) if console.is_terminal else Lines(console)
+    screen: Screen = JsonLines(console) if as_json else Bars(console) if console.is_terminal else Lines(console)
+    told = Audience(trackers, console)
+
+    def look() -> None:
+        events = tail.read()
+        screen.show(events)
+        told.tell(events)
 
     def watch() -> None:
         while not ended.wait(POLL_SECONDS):
-            screen.show(tail.read())
-        screen.show(tail.read())
+            look()
+        look()
+        told.close()
 
     with screen:
         watcher = threading.Thread(target=watch, name="progress", daemon=True)
@@ -54,6 +66,23 @@ class Screen(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None: ...
+
+
+class JsonLines:
+    """Every event as one line of JSON."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def show(self, events: list[Event]) -> None:
+        for event in events:
+            self._console.out(json.dumps(event, ensure_ascii=False), highlight=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        pass
 
 
 class Lines:

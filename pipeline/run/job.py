@@ -19,10 +19,14 @@ from pipeline.errors import PromptBankError, StorageError, TuningError
 from pipeline.reporting.events import EventLog
 from pipeline.reporting.progress import follow
 from pipeline.reporting.table import TrialResult
+from pipeline.reporting.to_mlflow import MLflow
+from pipeline.reporting.to_tensorboard import TensorBoard
+from pipeline.reporting.trackers import Tracker
 from pipeline.run.bank import open_bank
 from pipeline.run.checks import CheckedRun, refuse_or_skip
 from pipeline.run.patience import patiently
 from pipeline.run.publishing import publish_prompts
+from pipeline.run.ray_metrics import RayMetrics
 from pipeline.run.report import write_report
 from pipeline.run.results import choose, result_of, write_trials
 from pipeline.settings import Settings
@@ -66,7 +70,12 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
     settings = checked.settings
     folder = _run_folder(settings)
     events = folder / "events.jsonl"
-    with EventLog(events) as log, _telling_why(log), connected_ray(settings.cluster), follow(events, console):
+    with (
+        EventLog(events) as log,
+        _telling_why(log),
+        connected_ray(settings.cluster),
+        follow(events, console, _trackers(settings, folder), settings.tracking.log == "json"),
+    ):
         log.write("begin", tasks=len(checked.plans))
         tokenizer = _save_model_description(checked, folder)
         corpora, refused = _prepare_corpora(checked, tokenizer, log)
@@ -96,6 +105,17 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
             console.print(f"warning: the run's report was not written: {error}", markup=False)
             return outcome
     return replace(outcome, report=page)
+
+
+def _trackers(settings: Settings, folder: Path) -> list[Tracker]:
+    """Raises: SettingsError when one is asked for that is not installed."""
+    tracking, run = settings.tracking, settings.run.name
+    trackers: list[Tracker] = [RayMetrics(run)]
+    if tracking.tensorboard:
+        trackers.append(TensorBoard(folder / "tensorboard"))
+    if tracking.mlflow is not None:
+        trackers.append(MLflow(tracking.mlflow, tracking.experiment, run))
+    return trackers
 
 
 @contextmanager

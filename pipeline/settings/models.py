@@ -199,6 +199,19 @@ class BankSettings(_Frozen):
     """The private key (PEM file) that signs what this run publishes."""
 
 
+class TrackingSettings(_Frozen):
+    """Who else hears how a run is going; none of them can stop it. Ray's metrics tell it always."""
+
+    tensorboard: bool = False
+    """Scalars for TensorBoard, in the run's folder (`tensorboard/`)."""
+    mlflow: str | None = None
+    """The URI of an MLflow tracking server, which gets the run's scalars and its end."""
+    experiment: str = "promptbank"
+    """MLflow's name for what the runs belong to."""
+    log: Literal["auto", "json"] = "auto"
+    """What the job prints while it runs: bars or lines for people, or every event as a line of JSON."""
+
+
 class Settings(_Frozen):
     run: RunSettings = RunSettings()
     model: ModelSettings
@@ -206,6 +219,7 @@ class Settings(_Frozen):
     defaults: TaskDefaults = TaskDefaults()
     tasks: dict[Name, TaskSettings] = Field(min_length=1)
     bank: BankSettings = BankSettings()
+    tracking: TrackingSettings = TrackingSettings()
 
     @model_validator(mode="after")
     def _halving_can_act(self) -> Self:

@@ -9,6 +9,7 @@ from pipeline.errors import StorageError
 from pipeline.reporting.events import EventLog
 from pipeline.tuning.checkpoint import write_atomically
 from pipeline.tuning.state import TrialState
+from pipeline.tuning.step import Tokens
 
 _SECONDS_BETWEEN_STEP_EVENTS = 2.0
 
@@ -19,7 +20,7 @@ class Journal:
     def __init__(self, run_folder: Path, silent: bool) -> None:
         self._events = None if silent else EventLog(run_folder / "events.jsonl")
         self._metrics = run_folder / "metrics"
-        self._last = (time.monotonic(), 0)
+        self._since, self._tokens = time.monotonic(), Tokens()
 
     def event(self, event: str, **fields: object) -> None:
         if self._events:
@@ -42,20 +43,26 @@ class Journal:
         if self._events:
             write_atomically(self._path(state.trial.name), b"")
 
-    def stepped(self, step: int, live: Sequence[TrialState], losses: Mapping[str, float], tokens: int) -> None:
+    def stepped(
+        self, step: int, live: Sequence[TrialState], losses: Mapping[str, float], tokens: Tokens, gathered: int
+    ) -> None:
+        """`gathered`: bytes of weights that this rank gathered since it loaded them."""
         if self._events is None:
             return
         for state in live:
             self._series(state, loss=losses[state.trial.name])
-        since, counted = self._last
-        elapsed = time.monotonic() - since
+        self._tokens += tokens
+        elapsed = time.monotonic() - self._since
         if elapsed < _SECONDS_BETWEEN_STEP_EVENTS and step > 1:
-            self._last = (since, counted + tokens)
             return
         trials = {s.trial.name: {"step": s.step, "loss": losses[s.trial.name]} for s in live}
-        rate = (counted + tokens) / max(elapsed, 1e-9)
-        self.event("step", step=step, live=len(live), tokens_per_second=rate, trials=trials)
-        self._last = (time.monotonic(), 0)
+        figures = {
+            "tokens_per_second": self._tokens.text / max(elapsed, 1e-9),
+            "padding": self._tokens.padding / self._tokens.computed,
+            "gathered_bytes": gathered,
+        }
+        self.event("step", step=step, live=len(live), **figures, trials=trials)
+        self.paused()
 
     def evaluated(self, state: TrialState) -> None:
         last = state.history[-1]
@@ -70,7 +77,7 @@ class Journal:
 
     def paused(self) -> None:
         """Time since the last step went elsewhere (an evaluation), and is no part of the rate."""
-        self._last = (time.monotonic(), 0)
+        self._since, self._tokens = time.monotonic(), Tokens()
 
     def _path(self, trial: str) -> Path:
         return self._metrics / f"{trial}.jsonl"

@@ -212,7 +212,7 @@ def _step(progress: _Progress) -> None:
         state.step += 1
     stepped = [state for state in live if state.status == "live"]
     by_name = {state.trial.name: float(loss) for state, loss in zip(live, losses, strict=True)}
-    progress.journal.stepped(progress.step, stepped, by_name, tokens)
+    progress.journal.stepped(progress.step, stepped, by_name, tokens, progress.backbone.traffic.gathered)
 
 
 def _evaluate_due(progress: _Progress) -> bool:

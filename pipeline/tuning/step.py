@@ -37,6 +37,20 @@ class Row:
     weight: float
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """What one step ran, over all ranks and micro-batches."""
+
+    text: int = 0
+    """Of inputs and targets, each once."""
+    computed: int = 0
+    """That passed through the model: text, each prompt as often as it ran, padding."""
+    padding: int = 0
+
+    def __add__(self, other: "Tokens") -> "Tokens":
+        return Tokens(self.text + other.text, self.computed + other.computed, self.padding + other.padding)
+
+
 def batch_of_step(work: Sequence[Work]) -> list[Row]:
     """Every trial's rows at its own step; `slot` is the trial's place in `work`."""
     rows = []
@@ -52,8 +66,8 @@ def batch_of_step(work: Sequence[Work]) -> list[Row]:
 
 def losses_and_gradients(
     backbone: Backbone, work: Sequence[Work], token_budget: int, nll: Callable[..., Tensor] = prompted.target_nll
-) -> tuple[np.ndarray, int]:
-    """Each trial's loss `[S]` (nats a target token), its gradient left in its prompt's `.grad`; text tokens.
+) -> tuple[np.ndarray, Tokens]:
+    """Each trial's loss `[S]` (nats a target token), its gradient left in its prompt's `.grad`; what was run.
 
     Every rank must call this with the same work; all ranks end with the same numbers. `nll` computes the rows' losses.
     """
@@ -63,7 +77,9 @@ def losses_and_gradients(
     for prompt in prompts:
         prompt.grad = None
     loads = [Load(row.slot, len(prompts[row.slot]), row.length) for row in rows]
+    tokens = Tokens()
     for shares in plan_rows(loads, world_size(), token_budget, backbone.pads_rows):
+        tokens = sum((_tokens_of([loads[i] for i in share], backbone.pads_rows) for share in shares), tokens)
         # A rank without a share runs another's first row at weight zero: all gather weights together.
         mine = [rows[i] for i in shares[rank()]]
         _accumulate(backbone, prompts, mine or [rows[shares[0][0]]], 1.0 if mine else 0.0, losses, nll)
@@ -73,7 +89,17 @@ def losses_and_gradients(
     summed, *gradients = flat.split(sizes)
     for prompt, gradient in zip(prompts, gradients, strict=True):
         prompt.grad = gradient.view_as(prompt).clone()
-    return summed.cpu().numpy(), sum(row.length for row in rows)
+    return summed.cpu().numpy(), tokens
+
+
+def _tokens_of(share: Sequence[Load], padded: bool) -> Tokens:
+    """Of one rank's rows in one micro-batch (see `plan_rows`)."""
+    text = sum(load.own for load in share)
+    if not padded:
+        return Tokens(text, text + sum({load.slot: load.prompt for load in share}.values()))
+    lengths = [load.prompt + load.own for load in share]
+    computed = len(share) * max(lengths, default=0)
+    return Tokens(text, computed, computed - sum(lengths))
 
 
 def _accumulate(
