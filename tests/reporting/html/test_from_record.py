@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
         {"time": 1010, "event": "stage", "name": "tuning"},
         memory,
     ]
-    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in [*started, memory]))
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     (folder / "trials.json").write_text(json.dumps([{"trial": "film.cold", "status": "stopped early", "reason": None}]))
     bank = PromptBank.open(tmp_path / "bank", create=True)
     for value in (0.8, 0.85):
