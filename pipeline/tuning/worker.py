@@ -19,7 +19,6 @@ from pipeline.errors import TuningError
 from pipeline.settings import Settings
 from pipeline.tuning.journal import Journal
 from pipeline.tuning.loop import TuningRun, tune
-from pipeline.tuning.peak_memory import peak_bytes
 from pipeline.tuning.placement import partitions
 from pipeline.tuning.ranks import rank, true_on_all, world_size
 from pipeline.tuning.trials import Trial, make_trials
@@ -85,9 +84,9 @@ def work(order: Order, device: torch.device) -> None:
     held = ", ".join(f"{size / 2**20:.0f} MiB of {kind}" for kind, size in sorted(sizes.items()))
     before = held_digest(backbone)
     journal.event("stage", name="tuning", text=f"rank 0 of {world_size()} holds {held}")
-    journal.event("memory", stage="backbone", peak_bytes=peak_bytes())
+    journal.memory("backbone")
     tune(order.tuning_run(settings), backbone, AutoTokenizer.from_pretrained(order.model_folder))
-    journal.event("memory", stage="tuning", peak_bytes=peak_bytes())
+    journal.memory("tuning")
     if held_digest(backbone) != before:
         shutil.rmtree(Path(order.run_folder) / "checkpoints", ignore_errors=True)  # or a restart would publish them
         raise TuningError("the frozen weights changed during tuning; the run's prompts are not to be trusted")
