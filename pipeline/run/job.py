@@ -1,8 +1,7 @@
 """The main job, from settings to a published version of the bank."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
@@ -15,7 +14,7 @@ from pipeline.backbone.files import from_anywhere, save_description
 from pipeline.corpus.encoding import TokenizerSpec
 from pipeline.corpus.task_corpus import TaskCorpus, prepare_task
 from pipeline.errors import PromptBankError, StorageError, TuningError
-from pipeline.reporting.events import EventLog
+from pipeline.reporting.events import EventLog, telling_why
 from pipeline.reporting.progress import follow
 from pipeline.reporting.table import TrialResult
 from pipeline.run.bank import open_bank
@@ -64,7 +63,7 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
     settings = checked.settings
     folder = _run_folder(settings)
     events = folder / "events.jsonl"
-    with EventLog(events) as log, _telling_why(log), connected_ray(settings.cluster), follow(events, console):
+    with EventLog(events) as log, telling_why(log), connected_ray(settings.cluster), follow(events, console):
         log.write("begin", tasks=len(checked.plans))
         tokenizer = _save_model_description(checked, folder)
         corpora, refused = _prepare_corpora(checked, tokenizer, log)
@@ -93,18 +92,6 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
             console.print(f"warning: the run's report was not written: {error}", markup=False)
             return outcome
     return replace(outcome, report=page)
-
-
-@contextmanager
-def _telling_why(log: EventLog) -> Iterator[None]:
-    """Whoever watches the run's storage shall see that it stopped, and why."""
-    try:
-        yield
-    except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-        with suppress(StorageError):  # a full disk is the reason, perhaps
-            log.write("stopped", reason="interrupted" if interrupted else str(error) or type(error).__name__)
-        raise
 
 
 def _order(checked: CheckedRun, corpora: Mapping[str, TaskCorpus], folder: Path) -> Order:
