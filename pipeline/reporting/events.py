@@ -21,6 +21,8 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -70,6 +72,18 @@ class EventLog:
 
     def _refused(self, error: OSError) -> StorageError:
         return StorageError(f"cannot write the run's event log {self._path}: {error.strerror}")
+
+
+@contextmanager
+def telling_why(log: EventLog) -> Iterator[None]:
+    """Whoever watches the log shall see that the block was stopped, and why."""
+    try:
+        yield
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+        with suppress(StorageError):  # a full disk is the reason, perhaps
+            log.write("stopped", reason="interrupted" if interrupted else str(error) or type(error).__name__)
+        raise
 
 
 class EventTail:

@@ -1,8 +1,7 @@
 """The main job, from settings to a published version of the bank."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import partial
@@ -16,19 +15,16 @@ from pipeline.backbone.files import from_anywhere, save_description
 from pipeline.corpus.encoding import TokenizerSpec
 from pipeline.corpus.task_corpus import TaskCorpus, prepare_task
 from pipeline.errors import PromptBankError, StorageError, TuningError
-from pipeline.reporting.events import EventLog
+from pipeline.reporting.events import EventLog, telling_why
 from pipeline.reporting.progress import follow
 from pipeline.reporting.table import TrialResult
-from pipeline.reporting.to_mlflow import MLflow
-from pipeline.reporting.to_tensorboard import TensorBoard
-from pipeline.reporting.trackers import Tracker
 from pipeline.run.bank import open_bank
 from pipeline.run.checks import CheckedRun, refuse_or_skip
 from pipeline.run.patience import patiently
 from pipeline.run.publishing import publish_prompts
-from pipeline.run.ray_metrics import RayMetrics
 from pipeline.run.report import write_report
 from pipeline.run.results import choose, result_of, write_trials
+from pipeline.run.tracking import trackers_of
 from pipeline.settings import Settings
 from pipeline.tuning.checkpoint import load_checkpoint, write_atomically
 from pipeline.tuning.launch import connected_ray, launch
@@ -72,9 +68,9 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
     events = folder / "events.jsonl"
     with (
         EventLog(events) as log,
-        _telling_why(log),
+        telling_why(log),
         connected_ray(settings.cluster),
-        follow(events, console, _trackers(settings, folder), settings.tracking.log == "json"),
+        follow(events, console, trackers_of(settings, folder), settings.tracking.log == "json"),
     ):
         log.write("begin", tasks=len(checked.plans))
         tokenizer = _save_model_description(checked, folder)
@@ -105,29 +101,6 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
             console.print(f"warning: the run's report was not written: {error}", markup=False)
             return outcome
     return replace(outcome, report=page)
-
-
-def _trackers(settings: Settings, folder: Path) -> list[Tracker]:
-    """Raises: SettingsError when one is asked for that is not installed."""
-    tracking, run = settings.tracking, settings.run.name
-    trackers: list[Tracker] = [RayMetrics(run)]
-    if tracking.tensorboard:
-        trackers.append(TensorBoard(folder / "tensorboard"))
-    if tracking.mlflow is not None:
-        trackers.append(MLflow(tracking.mlflow, tracking.experiment, run))
-    return trackers
-
-
-@contextmanager
-def _telling_why(log: EventLog) -> Iterator[None]:
-    """Whoever watches the run's storage shall see that it stopped, and why."""
-    try:
-        yield
-    except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-        with suppress(StorageError):  # a full disk is the reason, perhaps
-            log.write("stopped", reason="interrupted" if interrupted else str(error) or type(error).__name__)
-        raise
 
 
 def _order(checked: CheckedRun, corpora: Mapping[str, TaskCorpus], folder: Path) -> Order:

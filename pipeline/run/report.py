@@ -11,7 +11,7 @@ from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import BankError
 from pipeline.reporting.html import Curve, NightReport, PastVersion, TaskNight, Verdict, render
 from pipeline.reporting.html.history import past_versions
-from pipeline.reporting.html.run_files import read_curve, stages_of
+from pipeline.reporting.html.run_files import faults_of, read_curve, stages_of
 from pipeline.reporting.table import TrialResult
 from pipeline.reporting.watched import read_events
 from pipeline.run.bank import open_bank
@@ -75,6 +75,7 @@ def _report(
         version=version,
         alias_before=before,
         alias_after=after,
+        faults=faults_of(events),
         stages=stages,
         ranks=ranks,
         rank_seconds=ranks * held,
@@ -101,7 +102,7 @@ def _task(folder: Path, entry: Entry, corpus: TaskCorpus, history: Sequence[Past
         start=result.dev_before,
         steps=state.step,
         history=history,
-        curves=[_curve(folder, trial, trial is state and not entry.failed) for trial in entry.trials],
+        curves=[_curve(folder, trial, trial is state) for trial in entry.trials],
         rows=corpus.counts,
     )
 
@@ -116,9 +117,9 @@ def _why(entry: Entry, result: TrialResult) -> str:
     return f"{result.status}, from {start}" + (f"; {result.among}" if result.among else "")
 
 
-def _curve(folder: Path, state: TrialState, published: bool) -> Curve:
+def _curve(folder: Path, state: TrialState, best: bool) -> Curve:
     curve = read_curve(folder, state.trial.name)
-    return replace(curve, published=published, status=state.status, reason=state.reason)
+    return replace(curve, best=best, status=state.status, reason=state.reason)
 
 
 def _bank(settings: Settings) -> PromptBank | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.errors import StorageError
 from pipeline.reporting.events import EventLog
 from pipeline.tuning.checkpoint import write_atomically
+from pipeline.tuning.peak_memory import peak_bytes
 from pipeline.tuning.state import TrialState
 from pipeline.tuning.step import Tokens
 
@@ -74,6 +75,10 @@ class Journal:
 
     def finished(self, state: TrialState) -> None:
         self.event("finished", trial=state.trial.name, **_end(state))
+
+    def memory(self, stage: str) -> None:
+        """How much this rank held at most, at the end of a stage."""
+        self.event("memory", stage=stage, peak_bytes=peak_bytes())
 
     def paused(self) -> None:
         """Time since the last step went elsewhere (an evaluation), and is no part of the rate."""

@@ -21,7 +21,6 @@ from pipeline.settings import Settings
 from pipeline.tuning.journal import Journal
 from pipeline.tuning.loop import TuningRun, tune
 from pipeline.tuning.notices import Notices
-from pipeline.tuning.peak_memory import peak_bytes
 from pipeline.tuning.placement import agreed_products, partitions
 from pipeline.tuning.ranks import rank, world_size
 from pipeline.tuning.trials import Trial, make_trials
@@ -109,9 +108,9 @@ def _tune(
     held = ", ".join(f"{size / 2**20:.0f} MiB of {kind}" for kind, size in sorted(sizes.items()))
     before = held_digest(backbone)
     journal.event("stage", name="tuning", text=f"rank 0 of {world_size()} holds {held}")
-    journal.event("memory", stage="backbone", peak_bytes=peak_bytes())
+    journal.memory("backbone")
     tune(order.tuning_run(settings), backbone, AutoTokenizer.from_pretrained(order.model_folder), notices)
-    journal.event("memory", stage="tuning", peak_bytes=peak_bytes())
+    journal.memory("tuning")
     if held_digest(backbone) != before:
         shutil.rmtree(Path(order.run_folder) / "checkpoints", ignore_errors=True)  # or a restart would publish them
         raise TuningError("the frozen weights changed during tuning; the run's prompts are not to be trusted")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import StorageError
-from pipeline.reporting.events import EventLog, EventTail
+from pipeline.reporting.events import EventLog, EventTail, telling_why
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
@@ -91,3 +91,18 @@ def test_a_full_disk_is_one_sentence() -> None:
         pytest.skip("this system has no /dev/full")
     with EventLog(full) as log, pytest.raises(StorageError, match="No space left on device"):
         log.write("resume", step=1)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (StorageError("the disk is full"), "the disk is full"),
+        (KeyboardInterrupt(), "interrupted"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_what_stops_a_run_is_told_and_still_raised(tmp_path: Path, error: BaseException, reason: str) -> None:
+    path = tmp_path / "events.jsonl"
+    with EventLog(path) as log, pytest.raises(type(error)), telling_why(log):
+        raise error
+    assert [(event["event"], event["reason"]) for event in EventTail(path, whole=True).read()] == [("stopped", reason)]

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-Decision = Literal["failed", "removed", "kept", "cold", "warm", "carried"]
+Decision = Literal["failed", "pending", "removed", "kept", "cold", "warm", "carried"]
 """What became of a task's prompt:
 
     failed    no new prompt, for a reason of its own; the old one, where there is one, stays
+    pending   nothing yet: the night was stopped before
     removed   the task has left the settings, and its prompt the bank
     kept      tuned tonight, but the prompt in the bank stays: the new one did not pass the gate
     cold      tuned from a fresh initialisation, and published
@@ -32,7 +33,8 @@ class Curve:
     """Training loss of every step."""
     evaluations: Series = ()
     """Dev metric of every evaluation; step 0 is the prompt as it was initialised."""
-    published: bool = False
+    best: bool = False
+    """Of a task's trials the one that it is about: whose prompt was published, or compared and refused."""
     status: str = ""
     """tuned | stopped early | halved | no gain | failed"""
     reason: str | None = None

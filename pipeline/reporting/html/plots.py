@@ -12,7 +12,7 @@ WIDTH, HEIGHT = 340, 156
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 330, 8, 134
 _POINTS, _POINTS_OF_OTHERS, _POINTS_OF_SPARK = 140, 40, 32
 MOST_OTHERS = 24
-"""Trials of a sweep drawn beside the published one."""
+"""Trials of a sweep drawn beside the best one."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Plot:
 
 
 def loss_plot(task: TaskNight) -> Plot | None:
-    """Training loss over steps: the published trial with the range that its mean hides, others thin behind it."""
+    """Training loss over steps: the best trial with the range that its mean hides, others thin behind it."""
     shown, others = _shown(task)
     buckets = thin(shown.losses, _POINTS)
     behind = [thin(curve.losses, _POINTS_OF_OTHERS) for curve in others]
@@ -133,7 +133,7 @@ def _shown(task: TaskNight) -> tuple[Curve, list[Curve]]:
     """The curve that the task is about, and others to be drawn behind it."""
     if not task.curves:
         return Curve(task.name), []
-    shown = next((curve for curve in task.curves if curve.published), task.curves[0])
+    shown = next((curve for curve in task.curves if curve.best), task.curves[0])
     return shown, [curve for curve in task.curves if curve is not shown][:MOST_OTHERS]
 
 

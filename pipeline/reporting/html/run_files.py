@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.errors import StorageError
 from pipeline.reporting.events import Event
-from pipeline.reporting.html.night import Curve, Stage
+from pipeline.reporting.html.night import Curve, Fault, Stage
 
 _STARTING = "starting ranks"
 
@@ -49,6 +49,26 @@ def stages_of(events: Iterable[Event]) -> list[Stage]:
             stage = found[event["stage"]]
             found[stage.name] = replace(stage, peak_bytes=max(stage.peak_bytes or 0, int(event["peak_bytes"])))
     return list(found.values())
+
+
+def faults_of(events: Iterable[Event]) -> list[Fault]:
+    """Ranks that were lost, and starts of the run that came to no end, as far as the events show them."""
+    found: list[Fault] = []
+    stepped = launched = False
+    for event in events:
+        time = float(event.get("time") or 0.0)
+        match event:
+            case {"event": "launch"}:
+                launched = True
+            case {"event": "step"}:
+                stepped, launched = True, False
+            case {"event": "resume", "step": step} if stepped:
+                what = "the run was started again" if launched else "ranks were lost and started again"
+                found.append(Fault(time, f"{what}, from the checkpoint of step {step}"))
+                launched = False
+            case {"event": "stopped", "reason": reason}:
+                found.append(Fault(time, f"stopped: {reason}"))
+    return found
 
 
 def _finite(value: float | None) -> float | None:

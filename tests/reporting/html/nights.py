@@ -18,6 +18,7 @@ from pipeline.reporting.html import (
 STARTED = 1_795_564_800.0
 WHY: dict[Decision, str] = {
     "failed": "the loss was nan at step 31; lower optimizer.lr or set optimizer.clip_norm",
+    "pending": "its corpus changed: 6,920 train rows where there were 6,412",
     "removed": "no longer in the settings; its prompt leaves the bank with this version",
     "kept": "its dev accuracy is worse on the same 500 rows; a paired randomisation test finds it worse (p = 0.012)",
     "cold": "new in the settings",
@@ -26,14 +27,14 @@ WHY: dict[Decision, str] = {
 }
 
 
-def curve(trial: str, steps: int = 120, seed: int = 0, published: bool = True, floor: float = 0.4) -> Curve:
+def curve(trial: str, steps: int = 120, seed: int = 0, best: bool = True, floor: float = 0.4) -> Curve:
     noise = random.Random(seed)
     losses = [(step, floor + 2.2 * math.exp(-step / 25) + noise.uniform(-0.15, 0.15)) for step in range(1, steps + 1)]
     every = max(1, steps // 8)
     evaluations = [
         (step, 0.9 - 0.4 * math.exp(-step / 40) + noise.uniform(-0.01, 0.01)) for step in range(0, steps + 1, every)
     ]
-    return Curve(trial, losses, evaluations, published, "tuned" if published else "halved")
+    return Curve(trial, losses, evaluations, best, "tuned" if best else "halved")
 
 
 def task(name: str, decision: Decision, seed: int = 0, **changes: object) -> TaskNight:

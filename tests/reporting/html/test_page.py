@@ -168,7 +168,7 @@ def test_tables_have_heads_plots_have_titles_and_headings_are_in_order(report):
 
 def test_no_decision_is_told_by_colour_alone():
     text = Page(render(every_kind())).text
-    for word in ("✕ failed", "− removed", "↺ kept", "● cold start", "▲ warm start", "= carried"):
+    for word in ("✕ failed", "… pending", "− removed", "↺ kept", "● cold start", "▲ warm start", "= carried"):
         assert word in text
 
 

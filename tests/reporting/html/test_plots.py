@@ -21,7 +21,7 @@ def places(path: str) -> list[tuple[float, float]]:
 
 @given(losses=series, evaluations=series, others=st.lists(series, max_size=2))
 def test_every_point_lies_within_its_plot_whatever_the_numbers(losses, evaluations, others):
-    curves = [Curve("a", losses, evaluations, published=True), *(Curve("b", other, other) for other in others)]
+    curves = [Curve("a", losses, evaluations, best=True), *(Curve("b", other, other) for other in others)]
     night = task("film", "cold", curves=curves, history=[])
     for draw in (loss_plot, metric_plot, loss_spark):
         plot = draw(night)
@@ -64,8 +64,8 @@ def test_a_spike_makes_the_axis_logarithmic_and_the_title_says_so():
     assert "logarithmic" in plot.title and [tick.text for tick in plot.y_ticks][-1] == "1e+06"
 
 
-def test_other_trials_of_a_sweep_are_behind_the_published_one():
-    curves = [Curve("a", [(1, 2.0), (2, 1.0)]), Curve("b", [(1, 2.0), (2, 0.5)], published=True)]
+def test_other_trials_of_a_sweep_are_behind_the_best_one():
+    curves = [Curve("a", [(1, 2.0), (2, 1.0)]), Curve("b", [(1, 2.0), (2, 0.5)], best=True)]
     plot = loss_plot(task("film", "cold", curves=curves))
     assert [kind for kind, _ in plot.lines] == ["other", "loss"] and "0.500 at step 2" in plot.title
 

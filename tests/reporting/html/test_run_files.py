@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from pipeline.bank import Metrics, PromptBank
-from pipeline.reporting.html import PastVersion, Stage
+from pipeline.reporting.html import Fault, PastVersion, Stage
 from pipeline.reporting.html.history import past_versions
-from pipeline.reporting.html.run_files import read_curve, stages_of
+from pipeline.reporting.html.run_files import faults_of, read_curve, stages_of
 from tests.bank.conftest import make_prompt, publish
 
 
@@ -74,3 +74,18 @@ def test_a_damaged_version_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "bank" / "versions" / "2.json").write_text("{}")
     bank = PromptBank.open(tmp_path / "bank")
     assert [past.version for past in past_versions(bank, {"film": "accuracy"}, 3)["film"]] == [1, 3]
+
+
+def test_lost_ranks_and_new_starts_are_faults_and_a_first_start_is_none() -> None:
+    def at(time: float, event: str, **more: object) -> dict[str, object]:
+        return {"time": time, "event": event, **more}
+
+    begun = [at(1, "begin"), at(2, "launch", trials=[]), at(3, "step", step=1)]
+    assert faults_of(begun) == []
+    lost = [*begun, at(9, "stage", name="backbone", text=""), at(10, "resume", step=1), at(11, "step", step=2)]
+    assert faults_of(lost) == [Fault(10, "ranks were lost and started again, from the checkpoint of step 1")]
+    stopped = [*begun, at(4, "stopped", reason="the disk is full"), *begun[:2], at(9, "resume", step=1)]
+    assert faults_of(stopped) == [
+        Fault(4, "stopped: the disk is full"),
+        Fault(9, "the run was started again, from the checkpoint of step 1"),
+    ]

@@ -1,0 +1,144 @@
+"""From what a night left in its folder (`night.json`, events, curves) and the bank's manifests to its page's input."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.bank import PromptBank
+from pipeline.errors import StorageError
+from pipeline.reporting.events import Event
+from pipeline.reporting.html.history import past_versions
+from pipeline.reporting.html.night import (
+    Condition,
+    Curve,
+    Decision,
+    Fault,
+    NightReport,
+    PastVersion,
+    Stage,
+    TaskNight,
+    Verdict,
+)
+from pipeline.reporting.html.run_files import faults_of, read_curve, stages_of
+from pipeline.reporting.watched import read_events
+
+_ALL_REFRESHED = 0
+
+
+def night_of_record(
+    folder: Path, bank: PromptBank | None, price_per_rank_hour: float | None = None, record: str = "night.json"
+) -> NightReport:
+    """The night in a run's folder, also one that failed; its record is described in `pipeline/refresh/record.py`.
+
+    Raises: StorageError when a file cannot be read.
+    """
+    try:
+        night: dict[str, Any] = json.loads((folder / record).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StorageError(f"cannot read {folder / record}: {error}") from error
+    log = folder / "events.jsonl"
+    events = list(read_events(log)) if log.exists() else []
+    ended = night["ended"] or (float(events[-1]["time"]) if events else night["started"])
+    return NightReport(
+        title=f"Night of {night['date']}",
+        run=night["run"],
+        verdict=_verdict(night),
+        outcome=night["outcome"] or "It has not ended.",
+        started=night["started"],
+        ended=ended,
+        tasks=_tasks(folder, night, bank),
+        bank=night["bank"],
+        alias=night["alias"],
+        version=night["version"],
+        parent=night["alias_before"],
+        alias_before=night["alias_before"],
+        # A night that did not come to its end has moved nothing.
+        alias_after=night["alias_before"] if night["alias_after"] is None else night["alias_after"],
+        exit_code=night["exit_code"],
+        conditions=[Condition(**condition) for condition in night["conditions"]],
+        faults=[*faults_of(events), *([Fault(ended, night["failure"], survived=False)] if night["failure"] else [])],
+        stages=_stages(night, events),
+        ranks=night["ranks"],
+        rank_seconds=night["ranks"] * night["stages"].get("tuning", 0.0),
+        price_per_rank_hour=price_per_rank_hour,
+        facts=_facts(folder, night),
+    )
+
+
+def _verdict(night: Mapping[str, Any]) -> Verdict:
+    if night["exit_code"] == _ALL_REFRESHED:
+        return "good"
+    return "bad" if night["version"] is None else "partial"
+
+
+def _tasks(folder: Path, night: Mapping[str, Any], bank: PromptBank | None) -> list[TaskNight]:
+    metrics = {task["task"]: task["metric"] for task in night["tasks"] if task["metric"] is not None}
+    past = past_versions(bank, metrics, night["version"]) if bank is not None else {}
+    ends = _ends(folder)
+    return [_task(folder, task, past.get(task["task"], []), ends) for task in night["tasks"]]
+
+
+def _task(
+    folder: Path, task: Mapping[str, Any], history: Sequence[PastVersion], ends: Mapping[str, Mapping[str, Any]]
+) -> TaskNight:
+    return TaskNight(
+        name=task["task"],
+        decision=_decision(task),
+        why="; ".join(filter(None, (task["why"], task["reason"]))),
+        metric=task["metric"] or "metric",
+        incumbent=task["incumbent"],
+        tuned=task["new"],
+        p_value=task["p_value"],
+        start=task["start"],
+        warm=task["warm"],
+        cold=task["cold"],
+        steps=task["steps"],
+        canary=task["canary"],
+        history=history,
+        curves=[_curve(folder, trial, trial == task["trial"], ends.get(trial, {})) for trial in task["trials"]],
+        rows=task["rows"],
+    )
+
+
+def _decision(task: Mapping[str, Any]) -> Decision:
+    """Promoted prompts are told apart by where the best trial started."""
+    result: Decision | str = task["result"]
+    if result == "promoted":
+        started_warm = task["warm"] is not None and task["warm_beat_cold"] is not False
+        return "warm" if started_warm else "cold"
+    known: dict[str, Decision] = {"carried": "carried", "kept": "kept", "failed": "failed", "removed": "removed"}
+    return known.get(result, "pending")
+
+
+def _curve(folder: Path, trial: str, best: bool, end: Mapping[str, Any]) -> Curve:
+    return replace(read_curve(folder, trial), best=best, status=end.get("status", ""), reason=end.get("reason"))
+
+
+def _ends(folder: Path) -> dict[str, Mapping[str, Any]]:
+    """How each trial ended, where `trials.json` is there."""
+    try:
+        rows = json.loads((folder / "trials.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {row["trial"]: row for row in rows}
+
+
+def _stages(night: Mapping[str, Any], events: Sequence[Event]) -> list[Stage]:
+    """Seconds from the record; memory of the ranks, which load, tune and measure in one stage, from the events."""
+    peaks = [stage.peak_bytes for stage in stages_of(events) if stage.peak_bytes is not None]
+    most = max(peaks, default=None)
+    return [Stage(name, seconds, most if name == "tuning" else None) for name, seconds in night["stages"].items()]
+
+
+def _facts(folder: Path, night: Mapping[str, Any]) -> dict[str, str]:
+    gate = [f"{name} {night[name]:g}" for name in ("alpha", "margin") if night[name] is not None]
+    facts = {
+        "model": night["model"],
+        "backbone": night["backbone"][:12] + (" (not the alias' version's)" if night["new_backbone"] else ""),
+        "gate": ", ".join(gate),
+        "attempts": str(night["attempts"]),
+        "folder": str(folder),
+    }
+    return {name: fact for name, fact in facts.items() if fact}
