@@ -29,5 +29,9 @@ class StorageError(PromptBankError, OSError):
     """A place could not be written or read: the disk is full, permission is missing, a store is gone."""
 
 
+class LeaseError(PromptBankError, RuntimeError):
+    """Another night of the same run holds its lease, or has taken it over."""
+
+
 class TuningError(PromptBankError, RuntimeError):
     """The run itself could not go on: workers lost too often, or no trial left."""

@@ -3,7 +3,7 @@
 Every line has `time` (Unix seconds) and `event`:
 
     launch    trials: [{trial, task, max_steps}]               the driver starts, or starts again
-    stage     name: corpus | backbone | tuning | publish, text
+    stage     name: corpus | plan | backbone | tuning | gate | publish, text
     resume    step                                             from the checkpoint of that step
     step      step, live, tokens_per_second, trials: {trial: {step, loss}}
     eval      trial, step, metric, value, loss

@@ -1,7 +1,7 @@
 """What one rank does: load its part of the backbone, tune, and check that the backbone stayed frozen."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pipeline.backbone.offload import keep_by
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import TuningError
 from pipeline.settings import Settings
+from pipeline.tuning.incumbents import Incumbents, measure
 from pipeline.tuning.journal import Journal
 from pipeline.tuning.loop import TuningRun, tune
 from pipeline.tuning.placement import partitions
@@ -35,6 +36,8 @@ class Order:
     run_folder: str
     starts: dict[str, str]
     """Digest of the bank's prompt that a trial starts from, for `init: bank`."""
+    incumbents: dict[str, str] = field(default_factory=dict)
+    """By task, the digest of the bank's prompt that its best trial is measured against at the end."""
 
     @property
     def model_folder(self) -> Path:
@@ -45,6 +48,10 @@ class Order:
         """Where the driver keeps the bank's prompt that a trial with `init: bank` starts from."""
         source = str(trial.settings.prompt.source)
         return Path(self.run_folder) / "warm_starts" / f"{trial.task}.{source.replace('@', '.at.')}.safetensors"
+
+    def incumbent(self, task: str) -> Path:
+        """Where the driver keeps the bank's prompt of a task."""
+        return Path(self.run_folder) / "incumbents" / f"{task}.safetensors"
 
     def task_corpora(self) -> dict[str, TaskCorpus]:
         return {task: TaskCorpus.from_dict(corpus) for task, corpus in self.corpora.items()}
@@ -84,7 +91,12 @@ def work(order: Order, device: torch.device) -> None:
     held = ", ".join(f"{size / 2**20:.0f} MiB of {kind}" for kind, size in sorted(sizes.items()))
     before = held_digest(backbone)
     journal.event("stage", name="tuning", text=f"rank 0 of {world_size()} holds {held}")
-    tune(order.tuning_run(settings), backbone, AutoTokenizer.from_pretrained(order.model_folder))
+    run, tokenizer = order.tuning_run(settings), AutoTokenizer.from_pretrained(order.model_folder)
+    states = tune(run, backbone, tokenizer)
+    if order.incumbents:
+        journal.event("stage", name="gate", text=f"{len(order.incumbents)} prompt(s) of the bank measured again")
+        prompts = {task: load_file(order.incumbent(task))["prompt"] for task in order.incumbents}
+        measure(run, states, Incumbents(order.incumbents, prompts), backbone, tokenizer)
     if held_digest(backbone) != before:
         shutil.rmtree(Path(order.run_folder) / "checkpoints", ignore_errors=True)  # or a restart would publish them
         raise TuningError("the frozen weights changed during tuning; the run's prompts are not to be trusted")
