@@ -205,7 +205,7 @@ class RefreshSettings(_Frozen):
     cold_side: bool = True
     """Whether a task that is tuned from the bank's prompt is tuned from a fresh start beside it, to compare."""
     min_refreshed: float = Field(0.5, ge=0, le=1)
-    """The alias moves only if this share of the tasks that had to be tuned neither failed nor came out worse."""
+    """The alias moves only if at least this share of the tasks that had to be tuned did not fail."""
     canaries: tuple[Name, ...] = ()
     """Tasks none of which may fail or come out worse: else the alias stays where it is."""
     wait_for_lease: float = Field(0, ge=0)

@@ -3,11 +3,21 @@ import shutil
 
 import pytest
 import ray
+import torch
 from rich.console import Console
 
 from pipeline.refresh.night import run_night
 from pipeline.settings import parse_settings
+from pipeline.tuning.worker import work
 from tests.jobs_data import make_project
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rank_in_this_process():
+    """What a worker of Ray Train is given to do, done here: nights take a second. tests/jobs goes the whole way."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.refresh.tuned.launch", lambda order, *rest: work(order, torch.device("cpu")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -26,8 +36,9 @@ def night(settings, date, *overrides):
 def first_night(tmp_path_factory, local_ray):
     """A project after its first night: its folder, settings and record."""
     folder = tmp_path_factory.mktemp("first")
-    settings = make_project(folder, max_steps=60, eval_every=20)
+    settings = make_project(folder, max_steps=300, eval_every=50)
     settings["cluster"] = {"num_workers": 1}
+    settings["tasks"]["film"]["metric"] = "loss"  # which a model of random weights learns to lower
     return folder, settings, night(settings, "n1")
 
 

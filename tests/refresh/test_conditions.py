@@ -28,9 +28,9 @@ def held(tasks, **settings) -> bool:
     ("tasks", "share"),
     [
         ([PROMOTED, NO_GAIN], 1.0),
-        ([PROMOTED, WORSE], 0.5),
+        ([PROMOTED, WORSE], 1.0),
         ([PROMOTED, FAILED], 0.5),
-        ([PROMOTED, UNUSABLE, FAILED, WORSE], 0.25),
+        ([PROMOTED, UNUSABLE, FAILED, WORSE], 0.5),
         ([PROMOTED, CARRIED, REMOVED], 1.0),
         ([FAILED, CARRIED, CARRIED], 0.0),
         ([CARRIED, REMOVED], 1.0),
