@@ -33,5 +33,9 @@ class UnreachableError(StorageError):
     """A store does not answer, or says that it cannot now: the same may well succeed a little later."""
 
 
+class LeaseError(PromptBankError, RuntimeError):
+    """Another night of the same run holds its lease, or has taken it over."""
+
+
 class TuningError(PromptBankError, RuntimeError):
     """The run itself could not go on: workers lost too often, or no trial left."""

@@ -6,7 +6,7 @@ The layout on disk is written down in FORMAT.md.
 from pipeline.bank.aliases import AliasMove
 from pipeline.bank.client import PromptBank
 from pipeline.bank.manifest import BackboneId, Manifest, Metrics, PromptRecord, Template, Unknown
-from pipeline.bank.publish import NewPrompt
+from pipeline.bank.publish import NewPrompt, Standing
 from pipeline.bank.snapshot import Prompt, Snapshot
 from pipeline.bank.store import Missing
 from pipeline.bank.watch import Watcher, WatchEvent
@@ -22,6 +22,7 @@ __all__ = [
     "PromptBank",
     "PromptRecord",
     "Snapshot",
+    "Standing",
     "Template",
     "Unknown",
     "WatchEvent",

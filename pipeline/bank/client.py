@@ -13,7 +13,7 @@ from pipeline.bank.aliases import AliasMove
 from pipeline.bank.cache import Cache, default_cache
 from pipeline.bank.collect import DEFAULT_GRACE, Collected, collect
 from pipeline.bank.manifest import BackboneId, Manifest, Unknown
-from pipeline.bank.publish import NewPrompt
+from pipeline.bank.publish import NewPrompt, Publication, Standing, refuse_other_backbone
 from pipeline.bank.snapshot import Prompt, Snapshot
 from pipeline.bank.source import Source
 from pipeline.bank.store import open_store
@@ -117,7 +117,8 @@ class PromptBank:
         """Read the alias again and return the version seen from now on.
 
         The prompts in use are read from the new version before it takes the old one's place: when one of
-        them is damaged, or the store is gone, the old version stays. Raises: BankError, StorageError.
+        them is damaged, the store is gone, or they belong to another backbone now, the old version stays.
+        Raises: BankError, StorageError.
         """
         with self._swap:
             move = aliases.current_move(self._source, self._alias)
@@ -190,18 +191,26 @@ class PromptBank:
         backbone: BackboneId,
         run: str,
         libraries: Mapping[str, str],
-        alias: str,
+        alias: str | None,
+        *,
+        standing: Sequence[Standing] = (),
+        removed: Mapping[str, str] | None = None,
+        new_backbone: bool = False,
     ) -> int:
-        """Publish a new version, move `alias` to it, and return its number.
+        """Publish a new version, move `alias` to it (None: no alias moves), and return its number.
 
         This object sees the new version when `alias` is its own. The parent is the newest version: its
         prompts that are not named here are carried forward by reference, and a kept or failed prompt keeps
-        the parent's blob when there is one. Prompts that are not finite, wrongly shaped or wrongly named,
-        and another backbone, are refused before anything is written.
+        the parent's blob when there is one. `standing` prompts stay as another version has them, `removed` ones
+        (name -> why) are not carried forward. `new_backbone` allows a parent of another backbone, and then carries
+        nothing. Prompts that are not finite, wrongly shaped or wrongly named, and another backbone, are refused
+        before anything is written.
         Raises: BankError, StorageError (full disk, no permission): readers then see the version before.
         """
-        number = publishing.publish(self._source, prompts, backbone, run, libraries, alias)
-        self._follow(alias)
+        new = Publication(prompts, backbone, run, libraries, standing, removed or {}, new_backbone)
+        number = publishing.publish(self._source, new, alias)
+        if alias is not None:
+            self._follow(alias)
         return number
 
     def advance(self, alias: str, version: int, by: str) -> None:
@@ -257,6 +266,7 @@ class PromptBank:
         seen: set[str] = set()
         # Until no other prompt has come into use meanwhile.
         while self._current is not None and (fresh := set(self._current.used) - seen):
+            refuse_other_backbone(f"version {move.version}", successor.backbone, self._current.backbone)
             for name in fresh:
                 record = successor.record(name)
                 if record is not None and record.digest is not None:  # a task that has left is no damage

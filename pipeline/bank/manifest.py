@@ -100,6 +100,10 @@ class PromptRecord(Frozen):
     seed: int
     corpus_digest: str
     settings_digest: str
+    inputs_digest: str | None = None
+    """Of all that the last run with this task tuned it from, but for the prompt that it started from: corpus,
+    templates and settings. Equal, and there is nothing to tune again. Of a prompt that was kept because the new one was
+    worse, what that new one was tuned from."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "PromptRecord":
@@ -125,6 +129,8 @@ class Header(Frozen):
     """Random: tells two publications of the same prompts, by the same run, in the same second, apart."""
     backbone: BackboneId
     libraries: Mapping[str, str]
+    removed: Mapping[Name, str] = {}
+    """Prompts of the parent that are not carried forward, and why. Written only where there are any."""
 
 
 class Manifest(Header):
@@ -142,7 +148,8 @@ class Manifest(Header):
 
 def encode_manifest(manifest: Manifest, sign: Callable[[str], Signature] | None = None) -> bytes:
     """The bytes of `versions/<N>.json`: sealed JSON with one prompt per line, sorted by name."""
-    header = canonical(manifest.model_dump(mode="json", exclude={"prompts"}))
+    left_out = {"prompts"} if manifest.removed else {"prompts", "removed"}
+    header = canonical(manifest.model_dump(mode="json", exclude=left_out))
     lines = [
         b'"%s":%s' % (name.encode(), canonical(manifest.prompts[name].model_dump(mode="json")))
         for name in sorted(manifest.prompts)

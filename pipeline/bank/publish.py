@@ -4,8 +4,9 @@ Killed before the manifest, a publication leaves unreferenced blobs and nothing 
 killed after it, a whole version that the alias does not point to yet.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -40,36 +41,62 @@ class NewPrompt:
     settings_digest: str
     status: Literal["tuned", "kept", "failed"] = "tuned"
     reason: str | None = None
+    inputs_digest: str | None = None
 
 
-def publish(
-    source: Source,
-    prompts: Sequence[NewPrompt],
-    backbone: BackboneId,
-    run: str,
-    libraries: Mapping[str, str],
-    alias: str,
-) -> int:
-    """Publish a new version and return its number. Raises: BankError before anything is written, StorageError."""
+@dataclass(frozen=True)
+class Standing:
+    """A prompt of an earlier version that stays as it is, by reference, whatever the newest version has of its name."""
+
+    record: PromptRecord
+    """As that version has it."""
+    status: Literal["carried_forward", "kept"] = "carried_forward"
+    reason: str | None = None
+    inputs_digest: str | None = None
+    """Replaces the record's, where a new prompt was tuned and refused."""
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What a new version holds."""
+
+    prompts: Sequence[NewPrompt]
+    backbone: BackboneId
+    run: str
+    libraries: Mapping[str, str]
+    standing: Sequence[Standing] = ()
+    removed: Mapping[str, str] = field(default_factory=dict)
+    """Prompts that leave, and why."""
+    new_backbone: bool = False
+    """The newest version may belong to another backbone: nothing of it is then carried forward."""
+
+
+def publish(source: Source, new: Publication, alias: str | None) -> int:
+    """Publish a new version and return its number; without an alias, none moves.
+
+    Raises: BankError before anything is written, StorageError.
+    """
     if source.trusted and source.sign is None:
         raise BankError(f"cannot publish to {source.store.uri}: trusted keys are given, so a signing key is needed too")
-    current_move(source, alias)  # refuses a damaged alias before the first write
-    _check_prompts(prompts, backbone)
-    blobs = {prompt.name: encode_blob(prompt.array) for prompt in prompts if prompt.array is not None}
+    if alias is not None:
+        current_move(source, alias)  # refuses a damaged alias before the first write
+    _check_prompts(new)
+    blobs = {prompt.name: encode_blob(prompt.array) for prompt in new.prompts if prompt.array is not None}
     digests = {name: digest for name, (digest, _) in blobs.items()}
-    parent = _parent(source, backbone)
-    manifest = _manifest(parent, prompts, digests, backbone, run, libraries)  # what it refuses, too
+    parent = _parent(source, new)
+    manifest = _manifest(parent, new, digests)  # what it refuses, too
     referenced = {record.digest for record in parent.prompts.values()} if parent else set()
     for digest, data in blobs.values():
         write_blob(source, digest, data, digest in referenced)
     while (seal := create_version(source, manifest)) is None:
-        parent = _parent(source, backbone)  # another publisher was first: its version becomes the parent
-        manifest = _manifest(parent, prompts, digests, backbone, run, libraries)
+        parent = _parent(source, new)  # another publisher was first: its version becomes the parent
+        manifest = _manifest(parent, new, digests)
     # A collector that had looked before this version was visible may have taken an old blob of the same bytes.
     for digest, data in blobs.values():
         if not source.store.exists(blob_key(digest)):
             source.store.create(blob_key(digest), data)
-    advance_alias(source, alias, manifest.version, seal, by=f"run {run}")
+    if alias is not None:
+        advance_alias(source, alias, manifest.version, seal, by=f"run {new.run}")
     return manifest.version
 
 
@@ -95,19 +122,21 @@ def _title(backbone: BackboneId) -> str:
     return f"{backbone.model} (fingerprint {backbone.fingerprint}, {backbone.quantization})"
 
 
-def _check_prompts(prompts: Sequence[NewPrompt], backbone: BackboneId) -> None:
-    if not prompts:
+def _check_prompts(new: Publication) -> None:
+    names = [prompt.name for prompt in new.prompts] + [standing.record.name for standing in new.standing]
+    if not names:
         raise BankError("there is nothing to publish: no prompt was given")
-    seen: set[str] = set()
-    for prompt in prompts:
-        check_name("prompt", prompt.name)
-        if prompt.name in seen:
-            raise BankError(f"prompt '{prompt.name}' is there twice in one publication; give each its own name")
-        seen.add(prompt.name)
+    for name, count in Counter(names).items():
+        check_name("prompt", name)
+        if count > 1:
+            raise BankError(f"prompt '{name}' is there twice in one publication; give each its own name")
+        if name in new.removed:
+            raise BankError(f"prompt '{name}' is published and removed at once; do one of them")
+    for prompt in new.prompts:
         if (prompt.array is None) == (prompt.status == "tuned"):
             raise BankError(f"prompt '{prompt.name}': an array belongs to the status 'tuned' and to no other")
         if prompt.array is not None:
-            _check_array(prompt.name, prompt.array, backbone.hidden_size)
+            _check_array(prompt.name, prompt.array, new.backbone.hidden_size)
 
 
 def _check_array(name: str, array: np.ndarray, hidden_size: int) -> None:
@@ -120,40 +149,43 @@ def _check_array(name: str, array: np.ndarray, hidden_size: int) -> None:
         raise BankError(f"prompt '{name}' is refused: it holds values that are not finite (NaN or infinite)")
 
 
-def _parent(source: Source, backbone: BackboneId) -> Manifest | None:
+def _parent(source: Source, new: Publication) -> Manifest | None:
     """The newest version. Raises: BankError when it belongs to another backbone or is damaged, StorageError."""
     numbers = version_numbers(source.store)
     if not numbers:
         return None
     version = read_version(source, numbers[-1])
-    refuse_other_backbone(version.where, version.header.backbone, backbone)
+    if not new.new_backbone:
+        refuse_other_backbone(version.where, version.header.backbone, new.backbone)
     return version.manifest()
 
 
-def _manifest(
-    parent: Manifest | None,
-    prompts: Sequence[NewPrompt],
-    digests: Mapping[str, str],
-    backbone: BackboneId,
-    run: str,
-    libraries: Mapping[str, str],
-) -> Manifest:
+def _manifest(parent: Manifest | None, new: Publication, digests: Mapping[str, str]) -> Manifest:
     """The manifest of the version after the parent: the publication's prompts, and the parent's others by reference."""
-    before = parent.prompts if parent else {}
+    usable = parent is not None and not parent.backbone.differing_parts(new.backbone)
+    before = parent.prompts if parent and usable else {}
     number = parent.version + 1 if parent else 1
     # A failed record without a blob stays in the version that it failed in: there is nothing to carry.
-    records = {name: _by_reference(old, "carried_forward", None) for name, old in before.items() if old.digest}
-    for prompt in prompts:
+    records = {
+        name: _by_reference(old, "carried_forward", None)
+        for name, old in before.items()
+        if old.digest and name not in new.removed
+    }
+    for standing in new.standing:
+        old = _by_reference(standing.record, standing.status, standing.reason, standing.inputs_digest)
+        records[old.name] = old
+    for prompt in new.prompts:
         records[prompt.name] = _record(prompt, before.get(prompt.name), digests.get(prompt.name), number)
     try:
         return Manifest(
             version=number,
             parent=parent.version if parent else None,
             time=utc_now(),
-            run=run,
+            run=new.run,
             id=new_id(),
-            backbone=backbone,
-            libraries=libraries,
+            backbone=new.backbone,
+            libraries=new.libraries,
+            removed=new.removed,
             prompts=records,
         )
     except ValidationError as error:
@@ -178,6 +210,12 @@ def _record(prompt: NewPrompt, old: PromptRecord | None, digest: str | None, num
         raise BankError(f"prompt '{prompt.name}' is refused: {first_problem(error)}") from error
 
 
-def _by_reference(old: PromptRecord, status: Literal["carried_forward", "kept"], reason: str | None) -> PromptRecord:
+def _by_reference(
+    old: PromptRecord,
+    status: Literal["carried_forward", "kept"],
+    reason: str | None,
+    inputs_digest: str | None = None,
+) -> PromptRecord:
     changes = {"status": status, "reason": reason, "metrics_previous": old.metrics}
+    changes |= {"inputs_digest": inputs_digest} if inputs_digest else {}
     return PromptRecord.model_validate({**dict(old), **changes})

@@ -46,7 +46,16 @@ _MOVE_COLUMNS = (
 )
 _DIFF_COLOURS = {"added": "green", "removed": "red", "changed": "yellow"}
 _TOLD_OF_WHOLE_PROMPTS = ("status", "reason", "digest", "metrics.dev_after", "metrics.test")
-_DIGESTS = ("digest", "corpus_digest", "settings_digest", "fingerprint", "config", "tokenizer", "weights")
+_DIGESTS = (
+    "digest",
+    "corpus_digest",
+    "settings_digest",
+    "inputs_digest",
+    "fingerprint",
+    "config",
+    "tokenizer",
+    "weights",
+)
 _DIGEST_SHOWN = 12
 
 

@@ -4,7 +4,7 @@ Every line has `time` (Unix seconds), `run` and `event`:
 
     begin     tasks                                            the driver starts, or starts again
     launch    trials: [{trial, task, max_steps}]               all that are to be tuned
-    stage     name: corpus | backbone | tuning | publish, text
+    stage     name: corpus | plan | backbone | tuning | gate | publish, text
     memory    stage, peak_bytes                                most that rank 0 held at once, until that stage's end
     resume    step, trials: {trial: {step, status, reason}}    from the checkpoint of that step; status: if it has ended
     step      step, live, trials: {trial: {step, loss}}, tokens_per_second (of text), padding (share of the tokens that

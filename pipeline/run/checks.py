@@ -48,8 +48,8 @@ class CheckedRun:
         return architecture_of(self.config)
 
 
-def check_run(settings: Settings) -> CheckedRun:
-    """Look at files, columns, templates, the model folder and the bank.
+def check_run(settings: Settings, new_backbone: bool = False) -> CheckedRun:
+    """Look at files, columns, templates, the model folder and the bank, which may belong to a `new_backbone`'s past.
 
     Raises: the first PromptBankError that stops the run, or one that lists every task's mistake.
     """
@@ -69,7 +69,9 @@ def check_run(settings: Settings) -> CheckedRun:
     int8 = settings.model.weights == "int8"
     weights = open_weights(files, build_skeleton(config, int8=False))
     identity = identify(settings.model.path, config, tokenizer, weights, settings.model.weights)
-    bank = check_bank(settings, identity)
+    bank = find_bank(settings)
+    if bank is not None and not new_backbone:
+        bank.check_backbone(identity)
     for name in plans:
         try:
             check_start(name, settings, tokenizer, bank, identity)
@@ -105,14 +107,12 @@ def check_context(name: str, task: TaskSettings, config: PretrainedConfig) -> No
         )
 
 
-def check_bank(settings: Settings, identity: BackboneId) -> PromptBank | None:
-    """The bank, if it is there already. Raises: BankError when it belongs to another backbone."""
+def find_bank(settings: Settings) -> PromptBank | None:
+    """The bank, if it is there already. Raises: BankError when it is damaged, StorageError."""
     uri = settings.bank.uri
     if "://" not in uri and not Path(uri).expanduser().is_dir():  # a check makes no folder
         return None
-    bank = open_bank(settings.bank, create=True)
-    bank.check_backbone(identity)
-    return bank
+    return open_bank(settings.bank, create=True)
 
 
 def check_start(name: str, settings: Settings, tokenizer: Any, bank: PromptBank | None, identity: BackboneId) -> None:

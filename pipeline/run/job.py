@@ -1,35 +1,33 @@
 """The main job, from settings to a published version of the bank."""
 
-import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
-from safetensors.numpy import save
 
-from pipeline.backbone.files import from_anywhere, save_description
-from pipeline.corpus.encoding import TokenizerSpec
-from pipeline.corpus.task_corpus import TaskCorpus, prepare_task
-from pipeline.errors import PromptBankError, StorageError, TuningError
+from pipeline.errors import PromptBankError, TuningError
 from pipeline.reporting.events import EventLog, telling_why
 from pipeline.reporting.progress import follow
 from pipeline.reporting.table import TrialResult
-from pipeline.run.bank import open_bank
-from pipeline.run.checks import CheckedRun, refuse_or_skip
+from pipeline.run.checks import CheckedRun
 from pipeline.run.patience import patiently
 from pipeline.run.publishing import publish_prompts
 from pipeline.run.report import write_report
 from pipeline.run.results import choose, result_of, write_trials
+from pipeline.run.stages import (
+    announce,
+    finished_states,
+    make_order,
+    make_run_folder,
+    prepare_corpora,
+    save_model_description,
+    stopped_sentence,
+)
 from pipeline.run.tracking import trackers_of
 from pipeline.settings import Settings
-from pipeline.tuning.checkpoint import load_checkpoint, write_atomically
 from pipeline.tuning.launch import connected_ray, launch
-from pipeline.tuning.state import TrialState
-from pipeline.tuning.worker import Order
 
 
 class Exit(IntEnum):
@@ -64,7 +62,7 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
     Raises: PromptBankError for everything that a user can mend; nothing is then published.
     """
     settings = checked.settings
-    folder = _run_folder(settings)
+    folder = make_run_folder(settings)
     events = folder / "events.jsonl"
     with (
         EventLog(events) as log,
@@ -73,20 +71,16 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
         follow(events, console, trackers_of(settings, folder), settings.tracking.log == "json"),
     ):
         log.write("begin", tasks=len(checked.plans))
-        tokenizer = _save_model_description(checked, folder)
-        corpora, refused = _prepare_corpora(checked, tokenizer, log)
-        order = _order(checked, corpora, folder)
-        plain = [
-            {"trial": trial.name, "task": trial.task, "max_steps": trial.settings.max_steps}
-            for trial in order.trials(settings)
-        ]
-        log.write("launch", trials=plain)
-        states = _finished_states(order, settings)
+        tokenizer = save_model_description(checked, folder)
+        corpora, refused = prepare_corpora(checked, tokenizer, log)
+        order = make_order(checked, corpora, folder)
+        announce(order, settings, log)
+        states = finished_states(order, settings)
         if states is None:
             launch(order, settings.cluster, settings.run.max_failures, log)
-            states = _finished_states(order, settings)
+            states = finished_states(order, settings)
         if states is None:
-            raise TuningError(_stopped(order, settings))
+            raise TuningError(stopped_sentence(order, settings))
         log.write("stage", name="publish", text=f"to {settings.bank.uri}")
         entries = choose(states)
         write_trials(folder / "trials.json", entries)
@@ -101,105 +95,6 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
             console.print(f"warning: the run's report was not written: {error}", markup=False)
             return outcome
     return replace(outcome, report=page)
-
-
-def _order(checked: CheckedRun, corpora: Mapping[str, TaskCorpus], folder: Path) -> Order:
-    # Ray gives each worker a working directory of its own.
-    settings = checked.settings.model_dump(mode="json")
-    settings["model"]["path"] = from_anywhere(checked.settings.model.path)
-    if checked.settings.model.offload_folder is not None:
-        settings["model"]["offload_folder"] = str(Path(checked.settings.model.offload_folder).expanduser().resolve())
-    order = Order(
-        settings=settings,
-        corpora={name: corpus.to_dict() for name, corpus in corpora.items()},
-        fingerprint=checked.identity.fingerprint,
-        run_folder=str(folder),
-        starts={},
-    )
-    return replace(order, starts=_keep_warm_starts(checked, order))
-
-
-def _run_folder(settings: Settings) -> Path:
-    folder = Path(settings.run.storage).expanduser().resolve() / settings.run.name
-    if "://" in settings.run.storage:
-        raise StorageError(f"run.storage {settings.run.storage}: must be a folder that every node sees, not a URI")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"run.storage {settings.run.storage}: cannot make {folder}: {error.strerror}") from error
-    return folder
-
-
-def _save_model_description(checked: CheckedRun, folder: Path) -> TokenizerSpec:
-    try:
-        save_description(checked.config, checked.tokenizer, folder / "model")
-    except Exception as error:  # tokenizers raises nothing more special on a full disk
-        raise StorageError(f"cannot write {folder / 'model'}: {error}; make room and start the run again") from error
-    return TokenizerSpec(str(folder / "model"), checked.identity.tokenizer, checked.architecture)
-
-
-def _prepare_corpora(
-    checked: CheckedRun, tokenizer: TokenizerSpec, log: EventLog
-) -> tuple[dict[str, TaskCorpus], Mapping[str, PromptBankError]]:
-    settings = checked.settings
-    storage = Path(settings.run.storage).expanduser().resolve()
-    corpora: dict[str, TaskCorpus] = {}
-    refused = dict(checked.refused)
-    for name in checked.plans:
-        try:
-            prepare = partial(prepare_task, name, settings.tasks[name], tokenizer, storage)
-            corpora[name] = patiently(prepare, "corpus", log)
-            log.write("stage", name="corpus", text=f"{name}: {_counted(corpora[name])}")
-        except StorageError:
-            raise
-        except PromptBankError as error:
-            refused[name] = error
-    refuse_or_skip(settings, refused)
-    return corpora, refused
-
-
-def _counted(corpus: TaskCorpus) -> str:
-    splits = []
-    for split, counts in corpus.counts.items():
-        unused = {status.replace("_", " "): count for status, count in counts.items() if status != "ok" and count}
-        dropped = [f"{count} {status}" for status, count in unused.items()]
-        splits.append(f"{counts['ok']} {split} rows" + (f" ({', '.join(dropped)} left out)" if dropped else ""))
-    return ", ".join(splits)
-
-
-def _keep_warm_starts(checked: CheckedRun, order: Order) -> dict[str, str]:
-    """Keep the prompts that trials start from with the run, which so resumes from the same ones; their digests."""
-    settings, starts = checked.settings, {}
-    for trial in order.trials(settings):
-        prompt = trial.settings.prompt
-        if prompt.init == "bank":
-            path = order.warm_start(trial)
-            if not path.exists():
-                bank = open_bank(settings.bank)
-                array = bank.load(str(prompt.source), checked.identity).array
-                write_atomically(path, save({"prompt": array}))
-            starts[trial.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return starts
-
-
-def _finished_states(order: Order, settings: Settings) -> list[TrialState] | None:
-    """The final state of every trial, if the run's checkpoint holds them all."""
-    checkpoint = load_checkpoint(Path(order.run_folder) / "checkpoints")
-    if checkpoint is None:
-        return None
-    states = []
-    for trial in order.trials(settings):
-        state = checkpoint.state_of(trial, torch.device("cpu"))
-        if state is None or not state.ended:
-            return None
-        states.append(state)
-    return states
-
-
-def _stopped(order: Order, settings: Settings) -> str:
-    checkpoint = load_checkpoint(Path(order.run_folder) / "checkpoints")
-    at = f"at step {checkpoint.step}, with a checkpoint of it" if checkpoint else "before its first step"
-    return f"run '{settings.run.name}' was told to stop and did, {at}; start it again to go on from there"
 
 
 def _refused_result(settings: Settings, name: str, error: PromptBankError) -> TrialResult:

@@ -9,6 +9,7 @@ from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.run.bank import open_bank
 from pipeline.run.results import Entry
 from pipeline.settings import Settings
+from pipeline.tuning.trials import inputs_digest
 
 NO_GAIN = "no step was better than the prompt that it started from"
 _LOOK_BACK = 20
@@ -23,7 +24,7 @@ def publish_prompts(
     A run that was published already, and is only started again, publishes nothing new.
     Raises: BankError, StorageError.
     """
-    prompts = [_new_prompt(entry, corpora[entry.task]) for entry in entries]
+    prompts = [new_prompt(entry, corpora[entry.task], settings) for entry in entries]
     if all(prompt.array is None for prompt in prompts):
         return None
     bank = open_bank(settings.bank, create=True)
@@ -35,7 +36,8 @@ def publish_prompts(
     return bank.publish(prompts, identity, settings.run.name, libraries, settings.bank.alias)
 
 
-def _new_prompt(entry: Entry, corpus: TaskCorpus) -> NewPrompt:
+def new_prompt(entry: Entry, corpus: TaskCorpus, run: Settings) -> NewPrompt:
+    """A task's best prompt as the bank takes it."""
     state, failed = entry.chosen, entry.failed
     settings = state.trial.settings
     first, best = state.history[0], state.history[state.best_at]
@@ -62,6 +64,7 @@ def _new_prompt(entry: Entry, corpus: TaskCorpus) -> NewPrompt:
         settings_digest=state.trial.digest,
         status="failed" if failed else "tuned",
         reason=NO_GAIN if not failed and not state.best_at else entry.reason,
+        inputs_digest=inputs_digest(run, entry.task, corpus.digest),
     )
 
 

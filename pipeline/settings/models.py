@@ -212,6 +212,27 @@ class TrackingSettings(_Frozen):
     """What the job prints while it runs: bars or lines for people, or every event as a line of JSON."""
 
 
+class RefreshSettings(_Frozen):
+    """What `jobs/refresh_prompts.py` does every night; the other jobs pass over it."""
+
+    alpha: float = Field(0.05, gt=0, lt=1)
+    """How sure the gate must be that a new prompt is worse than the bank's, by a paired test on tonight's dev rows,
+    before it refuses it: the share of equally good ones that it refuses by chance, at most."""
+    margin: float | None = Field(0.1, gt=0)
+    """A new prompt whose dev metric is worse by more than this is refused even where the rows are too few for the test;
+    for the metric `loss` a share of the old loss. Null leaves it to the test."""
+    cold_side: bool = True
+    """Whether a task that is tuned from the bank's prompt is tuned from a fresh start beside it, to compare."""
+    min_refreshed: float = Field(0.5, ge=0, le=1)
+    """The alias moves only if at least this share of the tasks that had to be tuned did not fail."""
+    canaries: tuple[Name, ...] = ()
+    """Tasks none of which may fail or come out worse: else the alias stays where it is."""
+    wait_for_lease: float = Field(0, ge=0)
+    """Seconds that a second night waits for the first of the same `run.name` to end, before it leaves."""
+    lease_expiry: float = Field(60, gt=0)
+    """Seconds without a sign of life after which a night counts as dead, and another may begin."""
+
+
 class Settings(_Frozen):
     run: RunSettings = RunSettings()
     model: ModelSettings
@@ -220,6 +241,14 @@ class Settings(_Frozen):
     tasks: dict[Name, TaskSettings] = Field(min_length=1)
     bank: BankSettings = BankSettings()
     tracking: TrackingSettings = TrackingSettings()
+    refresh: RefreshSettings = RefreshSettings()
+
+    @model_validator(mode="after")
+    def _canaries_are_tasks(self) -> Self:
+        unknown = [name for name in self.refresh.canaries if name not in self.tasks]
+        if unknown:
+            raise ValueError(f"refresh.canaries: there is no task '{unknown[0]}'; name tasks of this file")
+        return self
 
     @model_validator(mode="after")
     def _halving_can_act(self) -> Self:

@@ -20,6 +20,8 @@ from pipeline.tuning.ranks import rank, sum_over_ranks, true_on_all, world_size
 
 # Without gradients nothing is stored for a backward pass.
 _BUDGET_FACTOR = 4
+LABELLED = ("accuracy", "f1")
+"""Metrics of labels; of the others, all but `loss` are of texts."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,16 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """What a prompt made of every row of its split; with the wanted targets this decides its score."""
+
+    nll: np.ndarray
+    """[N] nats of each row's target."""
+    texts: list[str] | None
+    """The label chosen, or the text decoded, of each row; None for the metric `loss`."""
+
+
+@dataclass(frozen=True)
 class _Item:
     slot: int
     number: int
@@ -50,28 +62,37 @@ class _Item:
 
 def evaluate(backbone: Backbone, tokenizer: Any, exams: Sequence[Exam], token_budget: int) -> list[Score]:
     """Score every exam. All ranks call this with the same exams and get the same scores."""
+    answers = answer(backbone, tokenizer, exams, token_budget)
+    return [score(exam, given) for exam, given in zip(exams, answers, strict=True)]
+
+
+def score(exam: Exam, answers: Answers) -> Score:
+    loss = float(answers.nll.sum() / exam.split.target_lengths.sum())
+    if answers.texts is None:
+        return Score(loss, loss)
+    of_metric = label_metric if exam.metric in LABELLED else text_metric
+    return Score(of_metric(exam.metric, answers.texts, wanted(exam)), loss)
+
+
+def answer(backbone: Backbone, tokenizer: Any, exams: Sequence[Exam], token_budget: int) -> list[Answers]:
+    """Answer every row of every exam. All ranks call this with the same exams and get the same answers."""
     run = _Runner(backbone, exams, token_budget * _BUDGET_FACTOR)
     nll = [np.zeros(len(exam.split)) for exam in exams]
-    values = [0.0] * len(exams)
-    labelled = [s for s, exam in enumerate(exams) if exam.metric in ("accuracy", "f1")]
+    answered: dict[int, list[str]] = {}
+    labelled = [s for s, exam in enumerate(exams) if exam.metric in LABELLED]
     others = [s for s, exam in enumerate(exams) if s not in labelled]
     for s, outcome in run.each_row(labelled, _score_labels, width=2, copies=_label_copies).items():
         labels = exams[s].labels or ()
         nll[s] = outcome[:, 1]
-        values[s] = label_metric(exams[s].metric, [labels[int(i)] for i in outcome[:, 0]], _targets(exams[s]))
+        answered[s] = [labels[int(i)] for i in outcome[:, 0]]
     for s, outcome in run.each_row(others, _score_targets, width=1).items():
         nll[s] = outcome[:, 0]
-    losses = [float(n.sum() / exam.split.target_lengths.sum()) for n, exam in zip(nll, exams, strict=True)]
-    decoded = [s for s in others if exams[s].metric != "loss"]
-    for s, texts in _decode(run, tokenizer, decoded).items():
-        values[s] = text_metric(exams[s].metric, texts, _targets(exams[s]))
-    return [
-        Score(loss if exam.metric == "loss" else value, loss)
-        for exam, value, loss in zip(exams, values, losses, strict=True)
-    ]
+    answered |= _decode(run, tokenizer, [s for s in others if exams[s].metric != "loss"])
+    return [Answers(nll[s], answered.get(s)) for s in range(len(exams))]
 
 
-def _targets(exam: Exam) -> list[str]:
+def wanted(exam: Exam) -> list[str]:
+    """The targets of the split's rows, as texts."""
     return [exam.split.target(i) for i in range(len(exam.split))]
 
 

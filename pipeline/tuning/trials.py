@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -60,6 +61,16 @@ def _seed(settings: Settings, task: TaskSettings) -> int:
     return settings.run.seed if task.seed is None else task.seed
 
 
+def inputs_digest(settings: Settings, task: str, corpus: str) -> str:
+    """Of all that a task's prompt is tuned from, its whole sweep included, but for the backbone.
+
+    It tells nights on which there is something to tune from those on which there is not.
+    """
+    own = settings.tasks[task]
+    parts = [task, _seed(settings, own), corpus, {**_deciding(own), "sweep": own.sweep}, settings.model.products]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
 def make_trial(
     task: str,
     settings: TaskSettings,
@@ -71,10 +82,15 @@ def make_trial(
     products: str = "auto",
 ) -> Trial:
     """A trial of a task, of the task's name unless it has one of its own."""
+    deciding = _deciding(settings)
+    parts = [task, seed, corpus, fingerprint, deciding, starts_from, *([] if products == "auto" else [products])]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return Trial(name or task, task, settings, seed, digest)
+
+
+def _deciding(settings: TaskSettings) -> dict[str, Any]:
     # Where the files lie does not matter; what they hold is in the corpus digest. Nor which other trials there are.
     deciding = settings.model_dump(mode="json", exclude={"train", "dev", "test", "seed", "max_bad_rows", "sweep"})
     if settings.halving is None:
         del deciding["halving"]  # as before there was any: runs begun then can be taken up
-    parts = [task, seed, corpus, fingerprint, deciding, starts_from, *([] if products == "auto" else [products])]
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return Trial(name or task, task, settings, seed, digest)
+    return deciding

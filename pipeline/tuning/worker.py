@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from pipeline.backbone.offload import keep_by
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import TuningError
 from pipeline.settings import Settings
+from pipeline.tuning.incumbents import Incumbents, measure
 from pipeline.tuning.journal import Journal
 from pipeline.tuning.loop import TuningRun, tune
 from pipeline.tuning.notices import Notices
@@ -38,6 +39,8 @@ class Order:
     run_folder: str
     starts: dict[str, str]
     """Digest of the bank's prompt that a trial starts from, for `init: bank`."""
+    incumbents: dict[str, str] = field(default_factory=dict)
+    """By task, the digest of the bank's prompt that its best trial is measured against at the end."""
 
     @property
     def model_folder(self) -> Path:
@@ -48,6 +51,10 @@ class Order:
         """Where the driver keeps the bank's prompt that a trial with `init: bank` starts from."""
         source = str(trial.settings.prompt.source)
         return Path(self.run_folder) / "warm_starts" / f"{trial.task}.{source.replace('@', '.at.')}.safetensors"
+
+    def incumbent(self, task: str) -> Path:
+        """Where the driver keeps the bank's prompt of a task."""
+        return Path(self.run_folder) / "incumbents" / f"{task}.safetensors"
 
     def task_corpora(self) -> dict[str, TaskCorpus]:
         return {task: TaskCorpus.from_dict(corpus) for task, corpus in self.corpora.items()}
@@ -109,7 +116,12 @@ def _tune(
     before = held_digest(backbone)
     journal.event("stage", name="tuning", text=f"rank 0 of {world_size()} holds {held}")
     journal.memory("backbone")
-    tune(order.tuning_run(settings), backbone, AutoTokenizer.from_pretrained(order.model_folder), notices)
+    run, tokenizer = order.tuning_run(settings), AutoTokenizer.from_pretrained(order.model_folder)
+    states = tune(run, backbone, tokenizer, notices)
+    if order.incumbents and len(states) == len(run.trials) and all(state.ended for state in states):
+        journal.event("stage", name="gate", text=f"{len(order.incumbents)} prompt(s) of the bank measured again")
+        prompts = {task: load_file(order.incumbent(task))["prompt"] for task in order.incumbents}
+        measure(run, states, Incumbents(order.incumbents, prompts), backbone, tokenizer)
     journal.memory("tuning")
     if held_digest(backbone) != before:
         shutil.rmtree(Path(order.run_folder) / "checkpoints", ignore_errors=True)  # or a restart would publish them

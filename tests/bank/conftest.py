@@ -44,8 +44,17 @@ def make_prompt(name: str = "sst2", value: float = 1.0, **changes: Any) -> NewPr
     return NewPrompt(**{**fields, **changes})
 
 
-def publish(bank: PromptBank, *prompts: NewPrompt, alias: str = "latest", **backbone: Any) -> int:
-    return bank.publish(prompts, make_backbone(**backbone), run="nightly", libraries={"numpy": "2"}, alias=alias)
+def publish(
+    bank: PromptBank, *prompts: NewPrompt, alias: str = "latest", new_backbone: bool = False, **backbone: Any
+) -> int:
+    return bank.publish(
+        prompts,
+        make_backbone(**backbone),
+        run="nightly",
+        libraries={"numpy": "2"},
+        alias=alias,
+        new_backbone=new_backbone,
+    )
 
 
 @pytest.fixture

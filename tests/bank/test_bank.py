@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from pipeline.bank import Metrics, PromptBank
+from pipeline.bank import Metrics, PromptBank, Standing
 from pipeline.bank.local_store import LocalStore
 from pipeline.bank.source import Source
 from pipeline.errors import BankError, StorageError
@@ -232,3 +232,51 @@ def test_the_bank_imports_neither_torch_transformers_nor_ray():
     code = f"import sys, pipeline.bank; print({{m.split('.')[0] for m in sys.modules}} & {heavy})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_prompt_of_an_older_version_stays_by_reference_whatever_the_newest_has(
+    bank, publish, new_prompt, backbone_id
+):
+    publish(bank, new_prompt("sst2", 1), new_prompt("cr", 1))
+    publish(bank, new_prompt("sst2", 2), new_prompt("cr", 2))
+    old = bank.manifest(1).prompts
+    standing = [
+        Standing(old["sst2"], inputs_digest="e" * 64),
+        Standing(old["cr"], "kept", "the new one was worse", "d" * 64),
+    ]
+    assert bank.publish([], backbone_id(), "night", {}, "latest", standing=standing) == 3
+    new = bank.manifest(3).prompts
+    assert [new[name].digest for name in ("sst2", "cr")] == [old[name].digest for name in ("sst2", "cr")]
+    assert (new["sst2"].status, new["sst2"].tuned_in, new["sst2"].inputs_digest) == ("carried_forward", 1, "e" * 64)
+    assert (new["cr"].status, new["cr"].reason) == ("kept", "the new one was worse")
+
+
+def test_a_removed_prompt_is_not_carried_forward_and_the_version_says_why(bank, publish, new_prompt, backbone_id):
+    publish(bank, new_prompt("sst2"), new_prompt("cr"))
+    assert bank.manifest(1).removed == {}
+    bank.publish([new_prompt("sst2", 2)], backbone_id(), "night", {}, "latest", removed={"cr": "no task any more"})
+    assert bank.names() == ("sst2",) and bank.manifest(2).removed == {"cr": "no task any more"}
+    with pytest.raises(BankError, match="published and removed"):
+        bank.publish([new_prompt("cr")], backbone_id(), "night", {}, "latest", removed={"cr": "why"})
+
+
+def test_a_version_published_without_an_alias_is_there_and_no_alias_moves(bank, publish, new_prompt, backbone_id):
+    publish(bank, new_prompt("sst2", 1))
+    assert bank.publish([new_prompt("sst2", 2)], backbone_id(), "night", {}, None) == 2
+    assert bank.version == bank.refresh() == 1 and bank.versions() == (1, 2)
+
+
+def test_a_version_of_a_new_backbone_carries_nothing_and_readers_of_the_old_one_stay(bank, uri, publish, new_prompt):
+    publish(bank, new_prompt("sst2", 1), new_prompt("cr", 1))
+    reader, idle = PromptBank.open(uri), PromptBank.open(uri)
+    reader.load("sst2")
+    other = {"fingerprint": "e" * 64, "weights": "x" * 64}
+    with pytest.raises(BankError, match="weights"):
+        publish(bank, new_prompt("sst2", 2), **other)
+    writer = PromptBank.open(uri)
+    assert publish(writer, new_prompt("sst2", 2), new_backbone=True, **other) == 2
+    assert writer.names() == ("sst2",)
+    with pytest.raises(BankError, match="weights"):
+        reader.refresh()
+    assert reader.version == 1 and reader.load("sst2").record.tuned_in == 1
+    assert idle.refresh() == 2, "who uses no prompt yet may choose its model by the version"

@@ -1,0 +1,44 @@
+"""How a night ends: its exit code, for a scheduler, and one sentence, for people."""
+
+from enum import IntEnum
+
+from pipeline.errors import LeaseError, PromptBankError, StorageError, TuningError
+from pipeline.refresh.record import NightRecord
+
+
+class Exit(IntEnum):
+    """Exit codes of the job; 1 is Python's own, for a defect."""
+
+    REFRESHED = 0
+    BAD_INPUT = 2
+    SOME_NOT_REFRESHED = 3
+    NONE_PUBLISHED = 4
+    INTERRUPTED = 5
+    ALIAS_STAYED = 6
+    LEASE_HELD = 7
+
+
+def exit_of(error: BaseException) -> Exit | None:
+    """The code that a night ends with that was stopped by this; None for a defect."""
+    if isinstance(error, LeaseError):
+        return Exit.LEASE_HELD
+    if isinstance(error, TuningError | StorageError | KeyboardInterrupt):
+        return Exit.INTERRUPTED
+    return Exit.BAD_INPUT if isinstance(error, PromptBankError) else None
+
+
+def verdict(record: NightRecord, version: int | None) -> tuple[Exit, str]:
+    """Of a night that came to its end; `version` is the one that it published, if it did."""
+    failed = sum(task.result == "failed" for task in record.tasks)
+    worse = sum(task.worse for task in record.tasks)
+    promoted = sum(task.result == "promoted" for task in record.tasks)
+    if version is None:
+        if failed:
+            return Exit.NONE_PUBLISHED, f"Nothing was published: {failed} task(s) failed, and no other had changed."
+        return Exit.REFRESHED, "Nothing had changed: the bank is as it was."
+    told = f"Version {version} is published: {promoted} new prompt(s), {failed} task(s) failed, {worse} came out worse"
+    if not record.alias_may_move:
+        broken = "; ".join(condition.found for condition in record.conditions if not condition.held)
+        return Exit.ALIAS_STAYED, f"{told}. The alias '{record.alias}' stays where it was: {broken}."
+    code = Exit.SOME_NOT_REFRESHED if failed or worse else Exit.REFRESHED
+    return code, f"{told}. The alias '{record.alias}' follows."

@@ -1,0 +1,80 @@
+"""What a night finds before it does anything: tonight's corpora, the bank as it stands, and so the plan."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.bank import BackboneId, PromptBank, PromptRecord
+from pipeline.corpus.task_corpus import TaskCorpus
+from pipeline.errors import PromptBankError
+from pipeline.refresh.plan import PlannedTask, TaskTonight, plan_night
+from pipeline.reporting.events import EventLog
+from pipeline.run.checks import CheckedRun, find_bank
+from pipeline.run.stages import prepare_corpora, save_model_description
+from pipeline.settings import Settings
+from pipeline.tuning.trials import inputs_digest
+
+
+@dataclass(frozen=True)
+class BankTonight:
+    """The version that the alias names, and the names in the newest one."""
+
+    version: int | None = None
+    """None before the alias was first set."""
+    same_backbone: bool = True
+    records: Mapping[str, PromptRecord] = field(default_factory=dict)
+    newest: tuple[str, ...] = ()
+    """Of a version that was published without moving the alias, names too would be passed on."""
+
+
+@dataclass(frozen=True)
+class Look:
+    corpora: Mapping[str, TaskCorpus]
+    refused: Mapping[str, PromptBankError]
+    bank: BankTonight
+    plan: tuple[PlannedTask, ...]
+
+    @property
+    def trained(self) -> list[PlannedTask]:
+        return [planned for planned in self.plan if planned.trains]
+
+
+def look(checked: CheckedRun, folder: Path, log: EventLog) -> Look:
+    """Prepare the corpora (shards that are there are not made again) and plan. Needs a running Ray.
+
+    folder: where the model's description is kept. Raises: PromptBankError.
+    """
+    tokenizer = save_model_description(checked, folder)
+    corpora, refused = prepare_corpora(checked, tokenizer, log)
+    bank = see_bank(checked.settings, checked.identity)
+    tasks = {name: _tonight(checked.settings, name, corpora, refused) for name in checked.settings.tasks}
+    plan = plan_night(tasks, bank.records, bank.same_backbone, bank.newest)
+    return Look(corpora, refused, bank, plan)
+
+
+def see_bank(settings: Settings, identity: BackboneId) -> BankTonight:
+    """Raises: BankError, StorageError."""
+    bank = find_bank(settings)
+    if bank is None:
+        return BankTonight()
+    newest = _newest_names(bank)
+    if bank.current is None:
+        return BankTonight(newest=newest)
+    records = {record.name: record for record in bank.current.records()}
+    same = not bank.current.backbone.differing_parts(identity)
+    return BankTonight(bank.version, same, records, newest)
+
+
+def _newest_names(bank: PromptBank) -> tuple[str, ...]:
+    numbers = bank.versions()
+    return bank.at(str(numbers[-1])).names() if numbers else ()
+
+
+def _tonight(
+    settings: Settings, name: str, corpora: Mapping[str, TaskCorpus], refused: Mapping[str, PromptBankError]
+) -> TaskTonight | str:
+    if name in refused:
+        return str(refused[name])
+    digest = corpora[name].digest
+    lengths = frozenset(trial.prompt.length for trial in settings.tasks[name].trials(name).values())
+    return TaskTonight(inputs_digest(settings, name, digest), digest, lengths)

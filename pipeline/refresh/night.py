@@ -1,0 +1,208 @@
+"""A night from its lease to its record: plan, tune what changed, compare, publish a version, move the alias or not."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from importlib.metadata import version as version_of
+from pathlib import Path
+
+from pydantic import ValidationError
+from rich.console import Console
+
+from pipeline.bank import NewPrompt, PromptBank, Standing
+from pipeline.errors import LeaseError, SettingsError, StorageError
+from pipeline.refresh.chronicle import Chronicle
+from pipeline.refresh.conditions import check_conditions
+from pipeline.refresh.exits import exit_of, verdict
+from pipeline.refresh.lease import Lease, held
+from pipeline.refresh.look import Look, look
+from pipeline.refresh.outcomes import Outcome, decide, planned_record
+from pipeline.refresh.record import NightRecord, read_record
+from pipeline.refresh.tuned import tune, with_readable_incumbents
+from pipeline.reporting.events import EventLog
+from pipeline.reporting.progress import follow
+from pipeline.run.bank import open_bank
+from pipeline.run.checks import CheckedRun, check_run
+from pipeline.run.publishing import LIBRARIES
+from pipeline.run.stages import make_run_folder
+from pipeline.settings import RunSettings, Settings
+from pipeline.tuning.launch import connected_ray
+
+_LOOK_BACK = 20
+
+
+def night_settings(settings: Settings, date: str) -> Settings:
+    """The settings of one night: a run of its own, in which a task that cannot be used does not stop the others.
+
+    Raises: SettingsError where the date cannot stand in a run's name.
+    """
+    name = f"{settings.run.name}-{date}"
+    try:
+        run = RunSettings.model_validate({**settings.run.model_dump(), "name": name, "on_bad_task": "skip"})
+    except ValidationError as error:
+        raise SettingsError(
+            f"--date {date}: {name!r} can name no run; use letters, digits, '.', '_' and '-'"
+        ) from error
+    return settings.model_copy(update={"run": run})
+
+
+def run_night(settings: Settings, date: str, console: Console) -> NightRecord:
+    """Refresh the bank; its record, which says how it ended. A night that was stopped goes on where it was.
+
+    Raises: PromptBankError for everything that a user can mend; `night.json` then says so, too.
+    """
+    own = night_settings(settings, date)
+    lease_folder = make_run_folder(own).parent / ".leases" / settings.run.name
+    folder = make_run_folder(own)
+    rules = settings.refresh
+    with held(lease_folder, own.run.name, rules.lease_expiry, rules.wait_for_lease) as lease:
+        before = read_record(folder)
+        if before is not None and before.state == "finished" and before.version is not None:
+            return before
+        chronicle = Chronicle(folder, _blank(own, date), lease.check)
+        with _telling_failures(chronicle):
+            if before is not None and before.state == "publishing":
+                completed = _complete(own, before, chronicle)
+                if completed is not None:
+                    return completed
+            return _refresh(own, folder, lease, chronicle, console)
+
+
+def plan_night_only(settings: Settings, date: str, folder: Path, console: Console) -> Look:
+    """What a night would do, looked at from a folder that need not last. Trains nothing, takes no lease."""
+    checked = check_run(night_settings(settings, date), new_backbone=True)
+    events = folder / "events.jsonl"
+    with EventLog(events) as log, connected_ray(settings.cluster), follow(events, console):
+        return look(checked, folder, log)
+
+
+def _refresh(settings: Settings, folder: Path, lease: Lease, chronicle: Chronicle, console: Console) -> NightRecord:
+    chronicle.write()
+    with chronicle.stage("check"):
+        checked = check_run(settings, new_backbone=True)
+    events = folder / "events.jsonl"
+    with EventLog(events) as log, connected_ray(settings.cluster), follow(events, console):
+        with chronicle.stage("corpus"):
+            found = look(checked, folder, log)
+        found, incumbents = with_readable_incumbents(checked, found)
+        chronicle.write(
+            model=settings.model.path,
+            backbone=checked.identity.fingerprint,
+            new_backbone=not found.bank.same_backbone,
+            alias_before=found.bank.version,
+            tasks=tuple(planned_record(planned, settings) for planned in found.plan),
+        )
+        log.write("stage", name="plan", text=_counted(found))
+        with chronicle.stage("tuning"):
+            tuned = tune(checked, found, incumbents, folder, log)
+        outcomes = decide(settings, found, tuned)
+        return _publish(checked, found, outcomes, lease, chronicle, log)
+
+
+def _publish(
+    checked: CheckedRun, found: Look, outcomes: Sequence[Outcome], lease: Lease, chronicle: Chronicle, log: EventLog
+) -> NightRecord:
+    settings = checked.settings
+    records = tuple(outcome.record for outcome in outcomes)
+    conditions = check_conditions(records, settings.refresh)
+    may_move = all(condition.held for condition in conditions)
+    if not any(_is_news(outcome) for outcome in outcomes):
+        chronicle.write(tasks=records, conditions=conditions)
+        return _end(chronicle, None, found.bank.version)
+    log.write("stage", name="publish", text=f"to {settings.bank.uri}")
+    chronicle.write(state="publishing", tasks=records, conditions=conditions, alias_may_move=may_move)
+    lease.check()  # the last moment: a night that took over may have published
+    with chronicle.stage("publish"):
+        bank = open_bank(settings.bank, create=True)
+        prompts = [outcome.prompt for outcome in outcomes]
+        number = bank.publish(
+            [prompt for prompt in prompts if isinstance(prompt, NewPrompt)],
+            checked.identity,
+            settings.run.name,
+            {name: version_of(name) for name in LIBRARIES},
+            settings.bank.alias if may_move else None,
+            standing=[prompt for prompt in prompts if isinstance(prompt, Standing)],
+            removed={record.task: record.why for record in records if record.result == "removed"},
+            new_backbone=True,
+        )
+    return _end(chronicle, number, _alias_version(bank, settings))
+
+
+def _is_news(outcome: Outcome) -> bool:
+    """Whether the bank must be told: of a new prompt, one that left, or one that was tuned and not taken."""
+    prompt = outcome.prompt
+    if isinstance(prompt, NewPrompt):
+        return prompt.array is not None
+    return outcome.record.result == "removed" or (prompt is not None and prompt.inputs_digest is not None)
+
+
+def _complete(settings: Settings, before: NightRecord, chronicle: Chronicle) -> NightRecord | None:
+    """Finish a night that was stopped while it published; None when its version is not there yet."""
+    bank = open_bank(settings.bank, create=True)
+    number = next((n for n in bank.versions()[::-1][:_LOOK_BACK] if bank.at(str(n)).header.run == before.run), None)
+    if number is None:
+        return None
+    kept = {"attempts": chronicle.record.attempts, "stages": chronicle.record.stages}
+    chronicle.record = replace(before, **kept)  # type: ignore[arg-type]
+    if before.alias_may_move:
+        bank.advance(settings.bank.alias, number, by=f"run {before.run}")
+    return _end(chronicle, number, _alias_version(bank, settings))
+
+
+def _end(chronicle: Chronicle, version: int | None, alias: int | None) -> NightRecord:
+    code, outcome = verdict(chronicle.record, version)
+    return chronicle.write(
+        state="finished",
+        version=version,
+        alias_after=alias,
+        exit_code=int(code),
+        outcome=outcome,
+        failure=None,
+        ended=time.time(),
+    )
+
+
+def _alias_version(bank: PromptBank, settings: Settings) -> int | None:
+    move = bank.alias_move(settings.bank.alias)
+    return move.version if move else None
+
+
+def _blank(settings: Settings, date: str) -> NightRecord:
+    return NightRecord(
+        run=settings.run.name,
+        date=date,
+        started=time.time(),
+        bank=settings.bank.uri,
+        alias=settings.bank.alias,
+        ranks=settings.cluster.num_workers,
+        alpha=settings.refresh.alpha,
+        margin=settings.refresh.margin,
+    )
+
+
+def _counted(found: Look) -> str:
+    decisions = [planned.decision for planned in found.plan]
+    return ", ".join(f"{decisions.count(kind)} {kind}" for kind in dict.fromkeys(decisions))
+
+
+@contextmanager
+def _telling_failures(chronicle: Chronicle) -> Iterator[None]:
+    """A night that fails says so in its record, unless the disk refuses that too, or the lease was lost."""
+    try:
+        yield
+    except BaseException as error:
+        code = exit_of(error)
+        interrupted = isinstance(error, KeyboardInterrupt)
+        failure = "interrupted" if interrupted else str(error) or type(error).__name__
+        # What was stopped while it published is looked for in the bank when it is started again.
+        state = "publishing" if chronicle.record.state == "publishing" else "failed"
+        with suppress(StorageError, LeaseError):
+            chronicle.write(
+                state=state,
+                failure=failure,
+                exit_code=1 if code is None else int(code),
+                outcome=f"The night did not end: {failure}",
+                ended=time.time(),
+            )
+        raise

@@ -1,0 +1,144 @@
+"""`night.json`: everything that a report of a night needs, in its run's folder; plain JSON of the classes below.
+
+It is written anew at every stage, whole or not at all, and also when the night fails. Metrics are those of the dev
+split; what was not measured or is not finite is null.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.refresh.plan import Decision
+from pipeline.reporting.events import finite
+from pipeline.tuning.checkpoint import write_atomically
+
+FILE = "night.json"
+FORMAT = 1
+
+Result = Literal["pending", "carried", "promoted", "kept", "failed", "removed"]
+"""What became of a task:
+
+    pending    not decided yet
+    carried    the same blob again, nothing was trained
+    promoted   the new prompt is in the version
+    kept       tuned, and the bank's prompt stays: the new one was worse (`worse`), or no better than its start
+    failed     there is no new prompt, for a reason of its own; the bank's stays where there is one (`stays`)
+    removed    it has left the settings, and leaves the bank
+"""
+State = Literal["running", "publishing", "finished", "failed"]
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    task: str
+    decision: Decision
+    """The plan: carried, warm, cold, retune, removed or unusable."""
+    why: str
+    """Why the plan says so, in one sentence."""
+    result: Result = "pending"
+    reason: str | None = None
+    """Why the prompt was kept or has failed, in one sentence."""
+    stays: bool = False
+    """Whether the bank's prompt from before tonight is in the version."""
+    worse: bool = False
+    """Whether the gate refused the new prompt."""
+    canary: bool = False
+    metric: str | None = None
+    incumbent: float | None = None
+    """Of the bank's prompt, on tonight's dev rows."""
+    new: float | None = None
+    """Of the new prompt, on the same rows."""
+    p_value: float | None = None
+    """Of the gate's test (`pipeline/refresh/gate.py`): small means that the new one is worse."""
+    dev_rows: int | None = None
+    """Rows that both were measured on."""
+    start: float | None = None
+    """Of the prompt that the best trial started from."""
+    warm: float | None = None
+    """Of the best trial that started from the bank's prompt, at its best step."""
+    cold: float | None = None
+    """Of the best trial that did not."""
+    warm_beat_cold: bool | None = None
+    """Equal metrics are told apart by the loss. Null where only one side was tuned."""
+    trial: str | None = None
+    """The best trial: the one whose prompt was compared, and published where it was promoted."""
+    trials: tuple[str, ...] = ()
+    """All of them; each has a curve in `metrics/<trial>.jsonl`."""
+    steps: int = 0
+    """Taken by all trials together."""
+    rows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Split -> status (ok, null, empty, input_long, target_long) -> rows."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One of the run's own conditions for moving the alias."""
+
+    name: str
+    held: bool
+    found: str
+    """What was asked for and what was found, in one sentence."""
+
+
+@dataclass(frozen=True)
+class NightRecord:
+    run: str
+    """The night's run name: its folder under `run.storage`."""
+    date: str
+    started: float
+    """Unix seconds, of its first attempt."""
+    bank: str
+    alias: str
+    format: int = FORMAT
+    state: State = "running"
+    """`publishing` is a night that was stopped while it published, and is completed when it is started again."""
+    outcome: str = ""
+    """What came of it, in one sentence."""
+    exit_code: int | None = None
+    failure: str | None = None
+    """What stopped the night, in one sentence."""
+    ended: float | None = None
+    attempts: int = 1
+    """How often it was started."""
+    model: str = ""
+    backbone: str = ""
+    """Fingerprint."""
+    new_backbone: bool = False
+    """Whether the alias' version belongs to another one."""
+    ranks: int = 0
+    alpha: float | None = None
+    margin: float | None = None
+    """Of the gate."""
+    alias_before: int | None = None
+    """The version that tasks are compared with; null before the first."""
+    alias_after: int | None = None
+    version: int | None = None
+    """The version that was published; null when none was."""
+    alias_may_move: bool | None = None
+    """Whether every condition held."""
+    conditions: tuple[Condition, ...] = ()
+    tasks: tuple[TaskRecord, ...] = ()
+    stages: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of each stage over all attempts: check, corpus (the plan, too), tuning (all that ranks do: loading,
+    tuning, measuring the bank's prompts), publish."""
+
+
+def write_record(folder: Path, record: NightRecord) -> None:
+    """Raises: StorageError."""
+    plain = json.dumps(finite(asdict(record)), indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(folder / FILE, plain.encode() + b"\n")
+
+
+def read_record(folder: Path) -> NightRecord | None:
+    """The record of a run's folder; None when there is none, or it is written in another format."""
+    try:
+        plain: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        if plain["format"] != FORMAT:
+            return None
+        tasks = tuple(TaskRecord(**{**task, "trials": tuple(task["trials"])}) for task in plain["tasks"])
+        conditions = tuple(Condition(**condition) for condition in plain["conditions"])
+        return NightRecord(**{**plain, "tasks": tasks, "conditions": conditions})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

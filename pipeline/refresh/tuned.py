@@ -1,0 +1,96 @@
+"""The night's training: trials of the tasks that changed, on the ranks, and the bank's prompts measured beside them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save
+
+from pipeline.errors import BankError, TuningError
+from pipeline.refresh.look import Look
+from pipeline.refresh.plan import without_incumbent
+from pipeline.refresh.starts import reference, with_warm_starts
+from pipeline.reporting.events import EventLog
+from pipeline.run.bank import open_bank
+from pipeline.run.checks import CheckedRun
+from pipeline.run.results import Entry, choose, write_trials
+from pipeline.run.stages import announce, finished_states, make_order
+from pipeline.settings import Settings
+from pipeline.tuning.checkpoint import write_atomically
+from pipeline.tuning.incumbents import Pair, best_states, pair_keys, prompt_digest, read_pairs
+from pipeline.tuning.launch import launch
+from pipeline.tuning.worker import Order
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """By task, for the tasks that were trained."""
+
+    entries: Mapping[str, Entry]
+    pairs: Mapping[str, Pair]
+    """Of those that have a prompt in the bank and a trial that did not fail."""
+    incumbents: Mapping[str, np.ndarray]
+    """The bank's prompts, `[P, H]`."""
+
+
+def with_readable_incumbents(checked: CheckedRun, found: Look) -> tuple[Look, dict[str, np.ndarray]]:
+    """The bank's prompts of the tasks that will be trained; those whose prompt is damaged are planned anew.
+
+    Raises: StorageError.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    plan = []
+    for planned in found.plan:
+        if planned.trains and planned.incumbent is not None:
+            assert found.bank.version is not None
+            try:
+                prompt = reference(planned.task, found.bank.version)
+                arrays[planned.task] = open_bank(checked.settings.bank).load(prompt, checked.identity).array
+            except BankError as error:
+                planned = without_incumbent(planned, str(error))
+        plan.append(planned)
+    return replace(found, plan=tuple(plan)), arrays
+
+
+def tune(checked: CheckedRun, found: Look, incumbents: Mapping[str, np.ndarray], folder: Path, log: EventLog) -> Tuned:
+    """Tune what is to be tuned, going on where an attempt before was stopped; no rank starts where all is done.
+
+    Raises: PromptBankError.
+    """
+    if not found.trained:
+        return Tuned({}, {}, {})
+    settings = with_warm_starts(checked.settings, found.plan, found.bank.version)
+    corpora = {planned.task: found.corpora[planned.task] for planned in found.trained}
+    order = make_order(replace(checked, settings=settings), corpora, folder)
+    order = replace(order, incumbents=_keep(order, incumbents))
+    announce(order, settings, log)
+    done = _done(order, settings, incumbents)
+    if done is None:
+        launch(order, settings.cluster, settings.run.max_failures, log)
+        done = _done(order, settings, incumbents)
+    if done is None:
+        raise TuningError(f"the ranks ended without finishing every trial; start night '{settings.run.name}' again")
+    write_trials(folder / "trials.json", list(done.entries.values()))
+    return done
+
+
+def _keep(order: Order, incumbents: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """Write the bank's prompts to where the ranks read them; their digests."""
+    digests = {}
+    for task, array in incumbents.items():
+        data = save({"prompt": array})
+        write_atomically(order.incumbent(task), data)
+        digests[task] = prompt_digest(data)
+    return digests
+
+
+def _done(order: Order, settings: Settings, incumbents: Mapping[str, np.ndarray]) -> Tuned | None:
+    """What the ranks have left, None while a trial or a comparison is missing."""
+    states = finished_states(order, settings)
+    if states is None:
+        return None
+    pairs = read_pairs(Path(order.run_folder), pair_keys(best_states(states), order.incumbents))
+    if pairs is None:
+        return None
+    return Tuned({entry.task: entry for entry in choose(states)}, pairs, incumbents)

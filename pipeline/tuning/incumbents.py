@@ -1,0 +1,130 @@
+"""The prompts that the bank has now, measured against the new ones: what each makes of every dev row.
+
+Measured once, after the last step, on all ranks together: a prompt of any length, tuned by whatever run, is put to
+exactly the rows that the new one is, with the same products. The file says what it was measured for, so that a run
+that is started again measures only what it has not.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from pipeline.backbone.host import Backbone
+from pipeline.corpus.reader import open_split
+from pipeline.corpus.task_corpus import TaskCorpus
+from pipeline.tuning.checkpoint import write_atomically
+from pipeline.tuning.evaluate import LABELLED, Answers, Exam, answer, wanted
+from pipeline.tuning.loop import TuningRun
+from pipeline.tuning.metrics import text_metric
+from pipeline.tuning.ranks import rank
+from pipeline.tuning.state import TrialState, winner
+
+_FILE = "dev_outcomes.safetensors"
+
+
+@dataclass(frozen=True)
+class Incumbents:
+    """The bank's prompts of the tasks that were tuned."""
+
+    digests: Mapping[str, str]
+    """By task, of the file that holds the prompt."""
+    prompts: Mapping[str, np.ndarray]
+    """By task, `[Q, H]` float32; Q need not be the new prompt's length."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Row by row outcomes of two prompts on the same dev rows, `[N, 2]` float64 each.
+
+    The two numbers are (answer, wanted) as places in the label set for accuracy and f1, (score, 1) for exact_match and
+    rouge_l, (nats, target tokens) for loss: from their sums over rows each metric follows.
+    """
+
+    incumbent: np.ndarray
+    new: np.ndarray
+
+
+def measure(
+    run: TuningRun, states: Sequence[TrialState], incumbents: Incumbents, backbone: Backbone, tokenizer: Any
+) -> None:
+    """Write down both prompts' outcomes for each task that has an incumbent and a trial that did not fail.
+
+    All ranks call this; rank 0 writes. Raises: StorageError.
+    """
+    best = best_states(states)
+    wanted_pairs = pair_keys(best, incumbents.digests)
+    if read_pairs(run.folder, wanted_pairs) is not None:
+        return
+    exams = []
+    for task in wanted_pairs:
+        state, corpus = best[task], run.corpora[task]
+        incumbent = torch.as_tensor(incumbents.prompts[task], dtype=torch.float32, device=backbone.device)
+        exams += [_exam(state, incumbent, corpus), _exam(state, state.best, corpus)]
+    answers = answer(backbone, tokenizer, exams, run.token_budget) if exams else []
+    outcomes = [row_outcomes(exam, given) for exam, given in zip(exams, answers, strict=True)]
+    tensors: dict[str, np.ndarray] = {}
+    for i, task in enumerate(wanted_pairs):
+        tensors |= {f"{task}/incumbent": outcomes[2 * i], f"{task}/new": outcomes[2 * i + 1]}
+    if rank() == 0:
+        write_atomically(run.folder / _FILE, save(tensors, {"measured": json.dumps(wanted_pairs)}))
+
+
+def best_states(states: Sequence[TrialState]) -> dict[str, TrialState]:
+    """By task, the trial whose prompt would be published; tasks whose every trial failed have none."""
+    of_task: dict[str, list[TrialState]] = {}
+    for state in states:
+        of_task.setdefault(state.trial.task, []).append(state)
+    best = {task: winner(own) for task, own in of_task.items()}
+    return {task: state for task, state in best.items() if state is not None}
+
+
+def pair_keys(best: Mapping[str, TrialState], incumbents: Mapping[str, str]) -> dict[str, list[Any]]:
+    """By task, what tells one comparison from another: the bank's prompt, the trial and the step of its best."""
+    return {
+        task: [incumbents[task], state.trial.digest, state.history[state.best_at].step]
+        for task, state in best.items()
+        if task in incumbents
+    }
+
+
+def read_pairs(folder: Path, keys: Mapping[str, list[Any]]) -> dict[str, Pair] | None:
+    """What was measured, by task; None unless it is exactly what the keys ask for."""
+    try:
+        with safe_open(folder / _FILE, framework="np") as file:
+            if json.loads(file.metadata()["measured"]) != dict(keys):
+                return None
+            return {task: Pair(file.get_tensor(f"{task}/incumbent"), file.get_tensor(f"{task}/new")) for task in keys}
+    except (SafetensorError, OSError, ValueError, KeyError):
+        return {} if not keys else None
+
+
+def row_outcomes(exam: Exam, answers: Answers) -> np.ndarray:
+    """`[N, 2]`, as `Pair` has them."""
+    if answers.texts is None:
+        return np.stack([answers.nll, exam.split.target_lengths], axis=1).astype(np.float64)
+    targets = wanted(exam)
+    if exam.metric in LABELLED:
+        place = {label: i for i, label in enumerate(exam.labels or ())}
+        rows = [(float(place[got]), place[want]) for got, want in zip(answers.texts, targets, strict=True)]
+    else:
+        rows = [(text_metric(exam.metric, [got], [want]), 1) for got, want in zip(answers.texts, targets, strict=True)]
+    return np.array(rows, dtype=np.float64).reshape(-1, 2)
+
+
+def prompt_digest(data: bytes) -> str:
+    """Of a file that holds an incumbent."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _exam(state: TrialState, prompt: torch.Tensor, corpus: TaskCorpus) -> Exam:
+    settings = state.trial.settings
+    rows = open_split(corpus.splits["dev"], settings.eval_rows)
+    return Exam(prompt, rows, settings.metric, corpus.labels, corpus.label_ids, settings.max_target_tokens)

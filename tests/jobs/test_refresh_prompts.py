@@ -1,0 +1,84 @@
+"""The nightly job as a scheduler starts it: twice at once, killed and started again, and with nothing to do."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.bank import PromptBank
+from pipeline.refresh.record import read_record
+from tests.corpora import reviews
+from tests.jobs.test_tune_prompts import events, finish, wait_for_step
+from tests.jobs_data import make_project, write_parquet, write_settings
+
+ROOT = Path(__file__).resolve().parents[2]
+JOB = [sys.executable, str(ROOT / "jobs" / "refresh_prompts.py")]
+
+
+def start(settings: Path, *arguments: str) -> subprocess.Popen:
+    command = [*JOB, "--config", str(settings), *arguments]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=settings.parent
+    )  # fmt: skip
+
+
+def run(settings: Path, *arguments: str, code: int = 0) -> str:
+    process = start(settings, *arguments)
+    output = finish(process)
+    assert process.returncode == code, output
+    return output
+
+
+def project_in(folder: Path) -> Path:
+    folder.mkdir()
+    settings = make_project(folder, max_steps=400, eval_every=200, patience=None)
+    return write_settings(folder, {**settings, "refresh": {"lease_expiry": 4}})
+
+
+def test_a_night_is_found_by_a_second_one_and_killed_goes_on_to_the_prompts_of_an_undisturbed_one(tmp_path):
+    settings = project_in(tmp_path / "project")
+    first = start(settings, "--date", "n1")
+    wait_for_step(tmp_path / "project/runs/small-n1", 60, first)
+    second = run(settings, "--date", "n2", code=7)
+    assert "night 'small-n1'" in second and "Traceback" not in second
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    folder = tmp_path / "project/runs/small-n1"
+    assert read_record(folder).state == "running" and not list(tmp_path.glob("project/bank/versions/*"))
+    # A dead night's lease expires: who waits for it, gets it.
+    output = run(settings, "--date", "n1", "--set", "refresh.wait_for_lease=60")
+    resumed = [event["step"] for event in events(folder) if event["event"] == "resume"]
+    assert resumed and resumed[0] > 0
+    record = read_record(folder)
+    assert (record.state, record.version, record.attempts, record.exit_code) == ("finished", 1, 2, 0)
+    assert "Version 1 is published" in output and "promoted" in output
+    run(project_in(tmp_path / "undisturbed"), "--date", "n1")
+    ours, theirs = (PromptBank.open(tmp_path / name / "bank") for name in ("project", "undisturbed"))
+    for name in ("film", "book"):
+        np.testing.assert_array_equal(ours.load(name).array, theirs.load(name).array)
+    unchanged_and_planned(settings)
+
+
+def unchanged_and_planned(settings: Path) -> None:
+    """The nights after it: nothing to do, and one in which a corpus has changed, planned only."""
+    folder = settings.parent
+    assert "Nothing had changed" in run(settings, "--date", "n2")
+    assert PromptBank.open(folder / "bank").versions() == (1,)
+    assert not [event for event in events(folder / "runs/small-n2") if event["event"] == "launch"]
+    write_parquet(folder / "corpora/film/train.parquet", reviews(70, 99))
+    output = run(settings, "--date", "n3", "--plan")
+    assert "warm" in output and "its corpus changed" in output and "carried" in output
+    assert "1 of 2 task(s) would be tuned" in output and not (folder / "runs/small-n3").exists()
+
+
+def test_mistakes_are_one_sentence_and_exit_code_2(tmp_path):
+    settings = project_in(tmp_path / "project")
+    output = run(settings, "--set", "refresh.canaries=[films]", code=2)
+    assert output.strip().endswith("refresh.canaries: there is no task 'films'; name tasks of this file")
+    assert "can name no run" in run(settings, "--date", "2026/01/02", code=2)
+    output = run(settings, "--date", "n1", "--set", "model.path=nowhere", code=2)
+    record = json.loads((tmp_path / "project/runs/small-n1/night.json").read_text())
+    assert (record["state"], record["exit_code"]) == ("failed", 2) and record["failure"] in output.replace("\n", " ")

@@ -1,0 +1,137 @@
+"""The lease: however many nights begin at once, one holds it; a dead one's is free; a lost one is noticed."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pipeline.errors import LeaseError, StorageError
+from pipeline.refresh.lease import held
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from pipeline.refresh.lease import held
+with held(Path(sys.argv[1]), "first", float(sys.argv[2])) as lease:
+    print("held", flush=True)
+    sys.stdin.readline()
+    try:
+        lease.check()
+        print("mine", flush=True)
+    except Exception as error:
+        print(error, flush=True)
+"""
+
+
+def holder(folder, expiry: float) -> subprocess.Popen:
+    """A process of its own that holds the lease until it is told to look again."""
+    command = [sys.executable, "-c", HOLD, str(folder), str(expiry)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_night_finds_the_first_and_leaves_and_may_begin_once_that_has_ended(tmp_path):
+    with held(tmp_path, "first", 60) as lease:
+        with pytest.raises(LeaseError, match=f"night 'first' .process {os.getpid()}"), held(tmp_path, "second", 60):
+            pass
+        lease.check()
+    with held(tmp_path, "second", 60):
+        pass
+
+
+def test_a_second_night_may_wait_for_the_first(tmp_path):
+    process = holder(tmp_path, 60)
+    process.stdin.close()  # it ends
+    with held(tmp_path, "second", 60, wait=30):
+        pass
+    assert process.wait() == 0
+
+
+def test_a_holder_that_lives_keeps_its_lease_for_longer_than_the_expiry(tmp_path):
+    with held(tmp_path, "first", 0.4) as lease:
+        with pytest.raises(LeaseError), held(tmp_path, "second", 0.4, wait=1.5):
+            pass
+        lease.check()
+
+
+def test_a_dead_nights_lease_expires(tmp_path):
+    process = holder(tmp_path, 1.0)
+    process.kill()
+    process.wait()
+    with pytest.raises(LeaseError), held(tmp_path, "second", 1.0):
+        pass
+    with held(tmp_path, "second", 1.0, wait=30) as lease:
+        lease.check()
+
+
+def test_a_holder_stopped_for_longer_than_its_expiry_notices_and_its_taker_is_not_disturbed(tmp_path):
+    process = holder(tmp_path, 0.5)
+    process.send_signal(signal.SIGSTOP)
+    with held(tmp_path, "second", 0.5, wait=30) as lease:
+        process.send_signal(signal.SIGCONT)
+        said, _ = process.communicate("look\n", timeout=60)
+        assert "another night (second" in said
+        lease.check()
+
+
+def test_a_holder_stopped_for_too_long_has_lost_its_lease_even_if_nobody_took_it(tmp_path):
+    process = holder(tmp_path, 0.5)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(1.2)
+    process.send_signal(signal.SIGCONT)
+    said, _ = process.communicate("look\n", timeout=60)
+    assert "no sign of life" in said
+
+
+def _contend(folder, barrier, results, number):
+    """Try once, all at the same moment; who holds it stays until the others have tried."""
+    barrier.wait()
+    try:
+        with held(folder, f"taker {number}", 60):
+            results.put(number)
+            barrier.wait()
+    except LeaseError:
+        barrier.wait()
+
+
+@pytest.mark.parametrize("before", ["nothing", "a dead night", "a night that ended"])
+def test_of_many_takers_at_once_exactly_one_holds_the_lease(tmp_path, before):
+    context = multiprocessing.get_context("spawn")
+    takers, rounds = 8, 5
+    for turn in range(rounds):
+        folder = tmp_path / f"{before}-{turn}"
+        if before != "nothing":
+            with held(folder, "before", 60):
+                pass
+        if before == "a dead night":
+            path = folder / "1.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "released": False}))
+            os.utime(path, (time.time() - 3600, time.time() - 3600))
+        barrier, results = context.Barrier(takers), context.Queue()
+        processes = [context.Process(target=_contend, args=(folder, barrier, results, n)) for n in range(takers)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+            assert process.exitcode == 0
+        first = results.get(timeout=10)
+        assert results.empty(), f"{first} and another one both held it"
+
+
+def test_nothing_but_the_newest_files_is_left_behind(tmp_path):
+    for _ in range(9):
+        with held(tmp_path, "night", 60):
+            pass
+    assert sorted(os.listdir(tmp_path)) == ["7.json", "8.json", "9.json"]
+
+
+def test_a_storage_that_is_no_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file"), held(tmp_path / "file", "night", 60):
+        pass

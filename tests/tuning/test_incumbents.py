@@ -1,0 +1,110 @@
+"""The bank's prompts beside the new ones: the same rows, and outcomes from which each metric follows exactly."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipeline.backbone.files import find_model, read_config, read_tokenizer
+from pipeline.backbone.host import host_backbone
+from pipeline.benchmark.ranks import run_ranks
+from pipeline.corpus.reader import open_split
+from pipeline.refresh.gate import compare
+from pipeline.tuning import incumbents
+from pipeline.tuning.evaluate import Exam, evaluate
+from pipeline.tuning.incumbents import Incumbents, best_states, measure, pair_keys, read_pairs
+from pipeline.tuning.loop import TuningRun, tune
+from tests.corpora import make_corpus, trial
+
+METRICS = ("accuracy", "f1", "exact_match", "rouge_l", "loss")
+
+
+def make_run(folder: Path, tokenizer, architecture) -> TuningRun:
+    corpora = {m: make_corpus(folder / "corpora", tokenizer, architecture, m, i) for i, m in enumerate(METRICS)}
+    trials = [trial(m, corpora[m], metric=m, max_steps=4, eval_every=2) for m in METRICS]
+    return TuningRun(trials, corpora, folder / "run", max_live_trials=8, checkpoint_every=50, token_budget=256)
+
+
+def made_up() -> Incumbents:
+    """A prompt for each task but the last, none of the new ones' length."""
+    rng = np.random.default_rng(0)
+    prompts = {m: rng.normal(size=(3 + i, 32)).astype(np.float32) for i, m in enumerate(METRICS[:-1])}
+    return Incumbents({m: f"digest of {m}" for m in prompts}, prompts)
+
+
+def keys(states, old: Incumbents):
+    return pair_keys(best_states(states), old.digests)
+
+
+def test_both_sides_answer_the_same_rows_and_their_metrics_are_those_of_an_evaluation(model, tmp_path):
+    backbone, tokenizer, _ = model
+    run, old = make_run(tmp_path, tokenizer, backbone.architecture), made_up()
+    states = tune(run, backbone, tokenizer)
+    measure(run, states, old, backbone, tokenizer)
+    pairs = read_pairs(run.folder, keys(states, old))
+    assert set(pairs) == set(METRICS[:-1])
+    for state in states[:-1]:
+        metric, corpus = state.trial.task, run.corpora[state.trial.task]
+        rows = open_split(corpus.splits["dev"], state.trial.settings.eval_rows)
+        incumbent = torch.as_tensor(old.prompts[metric])
+        exam = Exam(incumbent, rows, metric, corpus.labels, corpus.label_ids, 6)
+        (score,) = evaluate(backbone, tokenizer, [exam], 10_000)
+        values = compare(metric, pairs[metric])[:2]
+        best = state.history[state.best_at].value
+        assert values == pytest.approx((score.value, best), rel=1e-4) and len(pairs[metric].new) == len(rows) == 12
+
+
+def test_what_was_measured_is_not_measured_again_unless_it_is_for_another_prompt(model, tmp_path, monkeypatch):
+    backbone, tokenizer, _ = model
+    run, old = make_run(tmp_path, tokenizer, backbone.architecture), made_up()
+    states = tune(run, backbone, tokenizer)
+    assert read_pairs(run.folder, keys(states, old)) is None and read_pairs(run.folder, {}) == {}
+    measure(run, states, old, backbone, tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(incumbents, "answer", lambda *rest: pytest.fail("measured twice"))
+        measure(run, states, old, backbone, tokenizer)
+    other = replace(old, digests={**old.digests, "f1": "another prompt"})
+    assert read_pairs(run.folder, keys(states, other)) is None
+    measure(run, states, other, backbone, tokenizer)
+    assert read_pairs(run.folder, keys(states, other)) is not None
+    damaged = run.folder / "dev_outcomes.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    assert read_pairs(run.folder, keys(states, other)) is None
+
+
+def test_a_task_whose_every_trial_failed_is_not_compared(model, tmp_path):
+    backbone, tokenizer, _ = model
+    run, old = make_run(tmp_path, tokenizer, backbone.architecture), made_up()
+    states = tune(run, backbone, tokenizer)
+    states[0].status = "failed"
+    measure(run, states, old, backbone, tokenizer)
+    assert set(read_pairs(run.folder, keys(states, old))) == set(METRICS[1:-1])
+
+
+def measure_on_rank(folder: Path, model_folder: Path):
+    files = find_model(str(model_folder))
+    backbone = host_backbone(
+        files, read_config(files), int8=True, dtype=torch.float32, device=torch.device("cpu"), sharded=True
+    )
+    tokenizer, old = read_tokenizer(files), made_up()
+    own = make_run(folder / f"rank{dist.get_rank()}", tokenizer, backbone.architecture)
+    run = replace(own, folder=folder / "run")
+    states = tune(run, backbone, tokenizer)
+    measure(run, states, old, backbone, tokenizer)
+    dist.barrier()
+    return read_pairs(run.folder, keys(states, old))
+
+
+def test_two_ranks_measure_what_one_does(model, tmp_path):
+    backbone, tokenizer, folder = model
+    run, old = make_run(tmp_path / "one", tokenizer, backbone.architecture), made_up()
+    states = tune(run, backbone, tokenizer)
+    measure(run, states, old, backbone, tokenizer)
+    alone = read_pairs(run.folder, keys(states, old))
+    first, second = run_ranks(2, measure_on_rank, tmp_path / "two", folder)
+    for task, pair in alone.items():
+        np.testing.assert_array_equal(first[task].new, second[task].new)
+        np.testing.assert_allclose(first[task].incumbent, pair.incumbent, rtol=1e-3, atol=1e-3)
