@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, started as an operator would: `ray start`, token authentication on."""
+"""A Ray cluster of several nodes on this machine, as an operator starts it: `ray start`, token authentication on."""
 
 import os
 import shutil

@@ -84,7 +84,8 @@ def work(order: Order, device: torch.device) -> None:
     held = ", ".join(f"{size / 2**20:.0f} MiB of {kind}" for kind, size in sorted(sizes.items()))
     before = held_digest(backbone)
     journal.event("stage", name="tuning", text=f"rank 0 of {world_size()} holds {held}")
-    tune(order.tuning_run(settings), backbone, AutoTokenizer.from_pretrained(order.model_folder))
+    tokenizer = AutoTokenizer.from_pretrained(order.model_folder, trust_remote_code=False)
+    tune(order.tuning_run(settings), backbone, tokenizer)
     if held_digest(backbone) != before:
         shutil.rmtree(Path(order.run_folder) / "checkpoints", ignore_errors=True)  # or a restart would publish them
         raise TuningError("the frozen weights changed during tuning; the run's prompts are not to be trusted")
@@ -92,7 +93,8 @@ def work(order: Order, device: torch.device) -> None:
 
 def _host(order: Order, settings: Settings, device: torch.device, journal: Journal) -> Backbone:
     model, cluster = settings.model, settings.cluster
-    config, int8, dtype = AutoConfig.from_pretrained(order.model_folder), model.weights == "int8", model.dtype
+    config = AutoConfig.from_pretrained(order.model_folder, trust_remote_code=False)
+    int8, dtype = model.weights == "int8", model.dtype
     # Who asks for offload has no room to spare.
     setting = "always" if model.offload != "none" and cluster.partition == "auto" else cluster.partition
     sharded = partitions(setting, config, int8, compute_dtype(dtype, device), device)

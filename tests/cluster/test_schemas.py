@@ -68,7 +68,9 @@ def test_what_kustomize_makes_of_them_still_fits(folder):
     rendered = subprocess.run(["kubectl", "kustomize", CLUSTER / folder], capture_output=True, text=True, check=True)
     objects = list(yaml.safe_load_all(rendered.stdout))
     tag = "-cuda" if folder == "kubernetes-gpu" else ""
-    images = [line.split()[-1] for line in rendered.stdout.splitlines() if line.strip().startswith(("image:", "- image:"))]
+    images = [
+        line.split()[-1] for line in rendered.stdout.splitlines() if line.strip().startswith(("image:", "- image:"))
+    ]
     assert len(images) == 3 and all(image.startswith("registry.example.com/promptbank:") for image in images)
     assert all(image.endswith(f"0{tag}") for image in images)
     assert ("nvidia.com/gpu" in rendered.stdout) == bool(tag)
