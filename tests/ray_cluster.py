@@ -1,6 +1,8 @@
 """A Ray cluster of several nodes on this machine, as an operator starts it: `ray start`, token authentication on."""
 
+import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -11,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -41,18 +44,51 @@ class RayCluster:
 
         _wait(alive, f"{count} nodes", self.nodes)
 
+    def submit(self, name: str, *entrypoint: str, folder: Path) -> str:
+        """`ray job submit` from a working folder, which the cluster gets a copy of; the submission's name."""
+        for attempt in range(30):  # the cluster takes jobs a little after its dashboard answers
+            submission = f"{name}-{attempt}"
+            command = ["job", "submit", "--no-wait", f"--submission-id={submission}", f"--working-dir={folder}"]
+            done = self._run(*command, "--", *entrypoint)
+            if done.returncode == 0:
+                return submission
+            assert "No available agent" in done.stderr, done.stdout + done.stderr
+            time.sleep(2)
+        raise AssertionError("the cluster took no job")
+
+    def finish(self, submission: str, timeout: float = 240) -> str:
+        """What a job printed that ended well."""
+        deadline = time.monotonic() + timeout
+        # Asked for, not followed: `ray job submit` that waits can wait for ever, and then tells nothing of the job.
+        while not (ended := re.search("succeeded|failed|stopped", status := self.ray("job", "status", submission))):
+            assert time.monotonic() < deadline, f"{status}\n{self.ray('job', 'logs', submission)}"
+            time.sleep(1)
+        output = self.ray("job", "logs", submission)
+        assert ended[0] == "succeeded", output
+        return output
+
+    def listed(self, what: str, *filters: str) -> list[dict[str, Any]]:
+        """What Ray's state service lists: nodes, actors, tasks."""
+        chosen = [word for one in filters for word in ("--filter", one)]
+        return json.loads(self.ray("list", what, *chosen, "--format=json", "--limit=10000", "--detail"))
+
     def ray(self, *arguments: str, check: bool = True) -> str:
         """What `ray …` prints, as a user of the cluster calls it."""
-        done = subprocess.run(
-            [RAY, *arguments], env=self.environment, capture_output=True, text=True, timeout=120, check=False
-        )
+        done = self._run(*arguments)
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
+    def _run(self, *arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [RAY, *arguments], env=self.environment, capture_output=True, text=True, timeout=120, check=False
+        )
+
 
 @contextmanager
-def ray_cluster(home: Path, cpus: Sequence[int]) -> Iterator[RayCluster]:
+def ray_cluster(home: Path, cpus: Sequence[int], **variables: str) -> Iterator[RayCluster]:
     """One node for each number of CPUs, the first of them the head; all processes are gone afterwards.
+
+    `variables` are in every node's environment.
 
     Ports, home and temporary folder are its own: other Rays may run on this machine.
     """
@@ -66,6 +102,7 @@ def ray_cluster(home: Path, cpus: Sequence[int]) -> Iterator[RayCluster]:
         "RAY_AUTH_TOKEN": TOKEN,
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "HOME": str(home),
+        **variables,
     }
     cluster = RayCluster(environment, f"127.0.0.1:{port}")
     try:
