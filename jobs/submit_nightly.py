@@ -30,6 +30,7 @@ REFUSED = 2
 _DEADLINE = 124
 _STOPPED = 143
 _PAUSE_S = 2.0
+_STOPPING_S = 120.0
 _Answer = TypeVar("_Answer")
 
 
@@ -128,6 +129,9 @@ def _follow(cluster: "Cluster", name: str, deadline: float) -> int:
             return ended
         if time.time() > deadline:
             cluster.stop(name)
+            give_up = time.monotonic() + _STOPPING_S
+            while cluster.ended(name) is None and time.monotonic() < give_up:
+                time.sleep(_PAUSE_S)
             typer.echo(f"{name} was stopped at its deadline", err=True)
             return _DEADLINE
         time.sleep(_PAUSE_S)

@@ -95,7 +95,9 @@ def entrypoints() -> list[list[str]]:
 
 
 # The nightly job itself is made on another branch; once it is here, this mark goes.
-@pytest.mark.xfail(condition=not (ROOT / "jobs/refresh_prompts.py").exists(), reason="jobs/refresh_prompts.py is to come")
+@pytest.mark.xfail(
+    condition=not (ROOT / "jobs/refresh_prompts.py").exists(), reason="jobs/refresh_prompts.py is to come"
+)
 @pytest.mark.parametrize("words", entrypoints(), ids=["rayjob", "raycronjob", "cronjob", "systemd"])
 def test_every_script_of_an_entry_point_is_in_the_image(words):
     scripts = [word.removeprefix(IN_IMAGE) for word in words if word.startswith(IN_IMAGE) and word.endswith(".py")]

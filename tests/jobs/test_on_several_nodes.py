@@ -10,8 +10,8 @@ import pytest
 
 from pipeline.bank import PromptBank
 from tests.corpora import reviews
+from tests.job_cluster import JobCluster, job_cluster
 from tests.jobs_data import make_project, write_parquet, write_settings
-from tests.ray_cluster import TOKEN, RayCluster, kill_tree, ray_cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = "jobs/tune_prompts.py"
@@ -36,19 +36,19 @@ def prompts(bank: Path) -> dict[str, np.ndarray]:
     return {name: opened.load(name).array for name in opened.names()}
 
 
-def nodes_of_ranks(cluster: RayCluster, pids_before: set[int]) -> list[str]:
+def nodes_of_ranks(cluster: JobCluster, pids_before: set[int]) -> list[str]:
     ranks = [a for a in cluster.listed("actors") if "TrainWorker" in a["class_name"] and a["pid"] not in pids_before]
     return [actor["node_id"] for actor in ranks]
 
 
-def rank_pids(cluster: RayCluster) -> set[int]:
+def rank_pids(cluster: JobCluster) -> set[int]:
     return {actor["pid"] for actor in cluster.listed("actors") if "TrainWorker" in actor["class_name"]}
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """A head that only schedules, as in cluster/, and two nodes of one CPU: two ranks cannot be on one."""
-    with ray_cluster(tmp_path_factory.mktemp("home"), cpus=(0, 1, 1), AWS_SECRET_ACCESS_KEY=SECRET) as running:
+    with job_cluster(tmp_path_factory.mktemp("home"), workers=2, AWS_SECRET_ACCESS_KEY=SECRET) as running:
         yield running
 
 
@@ -95,7 +95,7 @@ def test_no_token_and_no_credential_is_in_what_a_run_leaves_or_prints(cluster, s
     folder, output = submitted
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert any(path.name == "events.jsonl" for path in files) and len(files) > 20
-    for secret in (TOKEN, SECRET):
+    for secret in (cluster.token, SECRET):
         assert secret not in output
         assert not [path for path in files if secret.encode() in path.read_bytes()]
 
@@ -108,7 +108,7 @@ def test_a_run_for_more_nodes_than_there_are_waits_for_one_and_goes_on(cluster, 
     while "waiting for 3 CPUs where there are 2" not in (log := cluster.ray("job", "logs", name)):
         assert "FAILED" not in cluster.ray("job", "status", name).upper(), log
         time.sleep(1)
-    third = cluster.add_node(1)
+    third = cluster.add_node()
     cluster.finish(name)
     nodes = nodes_of_ranks(cluster, before)
     assert len(set(nodes)) == 3
@@ -117,9 +117,7 @@ def test_a_run_for_more_nodes_than_there_are_waits_for_one_and_goes_on(cluster, 
         np.testing.assert_allclose(array, undisturbed[task], atol=1e-3)
 
     # And with a node fewer than before, the next night runs on those that are left.
-    cluster.nodes.remove(third)
-    kill_tree(third)
-    cluster.wait_for_nodes(3)
+    cluster.lose(third)
     (tmp_path / "again").mkdir()
     name = cluster.submit("again", "python", JOB, "--config", str(make(tmp_path / "again")), folder=ROOT)
     assert "Published version 1" in cluster.finish(name)

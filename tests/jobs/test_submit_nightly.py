@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from jobs.submit_nightly import exit_code
-from tests.ray_cluster import RayCluster, free_port, ray_cluster
+from tests.job_cluster import JobCluster, job_cluster
+from tests.ray_cluster import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SUBMIT = [sys.executable, str(ROOT / "jobs" / "submit_nightly.py")]
@@ -19,18 +20,18 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    with ray_cluster(tmp_path_factory.mktemp("home"), cpus=(1, 1)) as running:
+    with job_cluster(tmp_path_factory.mktemp("home"), workers=1) as running:
         yield running
 
 
-def start(cluster: RayCluster, night: str, script: str, *options: str, **environment: str) -> subprocess.Popen:
+def start(cluster: JobCluster, night: str, script: str, *options: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         [*SUBMIT, "--night", night, "--patience", "60", "--pause", "0", *options, "--", "sh", "-c", script],
         env={**cluster.environment, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 
-def submit(cluster: RayCluster, night: str, script: str, *options: str, **environment: str) -> tuple[int, str]:
+def submit(cluster: JobCluster, night: str, script: str, *options: str, **environment: str) -> tuple[int, str]:
     process = start(cluster, night, script, *options, **environment)
     output, _ = process.communicate(timeout=180)
     return process.returncode, output
@@ -131,3 +132,9 @@ def test_a_cluster_that_does_not_answer_asks_for_another_try(tmp_path):
 )
 def test_what_a_job_that_ended_stands_for(status, driver, code):
     assert exit_code(status, driver) == code
+
+
+def test_a_working_folder_goes_along(cluster, tmp_path):
+    (tmp_path / "hello.txt").write_text("from the folder")
+    code, output = submit(cluster, "2026-01-09", "cat hello.txt", "--working-dir", str(tmp_path))
+    assert code == 0 and "from the folder" in output, output
