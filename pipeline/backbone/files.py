@@ -98,11 +98,17 @@ def _checked_folder(name: str, folder: Path) -> ModelFiles:
 def read_config(files: ModelFiles) -> PretrainedConfig:
     """The model's configuration. Raises: BackboneError for a family that is not supported."""
     try:
-        config = AutoConfig.from_pretrained(files.folder, **_gguf(files))
+        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False, **_gguf(files))
     except Exception as error:
-        raise BackboneError(f"model.path {files.name}: its configuration cannot be read: {error}") from error
+        raise BackboneError(f"model.path {files.name}: its configuration cannot be read: {_reason(error)}") from error
     architecture_of(config, files.name)
     return config
+
+
+def _reason(error: Exception) -> str:
+    if "trust_remote_code" in str(error):  # transformers' advice is to run it
+        return "it needs code of its own, which is never run here; use a model of a supported family without it"
+    return str(error)
 
 
 def architecture_of(config: PretrainedConfig, name: str = "") -> Architecture:
@@ -126,9 +132,9 @@ def context_length(config: PretrainedConfig) -> int | None:
 def read_tokenizer(files: ModelFiles) -> Any:
     """The model's fast tokenizer. Raises: BackboneError when it has none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(files.folder, **_gguf(files))
+        tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False, **_gguf(files))
     except Exception as error:
-        raise BackboneError(f"model.path {files.name}: its tokenizer cannot be read: {error}") from error
+        raise BackboneError(f"model.path {files.name}: its tokenizer cannot be read: {_reason(error)}") from error
     if not tokenizer.is_fast:
         raise BackboneError(f"model.path {files.name}: it has no fast tokenizer (tokenizer.json)")
     return tokenizer

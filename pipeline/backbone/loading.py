@@ -51,7 +51,7 @@ def build_skeleton(config: PretrainedConfig, int8: bool, dtype: torch.dtype = to
     """The model on the meta device (no memory), its matrices replaced by int8 ones if asked for."""
     auto = AutoModelForCausalLM if FAMILIES[config.model_type] == "decoder-only" else AutoModelForSeq2SeqLM
     with torch.device("meta"):
-        model: nn.Module = auto.from_config(config, attn_implementation="sdpa")
+        model: nn.Module = auto.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     model.eval().requires_grad_(False)  # eval: dropout would make ranks disagree
     fuse(model)
     if int8:

@@ -131,9 +131,9 @@ def main():
     parser.add_argument("columns", nargs="*", metavar="COLUMN=TEXT")
     options = parser.parse_args()
     row = dict(column.split("=", 1) for column in options.columns)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    embedding = AutoModelForCausalLM.from_pretrained(options.model).get_input_embeddings()
-    tensor = prompt_embeds(row, embedding, tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=False)
+    tensor = prompt_embeds(row, model.get_input_embeddings(), tokenizer)
     llm = LLM(model=options.model, enable_prompt_embeds=True)
     (answer,) = llm.generate({"prompt_embeds": tensor}, SamplingParams(temperature=0.0, max_tokens=64))
     # The model was tuned to write the separator itself, before its answer.

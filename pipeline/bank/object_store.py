@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from pipeline.addresses import hide_credentials
 from pipeline.bank.content import Bytes
 from pipeline.bank.store import Entry, Missing, check_key
 from pipeline.errors import BankError, StorageError, UnreachableError
@@ -82,7 +83,7 @@ def open_object_store(uri: str) -> "ObjectStore":
     for name in _ENDPOINTS:
         value = os.environ.get(name)
         if value and not value.startswith(("http://", "https://")):
-            raise BankError(f"{name} is {value!r}, and must begin with https:// or http://")
+            raise BankError(f"{name} is {hide_credentials(value)!r}, and must begin with https:// or http://")
     if not _ADDRESS.fullmatch(uri):
         raise _refused(uri, "a part of it is missing, or it holds '..', '%', '?', '#' or ':'")
     allow_http = any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in _ALLOW_HTTP)
@@ -242,7 +243,9 @@ def _refuse_forks() -> None:
 
 
 def _refused(uri: str, reason: str) -> BankError:
-    return BankError(f"the bank's address {uri!r} is refused ({reason}); use a local folder, {_CLOUDS}")
+    return BankError(
+        f"the bank's address {hide_credentials(uri)!r} is refused ({reason}); use a local folder, {_CLOUDS}"
+    )
 
 
 def _is_final(failure: StorageError) -> bool:
@@ -270,7 +273,7 @@ def _why(error: Exception) -> str:
         code = _CODE.search(report)
         return _why_answered(int(status[1]), code[1] if code else "")
     found = _HOST.search(report)
-    host = found[1] if found else "the store"
+    host = hide_credentials(found[1]) if found else "the store"
     for pattern, cause in _TRANSPORT:
         if re.search(pattern, report):
             return cause.format(host=host, line=_first_line(error))
@@ -296,4 +299,4 @@ def _why_answered(status: int, code: str) -> str:
 
 def _first_line(error: Exception) -> str:
     line = str(error).partition("\n")[0]
-    return re.sub(r"^(Generic \w+ error: )?(Error performing \S+ request: )?", "", line)[:200]
+    return hide_credentials(re.sub(r"^(Generic \w+ error: )?(Error performing \S+ request: )?", "", line))[:200]

@@ -139,7 +139,9 @@ def _as_safetensors(model: str, folder: Path) -> Path:
     if files.gguf is None:
         return files.folder
     saved = folder / "model"
-    loaded: Any = AutoModelForCausalLM.from_pretrained(files.folder, dtype=torch.float32, gguf_file=files.gguf)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        files.folder, dtype=torch.float32, gguf_file=files.gguf, trust_remote_code=False
+    )
     loaded.config.quantization_config = None
     loaded.hf_quantizer = None
     loaded.save_pretrained(saved)

@@ -30,7 +30,9 @@ class PeerOptions:
 def load_peer_model(folder: Path, options: PeerOptions) -> Any:
     quantization = BitsAndBytesConfig(load_in_8bit=True) if options.int8 else None
     dtype = torch.bfloat16 if options.bf16 else torch.float32
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=quantization, dtype=dtype, trust_remote_code=False
+    )
 
 
 def tune_one_by_one(

@@ -46,8 +46,18 @@ _SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
             },
         },
     ),
-    # meta-llama/Llama-2-7b-hf and -70b-hf
+    # meta-llama/Llama-2-7b-hf, -13b-hf and -70b-hf
     "llama-7b": (LlamaConfig, {**_LLAMA_2, **_7B, "intermediate_size": 11_008}),
+    "llama-13b": (
+        LlamaConfig,
+        {
+            **_LLAMA_2,
+            "hidden_size": 5120,
+            "intermediate_size": 13_824,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 40,
+        },
+    ),
     "llama-70b": (
         LlamaConfig,
         {

@@ -61,7 +61,7 @@ def load_tokenizer(folder: str) -> Any:
     from transformers import AutoTokenizer  # seconds of import that a reader of shards never pays
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise CorpusError(f"{folder} holds no tokenizer that can be loaded ({reason}); save it there again") from error

@@ -3,12 +3,23 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from pipeline.addresses import holds_credentials
 from pipeline.settings.sweeps import MOST_TRIALS, SweptKey, choices, count_choices, trial_name, with_choice
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Paths = str | list[str]
+
+
+def _without_credentials(value: Paths | None) -> Paths | None:
+    # pydantic puts no input into this message, and neither do we.
+    if any(map(holds_credentials, [value] if isinstance(value, str) else value or [])):
+        raise ValueError(
+            "the address holds a password, which would end up in logs; take it out, and set it in the environment "
+            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_KEY)"
+        )
+    return value
 
 
 class _Frozen(BaseModel):
@@ -33,6 +44,8 @@ class RunSettings(_Frozen):
     the backward pass of `cluster.tokens_per_microbatch` tokens."""
     on_bad_task: Literal["refuse", "skip"] = "refuse"
     """A task whose corpus cannot be used stops the run before training, or is reported as failed."""
+
+    _no_password = field_validator("storage")(_without_credentials)
 
 
 class ModelSettings(_Frozen):
@@ -182,6 +195,8 @@ class TaskSettings(TaskDefaults):
     dev: Paths | None = None
     test: Paths | None = None
 
+    _no_password = field_validator("train", "dev", "test")(_without_credentials)
+
     @model_validator(mode="after")
     def _one_dev_split(self) -> "TaskSettings":
         if (self.dev is None) == (self.dev_fraction is None):
@@ -197,6 +212,8 @@ class BankSettings(_Frozen):
     """Public keys (PEM files): versions that none of them signed are refused."""
     signing_key: str | None = None
     """The private key (PEM file) that signs what this run publishes."""
+
+    _no_password = field_validator("uri")(_without_credentials)
 
 
 class TrackingSettings(_Frozen):

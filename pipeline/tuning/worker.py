@@ -116,7 +116,8 @@ def _tune(
     before = held_digest(backbone)
     journal.event("stage", name="tuning", text=f"rank 0 of {world_size()} holds {held}")
     journal.memory("backbone")
-    run, tokenizer = order.tuning_run(settings), AutoTokenizer.from_pretrained(order.model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(order.model_folder, trust_remote_code=False)
+    run = order.tuning_run(settings)
     states = tune(run, backbone, tokenizer, notices)
     if order.incumbents and len(states) == len(run.trials) and all(state.ended for state in states):
         journal.event("stage", name="gate", text=f"{len(order.incumbents)} prompt(s) of the bank measured again")
@@ -130,7 +131,8 @@ def _tune(
 
 def _host(order: Order, settings: Settings, device: torch.device, journal: Journal) -> Backbone:
     model, cluster = settings.model, settings.cluster
-    config, int8, dtype = AutoConfig.from_pretrained(order.model_folder), model.weights == "int8", model.dtype
+    config = AutoConfig.from_pretrained(order.model_folder, trust_remote_code=False)
+    int8, dtype = model.weights == "int8", model.dtype
     # Who asks for offload has no room to spare.
     setting = "always" if model.offload != "none" and cluster.partition == "auto" else cluster.partition
     sharded = partitions(setting, config, int8, compute_dtype(dtype, device), device)

@@ -75,7 +75,14 @@ def test_a_token_for_every_byte_comes_back_as_it_was(tmp_path):
 
 
 # T5's without the output layer, which its checkpoints store apart from the embedding.
-PARAMETERS = {"t5-xl": 2.78e9, "t5-xxl": 11.0e9, "llama-3b": 3.21e9, "llama-7b": 6.74e9, "llama-8b": 8.03e9}
+PARAMETERS = {
+    "t5-xl": 2.78e9,
+    "t5-xxl": 11.0e9,
+    "llama-3b": 3.21e9,
+    "llama-7b": 6.74e9,
+    "llama-13b": 13.02e9,
+    "llama-8b": 8.03e9,
+}
 
 
 @pytest.mark.parametrize("shape", PARAMETERS)
