@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version as version_of
 from pathlib import Path
 
@@ -18,14 +19,17 @@ from pipeline.refresh.exits import exit_of, verdict
 from pipeline.refresh.lease import Lease, held
 from pipeline.refresh.look import Look, look
 from pipeline.refresh.outcomes import Outcome, decide, planned_record
+from pipeline.refresh.page import leave_page
 from pipeline.refresh.record import NightRecord, read_record
 from pipeline.refresh.tuned import tune, with_readable_incumbents
-from pipeline.reporting.events import EventLog
+from pipeline.reporting.events import EventLog, telling_why
 from pipeline.reporting.progress import follow
 from pipeline.run.bank import open_bank
 from pipeline.run.checks import CheckedRun, check_run
+from pipeline.run.patience import patiently
 from pipeline.run.publishing import LIBRARIES
 from pipeline.run.stages import make_run_folder
+from pipeline.run.tracking import trackers_of
 from pipeline.settings import RunSettings, Settings
 from pipeline.tuning.launch import connected_ray
 
@@ -61,12 +65,17 @@ def run_night(settings: Settings, date: str, console: Console) -> NightRecord:
         if before is not None and before.state == "finished" and before.version is not None:
             return before
         chronicle = Chronicle(folder, _blank(own, date), lease.check)
-        with _telling_failures(chronicle):
-            if before is not None and before.state == "publishing":
-                completed = _complete(own, before, chronicle)
-                if completed is not None:
-                    return completed
-            return _refresh(own, folder, lease, chronicle, console)
+        try:
+            with _telling_failures(chronicle):
+                if before is not None and before.state == "publishing":
+                    completed = _complete(own, before, chronicle)
+                    if completed is not None:
+                        return completed
+                return _refresh(own, folder, lease, chronicle, console)
+        finally:
+            with suppress(LeaseError):  # the folder is another night's by now
+                lease.check()
+                leave_page(folder, own, console)
 
 
 def plan_night_only(settings: Settings, date: str, folder: Path, console: Console) -> Look:
@@ -82,7 +91,13 @@ def _refresh(settings: Settings, folder: Path, lease: Lease, chronicle: Chronicl
     with chronicle.stage("check"):
         checked = check_run(settings, new_backbone=True)
     events = folder / "events.jsonl"
-    with EventLog(events) as log, connected_ray(settings.cluster), follow(events, console):
+    with (
+        EventLog(events) as log,
+        telling_why(log),
+        connected_ray(settings.cluster),
+        follow(events, console, trackers_of(settings, folder), settings.tracking.log == "json"),
+    ):
+        log.write("begin", tasks=len(settings.tasks))
         with chronicle.stage("corpus"):
             found = look(checked, folder, log)
         found, incumbents = with_readable_incumbents(checked, found)
@@ -97,7 +112,9 @@ def _refresh(settings: Settings, folder: Path, lease: Lease, chronicle: Chronicl
         with chronicle.stage("tuning"):
             tuned = tune(checked, found, incumbents, folder, log)
         outcomes = decide(settings, found, tuned)
-        return _publish(checked, found, outcomes, lease, chronicle, log)
+        record = _publish(checked, found, outcomes, lease, chronicle, log)
+        log.write("end", version=record.version, exit=record.exit_code)
+        return record
 
 
 def _publish(
@@ -112,21 +129,38 @@ def _publish(
         return _end(chronicle, None, found.bank.version)
     log.write("stage", name="publish", text=f"to {settings.bank.uri}")
     chronicle.write(state="publishing", tasks=records, conditions=conditions, alias_may_move=may_move)
-    lease.check()  # the last moment: a night that took over may have published
     with chronicle.stage("publish"):
-        bank = open_bank(settings.bank, create=True)
-        prompts = [outcome.prompt for outcome in outcomes]
-        number = bank.publish(
-            [prompt for prompt in prompts if isinstance(prompt, NewPrompt)],
-            checked.identity,
-            settings.run.name,
-            {name: version_of(name) for name in LIBRARIES},
-            settings.bank.alias if may_move else None,
-            standing=[prompt for prompt in prompts if isinstance(prompt, Standing)],
-            removed={record.task: record.why for record in records if record.result == "removed"},
-            new_backbone=True,
-        )
-    return _end(chronicle, number, _alias_version(bank, settings))
+        number = patiently(partial(_publish_once, checked, outcomes, may_move, lease), "publish", log)
+        stands_at = _alias_version(open_bank(settings.bank), settings)
+    return _end(chronicle, number, stands_at)
+
+
+def _publish_once(checked: CheckedRun, outcomes: Sequence[Outcome], may_move: bool, lease: Lease) -> int:
+    """The night's version; where it is there already, since only the store's answer was lost, it gets its alias."""
+    settings = checked.settings
+    bank, alias = open_bank(settings.bank, create=True), settings.bank.alias if may_move else None
+    number = _version_of(bank, settings.run.name)
+    if number is not None:
+        if alias is not None:
+            bank.advance(alias, number, by=f"run {settings.run.name}")
+        return number
+    lease.check()  # the last moment: a night that took over may have published
+    prompts, records = [outcome.prompt for outcome in outcomes], [outcome.record for outcome in outcomes]
+    return bank.publish(
+        [prompt for prompt in prompts if isinstance(prompt, NewPrompt)],
+        checked.identity,
+        settings.run.name,
+        {name: version_of(name) for name in LIBRARIES},
+        alias,
+        standing=[prompt for prompt in prompts if isinstance(prompt, Standing)],
+        removed={record.task: record.why for record in records if record.result == "removed"},
+        new_backbone=True,
+    )
+
+
+def _version_of(bank: PromptBank, run: str) -> int | None:
+    """The version that this very night published, if it is among the newest."""
+    return next((n for n in bank.versions()[::-1][:_LOOK_BACK] if bank.at(str(n)).header.run == run), None)
 
 
 def _is_news(outcome: Outcome) -> bool:
@@ -140,7 +174,7 @@ def _is_news(outcome: Outcome) -> bool:
 def _complete(settings: Settings, before: NightRecord, chronicle: Chronicle) -> NightRecord | None:
     """Finish a night that was stopped while it published; None when its version is not there yet."""
     bank = open_bank(settings.bank, create=True)
-    number = next((n for n in bank.versions()[::-1][:_LOOK_BACK] if bank.at(str(n)).header.run == before.run), None)
+    number = _version_of(bank, before.run)
     if number is None:
         return None
     kept = {"attempts": chronicle.record.attempts, "stages": chronicle.record.stages}

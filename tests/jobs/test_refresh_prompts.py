@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.bank import PromptBank
 from pipeline.refresh.record import read_record
 from tests.corpora import reviews
-from tests.jobs.test_tune_prompts import events, finish, wait_for_step
+from tests.job_process import events, finish, wait_for_step
 from tests.jobs_data import make_project, write_parquet, write_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +55,8 @@ def test_a_night_is_found_by_a_second_one_and_killed_goes_on_to_the_prompts_of_a
     record = read_record(folder)
     assert (record.state, record.version, record.attempts, record.exit_code) == ("finished", 1, 2, 0)
     assert "Version 1 is published" in output and "promoted" in output
+    page = (folder / "report.html").read_text()
+    assert "Night of n1" in page and "film" in page and page.count("<svg") >= 2
     run(project_in(tmp_path / "undisturbed"), "--date", "n1")
     ours, theirs = (PromptBank.open(tmp_path / name / "bank") for name in ("project", "undisturbed"))
     for name in ("film", "book"):
@@ -82,3 +84,4 @@ def test_mistakes_are_one_sentence_and_exit_code_2(tmp_path):
     output = run(settings, "--date", "n1", "--set", "model.path=nowhere", code=2)
     record = json.loads((tmp_path / "project/runs/small-n1/night.json").read_text())
     assert (record["state"], record["exit_code"]) == ("failed", 2) and record["failure"] in output.replace("\n", " ")
+    assert "nowhere" in (tmp_path / "project/runs/small-n1/report.html").read_text()
