@@ -73,8 +73,13 @@ def _run(settings: Settings, date: str, console: Console) -> int:
     from pipeline.refresh.night import run_night
     from pipeline.refresh.tables import print_night
 
+    in_rays_copy = "_ray_pkg_" in str(Path.cwd())
+    if in_rays_copy and not (os.path.isabs(settings.run.storage) and os.path.isabs(settings.bank.uri)):
+        console.print("warning: run.storage or bank.uri is relative, and Ray deletes this copy of the working folder")
     record = run_night(settings, date, console)
     print_night(console, record)
+    folder = Path(settings.run.storage).expanduser() / record.run
+    console.print(f"Record: {folder / 'night.json'}", markup=False, highlight=False)
     assert record.exit_code is not None, "a night that came to its end has one"
     return record.exit_code
 

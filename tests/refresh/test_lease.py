@@ -103,7 +103,7 @@ def _contend(folder, barrier, results, number):
 @pytest.mark.parametrize("before", ["nothing", "a dead night", "a night that ended"])
 def test_of_many_takers_at_once_exactly_one_holds_the_lease(tmp_path, before):
     context = multiprocessing.get_context("spawn")
-    takers, rounds = 8, 5
+    takers, rounds = 8, 3
     for turn in range(rounds):
         folder = tmp_path / f"{before}-{turn}"
         if before != "nothing":
