@@ -51,9 +51,9 @@ class RayCluster:
                 if probe.connect_ex(("127.0.0.1", self._port)) == 0:
                     break
             time.sleep(0.2)
-        for _ in range(workers):
+        for number in range(workers):
             self._start(f"--address=127.0.0.1:{self._port}")
-        self._wait_for_cpus(1 + workers)
+            self._wait_for_cpus(2 + number)  # two that start at once take each other's ports
 
     def _start(self, *arguments: str) -> subprocess.Popen:
         ports = ["metrics-export-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port"]

@@ -132,7 +132,7 @@ def _prepare_corpora(
             prepare = partial(prepare_task, name, settings.tasks[name], tokenizer, storage)
             corpora[name] = patiently(prepare, "corpus", log)
             log.write("stage", name="corpus", text=f"{name}: {_counted(corpora[name])}")
-        except StorageError:
+        except (StorageError, TuningError):  # no mistake of the task's
             raise
         except PromptBankError as error:
             refused[name] = error

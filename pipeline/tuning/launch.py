@@ -3,9 +3,10 @@
 import logging
 import math
 import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,10 @@ from pipeline.tuning.worker import Order, work
 
 _OBJECT_STORE_BYTES = 512 * 2**20
 _SHUTDOWN_TIMEOUT_S = 5
+_LOOK_S = 5.0
+_GONE_AFTER_S = 40.0
+"""After a minute without the head, Ray ends this process without a word."""
+_GONE = "the Ray cluster is gone; start the same run again, there or on another cluster, to resume it"
 _START_TIMEOUT_S = 900
 """A cluster that scales itself needs minutes for a new node."""
 
@@ -132,7 +137,22 @@ def _fit(trainer: TorchTrainer, run_folder: Path, log: EventLog) -> None:
 
     with stop_by_signal(ask):
         Thread(target=fit, daemon=True).start()
-        ended.result()
+        heard = math.inf  # of a head that cannot be asked from here, nothing is concluded
+        while not wait([ended], timeout=_LOOK_S).done:
+            if _head_answers():
+                heard = time.monotonic()
+            elif time.monotonic() - heard > _GONE_AFTER_S:
+                raise TuningError(_GONE)
+    ended.result()
+
+
+def _head_answers() -> bool:
+    try:
+        host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_LOOK_S).close()
+    except (OSError, AttributeError, ValueError):  # the last two: connected by ray://
+        return False
+    return True
 
 
 class _RanksBackend(_TorchBackend):

@@ -130,6 +130,7 @@ def test_a_store_that_is_away_while_corpora_are_read_is_waited_for(undisturbed, 
     assert outage.refused and "corpus: trying again soon: task 'film'" in output
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_costs_no_more_than_the_steps_since_the_one_before(undisturbed, tmp_path):
     settings = project_in(tmp_path / "project")
     folder = tmp_path / "project/runs/small"
