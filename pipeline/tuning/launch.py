@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from unittest.mock import patch
 
 import ray
 from ray.exceptions import RayError
@@ -24,7 +25,7 @@ from pipeline.reporting.events import EventLog
 from pipeline.settings import ClusterSettings
 from pipeline.tuning.checkpoint import remove, temporaries
 from pipeline.tuning.notices import allow_to_run, ask_to_stop, forget_request
-from pipeline.tuning.signals import heed_sigterm, sigterm_is_ctrl_c, stop_by_signal
+from pipeline.tuning.signals import heed_sigterm, held_back, stop_by_signal
 from pipeline.tuning.watchdog import LOADING, hang_reports, hang_sentence
 from pipeline.tuning.worker import Order, work
 
@@ -60,13 +61,12 @@ def connected_ray(cluster: ClusterSettings) -> Iterator[None]:
     else:
         cpus = max(os.cpu_count() or 1, cluster.num_workers * cluster.cpus_per_worker)
         options |= {"num_cpus": cpus, "object_store_memory": _OBJECT_STORE_BYTES}
-    started = not ray.is_initialized()
+    started, interrupted = not ray.is_initialized(), []
     try:
         if started:
-            ray.init(address=address or "local", runtime_env=environment, **options)
-            sigterm_is_ctrl_c()
-    except SystemExit as exit:  # what ray.init makes of SIGTERM
-        raise KeyboardInterrupt from exit
+            # Cut short, Ray's start can neither go on nor be ended; its own handler of SIGTERM would do that.
+            with held_back() as interrupted, patch("ray._private.utils.set_sigterm_handler"):
+                ray.init(address=address or "local", runtime_env=environment, **options)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SettingsError(
@@ -74,10 +74,13 @@ def connected_ray(cluster: ClusterSettings) -> Iterator[None]:
             "mend the address or its token (RAY_AUTH_TOKEN)"
         ) from error
     try:
+        if interrupted:
+            raise KeyboardInterrupt
         yield
     finally:
         if started:
-            ray.shutdown()
+            with held_back():
+                ray.shutdown()
 
 
 def launch(order: Order, cluster: ClusterSettings, max_failures: int, log: EventLog) -> None:

@@ -1,6 +1,6 @@
 import pytest
 
-from tests.job_process import project_in, run
+from tests.job_process import kill_what_is_left, project_in, run
 
 
 @pytest.fixture(scope="session")
@@ -11,14 +11,7 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
-# TEMPORARY
-def pytest_configure(config):
-    config.option.maxfail = 100
-
-
-def pytest_runtest_logreport(report):
-    with open("/tmp/fx/live.log", "a") as file:
-        if report.when == "call" or report.failed:
-            file.write(f"{report.nodeid} {report.when} {report.outcome} {report.duration:.1f}\n")
-        if report.failed:
-            file.write(str(report.longrepr)[-6000:] + "\n")
+@pytest.fixture(autouse=True)
+def nothing_outlives_a_failed_test():
+    yield
+    kill_what_is_left()

@@ -45,6 +45,7 @@ def wait_for(log, word, process):
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_tasks_that_cannot_be_used_are_reported_and_change_no_bit_of_the_others(alone, tmp_path):
     settings = project_in(tmp_path / "project", max_steps=100, eval_every=50)
     add_task(settings, "long", [("good " * 60, "positive"), ("bad " * 60, "negative")] * 30)
