@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 JOB = [sys.executable, str(ROOT / "jobs" / "tune_prompts.py")]
 STEPS = 400
 _MARK = "TESTED_JOB"
+_started: list[subprocess.Popen] = []
 
 
 def start(settings: Path, *arguments: str, **kwargs) -> subprocess.Popen:
@@ -35,7 +37,20 @@ def start(settings: Path, *arguments: str, **kwargs) -> subprocess.Popen:
         **kwargs,
     )
     process.mark = mark
+    _started.append(process)
     return process
+
+
+def kill_what_is_left() -> None:
+    """After a test that failed: every job that was started, and what it started."""
+    while _started:
+        process = _started.pop()
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+        for other in processes_of(process):
+            with suppress(psutil.NoSuchProcess):
+                other.kill()
 
 
 def finish(process: subprocess.Popen, timeout: float = 240) -> str:

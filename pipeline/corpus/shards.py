@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import ray
 import ray.data
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from pipeline.corpus.encoding import TokenizerContent, TokenizerSpec, load_tokenizer, tokenizer_content
 from pipeline.corpus.files import Source
@@ -32,7 +32,7 @@ from pipeline.corpus.reading import ReadUnit, read_texts, read_units
 from pipeline.corpus.rows import Recipe, tokenise_rows
 from pipeline.corpus.tally import EMPTY, ShardTally, manifest_figures
 from pipeline.corpus.writing import write_shard
-from pipeline.errors import CorpusError, PromptBankError, StorageError
+from pipeline.errors import CorpusError, PromptBankError, StorageError, TuningError
 
 FORMAT_VERSION = 2
 _MAX_TASKS = 2000
@@ -193,6 +193,9 @@ def _translated(error: Exception, storage: Path) -> Exception:
         if isinstance(inner, OSError):  # reading raises CorpusError, so this came from writing
             return _storage_error(storage, inner)
         cause = inner if isinstance(inner, RayTaskError) else cause.__cause__
+    if isinstance(error, RayError) and not isinstance(error, RayTaskError):  # workers, nodes or the cluster were lost
+        reason = str(error).strip().partition("\n")[0]
+        return TuningError(f"tokenising was given up ({reason}); start the same run again to resume it")
     return error
 
 

@@ -12,7 +12,7 @@ from safetensors.numpy import save
 from pipeline.backbone.files import from_anywhere, save_description
 from pipeline.corpus.encoding import TokenizerSpec
 from pipeline.corpus.task_corpus import TaskCorpus, prepare_task
-from pipeline.errors import PromptBankError, StorageError
+from pipeline.errors import PromptBankError, StorageError, TuningError
 from pipeline.reporting.events import EventLog
 from pipeline.run.bank import open_bank
 from pipeline.run.checks import CheckedRun, refuse_or_skip
@@ -86,7 +86,7 @@ def prepare_corpora(
             prepare = partial(prepare_task, name, settings.tasks[name], tokenizer, storage)
             corpora[name] = patiently(prepare, "corpus", log)
             log.write("stage", name="corpus", text=f"{name}: {_counted(corpora[name])}")
-        except StorageError:
+        except (StorageError, TuningError):  # no mistake of the task's
             raise
         except PromptBankError as error:
             refused[name] = error

@@ -3,9 +3,10 @@
 import logging
 import math
 import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,12 +24,16 @@ from pipeline.reporting.events import EventLog
 from pipeline.settings import ClusterSettings
 from pipeline.tuning.checkpoint import remove, temporaries
 from pipeline.tuning.notices import allow_to_run, ask_to_stop, forget_request
-from pipeline.tuning.signals import heed_sigterm, sigterm_is_ctrl_c, stop_by_signal
+from pipeline.tuning.signals import heed_sigterm, held_back, stop_by_signal
 from pipeline.tuning.watchdog import LOADING, hang_reports, hang_sentence
 from pipeline.tuning.worker import Order, work
 
 _OBJECT_STORE_BYTES = 512 * 2**20
 _SHUTDOWN_TIMEOUT_S = 5
+_LOOK_S = 5.0
+_GONE_AFTER_S = 40.0
+"""After a minute without the head, Ray ends this process without a word."""
+_GONE = "the Ray cluster is gone; start the same run again, there or on another cluster, to resume it"
 _START_TIMEOUT_S = 900
 """A cluster that scales itself needs minutes for a new node."""
 
@@ -55,13 +60,12 @@ def connected_ray(cluster: ClusterSettings) -> Iterator[None]:
     else:
         cpus = max(os.cpu_count() or 1, cluster.num_workers * cluster.cpus_per_worker)
         options |= {"num_cpus": cpus, "object_store_memory": _OBJECT_STORE_BYTES}
-    started = not ray.is_initialized()
+    started, interrupted = not ray.is_initialized(), []
     try:
         if started:
-            ray.init(address=address or "local", runtime_env=environment, **options)
-            sigterm_is_ctrl_c()
-    except SystemExit as exit:  # what ray.init makes of SIGTERM
-        raise KeyboardInterrupt from exit
+            # Cut short, Ray's start can neither go on nor be ended; its own handler of SIGTERM would do that.
+            with held_back() as interrupted, _without_rays_handler():
+                ray.init(address=address or "local", runtime_env=environment, **options)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SettingsError(
@@ -69,10 +73,26 @@ def connected_ray(cluster: ClusterSettings) -> Iterator[None]:
             "mend the address or its token (RAY_AUTH_TOKEN)"
         ) from error
     try:
+        if interrupted:
+            raise KeyboardInterrupt
         yield
     finally:
         if started:
-            ray.shutdown()
+            with held_back():
+                ray.shutdown()
+
+
+@contextmanager
+def _without_rays_handler() -> Iterator[None]:
+    """Ray's own handler of SIGTERM ends this process in the middle of whatever it does."""
+    from ray._private import utils
+
+    rays = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = rays
 
 
 def launch(order: Order, cluster: ClusterSettings, max_failures: int, log: EventLog) -> None:
@@ -132,7 +152,22 @@ def _fit(trainer: TorchTrainer, run_folder: Path, log: EventLog) -> None:
 
     with stop_by_signal(ask):
         Thread(target=fit, daemon=True).start()
-        ended.result()
+        heard = math.inf  # of a head that cannot be asked from here, nothing is concluded
+        while not wait([ended], timeout=_LOOK_S).done:
+            if _head_answers():
+                heard = time.monotonic()
+            elif time.monotonic() - heard > _GONE_AFTER_S:
+                raise TuningError(_GONE)
+    ended.result()
+
+
+def _head_answers() -> bool:
+    try:
+        host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_LOOK_S).close()
+    except (OSError, AttributeError, ValueError):  # the last two: connected by ray://
+        return False
+    return True
 
 
 class _RanksBackend(_TorchBackend):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_BOTH = (signal.SIGTERM, signal.SIGINT)
 _told = threading.Event()
 
 
@@ -18,22 +19,35 @@ def sigterm_is_ctrl_c() -> None:
 @contextmanager
 def stop_by_signal(ask: Callable[[], None]) -> Iterator[None]:
     """The first SIGTERM or Ctrl-C calls `ask`, which asks the ranks to stop; the next one is a KeyboardInterrupt."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGTERM, signal.SIGINT)
 
     def first(number: int, frame: FrameType | None) -> None:
-        for again in numbers:
+        for again in _BOTH:
             signal.signal(again, signal.default_int_handler)
         ask()
 
-    before = {number: signal.signal(number, first) for number in numbers}
+    with _handled_by(first):
+        yield
+
+
+@contextmanager
+def held_back() -> Iterator[list[int]]:
+    """Neither signal interrupts what is within; a list of those that came, filled as they come."""
+    came: list[int] = []
+    with _handled_by(lambda number, frame: came.append(number)):
+        yield came
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in _BOTH}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def heed_sigterm() -> None:

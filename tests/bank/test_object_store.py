@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pipeline.addresses import hide_credentials
 from pipeline.bank import object_store
 from pipeline.bank.object_store import ObjectStore, open_object_store
 from pipeline.bank.store import Missing, Store, open_store
@@ -707,7 +708,7 @@ def test_an_address_that_cannot_be_is_refused_and_told_what_can(s3, monkeypatch,
     with pytest.raises(BankError) as caught:
         open_store(uri, create=False)
     sentence = str(caught.value)
-    assert sentence.startswith(f"the bank's address {uri!r} is refused (")
+    assert sentence.startswith(f"the bank's address {hide_credentials(uri)!r} is refused (")
     assert "s3://bucket/folder, gs://bucket/folder, az://container/folder" in sentence and "\n" not in sentence
 
 

@@ -22,7 +22,7 @@ from tests.job_process import (
 )
 
 
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_rank_that_hangs_is_killed_and_the_prompts_are_those_of_an_undisturbed_run(undisturbed, tmp_path, which):
     settings = project_in(tmp_path / "project")
     folder = tmp_path / "project/runs/small"
@@ -40,7 +40,14 @@ def test_a_rank_that_hangs_is_killed_and_the_prompts_are_those_of_an_undisturbed
     assert_no_temporary_files(tmp_path / "project")
 
 
-@pytest.mark.parametrize(("number", "whom"), [("SIGTERM", "driver"), ("SIGINT", "driver"), ("SIGTERM", "rank")])
+@pytest.mark.parametrize(
+    ("number", "whom"),
+    [
+        ("SIGTERM", "driver"),
+        pytest.param("SIGINT", "driver", marks=pytest.mark.slow),
+        pytest.param("SIGTERM", "rank", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_is_told_to_stop_goes_on_from_that_very_step(undisturbed, tmp_path, number, whom):
     settings = project_in(tmp_path / "project")
     folder = tmp_path / "project/runs/small"
@@ -75,6 +82,7 @@ def test_a_job_told_to_stop_before_it_trains_is_one_sentence(tmp_path):
     assert_nothing_is_left(process)
 
 
+@pytest.mark.slow
 def test_ranks_that_hang_again_and_again_are_one_sentence_that_says_where(tmp_path):
     settings = project_in(tmp_path / "project")
     folder = tmp_path / "project/runs/small"

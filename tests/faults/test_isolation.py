@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pipeline.bank import PromptBank
-from tests.job_process import distance, finish, project_in, run, start
+from tests.job_process import assert_same, distance, finish, project_in, run, start
 from tests.jobs_data import write_parquet
 
 EXACT = ("--set", "model.products=exact")
@@ -39,41 +39,52 @@ def add_task(settings, name, rows, **changes):
 GOOD = [("good film", "positive"), ("bad film", "negative")] * 30
 
 
-def test_bad_tasks_are_reported_and_the_others_end_with_their_prompts(alone, tmp_path):
+def wait_for(log, word, process):
+    while not log.exists() or word not in log.read_text():
+        assert process.poll() is None, finish(process)
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_tasks_that_cannot_be_used_are_reported_and_change_no_bit_of_the_others(alone, tmp_path):
     settings = project_in(tmp_path / "project", max_steps=100, eval_every=50)
-    add_task(settings, "nan", GOOD, optimizer={"lr": 1e30})
     add_task(settings, "long", [("good " * 60, "positive"), ("bad " * 60, "negative")] * 30)
     gone = add_task(settings, "gone", GOOD)
-    late = add_task(settings, "late", GOOD)
-    log = tmp_path / "project/runs/small/events.jsonl"
     process = start(settings, *EXACT, "--set", "run.on_bad_task=skip")
-    while not log.exists():  # after the check, before the first corpus is tokenised
-        assert process.poll() is None, finish(process)
-        time.sleep(0.005)
+    # After the check, before the first corpus is tokenised.
+    wait_for(tmp_path / "project/runs/small/events.jsonl", "", process)
     (gone / "train.parquet").unlink()
-    while "launch" not in log.read_text():  # after the last corpus is tokenised
-        assert process.poll() is None, finish(process)
-        time.sleep(0.005)
-    (late / "train.parquet").unlink()
     output = finish(process)
     assert process.returncode == 3, output
-    bank = PromptBank.open(tmp_path / "project/bank")
-    assert bank.names() == ("book", "film", "late")
-    assert distance(tmp_path / "project/bank", alone / "bank") < TOLERANCE
-    for reason in ("the loss was", "60 input over-long", "there is no file or folder"):
+    assert PromptBank.open(tmp_path / "project/bank").names() == ("book", "film")
+    for reason in ("60 input over-long", "there is no file or folder"):
         assert reason in output, output
+    assert_same(tmp_path / "project/bank", alone / "bank")
+
+
+@pytest.mark.slow
+def test_a_task_gone_nan_is_reported_and_the_others_end_with_their_prompts(alone, tmp_path):
+    settings = project_in(tmp_path / "project", max_steps=100, eval_every=50)
+    add_task(settings, "nan", GOOD, optimizer={"lr": 1e30})
+    late = add_task(settings, "late", GOOD)
+    log = tmp_path / "project/runs/small/events.jsonl"
+    process = start(settings, *EXACT)
+    wait_for(log, "launch", process)  # after the last corpus is tokenised
+    (late / "train.parquet").unlink()
+    output = finish(process)
+    assert process.returncode == 3 and "the loss was" in output, output
+    assert PromptBank.open(tmp_path / "project/bank").names() == ("book", "film", "late")
     (failed,) = [t for t in json.loads((log.parent / "trials.json").read_text()) if t["status"] == "failed"]
     assert failed["task"] == "nan"
+    assert distance(tmp_path / "project/bank", alone / "bank") < TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_task_whose_token_shards_vanish_fails_alone(alone, tmp_path):
     settings = project_in(tmp_path / "project", max_steps=100, eval_every=50)
     add_task(settings, "gone", [("great film", "positive"), ("awful film", "negative")] * 30)
-    log = tmp_path / "project/runs/small/events.jsonl"
     process = start(settings, *EXACT)
-    while not log.exists() or "launch" not in log.read_text():
-        assert process.poll() is None, finish(process)
-        time.sleep(0.005)
+    wait_for(tmp_path / "project/runs/small/events.jsonl", "launch", process)
     for shards in (tmp_path / "project/runs/token_shards").iterdir():
         if str(tmp_path / "project/corpora/gone") in (shards / "manifest.json").read_text():
             next(shards.glob("*.parquet")).unlink()

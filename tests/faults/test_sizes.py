@@ -16,9 +16,8 @@ def exact(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("first", "then"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(2, 3, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2), (2, 3)])
 def test_a_run_killed_and_started_again_on_other_ranks_ends_with_the_same_prompts(exact, tmp_path, first, then):
     settings = project_in(tmp_path / "project")
     folder = tmp_path / "project/runs/small"

@@ -55,12 +55,10 @@ class Outage:
         visit.forward(self._endpoint)()
 
 
-@pytest.mark.parametrize(
-    ("how", "seconds"),
-    [("nobody", 30), *(pytest.param(how, 60, marks=pytest.mark.slow) for how in AWAY)],
-)
-def test_a_store_that_is_away_when_the_night_is_published_is_waited_for(undisturbed, s3, how, seconds):
-    outage, uri = Outage(s3.endpoint, how, seconds), s3.new_uri()
+@pytest.mark.slow
+@pytest.mark.parametrize("how", AWAY)
+def test_a_store_that_is_away_for_a_minute_when_the_night_is_published_is_waited_for(undisturbed, s3, how):
+    outage, uri = Outage(s3.endpoint, how, seconds=60), s3.new_uri()
     log = undisturbed / "runs/small/events.jsonl"
     before = len(events(log.parent))
     with serving(outage.answer) as proxy:
@@ -89,7 +87,7 @@ def test_a_store_that_stays_away_is_one_sentence_and_the_next_start_only_publish
 
     monkeypatch.setattr(patience, "PATIENCE_S", 1.0)
     monkeypatch.setattr(object_store, "_PATIENCE", 0.5)
-    outage, uri = Outage(s3.endpoint, "nobody", 3600), s3.new_uri()
+    outage, uri = Outage(s3.endpoint, "nobody", seconds=3600), s3.new_uri()
     log = undisturbed / "runs/small"
     before = len(events(log))
 
@@ -112,7 +110,7 @@ def test_a_store_that_stays_away_is_one_sentence_and_the_next_start_only_publish
 
 @pytest.mark.slow
 def test_a_store_that_is_away_while_corpora_are_read_is_waited_for(undisturbed, s3, tmp_path):
-    outage, uri = Outage(s3.endpoint, "nobody", 15), s3.new_uri()
+    outage, uri = Outage(s3.endpoint, "nobody", seconds=15), s3.new_uri()
     settings = project_in(tmp_path / "project", max_steps=20, eval_every=10)
     film = tmp_path / "project/corpora/film"
     for path in film.glob("*.parquet"):
@@ -130,6 +128,7 @@ def test_a_store_that_is_away_while_corpora_are_read_is_waited_for(undisturbed, 
     assert outage.refused and "corpus: trying again soon: task 'film'" in output
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_costs_no_more_than_the_steps_since_the_one_before(undisturbed, tmp_path):
     settings = project_in(tmp_path / "project")
     folder = tmp_path / "project/runs/small"

@@ -18,7 +18,19 @@ import psutil
 import pytest
 
 from pipeline.bank import PromptBank
-from tests.job_process import JOB, ROOT, assert_same, events, finish, project_in, run, start, wait_for_step
+from tests.job_process import (
+    JOB,
+    ROOT,
+    assert_no_temporary_files,
+    assert_nothing_is_left,
+    assert_same,
+    events,
+    finish,
+    project_in,
+    run,
+    start,
+    wait_for_step,
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +90,8 @@ def test_a_killed_worker_is_replaced_and_the_prompts_are_those_of_an_undisturbed
     assert process.returncode == 0, output
     assert [e for e in events(tmp_path / "project/runs/small") if e["event"] == "resume"], "nothing was resumed"
     assert_same(tmp_path / "project/bank", undisturbed[0] / "bank")
+    assert_nothing_is_left(process)
+    assert_no_temporary_files(tmp_path / "project")
 
 
 def test_a_killed_driver_started_again_ends_with_the_prompts_of_an_undisturbed_run(undisturbed, tmp_path):
@@ -86,6 +100,7 @@ def test_a_killed_driver_started_again_ends_with_the_prompts_of_an_undisturbed_r
     wait_for_step(tmp_path / "project/runs/small", 60, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert_nothing_is_left(process)
     assert not list(tmp_path.glob("project/bank/versions/*"))
     run(settings)
     resumed = [e["step"] for e in events(tmp_path / "project/runs/small") if e["event"] == "resume"]
@@ -95,6 +110,7 @@ def test_a_killed_driver_started_again_ends_with_the_prompts_of_an_undisturbed_r
     ]
     assert [line["step"] for line in series if "loss" in line] == list(range(1, 401)), "a step is there twice, or never"
     assert_same(tmp_path / "project/bank", undisturbed[0] / "bank")
+    assert_no_temporary_files(tmp_path / "project")
 
 
 def test_the_plan_shows_rows_steps_and_memory_and_trains_nothing(undisturbed):

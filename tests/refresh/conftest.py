@@ -16,7 +16,9 @@ from tests.jobs_data import make_project
 def rank_in_this_process():
     """What a worker of Ray Train is given to do, done here: nights take a second. tests/jobs goes the whole way."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.refresh.tuned.launch", lambda order, *rest: work(order, torch.device("cpu")))
+        patch.setattr(
+            "pipeline.refresh.tuned.launch", lambda order, *rest: work(order, torch.device("cpu"), lambda: False)
+        )
         yield
 
 
