@@ -173,7 +173,7 @@ def _ask_for_long(url, replies):
     asking = [threading.Thread(target=ask) for _ in range(6)]
     for thread in asking:
         thread.start()
-    time.sleep(0.3)
+    time.sleep(0.1)
     return asking
 
 
