@@ -126,7 +126,7 @@ ADDRESSES = [
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
-@pytest.mark.parametrize("key", ["bank.uri", "run.storage", "tasks.sst2.train", "tasks.sst2.test"])
+@pytest.mark.parametrize("key", ["bank.uri", "run.storage", "tasks.sst2.train", "tasks.sst2.test", "tracking.mlflow"])
 def test_a_password_in_an_address_is_refused_and_not_repeated(address, key):
     task = {"train": "train.parquet", "dev": "dev.parquet"}
     with pytest.raises(SettingsError, match=rf"'{key}': the address holds a password") as refused:

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.bank import PromptBank
-from pipeline.errors import BankError, PromptBankError
+from pipeline.errors import BankError
 from pipeline.reporting.html import render
 from pipeline.reporting.html.from_record import night_of_record
 from pipeline.run.bank import open_bank
@@ -21,7 +21,7 @@ def leave_page(folder: Path, settings: Settings, console: Console) -> None:
     try:
         report = night_of_record(folder, _bank(settings), settings.cluster.price_per_rank_hour)
         write_atomically(folder / PAGE, render(report).encode())
-    except PromptBankError as error:
+    except Exception as error:  # even a defect of ours must not change how a night has ended
         console.print(f"warning: the night's report was not written: {error}", markup=False, highlight=False)
 
 

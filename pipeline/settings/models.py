@@ -17,7 +17,8 @@ def _without_credentials(value: Paths | None) -> Paths | None:
     if any(map(holds_credentials, [value] if isinstance(value, str) else value or [])):
         raise ValueError(
             "the address holds a password, which would end up in logs; take it out, and set it in the environment "
-            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_KEY)"
+            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_KEY, "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)"
         )
     return value
 
@@ -222,11 +223,14 @@ class TrackingSettings(_Frozen):
     tensorboard: bool = False
     """Scalars for TensorBoard, in the run's folder (`tensorboard/`)."""
     mlflow: str | None = None
-    """The URI of an MLflow tracking server, which gets the run's scalars and its end."""
+    """The URI of an MLflow tracking server, which gets the run's scalars and its end; its password, if it asks for one,
+    comes from MLFLOW_TRACKING_PASSWORD."""
     experiment: str = "promptbank"
     """MLflow's name for what the runs belong to."""
     log: Literal["auto", "json"] = "auto"
     """What the job prints while it runs: bars or lines for people, or every event as a line of JSON."""
+
+    _no_password = field_validator("mlflow")(_without_credentials)
 
 
 class RefreshSettings(_Frozen):
