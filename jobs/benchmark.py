@@ -268,7 +268,7 @@ def corpus(
     model: Model = "smollm2-135m",
     gigabytes: Annotated[float, typer.Option(help="The largest corpus.")] = 1.0,
     rounds: Rounds = 3,
-    speed_megabytes: Annotated[float, typer.Option(help="Parquet of a round, for either kind of text.")] = 40.0,
+    speed_megabytes: Annotated[str, typer.Option(help="Parquet of a round, sizes separated by commas.")] = "40,200",
     scratch: Annotated[Path | None, typer.Option(help="Where corpora are generated, and deleted after.")] = None,
     out: Out = Path("docs/benchmarks/corpus.json"),
 ) -> None:
@@ -277,7 +277,8 @@ def corpus(
     from pipeline.benchmark.tables import corpus_tables
 
     sizes = [size for size in (10.0, 100.0, 1000.0) if size < gigabytes * 1000] + [gigabytes * 1000]
-    figures = measure_corpus(data, model, sizes, rounds, speed_megabytes, scratch)
+    speed_sizes = [float(size) for size in speed_megabytes.split(",")]
+    figures = measure_corpus(data, model, sizes, rounds, speed_sizes, scratch)
     for table in corpus_tables(figures):
         console.print(table)
     save_figures(out, figures)

@@ -9,8 +9,9 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pyarrow.parquet as pq
+from tokenizers import Tokenizer
 
-from pipeline.corpus.encoding import TokenizerContent
+from pipeline.corpus.encoding import TokenizerContent, keep_words
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class BareWay:
     """Of each process."""
     call_rows: int
     """Texts a call of `encode_batch_fast`."""
+    kept_words: int | None = None
+    """Words whose tokens the tokenizer keeps; None as it comes, which is what a user gets."""
 
 
 def bare_ways(cores: int) -> tuple[BareWay, ...]:
@@ -72,7 +75,9 @@ def _keep(start: Barrier) -> None:
 def _tokenise(content: TokenizerContent, file: Path, way: BareWay, rank: int) -> tuple[int, float, float, float]:
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if way.threads > 1 else "false"
     os.environ["RAYON_NUM_THREADS"] = str(way.threads)
-    tokenizer = content.backend_tokenizer
+    tokenizer = Tokenizer.from_str(content.json)
+    if way.kept_words is not None:
+        keep_words(tokenizer, way.kept_words)
     texts = _share(file, rank, way.processes)
     calls = [texts[first : first + way.call_rows] for first in range(0, len(texts), way.call_rows)]
     _start.wait()

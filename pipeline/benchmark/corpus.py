@@ -6,10 +6,10 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from pipeline.backbone.files import architecture_of, find_model, read_config, re
 from pipeline.benchmark.bare_tokenizer import BareWay, Run, bare_ways, run_bare
 from pipeline.benchmark.comparison import device_name, write_json
 from pipeline.benchmark.corpus_files import read_sentences, write_corpus
-from pipeline.corpus.encoding import TokenizerSpec, load_tokenizer, tokenizer_content
+from pipeline.corpus.encoding import KEPT_WORDS, TokenizerSpec, load_tokenizer, tokenizer_content
 from pipeline.corpus.files import inspect_files
 from pipeline.corpus.reader import SplitRef, open_split
 from pipeline.corpus.rows import Recipe, row_identities
@@ -34,25 +34,38 @@ from pipeline.tuning.peak_memory import peak_bytes
 
 _CHECKED_ROWS = 2000
 _SAMPLE_SECONDS = 0.5
+_WARM_UP_MEGABYTES = 4.0
 # Name -> halves of sentences a text (see write_corpus): a sentence's length, and a document's.
 _TEXTS = {"rows": 3, "documents": 60}
 
 
 @dataclass(frozen=True)
-class Speed:
-    """Of one kind of text, round by round."""
+class Bare:
+    """The bare tokenizer in one way, round by round."""
 
-    tokens_a_text: float
-    megabytes: float
-    bare: Sequence[float]
-    """Input tokens a second of the bare tokenizer, in its fastest way."""
-    ours: Sequence[float]
-    """Input tokens a second from Parquet files to a published shard folder; Ray's workers run already."""
-    way: BareWay
+    rates: Sequence[float]
+    """Input tokens a second."""
     ratio: tuple[float, float, float]
-    """Ours to bare: least, median and greatest over the rounds."""
+    """Of our rate to its: least, median and greatest over the rounds."""
     cpu_ratio: tuple[float, float, float]
     """The same of tokens a second of one core, all of Ray's processes included: steadier on a busy machine."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one kind of text in one size."""
+
+    texts: str
+    tokens_a_text: float
+    megabytes: float
+    way: BareWay
+    """The fastest one of the bare tokenizer."""
+    bare: Bare
+    """As it comes."""
+    keeping: Bare
+    """Keeping the tokens of as many words as ours does."""
+    ours: Sequence[float]
+    """Input tokens a second from Parquet files to a published shard folder; Ray's workers run already."""
 
 
 @dataclass(frozen=True)
@@ -78,24 +91,33 @@ class Night:
 class CorpusFigures:
     device: str
     cores: int
-    speed: Mapping[str, Speed]
+    speed: Sequence[Speed]
     nights: Sequence[Night]
 
 
 def measure_corpus(
-    data: Path, model: str, megabytes: Sequence[float], rounds: int, speed_megabytes: float, scratch: Path | None
+    data: Path,
+    model: str,
+    megabytes: Sequence[float],
+    rounds: int,
+    speed_megabytes: Sequence[float],
+    scratch: Path | None,
 ) -> CorpusFigures:
-    """Generate corpora below `scratch` (deleted after), and measure. Raises: CorpusError, BackboneError."""
+    """Generate corpora below `scratch` (deleted after), and measure. Raises: CorpusError, BackboneError.
+
+    megabytes: of Parquet, one size a night. speed_megabytes: the same of the rounds against the bare tokenizer.
+    """
     sentences, cores = read_sentences(data), psutil.cpu_count() or 1
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         place = Path(folder)
         spec = _save_tokenizer(model, place / "model")
         nights = [_measure_nights(place, size, sentences, spec) for size in megabytes]
         with connected_ray(ClusterSettings()):
-            speed = {
-                name: _measure_speed(place, speed_megabytes, sentences, pieces, spec, rounds, cores)
-                for name, pieces in _TEXTS.items()
-            }
+            speed = [
+                _measure_speed(place, size, sentences, texts, spec, rounds, cores)
+                for size in speed_megabytes
+                for texts in _TEXTS
+            ]
     return CorpusFigures(device_name(), cores, speed, nights)
 
 
@@ -114,31 +136,41 @@ def _measure_speed(
     place: Path,
     megabytes: float,
     sentences: Sequence[str],
-    pieces: int,
+    texts: str,
     spec: TokenizerSpec,
     rounds: int,
     cores: int,
 ) -> Speed:
     small, file = place / "small.parquet", place / "speed.parquet"
-    write_corpus(small, megabytes / 10, sentences, pieces)
-    rows = write_corpus(file, megabytes, sentences, pieces)
+    write_corpus(small, min(megabytes, _WARM_UP_MEGABYTES), sentences, _TEXTS[texts])
+    rows = write_corpus(file, megabytes, sentences, _TEXTS[texts])
     content = tokenizer_content(load_tokenizer(spec.dir))
     # Before the rounds: start Ray's workers, and find the bare tokenizer's fastest way.
     _build(small, spec, place)
     rates = {way: run_bare(content, small, way).rate for way in bare_ways(cores)}
     way = max(rates, key=rates.__getitem__)
-    bare, ours = [], []
+    keeping_way = replace(way, kept_words=KEPT_WORDS)
+    bare, keeping, ours = [], [], []
     for round_ in range(rounds):
         bare.append(run_bare(content, file, way))
+        keeping.append(run_bare(content, file, keeping_way))
         ours.append(_build(file, spec, place, check=round_ == 0))
         tokens = bare[-1].tokens
         assert ours[-1].tokens == tokens, f"{ours[-1].tokens} input tokens where the bare tokenizer has {tokens}"
     return Speed(
+        texts=texts,
         tokens_a_text=bare[0].tokens / rows,
         megabytes=round(file.stat().st_size / 1e6, 1),
-        bare=[round(run.rate) for run in bare],
-        ours=[round(run.rate) for run in ours],
         way=way,
+        bare=_compared(bare, ours),
+        keeping=_compared(keeping, ours),
+        ours=[round(run.rate) for run in ours],
+    )
+
+
+def _compared(bare: Sequence[Run], ours: Sequence[Run]) -> Bare:
+    return Bare(
+        rates=[round(run.rate) for run in bare],
         ratio=_spread([mine.rate / theirs.rate for mine, theirs in zip(ours, bare, strict=True)]),
         cpu_ratio=_spread([mine.cpu_rate / theirs.cpu_rate for mine, theirs in zip(ours, bare, strict=True)]),
     )

@@ -14,6 +14,8 @@ from pipeline.errors import CorpusError
 
 _UNITS = 64
 _LEAST_UNIT_BYTES, _MOST_UNIT_BYTES = 2 * 2**20, 16 * 2**20
+# Ray takes some 20 ms of several processes' time for a task, as much as half a mebibyte of text takes.
+_LEAST_TASK_BYTES = 2**20
 # A slice reads and drops the rows before it, which costs each about a hundredth of what tokenising it does.
 _MOST_SLICES = 16
 _BATCH_BYTES = 2**20
@@ -23,7 +25,7 @@ _STREAM_BUFFER = 2**20
 
 @dataclass(frozen=True)
 class ReadUnit:
-    """What one Ray task reads at a time: rows `first` to `end` (not included) of some row groups of one file."""
+    """What is read at a time: rows `first` to `end` (not included) of some row groups of one file."""
 
     file: SourceFile
     row_groups: tuple[int, ...]
@@ -31,10 +33,15 @@ class ReadUnit:
     end: int
 
     @property
+    def row_bytes(self) -> float:
+        """Of a row, uncompressed: the mean of the row groups."""
+        rows, size = map(sum, zip(*(self.file.row_groups[group] for group in self.row_groups), strict=True))
+        return size / rows
+
+    @property
     def batch_rows(self) -> int:
         """Rows that come to about a mebibyte: a tokenizer needs many times its text."""
-        rows, size = map(sum, zip(*(self.file.row_groups[group] for group in self.row_groups), strict=True))
-        return max(1, min(_BATCH_ROWS, _BATCH_BYTES * rows // max(size, 1)))
+        return max(1, int(min(_BATCH_ROWS, _BATCH_BYTES / max(self.row_bytes, 1))))
 
 
 def read_units(source: Source) -> tuple[ReadUnit, ...]:
@@ -45,6 +52,20 @@ def read_units(source: Source) -> tuple[ReadUnit, ...]:
     size = sum(nbytes for file in source.files for _, nbytes in file.row_groups)
     unit_bytes = min(max(size // _UNITS, _LEAST_UNIT_BYTES), _MOST_UNIT_BYTES)
     return tuple(unit for file in source.files for unit in _cut(file, unit_bytes))
+
+
+def gathered(units: Iterable[ReadUnit]) -> tuple[tuple[ReadUnit, ...], ...]:
+    """Neighbouring units together until they are worth a Ray task: a corpus may be thousands of small files."""
+    tasks: list[tuple[ReadUnit, ...]] = []
+    waiting: list[ReadUnit] = []
+    size = 0.0
+    for unit in units:
+        waiting.append(unit)
+        size += unit.row_bytes * (unit.end - unit.first)
+        if size >= _LEAST_TASK_BYTES:
+            tasks.append(tuple(waiting))
+            waiting, size = [], 0.0
+    return (*tasks, tuple(waiting)) if waiting else tuple(tasks)
 
 
 def _cut(file: SourceFile, unit_bytes: int) -> Iterator[ReadUnit]:

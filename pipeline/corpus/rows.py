@@ -74,27 +74,33 @@ def tokenise_rows(
     targets = render_rows(recipe.target, columns, rows)
     statuses = _text_statuses(inputs, targets)
     kept = np.flatnonzero(statuses == RowStatus.OK)
-    kept_inputs, kept_targets = _texts(inputs, kept), _texts(targets, kept)
+    kept_targets = _texts(targets, statuses)
 
-    input_ids = encode_inputs(tokenizer, recipe.architecture, kept_inputs)
+    input_ids = encode_inputs(tokenizer, recipe.architecture, _texts(inputs, statuses))
     # A task's targets are often a few labels: each different one is encoded once.
-    different = list(dict.fromkeys(kept_targets))
-    encoded = encode_targets(tokenizer, recipe.architecture, recipe.separator, different)
-    ids_of = dict(zip(different, encoded, strict=True))
-    target_ids = [ids_of[target] for target in kept_targets]
+    place_of = {target: place for place, target in enumerate(dict.fromkeys(kept_targets))}
+    target_ids = encode_targets(tokenizer, recipe.architecture, recipe.separator, list(place_of))
+    places = np.fromiter(map(place_of.__getitem__, kept_targets), np.int64, len(kept))
 
     input_long = _lengths(input_ids) > recipe.max_input_tokens
-    target_long = _lengths(target_ids) > recipe.max_target_tokens
+    target_long = (_lengths(target_ids) > recipe.max_target_tokens)[places]
     statuses[kept[target_long]] = RowStatus.TARGET_LONG
     statuses[kept[input_long]] = RowStatus.INPUT_LONG
     used = ~(input_long | target_long)
+    used_rows = kept[used]
+    row_inputs: list[Sequence[int]] = [()] * rows
+    for row, ids in zip(used_rows.tolist(), compress(input_ids, used.tolist()), strict=True):
+        row_inputs[row] = ids
+    # Behind the last target is an empty one, for the rows that are not used.
+    target_of = np.full(rows, len(place_of))
+    target_of[used_rows] = places[used]
     return pa.table(
         {
             "row_id": row_identities(inputs.texts, targets.texts),
             "status": statuses,
-            "input_ids": _token_lists(rows, kept[used], list(compress(input_ids, used))),
-            "target_ids": _token_lists(rows, kept[used], list(compress(target_ids, used))),
-            "target": [text if ok else "" for text, ok in zip(targets.texts, statuses == RowStatus.OK, strict=True)],
+            "input_ids": _token_lists(row_inputs),
+            "target_ids": _token_lists([*target_ids, ()]).take(pa.array(target_of)),
+            "target": pa.array([*place_of, ""], pa.string()).take(pa.array(target_of)),
         },
         schema=SHARD_SCHEMA,
     )
@@ -111,18 +117,18 @@ def _text_statuses(inputs: Rendered, targets: Rendered) -> npt.NDArray[np.int8]:
     return statuses
 
 
-def _texts(rendered: Rendered, kept: npt.NDArray[np.intp]) -> list[str]:
-    return [rendered.texts[row] or "" for row in kept.tolist()]
+def _texts(rendered: Rendered, statuses: npt.NDArray[np.int8]) -> list[str]:
+    """The texts of the rows that are OK so far."""
+    return [text or "" for text in compress(rendered.texts, (statuses == RowStatus.OK).tolist())]
 
 
 def _lengths(ids: Sequence[Sequence[int]]) -> npt.NDArray[np.int32]:
     return np.fromiter(map(len, ids), np.int32, len(ids))
 
 
-def _token_lists(rows: int, places: npt.NDArray[np.intp], ids: Sequence[Sequence[int]]) -> pa.ListArray:
-    """The ids of some rows as lists of all `rows` rows; the others get empty ones. From flat arrays, not row by row."""
-    offsets = np.zeros(rows + 1, np.int32)
-    offsets[places + 1] = _lengths(ids)
-    np.cumsum(offsets, out=offsets)
+def _token_lists(ids: Sequence[Sequence[int]]) -> pa.ListArray:
+    """[B][T] ids as one array of lists; from flat arrays, not row by row."""
+    offsets = np.zeros(len(ids) + 1, np.int32)
+    np.cumsum(_lengths(ids), out=offsets[1:])
     tokens = np.fromiter(chain.from_iterable(ids), np.int32, offsets[-1])
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens))

@@ -10,17 +10,19 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import shutil
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 import ray.data
 from ray.exceptions import RayError, RayTaskError
@@ -28,26 +30,47 @@ from ray.exceptions import RayError, RayTaskError
 from pipeline.corpus.encoding import TokenizerContent, TokenizerSpec, load_tokenizer, tokenizer_content
 from pipeline.corpus.files import Source
 from pipeline.corpus.reader import MANIFEST, read_manifest
-from pipeline.corpus.reading import ReadUnit, read_texts, read_units
+from pipeline.corpus.reading import ReadUnit, gathered, read_texts, read_units
 from pipeline.corpus.rows import Recipe, tokenise_rows
 from pipeline.corpus.tally import EMPTY, ShardTally, manifest_figures
 from pipeline.corpus.writing import write_shard
 from pipeline.errors import CorpusError, PromptBankError, StorageError, TuningError
 
 FORMAT_VERSION = 2
-_MAX_TASKS = 2000
+_MAX_BLOCKS = 2000
 # What a task gives back is small, and Ray reserves memory by this bound.
 _BLOCK_BYTES = 2**20
+# Ray Data holds tasks back by what they may give back: for a second all but one, then each until a poll every 0.1 s saw
+# another end. Ours give back counts, so all of them may wait in Ray's own queue (`docs/benchmarks.md`).
+_HOLDING_BACK = "backpressure_policies.enabled"
 _ABANDONED_AFTER_S = 24 * 3600
 
 
 @dataclass(frozen=True)
 class _Work:
     source: Source
-    units: tuple[ReadUnit, ...]
+    tasks: tuple[tuple[ReadUnit, ...], ...]
     recipe: Recipe
     tokenizer: TokenizerContent
     folder: Path
+
+    def packed(self) -> "_PackedWork":
+        return _PackedWork(str(self.folder), pickle.dumps(self))
+
+
+@dataclass(frozen=True)
+class _PackedWork:
+    """For a worker, which unpacks it once and not once a task: of thousands of files that takes as long as a task."""
+
+    folder: str
+    """Of this build alone, so two of them are the same work."""
+    content: bytes = field(compare=False, repr=False)
+
+
+@lru_cache(maxsize=1)
+def _unpacked(packed: _PackedWork) -> _Work:
+    work: _Work = pickle.loads(packed.content)
+    return work
 
 
 def shard_key(source: Source, recipe: Recipe, tokenizer: TokenizerSpec) -> tuple[str, dict[str, Any]]:
@@ -81,7 +104,7 @@ def build_shards(source: Source, recipe: Recipe, tokenizer: TokenizerSpec, stora
         _remove_abandoned(final.parent)
         fresh.mkdir(parents=True)
         content = tokenizer_content(load_tokenizer(tokenizer.dir))
-        shards, whole = _write_shards(_Work(source, read_units(source), recipe, content, fresh))
+        shards, whole = _write_shards(_Work(source, gathered(read_units(source)), recipe, content, fresh))
         if whole.rows.summary.rows != source.rows:
             raise CorpusError(
                 f"{source.where}: {whole.rows.summary.rows} rows were read where the files' footers promise "
@@ -101,12 +124,15 @@ def build_shards(source: Source, recipe: Recipe, tokenizer: TokenizerSpec, stora
 def _write_shards(work: _Work) -> tuple[list[str], ShardTally]:
     """-> file names of the shards, and what was counted of all together."""
     names, whole = [], EMPTY
-    tasks = min(len(work.units), _MAX_TASKS)
+    blocks = min(len(work.tasks), _MAX_BLOCKS)
     try:
-        with _quiet_ray_data():
-            units = ray.data.range(len(work.units), override_num_blocks=tasks)
-            written = units.map_batches(
-                partial(_tokenise_units, work=work), batch_size=None, batch_format="numpy", zero_copy_batch=True
+        with _ray_data_settings():
+            tasks = ray.data.range(len(work.tasks), override_num_blocks=blocks)
+            written = tasks.map_batches(
+                partial(_tokenise_units, packed=work.packed()),
+                batch_size=None,
+                batch_format="numpy",
+                zero_copy_batch=True,
             )
             for row in written.iter_rows():
                 names.append(row["shard"])
@@ -116,17 +142,21 @@ def _write_shards(work: _Work) -> tuple[list[str], ShardTally]:
     return sorted(names), whole
 
 
-def _tokenise_units(batch: dict[str, np.ndarray], work: _Work) -> Iterator[dict[str, list[str]]]:
-    """Runs in a Ray worker: stream the units' rows through the tokenizer into a shard each."""
+def _tokenise_units(batch: dict[str, np.ndarray], packed: _PackedWork) -> Iterator[dict[str, list[str]]]:
+    """Runs in a Ray worker: stream the rows of each task's units through the tokenizer into a shard."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # Ray runs one task per core already
+    work = _unpacked(packed)
     for index in batch["id"]:
-        unit = work.units[index]
         # A name of its own for each attempt: Ray runs a task again whose worker died.
         shard = f"{index:06d}-{uuid.uuid4().hex}.parquet"
-        texts = read_texts(work.source.filesystem, unit, work.recipe.columns, work.source.where)
-        tables = (tokenise_rows(work.recipe, work.tokenizer, columns, rows) for rows, columns in texts)
-        tally = write_shard(work.folder / shard, tables)
+        tally = write_shard(work.folder / shard, _token_tables(work, work.tasks[index]))
         yield {"shard": [shard], "tally": [json.dumps(tally.to_dict())]}
+
+
+def _token_tables(work: _Work, units: tuple[ReadUnit, ...]) -> Iterator[pa.Table]:
+    for unit in units:
+        for rows, columns in read_texts(work.source.filesystem, unit, work.recipe.columns, work.source.where):
+            yield tokenise_rows(work.recipe, work.tokenizer, columns, rows)
 
 
 def _write_manifest(folder: Path, origin: dict[str, Any], shards: list[str], figures: dict[str, Any]) -> None:
@@ -157,8 +187,8 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 @contextmanager
-def _quiet_ray_data() -> Iterator[None]:
-    """No progress bars, plans or tracebacks on the console while Ray Data runs; its log file keeps them."""
+def _ray_data_settings() -> Iterator[None]:
+    """Ray Data for many small answers, without bars, plans or tracebacks on the console; its log file keeps them."""
     context = ray.data.DataContext.get_current()
     settings = {
         "enable_progress_bars": False,
@@ -167,6 +197,7 @@ def _quiet_ray_data() -> Iterator[None]:
         "target_max_block_size": _BLOCK_BYTES,
     }
     before = {name: getattr(context, name) for name in settings}
+    context.set_config(_HOLDING_BACK, [])
     consoles = [h for h in logging.getLogger("ray.data").handlers if isinstance(h, logging.StreamHandler)]
     levels = [handler.level for handler in consoles]
     for name, value in settings.items():
@@ -176,6 +207,7 @@ def _quiet_ray_data() -> Iterator[None]:
     try:
         yield
     finally:
+        context.remove_config(_HOLDING_BACK)
         for name, value in before.items():
             setattr(context, name, value)
         for handler, level in zip(consoles, levels, strict=True):

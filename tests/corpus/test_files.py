@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.corpus import check_task
 from pipeline.corpus.files import inspect_files
-from pipeline.corpus.reading import read_texts, read_units
+from pipeline.corpus.reading import gathered, read_texts, read_units
 from pipeline.errors import CorpusError
 
 ROWS = [{"text": f"text {i}", "label": i % 2} for i in range(6)]
@@ -91,6 +91,18 @@ def test_a_large_row_group_is_shared_out_and_read_once(tmp_path: Path) -> None:
     read = [[text for _, b in read_texts(source.filesystem, u, ["text"], HERE) for text in b["text"]] for u in units]
     assert [text for part in read for text in part] == texts
     assert max(map(len, read)) - min(map(len, read)) <= 1
+
+
+def test_small_files_share_a_task_and_a_large_one_is_shared_out(tmp_path: Path) -> None:
+    for name, rows in [("a", 3), ("b", 3), ("c", 9001), ("d", 3), ("e", 3)]:
+        texts = [f"{i} " + "x" * 1000 for i in range(rows)]
+        pq.write_table(pa.table({"text": texts}), tmp_path / f"{name}.parquet", use_dictionary=False)
+    units = read_units(inspect_files(str(tmp_path), HERE))
+    tasks = gathered(units)
+    assert [unit for task in tasks for unit in task] == list(units)
+    names = ["".join(Path(unit.file.path).stem for unit in task) for task in tasks]
+    assert names == ["abc", "c", "c", "c", "c", "de"]
+    assert gathered([]) == ()
 
 
 def test_reading_holds_a_few_pages_and_not_a_row_group(tmp_path: Path) -> None:
