@@ -60,8 +60,11 @@ class RayCluster:
         command = [_RAY, "start", "--block", "--num-cpus=1", "--object-store-memory=100000000", *arguments]
         command += [f"--{name}={free_port()}" for name in [*ports, "runtime-env-agent-port"]]
         command += ["--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats"]
+        # A folder for each, as on machines of their own: a node unpacks a job's working folder after it has removed
+        # what it finds there, also while a driver of another node runs in it.
+        command += [f"--temp-dir={self._sessions}/{len(self.nodes)}"]
         if "--head" in arguments:
-            command += [f"--temp-dir={self._sessions}", f"--ray-client-server-port={free_port()}"]
+            command += [f"--ray-client-server-port={free_port()}"]
         environment = {name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"}
         node = subprocess.Popen(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True

@@ -6,12 +6,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.bank import PromptBank
 from tests.corpora import reviews
 from tests.job_cluster import JobCluster, job_cluster
-from tests.jobs_data import make_project, write_parquet, write_settings
+from tests.jobs_data import make_project, write_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = "jobs/tune_prompts.py"
@@ -25,8 +27,14 @@ def make(folder: Path, ranks: int = 2, steps: int = 40) -> Path:
     """A project whose train split is many files, so that reading it is work for several nodes."""
     settings = make_project(folder, max_steps=steps, eval_every=20)
     settings["cluster"]["num_workers"] = ranks
+    # Each is worth a Ray task of its own by its size, of which the task uses little.
+    rng = np.random.default_rng(0)
+    (folder / "corpora/many").mkdir()
     for part in range(FILES):
-        write_parquet(folder / f"corpora/many/{part}.parquet", reviews(60, 100 + part))
+        texts, labels = zip(*reviews(60, 100 + part), strict=True)
+        notes = [rng.bytes(20_000) for _ in texts]
+        table = pa.table({"text": texts, "label": labels, "note": notes})
+        pq.write_table(table, folder / f"corpora/many/{part}.parquet")
     settings["tasks"]["film"]["train"] = str(folder / "corpora/many")
     return write_settings(folder, settings)
 
