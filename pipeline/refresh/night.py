@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -82,7 +82,10 @@ def _refresh(settings: Settings, folder: Path, lease: Lease, chronicle: Chronicl
     with chronicle.stage("check"):
         checked = check_run(settings, new_backbone=True)
     events = folder / "events.jsonl"
-    with EventLog(events) as log, connected_ray(settings.cluster), follow(events, console):
+    with EventLog(events) as log, ExitStack() as stack:
+        with chronicle.stage("cluster"):
+            stack.enter_context(connected_ray(settings.cluster))
+        stack.enter_context(follow(events, console))
         with chronicle.stage("corpus"):
             found = look(checked, folder, log)
         found, incumbents = with_readable_incumbents(checked, found)

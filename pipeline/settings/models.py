@@ -28,7 +28,8 @@ class RunSettings(_Frozen):
     max_failures: int = Field(3, ge=0)
     """How often lost workers are started again before the run gives up."""
     on_bad_task: Literal["refuse", "skip"] = "refuse"
-    """A task whose corpus cannot be used stops the run before training, or is reported as failed."""
+    """A task whose corpus cannot be used stops the run before training, or is reported as failed. A nightly refresh
+    always goes on with the others."""
 
 
 class ModelSettings(_Frozen):
