@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version as version_of
@@ -91,13 +91,12 @@ def _refresh(settings: Settings, folder: Path, lease: Lease, chronicle: Chronicl
     with chronicle.stage("check"):
         checked = check_run(settings, new_backbone=True)
     events = folder / "events.jsonl"
-    with (
-        EventLog(events) as log,
-        telling_why(log),
-        connected_ray(settings.cluster),
-        follow(events, console, trackers_of(settings, folder), settings.tracking.log == "json"),
-    ):
+    with EventLog(events) as log, telling_why(log), ExitStack() as stack:
         log.write("begin", tasks=len(settings.tasks))
+        with chronicle.stage("cluster"):
+            stack.enter_context(connected_ray(settings.cluster))
+        trackers = trackers_of(settings, folder)
+        stack.enter_context(follow(events, console, trackers, settings.tracking.log == "json"))
         with chronicle.stage("corpus"):
             found = look(checked, folder, log)
         found, incumbents = with_readable_incumbents(checked, found)

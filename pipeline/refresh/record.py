@@ -121,8 +121,8 @@ class NightRecord:
     conditions: tuple[Condition, ...] = ()
     tasks: tuple[TaskRecord, ...] = ()
     stages: Mapping[str, float] = field(default_factory=dict)
-    """Seconds of each stage over all attempts: check, corpus (the plan, too), tuning (all that ranks do: loading,
-    tuning, measuring the bank's prompts), publish."""
+    """Seconds of each stage over all attempts: check, cluster (reaching Ray, or starting it), corpus (the plan, too),
+    tuning (all that ranks do: loading, tuning, measuring the bank's prompts), publish."""
 
 
 def write_record(folder: Path, record: NightRecord) -> None:

@@ -44,7 +44,8 @@ class RunSettings(_Frozen):
     start again from the last checkpoint, as after a loss; four times as many while they load. It must be longer than
     the backward pass of `cluster.tokens_per_microbatch` tokens."""
     on_bad_task: Literal["refuse", "skip"] = "refuse"
-    """A task whose corpus cannot be used stops the run before training, or is reported as failed."""
+    """A task whose corpus cannot be used stops the run before training, or is reported as failed. A nightly refresh
+    always goes on with the others."""
 
     _no_password = field_validator("storage")(_without_credentials)
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from pipeline.bank import PromptBank
 from pipeline.refresh.record import read_record
@@ -34,10 +35,11 @@ def run(settings: Path, *arguments: str, code: int = 0) -> str:
 
 def project_in(folder: Path) -> Path:
     folder.mkdir()
-    settings = make_project(folder, max_steps=400, eval_every=200, patience=None)
+    settings = make_project(folder, max_steps=300, eval_every=150, patience=None)
     return write_settings(folder, {**settings, "refresh": {"lease_expiry": 4}})
 
 
+@pytest.mark.timeout(600)
 def test_a_night_is_found_by_a_second_one_and_killed_goes_on_to_the_prompts_of_an_undisturbed_one(tmp_path):
     settings = project_in(tmp_path / "project")
     first = start(settings, "--date", "n1")

@@ -52,7 +52,7 @@ def test_the_first_night_tunes_every_task_from_the_start_and_leaves_its_record(f
     assert record == read_record(folder / "runs/small-n1")
     film = by_task(record)["film"]
     assert film.new < film.start and film.rows["train"]["ok"] == 60 and film.trials == ("film",)
-    assert {"check", "corpus", "tuning", "publish"} == set(record.stages)
+    assert {"check", "cluster", "corpus", "tuning", "publish"} == set(record.stages)
     assert all(r.inputs_digest for r in bank_of(settings).manifest(1).prompts.values())
 
 
