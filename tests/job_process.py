@@ -53,7 +53,7 @@ def kill_what_is_left() -> None:
                 other.kill()
 
 
-def finish(process: subprocess.Popen, timeout: float = 240) -> str:
+def finish(process: subprocess.Popen, timeout: float = 400) -> str:
     output, _ = process.communicate(timeout=timeout)
     return output
 
@@ -138,7 +138,7 @@ def steps_written(run_folder: Path, trial: str = "film") -> list[int]:
 
 
 def wait_for_step(run_folder: Path, step: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         assert process.poll() is None, finish(process)
         if any(event["step"] >= step for event in events(run_folder, "step")):

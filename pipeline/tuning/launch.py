@@ -209,9 +209,16 @@ def _sentence(error: Exception, max_failures: int, hung: Sequence[Path], timeout
                 if isinstance(candidate, PromptBankError):
                     return candidate
             failure = failure.__cause__
-    last = str(failures[0] or error).strip().splitlines()
-    reason = hang_sentence(hung, timeout) if hung else last[-1] if last else type(error).__name__
     return TuningError(
-        f"the ranks were lost or failed more than {max_failures} time(s); the last reason was: {reason}; start the "
-        "same run again to resume it"
+        f"the ranks were lost or failed more than {max_failures} time(s); the last reason was: "
+        f"{_reason(failures[0] or error, hung, timeout)}; start the same run again to resume it"
     )
+
+
+def _reason(failure: BaseException, hung: Sequence[Path], timeout: float) -> str:
+    if hung:
+        return hang_sentence(hung, timeout)
+    if type(failure).__name__ == "WorkerHealthCheckTimeoutError":
+        return f"a rank's process did not answer for {timeout:g} s (run.hang_timeout)"
+    lines = str(failure).strip().splitlines()
+    return lines[-1] if lines else type(failure).__name__

@@ -21,6 +21,8 @@ from tests.job_process import (
     wait_for_step,
 )
 
+pytestmark = pytest.mark.timeout(900)
+
 
 @pytest.mark.parametrize("which", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_rank_that_hangs_is_killed_and_the_prompts_are_those_of_an_undisturbed_run(undisturbed, tmp_path, which):

@@ -4,6 +4,7 @@ import pytest
 
 from tests.job_process import distance, events, finish, project_in, run, start, steps_written, wait_for_step
 
+pytestmark = pytest.mark.timeout(900)
 EXACT = ("--set", "model.products=exact")
 TOLERANCE = 1e-3
 """Relative distance of a prompt after 400 steps. Sums are made in another order; int8 products would round that up."""

@@ -25,6 +25,7 @@ from tests.job_process import (
     wait_for_step,
 )
 
+pytestmark = pytest.mark.timeout(900)
 pytest_plugins = ["tests.bank.s3_server"]
 
 AWAY = {
