@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import shutil
 import time
 import uuid
@@ -55,7 +54,7 @@ class _Work:
     folder: Path
 
     def packed(self) -> "_PackedWork":
-        return _PackedWork(str(self.folder), pickle.dumps(self))
+        return _PackedWork(str(self.folder), ray.put(self))
 
 
 @dataclass(frozen=True)
@@ -64,12 +63,13 @@ class _PackedWork:
 
     folder: str
     """Of this build alone, so two of them are the same work."""
-    content: bytes = field(compare=False, repr=False)
+    content: ray.ObjectRef = field(compare=False, repr=False)
+    """In Ray's store, as long as the driver that put it there holds this."""
 
 
 @lru_cache(maxsize=1)
 def _unpacked(packed: _PackedWork) -> _Work:
-    work: _Work = pickle.loads(packed.content)
+    work: _Work = ray.get(packed.content)
     return work
 
 
