@@ -12,8 +12,8 @@ needs is in `<run.storage>/<run.name>-<date>/night.json`.
 
 Exit codes: 0 refreshed, or nothing to do; 2 bad input, nothing published; 3 published, but some tasks failed or their
 new prompt was worse; 4 nothing published, since every task that had to be tuned failed; 5 interrupted by lost workers,
-a full disk or Ctrl-C (start the same night again to resume); 6 published, but a condition did not hold and the alias
-stays; 7 another night of this run is under way (start again later); 1 a defect of ours.
+a full disk, SIGTERM or Ctrl-C (start the same night again to resume); 6 published, but a condition did not hold and the
+alias stays; 7 another night of this run is under way (start again later); 1 a defect of ours.
 """
 
 import datetime
@@ -30,8 +30,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from pipeline.errors import LeaseError, PromptBankError, StorageError, TuningError  # noqa: E402
+from pipeline.errors import PromptBankError  # noqa: E402
+from pipeline.refresh.exits import exit_of  # noqa: E402
+from pipeline.run.terminal import print_error, warn_of_rays_copy  # noqa: E402
 from pipeline.settings import Settings, load_settings  # noqa: E402
+from pipeline.tuning.signals import sigterm_is_ctrl_c  # noqa: E402
 
 
 def main(
@@ -44,18 +47,17 @@ def main(
 ) -> None:
     """Tune again what changed since the bank's alias, publish what is not worse, and move the alias if all is well."""
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+    sigterm_is_ctrl_c()
     try:
         settings = load_settings(config, overrides or [])
         night = date or datetime.date.today().isoformat()
         raise typer.Exit(_plan(settings, night, console) if plan else _run(settings, night, console))
     except PromptBankError as error:
-        for line in str(error).splitlines():
-            Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {line}", markup=False)
-        interrupted = isinstance(error, TuningError | StorageError)
-        raise typer.Exit(7 if isinstance(error, LeaseError) else 5 if interrupted else 2) from error
+        print_error(error)
+        raise typer.Exit(exit_of(error)) from error
     except KeyboardInterrupt as error:
         Console(stderr=True).print("interrupted: start the same night again to resume it")
-        raise typer.Exit(5) from error
+        raise typer.Exit(exit_of(error)) from error
 
 
 def _plan(settings: Settings, date: str, console: Console) -> int:
@@ -73,9 +75,7 @@ def _run(settings: Settings, date: str, console: Console) -> int:
     from pipeline.refresh.night import run_night
     from pipeline.refresh.tables import print_night
 
-    in_rays_copy = "_ray_pkg_" in str(Path.cwd())
-    if in_rays_copy and not (os.path.isabs(settings.run.storage) and os.path.isabs(settings.bank.uri)):
-        console.print("warning: run.storage or bank.uri is relative, and Ray deletes this copy of the working folder")
+    warn_of_rays_copy(settings, console)
     record = run_night(settings, date, console)
     print_night(console, record)
     folder = Path(settings.run.storage).expanduser() / record.run

@@ -22,6 +22,7 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from pipeline.errors import PromptBankError, StorageError, TuningError  # noqa: E402
+from pipeline.run.terminal import in_rays_copy, print_error, warn_of_rays_copy  # noqa: E402
 from pipeline.settings import Settings, load_settings  # noqa: E402
 from pipeline.tuning.signals import sigterm_is_ctrl_c  # noqa: E402
 
@@ -41,17 +42,14 @@ def main(
     try:
         settings = load_settings(config or QUICKSTART, overrides or [])
         if config is None:
-            if _in_rays_copy():
+            if in_rays_copy():
                 os.chdir(Path.home())  # what is written into the copy is deleted with it
             _make_quickstart_corpora(settings)
-        elif _in_rays_copy() and not (os.path.isabs(settings.run.storage) and os.path.isabs(settings.bank.uri)):
-            console.print(
-                "warning: run.storage or bank.uri is relative, and Ray deletes this copy of the working folder"
-            )
+        else:
+            warn_of_rays_copy(settings, console)
         raise typer.Exit(_run(settings, console, plan))
     except PromptBankError as error:
-        for line in str(error).splitlines():
-            Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {line}", markup=False)
+        print_error(error)
         raise typer.Exit(5 if isinstance(error, TuningError | StorageError) else 2) from error
     except KeyboardInterrupt as error:
         Console(stderr=True).print("interrupted: start the same run again to resume it")
@@ -91,11 +89,6 @@ def _make_quickstart_corpora(settings: Settings) -> None:
     train = next(iter(settings.tasks.values())).train
     assert isinstance(train, str)
     make_corpora(Path(train).parents[1])
-
-
-def _in_rays_copy() -> bool:
-    """Whether a submitted job runs here: in a copy of the working directory, which Ray made and deletes."""
-    return "_ray_pkg_" in str(Path.cwd())
 
 
 def _python() -> str:

@@ -16,15 +16,14 @@ from pipeline.bank import PromptBank
 from tests.jobs_data import make_project, write_settings
 
 ROOT = Path(__file__).resolve().parents[1]
-JOB = [sys.executable, str(ROOT / "jobs" / "tune_prompts.py")]
 STEPS = 400
 _MARK = "TESTED_JOB"
 _started: list[subprocess.Popen] = []
 
 
-def start(settings: Path, *arguments: str, **kwargs) -> subprocess.Popen:
-    """Start the job; whatever it starts can be told by a mark in its environment (`processes_of`)."""
-    command = [*JOB, "--config", str(settings), *arguments]
+def start(settings: Path, *arguments: str, job: str = "tune_prompts.py", **kwargs) -> subprocess.Popen:
+    """Start a script of `jobs/`; whatever it starts can be told by a mark in its environment (`processes_of`)."""
+    command = [sys.executable, str(ROOT / "jobs" / job), "--config", str(settings), *arguments]
     mark = uuid.uuid4().hex
     environment = {**kwargs.pop("env", os.environ), _MARK: mark}
     process = subprocess.Popen(

@@ -61,13 +61,13 @@ def join_node_memory() -> NodeMemory | None:
     here = _BOOT.read_text(), os.getpid(), own.fileno(), os.fstat(own.fileno()).st_ino
     everyones = [here] * dist.get_world_size()
     dist.all_gather_object(everyones, here)
-    opened = [_open(*other) if other[0] == here[0] else None for other in everyones]
+    opened = [_open(*file) if boot == here[0] else None for boot, *file in everyones]
     missing = torch.tensor([float(None in opened)])
     dist.all_reduce(missing)
     return None if missing else NodeMemory(own, [file for file in opened if file is not None])
 
 
-def _open(boot: str, process: int, descriptor: int, inode: int) -> FileIO | None:
+def _open(process: int, descriptor: int, inode: int) -> FileIO | None:
     """Another process' memory file; None where the system refuses, or another container's process has that number."""
     with suppress(OSError):
         file = FileIO(f"/proc/{process}/fd/{descriptor}")

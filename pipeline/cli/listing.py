@@ -22,7 +22,8 @@ from pipeline.cli.options import (
     connect_bank,
     existing_versions,
 )
-from pipeline.cli.output import Cell, Column, counted
+from pipeline.cli.output import Cell, Column
+from pipeline.reporting.words import counted
 
 _COLOURS = {"tuned": "green", "kept": "yellow", "failed": "red"}
 _COLUMNS = (

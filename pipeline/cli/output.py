@@ -89,11 +89,6 @@ def moment(time: str) -> str:
     return time[:16].replace("T", " ") if on_terminal() else time
 
 
-def counted(number: int, one: str, more: str | None = None) -> str:
-    """`1 blob`, `2 blobs`."""
-    return f"{number:,} {one if number == 1 else more or one + 's'}"
-
-
 def write_table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> None:
     if on_terminal():
         kept = [i for i, column in enumerate(columns) if not column.optional or any(row[i] is not None for row in rows)]

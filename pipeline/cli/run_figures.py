@@ -3,11 +3,11 @@
 from datetime import UTC, datetime
 from typing import Any
 
-from pipeline.cli.output import Cell, Column, counted
+from pipeline.cli.output import Cell, Column
 from pipeline.reporting.pace import RECENT
 from pipeline.reporting.state import TrialState
 from pipeline.reporting.watched import WatchedRun
-from pipeline.reporting.words import about
+from pipeline.reporting.words import about, counted
 
 _COLOURS = {"done": "green", "running": "cyan", "silent": "yellow", "stopped": "red"}
 RUN_COLUMNS = (

@@ -9,7 +9,6 @@ import typer
 
 from pipeline.cli import output
 from pipeline.cli.options import AsJson
-from pipeline.cli.output import counted
 from pipeline.cli.run_figures import (
     RUN_COLUMNS,
     TRIAL_COLUMNS,
@@ -24,6 +23,7 @@ from pipeline.errors import StorageError
 from pipeline.reporting.events import EventTail
 from pipeline.reporting.sentences import Narrator
 from pipeline.reporting.watched import WatchedRun, find_runs, read_run
+from pipeline.reporting.words import counted
 
 _POLL_SECONDS = 0.5
 

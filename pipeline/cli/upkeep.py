@@ -9,8 +9,8 @@ import typer
 from pipeline.bank.verify import Verification
 from pipeline.cli import output
 from pipeline.cli.options import AsJson, Bank, TrustedKeys, connect_bank, existing_versions
-from pipeline.cli.output import counted
 from pipeline.errors import BankError, SettingsError
+from pipeline.reporting.words import counted
 
 _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}

@@ -1,9 +1,12 @@
 """How a night ends: its exit code, for a scheduler, and one sentence, for people."""
 
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 from pipeline.errors import LeaseError, PromptBankError, StorageError, TuningError
-from pipeline.refresh.record import NightRecord
+
+if TYPE_CHECKING:  # the job asks for a code before it has imported anything heavy
+    from pipeline.refresh.record import NightRecord
 
 
 class Exit(IntEnum):
@@ -18,16 +21,20 @@ class Exit(IntEnum):
     LEASE_HELD = 7
 
 
-def exit_of(error: BaseException) -> Exit | None:
-    """The code that a night ends with that was stopped by this; None for a defect."""
+DEFECT = 1
+"""Python's own code."""
+
+
+def exit_of(error: BaseException) -> int:
+    """The code that a night ends with that was stopped by this."""
     if isinstance(error, LeaseError):
         return Exit.LEASE_HELD
     if isinstance(error, TuningError | StorageError | KeyboardInterrupt):
         return Exit.INTERRUPTED
-    return Exit.BAD_INPUT if isinstance(error, PromptBankError) else None
+    return Exit.BAD_INPUT if isinstance(error, PromptBankError) else DEFECT
 
 
-def verdict(record: NightRecord, version: int | None) -> tuple[Exit, str]:
+def verdict(record: "NightRecord", version: int | None) -> tuple[Exit, str]:
     """Of a night that came to its end; `version` is the one that it published, if it did."""
     failed = sum(task.result == "failed" for task in record.tasks)
     worse = sum(task.worse for task in record.tasks)

@@ -22,10 +22,11 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import LeaseError, StorageError
+from pipeline.whole_files import write_atomically
 
 _NUMBERED = re.compile(r"([1-9][0-9]*)\.json")
 _KEPT = 3
@@ -73,7 +74,7 @@ class Lease:
         self._thread.join()
         with self._lock, suppress(OSError):
             if self._lost is None and _newest(self._folder) == self._number:
-                _write(self._path, Holder(**{**asdict(self._holder), "released": True}))
+                write_atomically(self._path, _encoded(replace(self._holder, released=True)))
 
     @property
     def _path(self) -> Path:
@@ -170,7 +171,7 @@ def _link(path: Path, holder: Holder) -> bool:
     """Create the file whole, or not at all; False when it is there already."""
     whole = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        whole.write_text(json.dumps(asdict(holder)) + "\n")
+        whole.write_bytes(_encoded(holder))
         os.link(whole, path)
     except FileExistsError:
         return False
@@ -179,10 +180,8 @@ def _link(path: Path, holder: Holder) -> bool:
     return True
 
 
-def _write(path: Path, holder: Holder) -> None:
-    whole = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    whole.write_text(json.dumps(asdict(holder)) + "\n")
-    os.replace(whole, path)
+def _encoded(holder: Holder) -> bytes:
+    return json.dumps(asdict(holder)).encode() + b"\n"
 
 
 def _read(path: Path) -> Holder | None:

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version as version_of
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -19,17 +18,18 @@ from pipeline.refresh.exits import exit_of, verdict
 from pipeline.refresh.lease import Lease, held
 from pipeline.refresh.look import Look, look
 from pipeline.refresh.outcomes import Outcome, decide, planned_record
-from pipeline.refresh.page import leave_page
 from pipeline.refresh.record import NightRecord, read_record
 from pipeline.refresh.tuned import tune, with_readable_incumbents
 from pipeline.reporting.events import EventLog, telling_why
+from pipeline.reporting.html.from_record import night_of_record
 from pipeline.reporting.progress import follow
-from pipeline.run.bank import open_bank
+from pipeline.run.bank import open_bank, readable_bank
 from pipeline.run.checks import CheckedRun, check_run
+from pipeline.run.page import leave_page
 from pipeline.run.patience import patiently
-from pipeline.run.publishing import LIBRARIES
+from pipeline.run.publishing import library_versions
 from pipeline.run.stages import make_run_folder
-from pipeline.run.tracking import trackers_of
+from pipeline.run.tracking import followed
 from pipeline.settings import RunSettings, Settings
 from pipeline.tuning.launch import connected_ray
 
@@ -75,7 +75,8 @@ def run_night(settings: Settings, date: str, console: Console) -> NightRecord:
         finally:
             with suppress(LeaseError):  # the folder is another night's by now
                 lease.check()
-                leave_page(folder, own, console)
+                price = own.cluster.price_per_rank_hour
+                leave_page(folder, lambda: night_of_record(folder, readable_bank(own.bank), price), console, "night")
 
 
 def plan_night_only(settings: Settings, date: str, folder: Path, console: Console) -> Look:
@@ -90,13 +91,11 @@ def _refresh(settings: Settings, folder: Path, lease: Lease, chronicle: Chronicl
     chronicle.write()
     with chronicle.stage("check"):
         checked = check_run(settings, new_backbone=True)
-    events = folder / "events.jsonl"
-    with EventLog(events) as log, telling_why(log), ExitStack() as stack:
+    with EventLog(folder / "events.jsonl") as log, telling_why(log), ExitStack() as stack:
         log.write("begin", tasks=len(settings.tasks))
         with chronicle.stage("cluster"):
             stack.enter_context(connected_ray(settings.cluster))
-        trackers = trackers_of(settings, folder)
-        stack.enter_context(follow(events, console, trackers, settings.tracking.log == "json"))
+        stack.enter_context(followed(settings, folder, console))
         with chronicle.stage("corpus"):
             found = look(checked, folder, log)
         found, incumbents = with_readable_incumbents(checked, found)
@@ -149,7 +148,7 @@ def _publish_once(checked: CheckedRun, outcomes: Sequence[Outcome], may_move: bo
         [prompt for prompt in prompts if isinstance(prompt, NewPrompt)],
         checked.identity,
         settings.run.name,
-        {name: version_of(name) for name in LIBRARIES},
+        library_versions(),
         alias,
         standing=[prompt for prompt in prompts if isinstance(prompt, Standing)],
         removed={record.task: record.why for record in records if record.result == "removed"},
@@ -225,7 +224,6 @@ def _telling_failures(chronicle: Chronicle) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        code = exit_of(error)
         interrupted = isinstance(error, KeyboardInterrupt)
         failure = "interrupted" if interrupted else str(error) or type(error).__name__
         # What was stopped while it published is looked for in the bank when it is started again.
@@ -234,7 +232,7 @@ def _telling_failures(chronicle: Chronicle) -> Iterator[None]:
             chronicle.write(
                 state=state,
                 failure=failure,
-                exit_code=1 if code is None else int(code),
+                exit_code=int(exit_of(error)),
                 outcome=f"The night did not end: {failure}",
                 ended=time.time(),
             )

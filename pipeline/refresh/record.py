@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pipeline.refresh.plan import Decision
 from pipeline.reporting.events import finite
-from pipeline.tuning.checkpoint import write_atomically
+from pipeline.whole_files import write_atomically
 
 FILE = "night.json"
 FORMAT = 1

@@ -15,12 +15,12 @@ from pipeline.reporting.events import EventLog
 from pipeline.run.bank import open_bank
 from pipeline.run.checks import CheckedRun
 from pipeline.run.results import Entry, choose, write_trials
-from pipeline.run.stages import announce, finished_states, make_order
+from pipeline.run.stages import announce, finished_states, make_order, stopped_sentence
 from pipeline.settings import Settings
-from pipeline.tuning.checkpoint import write_atomically
 from pipeline.tuning.incumbents import Pair, best_states, pair_keys, prompt_digest, read_pairs
 from pipeline.tuning.launch import launch
 from pipeline.tuning.worker import Order
+from pipeline.whole_files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,14 @@ def with_readable_incumbents(checked: CheckedRun, found: Look) -> tuple[Look, di
     Raises: StorageError.
     """
     arrays: dict[str, np.ndarray] = {}
-    plan = []
+    plan, bank = [], None
     for planned in found.plan:
         if planned.trains and planned.incumbent is not None:
             assert found.bank.version is not None
             try:
                 prompt = reference(planned.task, found.bank.version)
-                arrays[planned.task] = open_bank(checked.settings.bank).load(prompt, checked.identity).array
+                bank = bank or open_bank(checked.settings.bank)
+                arrays[planned.task] = bank.load(prompt, checked.identity).array
             except BankError as error:
                 planned = without_incumbent(planned, str(error))
         plan.append(planned)
@@ -70,7 +71,7 @@ def tune(checked: CheckedRun, found: Look, incumbents: Mapping[str, np.ndarray],
         launch(order, settings.cluster, settings.run.max_failures, log)
         done = _done(order, settings, incumbents)
     if done is None:
-        raise TuningError(f"the ranks ended without finishing every trial; start night '{settings.run.name}' again")
+        raise TuningError(stopped_sentence(order, settings))
     write_trials(folder / "trials.json", list(done.entries.values()))
     return done
 

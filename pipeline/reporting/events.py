@@ -1,6 +1,6 @@
 """`events.jsonl`: what a run tells the people who watch it, one JSON object per line, only ever appended.
 
-Every line has `time` (Unix seconds), `run` and `event`:
+Every line has `time` (Unix seconds), `event` and, behind it, `run`:
 
     begin     tasks                                            the driver starts, or starts again
     launch    trials: [{trial, task, max_steps}]               all that are to be tuned
@@ -50,7 +50,8 @@ class EventLog:
             raise self._refused(error) from error
 
     def write(self, event: str, **fields: Any) -> None:
-        record = {"time": time.time(), "run": self._path.parent.name, "event": event, **finite(fields)}
+        # The kind near the beginning, where `watched` looks for it: a run's name may be long.
+        record = {"time": time.time(), "event": event, "run": self._path.parent.name, **finite(fields)}
         line = json.dumps(record, ensure_ascii=False, allow_nan=False)
         try:
             self._append(line.encode() + b"\n")

@@ -64,6 +64,7 @@ def moment(seconds: float) -> str:
 
 
 def counted(number: int, one: str, more: str | None = None) -> str:
+    """`1 blob`, `2 blobs`."""
     return f"{number:,} {one if number == 1 else more or one + 's'}"
 
 

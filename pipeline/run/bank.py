@@ -1,6 +1,9 @@
 """The bank that a run's settings name."""
 
+from contextlib import suppress
+
 from pipeline.bank import PromptBank
+from pipeline.errors import BankError
 from pipeline.settings import BankSettings
 
 
@@ -13,3 +16,10 @@ def open_bank(settings: BankSettings, create: bool = False) -> PromptBank:
         trusted_keys=settings.trusted_keys,
         signing_key=settings.signing_key,
     )
+
+
+def readable_bank(settings: BankSettings) -> PromptBank | None:
+    """None where there is none yet, or it cannot be read: what needs it says so itself. Raises: StorageError."""
+    with suppress(BankError):
+        return open_bank(settings)
+    return None

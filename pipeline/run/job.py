@@ -9,12 +9,12 @@ from rich.console import Console
 
 from pipeline.errors import PromptBankError, TuningError
 from pipeline.reporting.events import EventLog, telling_why
-from pipeline.reporting.progress import follow
 from pipeline.reporting.table import TrialResult
 from pipeline.run.checks import CheckedRun
+from pipeline.run.page import leave_page
 from pipeline.run.patience import patiently
 from pipeline.run.publishing import publish_prompts
-from pipeline.run.report import write_report
+from pipeline.run.report import report_of
 from pipeline.run.results import choose, result_of, write_trials
 from pipeline.run.stages import (
     announce,
@@ -25,7 +25,7 @@ from pipeline.run.stages import (
     save_model_description,
     stopped_sentence,
 )
-from pipeline.run.tracking import trackers_of
+from pipeline.run.tracking import followed
 from pipeline.settings import Settings
 from pipeline.tuning.launch import connected_ray, launch
 
@@ -63,12 +63,11 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
     """
     settings = checked.settings
     folder = make_run_folder(settings)
-    events = folder / "events.jsonl"
     with (
-        EventLog(events) as log,
+        EventLog(folder / "events.jsonl") as log,
         telling_why(log),
         connected_ray(settings.cluster),
-        follow(events, console, trackers_of(settings, folder), settings.tracking.log == "json"),
+        followed(settings, folder, console),
     ):
         log.write("begin", tasks=len(checked.plans))
         tokenizer = save_model_description(checked, folder)
@@ -89,12 +88,8 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
         left_out = [_refused_result(settings, *item) for item in refused.items()]
         outcome = Outcome((*map(result_of, entries), *left_out), version)
         log.write("end", version=version, exit=int(outcome.exit))
-        try:
-            page = write_report(folder, settings, checked.identity, entries, left_out, corpora, version)
-        except Exception as error:  # the prompts are published: a page less is no failure, nor is a defect in making it
-            console.print(f"warning: the run's report was not written: {error}", markup=False)
-            return outcome
-    return replace(outcome, report=page)
+        report = partial(report_of, folder, settings, checked.identity, entries, left_out, corpora, version)
+        return replace(outcome, report=leave_page(folder, report, console, "run"))
 
 
 def _refused_result(settings: Settings, name: str, error: PromptBankError) -> TrialResult:

@@ -13,7 +13,7 @@ from pipeline.tuning.trials import inputs_digest
 
 NO_GAIN = "no step was better than the prompt that it started from"
 _LOOK_BACK = 20
-LIBRARIES = ("torch", "transformers", "deepspeed", "bitsandbytes", "ray", "pyarrow")
+_LIBRARIES = ("torch", "transformers", "deepspeed", "bitsandbytes", "ray", "pyarrow")
 
 
 def publish_prompts(
@@ -32,8 +32,12 @@ def publish_prompts(
     if published is not None:
         bank.advance(settings.bank.alias, published, by=f"run {settings.run.name}")  # if it was killed before that
         return published
-    libraries = {name: version(name) for name in LIBRARIES}
-    return bank.publish(prompts, identity, settings.run.name, libraries, settings.bank.alias)
+    return bank.publish(prompts, identity, settings.run.name, library_versions(), settings.bank.alias)
+
+
+def library_versions() -> dict[str, str]:
+    """Of what decides a prompt's numbers, by name."""
+    return {name: version(name) for name in _LIBRARIES}
 
 
 def new_prompt(entry: Entry, corpus: TaskCorpus, run: Settings) -> NewPrompt:

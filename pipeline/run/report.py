@@ -1,44 +1,24 @@
-"""The page of a finished run, `report.html` in its folder."""
+"""What the page of a finished run tells."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
-from importlib.metadata import version as version_of
 from pathlib import Path
 
 from pipeline.bank import BackboneId, PromptBank
 from pipeline.corpus.task_corpus import TaskCorpus
-from pipeline.errors import BankError
-from pipeline.reporting.html import Curve, NightReport, PastVersion, TaskNight, Verdict, render
+from pipeline.reporting.html import Curve, NightReport, PastVersion, TaskNight, Verdict
 from pipeline.reporting.html.history import past_versions
 from pipeline.reporting.html.run_files import faults_of, read_curve, stages_of
 from pipeline.reporting.table import TrialResult
 from pipeline.reporting.watched import read_events
-from pipeline.run.bank import open_bank
-from pipeline.run.publishing import LIBRARIES, NO_GAIN
+from pipeline.run.bank import readable_bank
+from pipeline.run.publishing import NO_GAIN, library_versions
 from pipeline.run.results import Entry, result_of
 from pipeline.settings import Settings
-from pipeline.tuning.checkpoint import write_atomically
 from pipeline.tuning.state import TrialState
 
 
-def write_report(
-    folder: Path,
-    settings: Settings,
-    identity: BackboneId,
-    entries: Sequence[Entry],
-    refused: Sequence[TrialResult],
-    corpora: Mapping[str, TaskCorpus],
-    version: int | None,
-) -> Path:
-    """Write the page and say where it is. Raises: StorageError."""
-    path = folder / "report.html"
-    report = _report(folder, settings, identity, entries, refused, corpora, version)
-    write_atomically(path, render(report).encode())
-    return path
-
-
-def _report(
+def report_of(
     folder: Path,
     settings: Settings,
     identity: BackboneId,
@@ -47,11 +27,12 @@ def _report(
     corpora: Mapping[str, TaskCorpus],
     version: int | None,
 ) -> NightReport:
+    """Everything that the page shows, of a run that has come to its end. Raises: StorageError."""
     events = list(read_events(folder / "events.jsonl"))
     stages = stages_of(events)
     ranks = settings.cluster.num_workers
     held = sum(stage.seconds for stage in stages if stage.name in ("backbone", "tuning"))
-    bank = _bank(settings)
+    bank = readable_bank(settings.bank)
     past: dict[str, list[PastVersion]] = {}
     if bank is not None:
         past = past_versions(bank, {entry.task: entry.chosen.trial.settings.metric for entry in entries}, version)
@@ -61,7 +42,7 @@ def _report(
     alias = settings.bank.alias
     verdict: Verdict = "bad" if version is None else "partial" if failed else "good"
     before, after = _alias(bank, alias, settings.run.name)
-    libraries = ", ".join(f"{name} {version_of(name)}" for name in LIBRARIES)
+    libraries = ", ".join(f"{name} {number}" for name, number in library_versions().items())
     return NightReport(
         title=f"Run {settings.run.name}",
         run=settings.run.name,
@@ -120,13 +101,6 @@ def _why(entry: Entry, result: TrialResult) -> str:
 def _curve(folder: Path, state: TrialState, best: bool) -> Curve:
     curve = read_curve(folder, state.trial.name)
     return replace(curve, best=best, status=state.status, reason=state.reason)
-
-
-def _bank(settings: Settings) -> PromptBank | None:
-    """None where there is none yet: a run whose every trial failed makes none."""
-    with suppress(BankError):
-        return open_bank(settings.bank)
-    return None
 
 
 def _alias(bank: PromptBank | None, alias: str, run: str) -> tuple[int | None, int | None]:

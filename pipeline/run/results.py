@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pipeline.reporting.events import finite
 from pipeline.reporting.table import TrialResult
-from pipeline.tuning.checkpoint import write_atomically
-from pipeline.tuning.state import TrialState, winner
+from pipeline.tuning.state import TrialState, by_task, winner
+from pipeline.whole_files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,7 @@ class Entry:
 
 def choose(states: Sequence[TrialState]) -> list[Entry]:
     """The tasks of these trials, in the trials' order."""
-    of_task: dict[str, list[TrialState]] = {}
-    for state in states:
-        of_task.setdefault(state.trial.task, []).append(state)
-    return [Entry(trials, winner(trials) or trials[0]) for trials in of_task.values()]
+    return [Entry(trials, winner(trials) or trials[0]) for trials in by_task(states).values()]
 
 
 def result_of(entry: Entry) -> TrialResult:

@@ -18,9 +18,10 @@ from pipeline.run.bank import open_bank
 from pipeline.run.checks import CheckedRun, refuse_or_skip
 from pipeline.run.patience import patiently
 from pipeline.settings import Settings
-from pipeline.tuning.checkpoint import load_checkpoint, write_atomically
+from pipeline.tuning.checkpoint import load_checkpoint
 from pipeline.tuning.state import TrialState
 from pipeline.tuning.worker import Order
+from pipeline.whole_files import write_atomically
 
 
 def make_order(checked: CheckedRun, corpora: Mapping[str, TaskCorpus], folder: Path) -> Order:
@@ -105,13 +106,13 @@ def _counted(corpus: TaskCorpus) -> str:
 
 def _keep_warm_starts(checked: CheckedRun, order: Order) -> dict[str, str]:
     """Keep the prompts that trials start from with the run, which so resumes from the same ones; their digests."""
-    settings, starts = checked.settings, {}
+    settings, starts, bank = checked.settings, {}, None
     for trial in order.trials(settings):
         prompt = trial.settings.prompt
         if prompt.init == "bank":
             path = order.warm_start(trial)
             if not path.exists():
-                bank = open_bank(settings.bank)
+                bank = bank or open_bank(settings.bank)
                 array = bank.load(str(prompt.source), checked.identity).array
                 write_atomically(path, save({"prompt": array}))
             starts[trial.name] = hashlib.sha256(path.read_bytes()).hexdigest()

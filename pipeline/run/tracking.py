@@ -1,7 +1,11 @@
-"""The trackers that a run's settings ask for."""
+"""Who follows a run, as its settings ask for: people at the terminal, and trackers."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+from rich.console import Console
+
+from pipeline.reporting.progress import follow
 from pipeline.reporting.to_mlflow import MLflow
 from pipeline.reporting.to_tensorboard import TensorBoard
 from pipeline.reporting.trackers import Tracker
@@ -9,8 +13,16 @@ from pipeline.run.ray_metrics import RayMetrics
 from pipeline.settings import Settings
 
 
-def trackers_of(settings: Settings, folder: Path) -> list[Tracker]:
-    """`folder` is the run's own. Needs a connection to Ray. Raises: SettingsError when one is not installed."""
+def followed(settings: Settings, folder: Path, console: Console) -> AbstractContextManager[None]:
+    """Within it, the events of the run in `folder` are shown on the console, and trackers hear them.
+
+    Needs a connection to Ray. Raises: SettingsError when a tracker is not installed.
+    """
+    trackers = _trackers(settings, folder)
+    return follow(folder / "events.jsonl", console, trackers, settings.tracking.log == "json")
+
+
+def _trackers(settings: Settings, folder: Path) -> list[Tracker]:
     tracking, run = settings.tracking, settings.run.name
     trackers: list[Tracker] = [RayMetrics(run)]
     if tracking.tensorboard:

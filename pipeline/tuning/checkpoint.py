@@ -5,10 +5,7 @@ is frozen and needs none. A file that is damaged is passed over for the one befo
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from torch import Tensor
 from pipeline.errors import StorageError
 from pipeline.tuning.state import TrialState, from_record, to_record
 from pipeline.tuning.trials import Trial
+from pipeline.whole_files import write_atomically
 
 KEPT = 2
 
@@ -64,37 +62,6 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         except (SafetensorError, OSError, ValueError, KeyError):
             continue
     return None
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """The whole file or none, also after a loss of power; folders are made. Raises: StorageError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(
-            f"cannot write {path}: {error.strerror}; make room, and the same run started again goes on"
-        ) from error
-
-
-def temporaries(folder: Path) -> list[Path]:
-    """What writers that were killed within `write_atomically` left in a folder and those below it."""
-    return [path for path in folder.rglob(".*") if path.suffix[1:].isdecimal()]
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a whole folder, if it is there and can be."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
 
 
 def _remove(path: Path) -> None:

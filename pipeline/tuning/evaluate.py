@@ -14,6 +14,8 @@ from torch import Tensor
 from pipeline.backbone import prompted
 from pipeline.backbone.host import Backbone
 from pipeline.corpus.reader import TokenSet
+from pipeline.corpus.task_corpus import TaskCorpus
+from pipeline.settings import TaskSettings
 from pipeline.tuning.batches import Load, plan_rows
 from pipeline.tuning.metrics import label_metric, text_metric
 from pipeline.tuning.ranks import rank, sum_over_ranks, true_on_all, world_size
@@ -34,6 +36,11 @@ class Exam:
     labels: tuple[str, ...] | None
     label_ids: tuple[tuple[int, ...], ...] | None
     max_target_tokens: int
+
+
+def exam_of(settings: TaskSettings, prompt: Tensor, split: TokenSet, corpus: TaskCorpus) -> Exam:
+    """A prompt of a task on one of its splits, measured as the task's settings say."""
+    return Exam(prompt, split, settings.metric, corpus.labels, corpus.label_ids, settings.max_target_tokens)
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from safetensors.numpy import save
 from pipeline.backbone.host import Backbone
 from pipeline.corpus.reader import open_split
 from pipeline.corpus.task_corpus import TaskCorpus
-from pipeline.tuning.checkpoint import write_atomically
-from pipeline.tuning.evaluate import LABELLED, Answers, Exam, answer, wanted
+from pipeline.tuning.evaluate import LABELLED, Answers, Exam, answer, exam_of, wanted
 from pipeline.tuning.loop import TuningRun
 from pipeline.tuning.metrics import text_metric
 from pipeline.tuning.ranks import rank
-from pipeline.tuning.state import TrialState, winner
+from pipeline.tuning.state import TrialState, by_task, winner
+from pipeline.whole_files import write_atomically
 
 _FILE = "dev_outcomes.safetensors"
 
@@ -79,10 +79,7 @@ def measure(
 
 def best_states(states: Sequence[TrialState]) -> dict[str, TrialState]:
     """By task, the trial whose prompt would be published; tasks whose every trial failed have none."""
-    of_task: dict[str, list[TrialState]] = {}
-    for state in states:
-        of_task.setdefault(state.trial.task, []).append(state)
-    best = {task: winner(own) for task, own in of_task.items()}
+    best = {task: winner(own) for task, own in by_task(states).items()}
     return {task: state for task, state in best.items() if state is not None}
 
 
@@ -126,5 +123,4 @@ def prompt_digest(data: bytes) -> str:
 
 def _exam(state: TrialState, prompt: torch.Tensor, corpus: TaskCorpus) -> Exam:
     settings = state.trial.settings
-    rows = open_split(corpus.splits["dev"], settings.eval_rows)
-    return Exam(prompt, rows, settings.metric, corpus.labels, corpus.label_ids, settings.max_target_tokens)
+    return exam_of(settings, prompt, open_split(corpus.splits["dev"], settings.eval_rows), corpus)

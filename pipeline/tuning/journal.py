@@ -7,10 +7,10 @@ from pathlib import Path
 
 from pipeline.errors import StorageError
 from pipeline.reporting.events import EventLog
-from pipeline.tuning.checkpoint import write_atomically
 from pipeline.tuning.peak_memory import peak_bytes
 from pipeline.tuning.state import TrialState
 from pipeline.tuning.step import Tokens
+from pipeline.whole_files import write_atomically
 
 _SECONDS_BETWEEN_STEP_EVENTS = 2.0
 

@@ -22,11 +22,11 @@ from ray.train.torch.config import _TorchBackend
 from pipeline.errors import PromptBankError, SettingsError, TuningError
 from pipeline.reporting.events import EventLog
 from pipeline.settings import ClusterSettings
-from pipeline.tuning.checkpoint import remove, temporaries
 from pipeline.tuning.notices import allow_to_run, ask_to_stop, forget_request
 from pipeline.tuning.signals import heed_sigterm, held_back, stop_by_signal
 from pipeline.tuning.watchdog import LOADING, hang_reports, hang_sentence
 from pipeline.tuning.worker import Order, work
+from pipeline.whole_files import remove, temporaries
 
 _OBJECT_STORE_BYTES = 512 * 2**20
 _SHUTDOWN_TIMEOUT_S = 5

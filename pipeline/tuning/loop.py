@@ -18,7 +18,7 @@ from pipeline.corpus.reader import TokenSet, open_split
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import CorpusError, StorageError
 from pipeline.tuning.checkpoint import load_checkpoint, save_checkpoint
-from pipeline.tuning.evaluate import Exam, evaluate
+from pipeline.tuning.evaluate import evaluate, exam_of
 from pipeline.tuning.halving import Entrant, ranking, rungs, verdicts
 from pipeline.tuning.initialise import initial_prompt
 from pipeline.tuning.journal import Journal
@@ -243,10 +243,9 @@ def _test_winners(progress: _Progress) -> None:
 def _exam(progress: _Progress, states: Sequence[TrialState], split: str) -> list[Any]:
     exams = []
     for state in states:
-        corpus, settings = progress.run.corpora[state.trial.task], state.trial.settings
         prompt = state.best if split == "test" else state.prompt
-        rows = progress.split(state, split)
-        exams.append(Exam(prompt, rows, settings.metric, corpus.labels, corpus.label_ids, settings.max_target_tokens))
+        corpus = progress.run.corpora[state.trial.task]
+        exams.append(exam_of(state.trial.settings, prompt, progress.split(state, split), corpus))
     return evaluate(progress.backbone, progress.tokenizer, exams, progress.run.token_budget)
 
 

@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 
 from pipeline.errors import StorageError
-from pipeline.tuning.checkpoint import write_atomically
 from pipeline.tuning.ranks import rank, sum_over_ranks
 from pipeline.tuning.signals import was_told_to_stop
+from pipeline.whole_files import write_atomically
 
 Notice = Literal["go on", "save", "stop"]
 """`save`: a node is about to leave, and what it took part in should be kept."""

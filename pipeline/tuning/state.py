@@ -125,6 +125,14 @@ def winner(states: Iterable[TrialState | None]) -> TrialState | None:
     return first
 
 
+def by_task(states: Iterable[TrialState]) -> dict[str, list[TrialState]]:
+    """Each task's trials, in their order."""
+    of_task: dict[str, list[TrialState]] = {}
+    for state in states:
+        of_task.setdefault(state.trial.task, []).append(state)
+    return of_task
+
+
 def to_record(state: TrialState) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A state as plain JSON and named tensors."""
     numbers: dict[str, Any] = {}

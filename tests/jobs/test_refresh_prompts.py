@@ -2,8 +2,7 @@
 
 import json
 import signal
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,26 +10,13 @@ import pytest
 
 from pipeline.bank import PromptBank
 from pipeline.refresh.record import read_record
+from tests import job_process
 from tests.corpora import reviews
-from tests.job_process import events, finish, wait_for_step
+from tests.job_process import events, wait_for_step
 from tests.jobs_data import make_project, write_parquet, write_settings
 
-ROOT = Path(__file__).resolve().parents[2]
-JOB = [sys.executable, str(ROOT / "jobs" / "refresh_prompts.py")]
-
-
-def start(settings: Path, *arguments: str) -> subprocess.Popen:
-    command = [*JOB, "--config", str(settings), *arguments]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=settings.parent
-    )  # fmt: skip
-
-
-def run(settings: Path, *arguments: str, code: int = 0) -> str:
-    process = start(settings, *arguments)
-    output = finish(process)
-    assert process.returncode == code, output
-    return output
+start = partial(job_process.start, job="refresh_prompts.py")
+run = partial(job_process.run, job="refresh_prompts.py")
 
 
 def project_in(folder: Path) -> Path:

@@ -1,25 +1,17 @@
 """The whole job as its users start it: from the command line, killed and resumed, and submitted to a cluster."""
 
 import json
-import os
-import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import time
-import uuid
-from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
 from pipeline.bank import PromptBank
+from tests.job_cluster import job_cluster
 from tests.job_process import (
-    JOB,
     ROOT,
     assert_no_temporary_files,
     assert_nothing_is_left,
@@ -129,97 +121,29 @@ def test_a_mistyped_setting_is_one_sentence_and_exit_code_2(undisturbed):
 
 @pytest.fixture
 def cluster(tmp_path):
-    """A Ray cluster started as an operator would, with token authentication as Ray has it by default."""
-    # Ports of its own: another Ray on this machine has the usual ones, and jobs would never find their agent.
-    ports = [_free_port() for _ in range(4)]
-    # Short, for socket names; and its own, since Ray leaves a note in it that later starts would follow.
-    sessions = tempfile.mkdtemp(prefix="ray", dir="/tmp")
-    ray = str(Path(sys.executable).parent / "ray")
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef",
-        "RAY_AUTH_MODE": "token",
-        "HOME": str(tmp_path),
-    }
-    head = subprocess.Popen(
-        [ray, "start", "--head", "--block", f"--port={ports[0]}", f"--dashboard-port={ports[1]}", "--num-cpus=2",
-         f"--dashboard-agent-listen-port={ports[2]}", f"--ray-client-server-port={ports[3]}",
-         f"--temp-dir={sessions}", "--object-store-memory=200000000", "--include-dashboard=true"],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{ports[1]}"
-    try:
-        _wait_for_port(ports[1], head)
-        yield ray, environment
-    finally:
-        for process in [*psutil.Process(head.pid).children(recursive=True), head]:
-            process.kill()
-        head.wait()
-        shutil.rmtree(sessions, ignore_errors=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _wait_for_port(port: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.stdout.read()
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.5)
-    raise AssertionError("the cluster's dashboard did not come up")
+    with job_cluster(tmp_path, workers=2) as running:
+        yield running
 
 
 @pytest.mark.timeout(600)
 def test_the_job_submitted_to_a_running_cluster_publishes_the_same_prompts(undisturbed, cluster, tmp_path):
-    ray, environment = cluster
     settings = project_in(tmp_path / "project")
-    output = submit(ray, environment, "python", "jobs/tune_prompts.py", "--config", str(settings))
+    command = ("python", "jobs/tune_prompts.py", "--config", str(settings))
+    output = cluster.finish(cluster.submit("tuning", *command, folder=ROOT))
     assert "Published version 1" in output
     assert_same(tmp_path / "project/bank", undisturbed[0] / "bank")
     # The script is executable, and without --config it is the quickstart, which writes where it lasts.
-    assert "sentiment" in submit(ray, environment, "jobs/tune_prompts.py", "--plan")
+    assert "sentiment" in cluster.finish(cluster.submit("quickstart", "jobs/tune_prompts.py", "--plan", folder=ROOT))
     assert (tmp_path / "quickstart/corpora/sentiment/train.parquet").exists()
-
-
-def submit(ray: str, environment: dict[str, str], *entrypoint: str) -> str:
-    """What an entrypoint printed that was submitted to the cluster and succeeded."""
-
-    def job(*arguments: str) -> str:
-        command = [ray, "job", *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True).stdout
-
-    name = f"test-{uuid.uuid4().hex[:8]}"
-    for attempt in range(30):  # the cluster takes jobs a little after its dashboard answers
-        try:
-            job("submit", "--no-wait", f"--submission-id={name}-{attempt}", f"--working-dir={ROOT}", "--", *entrypoint)
-            break
-        except subprocess.CalledProcessError as error:
-            assert "No available agent" in error.stderr, error.stdout + error.stderr
-            time.sleep(2)
-        except subprocess.TimeoutExpired:
-            assert attempt < 2, "the cluster took no job"
-    name = f"{name}-{attempt}"
-    # Asked for, not followed: `ray job submit` that waits can wait for ever, and then tells nothing of the job.
-    deadline = time.monotonic() + 240
-    while not (ended := re.search("succeeded|failed|stopped", status := job("status", name))):
-        assert time.monotonic() < deadline, f"{status}\n{job('logs', name)}"
-        time.sleep(1)
-    output = job("logs", name)
-    assert ended[0] == "succeeded", output
-    return output
 
 
 @pytest.mark.skipif(not (ROOT.parent / "shared" / "data").exists(), reason="../shared/data is not there")
 def test_the_config_of_the_readme_can_be_planned_as_it_stands():
     output = subprocess.run(
-        [*JOB, "--config", "jobs/configs/sentiment.yaml", "--plan"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "jobs/tune_prompts.py", "--config", "jobs/configs/sentiment.yaml", "--plan"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     ).stdout
     for part in ("6,920", "872", "10% of train", "500", "135 M parameters", "sst2", "trec", "cr"):
         assert part in output, output

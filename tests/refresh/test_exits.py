@@ -40,7 +40,7 @@ def test_a_night_that_came_to_its_end_has_one_code_and_says_what_came_of_it(task
     ("error", "code"),
     [
         (BankError(""), 2), (CorpusError(""), 2), (TuningError(""), 5), (StorageError(""), 5), (KeyboardInterrupt(), 5),
-        (LeaseError(""), 7), (AssertionError(), None),
+        (LeaseError(""), 7), (AssertionError(), 1),
     ],
 )  # fmt: skip
 def test_what_stops_a_night_decides_whether_to_start_it_again(error, code):

@@ -1,13 +1,12 @@
 """What a run's folder holds for the page: the curve of a trial, time and memory by stage."""
 
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from pipeline.errors import StorageError
-from pipeline.reporting.events import Event
+from pipeline.reporting.events import Event, finite
 from pipeline.reporting.html.night import Curve, Fault, Stage
 
 _STARTING = "starting ranks"
@@ -27,9 +26,9 @@ def read_curve(run_folder: Path, trial: str) -> Curve:
             continue
         point = json.loads(line)
         if "dev_metric" in point:
-            evaluations.append((point["step"], _finite(point["dev_metric"])))
+            evaluations.append((point["step"], finite(point["dev_metric"])))
         else:
-            losses.append((point["step"], _finite(point["loss"])))
+            losses.append((point["step"], finite(point["loss"])))
     return Curve(trial, losses, evaluations)
 
 
@@ -69,7 +68,3 @@ def faults_of(events: Iterable[Event]) -> list[Fault]:
             case {"event": "stopped", "reason": reason}:
                 found.append(Fault(time, f"stopped: {reason}"))
     return found
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
