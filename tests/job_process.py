@@ -131,16 +131,20 @@ def events(run_folder: Path, kind: str | None = None) -> list[dict]:
 
 def steps_written(run_folder: Path, trial: str = "film") -> list[int]:
     """The steps in a trial's series of losses."""
-    lines = (run_folder / "metrics" / f"{trial}.jsonl").read_text().splitlines(keepends=True)
-    series = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [line["step"] for line in series if "loss" in line]
+    return [line["step"] for line in _series(run_folder / "metrics" / f"{trial}.jsonl") if "loss" in line]
+
+
+def _series(path: Path) -> list[dict]:
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def wait_for_step(run_folder: Path, step: int, process: subprocess.Popen) -> None:
+    """Until a trial has taken so many steps. (Events tell of steps every two seconds only.)"""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         assert process.poll() is None, finish(process)
-        if any(event["step"] >= step for event in events(run_folder, "step")):
+        if any(line["step"] >= step for path in run_folder.glob("metrics/*.jsonl") for line in _series(path)):
             return
         time.sleep(0.05)
     raise AssertionError(f"step {step} was not reached in time")

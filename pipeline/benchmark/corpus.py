@@ -29,7 +29,7 @@ from pipeline.corpus.rows import Recipe, row_identities
 from pipeline.corpus.task_corpus import prepare_task
 from pipeline.corpus.template import parse_template
 from pipeline.settings import ClusterSettings, TaskSettings
-from pipeline.tuning.launch import connected_ray
+from pipeline.tuning.connection import connected_ray
 from pipeline.tuning.peak_memory import peak_bytes
 
 _CHECKED_ROWS = 2000
@@ -188,7 +188,7 @@ def _build(file: Path, spec: TokenizerSpec, place: Path, check: bool = False) ->
     templates = parse_template("{text}", "benchmark"), parse_template("{label}", "benchmark")
     recipe = Recipe(*templates, " ", 10**6, 10**6, spec.architecture)
     begin, cpu_begin = time.perf_counter(), _cpu_seconds()
-    folder = build_shards(source, recipe, spec, storage)
+    folder = build_shards(source, recipe, spec, storage, connect=lambda: None)
     seconds, cpu_seconds = time.perf_counter() - begin, _cpu_seconds() - cpu_begin
     if check:
         _check_ids(file, folder, spec)

@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -90,15 +90,19 @@ def shard_key(source: Source, recipe: Recipe, tokenizer: TokenizerSpec) -> tuple
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(), inputs
 
 
-def build_shards(source: Source, recipe: Recipe, tokenizer: TokenizerSpec, storage: Path) -> Path:
-    """The folder with the token shards of `source`, built unless it is there already. Needs a running Ray.
+def build_shards(
+    source: Source, recipe: Recipe, tokenizer: TokenizerSpec, storage: Path, connect: Callable[[], None]
+) -> Path:
+    """The folder with the token shards of `source`, built unless it is there already.
 
+    connect: called before anything is built, for that needs a connection to Ray.
     Raises: CorpusError for a corpus that cannot be read, StorageError when `storage` cannot be written.
     """
     key, inputs = shard_key(source, recipe, tokenizer)
     final = Path(os.path.abspath(storage)) / "token_shards" / key
     if read_manifest(final) is not None:
         return final
+    connect()
     fresh = final.with_name(f".{key}.{uuid.uuid4().hex}")
     try:
         _remove_abandoned(final.parent)

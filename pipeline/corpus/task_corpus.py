@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -94,9 +95,12 @@ def check_task(name: str, task: TaskSettings) -> TaskPlan:
     return TaskPlan(name, sources, *templates, task.dev_fraction)
 
 
-def prepare_task(name: str, task: TaskSettings, tokenizer: TokenizerSpec, storage: Path) -> TaskCorpus:
-    """Build the token shards that are not there yet, and check what only the rows can tell. Needs a running Ray.
+def prepare_task(
+    name: str, task: TaskSettings, tokenizer: TokenizerSpec, storage: Path, connect: Callable[[], None] = lambda: None
+) -> TaskCorpus:
+    """Build the token shards that are not there yet, and check what only the rows can tell.
 
+    connect: called when shards must be built, which needs a connection to Ray; by default there is one already.
     Raises: CorpusError naming the task and the mend; StorageError when `storage` cannot be written.
     """
     from pipeline.corpus.shards import build_shards  # here, so that reading a corpus never imports ray
@@ -104,7 +108,8 @@ def prepare_task(name: str, task: TaskSettings, tokenizer: TokenizerSpec, storag
     plan = check_task(name, task)
     recipe = task_recipe(plan, task, tokenizer.architecture)
     encode_targets(load_tokenizer(tokenizer.dir), tokenizer.architecture, "", ["a"])  # has an eos, before any work
-    whole = {split: SplitRef(str(build_shards(s, recipe, tokenizer, storage))) for split, s in plan.sources.items()}
+    build = partial(build_shards, recipe=recipe, tokenizer=tokenizer, storage=storage, connect=connect)
+    whole = {split: SplitRef(str(build(source))) for split, source in plan.sources.items()}
     for split, ref in whole.items():
         _check_bad_rows(plan.sources[split].where, task, summarise_split(ref))
     splits = _cut(whole, plan.dev_fraction)

@@ -23,6 +23,7 @@ class Chronicle:
                 record, started=before.started, attempts=before.attempts + 1, stages=before.stages
             )  # fmt: skip
         self.record = record
+        self._within = 0.0
 
     def write(self, **changes: Any) -> NightRecord:
         """Raises: StorageError, and what the guard raises."""
@@ -33,11 +34,14 @@ class Chronicle:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count the seconds of a stage, also of one that fails. Raises: as `write`."""
+        """Count the seconds of a stage, also of one that fails, less those of stages within it. Raises: as `write`."""
+        outer, self._within = self._within, 0.0
         began = time.monotonic()
         try:
             yield
         finally:
-            seconds = self.record.stages.get(name, 0.0) + time.monotonic() - began
+            took = time.monotonic() - began
+            seconds = self.record.stages.get(name, 0.0) + took - self._within
+            self._within = outer + took
             self.record = replace(self.record, stages={**self.record.stages, name: round(seconds, 3)})
         self.write()

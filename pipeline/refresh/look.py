@@ -12,6 +12,7 @@ from pipeline.reporting.events import EventLog
 from pipeline.run.checks import CheckedRun, find_bank
 from pipeline.run.stages import prepare_corpora, save_model_description
 from pipeline.settings import Settings
+from pipeline.tuning.connection import Connect
 from pipeline.tuning.trials import inputs_digest
 
 
@@ -39,13 +40,13 @@ class Look:
         return [planned for planned in self.plan if planned.trains]
 
 
-def look(checked: CheckedRun, folder: Path, log: EventLog) -> Look:
-    """Prepare the corpora (shards that are there are not made again) and plan. Needs a running Ray.
+def look(checked: CheckedRun, folder: Path, log: EventLog, connect: Connect) -> Look:
+    """Prepare the corpora (shards that are there are not made again, and need no Ray) and plan.
 
     folder: where the model's description is kept. Raises: PromptBankError.
     """
     tokenizer = save_model_description(checked, folder)
-    corpora, refused = prepare_corpora(checked, tokenizer, log)
+    corpora, refused = prepare_corpora(checked, tokenizer, log, connect)
     bank = see_bank(checked.settings, checked.identity)
     tasks = {name: _tonight(checked.settings, name, corpora, refused) for name in checked.settings.tasks}
     plan = plan_night(tasks, bank.records, bank.same_backbone, bank.newest)

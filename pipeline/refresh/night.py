@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from pipeline.run.publishing import library_versions
 from pipeline.run.stages import make_run_folder
 from pipeline.run.tracking import followed
 from pipeline.settings import RunSettings, Settings
-from pipeline.tuning.launch import connected_ray
+from pipeline.tuning.connection import ray_on_demand
 
 _LOOK_BACK = 20
 
@@ -83,21 +83,28 @@ def plan_night_only(settings: Settings, date: str, folder: Path, console: Consol
     """What a night would do, looked at from a folder that need not last. Trains nothing, takes no lease."""
     checked = check_run(night_settings(settings, date), new_backbone=True)
     events = folder / "events.jsonl"
-    with EventLog(events) as log, connected_ray(settings.cluster), follow(events, console):
-        return look(checked, folder, log)
+    with EventLog(events) as log, ray_on_demand(settings.cluster) as connect, follow(events, console):
+        return look(checked, folder, log, connect)
 
 
 def _refresh(settings: Settings, folder: Path, lease: Lease, chronicle: Chronicle, console: Console) -> NightRecord:
     chronicle.write()
     with chronicle.stage("check"):
         checked = check_run(settings, new_backbone=True)
-    with EventLog(folder / "events.jsonl") as log, telling_why(log), ExitStack() as stack:
+    with (
+        EventLog(folder / "events.jsonl") as log,
+        telling_why(log),
+        ray_on_demand(settings.cluster) as connect,
+        followed(settings, folder, console),
+    ):
+
+        def connect_timed() -> None:
+            with chronicle.stage("cluster"):
+                connect()
+
         log.write("begin", tasks=len(settings.tasks))
-        with chronicle.stage("cluster"):
-            stack.enter_context(connected_ray(settings.cluster))
-        stack.enter_context(followed(settings, folder, console))
         with chronicle.stage("corpus"):
-            found = look(checked, folder, log)
+            found = look(checked, folder, log, connect_timed)
         found, incumbents = with_readable_incumbents(checked, found)
         chronicle.write(
             model=settings.model.path,
@@ -108,7 +115,7 @@ def _refresh(settings: Settings, folder: Path, lease: Lease, chronicle: Chronicl
         )
         log.write("stage", name="plan", text=_counted(found))
         with chronicle.stage("tuning"):
-            tuned = tune(checked, found, incumbents, folder, log)
+            tuned = tune(checked, found, incumbents, folder, log, connect_timed)
         outcomes = decide(settings, found, tuned)
         record = _publish(checked, found, outcomes, lease, chronicle, log)
         log.write("end", version=record.version, exit=record.exit_code)

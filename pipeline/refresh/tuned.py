@@ -17,6 +17,7 @@ from pipeline.run.checks import CheckedRun
 from pipeline.run.results import Entry, choose, write_trials
 from pipeline.run.stages import announce, finished_states, make_order, stopped_sentence
 from pipeline.settings import Settings
+from pipeline.tuning.connection import Connect
 from pipeline.tuning.incumbents import Pair, best_states, pair_keys, prompt_digest, read_pairs
 from pipeline.tuning.launch import launch
 from pipeline.tuning.worker import Order
@@ -54,7 +55,14 @@ def with_readable_incumbents(checked: CheckedRun, found: Look) -> tuple[Look, di
     return replace(found, plan=tuple(plan)), arrays
 
 
-def tune(checked: CheckedRun, found: Look, incumbents: Mapping[str, np.ndarray], folder: Path, log: EventLog) -> Tuned:
+def tune(
+    checked: CheckedRun,
+    found: Look,
+    incumbents: Mapping[str, np.ndarray],
+    folder: Path,
+    log: EventLog,
+    connect: Connect,
+) -> Tuned:
     """Tune what is to be tuned, going on where an attempt before was stopped; no rank starts where all is done.
 
     Raises: PromptBankError.
@@ -68,7 +76,8 @@ def tune(checked: CheckedRun, found: Look, incumbents: Mapping[str, np.ndarray],
     announce(order, settings, log)
     done = _done(order, settings, incumbents)
     if done is None:
-        launch(order, settings.cluster, settings.run.max_failures, log)
+        connect()
+        launch(order, settings.cluster, settings.run, log)
         done = _done(order, settings, incumbents)
     if done is None:
         raise TuningError(stopped_sentence(order, settings))

@@ -27,7 +27,8 @@ from pipeline.run.stages import (
 )
 from pipeline.run.tracking import followed
 from pipeline.settings import Settings
-from pipeline.tuning.launch import connected_ray, launch
+from pipeline.tuning.connection import ray_on_demand
+from pipeline.tuning.launch import launch
 
 
 class Exit(IntEnum):
@@ -66,17 +67,18 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
     with (
         EventLog(folder / "events.jsonl") as log,
         telling_why(log),
-        connected_ray(settings.cluster),
+        ray_on_demand(settings.cluster) as connect,
         followed(settings, folder, console),
     ):
         log.write("begin", tasks=len(checked.plans))
         tokenizer = save_model_description(checked, folder)
-        corpora, refused = prepare_corpora(checked, tokenizer, log)
+        corpora, refused = prepare_corpora(checked, tokenizer, log, connect)
         order = make_order(checked, corpora, folder)
         announce(order, settings, log)
         states = finished_states(order, settings)
         if states is None:
-            launch(order, settings.cluster, settings.run.max_failures, log)
+            connect()
+            launch(order, settings.cluster, settings.run, log)
             states = finished_states(order, settings)
         if states is None:
             raise TuningError(stopped_sentence(order, settings))

@@ -1,7 +1,9 @@
 """A run's figures as Ray metrics: whatever scrapes the cluster for Prometheus finds them there."""
 
 from collections.abc import Mapping
+from functools import cached_property
 
+import ray
 from ray.util.metrics import Gauge
 
 from pipeline.reporting.events import Event
@@ -19,16 +21,24 @@ _FIGURES = {
 
 
 class RayMetrics:
-    """Gauges `ray_promptbank_*` with the tag `run`; needs a connection to Ray."""
+    """Gauges `ray_promptbank_*` with the tag `run`, set while there is a connection to Ray."""
 
     def __init__(self, run: str) -> None:
         self._state = RunState()
-        self._gauges = {name: Gauge(f"promptbank_{name}", text, ("run",)) for name, text in _FIGURES.items()}
-        self._stage = Gauge("promptbank_stage", "1 for the stage that the run is in, else 0.", ("run", "stage"))
         self._tags = {"run": run}
+
+    @cached_property
+    def _gauges(self) -> Mapping[str, Gauge]:
+        return {name: Gauge(f"promptbank_{name}", text, ("run",)) for name, text in _FIGURES.items()}
+
+    @cached_property
+    def _stage(self) -> Gauge:
+        return Gauge("promptbank_stage", "1 for the stage that the run is in, else 0.", ("run", "stage"))
 
     def hear(self, event: Event) -> None:
         self._state.apply(event)
+        if not ray.is_initialized():  # nothing has been computed yet
+            return
         if event["event"] == "stage":
             for stage in STAGES:
                 self._stage.set(float(stage == event.get("name")), {**self._tags, "stage": stage})
@@ -49,6 +59,8 @@ class RayMetrics:
 
     def close(self) -> None:
         """Nothing runs any more: a gauge would keep its last value for ever."""
+        if not ray.is_initialized():
+            return
         self._set({"live_trials": 0, "waiting_trials": 0, "tokens_per_second": 0})
         for stage in STAGES:
             self._stage.set(0.0, {**self._tags, "stage": stage})

@@ -12,13 +12,14 @@ from safetensors.numpy import save
 from pipeline.backbone.files import from_anywhere, save_description
 from pipeline.corpus.encoding import TokenizerSpec
 from pipeline.corpus.task_corpus import TaskCorpus, prepare_task
-from pipeline.errors import PromptBankError, StorageError, TuningError
+from pipeline.errors import PromptBankError, SettingsError, StorageError, TuningError
 from pipeline.reporting.events import EventLog
 from pipeline.run.bank import open_bank
 from pipeline.run.checks import CheckedRun, refuse_or_skip
 from pipeline.run.patience import patiently
 from pipeline.settings import Settings
 from pipeline.tuning.checkpoint import load_checkpoint
+from pipeline.tuning.connection import Connect
 from pipeline.tuning.state import TrialState
 from pipeline.tuning.worker import Order
 from pipeline.whole_files import write_atomically
@@ -72,9 +73,9 @@ def save_model_description(checked: CheckedRun, folder: Path) -> TokenizerSpec:
 
 
 def prepare_corpora(
-    checked: CheckedRun, tokenizer: TokenizerSpec, log: EventLog
+    checked: CheckedRun, tokenizer: TokenizerSpec, log: EventLog, connect: Connect
 ) -> tuple[dict[str, TaskCorpus], Mapping[str, PromptBankError]]:
-    """Every task's corpus, and what is wrong with those that cannot be used. Needs a running Ray.
+    """Every task's corpus, and what is wrong with those that cannot be used. Connects to Ray if one must be tokenised.
 
     Raises: the PromptBankError that stops the run.
     """
@@ -84,10 +85,10 @@ def prepare_corpora(
     refused = dict(checked.refused)
     for name in checked.plans:
         try:
-            prepare = partial(prepare_task, name, settings.tasks[name], tokenizer, storage)
+            prepare = partial(prepare_task, name, settings.tasks[name], tokenizer, storage, connect)
             corpora[name] = patiently(prepare, "corpus", log)
             log.write("stage", name="corpus", text=f"{name}: {_counted(corpora[name])}")
-        except (StorageError, TuningError):  # no mistake of the task's
+        except (StorageError, TuningError, SettingsError):  # no mistake of the task's, nor a cluster that is away
             raise
         except PromptBankError as error:
             refused[name] = error

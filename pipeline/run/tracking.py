@@ -16,7 +16,7 @@ from pipeline.settings import Settings
 def followed(settings: Settings, folder: Path, console: Console) -> AbstractContextManager[None]:
     """Within it, the events of the run in `folder` are shown on the console, and trackers hear them.
 
-    Needs a connection to Ray. Raises: SettingsError when a tracker is not installed.
+    Raises: SettingsError when a tracker is not installed.
     """
     trackers = _trackers(settings, folder)
     return follow(folder / "events.jsonl", console, trackers, settings.tracking.log == "json")

@@ -1,35 +1,30 @@
-"""Spread a run over ranks: the local or remote Ray, and Ray Train's worker group."""
+"""Spread a run over ranks: Ray Train's worker group, and who waits for it."""
 
-import logging
 import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Protocol
 
 import ray
-from ray.exceptions import RayError
+import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_preemption_info
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.torch.config import _TorchBackend
 
-from pipeline.errors import PromptBankError, SettingsError, TuningError
+from pipeline.errors import PromptBankError, TuningError
 from pipeline.reporting.events import EventLog
-from pipeline.settings import ClusterSettings
+from pipeline.settings import ClusterSettings, RunSettings
 from pipeline.tuning.notices import allow_to_run, ask_to_stop, forget_request
-from pipeline.tuning.signals import heed_sigterm, held_back, stop_by_signal
+from pipeline.tuning.signals import heed_sigterm, stop_by_signal
 from pipeline.tuning.watchdog import LOADING, hang_reports, hang_sentence
-from pipeline.tuning.worker import Order, work
 from pipeline.whole_files import remove, temporaries
 
-_OBJECT_STORE_BYTES = 512 * 2**20
-_SHUTDOWN_TIMEOUT_S = 5
 _LOOK_S = 5.0
 _GONE_AFTER_S = 40.0
 """After a minute without the head, Ray ends this process without a word."""
@@ -38,64 +33,21 @@ _START_TIMEOUT_S = 900
 """A cluster that scales itself needs minutes for a new node."""
 
 
-@contextmanager
-def connected_ray(cluster: ClusterSettings) -> Iterator[None]:
-    """A connection to the cluster named by the settings or RAY_ADDRESS; else a Ray of our own, ended after.
+class RankOrder(Protocol):
+    """What every rank is sent: a frozen dataclass of plain values."""
 
-    Raises: SettingsError when the cluster cannot be reached.
-    """
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
-    # The workers must find this code, also when it was started as a script without being installed.
-    root = str(Path(__file__).resolve().parents[2])
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    variables = {
-        "PYTHONPATH": os.pathsep.join(paths),
-        # Ranks that failed are killed; a hung one would be waited for.
-        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": str(_SHUTDOWN_TIMEOUT_S),
-    }
-    environment = {"env_vars": variables}
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
-    if address:
-        options = {"log_to_driver": False, "logging_level": logging.ERROR}
-    else:
-        cpus = max(os.cpu_count() or 1, cluster.num_workers * cluster.cpus_per_worker)
-        options |= {"num_cpus": cpus, "object_store_memory": _OBJECT_STORE_BYTES}
-    started, interrupted = not ray.is_initialized(), []
-    try:
-        if started:
-            # Cut short, Ray's start can neither go on nor be ended; its own handler of SIGTERM would do that.
-            with held_back() as interrupted, _without_rays_handler():
-                ray.init(address=address or "local", runtime_env=environment, **options)
-    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SettingsError(
-            f"cluster.address: no Ray cluster answers at {address or 'this machine'} ({reason}); "
-            "mend the address or its token (RAY_AUTH_TOKEN)"
-        ) from error
-    try:
-        if interrupted:
-            raise KeyboardInterrupt
-        yield
-    finally:
-        if started:
-            with held_back():
-                ray.shutdown()
+    @property
+    def run_folder(self) -> str: ...
+
+    @property
+    def hangs(self) -> Path:
+        """Where ranks that the watchdog ends leave their stacks."""
+
+    def carry_out(self, device: torch.device, node_leaves: Callable[[], bool]) -> None:
+        """On a rank. `node_leaves` is that of `Notices`."""
 
 
-@contextmanager
-def _without_rays_handler() -> Iterator[None]:
-    """Ray's own handler of SIGTERM ends this process in the middle of whatever it does."""
-    from ray._private import utils
-
-    rays = utils.set_sigterm_handler
-    utils.set_sigterm_handler = lambda handler: None
-    try:
-        yield
-    finally:
-        utils.set_sigterm_handler = rays
-
-
-def launch(order: Order, cluster: ClusterSettings, max_failures: int, log: EventLog) -> None:
+def launch(order: RankOrder, cluster: ClusterSettings, run: RunSettings, log: EventLog) -> None:
     """Run the order on `num_workers` ranks; ranks that are lost are started again from the last checkpoint.
 
     Returns when the ranks have ended: with every trial, or where SIGTERM or Ctrl-C made them leave with a checkpoint.
@@ -103,7 +55,7 @@ def launch(order: Order, cluster: ClusterSettings, max_failures: int, log: Event
     """
     # A name of its own for each launch: what is resumed is our checkpoint, never Ray's state.
     name, run_folder = f"launch-{time.time_ns()}", Path(order.run_folder)
-    timeout = float(order.settings["run"]["hang_timeout"])
+    timeout, max_failures = run.hang_timeout, run.max_failures
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_TIMEOUT_S))
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout)  # a stopped process, or a frozen node
     for leftover in (order.hangs, run_folder / "ray", *temporaries(run_folder)):  # of a driver that was killed
@@ -111,7 +63,7 @@ def launch(order: Order, cluster: ClusterSettings, max_failures: int, log: Event
     _tell_what_is_missing(cluster, log)
     trainer = TorchTrainer(
         _on_rank,
-        train_loop_config=asdict(order),
+        train_loop_config={"order": order},
         torch_config=_Ranks(backend="nccl" if cluster.use_gpu else "gloo", timeout_s=math.ceil(LOADING * timeout)),
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers,
@@ -196,8 +148,8 @@ def _tell_what_is_missing(cluster: ClusterSettings, log: EventLog) -> None:
         log.write("stage", name="tuning", text=f"waiting for {' and '.join(missing)} in the cluster")
 
 
-def _on_rank(order: dict[str, Any]) -> None:
-    work(Order(**order), get_device(), lambda: get_preemption_info() is not None)
+def _on_rank(config: dict[str, RankOrder]) -> None:
+    config["order"].carry_out(get_device(), lambda: get_preemption_info() is not None)
 
 
 def _sentence(error: Exception, max_failures: int, hung: Sequence[Path], timeout: float) -> PromptBankError:

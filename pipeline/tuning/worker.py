@@ -82,6 +82,10 @@ class Order:
         """Where ranks that the watchdog ends leave their stacks."""
         return Path(self.run_folder) / "hangs"
 
+    def carry_out(self, device: torch.device, node_leaves: Callable[[], bool]) -> None:
+        """See `work`."""
+        work(self, device, node_leaves)
+
 
 def work(order: Order, device: torch.device, node_leaves: Callable[[], bool]) -> None:
     """Carry out a run's tuning on this rank; its results are the run's last checkpoint.

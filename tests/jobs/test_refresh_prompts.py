@@ -2,17 +2,19 @@
 
 import json
 import signal
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from pipeline.bank import PromptBank
 from pipeline.refresh.record import read_record
 from tests import job_process
 from tests.corpora import reviews
-from tests.job_process import events, wait_for_step
+from tests.job_process import events, ranks_of, wait_for_step
 from tests.jobs_data import make_project, write_parquet, write_settings
 
 start = partial(job_process.start, job="refresh_prompts.py")
@@ -30,10 +32,16 @@ def test_a_night_is_found_by_a_second_one_and_killed_goes_on_to_the_prompts_of_a
     settings = project_in(tmp_path / "project")
     first = start(settings, "--date", "n1")
     wait_for_step(tmp_path / "project/runs/small-n1", 60, first)
+    ranks = ranks_of(first)
+    for rank in ranks:
+        rank.suspend()  # so that the first night is still under way when the second one looks
     second = run(settings, "--date", "n2", code=7)
     assert "night 'small-n1'" in second and "Traceback" not in second
     first.send_signal(signal.SIGKILL)
     first.wait()
+    for rank in ranks:
+        with suppress(psutil.NoSuchProcess):
+            rank.resume()
     folder = tmp_path / "project/runs/small-n1"
     assert read_record(folder).state == "running" and not list(tmp_path.glob("project/bank/versions/*"))
     # A dead night's lease expires: who waits for it, gets it.
@@ -57,7 +65,8 @@ def unchanged_and_planned(settings: Path) -> None:
     folder = settings.parent
     assert "Nothing had changed" in run(settings, "--date", "n2")
     assert PromptBank.open(folder / "bank").versions() == (1,)
-    assert not [event for event in events(folder / "runs/small-n2") if event["event"] == "launch"]
+    assert not events(folder / "runs/small-n2", "launch")
+    assert "cluster" not in read_record(folder / "runs/small-n2").stages, "a Ray was started for nothing"
     write_parquet(folder / "corpora/film/train.parquet", reviews(70, 99))
     output = run(settings, "--date", "n3", "--plan")
     assert "warm" in output and "its corpus changed" in output and "carried" in output
