@@ -32,6 +32,7 @@ from rich.console import Console  # noqa: E402
 
 from pipeline.errors import PromptBankError  # noqa: E402
 from pipeline.refresh.exits import exit_of  # noqa: E402
+from pipeline.run.supervision import supervised  # noqa: E402
 from pipeline.run.terminal import print_error, warn_of_rays_copy  # noqa: E402
 from pipeline.settings import Settings, load_settings  # noqa: E402
 from pipeline.tuning.signals import sigterm_is_ctrl_c  # noqa: E402
@@ -85,4 +86,4 @@ def _run(settings: Settings, date: str, console: Console) -> int:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    supervised(lambda: typer.run(main))

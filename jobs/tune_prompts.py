@@ -22,6 +22,7 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from pipeline.errors import PromptBankError, StorageError, TuningError  # noqa: E402
+from pipeline.run.supervision import supervised  # noqa: E402
 from pipeline.run.terminal import in_rays_copy, print_error, warn_of_rays_copy  # noqa: E402
 from pipeline.settings import Settings, load_settings  # noqa: E402
 from pipeline.tuning.signals import sigterm_is_ctrl_c  # noqa: E402
@@ -97,4 +98,4 @@ def _python() -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    supervised(lambda: typer.run(main))

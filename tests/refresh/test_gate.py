@@ -4,7 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.refresh import gate
@@ -64,7 +64,8 @@ def test_few_rows_that_differ_are_counted_exactly():
     assert compare("loss", pair([1, 1, 1], [2, 3, 5]))[2] == 1 / 8
 
 
-@given(st.sampled_from(METRICS), st.integers(1, 9), st.floats(0.1, 0.9), st.floats(0.1, 0.9), st.integers(0, 2**16))
+@settings(max_examples=40)
+@given(st.sampled_from(METRICS), st.integers(1, 8), st.floats(0.1, 0.9), st.floats(0.1, 0.9), st.integers(0, 2**16))
 def test_the_p_value_of_few_rows_is_that_of_every_swap_computed_from_the_rows_themselves(metric, rows, old, new, seed):
     pair = make_pair(np.random.default_rng(seed), metric, rows, old, new)
 
