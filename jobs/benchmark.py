@@ -40,7 +40,7 @@ console = Console(soft_wrap=True, highlight=False)
 
 Data = Annotated[Path, typer.Option(help="A folder with <task>/train.parquet, columns text and label.")]
 Tasks = Annotated[str, typer.Option(help="Tasks, separated by commas.")]
-Model = Annotated[str, typer.Option(help="A decoder-only model: folder, hub name, .gguf file or packaged name.")]
+Model = Annotated[str, typer.Option(help="A model: folder, hub name, .gguf file or packaged name.")]
 Ranks = Annotated[int, typer.Option(help="Processes of our side; ZeRO-3 where there are several.")]
 Threads = Annotated[int, typer.Option(help="Threads of either side, of all its processes together.")]
 Rounds = Annotated[int, typer.Option(help="How often the sides run in turn.")]

@@ -69,9 +69,12 @@ class Bench:
 
     @property
     def needed_tokens(self) -> float:
-        """Tokens that a step has to compute at the least: each prompt once, each row's text once."""
+        """Tokens that a step has to compute at the least: each row's text once, and each prompt once, or with each row
+        where an encoder reads it."""
         text = sum(task.text_tokens(step) for task in self.tasks for step in range(self.steps)) / self.steps
-        return text + sum(len(prompt) for prompt in self.prompts)
+        with_each_row = bool(self.config.is_encoder_decoder)
+        rows = [task.trial.settings.batch_size if with_each_row else 1 for task in self.tasks]
+        return text + sum(len(prompt) * count for prompt, count in zip(self.prompts, rows, strict=True))
 
 
 def open_bench(

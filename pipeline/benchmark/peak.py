@@ -48,7 +48,11 @@ def _rate(device: torch.device, n: int, k: int, m: int) -> float:
 
 
 def useful_operations(config: PretrainedConfig, tokens: float) -> float:
-    """4 x parameters outside the embeddings x tokens: forward, and backward to the activations."""
+    """4 x parameters outside the embeddings x tokens: forward, and backward to the activations.
+
+    Of an encoder-decoder a token passes about half.
+    """
     skeleton = build_skeleton(config, int8=False)
     tables = {id(p) for name, p in skeleton.named_parameters() if "embed" in name or "lm_head" in name}
-    return 4.0 * sum(p.numel() for p in skeleton.parameters() if id(p) not in tables) * tokens
+    parameters = sum(p.numel() for p in skeleton.parameters() if id(p) not in tables)
+    return 4.0 * parameters * tokens / (2 if config.is_encoder_decoder else 1)

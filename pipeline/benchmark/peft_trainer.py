@@ -11,7 +11,15 @@ import torch
 from peft import PromptTuningConfig, TaskType, get_peft_model
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BitsAndBytesConfig,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from pipeline.benchmark.comparison import Side
 from pipeline.benchmark.work import TaskWork
@@ -28,11 +36,11 @@ class PeerOptions:
 
 
 def load_peer_model(folder: Path, options: PeerOptions) -> Any:
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     quantization = BitsAndBytesConfig(load_in_8bit=True) if options.int8 else None
     dtype = torch.bfloat16 if options.bf16 else torch.float32
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=quantization, dtype=dtype, trust_remote_code=False
-    )
+    return kind.from_pretrained(folder, quantization_config=quantization, dtype=dtype, trust_remote_code=False)
 
 
 def tune_one_by_one(
@@ -66,13 +74,19 @@ class _Clock(TrainerCallback):
 
 def _tune(model: Any, task: TaskWork, prompt: np.ndarray, steps: int, options: PeerOptions, folder: Path) -> Side:
     settings = task.trial.settings
-    config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=len(prompt))
+    seq2seq = bool(model.config.is_encoder_decoder)
+    config = PromptTuningConfig(
+        task_type=TaskType.SEQ_2_SEQ_LM if seq2seq else TaskType.CAUSAL_LM,
+        num_virtual_tokens=len(prompt),
+        num_transformer_submodules=1,  # before the encoder's input alone, as in Lester et al. (2021)
+    )
     peft: Any = get_peft_model(model, config)
     weight = peft.prompt_encoder["default"].embedding.weight
     weight.data.copy_(torch.from_numpy(prompt))
     optimizer = make_optimizer(weight, settings.optimizer)
-    rows = [_example(task, row) for step in range(steps) for row in task.rows(step)]
-    clock, counted = _Clock(), _Collator()
+    example = _pair if seq2seq else _sequence
+    rows = [example(task, row) for step in range(steps) for row in task.rows(step)]
+    clock, counted = _Clock(), _Collator(seq2seq)
     trainer = Trainer(
         peft,
         TrainingArguments(
@@ -99,23 +113,29 @@ def _tune(model: Any, task: TaskWork, prompt: np.ndarray, steps: int, options: P
     return Side(counted.tokens[:steps], clock.seconds, [[loss] for loss in losses], [weight.detach().cpu().numpy()])
 
 
-def _example(task: TaskWork, row: int) -> dict[str, list[int]]:
+def _sequence(task: TaskWork, row: int) -> dict[str, list[int]]:
     x, y = task.train.input_ids(row).tolist(), task.train.target_ids(row).tolist()
     return {"input_ids": [*x, *y], "labels": [*([-100] * len(x)), *y]}
+
+
+def _pair(task: TaskWork, row: int) -> dict[str, list[int]]:
+    return {"input_ids": task.train.input_ids(row).tolist(), "labels": task.train.target_ids(row).tolist()}
 
 
 class _Collator:
     """Pads on the right, and counts text tokens a batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, seq2seq: bool) -> None:
         self.tokens: list[int] = []
+        self._counted = ("input_ids", "labels") if seq2seq else ("input_ids",)
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-        longest = max(len(row["input_ids"]) for row in rows)
-        self.tokens.append(sum(len(row["input_ids"]) for row in rows))
+        self.tokens.append(sum(len(row[key]) for row in rows for key in self._counted))
 
         def pad(key: str, value: int) -> Tensor:
+            longest = max(len(row[key]) for row in rows)
             return torch.tensor([row[key] + [value] * (longest - len(row[key])) for row in rows])
 
+        longest = max(len(row["input_ids"]) for row in rows)
         mask = [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
         return {"input_ids": pad("input_ids", 0), "labels": pad("labels", -100), "attention_mask": torch.tensor(mask)}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.backbone import prompted
-from pipeline.backbone.files import find_model, read_config, read_tokenizer
+from pipeline.backbone.files import architecture_of, find_model, read_config, read_tokenizer
 from pipeline.backbone.host import host_backbone
 from pipeline.benchmark import ablation
 from pipeline.benchmark.comparison import Side, compare
@@ -21,22 +21,28 @@ from tests.tiny import make_model
 STEPS = 4
 
 
-@pytest.fixture
-def work(tmp_path):
-    folder = make_model(tmp_path / "model", "llama", scale=1.0)
+def make_work(tmp_path, family):
+    folder = make_model(tmp_path / "model", family, scale=1.0)
     for seed, name in enumerate(("film", "book")):
         path = tmp_path / "data" / name / "train.parquet"
         path.parent.mkdir(parents=True)
         texts, labels = zip(*reviews(30, seed), strict=True)
         pq.write_table(pa.table({"text": texts, "label": labels}), path)
     tokenizer = read_tokenizer(find_model(str(folder)))
-    tasks = load_work(tmp_path / "data", ["film", "book"], tokenizer, "decoder-only", WorkOptions(5, 6))
+    architecture = architecture_of(read_config(find_model(str(folder))))
+    tasks = load_work(tmp_path / "data", ["film", "book"], tokenizer, architecture, WorkOptions(5, 6))
     rng = np.random.default_rng(0)
     return folder, tasks, [rng.normal(size=(5, 32)).astype(np.float32) for _ in tasks]
 
 
-def test_prompts_tuned_together_have_the_losses_of_peft_and_trainer_one_by_one(work, tmp_path):
-    folder, tasks, prompts = work
+@pytest.fixture
+def work(tmp_path):
+    return make_work(tmp_path, "llama")
+
+
+@pytest.mark.parametrize("family", ["llama", "t5_tied"])
+def test_prompts_tuned_together_have_the_losses_of_peft_and_trainer_one_by_one(tmp_path, family):
+    folder, tasks, prompts = make_work(tmp_path, family)
     files = find_model(str(folder))
     backbone = host_backbone(
         files, read_config(files), int8=False, dtype=torch.float32, device=torch.device("cpu"), sharded=False
