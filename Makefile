@@ -4,9 +4,12 @@ PYTHON ?= python3
 TORCH_PIP_ARGS ?=
 # More arguments for pytest, for example ARGS="tests/bank -k alias".
 ARGS ?=
+# Processes that share the tests.
+TESTERS ?= 2
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest -n $(TESTERS) --dist loadgroup
 STAMP := .venv/.installed
 SCHEMA := docs/settings.schema.json
 PRINT_SCHEMA := $(BIN)/python -c "from pipeline.settings import settings_schema; print(settings_schema(), end='')"
@@ -39,10 +42,10 @@ quickstart: $(STAMP)
 	$(BIN)/python jobs/tune_prompts.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
