@@ -39,3 +39,7 @@ class LeaseError(PromptBankError, RuntimeError):
 
 class TuningError(PromptBankError, RuntimeError):
     """The run itself could not go on: workers lost too often, or no trial left."""
+
+
+class DivergedError(TuningError):
+    """A training left the range of numbers; another rate may not."""

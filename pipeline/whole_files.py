@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,19 +11,34 @@ from pipeline.errors import StorageError
 
 def write_atomically(path: Path, data: bytes) -> None:
     """The whole file or none, also after a loss of power; folders are made. Raises: StorageError."""
+    put_in_place(path, lambda temporary: temporary.write_bytes(data))
+
+
+def put_in_place(path: Path, write: Callable[[Path], object]) -> None:
+    """What `write` makes at the path that it is given, a file or a folder of files, in its place whole or not at all.
+
+    A folder must not be there yet. Raises: StorageError.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        write(temporary)
+        for part in sorted(temporary.rglob("*")) if temporary.is_dir() else [temporary]:
+            _reach_disk(part)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
         raise StorageError(
-            f"cannot write {path}: {error.strerror}; make room, and the same run started again goes on"
+            f"cannot write {path}: {error.strerror or error}; make room, and the same run started again goes on"
         ) from error
+
+
+def _reach_disk(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def temporaries(folder: Path) -> list[Path]:

@@ -108,20 +108,23 @@ class _Context:
     cache: DynamicCache
     mask: np.ndarray
     """`[B, T]`: 1 where the cache holds a token, 0 where it holds padding."""
+    device: torch.device
 
 
 def _prompt_context(model: Any, rows: Rows) -> _Context:
     used, of_row = np.unique(rows.prompt_of_row, return_inverse=True)
     given, fresh = _given_and_fresh([rows.prompts[s] for s in used])
+    device, cache = rows.prompts[used[0]].device, DynamicCache()
+    if not any(len(rows.prompts[s]) for s in used):  # no prompt before any row
+        return _Context(cache, np.zeros((len(rows.inputs), 0), dtype=np.int64), device)
     states = given or prompt_states(model, fresh)
     index = as_indices(of_row, states[0].keys)
-    cache = DynamicCache()
     for layer in range(len(states[0].keys)):
         keys = pad_embeddings([state.keys[layer] for state in states])[index]  # [B, P, A', D]
         values = pad_embeddings([state.values[layer] for state in states])[index]
         cache.update(keys.transpose(1, 2), values.transpose(1, 2), layer)
     lengths = np.array([len(state) for state in states])
-    return _Context(cache, mask_of(lengths, max(lengths))[of_row])
+    return _Context(cache, mask_of(lengths, max(lengths))[of_row], device)
 
 
 def _extend(model: Any, context: _Context, tokens: TokenRows) -> Tensor:
@@ -133,12 +136,11 @@ def _extend(model: Any, context: _Context, tokens: TokenRows) -> Tensor:
         context.mask.sum(1)[:, None] + np.arange(ids.shape[1]), model.config.max_position_embeddings - 1
     )
     context.mask = np.concatenate([context.mask, mask_of(lengths, ids.shape[1])], axis=1)
-    device = context.cache.layers[0].keys.device
     output = model.base_model(
-        input_ids=torch.as_tensor(ids, device=device),
+        input_ids=torch.as_tensor(ids, device=context.device),
         past_key_values=context.cache,
-        attention_mask=torch.as_tensor(context.mask, device=device),
-        position_ids=torch.as_tensor(positions, device=device),
+        attention_mask=torch.as_tensor(context.mask, device=context.device),
+        position_ids=torch.as_tensor(positions, device=context.device),
         use_cache=True,
     )
     return output.last_hidden_state

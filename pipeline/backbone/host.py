@@ -1,6 +1,7 @@
 """Host the frozen model: whole in one process, or partitioned over ranks by DeepSpeed ZeRO-3.
 
-The only module that knows DeepSpeed. DeepSpeed hosts the model alone, without an optimizer:
+Beside `full_weights.partitioned`, which trains all weights, the only module that knows DeepSpeed. It hosts the model
+alone, without an optimizer:
 prompts stay outside as small ordinary tensors, so each can have its own optimizer, clipping
 and schedule.
 """
@@ -26,7 +27,7 @@ from pipeline.backbone.offload import Keep, on_device
 from pipeline.backbone.weights import open_weights
 
 
-class _Hosted(nn.Module):
+class Hosted(nn.Module):
     """Runs plain functions of the model inside one `forward`, where ZeRO-3's hooks gather weights."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -120,34 +121,34 @@ def host_backbone(
     source = open_weights(files, model)
     untie_what_is_stored_apart(model, source)
     if not sharded:
-        load_weights(model, source, dtype, _whole(device, keep or on_device(device)))
-        return Backbone(config, _Hosted(model), device, dtype)
+        load_weights(model, source, dtype, placed_whole(device, keep or on_device(device)))
+        return Backbone(config, Hosted(model), device, dtype)
     start_deepspeed(device)
     import deepspeed
 
-    zero = _zero_settings(int(config.hidden_size))
+    zero = zero_settings(int(config.hidden_size))
     give_back_freed_memory()
     node = join_node_memory() if share_memory and keep is None and device.type == "cpu" else None
     keep = keep or (node.keep if node else on_device(device))
     traffic = Traffic()
-    _gather_by(node, traffic)
-    load_weights(model, source, dtype, _partitioned(zero, dtype, device, keep))
+    gather_by(node, traffic)
+    load_weights(model, source, dtype, placed_in_parts(zero, dtype, device, keep))
     dist.barrier()  # what others hold may be read from here on
-    hosted = _Hosted(model)
+    hosted = Hosted(model)
     # One gather for a whole transformer layer instead of one for each of its matrices.
-    deepspeed.utils.set_z3_leaf_modules(hosted, _layer_types(model))
+    deepspeed.utils.set_z3_leaf_modules(hosted, layer_types(model))
     engine, *_ = deepspeed.initialize(model=hosted, config=zero)
     return Backbone(config, engine.module, device, dtype, traffic)
 
 
-def _whole(device: torch.device, keep: Keep) -> Placement:
+def placed_whole(device: torch.device, keep: Keep) -> Placement:
     def parameter(piece: Tensor, shape: torch.Size) -> nn.Parameter:
         return nn.Parameter(keep(piece).view(shape), requires_grad=False)
 
     return Placement(Share(), parameter, lambda scale: scale, lambda module: _move_buffers(module, device))
 
 
-def _partitioned(zero: dict[str, Any], dtype: torch.dtype, device: torch.device, keep: Keep) -> Placement:
+def placed_in_parts(zero: dict[str, Any], dtype: torch.dtype, device: torch.device, keep: Keep) -> Placement:
     """Give DeepSpeed each rank's partition as it is.
 
     Its own way, `zero.Init(module=…)`, takes the whole tensor on every rank and broadcasts it first.
@@ -177,7 +178,7 @@ def _partitioned(zero: dict[str, Any], dtype: torch.dtype, device: torch.device,
     return Placement(share, parameter, sum_over_ranks, lambda module: _move_buffers(module, device))
 
 
-def _gather_by(node: NodeMemory | None, traffic: Traffic) -> None:
+def gather_by(node: NodeMemory | None, traffic: Traffic) -> None:
     """Set how DeepSpeed gathers in this process, and count it."""
     import deepspeed
     from deepspeed.runtime.zero import partition_parameters
@@ -221,11 +222,11 @@ def _move_buffers(module: nn.Module, device: torch.device) -> None:
             module._buffers[key] = buffer.to(device)
 
 
-def _layer_types(model: nn.Module) -> list[type[nn.Module]]:
+def layer_types(model: nn.Module) -> list[type[nn.Module]]:
     return list({type(layers[0]) for layers in model.modules() if isinstance(layers, nn.ModuleList) and len(layers)})
 
 
-def _zero_settings(hidden_size: int) -> dict[str, Any]:
+def zero_settings(hidden_size: int) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {

@@ -60,7 +60,7 @@ class Layout:
 
 
 def make_layout(lengths: Sequence[int], parents: Sequence[int | None], device: torch.device, given: int = 0) -> Layout:
-    """Lay out segments of `lengths` tokens (each at least 1); a parent comes before its children.
+    """Lay out segments of `lengths` tokens; a parent comes before its children.
 
     The first `given` segments do not run: they are only looked at.
     """

@@ -69,7 +69,8 @@ def make_levels(segments: Segments, device: torch.device) -> Levels:
     levels, seen = [], []
     for kind in sorted({alike[s] for s in segments.run}):
         members = [s for s in segments.run if alike[s] == kind]
-        levels.append(_level([places[m] for m in members], [chains[m][:-1] for m in members], places, device))
+        own, ancestors = [places[m] for m in members], [chains[m][:-1] for m in members]
+        levels.append(_level(own, ancestors, places, segments.given_tokens, device))
         seen.append(np.concatenate([places[m] for m in members]))
     return Levels(tuple(levels), _tensor(np.argsort(np.concatenate(seen)), device))
 
@@ -85,9 +86,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, levels: Levels) -> Tensor:
     return torch.cat(outputs)[levels.order]
 
 
-def _level(own: list[np.ndarray], ancestors: list[list[int]], places: list[np.ndarray], device: torch.device) -> _Level:
+def _level(
+    own: list[np.ndarray], ancestors: list[list[int]], places: list[np.ndarray], given: int, device: torch.device
+) -> _Level:
     """Segments by the places of their tokens, and the segments that each has before it."""
-    given = -min(0, int(places[0][0]))
     padded = _pad(own)
     causal = np.triu(np.full((padded.shape[1], padded.shape[1]), -np.inf, dtype=np.float32), 1)
     used = np.flatnonzero(_is_token(own))

@@ -41,7 +41,7 @@ class Rows:
     """Rows to run: for each, the soft prompt that stands before it and its input tokens."""
 
     prompts: Sequence[Tensor] | Sequence[PromptState]
-    """Soft prompts `[P_s, H]`, or what they left when they ran before; lengths may differ."""
+    """Soft prompts `[P_s, H]`, or what they left when they ran before; lengths may differ, and be 0: no prompt."""
     prompt_of_row: Sequence[int]
     inputs: TokenRows
 
@@ -65,10 +65,15 @@ def mask_of(lengths: np.ndarray, width: int) -> np.ndarray:
 
 
 def pad_embeddings(sequences: Sequence[Tensor]) -> Tensor:
-    """`[T_b, ...]` each -> `[B, T, ...]`. Padding repeats a sequence's own last embedding.
+    """`[T_b, ...]` each -> `[B, T, ...]`. Padding repeats a sequence's own last embedding; an empty one's is zeros.
 
     So that a prompt gone NaN stays in its own rows.
     """
     longest = max(len(sequence) for sequence in sequences)
-    at = [torch.arange(longest, device=sequence.device).clamp(max=len(sequence) - 1) for sequence in sequences]
-    return torch.stack([sequence[index] for sequence, index in zip(sequences, at, strict=True)])
+    return torch.stack([_padded(sequence, longest) for sequence in sequences])
+
+
+def _padded(sequence: Tensor, longest: int) -> Tensor:
+    if not len(sequence):
+        return sequence.new_zeros(longest, *sequence.shape[1:])
+    return sequence[torch.arange(longest, device=sequence.device).clamp(max=len(sequence) - 1)]

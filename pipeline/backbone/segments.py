@@ -14,15 +14,15 @@ import numpy as np
 @dataclass(frozen=True, eq=False)
 class Segments:
     lengths: np.ndarray
-    """Tokens of each segment, at least 1."""
+    """Tokens of each segment; one of none (no prompt at all) does not run, and nothing follows it."""
     parents: np.ndarray
     """The segment that each follows, an earlier one; -1 at the root of a tree."""
     given: int
     """How many segments, the first ones, do not run."""
 
-    @property
-    def run(self) -> range:
-        return range(self.given, len(self.lengths))
+    @cached_property
+    def run(self) -> list[int]:
+        return [segment for segment in range(self.given, len(self.lengths)) if self.lengths[segment]]
 
     @property
     def given_tokens(self) -> int:
@@ -59,7 +59,10 @@ class Segments:
 
 
 def make_segments(lengths: Sequence[int], parents: Sequence[int | None], given: int = 0) -> Segments:
-    """Segments in an order in which a parent comes before its children."""
+    """Segments in an order in which a parent comes before its children; what follows an empty one follows its own."""
     above = np.array([-1 if parent is None else parent for parent in parents], dtype=np.int64)
-    assert (above < np.arange(len(above))).all() and min(lengths) > 0
+    assert (above < np.arange(len(above))).all()
+    for segment, parent in enumerate(above):
+        if parent >= 0 and not lengths[parent]:
+            above[segment] = above[parent]
     return Segments(np.array(lengths, dtype=np.int64), above, given)

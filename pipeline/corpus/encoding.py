@@ -104,6 +104,22 @@ def encode_inputs(tokenizer: FastTokenizer, architecture: Architecture, inputs: 
     return ids
 
 
+def decode_inputs(tokenizer: Any, architecture: Architecture, rows: Sequence[Sequence[int]]) -> list[str]:
+    """[B][T] ids of `encode_inputs` -> texts that it would give the same ids for, as far as the tokenizer can tell."""
+    whole, bare = encode_inputs(tokenizer, architecture, ["a"])[0], _encode(tokenizer, ["a"], special=False)[0]
+    first = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+    behind = len(whole) - first - len(bare)
+    # Only what was added is left out: an unknown word is special, too, and stays.
+    own = [list(row[first : len(row) - behind]) for row in rows]
+    texts: list[str] = tokenizer.batch_decode(own, clean_up_tokenization_spaces=False)
+    return texts
+
+
+def encode_plain(tokenizer: FastTokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """[B] texts -> [B][T] ids without any special token."""
+    return _encode(tokenizer, texts, special=False)
+
+
 def encode_targets(
     tokenizer: FastTokenizer, architecture: Architecture, separator: str, targets: Sequence[str]
 ) -> list[list[int]]:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.corpus.encoding import Architecture, FastTokenizer, encode_inputs, encode_targets
+from pipeline.corpus.encoding import Architecture, FastTokenizer, encode_inputs, encode_plain, encode_targets
 from pipeline.corpus.template import Rendered, Template, render_rows
 
 
@@ -40,7 +40,8 @@ class Recipe:
     """All that decides a row's tokens besides the tokenizer."""
 
     input: Template
-    target: Template
+    target: Template | None
+    """None for plain text, to be cut into examples later: its rows have no target and no special tokens."""
     separator: str
     max_input_tokens: int
     max_target_tokens: int
@@ -49,7 +50,7 @@ class Recipe:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(self.input.columns + self.target.columns))
+        return tuple(dict.fromkeys(self.input.columns + (self.target.columns if self.target else ())))
 
 
 def row_identities(inputs: Sequence[str | None], targets: Sequence[str | None]) -> npt.NDArray[np.uint64]:
@@ -71,15 +72,15 @@ def tokenise_rows(
 ) -> pa.Table:
     """Columns of B texts -> a table of B rows with SHARD_SCHEMA; unusable rows keep a status and no tokens."""
     inputs = render_rows(recipe.input, columns, rows)
-    targets = render_rows(recipe.target, columns, rows)
+    targets = render_rows(recipe.target, columns, rows) if recipe.target else Rendered([""] * rows, [False] * rows)
     statuses = _text_statuses(inputs, targets)
     kept = np.flatnonzero(statuses == RowStatus.OK)
     kept_targets = _texts(targets, statuses)
 
-    input_ids = encode_inputs(tokenizer, recipe.architecture, _texts(inputs, statuses))
+    input_ids = _input_ids(recipe, tokenizer, _texts(inputs, statuses))
     # A task's targets are often a few labels: each different one is encoded once.
     place_of = {target: place for place, target in enumerate(dict.fromkeys(kept_targets))}
-    target_ids = encode_targets(tokenizer, recipe.architecture, recipe.separator, list(place_of))
+    target_ids = _target_ids(recipe, tokenizer, list(place_of))
     places = np.fromiter(map(place_of.__getitem__, kept_targets), np.int64, len(kept))
 
     input_long = _lengths(input_ids) > recipe.max_input_tokens
@@ -104,6 +105,16 @@ def tokenise_rows(
         },
         schema=SHARD_SCHEMA,
     )
+
+
+def _input_ids(recipe: Recipe, tokenizer: FastTokenizer, texts: Sequence[str]) -> list[list[int]]:
+    return encode_inputs(tokenizer, recipe.architecture, texts) if recipe.target else encode_plain(tokenizer, texts)
+
+
+def _target_ids(recipe: Recipe, tokenizer: FastTokenizer, texts: Sequence[str]) -> list[list[int]]:
+    if recipe.target is None:
+        return [[] for _ in texts]
+    return encode_targets(tokenizer, recipe.architecture, recipe.separator, texts)
 
 
 def _text_statuses(inputs: Rendered, targets: Rendered) -> npt.NDArray[np.int8]:

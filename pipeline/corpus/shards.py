@@ -80,7 +80,7 @@ def shard_key(source: Source, recipe: Recipe, tokenizer: TokenizerSpec) -> tuple
         "filesystem": source.filesystem.type_name,
         "files": [[file.path, file.size, file.mtime_ns] for file in source.files],
         "input": recipe.input.text,
-        "target": recipe.target.text,
+        "target": recipe.target.text if recipe.target else None,
         "separator": recipe.separator,
         "max_input_tokens": recipe.max_input_tokens,
         "max_target_tokens": recipe.max_target_tokens,

@@ -5,6 +5,7 @@ Labels are compared by log-likelihood (accuracy, f1); open targets are decoded g
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,8 @@ class Answers:
     """[N] nats of each row's target."""
     texts: list[str] | None
     """The label chosen, or the text decoded, of each row; None for the metric `loss`."""
+    label_scores: np.ndarray | None = None
+    """[N, L] log P of each label of the exam, for metrics of labels."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +91,19 @@ def answer(backbone: Backbone, tokenizer: Any, exams: Sequence[Exam], token_budg
     answered: dict[int, list[str]] = {}
     labelled = [s for s, exam in enumerate(exams) if exam.metric in LABELLED]
     others = [s for s, exam in enumerate(exams) if s not in labelled]
-    for s, outcome in run.each_row(labelled, _score_labels, width=2, copies=_label_copies).items():
-        labels = exams[s].labels or ()
-        nll[s] = outcome[:, 1]
-        answered[s] = [labels[int(i)] for i in outcome[:, 0]]
+    label_scores: dict[int, np.ndarray] = {}
+    most = max((_label_copies(exams[s]) for s in labelled), default=0)
+    score_labels = partial(_score_labels, width=most)
+    for s, outcome in run.each_row(labelled, score_labels, width=most, copies=_label_copies).items():
+        labels, targets = exams[s].labels or (), wanted(exams[s])
+        label_scores[s] = outcome[:, : len(labels)]
+        nll[s] = np.array([-row[labels.index(target)] for row, target in zip(outcome, targets, strict=True)])
+        # A prompt gone NaN has no best label: it gets the first, and its loss tells.
+        answered[s] = [labels[int(i)] for i in np.nan_to_num(label_scores[s], nan=-np.inf).argmax(axis=1)]
     for s, outcome in run.each_row(others, _score_targets, width=1).items():
         nll[s] = outcome[:, 0]
     answered |= _decode(run, tokenizer, [s for s in others if exams[s].metric != "loss"])
-    return [Answers(nll[s], answered.get(s)) for s in range(len(exams))]
+    return [Answers(nll[s], answered.get(s), label_scores.get(s)) for s in range(len(exams))]
 
 
 def wanted(exam: Exam) -> list[str]:
@@ -145,13 +153,14 @@ class _Runner:
         return prompted.Rows([exam.prompt.detach() for exam in self.exams], [item.slot for item in items], inputs)
 
 
-def _score_labels(run: _Runner, items: list[_Item]) -> np.ndarray:
+def _score_labels(run: _Runner, items: list[_Item], width: int) -> np.ndarray:
     exams = [run.exams[item.slot] for item in items]
     labels = [[np.array(ids) for ids in exam.label_ids or ()] for exam in exams]
     scores = run.backbone.run(prompted.label_log_likelihoods, run.rows(items), labels)
-    wanted = [(e.labels or ()).index(e.split.target(i.number)) for e, i in zip(exams, items, strict=True)]
-    # A prompt gone NaN has no best label: it gets the first, and its loss tells.
-    return np.array([[np.argmax(np.nan_to_num(s, nan=-np.inf)), -s[w]] for s, w in zip(scores, wanted, strict=True)])
+    table = np.zeros((len(items), width))
+    for row, of_row in zip(table, scores, strict=True):
+        row[: len(of_row)] = of_row
+    return table
 
 
 def _score_targets(run: _Runner, items: list[_Item]) -> np.ndarray:

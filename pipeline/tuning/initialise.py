@@ -46,6 +46,12 @@ def fit_length(prompt: np.ndarray, length: int) -> np.ndarray:
     return prompt[np.arange(length) % len(prompt)].astype(np.float32)
 
 
+def mean_prompt(prompts: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean of prompts `[Q_i, H]`, each repeated from its start to the length of the longest: `[Q, H]`."""
+    longest = max(map(len, prompts))
+    return np.stack([fit_length(prompt, longest) for prompt in prompts]).mean(axis=0)
+
+
 def _sampled_tokens(generator: np.random.Generator, tokenizer: Any, length: int) -> np.ndarray:
     special = set(tokenizer.all_special_ids)
     common = [token for token in range(min(len(tokenizer), COMMON_TOKENS)) if token not in special]

@@ -51,6 +51,18 @@ def _request(run_folder: Path) -> Path:
     return run_folder / "request"
 
 
+def told_to_stop(run_folder: Path) -> bool:
+    """Of a rank that works for itself: whether the driver asks the ranks to stop, or this one got a SIGTERM."""
+    return was_told_to_stop() or _is_asked(run_folder)
+
+
+def _is_asked(run_folder: Path) -> bool:
+    try:
+        return _request(run_folder).read_bytes() == _STOP
+    except OSError:  # not there, or a network file system that stutters
+        return False
+
+
 class Notices:
     """What a rank looks at between steps; every rank gets the same answer.
 
@@ -58,7 +70,7 @@ class Notices:
     """
 
     def __init__(self, run_folder: Path, node_leaves: Callable[[], bool] = lambda: False) -> None:
-        self._request = _request(run_folder)
+        self._run_folder = run_folder
         self._node_leaves = node_leaves
         self._looked = self._asked_nodes = 0.0
         self._saved = False
@@ -82,7 +94,4 @@ class Notices:
         if rank() != 0 or now - self._looked < _LOOK_S:
             return False
         self._looked = now
-        try:
-            return self._request.read_bytes() == _STOP
-        except OSError:  # not there, or a network file system that stutters
-            return False
+        return _is_asked(self._run_folder)

@@ -1,16 +1,36 @@
-"""What ranks say to each other; in one plain process, nothing."""
+"""What ranks say to each other; in one plain process, or where each does work of its own, nothing."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_alone = ContextVar("alone", default=False)
+
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if _among_others() else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if _among_others() else 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it this rank is the only one: what is computed together elsewhere is computed here for itself."""
+    before = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(before)
+
+
+def _among_others() -> bool:
+    return dist.is_initialized() and not _alone.get()
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

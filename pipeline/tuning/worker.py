@@ -9,20 +9,18 @@ from typing import Any
 
 import torch
 from safetensors.numpy import load_file
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from pipeline.backbone.allocator import suit_allocator
-from pipeline.backbone.files import find_model
-from pipeline.backbone.host import Backbone, compute_dtype, held_bytes, held_digest, host_backbone
-from pipeline.backbone.offload import keep_by
+from pipeline.backbone.host import held_bytes, held_digest
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import TuningError
 from pipeline.settings import Settings
+from pipeline.tuning.hosting import host_on_rank
 from pipeline.tuning.incumbents import Incumbents, measure
 from pipeline.tuning.journal import Journal
 from pipeline.tuning.loop import TuningRun, tune
 from pipeline.tuning.notices import Notices
-from pipeline.tuning.placement import agreed_products, partitions
 from pipeline.tuning.ranks import rank, world_size
 from pipeline.tuning.trials import Trial, make_trials
 from pipeline.tuning.watchdog import call_at_every_layer, hang_reports, hang_sentence, watched
@@ -112,7 +110,7 @@ def _tune(
     notices: Notices,
     alive: Callable[[], None],
 ) -> None:
-    backbone = _host(order, settings, device, journal)
+    backbone = host_on_rank(settings, order.model_folder, device, journal)
     call_at_every_layer(backbone.hosted, alive)
     sizes = held_bytes(backbone)
     suit_allocator(sum(sizes.values()))
@@ -131,24 +129,3 @@ def _tune(
     if held_digest(backbone) != before:
         shutil.rmtree(Path(order.run_folder) / "checkpoints", ignore_errors=True)  # or a restart would publish them
         raise TuningError("the frozen weights changed during tuning; the run's prompts are not to be trusted")
-
-
-def _host(order: Order, settings: Settings, device: torch.device, journal: Journal) -> Backbone:
-    model, cluster = settings.model, settings.cluster
-    config = AutoConfig.from_pretrained(order.model_folder, trust_remote_code=False)
-    int8, dtype = model.weights == "int8", model.dtype
-    # Who asks for offload has no room to spare.
-    setting = "always" if model.offload != "none" and cluster.partition == "auto" else cluster.partition
-    sharded = partitions(setting, config, int8, compute_dtype(dtype, device), device)
-    how = "partitioned over" if sharded else "whole on each of"
-    journal.event("stage", name="backbone", text=f"loading {model.path}, {how} {world_size()} rank(s)")
-    return host_backbone(
-        find_model(model.path),
-        config,
-        int8=int8,
-        dtype=compute_dtype(dtype, device),
-        device=device,
-        sharded=sharded,
-        products=agreed_products(model.products, device),
-        keep=keep_by(model.offload, model.offload_folder),
-    )

@@ -27,13 +27,23 @@ def both(request, tmp_path_factory):
     return ours, auto.from_pretrained(folder).eval()
 
 
-@pytest.fixture(scope="module")
-def rows():
+def make_rows(lengths):
     rng = np.random.default_rng(0)
-    prompts = [torch.randn(p, 32, generator=torch.Generator().manual_seed(p)) for p in (3, 7)]
+    prompts = [torch.randn(p, 32, generator=torch.Generator().manual_seed(p)) for p in lengths]
     inputs = [rng.integers(3, VOCAB, n) for n in (5, 2, 9, 4)]
     targets = [np.append(rng.integers(3, VOCAB, n), EOS) for n in (2, 4, 1, 3)]
     return prompted.Rows(prompts, OF_ROW, inputs), targets
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return make_rows((3, 7))
+
+
+@pytest.fixture(scope="module", params=[(3, 7), (0, 4), (0, 0)], ids=["prompts", "prompt-and-none", "no-prompts"])
+def any_rows(request):
+    """Rows behind soft prompts, or behind none: a model that was fine-tuned needs none."""
+    return make_rows(request.param)
 
 
 def embedded(reference, prompt, ids):
@@ -50,8 +60,8 @@ def reference_nll(reference, prompt, x, y):
     return loss.item() * len(y)
 
 
-def test_a_mixed_batch_gives_each_row_the_loss_that_transformers_gives_it_alone(both, rows):
-    (ours, reference), (run, targets) = both, rows
+def test_a_mixed_batch_gives_each_row_the_loss_that_transformers_gives_it_alone(both, any_rows):
+    (ours, reference), (run, targets) = both, any_rows
     nll = ours.run(prompted.target_nll, run, targets).detach().numpy()
     alone = [
         reference_nll(reference, run.prompts[s], x, y) for s, x, y in zip(OF_ROW, run.inputs, targets, strict=True)
@@ -59,8 +69,8 @@ def test_a_mixed_batch_gives_each_row_the_loss_that_transformers_gives_it_alone(
     np.testing.assert_allclose(nll, alone, rtol=1e-5)
 
 
-def test_label_log_likelihoods_are_those_of_the_labels_as_targets(both, rows):
-    (ours, _), (run, targets) = both, rows
+def test_label_log_likelihoods_are_those_of_the_labels_as_targets(both, any_rows):
+    (ours, _), (run, targets) = both, any_rows
     labels = [targets, targets[:2], targets[2:], targets[:1]]
     scores = ours.run(prompted.label_log_likelihoods, run, labels)
     for row, (score, of_row) in enumerate(zip(scores, labels, strict=True)):
@@ -70,8 +80,8 @@ def test_label_log_likelihoods_are_those_of_the_labels_as_targets(both, rows):
         np.testing.assert_allclose(score, -nll, rtol=1e-4)
 
 
-def test_greedy_decoding_of_a_mixed_batch_gives_transformers_tokens(both, rows):
-    (ours, reference), (run, _) = both, rows
+def test_greedy_decoding_of_a_mixed_batch_gives_transformers_tokens(both, any_rows):
+    (ours, reference), (run, _) = both, any_rows
     answers = ours.run(prompted.greedy_decode, run, 8, EOS)
     for s, x, answer in zip(OF_ROW, run.inputs, answers, strict=True):
         tokens: list[int] = []
@@ -127,8 +137,8 @@ def test_each_row_may_have_its_own_longest_answer(both, rows):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
-def test_int8_in_bfloat16_as_on_a_gpu_stays_close_to_the_full_model(family, rows, tmp_path):
-    run, targets = rows
+def test_int8_in_bfloat16_as_on_a_gpu_stays_close_to_the_full_model(family, any_rows, tmp_path):
+    run, targets = any_rows
     folder = make_model(tmp_path / family, family, scale=1.0)
     files = find_model(str(folder))
     config = read_config(files)

@@ -37,7 +37,7 @@ class Forest:
 
 def make_forest(segments: Segments) -> Forest:
     roots = np.array([chain[0] for chain in segments.chains()])
-    run = np.arange(segments.given, len(roots))
+    run = np.array(segments.run)
     order = run[np.lexsort((run, segments.parents[run], roots[run]))].astype(np.int64)
     _, first = np.unique(roots[order], return_index=True)
     trees = np.append(first, len(order)).astype(np.int64)

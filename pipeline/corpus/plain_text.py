@@ -1,0 +1,84 @@
+"""A corpus of plain text: Parquet -> token shards, by the way of a task's corpus -> one long row of tokens."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.corpus.encoding import TokenizerSpec
+from pipeline.corpus.files import Source, inspect_files
+from pipeline.corpus.reader import Int32, SplitRef, open_split, summarise_split
+from pipeline.corpus.rows import Recipe
+from pipeline.corpus.template import Template, check_columns, parse_template
+from pipeline.errors import CorpusError
+from pipeline.settings import TextSettings
+
+_NO_LIMIT = 2**31 - 1
+_WHERE = "corpus"
+
+
+@dataclass(frozen=True)
+class TextPlan:
+    """What is known of the corpus before a token is made."""
+
+    source: Source
+    text: Template
+
+
+@dataclass(frozen=True)
+class TextCorpus:
+    """Token shards of documents; plain data, so that it travels to workers."""
+
+    dir: str
+    counts: Mapping[str, int]
+    """Documents by status: ok, null, empty."""
+    digest: str
+    """Of the documents: the same in other files give the same digest."""
+
+
+def check_text(settings: TextSettings) -> TextPlan:
+    """Find the files, read their footers, and check the template against them; no Ray, no tokenizer.
+
+    Raises: CorpusError naming the file and the mend.
+    """
+    text = parse_template(settings.text, f"{_WHERE}, text")
+    if not text.columns:
+        raise CorpusError(f"{_WHERE}, text: the template {settings.text!r} names no column; write one such as {{text}}")
+    source = inspect_files(settings.train, f"{_WHERE}, train")
+    check_columns(source, [text])
+    if not source.rows:
+        raise CorpusError(f"{source.where}: {source.files[0].path} holds no row; give a file that does")
+    return TextPlan(source, text)
+
+
+def prepare_text(
+    settings: TextSettings, tokenizer: TokenizerSpec, storage: Path, connect: Callable[[], None]
+) -> TextCorpus:
+    """Tokenise the documents, unless their shards are there. `connect`: see `build_shards`.
+
+    Raises: CorpusError naming the mend; StorageError when `storage` cannot be written.
+    """
+    from pipeline.corpus.shards import build_shards  # here, so that reading a corpus never imports ray
+
+    plan = check_text(settings)
+    recipe = Recipe(plan.text, None, "", _NO_LIMIT, _NO_LIMIT, tokenizer.architecture)
+    folder = str(build_shards(plan.source, recipe, tokenizer, storage, connect))
+    summary = summarise_split(SplitRef(folder))
+    share = 1 - summary.counts["ok"] / summary.rows
+    if share > settings.max_bad_rows or not summary.counts["ok"]:
+        raise CorpusError(
+            f"{plan.source.where}: {share:.1%} of {summary.rows} rows are null or empty, more than max_bad_rows "
+            f"{settings.max_bad_rows:.1%}; mend the rows or raise it"
+        )
+    return TextCorpus(folder, {key: summary.counts[key] for key in ("ok", "null", "empty")}, summary.digest)
+
+
+def read_text(corpus: TextCorpus, eos: int) -> Int32:
+    """All documents `[N]`, in the order of their ids, each with an `eos` behind it; in memory, four bytes a token.
+
+    Raises: CorpusError when the shards are missing.
+    """
+    documents = open_split(SplitRef(corpus.dir))
+    # Behind the last token of each document.
+    return np.insert(documents.input_tokens, documents.input_offsets[1:], np.int32(eos))
