@@ -107,6 +107,37 @@ def test_a_sweep_has_a_trial_for_every_combination_and_its_lists_are_inherited_o
     )
 
 
+def test_a_number_of_seeds_is_the_list_of_them_also_where_lists_are_inherited(raw):
+    raw["defaults"]["sweep"] = {"seeds": 3, "prompt.length": [4, 8]}
+    raw["tasks"]["b"] |= {"sweep": {"seed": [7]}, "prompt": {"length": 3}}
+    raw["tasks"]["c"] = {"train": "c.parquet", "seed": 5}
+    settings = parse_settings(raw)
+    assert [t.seed for t in settings.tasks["a"].trials("a").values()] == [0, 1, 2, 0, 1, 2]
+    assert [t.seed for t in settings.tasks["b"].trials("b").values()] == [7]
+    assert [t.seed for t in settings.tasks["c"].trials("c").values()] == [5, 5]
+    raw["defaults"]["sweep"] = {"seed": [0, 1, 2], "prompt.length": [4, 8]}
+    assert parse_settings(raw).tasks == settings.tasks
+    assert parse_settings(raw, ["tasks.a.sweep.seeds=2"]).tasks["a"].sweep["seed"] == [0, 1]
+    jsonschema.validate(raw | {"defaults": {"sweep": {"seeds": 3}}}, json.loads(settings_schema()))
+
+
+@pytest.mark.parametrize(
+    ("block", "sentence"),
+    [
+        ("{domain_shift: {a: [c]}}", "compare.domain_shift: there is no task 'c'; name tasks of this file"),
+        ("{transfer: {starts: {a: [b, b+c]}}}", "compare.transfer.starts: there is no task 'c'"),
+        ("{hard_prompts: {text: {c: Say it}}}", "compare.hard_prompts.text: there is no task 'c'"),
+        ("{lora: {rnk: 3}}", "unknown key 'compare.lora.rnk'; did you mean 'rank'?"),
+        ("{panels: [seed]}", "panels: a seed is no choice"),
+    ],
+)
+def test_a_mistake_in_what_is_compared_is_one_sentence(raw, block, sentence):
+    with pytest.raises(SettingsError) as caught:
+        parse_settings(raw, [f"compare={block}"])
+    (line,) = str(caught.value).splitlines()
+    assert sentence in line
+
+
 def test_a_task_can_do_without_the_inherited_sweep_and_halving(swept):
     swept["defaults"]["halving"] = {"factor": 4}
     settings = parse_settings(swept, ["tasks.a.sweep=null"])
@@ -138,7 +169,7 @@ def test_a_trials_name_is_a_files_name_whatever_is_swept(raw):
     }
     raw["tasks"]["a"]["prompt"] = {"text": "swept"}
     names = list(parse_settings(raw).tasks["a"].trials("a"))
-    assert len(set(names)) == 6 and all(re.fullmatch(r"[A-Za-z0-9._-]{1,200}", name) for name in names)
+    assert len(set(names)) == 6 and all(re.fullmatch(r"[A-Za-z0-9._-]{1,128}", name) for name in names)
     assert "a.init-text.text-plain.clip_norm-none" in names
 
 
@@ -155,6 +186,8 @@ def test_a_trials_name_is_a_files_name_whatever_is_swept(raw):
         ("defaults.sweep={prompt.length: [many]}", "'defaults': sweep: with prompt.length many, prompt.length: Input"),
         ("tasks.a.sweep={prompt.init: [text]}", "with prompt.init text, prompt: init 'text' needs the setting 'text'"),
         ("tasks.a.sweep={optimizer.lr: [1, 1.0]}", "'tasks.a': sweep: optimizer.lr 1.0 is there twice"),
+        ("tasks.a.sweep={seeds: 0}", "'tasks.a.sweep': seeds is how many seeds to take, from 1 to 1,000; it is 0"),
+        ("tasks.a.sweep={seeds: 2, seed: [1]}", "give 'seed' (a list) or 'seeds' (how many), and not both"),
         (f"tasks.a.sweep={{seed: {[*range(1001)]}}}", "make 1,001 trials, more than 1,000"),
         ("tasks.a.halving={factor: 3}", "task 'a': halving is there to stop trials of a sweep; give a 'sweep', too"),
         ("tasks.a.halving={facter: 3}", "unknown key 'tasks.a.halving.facter'; did you mean 'factor'?"),

@@ -121,7 +121,7 @@ def check_start(name: str, settings: Settings, tokenizer: Any, bank: PromptBank 
     for text in {prompt.text for prompt in prompts if prompt.init == "text"}:
         if not tokenizer(text, add_special_tokens=False).input_ids:
             raise SettingsError(f"task '{name}': prompt.text {text!r} holds no token; give some words")
-    for source in sorted({str(prompt.source) for prompt in prompts if prompt.init == "bank"}):
+    for source in sorted({source for prompt in prompts if prompt.init == "bank" for source in prompt.sources}):
         if bank is None:
             raise SettingsError(f"task '{name}': prompt.source {source}: there is no bank at {settings.bank.uri}")
         try:

@@ -1,6 +1,7 @@
 """From tuned trials to a version of the bank."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -19,12 +20,12 @@ _LIBRARIES = ("torch", "transformers", "deepspeed", "bitsandbytes", "ray", "pyar
 def publish_prompts(
     settings: Settings, identity: BackboneId, entries: Sequence[Entry], corpora: Mapping[str, TaskCorpus]
 ) -> int | None:
-    """Publish every task's best prompt and say which version holds them; None when no trial succeeded.
+    """Publish what `bank.publish` says and tell which version holds it; None when no trial succeeded.
 
     A run that was published already, and is only started again, publishes nothing new.
     Raises: BankError, StorageError.
     """
-    prompts = [new_prompt(entry, corpora[entry.task], settings) for entry in entries]
+    prompts = [prompt for entry in entries for prompt in _prompts(entry, corpora[entry.task], settings)]
     if all(prompt.array is None for prompt in prompts):
         return None
     bank = open_bank(settings.bank, create=True)
@@ -33,6 +34,16 @@ def publish_prompts(
         bank.advance(settings.bank.alias, published, by=f"run {settings.run.name}")  # if it was killed before that
         return published
     return bank.publish(prompts, identity, settings.run.name, library_versions(), settings.bank.alias)
+
+
+def _prompts(entry: Entry, corpus: TaskCorpus, settings: Settings) -> list[NewPrompt]:
+    """What is published of a task: its best prompt, and where the settings ask for all, each trial's."""
+    best = new_prompt(entry, corpus, settings)
+    if settings.bank.publish == "best" or len(entry.trials) == 1:
+        return [best]
+    whole = [Entry([state], state) for state in entry.trials if state.status != "failed"]
+    each = [replace(new_prompt(own, corpus, settings), name=own.chosen.trial.name) for own in whole]
+    return [best, *each]
 
 
 def library_versions() -> dict[str, str]:

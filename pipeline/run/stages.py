@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.numpy import save
@@ -17,9 +18,10 @@ from pipeline.reporting.events import EventLog
 from pipeline.run.bank import open_bank
 from pipeline.run.checks import CheckedRun, refuse_or_skip
 from pipeline.run.patience import patiently
-from pipeline.settings import Settings
+from pipeline.settings import RunSettings, Settings
 from pipeline.tuning.checkpoint import load_checkpoint
 from pipeline.tuning.connection import Connect
+from pipeline.tuning.initialise import mean_prompt
 from pipeline.tuning.state import TrialState
 from pipeline.tuning.worker import Order
 from pipeline.whole_files import write_atomically
@@ -27,19 +29,23 @@ from pipeline.whole_files import write_atomically
 
 def make_order(checked: CheckedRun, corpora: Mapping[str, TaskCorpus], folder: Path) -> Order:
     """What the ranks are to do: the tasks of `corpora`. Raises: BankError, StorageError."""
-    # Ray gives each worker a working directory of its own.
-    settings = checked.settings.model_dump(mode="json")
-    settings["model"]["path"] = from_anywhere(checked.settings.model.path)
-    if checked.settings.model.offload_folder is not None:
-        settings["model"]["offload_folder"] = str(Path(checked.settings.model.offload_folder).expanduser().resolve())
     order = Order(
-        settings=settings,
+        settings=settings_for_ranks(checked.settings),
         corpora={name: corpus.to_dict() for name, corpus in corpora.items()},
         fingerprint=checked.identity.fingerprint,
         run_folder=str(folder),
         starts={},
     )
     return replace(order, starts=_keep_warm_starts(checked, order))
+
+
+def settings_for_ranks(settings: Settings) -> dict[str, Any]:
+    """As plain values, with paths that hold anywhere: Ray gives each worker a working directory of its own."""
+    plain = settings.model_dump(mode="json")
+    plain["model"]["path"] = from_anywhere(settings.model.path)
+    if settings.model.offload_folder is not None:
+        plain["model"]["offload_folder"] = str(Path(settings.model.offload_folder).expanduser().resolve())
+    return plain
 
 
 def announce(order: Order, settings: Settings, log: EventLog) -> None:
@@ -53,13 +59,18 @@ def announce(order: Order, settings: Settings, log: EventLog) -> None:
 
 def make_run_folder(settings: Settings) -> Path:
     """Where a run keeps everything. Raises: StorageError."""
-    folder = Path(settings.run.storage).expanduser().resolve() / settings.run.name
-    if "://" in settings.run.storage:
-        raise StorageError(f"run.storage {settings.run.storage}: must be a folder that every node sees, not a URI")
+    return make_folder_of(settings.run)
+
+
+def make_folder_of(run: RunSettings) -> Path:
+    """The folder of a run of any job. Raises: StorageError."""
+    folder = Path(run.storage).expanduser().resolve() / run.name
+    if "://" in run.storage:
+        raise StorageError(f"run.storage {run.storage}: must be a folder that every node sees, not a URI")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"run.storage {settings.run.storage}: cannot make {folder}: {error.strerror}") from error
+        raise StorageError(f"run.storage {run.storage}: cannot make {folder}: {error.strerror}") from error
     return folder
 
 
@@ -114,8 +125,8 @@ def _keep_warm_starts(checked: CheckedRun, order: Order) -> dict[str, str]:
             path = order.warm_start(trial)
             if not path.exists():
                 bank = bank or open_bank(settings.bank)
-                array = bank.load(str(prompt.source), checked.identity).array
-                write_atomically(path, save({"prompt": array}))
+                arrays = [bank.load(source, checked.identity).array for source in prompt.sources]
+                write_atomically(path, save({"prompt": mean_prompt(arrays)}))
             starts[trial.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return starts
 

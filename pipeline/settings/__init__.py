@@ -5,6 +5,21 @@ A task inherits every key of `defaults` that it does not name itself, key by key
 relative to the directory that the job is started in.
 """
 
+from pipeline.settings.adaptation import (
+    AdaptationSettings,
+    AdaptedModelSettings,
+    ObjectiveSettings,
+    TextSettings,
+)
+from pipeline.settings.comparing import (
+    CompareSettings,
+    FineTuningSettings,
+    HardPromptSettings,
+    LoraSettings,
+    TrainingSettings,
+    TransferSettings,
+)
+from pipeline.settings.joining import JoinedPanel, JoinSettings
 from pipeline.settings.models import (
     BankSettings,
     ClusterSettings,
@@ -18,13 +33,22 @@ from pipeline.settings.models import (
     TaskDefaults,
     TaskSettings,
 )
-from pipeline.settings.reading import load_settings, parse_settings, settings_schema
+from pipeline.settings.reading import load_adaptation, load_joined, load_settings, parse_settings, settings_schema
 
 __all__ = [
+    "AdaptationSettings",
+    "AdaptedModelSettings",
     "BankSettings",
     "ClusterSettings",
+    "CompareSettings",
+    "FineTuningSettings",
     "HalvingSettings",
+    "HardPromptSettings",
+    "JoinSettings",
+    "JoinedPanel",
+    "LoraSettings",
     "ModelSettings",
+    "ObjectiveSettings",
     "OptimizerSettings",
     "PromptSettings",
     "RefreshSettings",
@@ -32,6 +56,11 @@ __all__ = [
     "Settings",
     "TaskDefaults",
     "TaskSettings",
+    "TextSettings",
+    "TrainingSettings",
+    "TransferSettings",
+    "load_adaptation",
+    "load_joined",
     "load_settings",
     "parse_settings",
     "settings_schema",

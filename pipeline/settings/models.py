@@ -3,12 +3,33 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.addresses import holds_credentials
-from pipeline.settings.sweeps import MOST_TRIALS, SweptKey, choices, count_choices, trial_name, with_choice
+from pipeline.settings.comparing import CompareSettings
+from pipeline.settings.frozen import Frozen, Name
+from pipeline.settings.sweeps import (
+    MOST_TRIALS,
+    SweptKey,
+    WrittenSweep,
+    choices,
+    count_choices,
+    spelled_out,
+    trial_name,
+    with_choice,
+)
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+Sweep = Annotated[
+    dict[SweptKey, Annotated[list[Any], Field(min_length=1)]],
+    BeforeValidator(spelled_out, json_schema_input_type=WrittenSweep),
+]
 Paths = str | list[str]
 
 
@@ -23,11 +44,7 @@ def _without_credentials(value: Paths | None) -> Paths | None:
     return value
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class RunSettings(_Frozen):
+class RunSettings(Frozen):
     name: Name = "prompts"
     """The run's folder under `storage`; the same name again resumes it."""
     storage: str = "./runs"
@@ -50,7 +67,7 @@ class RunSettings(_Frozen):
     _no_password = field_validator("storage")(_without_credentials)
 
 
-class ModelSettings(_Frozen):
+class ModelSettings(Frozen):
     path: str
     """A folder, a hub name, a .gguf file, or the name of a packaged model (`smollm2-135m`)."""
     weights: Literal["int8", "full"] = "int8"
@@ -74,7 +91,7 @@ class ModelSettings(_Frozen):
         return self
 
 
-class ClusterSettings(_Frozen):
+class ClusterSettings(Frozen):
     num_workers: int = Field(1, ge=1)
     """Ranks: they share the rows of every step, and the model where it is partitioned."""
     partition: Literal["auto", "always", "never"] = "auto"
@@ -90,24 +107,29 @@ class ClusterSettings(_Frozen):
     """What an hour of a rank costs, in your currency; the report then tells what the run cost."""
 
 
-class PromptSettings(_Frozen):
+class PromptSettings(Frozen):
     length: int = Field(100, ge=1)
     init: Literal["random", "sampled_vocab", "class_labels", "text", "bank"] = "sampled_vocab"
     text: str | None = None
     """The words to start from, with `init: text`."""
     source: str | None = None
-    """The prompt to start from, `name` or `name@version`, with `init: bank`."""
+    """The prompt to start from, `name` or `name@version`, with `init: bank`; of several, `sst2+mr@3`, their mean."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The prompts of a bank whose mean this one starts from, with `init: bank`."""
+        return tuple(part.strip() for part in (self.source or "").split("+"))
 
     @model_validator(mode="after")
     def _init_has_its_source(self) -> "PromptSettings":
         if self.init == "text" and not self.text:
             raise ValueError("init 'text' needs the setting 'text': the words to start from")
-        if self.init == "bank" and not self.source:
-            raise ValueError("init 'bank' needs the setting 'source': a prompt's name, such as sst2@latest")
+        if self.init == "bank" and not all(self.sources):
+            raise ValueError("init 'bank' needs the setting 'source': a prompt's name, such as sst2@latest, or sst2+mr")
         return self
 
 
-class OptimizerSettings(_Frozen):
+class OptimizerSettings(Frozen):
     name: Literal["adafactor", "adamw"] = "adafactor"
     lr: float = Field(0.3, gt=0)
     weight_decay: float = Field(1e-5, ge=0)
@@ -117,7 +139,7 @@ class OptimizerSettings(_Frozen):
     """Largest norm of this prompt's own gradient; without it only Adafactor's update clipping acts."""
 
 
-class HalvingSettings(_Frozen):
+class HalvingSettings(Frozen):
     """Successive halving (Jamieson & Talwalkar 2016): of a sweep's trials that reach a rung, the best go on."""
 
     first: int = Field(1, ge=1)
@@ -126,7 +148,7 @@ class HalvingSettings(_Frozen):
     """One in so many goes on from a rung, and at least one."""
 
 
-class TaskDefaults(_Frozen):
+class TaskDefaults(Frozen):
     """What every task may set. The defaults are Lester et al. (2021), section 3 and appendix A."""
 
     input: str = "{text}"
@@ -154,9 +176,10 @@ class TaskDefaults(_Frozen):
     max_target_tokens: int = Field(64, ge=1)
     max_bad_rows: float = Field(0.05, ge=0, le=1)
     """Largest share of null, empty and over-long rows that is dropped without refusing the task."""
-    sweep: dict[SweptKey, Annotated[list[Any], Field(min_length=1)]] | None = None
-    """Lists of values, such as `{prompt.length: [20, 100], optimizer.lr: [0.03, 0.1], seed: [0, 1]}`: every
-    combination is tuned as a trial of its own, and the one with the best dev metric is published."""
+    sweep: Sweep | None = None
+    """Lists of values, such as `{prompt.length: [20, 100], optimizer.lr: [0.03, 0.1], seeds: 3}`: every combination is
+    tuned as a trial of its own, and the one with the best dev metric is published (all of them: `bank.publish`).
+    `seeds: 3` is short for `seed: [0, 1, 2]`."""
     halving: HalvingSettings | None = None
     """Stops hopeless trials of a sweep early; without it, every trial is tuned to its end."""
 
@@ -206,19 +229,22 @@ class TaskSettings(TaskDefaults):
         return self
 
 
-class BankSettings(_Frozen):
+class BankSettings(Frozen):
     uri: str = "./bank"
     """A folder, or an object store such as s3://bucket/prefix."""
     alias: Name = "latest"
     trusted_keys: tuple[str, ...] = ()
     """Public keys (PEM files): versions that none of them signed are refused."""
+    publish: Literal["best", "all"] = "best"
+    """Of a task's sweep, the best prompt under the task's name; `all` publishes beside it every trial's, each under the
+    trial's own name (`sst2.length-20.seed-1`), which a nightly refresh drops again."""
     signing_key: str | None = None
     """The private key (PEM file) that signs what this run publishes."""
 
     _no_password = field_validator("uri")(_without_credentials)
 
 
-class TrackingSettings(_Frozen):
+class TrackingSettings(Frozen):
     """Who else hears how a run is going; none of them can stop it. Ray's metrics tell it always."""
 
     tensorboard: bool = False
@@ -234,7 +260,7 @@ class TrackingSettings(_Frozen):
     _no_password = field_validator("mlflow")(_without_credentials)
 
 
-class RefreshSettings(_Frozen):
+class RefreshSettings(Frozen):
     """What `jobs/refresh_prompts.py` does every night; the other jobs pass over it."""
 
     alpha: float = Field(0.05, gt=0, lt=1)
@@ -255,7 +281,7 @@ class RefreshSettings(_Frozen):
     """Seconds without a sign of life after which a night counts as dead, and another may begin."""
 
 
-class Settings(_Frozen):
+class Settings(Frozen):
     run: RunSettings = RunSettings()
     model: ModelSettings
     cluster: ClusterSettings = ClusterSettings()
@@ -264,6 +290,14 @@ class Settings(_Frozen):
     bank: BankSettings = BankSettings()
     tracking: TrackingSettings = TrackingSettings()
     refresh: RefreshSettings = RefreshSettings()
+    compare: CompareSettings = CompareSettings()
+
+    @model_validator(mode="after")
+    def _compared_are_tasks(self) -> Self:
+        for where, name in self.compare.tasks_named():
+            if name not in self.tasks:
+                raise ValueError(f"compare.{where}: there is no task '{name}'; name tasks of this file")
+        return self
 
     @model_validator(mode="after")
     def _canaries_are_tasks(self) -> Self:

@@ -4,15 +4,20 @@ import difflib
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import SettingsError
+from pipeline.settings.adaptation import AdaptationSettings
+from pipeline.settings.joining import JoinSettings
 from pipeline.settings.models import Settings, TaskSettings
+from pipeline.settings.sweeps import spelled_out
 
+Root = TypeVar("Root", bound=BaseModel)
 _TASKS = Settings.model_fields["tasks"].annotation
 
 
@@ -21,13 +26,41 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
 
     Raises: SettingsError naming the file, the key and the mend.
     """
+    return parse_settings(read_yaml(path), overrides, origin=str(path))
+
+
+def load_adaptation(path: str | Path, overrides: Sequence[str] = ()) -> AdaptationSettings:
+    """Read and validate the settings file of `jobs/adapt_backbone.py`. Raises: SettingsError."""
+    return _load(AdaptationSettings, path, overrides)
+
+
+def load_joined(path: str | Path) -> JoinSettings:
+    """Read and validate the file of `jobs/compare_methods.py --join`. Raises: SettingsError."""
+    return _load(JoinSettings, path)
+
+
+def _load(model: type[Root], path: str | Path, overrides: Sequence[str] = ()) -> Root:
+    """A file whose keys are those of `model`. Raises: SettingsError."""
+    raw = read_yaml(path)
+    if not isinstance(raw, dict):
+        raise SettingsError(f"{path}: expected a mapping with the keys {', '.join(model.model_fields)}")
+    for override in overrides:
+        raw = _with_override(raw, override)
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return model.model_validate(raw)
+    except ValidationError as error:
+        sentences = dict.fromkeys(_sentence(detail, model) for detail in error.errors())
+        raise SettingsError("\n".join(f"{path}: {sentence}" for sentence in sentences)) from error
+
+
+def read_yaml(path: str | Path) -> Any:
+    """What a settings file holds. Raises: SettingsError."""
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"cannot read the settings file {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} is not valid YAML: {_one_line(error)}") from error
-    return parse_settings(raw, overrides, origin=str(path))
 
 
 def parse_settings(raw: Any, overrides: Sequence[str] = (), origin: str = "settings") -> Settings:
@@ -76,6 +109,7 @@ def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
     defaults, tasks = raw.get("defaults"), raw.get("tasks")
     if not isinstance(defaults, dict) or not isinstance(tasks, dict):
         return raw
+    defaults, tasks = _spelled_out(defaults), {name: _spelled_out(task) for name, task in tasks.items()}
     merged = {name: _merge(defaults, task) if isinstance(task, dict) else task for name, task in tasks.items()}
     for name, task in tasks.items():
         if not isinstance(task, dict):
@@ -86,6 +120,15 @@ def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
         if merged[name].get("sweep") is None and "halving" not in task:  # inherited halving is for those with a sweep
             merged[name].pop("halving", None)
     return {**raw, "tasks": merged}
+
+
+def _spelled_out(task: Any) -> Any:
+    """So that lists of seeds are merged, whichever way they are written."""
+    if not isinstance(task, dict) or "sweep" not in task:
+        return task
+    with suppress(ValueError):  # which is told when the settings are validated
+        return {**task, "sweep": spelled_out(task["sweep"])}
+    return task
 
 
 def _drop_what_is_set(merged: dict[str, Any], task: dict[str, Any]) -> None:
@@ -110,14 +153,14 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _sentence(detail: Any) -> str:
+def _sentence(detail: Any, root: Any = Settings) -> str:
     where = ".".join(str(part) for part in detail["loc"] if part not in ("str", "list[str]", "[key]"))
     message = detail["msg"].removeprefix("Value error, ")
     match detail["type"]:
         case "value_error" if not where:
             return str(message)
         case "extra_forbidden":
-            return f"unknown key '{where}'{_suggestion(detail['loc'])}"
+            return f"unknown key '{where}'{_suggestion(detail['loc'], root)}"
         case "missing":
             return f"'{where}' is missing"
         case "string_pattern_mismatch":
@@ -126,9 +169,11 @@ def _sentence(detail: Any) -> str:
             return f"'{where or 'the file'}': {message[:1].lower()}{message[1:]}"
 
 
-def _suggestion(loc: tuple[int | str, ...]) -> str:
-    model: Any = Settings
+def _suggestion(loc: tuple[int | str, ...], root: Any) -> str:
+    model: Any = root
     for part in loc[:-1]:
+        if isinstance(part, int):  # a place in a list, whose entries' model was found with the list
+            continue
         # Under `tasks` the key is the task's name; everywhere else it is a field, of a model or of a model or null.
         model = TaskSettings if model is _TASKS else model.model_fields[str(part)].annotation
         if model is not _TASKS:

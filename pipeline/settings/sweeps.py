@@ -21,13 +21,30 @@ SweptKey = Literal[
     "seed",
 ]
 Sweep = Mapping[SweptKey, Sequence[Any]]
+WrittenSweep = dict[SweptKey | Literal["seeds"], list[Any] | int]
+"""As in a settings file, where `seeds: 3` is short for `seed: [0, 1, 2]`."""
 Choice = Mapping[str, Any]
 """A value for each swept key."""
 
 MOST_TRIALS = 1_000
 _SHORT = re.compile(r"[A-Za-z0-9._-]{1,24}")
-_LONGEST_NAME = 200
-"""File systems take 255 bytes, ending included."""
+_LONGEST_NAME = 128
+"""As long as a prompt's name in a bank may be."""
+
+
+def spelled_out(sweep: Any) -> Any:
+    """A sweep as written, with its `seeds: n` as the seeds 0 to n - 1; what is no sweep is left as it is.
+
+    Raises: ValueError when `seeds` is no number of seeds, or `seed` is there, too.
+    """
+    if not isinstance(sweep, dict) or "seeds" not in sweep:
+        return sweep
+    seeds = sweep["seeds"]
+    if "seed" in sweep:
+        raise ValueError("give 'seed' (a list) or 'seeds' (how many), and not both")
+    if not isinstance(seeds, int) or isinstance(seeds, bool) or not 1 <= seeds <= MOST_TRIALS:
+        raise ValueError(f"seeds is how many seeds to take, from 1 to {MOST_TRIALS:,}; it is {seeds!r}")
+    return {**{key: values for key, values in sweep.items() if key != "seeds"}, "seed": list(range(seeds))}
 
 
 def count_choices(sweep: Sweep) -> int:

@@ -1,0 +1,123 @@
+"""What `jobs/compare_methods.py` compares; the other jobs pass over it."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from pipeline.settings.frozen import Frozen, Name
+from pipeline.settings.sweeps import SweptKey
+
+PANEL_KEYS = tuple(key for key in get_args(SweptKey) if key != "seed")
+
+
+def _each(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+Rates = Annotated[
+    tuple[Annotated[float, Field(gt=0)], ...],
+    Field(min_length=1),
+    BeforeValidator(_each, json_schema_input_type=float | list[float]),
+]
+
+
+class HardPromptSettings(Frozen):
+    """Prompts of words: what people write instead of tuning."""
+
+    zero_shot: bool = True
+    """The task's own text, or nothing where it has none, before the row."""
+    shots: tuple[Annotated[int, Field(ge=1)], ...] = (4,)
+    """With so many solved rows of the train split between the text and the row, drawn by the seed."""
+    text: dict[Name, str] = Field(default_factory=dict)
+    """By task, the words that stand before everything, as you would write them."""
+    between: str = "\n\n"
+    """Put between the text, the solved rows and the row itself."""
+
+
+class TrainingSettings(Frozen):
+    """How a method that changes weights is trained; what is null is as the task's prompts have it."""
+
+    lr: Rates
+    """A learning rate, or a list of them: each is a choice, and the best is found on dev."""
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_steps: int = Field(0, ge=0)
+    batch_size: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(None, ge=1)
+    eval_every: int | None = Field(None, ge=1)
+    tasks: tuple[Name, ...] | None = None
+    """Only these; null: every task."""
+
+
+class LoraSettings(TrainingSettings):
+    """Low-rank adapters (Hu et al. 2021) of the model in float, by PEFT."""
+
+    lr: Rates = (1e-3,)
+    rank: int = Field(8, ge=1)
+    alpha: int = Field(16, ge=1)
+    """The adapters' product is scaled by `alpha / rank`."""
+    targets: tuple[str, ...] | Literal["all-linear"] | None = None
+    """Names of the layers that get an adapter; null: PEFT's own choice for the model's family."""
+
+
+class FineTuningSettings(TrainingSettings):
+    """All of the model's weights, partitioned over the ranks by ZeRO-3 (Lester et al. 2021: model tuning)."""
+
+    lr: Rates = (3e-5,)
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    checkpoint_every: int = Field(500, ge=1)
+    """Steps between checkpoints; one takes as much room as the weights and their optimizer."""
+    keep_models: bool = False
+    """Whether the tuned models stay in the run's folder when they have answered; each is as large as the model."""
+
+
+class TransferSettings(Frozen):
+    """What a prompt of one task is worth to another (SPoT, Vu et al. 2022)."""
+
+    matrix: bool = True
+    """Every task's best prompt on every task, and how like each other they are."""
+    starts: dict[Name, tuple[str, ...]] = Field(default_factory=dict)
+    """By task, prompts of other tasks to start its own from: a task's name, or several as in `sst2+mr`, their mean.
+    Everything else is as in the task's best choice."""
+
+
+class CompareSettings(Frozen):
+    """What `jobs/compare_methods.py` compares; the other jobs pass over it."""
+
+    seeds: int = Field(3, ge=1, le=100)
+    """Seeds 0 to n - 1 of every method; of prompts where neither a task nor its sweep names a seed."""
+    test_rows: int | None = Field(None, ge=1)
+    """Test rows that are answered at most, a fixed random subset; null: all. Dev rows are `eval_rows`, as in tuning."""
+    hard_prompts: HardPromptSettings | None = HardPromptSettings()
+    lora: LoraSettings | None = None
+    fine_tuning: FineTuningSettings | None = None
+    ensembles: bool = True
+    """Whether the seeds of a task's best choice answer together, too (Lester et al. 2021, section 6)."""
+    transfer: TransferSettings | None = None
+    domain_shift: dict[Name, tuple[Name, ...]] = Field(default_factory=dict)
+    """By task, tasks of the same labels whose test rows what was trained on it answers, too: `{sst2: [mr, cr]}`."""
+    panels: tuple[SweptKey, ...] = ()
+    """Swept keys to draw the test metric over, each with the best of the others: `[prompt.length, prompt.init]`."""
+
+    @model_validator(mode="after")
+    def _panels_are_of_prompts(self) -> Self:
+        if not set(self.panels) <= set(PANEL_KEYS):
+            raise ValueError("panels: a seed is no choice; its spread is shown in every panel")
+        return self
+
+    def tasks_named(self) -> Sequence[tuple[str, str]]:
+        """(where, task) of every task that these settings name."""
+        named = [("hard_prompts.text", task) for task in (self.hard_prompts.text if self.hard_prompts else ())]
+        for where, method in (("lora", self.lora), ("fine_tuning", self.fine_tuning)):
+            named += [(f"{where}.tasks", task) for task in (method.tasks or () if method else ())]
+        for task, starts in (self.transfer.starts if self.transfer else {}).items():
+            named += [("transfer.starts", name) for name in (task, *(s for start in starts for s in parts(start)))]
+        for task, others in self.domain_shift.items():
+            named += [("domain_shift", name) for name in (task, *others)]
+        return named
+
+
+def parts(start: str) -> tuple[str, ...]:
+    """The tasks of a start such as `sst2+mr`."""
+    return tuple(part.strip() for part in start.split("+"))
