@@ -1,0 +1,77 @@
+"""What rank 0 writes down while all weights are trained: the run's event log and a series of losses, as for prompts."""
+
+import json
+import time
+from pathlib import Path
+
+from pipeline.errors import StorageError
+from pipeline.reporting.events import EventLog
+from pipeline.tuning.peak_memory import peak_bytes
+from pipeline.whole_files import write_atomically
+
+_SECONDS_BETWEEN_STEP_EVENTS = 2.0
+
+
+class Journal:
+    """Written by rank 0 alone; the other ranks hold one that is silent."""
+
+    def __init__(self, run_folder: Path, name: str, silent: bool) -> None:
+        self._events = None if silent else EventLog(run_folder / "events.jsonl")
+        self._name = name
+        self._series = run_folder / "metrics" / f"{name}.jsonl"
+        self._since, self._tokens = time.monotonic(), 0
+
+    def event(self, event: str, **fields: object) -> None:
+        if self._events:
+            self._events.write(event, **fields)
+
+    def begins(self, step: int) -> None:
+        """Cut the series back to where the checkpoint stands, so that no step appears twice."""
+        if self._events is None:
+            return
+        lines = self._series.read_text().splitlines() if step and self._series.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        write_atomically(self._series, "".join(f"{line}\n" for line in kept).encode())
+        if step:
+            self.event("resume", step=step, trials={self._name: {"step": step}})
+
+    def stepped(self, step: int, loss: float, tokens: int, gathered: int) -> None:
+        """`tokens` of text were run; `gathered`: bytes of weights that this rank gathered since it loaded them."""
+        if self._events is None:
+            return
+        self._write(step, loss=loss)
+        self._tokens += tokens
+        elapsed = time.monotonic() - self._since
+        if elapsed < _SECONDS_BETWEEN_STEP_EVENTS and step > 1:
+            return
+        rate = self._tokens / max(elapsed, 1e-9)
+        trials = {self._name: {"step": step, "loss": loss}}
+        self.event(
+            "step", step=step, live=1, tokens_per_second=rate, padding=0.0, gathered_bytes=gathered, trials=trials
+        )
+        self.paused()
+
+    def evaluated(self, step: int, metric: str, value: float, loss: float) -> None:
+        if self._events:
+            self._write(step, dev_metric=value, dev_loss=loss)
+            self.event("eval", trial=self._name, step=step, metric=metric, value=value, loss=loss)
+
+    def finished(self, status: str, reason: str | None = None) -> None:
+        self.event("finished", trial=self._name, status=status, reason=reason)
+
+    def memory(self, stage: str) -> None:
+        """How much this rank held at most, at the end of a stage."""
+        self.event("memory", stage=stage, peak_bytes=peak_bytes())
+
+    def paused(self) -> None:
+        """Time since the last step went elsewhere, and is no part of the rate."""
+        self._since, self._tokens = time.monotonic(), 0
+
+    def _write(self, step: int, **values: float) -> None:
+        try:
+            with open(self._series, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {self._series}: {error.strerror}; make room, and the same run started again goes on"
+            ) from error

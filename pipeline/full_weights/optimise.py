@@ -1,0 +1,109 @@
+"""Optimizers of weights of which each rank holds a piece: AdamW works entry by entry, Adafactor needs the whole matrix.
+
+Shapes: R rows and C columns of a matrix, n entries of a piece.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from pipeline.settings import OptimizerSettings
+from pipeline.tuning.ranks import sum_over_ranks
+
+CUT_STATE = frozenset({"square", "exp_avg", "exp_avg_sq"})
+"""What an optimizer keeps for each entry of a piece; all else is the same on every rank."""
+
+_DECAY, _CLIP = 0.8, 1.0
+_EPSILON, _LEAST_SCALE = 1e-30, 1e-3
+
+
+@dataclass(frozen=True)
+class Span:
+    """Which entries of a flattened parameter a piece holds."""
+
+    shape: torch.Size
+    start: int
+    stop: int
+
+
+class PartitionedAdafactor(Optimizer):
+    """Adafactor (Shazeer & Stern 2018) as transformers computes it with `scale_parameter`, and as T5 was trained.
+
+    A matrix's row and column statistics and the sizes of parameter and update are those of the whole matrix, summed
+    over ranks; all ranks must step the same parameters in the same order.
+    """
+
+    def __init__(self, pieces: Iterable[Tensor], lr: float, weight_decay: float) -> None:
+        super().__init__(pieces, {"lr": lr, "weight_decay": weight_decay})
+        self._spans: dict[int, Span] = {}
+
+    def describe(self, spans: Mapping[Tensor, Span]) -> None:
+        """Tell what the tensors to be stepped are pieces of; before the first step."""
+        self._spans = {id(values): span for values, span in spans.items()}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Step each parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            for values in group["params"]:
+                if values.grad is not None:
+                    self._step_piece(values, self._spans[id(values)], group["lr"], group["weight_decay"])
+
+    def _step_piece(self, padded: Tensor, span: Span, lr: float, weight_decay: float) -> None:
+        assert padded.grad is not None
+        state: dict[str, Tensor] = self.state[padded]
+        count = span.stop - span.start
+        values, gradient = padded[:count], padded.grad[:count]
+        state["step"] = state.get("step", torch.tensor(0.0)) + 1
+        decay = 1.0 - float(state["step"]) ** -_DECAY
+        squares = gradient**2 + _EPSILON
+        if len(span.shape) == 2:
+            inverse_root, size = _of_matrix(state, squares, values, span, decay)
+        else:
+            size = sum_over_ranks(values.pow(2).sum())
+            state["square"] = _mixed(state.get("square"), squares, decay)
+            inverse_root = state["square"].rsqrt()
+        update = inverse_root * gradient
+        entries = span.shape.numel()
+        update_rms = (sum_over_ranks(update.pow(2).sum()) / entries).sqrt()
+        rate = lr * (size / entries).sqrt().clamp_(min=_LEAST_SCALE)
+        if weight_decay:
+            values.mul_(1.0 - weight_decay * rate)
+        values.sub_(update.mul_(rate / (update_rms / _CLIP).clamp_(min=1.0)))
+
+
+def _of_matrix(
+    state: dict[str, Tensor], squares: Tensor, values: Tensor, span: Span, decay: float
+) -> tuple[Tensor, Tensor]:
+    """1 / root of a matrix' factored mean squared gradient `[n]`, and the sum of the matrix' own squares."""
+    rows, columns = span.shape
+    first, last = span.start // columns, -(-span.stop // columns)
+    table = squares.new_zeros((last - first) * columns)
+    offset = span.start - first * columns
+    table[offset : offset + len(squares)] = squares
+    table = table.view(-1, columns)  # [rows of the piece, C]
+    row_sums = squares.new_zeros(rows)
+    row_sums[first:last] = table.sum(1)
+    sums = torch.cat([row_sums, table.sum(0), values.pow(2).sum()[None]])
+    by_row, by_column, size = sum_over_ranks(sums).split([rows, columns, 1])
+    state["row"] = _mixed(state.get("row"), by_row / columns, decay)
+    state["column"] = _mixed(state.get("column"), by_column / rows, decay)
+    factors = (state["row"][first:last] / state["row"].mean()).rsqrt()
+    table = factors[:, None] * state["column"].rsqrt()
+    return table.view(-1)[offset : offset + len(squares)], size[0]
+
+
+def _mixed(before: Tensor | None, new: Tensor, decay: float) -> Tensor:
+    return new * (1.0 - decay) if before is None else before.mul_(decay).add_(new, alpha=1.0 - decay)
+
+
+def make_optimizer(pieces: Iterable[Tensor], settings: OptimizerSettings) -> Optimizer:
+    """Adafactor relative to each parameter's size, as T5 was trained (Raffel et al. 2020), or AdamW."""
+    if settings.name == "adamw":
+        return AdamW(pieces, lr=settings.lr, weight_decay=settings.weight_decay)
+    return PartitionedAdafactor(pieces, settings.lr, settings.weight_decay)
