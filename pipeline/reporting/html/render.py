@@ -1,17 +1,13 @@
 """From a night to its page."""
 
-import base64
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, get_args
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from typing import get_args
 
 from pipeline.reporting import words
 from pipeline.reporting.html import plots
 from pipeline.reporting.html.night import Decision, NightReport, TaskNight
+from pipeline.reporting.html.pages import TEMPLATES, environment, own_texts
 
 MOST_OPEN = 12
 """With more tasks than this, a task's plots and rows are folded away until they are asked for."""
@@ -33,7 +29,6 @@ _PLOTS = (
     plots.loss_spark,
     plots.undrawn,
 )
-_TEMPLATES = PackageLoader("pipeline.reporting.html", "templates")
 
 
 def render(report: NightReport) -> str:
@@ -45,7 +40,10 @@ def render(report: NightReport) -> str:
     tasks = sorted(report.tasks, key=lambda task: (order[task.decision], task.name))
     changed = [task for task in tasks if task.decision != "carried"]
     carried = [task for task in tasks if task.decision == "carried"]
-    return _environment().get_template("night.html.jinja").render(
+    page = environment(TEMPLATES)
+    page.filters |= {word.__name__: word for word in _FILTERS}
+    page.globals |= {plot.__name__: plot for plot in _PLOTS}
+    return page.get_template("night.html.jinja").render(
         night=report,
         tasks=tasks,
         changed=changed,
@@ -56,35 +54,8 @@ def render(report: NightReport) -> str:
         splits=_splits(tasks),
         statuses=_statuses(tasks),
         open=len(tasks) <= MOST_OPEN,
-        **_own_files(),
+        **own_texts(TEMPLATES, ["night.css"], ["night.js"]),
     )  # fmt: skip
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=_TEMPLATES, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {word.__name__: word for word in _FILTERS}
-    environment.globals |= {plot.__name__: plot for plot in _PLOTS}
-    return environment
-
-
-def _own_files() -> dict[str, Any]:
-    """Style and script, and the policy that allows these very texts and nothing else."""
-    found = {name: _source(name) for name in ("night.css", "night.js")}
-    style, script = (f"'sha256-{_digest(text)}'" for text in found.values())
-    policy = f"default-src 'none'; img-src data:; style-src {style}; script-src {script}; base-uri 'none'"
-    return {"style": Markup(found["night.css"]), "script": Markup(found["night.js"]), "policy": policy}
-
-
-def _source(name: str) -> str:
-    text, _, _ = _TEMPLATES.get_source(Environment(), name)
-    assert "</" not in text, f"{name} would end its own element"
-    return text
-
-
-def _digest(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _splits(tasks: Sequence[TaskNight]) -> dict[str, Counter[str]]:

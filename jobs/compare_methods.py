@@ -1,0 +1,96 @@
+#!/usr/bin/env python
+"""Compare tuned prompts with what else there is, on your own model and tasks, and leave one report.
+
+    python jobs/compare_methods.py --config jobs/configs/compare_methods.yaml
+    python jobs/compare_methods.py --config FILE --plan      # check everything, train nothing
+    python jobs/compare_methods.py --join FILE --out FOLDER  # panels over finished comparisons: sizes, checkpoints
+    ray job submit --working-dir . -- python jobs/compare_methods.py --config FILE
+
+The settings file is that of jobs/tune_prompts.py, sweeps included; the block `compare` is this job's. It leaves
+`report.html`, `report.md` and `results.json` in `<run.storage>/<run.name>`, and a bank of every trial's prompt beside
+them; the bank that the settings name is only read. Started again with the same run name, it goes on where it stopped.
+
+Exit codes: 0 all was compared, 2 bad input, 3 some tasks, trials or adapters failed (the report says which),
+5 interrupted by lost workers, a full disk, SIGTERM or Ctrl-C (start again to resume), 1 a defect of ours.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # Ray puts the script's own folder first, not the project's
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import typer  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+from pipeline.errors import PromptBankError, SettingsError, StorageError, TuningError  # noqa: E402
+from pipeline.run.terminal import print_error, warn_of_rays_copy  # noqa: E402
+from pipeline.settings import Settings, load_joined, load_settings  # noqa: E402
+from pipeline.tuning.signals import sigterm_is_ctrl_c  # noqa: E402
+
+
+def main(
+    config: Annotated[Path | None, typer.Option(help="Settings file (YAML).")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a setting: compare.seeds=5. May be repeated.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Check everything and show what would be compared.")] = False,
+    join: Annotated[Path | None, typer.Option(help="Panels over finished comparisons (YAML); nothing is run.")] = None,
+    out: Annotated[Path, typer.Option(help="Where --join leaves its page.")] = Path("joined"),
+) -> None:
+    """Compare tuned prompts with hard prompts, LoRA and fine-tuning, and leave one report."""
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+    sigterm_is_ctrl_c()
+    try:
+        if join is not None:
+            raise typer.Exit(_join(join, out, console))
+        if config is None:
+            raise SettingsError("give --config FILE (a comparison to be run) or --join FILE (finished ones)")
+        settings = load_settings(config, overrides or [])
+        warn_of_rays_copy(settings, console)
+        raise typer.Exit(_run(settings, console, plan))
+    except PromptBankError as error:
+        print_error(error)
+        raise typer.Exit(5 if isinstance(error, TuningError | StorageError) else 2) from error
+    except KeyboardInterrupt as error:
+        Console(stderr=True).print("interrupted: start the same comparison again to resume it")
+        raise typer.Exit(5) from error
+
+
+def _run(settings: Settings, console: Console, plan_only: bool) -> int:
+    # Imported late: torch, transformers and Ray take seconds, and a mistyped setting should not wait.
+    from pipeline.comparison.job import run_comparison
+    from pipeline.comparison.planning import print_compared
+    from pipeline.comparison.study import compared_settings
+    from pipeline.comparison.summary import print_summary
+    from pipeline.run.checks import check_run
+
+    checked = check_run(compared_settings(settings))
+    if plan_only:
+        print_compared(checked, console)
+        return 0
+    outcome = run_comparison(checked, console)
+    print_summary(console, outcome.results)
+    for name in ("report.html", "report.md", "results.json"):
+        console.print(f"{outcome.folder / name}", markup=False, highlight=False)
+    return 3 if outcome.failed else 0
+
+
+def _join(path: Path, out: Path, console: Console) -> int:
+    from pipeline.comparison.joined import join
+    from pipeline.comparison.page.joined import joined_markdown, render_joined
+    from pipeline.whole_files import write_atomically
+
+    settings = load_joined(path)
+    plots = join(settings)
+    write_atomically(out / "report.html", render_joined(settings.title, plots).encode())
+    write_atomically(out / "report.md", joined_markdown(settings.title, plots).encode())
+    console.print(f"{out / 'report.html'}", markup=False, highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    typer.run(main)

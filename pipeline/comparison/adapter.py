@@ -1,0 +1,165 @@
+"""Low-rank adapters (Hu et al. 2021) of the model in float, by PEFT, trained as prompts are: the same rows in the same
+order, the same loss on target tokens, the same evaluator. One process, whole model; nothing here talks to other ranks.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from pipeline.backbone import prompted
+from pipeline.backbone.host import Backbone
+from pipeline.corpus.reader import TokenSet, open_split
+from pipeline.corpus.task_corpus import TaskCorpus
+from pipeline.settings import LoraSettings
+from pipeline.tuning.batches import Load, plan_rows
+from pipeline.tuning.evaluate import Exam, Score, evaluate, exam_of
+from pipeline.tuning.optimise import update
+from pipeline.tuning.ranks import alone
+from pipeline.tuning.state import Evaluation
+from pipeline.tuning.step import Work, batch_of_step
+from pipeline.tuning.trials import Trial
+
+_ADAPTER = "default"
+
+
+@dataclass
+class Trained:
+    """An adapter at its best evaluation on dev, and how it got there."""
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    """By PEFT's names."""
+    history: list[Evaluation] = field(default_factory=list)
+    best_at: int = 0
+    losses: list[float] = field(default_factory=list)
+    """Of every step, nats a target token."""
+    seconds: float = 0.0
+    failed: str | None = None
+
+    @property
+    def best(self) -> Evaluation:
+        return self.history[self.best_at]
+
+
+def add_adapter(model: nn.Module, settings: LoraSettings) -> list[nn.Parameter]:
+    """Put an adapter on the model's layers, in place; its parameters. Raises: ValueError where no layer fits."""
+    from peft import LoraConfig, inject_adapter_in_model  # seconds of import, and a comparison may do without
+
+    targets = settings.targets
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=list(targets) if isinstance(targets, tuple) else targets,
+        lora_dropout=0.0,
+    )
+    inject_adapter_in_model(config, model, _ADAPTER)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def start_anew(model: nn.Module, seed: int) -> None:
+    """The adapter as a new one with this seed: the model's outputs are those of the model alone."""
+    from peft.tuners.lora import LoraLayer
+
+    torch.manual_seed(seed)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.reset_lora_parameters(_ADAPTER, True)
+
+
+def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the adapter's weights, on the CPU."""
+    from peft import get_peft_model_state_dict
+
+    weights = get_peft_model_state_dict(model, adapter_name=_ADAPTER, save_embedding_layers=False)
+    return {name: weight.detach().cpu().clone().contiguous() for name, weight in weights.items()}
+
+
+def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """The inverse of `adapter_weights`."""
+    own = {name.replace(f".{_ADAPTER}", ""): p for name, p in model.named_parameters() if "lora_" in name}
+    assert set(own) == set(weights), "an adapter of other layers"
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(weights[name])
+
+
+def train_adapter(
+    backbone: Backbone,
+    tokenizer: Any,
+    trial: Trial,
+    corpus: TaskCorpus,
+    parameters: Sequence[nn.Parameter],
+    token_budget: int,
+    told_to_stop: Callable[[], bool] = lambda: False,
+) -> Trained | None:
+    """Train an adapter from its start to the trial's last step, or until its patience ends; None if told to stop."""
+    settings, model = trial.settings, _model(backbone)
+    start_anew(model, trial.seed)
+    optimizer = AdamW(parameters, lr=settings.optimizer.lr, weight_decay=settings.optimizer.weight_decay)
+    train, dev = open_split(corpus.splits["train"]), open_split(corpus.splits["dev"], settings.eval_rows)
+    exam = exam_of(settings, no_prompt(backbone), dev, corpus)
+    trained, begun = Trained(), time.monotonic()
+    for step in range(settings.max_steps + 1):
+        if told_to_stop():
+            return None
+        if step % settings.eval_every == 0 or step == settings.max_steps:
+            _judge(trained, trial, step, measure(backbone, tokenizer, [exam], token_budget)[0], model)
+            stale = len(trained.history) - 1 - trained.best_at
+            if trained.failed or (settings.patience is not None and stale >= settings.patience):
+                break
+        if step < settings.max_steps:
+            loss = loss_and_gradients(backbone, trial, train, step, token_budget)
+            trained.losses.append(loss)
+            if not np.isfinite(loss):
+                trained.failed = f"the loss was {loss} at step {step}; lower compare.lora.lr"
+                break
+            update(optimizer, settings.optimizer, step, settings.max_steps)
+    trained.seconds = time.monotonic() - begun
+    return trained
+
+
+def loss_and_gradients(backbone: Backbone, trial: Trial, train: TokenSet, step: int, token_budget: int) -> float:
+    """The loss of a step's rows (nats a target token); gradients are left in the adapter's parameters."""
+    empty = no_prompt(backbone)
+    rows = batch_of_step([Work(trial, empty, step, train)])
+    for parameter in _model(backbone).parameters():
+        parameter.grad = None
+    total = 0.0
+    for (share,) in plan_rows([Load(0, 0, row.length) for row in rows], 1, token_budget, backbone.pads_rows):
+        own = [rows[place] for place in share]
+        run = prompted.Rows([empty], [0] * len(own), [train.input_ids(row.number) for row in own])
+        nll = backbone.run(prompted.target_nll, run, [train.target_ids(row.number) for row in own])  # [B]
+        loss = (nll * torch.tensor([row.weight for row in own], device=nll.device)).sum()
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def measure(backbone: Backbone, tokenizer: Any, exams: Sequence[Exam], token_budget: int) -> list[Score]:
+    """Scores by this rank alone."""
+    with alone():
+        return evaluate(backbone, tokenizer, exams, token_budget)
+
+
+def no_prompt(backbone: Backbone) -> Tensor:
+    """`[0, H]`"""
+    return torch.zeros(0, backbone.hidden_size, device=backbone.device)
+
+
+def _judge(trained: Trained, trial: Trial, step: int, score: Score, model: nn.Module) -> None:
+    trained.history.append(Evaluation(step, score.value, score.loss))
+    if len(trained.history) == 1 or trained.history[-1].better(trial.settings.metric, trained.best):
+        trained.best_at, trained.weights = len(trained.history) - 1, adapter_weights(model)
+    if not np.isfinite(score.loss):
+        trained.failed = f"the dev loss was {score.loss} at step {step}; lower compare.lora.lr"
+
+
+def _model(backbone: Backbone) -> nn.Module:
+    model = backbone.hosted.model
+    assert isinstance(model, nn.Module)
+    return model

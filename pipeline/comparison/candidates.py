@@ -1,0 +1,62 @@
+"""What is compared: everything that can answer a task, each with the choices and the seed that it was made with."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Method = Literal["hard prompt", "prompt tuning", "prompt from another task", "LoRA", "fine-tuning"]
+METHODS: tuple[Method, ...] = ("hard prompt", "prompt tuning", "prompt from another task", "LoRA", "fine-tuning")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One tuned or written prompt, or one set of tuned weights."""
+
+    name: str
+    """Of its own among all candidates, and fit to be a file's name."""
+    method: Method
+    task: str
+    choice: Mapping[str, Any]
+    """What was chosen for it, but for the seed: `{"prompt.length": 20}`."""
+    seed: int | None
+    """None where there is no chance in it."""
+
+    @property
+    def group(self) -> tuple[str, str, str]:
+        """The same for candidates that differ in nothing but the seed."""
+        return self.method, self.task, written(self.choice)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a candidate costs, once for its task."""
+
+    trained_parameters: int = 0
+    stored_bytes: int = 0
+    """What has to be kept for the task beside the one frozen model."""
+    rank_seconds: float = 0.0
+    """Seconds of one rank that tuning it took, its dev evaluations included."""
+    peak_bytes: int | None = None
+    """Most memory that a rank held while it was tuned."""
+    prompt_tokens: int = 0
+    """Tokens that stand before every row."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A candidate with its dev metric: all that may be known when choices are made."""
+
+    candidate: Candidate
+    value: float
+    """The task's dev metric at the candidate's best evaluation; NaN where it failed."""
+    loss: float
+    """Nats a target token, on dev."""
+    cost: Cost = field(default_factory=Cost)
+    failed: str | None = None
+    """Why there is nothing to answer with, in one sentence."""
+
+
+def written(choice: Mapping[str, Any]) -> str:
+    """`length 20, init class_labels`; the empty choice is `as set`."""
+    parts = [f"{key.rpartition('.')[2]} {'none' if value is None else value}" for key, value in choice.items()]
+    return ", ".join(parts) or "as set"

@@ -1,0 +1,118 @@
+"""Full fine-tuning in a comparison: all weights, one (task, rate, seed) after the other on all ranks together.
+
+A tuned model stays until it has answered; it is asked without a prompt, in place of the frozen one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.backbone.files import from_anywhere
+from pipeline.comparison.candidates import Candidate, Cost, Measured
+from pipeline.comparison.exam import OtherWeights, ask
+from pipeline.comparison.questions import Answered, Question
+from pipeline.comparison.study import Study, seen_while_tuning
+from pipeline.comparison.training import jobs_of, trained_task
+from pipeline.errors import DivergedError
+from pipeline.full_weights.fine_tuning import FineTuned, FineTuningOrder, read_result
+from pipeline.full_weights.on_rank import TrainingPlace
+from pipeline.settings import FineTuningSettings
+from pipeline.whole_files import remove
+
+PHASE = "fine_tuning"
+
+
+@dataclass(frozen=True)
+class _Job:
+    candidate: Candidate
+    rate: float
+    seed: int
+
+    @property
+    def phase(self) -> str:
+        return f"{PHASE}/{self.candidate.name}"
+
+
+def fine_tune(study: Study, settings: FineTuningSettings) -> list[Measured]:
+    """Every task's tuned models with their dev metric. Raises: PromptBankError."""
+    return [_fine_tune(study, settings, job) for job in _jobs(study, settings)]
+
+
+def ask_models(
+    study: Study, settings: FineTuningSettings, questions: Mapping[str, tuple[Question, ...]]
+) -> dict[tuple[str, Question], Answered]:
+    """Answers of tuned models, by candidate and question; then they are removed, unless they are to stay.
+
+    Raises: PromptBankError.
+    """
+    found: dict[tuple[str, Question], Answered] = {}
+    for job in _jobs(study, settings):
+        name = job.candidate.name
+        result = _result(study, settings, job)
+        if result is None or not questions.get(name):
+            continue
+        # Where no step was better than the start, the model as it was is the best there is.
+        path = result.model or from_anywhere(study.settings.model.path)
+        answered = ask(study, questions[name], f"{job.phase}/answers", OtherWeights(path, result.digest))
+        found |= {(name, question): given for question, given in answered.items()}
+        if result.model is not None and not settings.keep_models:
+            remove(study.folder / job.phase / "tuned")
+    return found
+
+
+def _jobs(study: Study, settings: FineTuningSettings) -> list[_Job]:
+    jobs = []
+    for task, rate, seed in jobs_of(settings, list(study.corpora), study.settings.compare.seeds):
+        name = f"fine-tuned.{task}.lr-{rate:g}.seed-{seed}"
+        jobs.append(_Job(Candidate(name, "fine-tuning", task, {"lr": rate}, seed), rate, seed))
+    return jobs
+
+
+def _order(study: Study, settings: FineTuningSettings, job: _Job) -> FineTuningOrder:
+    run = study.settings
+    task = job.candidate.task
+    place = TrainingPlace(
+        run_folder=str(study.folder / job.phase),
+        name=job.candidate.name,
+        model=from_anywhere(run.model.path),
+        description=str(study.model_folder),
+        dtype=run.model.dtype,
+        cpus_per_worker=run.cluster.cpus_per_worker,
+        tokens_per_microbatch=run.cluster.tokens_per_microbatch,
+        checkpoint_every=settings.checkpoint_every,
+        hang_timeout=run.run.hang_timeout,
+    )
+    return FineTuningOrder(
+        place,
+        task=task,
+        settings=trained_task(run.tasks[task], settings, job.rate, settings.optimizer).model_dump(mode="json"),
+        corpus=seen_while_tuning(study.corpora)[task].to_dict(),
+        seed=job.seed,
+        fingerprint=study.checked.identity.fingerprint,
+    )
+
+
+def _result(study: Study, settings: FineTuningSettings, job: _Job) -> FineTuned | None:
+    result = read_result(study.folder / job.phase)
+    return result if result is not None and result.digest == _order(study, settings, job).digest else None
+
+
+def _fine_tune(study: Study, settings: FineTuningSettings, job: _Job) -> Measured:
+    with study.phase(job.phase) as (_, log):
+        result = _result(study, settings, job)
+        if result is None:
+            log.write("begin", tasks=1)
+            try:
+                study.on_ranks(_order(study, settings, job), log)
+            except DivergedError as error:
+                return Measured(job.candidate, float("nan"), float("nan"), failed=str(error))
+            result = _result(study, settings, job)
+            log.write("end", version=None, exit=0)
+    if result is None:
+        raise study.told_to_stop(job.phase)
+    cost = Cost(
+        trained_parameters=result.trained_parameters,
+        stored_bytes=result.stored_bytes,
+        rank_seconds=result.seconds * study.settings.cluster.num_workers,
+        peak_bytes=result.peak_memory_bytes,
+    )
+    return Measured(job.candidate, result.dev, result.dev_loss, cost)

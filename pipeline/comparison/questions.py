@@ -1,0 +1,125 @@
+"""What the ranks are asked after tuning: a prompt put before every row of a split; and what is kept of the answers.
+
+An answer's file is named by the digest of all that decides it, so a question that was answered is never asked again.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save
+
+from pipeline.errors import StorageError
+from pipeline.tuning.evaluate import LABELLED
+from pipeline.tuning.metrics import label_metric, text_metric
+from pipeline.whole_files import write_atomically
+
+Split = Literal["dev", "test"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """Plain values, for ranks."""
+
+    task: str
+    """Whose rows are answered, with its labels and by its metric."""
+    split: Split
+    rows: int | None
+    """At most so many, a fixed random subset."""
+    prompt: str | None = None
+    """Digest of a prompt that `keep_prompt` keeps."""
+    text: str | None = None
+    """Or the words that stand before every row."""
+
+    def digest(self, *surroundings: str) -> str:
+        """surroundings: what else decides the answers: corpus, backbone, products."""
+        parts = json.dumps([asdict(self), *surroundings], sort_keys=True)
+        return hashlib.sha256(parts.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A split's answers, N rows in their order."""
+
+    nll: np.ndarray
+    """[N] nats of each row's target."""
+    lengths: np.ndarray
+    """[N] tokens of each target."""
+    targets: list[str]
+    texts: list[str] | None
+    """None for the metric `loss`."""
+    label_scores: np.ndarray | None
+    """[N, L] log P of each label, for metrics of labels."""
+    labels: tuple[str, ...] | None
+
+    @property
+    def loss(self) -> float:
+        return float(self.nll.sum() / self.lengths.sum())
+
+    def value(self, metric: str) -> float:
+        """The task's metric."""
+        return self.loss if self.texts is None else score_texts(metric, self.texts, self.targets)
+
+
+def score_texts(metric: str, texts: list[str], targets: list[str]) -> float:
+    of_metric = label_metric if metric in LABELLED else text_metric
+    return of_metric(metric, texts, targets)
+
+
+def keep_prompt(folder: Path, prompt: np.ndarray) -> str:
+    """Write a prompt `[P, H]` to where the ranks read it; its digest. Raises: StorageError."""
+    data = save({"prompt": np.ascontiguousarray(prompt, np.float32)})
+    digest = hashlib.sha256(data).hexdigest()[:32]
+    path = folder / "prompts" / f"{digest}.safetensors"
+    if not path.exists():
+        write_atomically(path, data)
+    return digest
+
+
+def kept_prompt(folder: Path, digest: str) -> np.ndarray:
+    """Raises: StorageError."""
+    path = folder / "prompts" / f"{digest}.safetensors"
+    try:
+        prompt: np.ndarray = load_file(path)["prompt"]
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"cannot read {path}: {error}; start the comparison again") from error
+    return prompt
+
+
+def save_answers(path: Path, answered: Answered) -> None:
+    """Raises: StorageError."""
+    arrays = {"nll": answered.nll, "lengths": answered.lengths}
+    if answered.label_scores is not None:
+        arrays["label_scores"] = np.ascontiguousarray(answered.label_scores)
+    told = {"targets": answered.targets, "texts": answered.texts, "labels": answered.labels}
+    write_atomically(path, save(arrays, {"told": json.dumps(told)}))
+
+
+def load_answers(path: Path) -> Answered | None:
+    """None where they are not there, or damaged."""
+    try:
+        with safe_open(path, framework="np") as file:
+            told = json.loads(file.metadata()["told"])
+            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, ValueError, KeyError):
+        return None
+    labels = None if told["labels"] is None else tuple(told["labels"])
+    return Answered(
+        arrays["nll"], arrays["lengths"], told["targets"], told["texts"], arrays.get("label_scores"), labels
+    )
+
+
+def all_answers(paths: Mapping[Question, Path], wanted: Iterable[Question]) -> dict[Question, Answered] | None:
+    """None while one is missing."""
+    found = {}
+    for question in wanted:
+        answered = load_answers(paths[question])
+        if answered is None:
+            return None
+        found[question] = answered
+    return found

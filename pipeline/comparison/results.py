@@ -1,0 +1,210 @@
+"""What a comparison found, as plain values: `results.json`, and all that its pages are made from.
+
+Test figures meet the choices only here, after these were made.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import StorageError
+from pipeline.reporting.events import finite
+from pipeline.whole_files import write_atomically
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Number:
+    """One candidate: a method on a task with one choice and one seed."""
+
+    name: str
+    method: str
+    task: str
+    choice: Mapping[str, Any]
+    written_choice: str
+    seed: int | None
+    """None where there is no chance in it."""
+    chosen: bool
+    """Whether its choice is its method's best of the task, by the mean dev metric."""
+    dev: float | None
+    dev_loss: float | None
+    test: float | None
+    test_loss: float | None
+    """Nats a target token."""
+    failed: str | None
+    trained_parameters: int
+    stored_bytes: int
+    rank_seconds: float
+    peak_bytes: int | None
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A figure over the seeds of one choice."""
+
+    mean: float
+    deviation: float | None
+    """Sample standard deviation; None of a single seed."""
+    seeds: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method with one choice on a task, over its seeds."""
+
+    method: str
+    task: str
+    choice: Mapping[str, Any]
+    written_choice: str
+    chosen: bool
+    dev: Mean | None
+    """None where every seed failed."""
+    test: Mean | None
+    """None where the task has no test split, too."""
+    trained_parameters: int
+    stored_bytes: int
+    rank_seconds: float
+    """Of one seed, in the mean."""
+    peak_bytes: int | None
+    prompt_tokens: int
+    failed: int
+    """Seeds that failed."""
+
+
+@dataclass(frozen=True)
+class EnsembleRow:
+    """The seeds of a task's best choice, answering together."""
+
+    task: str
+    split: str
+    seeds: tuple[int | None, ...]
+    members: Mean
+    """Of the seeds alone."""
+    best: float
+    """The seed that is best on dev, alone."""
+    average: float | None
+    """Of the labels' probabilities; None where answers are texts."""
+    majority: float | None
+
+
+@dataclass(frozen=True)
+class TransferCell:
+    """A task's best prompt on another task's test rows (dev rows where it has none)."""
+
+    prompt_of: str
+    seed: int
+    on: str
+    split: str
+    value: float
+    loss: float
+    same_labels: bool
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """Cosine similarity of two tasks' best prompts: of the mean over their tokens, and the mean over all pairs."""
+
+    a: str
+    b: str
+    mean_token: float
+    token_pairs: float
+
+
+@dataclass(frozen=True)
+class ShiftRow:
+    """What was trained on one task, on the test rows of others."""
+
+    method: str
+    trained_on: str
+    on: str
+    written_choice: str
+    test: Mean
+
+
+@dataclass(frozen=True)
+class PanelPoint:
+    """The test metric at one value of a swept key, with the best of the other keys by mean dev metric."""
+
+    task: str
+    value: Any
+    written_choice: str
+    dev: Mean
+    test: Mean | None
+
+
+@dataclass(frozen=True)
+class Panel:
+    key: str
+    points: tuple[PanelPoint, ...]
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    name: str
+    metric: str
+    labels: tuple[str, ...] | None
+    rows: Mapping[str, int]
+    """Usable rows by split."""
+    answered: Mapping[str, int]
+    """Rows of dev and test that every figure is of."""
+
+
+@dataclass(frozen=True)
+class Results:
+    run: str
+    model: str
+    weights: str
+    backbone: str
+    parameters: int
+    ranks: int
+    device: str
+    started: float
+    ended: float
+    """Unix seconds, of the attempt that finished."""
+    tasks: tuple[TaskFacts, ...]
+    numbers: tuple[Number, ...]
+    rows: tuple[Row, ...]
+    ensembles: tuple[EnsembleRow, ...] = ()
+    transfer: tuple[TransferCell, ...] = ()
+    likeness: tuple[Likeness, ...] = ()
+    shifts: tuple[ShiftRow, ...] = ()
+    panels: tuple[Panel, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Tasks that could not be used, and why."""
+    libraries: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def last_ensembles(self) -> list[EnsembleRow]:
+        """On test, of tasks that have it, else on dev."""
+        return list({row.task: row for row in sorted(self.ensembles, key=lambda row: row.split)}.values())
+
+    def metric(self, task: str) -> str:
+        return next(facts.metric for facts in self.tasks if facts.name == task)
+
+
+def write_results(path: Path, results: Results) -> None:
+    """Raises: StorageError."""
+    plain = {"format": FORMAT, **finite(asdict(results))}
+    write_atomically(path, (json.dumps(plain, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_results(path: Path) -> Mapping[str, Any]:
+    """As `write_results` wrote them, as plain values. Raises: StorageError."""
+    try:
+        plain: Mapping[str, Any] = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise StorageError(f"cannot read {path}: {error}; make it anew") from error
+    return plain
+
+
+def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The chosen rows of each method, in the order in which methods come."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.chosen:
+            found.setdefault(row.method, []).append(row)
+    return found

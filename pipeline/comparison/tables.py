@@ -1,0 +1,198 @@
+"""From measured candidates, choices and answers to the tables of a comparison."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from pipeline.comparison import ensembles
+from pipeline.comparison.answers import Answers
+from pipeline.comparison.candidates import METHODS, Measured, written
+from pipeline.comparison.choice import Group, Spread, choose, spread
+from pipeline.comparison.questions import Answered, Split, score_texts
+from pipeline.comparison.results import (
+    EnsembleRow,
+    Mean,
+    Number,
+    Panel,
+    PanelPoint,
+    Row,
+    ShiftRow,
+    TransferCell,
+)
+from pipeline.comparison.study import Study
+from pipeline.settings.sweeps import SweptKey
+
+Chosen = Mapping[tuple[str, str], Group]
+"""By (method, task)."""
+
+
+def numbers(groups: Sequence[Group], chosen: Chosen, answers: Answers, metrics: Mapping[str, str]) -> list[Number]:
+    """Every candidate on its own task."""
+    return [
+        _number(one, _is_chosen(group, chosen), answers, metrics)
+        for group in _in_order(groups)
+        for one in group.members
+    ]
+
+
+def rows(groups: Sequence[Group], chosen: Chosen, answers: Answers, metrics: Mapping[str, str]) -> list[Row]:
+    """Every choice of every method on every task."""
+    return [_row(group, _is_chosen(group, chosen), answers, metrics) for group in _in_order(groups)]
+
+
+def ensemble_rows(chosen: Chosen, answers: Answers, metrics: Mapping[str, str]) -> list[EnsembleRow]:
+    """The seeds of every task's best choice together, on dev and on test."""
+    found = []
+    for (method, task), group in chosen.items():
+        if method != "prompt tuning" or len(group.whole) < 2:
+            continue
+        best = group.best(metrics[task])
+        assert best is not None
+        for split in ("dev", "test"):
+            members = [answers.get((one.candidate.name, task, split)) for one in group.whole]
+            there = [member for member in members if member is not None]
+            if len(there) == len(members):
+                place = group.whole.index(best)
+                found.append(_ensemble(task, split, group, there, place, metrics[task]))
+    return found
+
+
+def transfer_cells(
+    best: Mapping[str, Measured], answers: Answers, study: Study, tasks: Collection[str]
+) -> list[TransferCell]:
+    """Every task's best prompt on every task."""
+    cells = []
+    for task, one in best.items():
+        for on in tasks:
+            split = last_split(study, on)
+            given = answers.get((one.candidate.name, on, split))
+            if given is None:
+                continue
+            same = set(study.corpora[task].labels or ()) == set(study.corpora[on].labels or ())
+            seed = one.candidate.seed or 0
+            cells.append(TransferCell(task, seed, on, split, given.value(study.metrics[on]), given.loss, same))
+    return cells
+
+
+def shift_rows(
+    shifts: Mapping[str, Sequence[str]], chosen: Chosen, answers: Answers, metrics: Mapping[str, str]
+) -> list[ShiftRow]:
+    """What each method's best choice of a task makes of the test rows of that task and of others."""
+    found = []
+    for task, others in shifts.items():
+        for method in METHODS:
+            group = chosen.get((method, task))
+            for on in (task, *others):
+                if group is None or on not in metrics:
+                    continue
+                test = _test(group.whole, on, answers, metrics[on])
+                if test is not None:
+                    found.append(ShiftRow(method, task, on, written(group.choice), test))
+    return found
+
+
+def panel(key: SweptKey, groups: Sequence[Group], answers: Answers, metrics: Mapping[str, str]) -> Panel:
+    """The test metric over a swept key; of the others, at each of its values, the best by the mean dev metric."""
+    of_value: dict[tuple[str, str], list[Group]] = {}
+    for group in groups:
+        if group.method == "prompt tuning" and key in group.choice:
+            of_value.setdefault((group.task, repr(group.choice[key])), []).append(group)
+    points = []
+    for (task, _), own in of_value.items():
+        best = choose(own, metrics).get(("prompt tuning", task))
+        if best is None:
+            continue
+        dev = _dev(best)
+        assert dev is not None
+        test = _test(best.whole, task, answers, metrics[task])
+        points.append(PanelPoint(task, best.choice[key], written(best.choice), dev, test))
+    return Panel(key, tuple(points))
+
+
+def last_split(study: Study, task: str) -> Split:
+    """The split that prompts of other tasks answer."""
+    return "test" if "test" in study.corpora[task].splits else "dev"
+
+
+def _in_order(groups: Sequence[Group]) -> list[Group]:
+    return sorted(groups, key=lambda group: METHODS.index(group.method))
+
+
+def _is_chosen(group: Group, chosen: Chosen) -> bool:
+    return chosen.get((group.method, group.task)) is group
+
+
+def _number(one: Measured, is_chosen: bool, answers: Answers, metrics: Mapping[str, str]) -> Number:
+    candidate, task = one.candidate, one.candidate.task
+    test = answers.get((candidate.name, task, "test"))
+    return Number(
+        name=candidate.name,
+        method=candidate.method,
+        task=task,
+        choice=dict(candidate.choice),
+        written_choice=written(candidate.choice),
+        seed=candidate.seed,
+        chosen=is_chosen,
+        dev=None if one.failed else one.value,
+        dev_loss=None if one.failed else one.loss,
+        test=None if test is None else test.value(metrics[task]),
+        test_loss=None if test is None else test.loss,
+        failed=one.failed,
+        **_costs(one),
+    )
+
+
+def _row(group: Group, is_chosen: bool, answers: Answers, metrics: Mapping[str, str]) -> Row:
+    costs = [_costs(one) for one in group.members]
+    peaks = [cost["peak_bytes"] for cost in costs if cost["peak_bytes"] is not None]
+    return Row(
+        method=group.method,
+        task=group.task,
+        choice=dict(group.choice),
+        written_choice=written(group.choice),
+        chosen=is_chosen,
+        dev=_dev(group),
+        test=_test(group.whole, group.task, answers, metrics[group.task]),
+        trained_parameters=costs[0]["trained_parameters"],
+        stored_bytes=max(cost["stored_bytes"] for cost in costs),
+        rank_seconds=sum(cost["rank_seconds"] for cost in costs) / len(costs),
+        peak_bytes=max(peaks) if peaks else None,
+        prompt_tokens=max(cost["prompt_tokens"] for cost in costs),
+        failed=len(group.members) - len(group.whole),
+    )
+
+
+def _costs(one: Measured) -> dict[str, Any]:
+    return {key: getattr(one.cost, key) for key in one.cost.__dataclass_fields__}
+
+
+def _dev(group: Group) -> Mean | None:
+    return _mean(group.dev(), group.whole)
+
+
+def _test(members: Sequence[Measured], on: str, answers: Answers, metric: str) -> Mean | None:
+    given = [answers.get((one.candidate.name, on, "test")) for one in members]
+    there = [answered.value(metric) for answered in given if answered is not None]
+    return _mean(spread(there), members) if len(there) == len(members) else None
+
+
+def _mean(found: Spread | None, members: Sequence[Measured]) -> Mean | None:
+    if found is None:
+        return None
+    return Mean(found.mean, found.deviation, tuple(one.candidate.seed for one in members))
+
+
+def _ensemble(task: str, split: str, group: Group, members: Sequence[Answered], best: int, metric: str) -> EnsembleRow:
+    values = [member.value(metric) for member in members]
+    alone = _mean(spread(values), group.whole)
+    assert alone is not None
+    average, most = ensembles.average(members), ensembles.majority(members)
+    targets = members[0].targets
+    return EnsembleRow(
+        task=task,
+        split=split,
+        seeds=alone.seeds,
+        members=alone,
+        best=values[best],
+        average=None if average is None else score_texts(metric, average, targets),
+        majority=None if most is None else score_texts(metric, most, targets),
+    )

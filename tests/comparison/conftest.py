@@ -1,0 +1,3 @@
+from tests.tuning.conftest import model
+
+__all__ = ["model"]

@@ -1,0 +1,60 @@
+"""The comparison as its users start it: a plan, a report, and an end like an undisturbed one's after a kill."""
+
+import signal
+
+import pytest
+
+from pipeline.comparison.results import read_results
+from tests.comparison.test_job import make_comparison
+from tests.job_process import finish, run, start, wait_for_step
+from tests.jobs_data import write_settings
+
+JOB = "compare_methods.py"
+
+
+def small(folder, **compare):
+    """Prompts and hard prompts of two tasks."""
+    settings = make_comparison(folder, lora=None, fine_tuning=None, transfer=None, **compare)
+    settings["cluster"]["num_workers"] = 2
+    return settings
+
+
+def test_the_plan_tells_every_method_and_trains_nothing(tmp_path):
+    output = run(write_settings(tmp_path, make_comparison(tmp_path)), "--plan", job=JOB)
+    for words in (
+        "hard prompts: 0, 2 solved rows",
+        "LoRA: lr 0.001, 4 training(s)",
+        "transfer: 2 start(s)",
+        "tested on song",
+        "seeds: 2",
+    ):
+        assert words in output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_mistake_ends_with_code_2_and_one_sentence(tmp_path):
+    settings = small(tmp_path, domain_shift={"film": ["songs"]})
+    output = run(write_settings(tmp_path, settings), job=JOB, code=2)
+    assert output.count("error:") == 1 and "there is no task 'songs'" in output
+
+
+@pytest.mark.slow
+def test_a_comparison_killed_while_it_tunes_and_started_again_ends_as_one_left_alone(tmp_path):
+    found = []
+    for name, kill in (("left-alone", False), ("killed", True)):
+        folder = tmp_path / name
+        folder.mkdir()
+        settings = small(folder)
+        settings["defaults"] |= {"max_steps": 200, "eval_every": 100}
+        path = write_settings(folder, settings)
+        if kill:
+            process = start(path, job=JOB)
+            wait_for_step(folder / "runs/small/prompts", 60, process)
+            process.send_signal(signal.SIGKILL)
+            finish(process)
+        output = run(path, job=JOB)
+        assert "report.html" in output and (folder / "runs/small/report.html").exists()
+        found.append(read_results(folder / "runs/small/results.json"))
+    keys = ("name", "dev", "test", "chosen")
+    ours, theirs = ([{key: number[key] for key in keys} for number in one["numbers"]] for one in found)
+    assert ours == theirs
