@@ -1,15 +1,14 @@
 """Two or more sides in turn, several rounds: rates, ratios and their spread."""
 
 import json
-import os
-import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
+
+from pipeline.tuning.device import device_name
 
 SETTLING = 2
 """First steps that do not count: allocators, kernels and ZeRO-3's trace settle in them."""
@@ -79,15 +78,6 @@ def compare(name: str, sides: Mapping[str, Callable[[], Side]], rounds: int) -> 
         losses={side: [list(step) for step in runs[0].losses] for side, runs in done.items()},
         loss_difference={other: _loss_difference(done[first][0], done[other][0]) for other in others},
     )
-
-
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
-    return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
 def save_results(path: Path, results: Sequence[Result], **facts: object) -> None:

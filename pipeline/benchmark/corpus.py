@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from pipeline.backbone.files import architecture_of, find_model, read_config, read_tokenizer, save_description
 from pipeline.benchmark.bare_tokenizer import BareWay, Run, bare_ways, run_bare
-from pipeline.benchmark.comparison import device_name, write_json
+from pipeline.benchmark.comparison import write_json
 from pipeline.benchmark.corpus_files import read_sentences, write_corpus
 from pipeline.corpus.encoding import KEPT_WORDS, TokenizerSpec, load_tokenizer, tokenizer_content
 from pipeline.corpus.files import inspect_files
@@ -30,6 +30,7 @@ from pipeline.corpus.task_corpus import prepare_task
 from pipeline.corpus.template import parse_template
 from pipeline.settings import ClusterSettings, TaskSettings
 from pipeline.tuning.connection import connected_ray
+from pipeline.tuning.device import device_name
 from pipeline.tuning.peak_memory import peak_bytes
 
 _CHECKED_ROWS = 2000

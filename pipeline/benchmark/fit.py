@@ -25,7 +25,7 @@ from pipeline.backbone.loading import build_skeleton, untie_what_is_stored_apart
 from pipeline.backbone.memory import gathered_together
 from pipeline.backbone.weights import open_weights
 from pipeline.benchmark.bench import OurOptions, host_model
-from pipeline.benchmark.comparison import device_name, write_json
+from pipeline.benchmark.comparison import write_json
 from pipeline.benchmark.ours import tune_together
 from pipeline.benchmark.ranks import run_ranks
 from pipeline.benchmark.resident import Resident, Watch, resident
@@ -34,6 +34,7 @@ from pipeline.benchmark.synthetic import write_checkpoint
 from pipeline.benchmark.work import TaskWork
 from pipeline.corpus.reader import TokenSet
 from pipeline.settings import TaskSettings
+from pipeline.tuning.device import device_name
 from pipeline.tuning.trials import make_trial
 
 _SLACK = 2**30

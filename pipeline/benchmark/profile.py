@@ -7,9 +7,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.benchmark.bench import Bench, OurOptions, host_for
-from pipeline.benchmark.comparison import device_name, write_json
+from pipeline.benchmark.comparison import write_json
 from pipeline.benchmark.ours import tune_together
 from pipeline.benchmark.ranks import run_ranks
+from pipeline.tuning.device import device_name
 
 # What is done -> beginnings of the names under which PyTorch's profiler knows it.
 _PARTS = {

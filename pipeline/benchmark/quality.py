@@ -10,10 +10,11 @@ import torch
 from pipeline.backbone.files import find_model, read_tokenizer
 from pipeline.backbone.host import Backbone
 from pipeline.benchmark.bench import Bench, OurOptions, host_for
-from pipeline.benchmark.comparison import device_name, write_json
+from pipeline.benchmark.comparison import write_json
 from pipeline.benchmark.ours import tune_together
 from pipeline.benchmark.peft_trainer import PeerOptions
 from pipeline.benchmark.ranks import run_ranks
+from pipeline.tuning.device import device_name
 from pipeline.tuning.evaluate import Exam, evaluate
 
 _Scores = dict[str, list[float]]

@@ -13,13 +13,14 @@ import torch
 from pipeline.backbone.files import architecture_of, find_model, read_config, read_tokenizer
 from pipeline.backbone.host import Backbone
 from pipeline.benchmark.bench import OurOptions, host_model
-from pipeline.benchmark.comparison import device_name, write_json
+from pipeline.benchmark.comparison import write_json
 from pipeline.benchmark.corpora import write_corpus
 from pipeline.benchmark.ranks import run_ranks
 from pipeline.corpus.reader import open_split
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.settings import Settings, parse_settings
 from pipeline.tuning.batches import rows_of_step
+from pipeline.tuning.device import device_name
 from pipeline.tuning.loop import TuningRun, tune
 from pipeline.tuning.state import TrialState, winner
 from pipeline.tuning.trials import Trial, make_trials
