@@ -25,6 +25,7 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from pipeline.errors import PromptBankError, StorageError, TuningError  # noqa: E402
+from pipeline.run.supervision import supervised  # noqa: E402
 from pipeline.run.terminal import print_error  # noqa: E402
 from pipeline.settings import AdaptationSettings, load_adaptation  # noqa: E402
 from pipeline.tuning.signals import sigterm_is_ctrl_c  # noqa: E402
@@ -70,4 +71,4 @@ def _run(settings: AdaptationSettings, console: Console, plan_only: bool) -> Non
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    supervised(lambda: typer.run(main))

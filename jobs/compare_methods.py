@@ -27,6 +27,7 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from pipeline.errors import PromptBankError, SettingsError, StorageError, TuningError  # noqa: E402
+from pipeline.run.supervision import supervised  # noqa: E402
 from pipeline.run.terminal import print_error, warn_of_rays_copy  # noqa: E402
 from pipeline.settings import Settings, load_joined, load_settings  # noqa: E402
 from pipeline.tuning.signals import sigterm_is_ctrl_c  # noqa: E402
@@ -93,4 +94,4 @@ def _join(path: Path, out: Path, console: Console) -> int:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    supervised(lambda: typer.run(main))

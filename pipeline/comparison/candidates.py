@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Method = Literal["hard prompt", "prompt tuning", "prompt from another task", "LoRA", "fine-tuning"]
-METHODS: tuple[Method, ...] = ("hard prompt", "prompt tuning", "prompt from another task", "LoRA", "fine-tuning")
+Method = Literal["hard prompt", "prompt tuning", "transferred prompt", "LoRA", "fine-tuning"]
+METHODS: tuple[Method, ...] = ("hard prompt", "prompt tuning", "transferred prompt", "LoRA", "fine-tuning")
 
 
 @dataclass(frozen=True)

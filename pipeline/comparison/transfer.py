@@ -38,7 +38,7 @@ def tune_from_others(
     bank = find_bank(settings)
     for task in tasks:
         check_start(task, settings, study.checked.tokenizer, bank, study.checked.identity)
-    return tune_prompts(study, replace(study.checked, settings=settings), "transfer", "prompt from another task")
+    return tune_prompts(study, replace(study.checked, settings=settings), "transfer", "transferred prompt")
 
 
 def _from_others(trial: TaskSettings, sources: list[str], seeds: list[int | None]) -> TaskSettings:

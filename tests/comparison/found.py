@@ -35,7 +35,7 @@ def candidates() -> list[Measured]:
                 add("prompt tuning", task, choice, seed, base + 0.05 + length / 100, cost)
             if place:
                 cost = Cost(20 * 576, 20 * 576 * 4, 41.0, 2**30, 20)
-                add("prompt from another task", task, {"prompt.source": "sst2"}, seed, base + 0.2, cost)
+                add("transferred prompt", task, {"prompt.source": "sst2"}, seed, base + 0.2, cost)
             cost = Cost(460_800, 1_843_200, 300.0, 2**31)
             add("LoRA", task, {"rank": 8, "lr": 0.001}, seed, base + 0.28, cost)
     return out

@@ -87,7 +87,7 @@ def test_every_method_is_measured_on_every_task_with_every_seed(compared):
         ("prompt tuning", "film"): [0, 1, 0, 1],
         ("prompt tuning", "book"): [0, 1],
         ("prompt tuning", "song"): [0, 1],
-        ("prompt from another task", "song"): [0, 1, 0, 1],
+        ("transferred prompt", "song"): [0, 1, 0, 1],
         ("LoRA", "film"): [0, 1],
         ("LoRA", "song"): [0, 1],
         ("fine-tuning", "film"): [0, 1],

@@ -61,7 +61,7 @@ def test_the_best_choice_by_dev_is_the_one_that_is_shown_with_its_test_metric(fo
     for cell in shown["prompt tuning"].cells:
         rows = [row for row in found.rows if (row.method, row.task) == ("prompt tuning", cell.task)]
         assert cell.dev.mean == max(row.dev.mean for row in rows) and cell.test is not None
-    assert shown["prompt from another task"].cells[0] is None and shown["prompt from another task"].mean is None
+    assert shown["transferred prompt"].cells[0] is None and shown["transferred prompt"].mean is None
 
 
 def test_plots_show_mean_spread_and_every_seed(found):
