@@ -28,6 +28,7 @@ _START_A_RAY = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist looks at the marks in a hook of its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several processes (`make test`): one has all tests that start a Ray, since two that start at once take each
     other's ports; the others' files stay whole, for what their fixtures make."""
