@@ -9,7 +9,7 @@ TESTERS ?= 2
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
-PYTEST := $(BIN)/python -m pytest -n $(TESTERS) --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n $(TESTERS)
 STAMP := .venv/.installed
 SCHEMA := docs/settings.schema.json
 PRINT_SCHEMA := $(BIN)/python -c "from pipeline.settings import settings_schema; print(settings_schema(), end='')"

@@ -1,7 +1,7 @@
 """How tests share two cores: one thread a process, and what starts a Ray goes one after another."""
 
 import os
-from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -28,10 +28,16 @@ _START_A_RAY = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist looks at the marks in a hook of its own
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With several processes (`make test`): one has all tests that start a Ray, since two that start at once take each
-    other's ports; the others' files stay whole, for what their fixtures make."""
-    for item in items:
-        place = item.path.relative_to(Path(__file__).parent).as_posix()
-        item.add_marker(pytest.mark.xdist_group("ray" if place.startswith(_START_A_RAY) else place))
+    other's ports; other files stay whole, for what their fixtures make. (xdist's own `loadgroup` sees no groups under
+    pytest 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneForRay(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            place = nodeid.partition("::")[0].removeprefix("tests/")
+            return "ray" if place.startswith(_START_A_RAY) else place
+
+    return OneForRay(config, log)
