@@ -1,36 +1,47 @@
 """Run a function in several processes joined as ranks, as Ray Train would, but without Ray."""
 
 import os
-import socket
+import tempfile
 from collections.abc import Callable
 from multiprocessing import get_context
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 
+class _Call(NamedTuple):
+    rank: int
+    world_size: int
+    meeting: Path
+    """A file: a port that is free now may be another's when rank 0 comes to take it."""
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+
+
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """`function(*args)` in `world_size` fresh processes, of one thread at first; their results by rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    calls = [(rank, world_size, port, function, args) for rank in range(world_size)]
-    with get_context("spawn").Pool(world_size) as pool:
-        return pool.starmap(_run, calls, chunksize=1)
+    """`function(*args)` in `world_size` fresh processes, of one thread at first; their results by rank.
+
+    Raises: what the first rank that fails raised; the others are ended, for they would wait for it.
+    """
+    with tempfile.TemporaryDirectory() as folder, get_context("spawn").Pool(world_size) as pool:
+        calls = [_Call(rank, world_size, Path(folder, "meeting"), function, args) for rank in range(world_size)]
+        by_rank = dict(pool.imap_unordered(_run, calls))
+    return [by_rank[rank] for rank in range(world_size)]
 
 
-def _run(rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _run(call: _Call) -> tuple[int, Any]:
     torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    os.environ.update(RANK=str(call.rank), LOCAL_RANK=str(call.rank), WORLD_SIZE=str(call.world_size))
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(call.rank)
         backend = "nccl"
-    dist.init_process_group(backend, rank=rank, world_size=world_size)
+    dist.init_process_group(
+        backend, init_method=f"file://{call.meeting}", rank=call.rank, world_size=call.world_size
+    )  # fmt: skip
     try:
-        return function(*args)
+        return call.rank, call.function(*call.args)
     finally:
         dist.destroy_process_group()
