@@ -58,10 +58,6 @@ class AdaptationOrder:
         return self.place.run_folder
 
     @property
-    def hangs(self) -> Path:
-        return self.place.hangs
-
-    @property
     def digest(self) -> str:
         own = AdaptationSettings.model_validate(self.settings)
         length = None if own.optimizer.schedule == "constant" else own.steps

@@ -1,6 +1,5 @@
 """Questions answered on the ranks, many prompts in the same batches, each kept as soon as it is there."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,9 @@ from pipeline.tuning.evaluate import Exam, answer, exam_of, wanted
 from pipeline.tuning.hosting import host_on_rank
 from pipeline.tuning.journal import Journal
 from pipeline.tuning.notices import Notices
+from pipeline.tuning.rank_process import rank_process
 from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
-from pipeline.tuning.watchdog import call_at_every_layer, watched
+from pipeline.tuning.watchdog import call_at_every_layer
 
 _AT_ONCE = 8
 """Questions whose rows share batches, and are lost together where a rank is."""
@@ -48,19 +48,15 @@ class ExamOrder:
     digests: tuple[str, ...]
     """By question, the name of its answers' file."""
 
-    @property
-    def hangs(self) -> Path:
-        return Path(self.run_folder) / "hangs"
-
     def path(self, digest: str) -> Path:
         return Path(self.run_folder) / "files" / f"{digest}.safetensors"
 
     def carry_out(self, device: torch.device, node_leaves: Callable[[], bool]) -> None:
         """Raises: StorageError, BackboneError."""
         settings = Settings.model_validate(self.settings)
-        torch.set_num_threads(settings.cluster.cpus_per_worker)
         journal = Journal(Path(self.run_folder), silent=rank() != 0)
-        with watched(settings.run.hang_timeout, self.hangs / f"rank-{rank()}.{os.getpid()}.txt") as alive:
+        timeout, threads = settings.run.hang_timeout, settings.cluster.cpus_per_worker
+        with rank_process(self.run_folder, timeout, threads, device) as alive:
             backbone = host_on_rank(settings, Path(self.model_folder), device, journal)
             call_at_every_layer(backbone.hosted, alive)
             _answer_all(self, settings, backbone, journal, Notices(Path(self.run_folder), node_leaves))

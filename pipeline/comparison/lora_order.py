@@ -3,7 +3,6 @@
 A job that was cut short begins anew.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +23,10 @@ from pipeline.settings import LoraSettings, Settings
 from pipeline.tuning.evaluate import answer, exam_of, wanted
 from pipeline.tuning.journal import Journal
 from pipeline.tuning.notices import told_to_stop
+from pipeline.tuning.rank_process import rank_process
 from pipeline.tuning.ranks import alone, rank, world_size
 from pipeline.tuning.trials import Trial, make_trial
-from pipeline.tuning.watchdog import call_at_every_layer, watched
+from pipeline.tuning.watchdog import call_at_every_layer
 
 PHASE = "lora"
 
@@ -59,10 +59,6 @@ class LoraOrder:
     model_folder: str
     jobs: tuple[LoraJob, ...]
 
-    @property
-    def hangs(self) -> Path:
-        return Path(self.run_folder) / "hangs"
-
     def adapter(self, job: LoraJob) -> Path:
         return Path(self.run_folder) / "adapters" / f"{job.file}.safetensors"
 
@@ -72,10 +68,8 @@ class LoraOrder:
     def carry_out(self, device: torch.device, node_leaves: Callable[[], bool]) -> None:
         """Raises: StorageError, BackboneError, ValueError."""
         settings = Settings.model_validate(self.settings)
-        torch.set_num_threads(settings.cluster.cpus_per_worker)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        with watched(settings.run.hang_timeout, self.hangs / f"rank-{rank()}.{os.getpid()}.txt") as alive:
+        timeout, threads = settings.run.hang_timeout, settings.cluster.cpus_per_worker
+        with rank_process(self.run_folder, timeout, threads, device) as alive:
             _work(self, settings, device, alive)
 
 

@@ -88,10 +88,6 @@ class FineTuningOrder:
         return self.place.run_folder
 
     @property
-    def hangs(self) -> Path:
-        return self.place.hangs
-
-    @property
     def digest(self) -> str:
         """Of everything that decides the weights."""
         parts = [self.trial().digest, self.place.model, self.place.dtype]

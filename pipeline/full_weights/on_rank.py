@@ -1,6 +1,5 @@
 """What a rank that trains all weights does before and after: threads, device, watchdog, journal, the model loaded."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from pipeline.full_weights.pieces import TrainedModel, trained_parameters
 from pipeline.settings import OptimizerSettings
 from pipeline.tuning.notices import Notices
 from pipeline.tuning.peak_memory import peak_bytes
+from pipeline.tuning.rank_process import rank_process
 from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
-from pipeline.tuning.watchdog import call_at_every_layer, hang_reports, hang_sentence, watched
+from pipeline.tuning.watchdog import call_at_every_layer, hang_reports, hang_sentence, hangs_of
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,6 @@ class TrainingPlace:
         return Path(self.run_folder)
 
     @property
-    def hangs(self) -> Path:
-        return self.folder / "hangs"
-
-    @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
@@ -70,13 +66,10 @@ def training_rank(
 
     Raises: BackboneError when weights are damaged or missing.
     """
-    torch.set_num_threads(place.cpus_per_worker)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     journal = Journal(place.folder, place.name, silent=rank() != 0)
-    if hung := hang_reports(place.hangs):
+    if hung := hang_reports(hangs_of(place.folder)):
         journal.event("stage", name="tuning", text=f"starting again: {hang_sentence(hung, place.hang_timeout)}")
-    with watched(place.hang_timeout, place.hangs / f"rank-{rank()}.{os.getpid()}.txt") as alive:
+    with rank_process(place.folder, place.hang_timeout, place.cpus_per_worker, device) as alive:
         journal.event("stage", name="backbone", text=f"loading {place.model}, all weights, {world_size()} rank(s)")
         config = AutoConfig.from_pretrained(place.description, trust_remote_code=False)
         dtype = compute_dtype(place.dtype, device)

@@ -22,7 +22,7 @@ from pipeline.reporting.events import EventLog
 from pipeline.settings import ClusterSettings, RunSettings
 from pipeline.tuning.notices import allow_to_run, ask_to_stop, forget_request
 from pipeline.tuning.signals import heed_sigterm, stop_by_signal
-from pipeline.tuning.watchdog import LOADING, hang_reports, hang_sentence
+from pipeline.tuning.watchdog import LOADING, hang_reports, hang_sentence, hangs_of
 from pipeline.whole_files import remove, temporaries
 
 _LOOK_S = 5.0
@@ -39,10 +39,6 @@ class RankOrder(Protocol):
     @property
     def run_folder(self) -> str: ...
 
-    @property
-    def hangs(self) -> Path:
-        """Where ranks that the watchdog ends leave their stacks."""
-
     def carry_out(self, device: torch.device, node_leaves: Callable[[], bool]) -> None:
         """On a rank. `node_leaves` is that of `Notices`."""
 
@@ -58,7 +54,8 @@ def launch(order: RankOrder, cluster: ClusterSettings, run: RunSettings, log: Ev
     timeout, max_failures = run.hang_timeout, run.max_failures
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_TIMEOUT_S))
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout)  # a stopped process, or a frozen node
-    for leftover in (order.hangs, run_folder / "ray", *temporaries(run_folder)):  # of a driver that was killed
+    hangs = hangs_of(run_folder)
+    for leftover in (hangs, run_folder / "ray", *temporaries(run_folder)):  # of a driver that was killed
         remove(leftover)
     _tell_what_is_missing(cluster, log)
     trainer = TorchTrainer(
@@ -80,12 +77,12 @@ def launch(order: RankOrder, cluster: ClusterSettings, run: RunSettings, log: Ev
     try:
         _fit(trainer, run_folder, log)
     except Exception as error:
-        raise _sentence(error, max_failures, hang_reports(order.hangs), timeout) from error
+        raise _sentence(error, max_failures, hang_reports(hangs), timeout) from error
     finally:
         remove(run_folder / "ray")
         forget_request(run_folder)
-        if not hang_reports(order.hangs):
-            remove(order.hangs)
+        if not hang_reports(hangs):
+            remove(hangs)
 
 
 def _fit(trainer: TorchTrainer, run_folder: Path, log: EventLog) -> None:

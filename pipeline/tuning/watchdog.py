@@ -52,6 +52,11 @@ def call_at_every_layer(model: nn.Module, alive: Callable[[], None]) -> None:
         module.register_forward_pre_hook(lambda *_: alive())
 
 
+def hangs_of(run_folder: str | Path) -> Path:
+    """Where ranks of a run that the watchdog ends leave their stacks."""
+    return Path(run_folder) / "hangs"
+
+
 def hang_reports(folder: Path) -> list[Path]:
     """The reports of ranks that the watchdog ended; what a killed rank left is empty, and none."""
     return sorted(path for path in folder.glob("*.txt") if path.stat().st_size)

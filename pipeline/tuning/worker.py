@@ -1,6 +1,5 @@
 """What one rank does: load its part of the backbone, tune, and check that the backbone stayed frozen."""
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,9 +20,10 @@ from pipeline.tuning.incumbents import Incumbents, measure
 from pipeline.tuning.journal import Journal
 from pipeline.tuning.loop import TuningRun, tune
 from pipeline.tuning.notices import Notices
+from pipeline.tuning.rank_process import rank_process
 from pipeline.tuning.ranks import rank, world_size
 from pipeline.tuning.trials import Trial, make_trials
-from pipeline.tuning.watchdog import call_at_every_layer, hang_reports, hang_sentence, watched
+from pipeline.tuning.watchdog import call_at_every_layer, hang_reports, hang_sentence, hangs_of
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,6 @@ class Order:
             warm_starts={name: prompts[path] for name, path in kept.items()},
         )
 
-    @property
-    def hangs(self) -> Path:
-        """Where ranks that the watchdog ends leave their stacks."""
-        return Path(self.run_folder) / "hangs"
-
     def carry_out(self, device: torch.device, node_leaves: Callable[[], bool]) -> None:
         """See `work`."""
         work(self, device, node_leaves)
@@ -92,13 +87,11 @@ def work(order: Order, device: torch.device, node_leaves: Callable[[], bool]) ->
     Raises: StorageError, BackboneError; TuningError when the frozen weights changed.
     """
     settings = Settings.model_validate(order.settings)
-    torch.set_num_threads(settings.cluster.cpus_per_worker)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    timeout, threads = settings.run.hang_timeout, settings.cluster.cpus_per_worker
     journal = Journal(Path(order.run_folder), silent=rank() != 0)
-    if hung := hang_reports(order.hangs):
-        journal.event("stage", name="tuning", text=f"starting again: {hang_sentence(hung, settings.run.hang_timeout)}")
-    with watched(settings.run.hang_timeout, order.hangs / f"rank-{rank()}.{os.getpid()}.txt") as alive:
+    if hung := hang_reports(hangs_of(order.run_folder)):
+        journal.event("stage", name="tuning", text=f"starting again: {hang_sentence(hung, timeout)}")
+    with rank_process(order.run_folder, timeout, threads, device) as alive:
         _tune(order, settings, device, journal, Notices(Path(order.run_folder), node_leaves), alive)
 
 
