@@ -24,9 +24,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from pipeline.errors import PromptBankError, StorageError, TuningError  # noqa: E402
 from pipeline.run.supervision import supervised  # noqa: E402
-from pipeline.run.terminal import print_error  # noqa: E402
+from pipeline.run.terminal import ending_in_a_sentence  # noqa: E402
 from pipeline.settings import AdaptationSettings, load_adaptation  # noqa: E402
 from pipeline.tuning.signals import sigterm_is_ctrl_c  # noqa: E402
 
@@ -41,14 +40,8 @@ def main(
     """Train an encoder-decoder further on plain text, or pre-train a small one."""
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     sigterm_is_ctrl_c()
-    try:
+    with ending_in_a_sentence("run"):
         _run(load_adaptation(config, overrides or []), console, plan)
-    except PromptBankError as error:
-        print_error(error)
-        raise typer.Exit(5 if isinstance(error, TuningError | StorageError) else 2) from error
-    except KeyboardInterrupt as error:
-        Console(stderr=True).print("interrupted: start the same run again to resume it")
-        raise typer.Exit(5) from error
 
 
 def _run(settings: AdaptationSettings, console: Console, plan_only: bool) -> None:

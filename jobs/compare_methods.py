@@ -26,9 +26,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from pipeline.errors import PromptBankError, SettingsError, StorageError, TuningError  # noqa: E402
+from pipeline.errors import SettingsError  # noqa: E402
 from pipeline.run.supervision import supervised  # noqa: E402
-from pipeline.run.terminal import print_error, warn_of_rays_copy  # noqa: E402
+from pipeline.run.terminal import ending_in_a_sentence, warn_of_rays_copy  # noqa: E402
 from pipeline.settings import Settings, load_joined, load_settings  # noqa: E402
 from pipeline.tuning.signals import sigterm_is_ctrl_c  # noqa: E402
 
@@ -45,7 +45,7 @@ def main(
     """Compare tuned prompts with hard prompts, LoRA and fine-tuning, and leave one report."""
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     sigterm_is_ctrl_c()
-    try:
+    with ending_in_a_sentence("comparison"):
         if join is not None:
             raise typer.Exit(_join(join, out, console))
         if config is None:
@@ -53,12 +53,6 @@ def main(
         settings = load_settings(config, overrides or [])
         warn_of_rays_copy(settings, console)
         raise typer.Exit(_run(settings, console, plan))
-    except PromptBankError as error:
-        print_error(error)
-        raise typer.Exit(5 if isinstance(error, TuningError | StorageError) else 2) from error
-    except KeyboardInterrupt as error:
-        Console(stderr=True).print("interrupted: start the same comparison again to resume it")
-        raise typer.Exit(5) from error
 
 
 def _run(settings: Settings, console: Console, plan_only: bool) -> int:

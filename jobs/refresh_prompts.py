@@ -30,10 +30,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from pipeline.errors import PromptBankError  # noqa: E402
 from pipeline.refresh.exits import exit_of  # noqa: E402
 from pipeline.run.supervision import supervised  # noqa: E402
-from pipeline.run.terminal import print_error, warn_of_rays_copy  # noqa: E402
+from pipeline.run.terminal import ending_in_a_sentence, warn_of_rays_copy  # noqa: E402
 from pipeline.settings import Settings, load_settings  # noqa: E402
 from pipeline.tuning.signals import sigterm_is_ctrl_c  # noqa: E402
 
@@ -49,16 +48,10 @@ def main(
     """Tune again what changed since the bank's alias, publish what is not worse, and move the alias if all is well."""
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     sigterm_is_ctrl_c()
-    try:
+    with ending_in_a_sentence("night", exit_of):
         settings = load_settings(config, overrides or [])
         night = date or datetime.date.today().isoformat()
         raise typer.Exit(_plan(settings, night, console) if plan else _run(settings, night, console))
-    except PromptBankError as error:
-        print_error(error)
-        raise typer.Exit(exit_of(error)) from error
-    except KeyboardInterrupt as error:
-        Console(stderr=True).print("interrupted: start the same night again to resume it")
-        raise typer.Exit(exit_of(error)) from error
 
 
 def _plan(settings: Settings, date: str, console: Console) -> int:

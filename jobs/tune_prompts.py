@@ -21,9 +21,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from pipeline.errors import PromptBankError, StorageError, TuningError  # noqa: E402
 from pipeline.run.supervision import supervised  # noqa: E402
-from pipeline.run.terminal import in_rays_copy, print_error, warn_of_rays_copy  # noqa: E402
+from pipeline.run.terminal import ending_in_a_sentence, in_rays_copy, warn_of_rays_copy  # noqa: E402
 from pipeline.settings import Settings, load_settings  # noqa: E402
 from pipeline.tuning.signals import sigterm_is_ctrl_c  # noqa: E402
 
@@ -40,7 +39,7 @@ def main(
     """Tune the soft prompts of every task in a settings file, and publish a version of the prompt bank."""
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     sigterm_is_ctrl_c()
-    try:
+    with ending_in_a_sentence("run"):
         settings = load_settings(config or QUICKSTART, overrides or [])
         if config is None:
             if in_rays_copy():
@@ -49,12 +48,6 @@ def main(
         else:
             warn_of_rays_copy(settings, console)
         raise typer.Exit(_run(settings, console, plan))
-    except PromptBankError as error:
-        print_error(error)
-        raise typer.Exit(5 if isinstance(error, TuningError | StorageError) else 2) from error
-    except KeyboardInterrupt as error:
-        Console(stderr=True).print("interrupted: start the same run again to resume it")
-        raise typer.Exit(5) from error
 
 
 def _run(settings: Settings, console: Console, plan_only: bool) -> int:

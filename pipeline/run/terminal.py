@@ -1,17 +1,43 @@
 """What the jobs say on the terminal whatever they do. Imports nothing heavy: a mistyped setting should not wait."""
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import typer
 from rich.console import Console
 
-from pipeline.errors import PromptBankError
+from pipeline.errors import PromptBankError, StorageError, TuningError
+from pipeline.run.supervision import INTERRUPTED
 from pipeline.settings import Settings
 
+BAD_INPUT = 2
 
-def print_error(error: PromptBankError) -> None:
-    """Each of its sentences on a line of its own, to stderr."""
-    for line in str(error).splitlines():
+
+def exit_code_of(error: PromptBankError) -> int:
+    """5 for what may go well when it is started again, 2 for what a person must mend."""
+    return INTERRUPTED if isinstance(error, TuningError | StorageError) else BAD_INPUT
+
+
+@contextmanager
+def ending_in_a_sentence(what: str, code_of: Callable[[PromptBankError], int] = exit_code_of) -> Iterator[None]:
+    """Around all that a job does: users' mistakes and Ctrl-C become sentences on stderr and an exit code.
+
+    what: is to be started again, such as "run".
+    """
+    try:
+        yield
+    except PromptBankError as error:
+        _print_error(error)
+        raise typer.Exit(code_of(error)) from error
+    except KeyboardInterrupt as error:
+        Console(stderr=True).print(f"interrupted: start the same {what} again to resume it")
+        raise typer.Exit(INTERRUPTED) from error
+
+
+def _print_error(error: PromptBankError) -> None:
+    for line in str(error).splitlines():  # each of its sentences on a line of its own
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {line}", markup=False)
 
 
