@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from pipeline.comparison.told_tensors import load_told, told
 from pipeline.errors import StorageError
 from pipeline.tuning.evaluate import LABELLED
 from pipeline.tuning.metrics import label_metric, text_metric
@@ -96,21 +97,19 @@ def save_answers(path: Path, answered: Answered) -> None:
     arrays = {"nll": answered.nll, "lengths": answered.lengths}
     if answered.label_scores is not None:
         arrays["label_scores"] = np.ascontiguousarray(answered.label_scores)
-    told = {"targets": answered.targets, "texts": answered.texts, "labels": answered.labels}
-    write_atomically(path, save(arrays, {"told": json.dumps(told)}))
+    values = {"targets": answered.targets, "texts": answered.texts, "labels": answered.labels}
+    write_atomically(path, save(arrays, told(values)))
 
 
 def load_answers(path: Path) -> Answered | None:
     """None where they are not there, or damaged."""
-    try:
-        with safe_open(path, framework="np") as file:
-            told = json.loads(file.metadata()["told"])
-            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError, ValueError, KeyError):
+    found = load_told(path, "np")
+    if found is None:
         return None
-    labels = None if told["labels"] is None else tuple(told["labels"])
+    values, arrays = found
+    labels = None if values["labels"] is None else tuple(values["labels"])
     return Answered(
-        arrays["nll"], arrays["lengths"], told["targets"], told["texts"], arrays.get("label_scores"), labels
+        arrays["nll"], arrays["lengths"], values["targets"], values["texts"], arrays.get("label_scores"), labels
     )
 
 
