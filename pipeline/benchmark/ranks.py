@@ -20,12 +20,14 @@ class _Call(NamedTuple):
     args: tuple[Any, ...]
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, start: str = "spawn") -> list[Any]:
     """`function(*args)` in `world_size` fresh processes, of one thread at first; their results by rank.
+
+    `start`: how multiprocessing starts them; a forked one's peak memory has its parent's in it.
 
     Raises: what the first rank that fails raised; the others are ended, for they would wait for it.
     """
-    with tempfile.TemporaryDirectory() as folder, get_context("spawn").Pool(world_size) as pool:
+    with tempfile.TemporaryDirectory() as folder, get_context(start).Pool(world_size) as pool:
         calls = [_Call(rank, world_size, Path(folder, "meeting"), function, args) for rank in range(world_size)]
         by_rank = dict(pool.imap_unordered(_run, calls))
     return [by_rank[rank] for rank in range(world_size)]

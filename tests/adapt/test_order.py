@@ -9,12 +9,12 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from pipeline.adapt.order import read_adapted
-from pipeline.benchmark.ranks import run_ranks
 from pipeline.errors import SettingsError
 from pipeline.full_weights import training
 from pipeline.tuning import notices
 from pipeline.tuning.notices import allow_to_run, ask_to_stop
 from tests.adapt.conftest import CONFIG
+from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 SPANS = {"name": "span_corruption", "noise_density": 0.3, "mean_span": 2.0}

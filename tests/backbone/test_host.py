@@ -9,8 +9,8 @@ from pipeline.backbone import prompted
 from pipeline.backbone.files import find_model, read_config
 from pipeline.backbone.host import Backbone, held_bytes, held_digest, host_backbone
 from pipeline.backbone.offload import Keep, in_files
-from pipeline.benchmark.ranks import run_ranks
 from pipeline.benchmark.resident import resident
+from tests.ranks import run_ranks
 from tests.tiny import VOCAB, make_model
 
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ from pipeline.backbone import prompted
 from pipeline.backbone.files import find_model, read_config
 from pipeline.backbone.host import host_backbone
 from pipeline.benchmark.cost import H100_NODES, CountedTraffic, gathered_bytes, step_cost
-from pipeline.benchmark.ranks import run_ranks
 from pipeline.benchmark.shapes import published_config
+from tests.ranks import run_ranks
 from tests.tiny import make_model
 
 CPU = torch.device("cpu")

@@ -11,7 +11,6 @@ from transformers.optimization import Adafactor
 
 from pipeline.backbone.files import find_model, read_config, read_tokenizer, save_description
 from pipeline.backbone.host import host_backbone
-from pipeline.benchmark.ranks import run_ranks
 from pipeline.corpus.reader import open_split
 from pipeline.full_weights import training
 from pipeline.full_weights.fine_tuning import FineTuningOrder, read_result
@@ -20,6 +19,7 @@ from pipeline.tuning.batches import rows_of_step
 from pipeline.tuning.evaluate import evaluate, exam_of
 from pipeline.tuning.peak_memory import peak_bytes
 from tests.corpora import make_corpus, make_task
+from tests.ranks import run_ranks
 from tests.tiny import make_model
 
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from transformers.optimization import Adafactor
 
 from pipeline.backbone.loading import Share
-from pipeline.benchmark.ranks import run_ranks
 from pipeline.full_weights.optimise import PartitionedAdafactor, Span
+from tests.ranks import run_ranks
 
 SHAPES = [(7, 5), (3, 11), (9,), (1,), (4, 4)]
 LR, DECAY, STEPS = 0.02, 0.01, 5

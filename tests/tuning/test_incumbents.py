@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from pipeline.backbone.files import find_model, read_config, read_tokenizer
 from pipeline.backbone.host import host_backbone
-from pipeline.benchmark.ranks import run_ranks
 from pipeline.corpus.reader import open_split
 from pipeline.refresh.gate import compare
 from pipeline.tuning import incumbents
@@ -18,6 +17,7 @@ from pipeline.tuning.evaluate import Exam, evaluate
 from pipeline.tuning.incumbents import Incumbents, best_states, measure, pair_keys, read_pairs
 from pipeline.tuning.loop import TuningRun, tune
 from tests.corpora import make_corpus, trial
+from tests.ranks import run_ranks
 
 METRICS = ("accuracy", "f1", "exact_match", "rouge_l", "loss")
 

@@ -9,12 +9,12 @@ import torch.distributed as dist
 
 from pipeline.backbone.files import find_model, read_config, read_tokenizer
 from pipeline.backbone.host import host_backbone
-from pipeline.benchmark.ranks import run_ranks
 from pipeline.tuning import loop
 from pipeline.tuning.batches import rows_of_step
 from pipeline.tuning.checkpoint import load_checkpoint
 from pipeline.tuning.loop import TuningRun, tune
 from tests.corpora import make_corpus, trial
+from tests.ranks import run_ranks
 
 CHANGES = {
     "first": {"prompt": {"length": 4}},

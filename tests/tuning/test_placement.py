@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from pipeline.backbone.files import find_model, read_config
-from pipeline.benchmark.ranks import run_ranks
 from pipeline.tuning import placement
+from tests.ranks import run_ranks
 from tests.tiny import make_model
 
 CPU = torch.device("cpu")

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from pipeline.backbone.files import find_model, read_config, read_tokenizer
-from pipeline.benchmark.ranks import run_ranks
 from pipeline.tuning import loop, notices
 from pipeline.tuning.checkpoint import load_checkpoint
 from pipeline.tuning.loop import tune
 from pipeline.tuning.notices import Notices, allow_to_run, ask_to_stop
 from pipeline.tuning.signals import heed_sigterm
+from tests.ranks import run_ranks
 from tests.tuning.test_loop import make_run, prompts_of
 
 ROOT = Path(__file__).parents[2]

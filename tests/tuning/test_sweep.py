@@ -7,13 +7,13 @@ import torch.distributed as dist
 
 from pipeline.backbone.files import find_model, read_config, read_tokenizer
 from pipeline.backbone.host import host_backbone
-from pipeline.benchmark.ranks import run_ranks
 from pipeline.settings import parse_settings
 from pipeline.tuning import loop
 from pipeline.tuning.loop import TuningRun, tune
 from pipeline.tuning.state import winner
 from pipeline.tuning.trials import make_trials
 from tests.corpora import make_corpus, make_task, trial
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.parametrize("model", ["llama"], indirect=True)
 SWEEP = {"prompt.length": [2, 5], "optimizer.lr": [0.01, 0.3], "seed": [0, 1]}
