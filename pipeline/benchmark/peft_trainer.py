@@ -36,11 +36,15 @@ class PeerOptions:
 
 
 def load_peer_model(folder: Path, options: PeerOptions) -> Any:
+    """Without dropout, so that both sides compute the same."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config.update({key: 0.0 for key in config.to_dict() if key.endswith(("dropout", "dropout_rate", "pdrop"))})
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     quantization = BitsAndBytesConfig(load_in_8bit=True) if options.int8 else None
     dtype = torch.bfloat16 if options.bf16 else torch.float32
-    return kind.from_pretrained(folder, quantization_config=quantization, dtype=dtype, trust_remote_code=False)
+    return kind.from_pretrained(
+        folder, config=config, quantization_config=quantization, dtype=dtype, trust_remote_code=False
+    )
 
 
 def tune_one_by_one(
