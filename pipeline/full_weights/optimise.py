@@ -66,8 +66,10 @@ class PartitionedAdafactor(Optimizer):
             inverse_root, size = _of_matrix(state, squares, values, span, decay)
         else:
             size = sum_over_ranks(values.pow(2).sum())
+            # As long as the padded piece, which differs between numbers of ranks.
+            squares = torch.nn.functional.pad(squares, (0, len(padded) - count))
             state["square"] = _mixed(state.get("square"), squares, decay)
-            inverse_root = state["square"].rsqrt()
+            inverse_root = state["square"][:count].rsqrt()
         update = inverse_root * gradient
         entries = span.shape.numel()
         update_rms = (sum_over_ranks(update.pow(2).sum()) / entries).sqrt()

@@ -20,7 +20,6 @@ def running_ray():
     ray.shutdown()
 
 
-@pytest.mark.xfail(strict=False, reason="failed at its first run, and nobody has looked why yet")
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_two_ranks_of_ray_train_carry_an_order_out_and_leave_its_result(family, tmp_path):
     files = find_model(str(make_model(tmp_path / "model", family, scale=1.0)))

@@ -10,12 +10,12 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.optimization import Adafactor
 
-from pipeline.benchmark.ranks import run_ranks
 from pipeline.errors import TuningError
 from pipeline.full_weights import model_folder
 from pipeline.settings import OptimizerSettings
 from pipeline.tuning.optimise import schedule_factor
 from tests.full_weights.course import ADAFACTOR, ADAMW, STEPS, course, examples, trained
+from tests.ranks import run_ranks
 from tests.tiny import make_model
 
 FAMILIES = ["llama", "llama_untied", "qwen3", "gpt2", "t5", "t5_tied"]
@@ -94,12 +94,13 @@ def test_two_ranks_reach_the_weights_of_one_process_and_save_the_same_folder(fam
     assert_close(load_file(tmp_path / "saved/model.safetensors"), alone, 0.0)
 
 
-@pytest.mark.xfail(strict=False, reason="failed at its first run, and nobody has looked why yet")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_bfloat16_keeps_float32_weights_for_the_optimizer_and_learns(ranks, tmp_path):
+    # Steps so small that weights kept in bfloat16 would stay where they are; larger ones make this model's losses jump.
+    calm = OptimizerSettings(lr=1e-3, weight_decay=1e-3)
     folder = make_model(tmp_path / "t5", "t5", scale=1.0)
-    _, exact, _ = trained(folder, course(tmp_path / "exact"))
-    for _, losses, _ in run_ranks(ranks, on_rank, folder, tmp_path / "run", ADAFACTOR, torch.bfloat16, None):
+    _, exact, _ = trained(folder, course(tmp_path / "exact", calm))
+    for _, losses, _ in run_ranks(ranks, on_rank, folder, tmp_path / "run", calm, torch.bfloat16, None):
         np.testing.assert_allclose(losses, exact, rtol=0.05)
 
 
