@@ -17,20 +17,15 @@ Nothing is stored for the backward pass but a reference.
 import logging
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
-# It warns at import of a kernel for 4 bits, which is not used here.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-from bitsandbytes.functional import int8_vectorwise_quant  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.nn import functional  # noqa: E402
-
-from pipeline.backbone.native import rows as native  # noqa: E402
+from pipeline.backbone.native import rows as native
 
 _LEVELS = 127.0
 _SMALLEST = 1e-30
@@ -107,6 +102,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     quantized = native.quantize_weights(weight)
     if quantized is not None:
         return quantized[0], quantized[1] / _LEVELS
+    int8_vectorwise_quant = _of_bitsandbytes()
     rows, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(weight.shape[0])
     # Some rows at a time: bitsandbytes makes several float copies of what it quantises.
     step = max(1, _CHUNK // weight.shape[1])
@@ -115,6 +111,14 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
         rows[start : start + step], absmax, _ = int8_vectorwise_quant(part)
         scale[start : start + step] = absmax.to(torch.float32) / _LEVELS
     return rows, scale
+
+
+def _of_bitsandbytes() -> Callable[..., tuple[Tensor, Tensor, Any]]:
+    # It takes seconds to import, and warns then of a kernel for 4 bits, which is not used here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    return int8_vectorwise_quant
 
 
 class _ExactProduct(torch.autograd.Function):

@@ -1,11 +1,12 @@
-"""Dev metrics by name, through well-kept libraries; all lie in 0 to 1 and more is better, but for loss."""
+"""Dev metrics by name, through well-kept libraries; all lie in 0 to 1 and more is better, but for loss.
+
+The libraries take seconds to import, and a driver measures nothing: they are imported when first used.
+"""
 
 import re
 from collections.abc import Sequence
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
-from sklearn.metrics import accuracy_score, f1_score
 
 
 class _Words:
@@ -17,6 +18,8 @@ class _Words:
 
 def label_metric(name: str, predicted: Sequence[str], wanted: Sequence[str]) -> float:
     """`accuracy`, or `f1` averaged over the labels without regard to their size (macro)."""
+    from sklearn.metrics import accuracy_score, f1_score
+
     if name == "f1":
         return float(f1_score(wanted, predicted, average="macro", zero_division=0.0))
     assert name == "accuracy"
@@ -26,6 +29,8 @@ def label_metric(name: str, predicted: Sequence[str], wanted: Sequence[str]) -> 
 def text_metric(name: str, predicted: Sequence[str], wanted: Sequence[str]) -> float:
     """`exact_match` of whole texts (white space folded), or `rouge_l` F-measure, averaged over rows."""
     if name == "rouge_l":
+        from rouge_score.rouge_scorer import RougeScorer
+
         scorer = RougeScorer(["rougeL"], tokenizer=_Words())
         scores = [scorer.score(want, got)["rougeL"].fmeasure for got, want in zip(predicted, wanted, strict=True)]
         return float(np.mean(scores))

@@ -5,7 +5,6 @@ import math
 import torch
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
-from transformers.optimization import Adafactor
 
 from pipeline.settings import OptimizerSettings
 
@@ -14,6 +13,9 @@ def make_optimizer(prompt: Parameter, settings: OptimizerSettings) -> Optimizer:
     """Adafactor as in Lester et al. (2021): constant rate, no parameter scaling, decay 0.8; or AdamW."""
     if settings.name == "adamw":
         return AdamW([prompt], lr=settings.lr, weight_decay=settings.weight_decay)
+    # Only where prompts are tuned: it imports transformers' Trainer and PEFT, which takes seconds.
+    from transformers.optimization import Adafactor
+
     return Adafactor(
         [prompt],
         lr=settings.lr,
