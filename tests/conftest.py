@@ -26,6 +26,7 @@ _START_A_RAY = (
     "run/",
     "serving/test_app.py",
 )
+_NEED_NONE = ("jobs/test_quickstart_corpora.py", "run/test_supervision.py")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -38,6 +39,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class OneForRay(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             place = nodeid.partition("::")[0].removeprefix("tests/")
-            return "ray" if place.startswith(_START_A_RAY) else place
+            needs_one = place.startswith(_START_A_RAY) and not place.startswith(_NEED_NONE)
+            return "ray" if needs_one else place
 
     return OneForRay(config, log)
