@@ -4,6 +4,7 @@ import json
 import time
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -101,7 +102,7 @@ def test_a_task_ten_thousand_times_larger_does_not_change_the_others(alone, tmp_
     settings = project_in(tmp_path / "project", max_steps=100, eval_every=50)
     folder = add_task(settings, "large", GOOD)
     rows = pq.read_table(folder / "train.parquet")
-    pq.write_table(pq.pa.concat_tables([rows] * 10_000), folder / "train.parquet")
+    pq.write_table(pa.concat_tables([rows] * 10_000), folder / "train.parquet")
     output = run(settings, *EXACT)
     assert "600,000" in output or "600000" in output
     assert distance(tmp_path / "project/bank", alone / "bank") < TOLERANCE

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -187,7 +188,7 @@ def test_a_killed_worker_of_ray_data_is_done_without(tmp_path):
         rows = pq.read_table(corpus)
         with pq.ParquetWriter(corpus, rows.schema) as writer:
             for _ in range(40):
-                writer.write_table(pq.pa.concat_tables([rows] * 500))
+                writer.write_table(pa.concat_tables([rows] * 500))
         return settings
 
     run(project("undisturbed"))
