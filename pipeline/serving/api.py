@@ -211,12 +211,14 @@ class _Metered:
             status = message.get("status", status)
             await send(message)
 
+        self.meters.in_progress.inc()
         try:
             await self.app(scope, receive, watched)
         except asyncio.CancelledError:
             status = _CLIENT_LEFT
             raise
         finally:
+            self.meters.in_progress.dec()
             path = getattr(scope.get("route"), "path", "other")
             self.meters.requests.labels(path, str(status)).inc()
             self.meters.seconds.labels(path).observe(time.perf_counter() - start)

@@ -24,6 +24,7 @@ class Meters(Collector):
         self.seconds = Histogram(
             "promptbank_request_seconds", "Time to answer.", ["route"], buckets=_SECONDS, registry=registry
         )
+        self.in_progress = Gauge("promptbank_requests_in_progress", "Requests not answered yet.", registry=registry)
         self.rows = Counter("promptbank_rows", "Rows answered, by task.", ["task"], registry=registry)
         self.batch_rows = Histogram(
             "promptbank_batch_rows",

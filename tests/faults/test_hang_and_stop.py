@@ -95,6 +95,7 @@ def test_ranks_that_hang_again_and_again_are_one_sentence_that_says_where(tmp_pa
     assert process.returncode == 5, output
     sentence = output.strip().splitlines()[-1]
     assert "the ranks were lost or failed more than 0 time(s)" in sentence and "run.hang_timeout" in sentence, output
-    (report,) = Path(folder / "hangs").glob("*.txt")
-    assert "all_reduce" in report.read_text(), "the rank that waited did so in a collective"
+    # The stopped one may write too, when it is let go to be ended.
+    reports = [path.read_text() for path in Path(folder / "hangs").glob("*.txt")]
+    assert any("all_reduce" in report for report in reports), "the rank that waited did so in a collective"
     assert_nothing_is_left(process)
