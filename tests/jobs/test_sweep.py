@@ -42,6 +42,7 @@ def trials(folder: Path) -> list[dict]:
     return json.loads((folder / "runs/small/trials.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_job_says_which_trials_the_winner_was_chosen_from(undisturbed):
     folder, output = undisturbed
     halved = sum(trial["status"] == "halved" for trial in trials(folder))

@@ -125,6 +125,7 @@ def cluster(tmp_path):
         yield running
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_job_submitted_to_a_running_cluster_publishes_the_same_prompts(undisturbed, cluster, tmp_path):
     settings = project_in(tmp_path / "project")

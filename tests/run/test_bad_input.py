@@ -146,7 +146,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize(("place", "size"), [("runs", "16k"), ("bank", "4k")])
+@pytest.mark.parametrize(("place", "size"), [pytest.param("runs", "16k", marks=pytest.mark.slow), ("bank", "4k")])
 def test_a_full_disk_is_named_and_leaves_nothing_half_published(project, tmp_path, small_disk, place, size):
     small = small_disk(place, size)
     refused(project, StorageError, str(small))

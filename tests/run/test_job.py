@@ -22,7 +22,7 @@ def run(project, *overrides):
     return run_job(check_run(parse_settings(project, overrides)), Console(quiet=True))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "t5"])
+@pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.slow), "t5"])
 def test_every_kind_of_family_goes_the_whole_way(tmp_path, family):
     outcome = run(make_project(tmp_path, family), "run.max_failures=0")
     assert outcome.exit == 0 and outcome.version == 1
