@@ -39,7 +39,8 @@ def transfer_map(cells: Sequence[TransferCell], metrics: Mapping[str, str]) -> D
             return None
         told = f"prompt of {row} on {on}: {metrics[on]} {figure(cell.value)}, loss {figure(cell.loss)}"
         if not cell.same_labels:
-            return Value("other", 0.0, f"loss {figure(cell.loss)[:4]}", f"{told}; the tasks' labels differ")
+            short = f"loss {cell.loss:.{1 if cell.loss >= 10 else 2}f}"
+            return Value("other", 0.0, short, f"{told}; the tasks' labels differ")
         low, high = ranges[on]
         place = (cell.value - low) / (high - low) if high > low else 1.0
         share = 1 - place if metrics[on] == "loss" else place
