@@ -103,7 +103,7 @@ def assert_no_temporary_files(project: Path) -> None:
     known = {"events.jsonl", "metrics", "trials.json", "checkpoints", "model", "report.html"}
     assert {path.name for path in run_folder.iterdir()} - {"warm_starts", "hangs"} <= known
     hidden = [path for folder in (project / "runs", project / "bank") for path in folder.rglob(".*")]
-    assert not hidden
+    assert not hidden, hidden
 
 
 def prompts(bank: Path, names=("film", "book")) -> dict[str, np.ndarray]:

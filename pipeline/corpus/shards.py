@@ -11,10 +11,9 @@ import json
 import logging
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,6 +25,7 @@ import ray
 import ray.data
 from ray.exceptions import RayError, RayTaskError
 
+from pipeline.corpus.builds import being_built, finished, remove_abandoned
 from pipeline.corpus.encoding import TokenizerContent, TokenizerSpec, load_tokenizer, tokenizer_content
 from pipeline.corpus.files import Source
 from pipeline.corpus.reader import MANIFEST, read_manifest
@@ -42,7 +42,6 @@ _BLOCK_BYTES = 2**20
 # Ray Data holds tasks back by what they may give back: for a second all but one, then each until a poll every 0.1 s saw
 # another end. Ours give back counts, so all of them may wait in Ray's own queue (`docs/benchmarks.md`).
 _HOLDING_BACK = "backpressure_policies.enabled"
-_ABANDONED_AFTER_S = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -100,28 +99,27 @@ def build_shards(
     """
     key, inputs = shard_key(source, recipe, tokenizer)
     final = Path(os.path.abspath(storage)) / "token_shards" / key
+    remove_abandoned(final.parent)
     if read_manifest(final) is not None:
         return final
     connect()
     fresh = final.with_name(f".{key}.{uuid.uuid4().hex}")
     try:
-        _remove_abandoned(final.parent)
-        fresh.mkdir(parents=True)
-        content = tokenizer_content(load_tokenizer(tokenizer.dir))
-        shards, whole = _write_shards(_Work(source, gathered(read_units(source)), recipe, content, fresh))
-        if whole.rows.summary.rows != source.rows:
-            raise CorpusError(
-                f"{source.where}: {whole.rows.summary.rows} rows were read where the files' footers promise "
-                f"{source.rows}; the files changed meanwhile, so run the job again"
-            )
-        _write_manifest(fresh, {"key": key, "made_from": inputs}, shards, manifest_figures(whole))
-        _publish(fresh, final)
+        with being_built(fresh):
+            content = tokenizer_content(load_tokenizer(tokenizer.dir))
+            shards, whole = _write_shards(_Work(source, gathered(read_units(source)), recipe, content, fresh))
+            if whole.rows.summary.rows != source.rows:
+                raise CorpusError(
+                    f"{source.where}: {whole.rows.summary.rows} rows were read where the files' footers promise "
+                    f"{source.rows}; the files changed meanwhile, so run the job again"
+                )
+            _write_manifest(fresh, {"key": key, "made_from": inputs}, shards, manifest_figures(whole))
+            finished(fresh)
+            _publish(fresh, final)
     except OSError as error:
         if isinstance(error, PromptBankError):
             raise
         raise _storage_error(final.parent, error) from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
     return final
 
 
@@ -180,14 +178,6 @@ def _publish(fresh: Path, final: Path) -> None:
     except OSError:
         if read_manifest(final) is None:  # else another job was faster with the same content
             raise
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Builds that were killed count for nothing, but they fill the disk."""
-    for path in folder.glob(".*"):
-        with suppress(FileNotFoundError):  # another job may publish its own just now
-            if time.time() - path.stat().st_mtime > _ABANDONED_AFTER_S:
-                shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
