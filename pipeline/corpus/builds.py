@@ -1,4 +1,4 @@
-"""Folders that are being built, each known by the lock that its builder holds in it, so that a dead one's can go.
+"""Shard folders that are being built, each known by the lock that its builder holds in it, so that a dead one's can go.
 
 A lock ends with its process, however that ended. It is believed on the host where it was taken only: over a network
 file system another host may not see it, and waits for a day instead.
@@ -19,7 +19,7 @@ _ABANDONED_AFTER_S = 24 * 3600
 
 @contextmanager
 def being_built(folder: Path) -> Iterator[None]:
-    """Make the folder, and hold it as this process's; at the end it is removed, unless it was `finished`.
+    """Make the folder, and hold it as this process's; at the end it is removed, unless it has moved away.
 
     Raises: OSError.
     """
@@ -36,7 +36,7 @@ def being_built(folder: Path) -> Iterator[None]:
 
 
 def finished(folder: Path) -> None:
-    """Call before the folder gets its final name. Raises: OSError."""
+    """Take the lock out, before the folder gets its final name. Raises: OSError."""
     (folder / _LOCK).unlink()
 
 
@@ -49,11 +49,12 @@ def remove_abandoned(parent: Path) -> None:
 
 
 def _is_abandoned(folder: Path) -> bool:
-    with suppress(FileNotFoundError), (folder / _LOCK).open("r+") as lock:
+    with suppress(OSError), (folder / _LOCK).open("r+") as lock:
         if lock.read() == socket.gethostname():
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
             return True
+    # Without a lock, of another host, or on a file system that has none:
     return time.time() - os.stat(folder).st_mtime > _ABANDONED_AFTER_S

@@ -99,12 +99,12 @@ def build_shards(
     """
     key, inputs = shard_key(source, recipe, tokenizer)
     final = Path(os.path.abspath(storage)) / "token_shards" / key
-    remove_abandoned(final.parent)
     if read_manifest(final) is not None:
         return final
     connect()
     fresh = final.with_name(f".{key}.{uuid.uuid4().hex}")
     try:
+        remove_abandoned(final.parent)
         with being_built(fresh):
             content = tokenizer_content(load_tokenizer(tokenizer.dir))
             shards, whole = _write_shards(_Work(source, gathered(read_units(source)), recipe, content, fresh))

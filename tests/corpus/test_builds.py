@@ -1,7 +1,8 @@
 """Folders being built, and what becomes of those whose builder died."""
 
+import errno
+import fcntl
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,34 +24,55 @@ with being_built(Path(sys.argv[1])):
 
 @pytest.fixture
 def builder(tmp_path):
-    """A process that builds `.build` in the folder."""
-    command = [sys.executable, "-c", BUILDER, str(tmp_path / ".build")]
+    """A process that builds, and what it builds."""
+    build = tmp_path / ".build"
+    command = [sys.executable, "-c", BUILDER, str(build)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout.readline() == "building\n"
-    yield process
+    yield process, build
     process.kill()
     process.communicate()
 
 
+def die(process: subprocess.Popen) -> None:
+    process.kill()
+    process.wait()
+
+
 def test_what_a_killed_builder_left_is_removed_and_a_living_ones_is_not(builder, tmp_path):
+    process, build = builder
     remove_abandoned(tmp_path)
-    assert (tmp_path / ".build").is_dir()
-    builder.send_signal(signal.SIGKILL)
-    builder.wait()
+    assert build.is_dir()
+    die(process)
     remove_abandoned(tmp_path)
-    assert not (tmp_path / ".build").exists()
+    assert not build.exists()
 
 
 def test_another_hosts_build_is_left_alone_for_a_day(builder, tmp_path):
-    builder.kill()
-    builder.wait()
-    (lock,) = (tmp_path / ".build").iterdir()
+    process, build = builder
+    die(process)
+    (lock,) = build.iterdir()
     lock.write_text("another-host")
-    remove_abandoned(tmp_path)
-    assert (tmp_path / ".build").is_dir()
-    os.utime(tmp_path / ".build", (0, 0))
-    remove_abandoned(tmp_path)
-    assert not (tmp_path / ".build").exists()
+    assert_left_alone_for_a_day(build, tmp_path)
+
+
+def test_where_files_cannot_be_locked_a_build_is_left_alone_for_a_day(builder, tmp_path, monkeypatch):
+    process, build = builder
+    die(process)
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert_left_alone_for_a_day(build, tmp_path)
+
+
+def assert_left_alone_for_a_day(build: Path, parent: Path) -> None:
+    remove_abandoned(parent)
+    assert build.is_dir()
+    os.utime(build, (0, 0))
+    remove_abandoned(parent)
+    assert not build.exists()
 
 
 def test_a_finished_build_moves_without_its_lock_and_a_failed_one_goes(tmp_path):

@@ -7,7 +7,7 @@ from tests.job_process import distance, events, finish, project_in, run, start, 
 pytestmark = pytest.mark.timeout(900)
 EXACT = ("--set", "model.products=exact")
 STEPS = 1200
-"""Long enough that one rank, which takes 200 a second, is killed before it has ended."""
+"""Long enough that one rank is killed before it has ended."""
 TOLERANCE = 1e-3
 """Relative distance of a prompt at the end. Sums are made in another order; int8 products would round that up."""
 

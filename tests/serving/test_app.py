@@ -15,13 +15,13 @@ import pytest
 
 from pipeline.bank import PromptBank
 from pipeline.serving import PromptedModel, load_backbone
+from tests.corpora import reviews
 from tests.serving.load import QUESTIONS
 from tests.serving.prompts import LABELS, new_prompt
 from tests.tiny import make_model
 
 ROOT = Path(__file__).parents[2]
 MAX_ROWS, MAX_BODY, MAX_WAITING = 32, 20_000, 20
-WHAT = ("film", "food", "music", "story", "red film", "good food", "bad music", "long story")
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +167,7 @@ def test_openapi_describes_routes_and_errors(client):
 def _ask_for_long(url, replies):
     """Threads that ask for a second or more of the model's work, started, and one arrived."""
     # A random model may end any one text at once; of so many, some are long.
-    texts = [f"{how} {what}" for how in ("good", "bad", "the red", "very") for what in WHAT]
-    body = {"rows": [{"task": "open", "text": text} for text in texts], "max_new_tokens": 200}
+    body = {"rows": [{"task": "open", "text": text} for text, _ in reviews(MAX_ROWS, 0)], "max_new_tokens": 200}
 
     def ask():
         try:
