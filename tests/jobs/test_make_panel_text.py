@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from jobs.make_panel_text import main
 
-WORDS = [
+WORDS = ["river", "stone", "cloud", "paper", "window", "garden", "yellow", "silent", "running", "letter", "winter"]
     "river",
     "stone",
     "cloud",
