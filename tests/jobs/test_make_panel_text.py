@@ -11,19 +11,6 @@ from transformers import AutoTokenizer
 from jobs.make_panel_text import main
 
 WORDS = ["river", "stone", "cloud", "paper", "window", "garden", "yellow", "silent", "running", "letter", "winter"]
-    "river",
-    "stone",
-    "cloud",
-    "paper",
-    "window",
-    "garden",
-    "yellow",
-    "silent",
-    "running",
-    "letter",
-    "winter",
-    "copper",
-]
 
 
 def write(path: Path, texts: list[str]) -> None:
