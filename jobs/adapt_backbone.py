@@ -47,6 +47,7 @@ def main(
 def _run(settings: AdaptationSettings, console: Console, plan_only: bool) -> None:
     # Imported late: torch, transformers and Ray take seconds, and a mistyped setting should not wait.
     from pipeline.adapt.job import check_adaptation, run_adaptation
+    from pipeline.reporting.words import duration, millions
 
     checked = check_adaptation(settings)
     if plan_only:
@@ -58,7 +59,7 @@ def _run(settings: AdaptationSettings, console: Console, plan_only: bool) -> Non
         console.print(f"{settings.steps} steps of {a_step}: {seen:,} tokens")
         return
     adapted = run_adaptation(checked, console)
-    console.print(f"Trained {adapted.trained_parameters / 1e6:,.1f} M parameters in {adapted.seconds:,.0f} s.")
+    console.print(f"Trained {millions(adapted.trained_parameters)} parameters in {duration(adapted.seconds)}.")
     for step, folder in adapted.models.items():
         console.print(f"  step {step}: {folder}", markup=False, highlight=False)
 

@@ -58,6 +58,11 @@ def size(count: int | None) -> str:
     return f"{count} B"
 
 
+def millions(count: int) -> str:
+    """`135 M`; of less than ten, one decimal: `0.6 M`."""
+    return f"{count / 1e6:,.0f} M" if count >= 10e6 else f"{count / 1e6:.1f} M"
+
+
 def moment(seconds: float) -> str:
     """Unix seconds as `2026-03-05 02:13 UTC`."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")

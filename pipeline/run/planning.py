@@ -3,6 +3,7 @@
 from rich.console import Console
 
 from pipeline.reporting.plan import PlannedTask, memory_table, plan_table
+from pipeline.reporting.words import millions
 from pipeline.run.checks import CheckedRun
 
 
@@ -14,7 +15,7 @@ def print_plan(checked: CheckedRun, console: Console) -> None:
         console.print(f"left out: {name}: {error}", markup=False)
     memory = checked.memory
     console.print(
-        f"model {settings.model.path}: {checked.config.model_type}, {memory.parameters / 1e6:,.0f} M parameters, "
+        f"model {settings.model.path}: {checked.config.model_type}, {millions(memory.parameters)} parameters, "
         f"{settings.model.weights}, backbone {checked.identity.fingerprint[:12]}",
         markup=False,
     )

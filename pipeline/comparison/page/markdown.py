@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from pipeline.comparison.page.render import MethodLine, method_lines, seeds, shift_groups, spread
 from pipeline.comparison.results import Results, TransferCell
-from pipeline.reporting.words import ABSENT, duration, figure, size
+from pipeline.reporting.words import ABSENT, duration, figure, millions, size
 
 
 def to_markdown(results: Results) -> str:
@@ -15,7 +15,7 @@ def to_markdown(results: Results) -> str:
 def _head(results: Results) -> list[str]:
     return [
         f"# Comparison {results.run}",
-        f"{results.model} ({results.parameters / 1e6:,.0f} M parameters), {results.ranks} rank(s), {results.device}. "
+        f"{results.model} ({millions(results.parameters)} parameters), {results.ranks} rank(s), {results.device}. "
         "Choices by the mean dev metric over seeds, figures on test (dev, where a task has none): mean ± standard "
         "deviation over seeds.",
     ]

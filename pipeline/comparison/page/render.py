@@ -12,7 +12,7 @@ from pipeline.reporting import words
 from pipeline.reporting.html.pages import TEMPLATES, environment, own_texts
 
 OWN_TEMPLATES = ChoiceLoader([PackageLoader("pipeline.comparison.page", "templates"), TEMPLATES])
-_FILTERS = (words.figure, words.signed, words.duration, words.size, words.moment, words.counted)
+_FILTERS = (words.figure, words.signed, words.duration, words.size, words.millions, words.moment, words.counted)
 
 
 @dataclass(frozen=True)
