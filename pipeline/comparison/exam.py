@@ -23,7 +23,7 @@ from pipeline.corpus.reader import open_split
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.run.stages import settings_for_ranks
 from pipeline.settings import Settings
-from pipeline.tuning.evaluate import Exam, answer, exam_of, wanted
+from pipeline.tuning.evaluate import Exam, answer, exam_of
 from pipeline.tuning.hosting import host_on_rank
 from pipeline.tuning.journal import Journal
 from pipeline.tuning.notices import Notices
@@ -127,7 +127,7 @@ def _answer_all(order: ExamOrder, settings: Settings, backbone: Backbone, journa
         if rank() == 0:
             for place, exam, given in zip(part, exams, answers, strict=True):
                 lengths = exam.split.target_lengths
-                answered = Answered(given.nll, lengths, wanted(exam), given.texts, given.label_scores, exam.labels)
+                answered = Answered(given.nll, lengths, given.wanted, given.texts, given.label_scores, exam.labels)
                 save_answers(order.path(order.digests[place]), answered)
         journal.event("stage", name=PHASE, text=f"{min(start + _AT_ONCE, len(missing))} of {len(missing)} answered")
 

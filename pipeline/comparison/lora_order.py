@@ -20,7 +20,7 @@ from pipeline.comparison.training import trained_task
 from pipeline.corpus.reader import open_split
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.settings import LoraSettings, Settings
-from pipeline.tuning.evaluate import answer, exam_of, wanted
+from pipeline.tuning.evaluate import answer, exam_of
 from pipeline.tuning.journal import Journal
 from pipeline.tuning.notices import told_to_stop
 from pipeline.tuning.rank_process import rank_process
@@ -131,5 +131,5 @@ def _answer(
         answers = answer(backbone, tokenizer, exams, settings.cluster.tokens_per_microbatch) if exams else []
     for question, exam, given in zip(asked, exams, answers, strict=True):
         lengths = exam.split.target_lengths
-        answered = Answered(given.nll, lengths, wanted(exam), given.texts, given.label_scores, exam.labels)
+        answered = Answered(given.nll, lengths, given.wanted, given.texts, given.label_scores, exam.labels)
         save_answers(order.answers(job, question), answered)

@@ -3,6 +3,7 @@
 Labels are compared by log-likelihood (accuracy, f1); open targets are decoded greedily.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -53,10 +54,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a prompt made of every row of its split; with the wanted targets this decides its score."""
+    """What a prompt made of every row of its split, and what was wanted: this decides its score."""
 
     nll: np.ndarray
     """[N] nats of each row's target."""
+    wanted: list[str]
+    """Each row's target; of open ones without special tokens, which decoding leaves out, too."""
     texts: list[str] | None
     """The label chosen, or the text decoded, of each row; None for the metric `loss`."""
     label_scores: np.ndarray | None = None
@@ -81,7 +84,7 @@ def score(exam: Exam, answers: Answers) -> Score:
     if answers.texts is None:
         return Score(loss, loss)
     of_metric = label_metric if exam.metric in LABELLED else text_metric
-    return Score(of_metric(exam.metric, answers.texts, wanted(exam)), loss)
+    return Score(of_metric(exam.metric, answers.texts, answers.wanted), loss)
 
 
 def answer(backbone: Backbone, tokenizer: Any, exams: Sequence[Exam], token_budget: int) -> list[Answers]:
@@ -95,7 +98,7 @@ def answer(backbone: Backbone, tokenizer: Any, exams: Sequence[Exam], token_budg
     most = max((_label_copies(exams[s]) for s in labelled), default=0)
     score_labels = partial(_score_labels, width=most)
     for s, outcome in run.each_row(labelled, score_labels, width=most, copies=_label_copies).items():
-        labels, targets = exams[s].labels or (), wanted(exams[s])
+        labels, targets = exams[s].labels or (), _targets(exams[s])
         label_scores[s] = outcome[:, : len(labels)]
         nll[s] = np.array([-row[labels.index(target)] for row, target in zip(outcome, targets, strict=True)])
         # A prompt gone NaN has no best label: it gets the first, and its loss tells.
@@ -103,12 +106,18 @@ def answer(backbone: Backbone, tokenizer: Any, exams: Sequence[Exam], token_budg
     for s, outcome in run.each_row(others, _score_targets, width=1).items():
         nll[s] = outcome[:, 0]
     answered |= _decode(run, tokenizer, [s for s in others if exams[s].metric != "loss"])
-    return [Answers(nll[s], answered.get(s), label_scores.get(s)) for s in range(len(exams))]
+    wanted = [_targets(exam) if s in labelled else _shown(_targets(exam), tokenizer) for s, exam in enumerate(exams)]
+    return [Answers(nll[s], wanted[s], answered.get(s), label_scores.get(s)) for s in range(len(exams))]
 
 
-def wanted(exam: Exam) -> list[str]:
-    """The targets of the split's rows, as texts."""
+def _targets(exam: Exam) -> list[str]:
     return [exam.split.target(i) for i in range(len(exam.split))]
+
+
+def _shown(targets: Sequence[str], tokenizer: Any) -> list[str]:
+    """The targets as a decoded answer shows them: `<extra_id_0> yes` is `yes`."""
+    special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return [re.sub("|".join(special), "", target).strip() for target in targets]
 
 
 def _label_copies(exam: Exam) -> int:

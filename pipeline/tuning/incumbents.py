@@ -20,7 +20,7 @@ from safetensors.numpy import save
 from pipeline.backbone.host import Backbone
 from pipeline.corpus.reader import open_split
 from pipeline.corpus.task_corpus import TaskCorpus
-from pipeline.tuning.evaluate import LABELLED, Answers, Exam, answer, exam_of, wanted
+from pipeline.tuning.evaluate import LABELLED, Answers, Exam, answer, exam_of
 from pipeline.tuning.loop import TuningRun
 from pipeline.tuning.metrics import text_metric
 from pipeline.tuning.ranks import rank
@@ -107,12 +107,12 @@ def row_outcomes(exam: Exam, answers: Answers) -> np.ndarray:
     """`[N, 2]`, as `Pair` has them."""
     if answers.texts is None:
         return np.stack([answers.nll, exam.split.target_lengths], axis=1).astype(np.float64)
-    targets = wanted(exam)
+    pairs = zip(answers.texts, answers.wanted, strict=True)
     if exam.metric in LABELLED:
         place = {label: i for i, label in enumerate(exam.labels or ())}
-        rows = [(float(place[got]), place[want]) for got, want in zip(answers.texts, targets, strict=True)]
+        rows = [(float(place[got]), place[want]) for got, want in pairs]
     else:
-        rows = [(text_metric(exam.metric, [got], [want]), 1) for got, want in zip(answers.texts, targets, strict=True)]
+        rows = [(text_metric(exam.metric, [got], [want]), 1) for got, want in pairs]
     return np.array(rows, dtype=np.float64).reshape(-1, 2)
 
 

@@ -8,9 +8,9 @@ import torch
 
 from pipeline.backbone import prompted
 from pipeline.corpus.reader import open_split
-from pipeline.tuning.evaluate import Exam, evaluate
+from pipeline.tuning.evaluate import Exam, answer, evaluate
 from pipeline.tuning.metrics import goodness, label_metric, text_metric
-from tests.corpora import make_corpus
+from tests.corpora import make_corpus, reviews, task_corpus
 
 
 @pytest.fixture
@@ -63,6 +63,29 @@ def test_the_answer_is_the_label_with_the_highest_log_likelihood(model, exams):
     right = [exam.labels[answer] == exam.split.target(i) for i, answer in enumerate(answers)]
     (score,) = evaluate(backbone, tokenizer, [exam], 1000)
     assert score.value == pytest.approx(np.mean(right))
+
+
+def test_a_target_behind_a_special_token_is_met_by_what_the_service_would_show(model, tmp_path):
+    backbone, tokenizer, _ = model
+    rows = reviews(12, seed=0)
+    prompt = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+
+    def exam_with(name, targets):
+        pairs = [(text, target) for (text, _), target in zip(rows, targets, strict=True)]
+        corpus = task_corpus(tmp_path, tokenizer, backbone.architecture, name, {"train": pairs, "dev": pairs})
+        return Exam(prompt, open_split(corpus.splits["dev"]), "exact_match", None, None, 4)
+
+    plain = exam_with("plain", ["good"] * len(rows))
+    (first,) = answer(backbone, tokenizer, [plain], 1000)
+    inputs = [plain.split.input_ids(i) for i in range(len(rows))]
+    shown = {
+        tokenizer.decode(ids, skip_special_tokens=True).strip(): text
+        for ids, text in zip(inputs, first.texts, strict=True)
+    }
+    behind = exam_with("behind", [f"<unk> {shown[text]}" for text, _ in rows])
+    (again,) = answer(backbone, tokenizer, [behind], 1000)
+    assert sorted(again.wanted) == sorted(first.texts)
+    assert evaluate(backbone, tokenizer, [behind], 1000)[0].value == 1
 
 
 def test_metrics_on_worked_examples():
