@@ -70,7 +70,8 @@ def joined_plot(plot: JoinedPlot) -> Drawing:
         marks.append(mark(f"mean {colour}", shape, at, 14, 4.2, line))
         labels.append(Label(at + 9, 18, short(line, (_WIDTH - _LEFT) / max(2, len(plot.lines)) - 16), "start", "name"))
     told = "; ".join(f"{line} {', '.join(figure(plot.shown(p).mean) for p in own)}" for line, own in plot.lines.items())
-    title = f"{plot.split} {plot.metric} of {plot.task} over {plot.axis}: {told}"
+    over = "" if plot.axis == plot.title else f" over {plot.axis}"
+    title = f"{plot.split} {plot.metric} of {plot.task}{over}: {told}"
     return Drawing(title, _WIDTH, _BOTTOM + 24, lines, marks, labels)
 
 
