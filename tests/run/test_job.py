@@ -151,6 +151,34 @@ def test_a_sweep_over_prompts_of_the_bank_starts_each_trial_from_its_own(project
     np.testing.assert_array_equal(book, bank.load("book@1").array)
 
 
+def test_a_prompt_started_from_a_mix_of_the_banks_starts_at_their_mean(project, tmp_path):
+    project["tasks"]["book"] |= {"metric": "accuracy", "prompt": {"length": 4}}
+    run(project)
+    project["tasks"]["film"]["prompt"] = {"init": "bank", "source": "film@1+book@1"}
+    run(project, "run.name=warm")
+    (path,) = tmp_path.glob("runs/warm/warm_starts/film.*")
+    bank = PromptBank.open(tmp_path / "bank")
+    mean = (bank.load("film@1").array + bank.load("book@1").array) / 2
+    np.testing.assert_allclose(load_file(path)["prompt"], mean, rtol=1e-6)
+
+
+def test_asked_for_all_the_bank_gets_every_trials_prompt_under_its_own_name_and_once(project, tmp_path):
+    every = [*SWEPT, "bank.publish=all"]
+    assert run(project, *every).version == 1
+    trials = json.loads((tmp_path / "runs/small/trials.json").read_text())
+    whole = {trial["trial"]: trial for trial in trials if trial["status"] != "failed"}
+    bank = PromptBank.open(tmp_path / "bank")
+    assert len(whole) == 8 and set(bank.names()) == {"book", "film", *whole}
+    for name, trial in whole.items():
+        record = bank.load(name).record
+        assert (record.task, record.length, record.seed) == (trial["task"], trial["prompt"]["length"], trial["seed"])
+        assert record.metrics.dev_after == trial["dev_after"] and record.settings_digest == trial["settings_digest"]
+    for task in ("book", "film"):
+        (best,) = [trial["trial"] for trial in trials if trial["task"] == task and trial["published"]]
+        np.testing.assert_array_equal(bank.load(task).array, bank.load(best).array)
+    assert run(project, *every).version == 1, "started again it publishes nothing new"
+
+
 def test_a_task_whose_every_trial_fails_has_failed_and_says_of_how_many(project):
     outcome = run(project, "tasks.film.sweep={optimizer.lr: [1e30, 1e29]}")
     assert outcome.exit == 3
