@@ -36,8 +36,7 @@ for size in small base; do
   compare objectives.yaml $size-sentinel $size/models/step-003000 --set 'defaults.target=<extra_id_0> {label}'
   compare objectives.yaml $size-adapted-100 $size-adapted/models/step-000100
   compare objectives.yaml $size-adapted-300 $size-adapted/models/step-000300
-  compare objectives.yaml $size-adapted-1000 $size-adapted/models/step-001000 \
-    --set 'compare.fine_tuning={lr: [0.001], tasks: [origin]}'
+  compare objectives.yaml $size-adapted-1000 $size-adapted/models/step-001000
   compare length_and_init.yaml $size-length-and-init $size-adapted/models/step-001000
 done
 
