@@ -15,6 +15,7 @@ What is there already is left as it is.
 
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -43,7 +44,7 @@ def main(
     if out.exists():
         return
     texts = _texts(data, column)
-    origins = {split: _origins(data, split, column) for split in ("train", "test")}
+    origins = _origins(data, column)
     put_in_place(out, lambda folder: _write(folder, texts, origins, vocabulary))
 
 
@@ -52,16 +53,17 @@ def _texts(data: Path, column: str) -> list[str]:
     return [text for text in train if text not in test]
 
 
-def _origins(data: Path, split: str, column: str) -> list[tuple[str, str]]:
-    """(text, label) of one split, in an order drawn once; a text that several corpora hold is none's."""
-    found = {name: set(_column(data, split, column, name)) for name in ORIGINS}
-    if split == "train":
-        test = {text for name in ORIGINS for text in _column(data, "test", column, name)}
-        found = {name: texts - test for name, texts in found.items()}
-    alone = {
-        name: sorted(texts.difference(*(other for key, other in found.items() if key != name)))
-        for name, texts in found.items()
-    }
+def _origins(data: Path, column: str) -> dict[str, list[tuple[str, str]]]:
+    """(text, label) of each split; a text that several corpora hold is none's."""
+    train, test = ({name: set(_column(data, split, column, name)) for name in ORIGINS} for split in ("train", "test"))
+    tested = set().union(*test.values())
+    return {"train": _drawn({name: texts - tested for name, texts in train.items()}), "test": _drawn(test)}
+
+
+def _drawn(held: dict[str, set[str]]) -> list[tuple[str, str]]:
+    """Equally many rows of each corpus, in an order drawn once, without the texts that another one holds, too."""
+    times = Counter(text for texts in held.values() for text in texts)
+    alone = {name: sorted(text for text in texts if times[text] == 1) for name, texts in held.items()}
     drawn = random.Random(0)
     each = min(len(texts) for texts in alone.values())
     rows = [(text, ORIGINS[name]) for name, texts in alone.items() for text in drawn.sample(texts, each)]

@@ -14,6 +14,7 @@ from pipeline.comparison.questions import (
     Answered,
     Question,
     all_answers,
+    as_answered,
     kept_prompt,
     load_answers,
     save_answers,
@@ -126,9 +127,7 @@ def _answer_all(order: ExamOrder, settings: Settings, backbone: Backbone, journa
         answers = answer(backbone, tokenizer, exams, settings.cluster.tokens_per_microbatch)
         if rank() == 0:
             for place, exam, given in zip(part, exams, answers, strict=True):
-                lengths = exam.split.target_lengths
-                answered = Answered(given.nll, lengths, given.wanted, given.texts, given.label_scores, exam.labels)
-                save_answers(order.path(order.digests[place]), answered)
+                save_answers(order.path(order.digests[place]), as_answered(exam, given))
         journal.event("stage", name=PHASE, text=f"{min(start + _AT_ONCE, len(missing))} of {len(missing)} answered")
 
 

@@ -15,7 +15,7 @@ from pipeline.backbone.files import find_model
 from pipeline.backbone.host import Backbone, compute_dtype, host_backbone
 from pipeline.comparison.adapter import add_adapter, no_prompt, put_weights, train_adapter
 from pipeline.comparison.adapter_files import load_adapter, save_adapter
-from pipeline.comparison.questions import Answered, Question, load_answers, save_answers
+from pipeline.comparison.questions import Question, as_answered, load_answers, save_answers
 from pipeline.comparison.training import trained_task
 from pipeline.corpus.reader import open_split
 from pipeline.corpus.task_corpus import TaskCorpus
@@ -130,6 +130,4 @@ def _answer(
     with alone():
         answers = answer(backbone, tokenizer, exams, settings.cluster.tokens_per_microbatch) if exams else []
     for question, exam, given in zip(asked, exams, answers, strict=True):
-        lengths = exam.split.target_lengths
-        answered = Answered(given.nll, lengths, given.wanted, given.texts, given.label_scores, exam.labels)
-        save_answers(order.answers(job, question), answered)
+        save_answers(order.answers(job, question), as_answered(exam, given))

@@ -16,8 +16,7 @@ from safetensors.numpy import load_file, save
 
 from pipeline.comparison.told_tensors import load_told, told
 from pipeline.errors import StorageError
-from pipeline.tuning.evaluate import LABELLED
-from pipeline.tuning.metrics import label_metric, text_metric
+from pipeline.tuning.evaluate import Answers, Exam, score_texts
 from pipeline.whole_files import write_atomically
 
 Split = Literal["dev", "test"]
@@ -67,9 +66,10 @@ class Answered:
         return self.loss if self.texts is None else score_texts(metric, self.texts, self.targets)
 
 
-def score_texts(metric: str, texts: list[str], targets: list[str]) -> float:
-    of_metric = label_metric if metric in LABELLED else text_metric
-    return of_metric(metric, texts, targets)
+def as_answered(exam: Exam, answers: Answers) -> Answered:
+    """What is kept of an exam's answers."""
+    lengths = exam.split.target_lengths
+    return Answered(answers.nll, lengths, answers.wanted, answers.texts, answers.label_scores, exam.labels)
 
 
 def keep_prompt(folder: Path, prompt: np.ndarray) -> str:

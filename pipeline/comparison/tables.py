@@ -7,7 +7,7 @@ from pipeline.comparison import ensembles
 from pipeline.comparison.answers import Answers
 from pipeline.comparison.candidates import METHODS, Measured, written
 from pipeline.comparison.choice import Group, Spread, choose, spread
-from pipeline.comparison.questions import Answered, Split, score_texts
+from pipeline.comparison.questions import Answered, Split
 from pipeline.comparison.results import (
     EnsembleRow,
     Mean,
@@ -20,6 +20,7 @@ from pipeline.comparison.results import (
 )
 from pipeline.comparison.study import Study
 from pipeline.settings.sweeps import SweptKey
+from pipeline.tuning.evaluate import score_texts
 
 Chosen = Mapping[tuple[str, str], Group]
 """By (method, task)."""

@@ -14,6 +14,7 @@ from pipeline.backbone.host import compute_dtype
 from pipeline.full_weights.journal import Journal
 from pipeline.full_weights.loading import load_trained
 from pipeline.full_weights.pieces import TrainedModel, trained_parameters
+from pipeline.reporting.words import millions
 from pipeline.settings import OptimizerSettings
 from pipeline.tuning.notices import Notices
 from pipeline.tuning.peak_memory import peak_bytes
@@ -76,7 +77,7 @@ def training_rank(
         model = load_trained(find_model(place.model), config, optimizer, dtype=dtype, device=device)
         call_at_every_layer(model.backbone.hosted, alive)
         count = trained_parameters(model)
-        journal.event("stage", name="tuning", text=f"{count / 1e6:,.1f} M parameters are trained in {dtype}")
+        journal.event("stage", name="tuning", text=f"{millions(count)} parameters are trained in {dtype}")
         journal.memory("backbone")
         tokenizer = AutoTokenizer.from_pretrained(place.description, trust_remote_code=False)
         yield TrainingRank(model, tokenizer, journal, Notices(place.folder, node_leaves))

@@ -83,14 +83,20 @@ def score(exam: Exam, answers: Answers) -> Score:
     loss = float(answers.nll.sum() / exam.split.target_lengths.sum())
     if answers.texts is None:
         return Score(loss, loss)
-    of_metric = label_metric if exam.metric in LABELLED else text_metric
-    return Score(of_metric(exam.metric, answers.texts, answers.wanted), loss)
+    return Score(score_texts(exam.metric, answers.texts, answers.wanted), loss)
+
+
+def score_texts(metric: str, texts: Sequence[str], targets: Sequence[str]) -> float:
+    """Of the metrics other than `loss`."""
+    of_metric = label_metric if metric in LABELLED else text_metric
+    return of_metric(metric, texts, targets)
 
 
 def answer(backbone: Backbone, tokenizer: Any, exams: Sequence[Exam], token_budget: int) -> list[Answers]:
     """Answer every row of every exam. All ranks call this with the same exams and get the same answers."""
     run = _Runner(backbone, exams, token_budget * _BUDGET_FACTOR)
     nll = [np.zeros(len(exam.split)) for exam in exams]
+    wanted = [_wanted(exam, tokenizer) for exam in exams]
     answered: dict[int, list[str]] = {}
     labelled = [s for s, exam in enumerate(exams) if exam.metric in LABELLED]
     others = [s for s, exam in enumerate(exams) if s not in labelled]
@@ -98,26 +104,24 @@ def answer(backbone: Backbone, tokenizer: Any, exams: Sequence[Exam], token_budg
     most = max((_label_copies(exams[s]) for s in labelled), default=0)
     score_labels = partial(_score_labels, width=most)
     for s, outcome in run.each_row(labelled, score_labels, width=most, copies=_label_copies).items():
-        labels, targets = exams[s].labels or (), _targets(exams[s])
+        labels = exams[s].labels or ()
         label_scores[s] = outcome[:, : len(labels)]
-        nll[s] = np.array([-row[labels.index(target)] for row, target in zip(outcome, targets, strict=True)])
+        nll[s] = np.array([-row[labels.index(target)] for row, target in zip(outcome, wanted[s], strict=True)])
         # A prompt gone NaN has no best label: it gets the first, and its loss tells.
         answered[s] = [labels[int(i)] for i in np.nan_to_num(label_scores[s], nan=-np.inf).argmax(axis=1)]
     for s, outcome in run.each_row(others, _score_targets, width=1).items():
         nll[s] = outcome[:, 0]
     answered |= _decode(run, tokenizer, [s for s in others if exams[s].metric != "loss"])
-    wanted = [_targets(exam) if s in labelled else _shown(_targets(exam), tokenizer) for s, exam in enumerate(exams)]
     return [Answers(nll[s], wanted[s], answered.get(s), label_scores.get(s)) for s in range(len(exams))]
 
 
-def _targets(exam: Exam) -> list[str]:
-    return [exam.split.target(i) for i in range(len(exam.split))]
-
-
-def _shown(targets: Sequence[str], tokenizer: Any) -> list[str]:
-    """The targets as a decoded answer shows them: `<extra_id_0> yes` is `yes`."""
-    special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return [re.sub("|".join(special), "", target).strip() for target in targets]
+def _wanted(exam: Exam, tokenizer: Any) -> list[str]:
+    """The targets; of open ones as a decoded answer shows them: `<extra_id_0> yes` is `yes`."""
+    targets = [exam.split.target(i) for i in range(len(exam.split))]
+    if exam.metric in LABELLED:
+        return targets
+    special = "|".join(re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return [re.sub(special, "", target).strip() for target in targets]
 
 
 def _label_copies(exam: Exam) -> int:
