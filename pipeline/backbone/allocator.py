@@ -9,6 +9,7 @@ _OLD_LIMIT = 2**25
 """The most that older releases of glibc take."""
 _SMALL_MODEL = 2**29
 _LARGE_TENSOR = 2**20
+_PIECE_OF_A_MATRIX = 2**17
 
 
 def suit_allocator(held_bytes: int) -> None:
@@ -21,12 +22,19 @@ def suit_allocator(held_bytes: int) -> None:
     if held_bytes < _SMALL_MODEL:
         _set_thresholds(_AS_MUCH_AS_THERE_IS)
     else:
-        give_back_freed_memory()
+        _give_back(_LARGE_TENSOR)
 
 
-def give_back_freed_memory() -> None:
-    """Give what is free back to the system, and from now on every large tensor as it is freed."""
-    _set_thresholds(_LARGE_TENSOR)
+def suit_allocator_to_loading() -> None:
+    """Give what is free back to the system, and from now on every piece of a matrix as it is freed.
+
+    The little that is kept of each matrix would hold the memory around it: 10 to 30 MB beside an 80 MB model.
+    """
+    _give_back(_PIECE_OF_A_MATRIX)
+
+
+def _give_back(size: int) -> None:
+    _set_thresholds(size)
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

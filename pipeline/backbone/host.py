@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from pipeline.backbone.allocator import give_back_freed_memory
+from pipeline.backbone.allocator import suit_allocator_to_loading
 from pipeline.backbone.files import Architecture, ModelFiles, architecture_of
 from pipeline.backbone.fused import use_kernels
 from pipeline.backbone.int8 import set_products
@@ -127,7 +127,7 @@ def host_backbone(
     import deepspeed
 
     zero = zero_settings(int(config.hidden_size))
-    give_back_freed_memory()
+    suit_allocator_to_loading()
     node = join_node_memory() if share_memory and keep is None and device.type == "cpu" else None
     keep = keep or (node.keep if node else on_device(device))
     traffic = Traffic()

@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
+from pipeline.backbone.allocator import suit_allocator
 from pipeline.backbone.files import find_model
-from pipeline.backbone.host import Backbone, compute_dtype, host_backbone
+from pipeline.backbone.host import Backbone, compute_dtype, held_bytes, host_backbone
 from pipeline.backbone.offload import keep_by
 from pipeline.settings import Settings
 from pipeline.tuning.journal import Journal
@@ -27,7 +28,7 @@ def host_on_rank(settings: Settings, model_folder: Path, device: torch.device, j
     sharded = partitions(setting, config, int8, compute_dtype(dtype, device), device)
     how = "partitioned over" if sharded else "whole on each of"
     journal.event("stage", name="backbone", text=f"loading {model.path}, {how} {world_size()} rank(s)")
-    return host_backbone(
+    backbone = host_backbone(
         find_model(model.path),
         config,
         int8=int8,
@@ -37,3 +38,5 @@ def host_on_rank(settings: Settings, model_folder: Path, device: torch.device, j
         products=agreed_products(model.products, device),
         keep=keep_by(model.offload, model.offload_folder),
     )
+    suit_allocator(sum(held_bytes(backbone).values()))
+    return backbone

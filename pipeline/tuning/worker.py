@@ -10,7 +10,6 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
-from pipeline.backbone.allocator import suit_allocator
 from pipeline.backbone.host import held_bytes, held_digest
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import TuningError
@@ -106,7 +105,6 @@ def _tune(
     backbone = host_on_rank(settings, order.model_folder, device, journal)
     call_at_every_layer(backbone.hosted, alive)
     sizes = held_bytes(backbone)
-    suit_allocator(sum(sizes.values()))
     held = ", ".join(f"{size / 2**20:.0f} MiB of {kind}" for kind, size in sorted(sizes.items()))
     before = held_digest(backbone)
     journal.event("stage", name="tuning", text=f"rank 0 of {world_size()} holds {held}")

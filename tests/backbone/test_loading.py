@@ -59,7 +59,7 @@ def test_no_rank_holds_the_whole_model_before_or_after_or_while_loading(tmp_path
         assert held["int8"] == int8 / 2, "int8 bytes per rank are the total over the ranks"
         assert held["float32"] < int8 / 20, "only norms and scales are kept whole"
         assert sum(held.values()) == pytest.approx(estimated, rel=0.02), "what --plan says"
-        assert peak < int8 / 2 + largest / 2, "a rank held more than its part and some rows while loading"
+        assert peak < int8 / 2 + largest / 4, "a rank held more than its part and some rows while loading"
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "t5", "t5_tied"])
