@@ -57,6 +57,7 @@ def main(
 
 def _run(settings: Settings, console: Console, plan_only: bool) -> int:
     # Imported late: torch, transformers and Ray take seconds, and a mistyped setting should not wait.
+    from pipeline.comparison.checks import check_model
     from pipeline.comparison.job import run_comparison
     from pipeline.comparison.planning import print_compared
     from pipeline.comparison.study import compared_settings
@@ -64,6 +65,7 @@ def _run(settings: Settings, console: Console, plan_only: bool) -> int:
     from pipeline.run.checks import check_run
 
     checked = check_run(compared_settings(settings))
+    check_model(checked)
     if plan_only:
         print_compared(checked, console)
         return 0

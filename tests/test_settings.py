@@ -72,6 +72,11 @@ def test_overrides_change_one_setting_and_leave_the_file_alone(raw, override, re
         ("model.offload=cpu", "model.offload 'cpu' is for GPUs"),
         ("run.name=../up", "may hold only letters, digits"),
         ("tasks={}", "at least 1"),
+        ("compare.lora={lr: [0.001, 1e-3]}", "'compare.lora.lr': 0.001 is there twice; give each value once"),
+        ("compare.hard_prompts={shots: [4, 4]}", "'compare.hard_prompts.shots': 4 is there twice"),
+        ("compare.transfer={starts: {a: [b, b]}}", "'compare.transfer.starts.a': b is there twice"),
+        ("compare.domain_shift={a: [b, b]}", "'compare.domain_shift.a': b is there twice"),
+        ("compare.domain_shift={a: [b, a]}", "domain_shift.a: name other tasks"),
     ],
 )
 def test_a_mistake_is_one_sentence_that_names_the_key(raw, override, sentence):

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
+from transformers.pytorch_utils import Conv1D
 
 from pipeline.backbone import prompted
 from pipeline.backbone.host import Backbone
 from pipeline.corpus.reader import TokenSet, open_split
 from pipeline.corpus.task_corpus import TaskCorpus
+from pipeline.errors import SettingsError
 from pipeline.settings import LoraSettings
 from pipeline.tuning.batches import Load, plan_rows
 from pipeline.tuning.evaluate import Exam, Score, evaluate, exam_of
@@ -47,8 +49,12 @@ class Trained:
 
 
 def add_adapter(model: nn.Module, settings: LoraSettings) -> list[nn.Parameter]:
-    """Put an adapter on the model's layers, in place; its parameters. Raises: ValueError where no layer fits."""
+    """Put an adapter on the model's layers, in place; its parameters, in float32 whatever the model is in.
+
+    Raises: SettingsError where no layer fits.
+    """
     from peft import LoraConfig, inject_adapter_in_model  # seconds of import, and a comparison may do without
+    from peft.tuners.tuners_utils import cast_adapter_dtype
 
     targets = settings.targets
     config = LoraConfig(
@@ -57,7 +63,14 @@ def add_adapter(model: nn.Module, settings: LoraSettings) -> list[nn.Parameter]:
         target_modules=list(targets) if isinstance(targets, tuple) else targets,
         lora_dropout=0.0,
     )
-    inject_adapter_in_model(config, model, _ADAPTER)
+    try:
+        inject_adapter_in_model(config, model, _ADAPTER)
+    except ValueError as error:
+        reason = str(error).partition(". ")[0].rstrip(".")
+        raise SettingsError(
+            f"compare.lora.targets: {reason}; name layers of the model, such as {_some_layers(model)}, or 'all-linear'"
+        ) from error
+    cast_adapter_dtype(model, _ADAPTER)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -149,6 +162,16 @@ def measure(backbone: Backbone, tokenizer: Any, exams: Sequence[Exam], token_bud
 def no_prompt(backbone: Backbone) -> Tensor:
     """`[0, H]`"""
     return torch.zeros(0, backbone.hidden_size, device=backbone.device)
+
+
+def _some_layers(model: nn.Module) -> str:
+    """A few names to choose from."""
+    linear = dict.fromkeys(name.rpartition(".")[2] for name, layer in model.named_modules() if _is_matrix(layer))
+    return ", ".join(list(linear)[:4])
+
+
+def _is_matrix(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear | Conv1D)
 
 
 def _judge(trained: Trained, trial: Trial, step: int, score: Score, model: nn.Module) -> None:

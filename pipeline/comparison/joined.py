@@ -48,7 +48,13 @@ def _joined(panel: JoinedPanel) -> JoinedPlot:
     for line, folders in panel.runs.items():
         found = [(folder, read_results(Path(folder).expanduser() / "results.json")) for folder in folders]
         for folder, results in found:
-            metric = _metric(panel, folder, results)
+            own = _metric(panel, folder, results)
+            if metric not in ("", own):
+                raise SettingsError(
+                    f"panel '{panel.title}': {folder} measured '{panel.task}' by {own} and another run by {metric}; "
+                    "join runs of one metric"
+                )
+            metric = own
         if panel.key is not None:
             lines[line] = _of_key(panel, *found[0])
         else:
@@ -89,4 +95,4 @@ def _point(value: Any, found: Mapping[str, Any]) -> JoinedPoint:
 
 
 def _mean(found: Mapping[str, Any]) -> Mean:
-    return Mean(found["mean"], found["deviation"], tuple(found["seeds"]))
+    return Mean(found["mean"], found["deviation"], tuple(found["seeds"]), tuple(found.get("values", ())))

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
@@ -16,7 +17,7 @@ from pipeline.errors import SettingsError, TuningError
 from pipeline.reporting.events import EventLog, telling_why
 from pipeline.run.checks import CheckedRun
 from pipeline.run.tracking import followed
-from pipeline.settings import BankSettings, Settings, TaskSettings
+from pipeline.settings import BankSettings, Settings, TaskSettings, changed_settings
 from pipeline.tuning.connection import Connect
 from pipeline.tuning.launch import RankOrder, launch
 
@@ -43,6 +44,15 @@ class Study:
     def model_folder(self) -> Path:
         """Config and tokenizer, for every rank."""
         return self.folder / "model"
+
+    def rows(self, task: str, split: Literal["dev", "test"]) -> int | None:
+        """How many rows of a split are answered at most; None: all."""
+        return self.settings.tasks[task].eval_rows if split == "dev" else self.settings.compare.test_rows
+
+    def deciding(self, task: str) -> tuple[str, str]:
+        """What answers to a task's rows depend on beside question and model: the rows, and how they count."""
+        corpus, own = self.corpora[task], self.settings.tasks[task]
+        return corpus.digest, f"{corpus.labels} {own.metric} {own.max_target_tokens}"
 
     @contextmanager
     def phase(self, name: str) -> Iterator[tuple[Path, EventLog]]:
@@ -71,15 +81,18 @@ def seen_while_tuning(corpora: Mapping[str, TaskCorpus]) -> dict[str, TaskCorpus
 
 
 def compared_settings(settings: Settings) -> Settings:
-    """The settings with the comparison's seeds in every sweep that names none.
+    """The settings with the comparison's seeds in every sweep that names none, and every trial tuned to its end.
 
-    Raises: SettingsError when a method is asked for that is not installed.
+    Raises: SettingsError when a method is asked for that is not installed, or there would be too many trials.
     """
     if settings.compare.lora is not None and importlib.util.find_spec("peft") is None:
         raise SettingsError("compare.lora: PEFT is not installed; pip install 'promptbank[compare]', or set it to null")
     tasks = {name: _with_seeds(task, settings.compare.seeds) for name, task in settings.tasks.items()}
     plain = {name: task.model_dump(mode="json") for name, task in tasks.items()}
-    return Settings.model_validate({**settings.model_dump(mode="json"), "tasks": plain})
+    try:
+        return changed_settings(settings, tasks=plain)
+    except SettingsError as error:
+        raise SettingsError(f"with compare.seeds {settings.compare.seeds}: {error}") from error
 
 
 def with_own_bank(settings: Settings, folder: Path) -> Settings:
@@ -89,6 +102,8 @@ def with_own_bank(settings: Settings, folder: Path) -> Settings:
 
 
 def _with_seeds(task: TaskSettings, seeds: int) -> TaskSettings:
+    # A mean over seeds of which halving stopped some is a mean of unlike things.
+    whole = task.model_copy(update={"halving": None})
     if task.seed is not None or "seed" in (task.sweep or {}):
-        return task
-    return task.model_copy(update={"sweep": {**(task.sweep or {}), "seed": list(range(seeds))}})
+        return whole
+    return whole.model_copy(update={"sweep": {**(task.sweep or {}), "seed": list(range(seeds))}})

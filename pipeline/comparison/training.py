@@ -20,7 +20,7 @@ def trained_task(
         warmup_steps=training.warmup_steps,
     )
     kept = {key: value for key, value in changes.items() if value is not None}
-    return task.model_copy(update={**kept, "optimizer": optimizer, "sweep": None, "halving": None, "seed": None})
+    return task.model_copy(update={**kept, "optimizer": optimizer, "sweep": None, "seed": None})
 
 
 def jobs_of(training: TrainingSettings, tasks: list[str], seeds: int) -> Iterator[tuple[str, float, int]]:

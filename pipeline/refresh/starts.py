@@ -8,11 +8,9 @@ choice. Without `refresh.cold_side` the trials from the bank's prompt are all th
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import ValidationError
-
 from pipeline.errors import SettingsError
 from pipeline.refresh.plan import PlannedTask
-from pipeline.settings import Settings, TaskSettings
+from pipeline.settings import Settings, TaskSettings, changed_settings
 from pipeline.tuning.trials import Trial
 
 
@@ -34,11 +32,10 @@ def with_warm_starts(settings: Settings, plan: Sequence[PlannedTask], version: i
             changes = _beside_cold(own, source) if settings.refresh.cold_side else _warm_only(own, source)
             tasks[planned.task] |= changes
     try:
-        return Settings.model_validate({**settings.model_dump(mode="json"), "tasks": tasks})
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        return changed_settings(settings, tasks=tasks)
+    except SettingsError as error:
         raise SettingsError(
-            f"a warm start and a cold one for each trial cannot be set up: {reason}; or set refresh.cold_side: false"
+            f"a warm start and a cold one for each trial cannot be set up: {error}; or set refresh.cold_side: false"
         ) from error
 
 

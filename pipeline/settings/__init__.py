@@ -33,7 +33,14 @@ from pipeline.settings.models import (
     TaskDefaults,
     TaskSettings,
 )
-from pipeline.settings.reading import load_adaptation, load_joined, load_settings, parse_settings, settings_schema
+from pipeline.settings.reading import (
+    changed_settings,
+    load_adaptation,
+    load_joined,
+    load_settings,
+    parse_settings,
+    settings_schema,
+)
 
 __all__ = [
     "AdaptationSettings",
@@ -59,6 +66,7 @@ __all__ = [
     "TextSettings",
     "TrainingSettings",
     "TransferSettings",
+    "changed_settings",
     "load_adaptation",
     "load_joined",
     "load_settings",

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pipeline.settings.frozen import Frozen, Name
 from pipeline.settings.sweeps import SweptKey
@@ -15,9 +15,19 @@ def _each(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
+def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    twice = next((value for place, value in enumerate(values) if value in values[:place]), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is there twice; give each value once")
+    return values
+
+
+Once = AfterValidator(_each_once)
+"""What is there twice would count as two seeds."""
 Rates = Annotated[
     tuple[Annotated[float, Field(gt=0)], ...],
     Field(min_length=1),
+    Once,
     BeforeValidator(_each, json_schema_input_type=float | list[float]),
 ]
 
@@ -27,7 +37,7 @@ class HardPromptSettings(Frozen):
 
     zero_shot: bool = True
     """The task's own text, or nothing where it has none, before the row."""
-    shots: tuple[Annotated[int, Field(ge=1)], ...] = (4,)
+    shots: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Once] = (4,)
     """With so many solved rows of the train split between the text and the row, drawn by the seed."""
     text: dict[Name, str] = Field(default_factory=dict)
     """By task, the words that stand before everything, as you would write them."""
@@ -77,7 +87,7 @@ class TransferSettings(Frozen):
 
     matrix: bool = True
     """Every task's best prompt on every task, and how like each other they are."""
-    starts: dict[Name, tuple[str, ...]] = Field(default_factory=dict)
+    starts: dict[Name, Annotated[tuple[str, ...], Once]] = Field(default_factory=dict)
     """By task, prompts of other tasks to start its own from: a task's name, or several as in `sst2+mr`, their mean.
     Everything else is as in the task's best choice."""
 
@@ -95,15 +105,22 @@ class CompareSettings(Frozen):
     ensembles: bool = True
     """Whether the seeds of a task's best choice answer together, too (Lester et al. 2021, section 6)."""
     transfer: TransferSettings | None = None
-    domain_shift: dict[Name, tuple[Name, ...]] = Field(default_factory=dict)
+    domain_shift: dict[Name, Annotated[tuple[Name, ...], Once]] = Field(default_factory=dict)
     """By task, tasks of the same labels whose test rows what was trained on it answers, too: `{sst2: [mr, cr]}`."""
-    panels: tuple[SweptKey, ...] = ()
+    panels: Annotated[tuple[SweptKey, ...], Once] = ()
     """Swept keys to draw the test metric over, each with the best of the others: `[prompt.length, prompt.init]`."""
 
     @model_validator(mode="after")
     def _panels_are_of_prompts(self) -> Self:
         if not set(self.panels) <= set(PANEL_KEYS):
             raise ValueError("panels: a seed is no choice; its spread is shown in every panel")
+        return self
+
+    @model_validator(mode="after")
+    def _shifts_are_to_other_tasks(self) -> Self:
+        for task, others in self.domain_shift.items():
+            if task in others:
+                raise ValueError(f"domain_shift.{task}: name other tasks; {task} itself is always tested")
         return self
 
     def tasks_named(self) -> Sequence[tuple[str, str]]:

@@ -16,7 +16,7 @@ class JoinedPanel(Frozen):
     task: Name
     key: SweptKey | None = None
     """The swept key to draw over, which each comparison has among its `compare.panels`."""
-    values: list[Any] | None = None
+    values: list[Any] | None = Field(None, min_length=1)
     """Or what the runs differ in, one value for each run of a line: `[0, 1000, 4000]` steps of adaptation."""
     runs: dict[str, list[str]] = Field(min_length=1)
     """By line, the folders of its comparisons: one with `key`, with `values` as many as there are values."""

@@ -79,6 +79,14 @@ def parse_settings(raw: Any, overrides: Sequence[str] = (), origin: str = "setti
         raise SettingsError("\n".join(f"{origin}: {sentence}" for sentence in sentences)) from error
 
 
+def changed_settings(settings: Settings, **changes: Any) -> Settings:
+    """The settings with other plain values for some of their keys, validated. Raises: SettingsError."""
+    try:
+        return Settings.model_validate({**settings.model_dump(mode="json"), **changes})
+    except ValidationError as error:
+        raise SettingsError("; ".join(dict.fromkeys(map(_sentence, error.errors())))) from error
+
+
 def settings_schema() -> str:
     """JSON Schema of the settings file, for editors (`# yaml-language-server: $schema=…`)."""
     return json.dumps(Settings.model_json_schema(), indent=2) + "\n"

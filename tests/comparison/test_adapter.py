@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from pipeline.backbone.files import find_model, read_config, read_tokenizer
 from pipeline.backbone.host import host_backbone
+from pipeline.backbone.loading import build_skeleton
 from pipeline.comparison import adapter
 from pipeline.comparison.adapter import (
     adapter_weights,
@@ -23,6 +24,7 @@ from pipeline.comparison.adapter import (
 from pipeline.comparison.adapter_files import load_adapter, save_adapter
 from pipeline.comparison.training import trained_task
 from pipeline.corpus.reader import open_split
+from pipeline.errors import SettingsError
 from pipeline.settings import LoraSettings
 from pipeline.tuning.batches import rows_of_step
 from pipeline.tuning.evaluate import exam_of
@@ -142,6 +144,30 @@ def test_training_that_leaves_the_range_of_numbers_fails_in_one_sentence(tuned, 
     trained = train_adapter(backbone, tokenizer, trial, corpus, parameters, 300)
     assert "lower compare.lora.lr" in trained.failed and trained.best.step == 0
     assert all(bool(weight.isfinite().all()) for weight in trained.weights.values())
+
+
+def test_an_adapter_is_trained_in_float32_also_beside_a_model_in_bfloat16(tmp_path):
+    files = find_model(str(make_model(tmp_path / "model", "llama", scale=1.0)))
+    backbone = host_backbone(
+        files, read_config(files), int8=False, dtype=torch.bfloat16, device=torch.device("cpu"), sharded=False
+    )
+    parameters = add_adapter(backbone.hosted.model, LORA)
+    assert {parameter.dtype for parameter in parameters} == {torch.float32}
+    tokenizer = read_tokenizer(files)
+    corpus = make_corpus(tmp_path / "corpus", tokenizer, backbone.architecture, "film")
+    task = trained_task(make_task(max_steps=8, eval_every=4), LORA, 0.05)
+    trial = make_trial("film", task, 0, corpus.digest, "backbone")
+    trained = train_adapter(backbone, tokenizer, trial, corpus, parameters, 300)
+    assert np.mean(trained.losses[-2:]) < np.mean(trained.losses[:2])
+
+
+@pytest.mark.parametrize("targets", [("qproj",), ("nothing", "at_all")])
+def test_layers_that_are_not_there_are_refused_before_anything_is_loaded(targets, tmp_path):
+    files = find_model(str(make_model(tmp_path / "model", "llama")))
+    skeleton = build_skeleton(read_config(files), int8=False)
+    with pytest.raises(SettingsError, match=r"^compare\.lora\.targets: .*name layers of the model, such as .*q_proj"):
+        add_adapter(skeleton, LoraSettings(targets=targets))
+    assert add_adapter(build_skeleton(read_config(files), int8=False), LORA)
 
 
 def test_training_told_to_stop_leaves_nothing(tuned):

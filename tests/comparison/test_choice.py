@@ -10,6 +10,7 @@ from pipeline.comparison.choice import choose, grouped, spread
 from pipeline.comparison.study import compared_settings, seen_while_tuning
 from pipeline.corpus.reader import SplitRef
 from pipeline.corpus.task_corpus import TaskCorpus
+from pipeline.errors import SettingsError
 from pipeline.settings import parse_settings
 from tests.comparison.found import candidates, results
 
@@ -69,6 +70,23 @@ def test_spread_is_the_samples_and_of_one_seed_there_is_none():
     found = spread([0.1, 0.3, 0.5])
     assert found.mean == pytest.approx(0.3) and found.deviation == pytest.approx(0.2)
     assert spread([0.1]).deviation is None and spread([]) is None
+
+
+def plain(**tasks):
+    own = {name: {"train": "x", **task} for name, task in tasks.items()}
+    return {"model": {"path": "x"}, "defaults": {"dev_fraction": 0.1}, "tasks": own}
+
+
+def test_a_comparison_tunes_every_trial_to_its_end():
+    halved = {"sweep": {"prompt.length": [1, 2]}, "halving": {"first": 1}, "max_steps": 20, "eval_every": 5}
+    settings = compared_settings(parse_settings(plain(a=halved)))
+    assert settings.tasks["a"].halving is None and len(settings.tasks["a"].trials("a")) == 6
+
+
+def test_too_many_trials_by_the_comparisons_seeds_is_one_sentence_that_names_them():
+    sweep = {"prompt.length": list(range(1, 401))}
+    with pytest.raises(SettingsError, match=r"^with compare.seeds 3: .*1,200 trials, more than 1,000"):
+        compared_settings(parse_settings(plain(a={"sweep": sweep})))
 
 
 def test_every_task_gets_the_comparisons_seeds_unless_it_names_its_own():

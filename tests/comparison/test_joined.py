@@ -8,7 +8,7 @@ import pytest
 from pipeline.comparison.joined import join
 from pipeline.comparison.page.joined import joined_markdown, joined_plot, render_joined
 from pipeline.comparison.results import write_results
-from pipeline.errors import SettingsError
+from pipeline.errors import SettingsError, StorageError
 from pipeline.settings import JoinSettings, load_joined
 from tests.comparison.found import results
 
@@ -42,7 +42,8 @@ def test_a_panel_shows_what_the_comparisons_found(runs):
 def test_lines_are_told_apart_by_colour_and_shape_and_lie_within_the_drawing(runs):
     for plot in join(panels(runs)):
         drawing = joined_plot(plot)
-        assert len({mark.kind for mark in drawing.marks}) == 2
+        assert len({mark.kind for mark in drawing.marks if mark.kind.startswith("mean")}) == 2
+        assert sum(mark.kind.startswith("seed") for mark in drawing.marks) == 12
         assert sum(line.kind.startswith("whisker") for line in drawing.lines) == 4
         assert all(0 <= label.x <= drawing.width and 0 <= label.y <= drawing.height for label in drawing.labels)
         ticks = [label.text for label in drawing.labels if label.anchor == "middle"]
@@ -80,3 +81,16 @@ def test_a_mistake_in_the_file_is_told_with_its_place(tmp_path, text, sentence):
     with pytest.raises(SettingsError) as caught:
         load_joined(tmp_path / "join.yaml")
     assert "join.yaml: " in str(caught.value) and sentence in str(caught.value)
+
+
+def test_runs_of_another_metric_are_not_drawn_on_one_axis(runs, tmp_path):
+    other = replace(results(), tasks=tuple(replace(facts, metric="exact_match") for facts in results().tasks))
+    write_results(tmp_path / "base" / "results.json", other)
+    with pytest.raises(SettingsError, match="measured 'sst2' by exact_match and another run by accuracy"):
+        join(panels(runs))
+
+
+def test_what_is_no_comparisons_results_is_refused(runs, tmp_path):
+    (tmp_path / "base" / "results.json").write_text('{"format": 9}')
+    with pytest.raises(StorageError, match="is no comparison's results.json of this version"):
+        join(panels(runs))

@@ -38,6 +38,12 @@ def test_a_mistake_ends_with_code_2_and_one_sentence(tmp_path):
     assert output.count("error:") == 1 and "there is no task 'songs'" in output
 
 
+def test_layers_that_the_model_lacks_are_refused_by_the_plan(tmp_path):
+    settings = make_comparison(tmp_path, lora={"targets": ["qproj"]})
+    output = run(write_settings(tmp_path, settings), "--plan", job=JOB, code=2)
+    assert output.count("error:") == 1 and "compare.lora.targets" in output and "q_proj" in output
+
+
 @pytest.mark.slow
 def test_a_comparison_killed_while_it_tunes_and_started_again_ends_as_one_left_alone(tmp_path):
     found = []
