@@ -12,7 +12,7 @@ import torch
 from pipeline.adapt.batches import TextBatches
 from pipeline.adapt.start import markers_of
 from pipeline.corpus.plain_text import TextCorpus, read_text
-from pipeline.errors import SettingsError
+from pipeline.errors import DivergedError, SettingsError
 from pipeline.full_weights.checkpoint import Progress, save_progress
 from pipeline.full_weights.model_folder import save_model_folder
 from pipeline.full_weights.on_rank import TrainingPlace, TrainingRank, most_memory, training_rank
@@ -120,7 +120,12 @@ def _adapt(order: AdaptationOrder, settings: AdaptationSettings, here: TrainingR
             here.journal.paused()
         return True
 
-    progress = train(here.model, course, here.journal, keep_if_wanted, here.notices)
+    try:
+        progress = train(here.model, course, here.journal, keep_if_wanted, here.notices)
+    except DivergedError as error:
+        raise DivergedError(
+            f"{error}; lower optimizer.lr or set optimizer.clip_norm, and start anew under another run.name"
+        ) from error
     if progress is None:
         return
     # Kept, so that a run with more steps goes on from here.

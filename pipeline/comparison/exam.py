@@ -49,8 +49,11 @@ class ExamOrder:
     digests: tuple[str, ...]
     """By question, the name of its answers' file."""
 
-    def path(self, digest: str) -> Path:
-        return Path(self.run_folder) / "files" / f"{digest}.safetensors"
+    @property
+    def paths(self) -> dict[Question, Path]:
+        """Where the answers to each question are kept."""
+        files = Path(self.run_folder) / "files"
+        return {q: files / f"{digest}.safetensors" for q, digest in zip(self.questions, self.digests, strict=True)}
 
     def carry_out(self, device: torch.device, node_leaves: Callable[[], bool]) -> None:
         """Raises: StorageError, BackboneError."""
@@ -77,41 +80,45 @@ def ask(
     study: Study, questions: Sequence[Question], phase: str = PHASE, weights: OtherWeights | None = None
 ) -> dict[Question, Answered]:
     """Have the ranks answer what was not answered before. Raises: PromptBankError."""
-    wanted_questions = tuple(dict.fromkeys(questions))
-    with study.phase(phase) as (folder, log):
-        log.write("begin", tasks=len(wanted_questions))
-        order = _order(study, folder, wanted_questions, weights)
-        paths = {q: order.path(digest) for q, digest in zip(order.questions, order.digests, strict=True)}
-        answered = all_answers(paths, wanted_questions)
+    order = _order(study, questions, phase, weights)
+    with study.phase(phase) as (_, log):
+        log.write("begin", tasks=len(order.questions))
+        answered = all_answers(order.paths)
         if answered is None:
             study.on_ranks(order, log)
-            answered = all_answers(paths, wanted_questions)
+            answered = all_answers(order.paths)
         if answered is None:
             raise study.told_to_stop(phase)
         log.write("end", version=None, exit=0)
     return answered
 
 
-def _order(study: Study, folder: Path, questions: tuple[Question, ...], weights: OtherWeights | None) -> ExamOrder:
+def answered_before(
+    study: Study, questions: Sequence[Question], phase: str = PHASE, weights: OtherWeights | None = None
+) -> bool:
+    """Whether `ask` need not ask."""
+    return all_answers(_order(study, questions, phase, weights).paths) is not None
+
+
+def _order(study: Study, questions: Sequence[Question], phase: str, weights: OtherWeights | None) -> ExamOrder:
+    asked = tuple(dict.fromkeys(questions))
     settings = settings_for_ranks(study.settings)
     if weights is not None:
         settings["model"] |= {"path": weights.path, "weights": "full"}
     return ExamOrder(
         settings=settings,
         corpora={task: corpus.to_dict() for task, corpus in study.corpora.items()},
-        run_folder=str(folder),
+        run_folder=str(study.folder / phase),
         model_folder=str(study.model_folder),
-        questions=questions,
-        digests=tuple(question.digest(*_deciding(study, question.task, weights)) for question in questions),
+        questions=asked,
+        digests=tuple(question.digest(*_deciding(study, question.task, weights)) for question in asked),
     )
 
 
 def _deciding(study: Study, task: str, weights: OtherWeights | None) -> tuple[str, ...]:
     """What answers depend on beside the question."""
-    corpus, own = study.corpora[task], study.settings.tasks[task]
-    measured = f"{corpus.labels} {own.metric} {own.max_target_tokens}"
     model = study.checked.identity.fingerprint if weights is None else weights.digest
-    return corpus.digest, measured, model, study.settings.model.products
+    return *study.deciding(task), model, study.settings.model.products
 
 
 def _answer_all(order: ExamOrder, settings: Settings, backbone: Backbone, journal: Journal, notices: Notices) -> None:
@@ -123,19 +130,19 @@ def _answer_all(order: ExamOrder, settings: Settings, backbone: Backbone, journa
         if notices.next(backbone.device) == "stop":
             return
         part = missing[start : start + _AT_ONCE]
-        exams = [_exam(order, settings, corpora, order.questions[place], backbone, tokenizer) for place in part]
+        exams = [_exam(order, settings, corpora, question, backbone, tokenizer) for question in part]
         answers = answer(backbone, tokenizer, exams, settings.cluster.tokens_per_microbatch)
         if rank() == 0:
-            for place, exam, given in zip(part, exams, answers, strict=True):
-                save_answers(order.path(order.digests[place]), as_answered(exam, given))
+            for question, exam, given in zip(part, exams, answers, strict=True):
+                save_answers(order.paths[question], as_answered(exam, given))
         journal.event("stage", name=PHASE, text=f"{min(start + _AT_ONCE, len(missing))} of {len(missing)} answered")
 
 
-def _missing(order: ExamOrder, device: torch.device) -> list[int]:
-    """Places of the questions that a rank sees no answers to: the same on all ranks, whenever each looks."""
-    seen = [load_answers(order.path(digest)) is not None for digest in order.digests]
-    counts = sum_over_ranks(torch.tensor(seen, dtype=torch.float32, device=device))
-    return [place for place, count in enumerate(counts.tolist()) if count < world_size()]
+def _missing(order: ExamOrder, device: torch.device) -> list[Question]:
+    """The questions that a rank sees no answers to: the same on all ranks, whenever each looks."""
+    seen = [load_answers(path) is not None for path in order.paths.values()]
+    counts = sum_over_ranks(torch.tensor(seen, dtype=torch.float32, device=device)).tolist()
+    return [question for question, count in zip(order.questions, counts, strict=True) if count < world_size()]
 
 
 def _exam(

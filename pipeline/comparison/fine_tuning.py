@@ -5,15 +5,15 @@ A tuned model stays until it has answered; it is asked without a prompt, in plac
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.backbone.files import from_anywhere
 from pipeline.comparison.candidates import Candidate, Cost, Measured
-from pipeline.comparison.exam import OtherWeights, ask
+from pipeline.comparison.exam import OtherWeights, answered_before, ask
 from pipeline.comparison.questions import Answered, Question
 from pipeline.comparison.study import Study, seen_while_tuning
 from pipeline.comparison.training import jobs_of, trained_task
-from pipeline.errors import DivergedError
-from pipeline.full_weights.fine_tuning import FineTuned, FineTuningOrder, read_result
+from pipeline.full_weights.fine_tuning import RESULT, Diverged, FineTuned, FineTuningOrder, read_result
 from pipeline.full_weights.on_rank import TrainingPlace
 from pipeline.settings import FineTuningSettings
 from pipeline.whole_files import remove
@@ -34,7 +34,7 @@ class _Job:
 
 def fine_tune(study: Study, settings: FineTuningSettings) -> list[Measured]:
     """Every task's tuned models with their dev metric. Raises: PromptBankError."""
-    return [_fine_tune(study, settings, job) for job in _jobs(study, settings)]
+    return [_measured(study, job, _trained(study, settings, job)) for job in _jobs(study, settings)]
 
 
 def ask_models(
@@ -42,21 +42,32 @@ def ask_models(
 ) -> dict[tuple[str, Question], Answered]:
     """Answers of tuned models, by candidate and question; then they are removed, unless they are to stay.
 
-    Raises: PromptBankError.
+    A model that was removed, and is asked something new, is trained again. Raises: PromptBankError.
     """
     found: dict[tuple[str, Question], Answered] = {}
     for job in _jobs(study, settings):
         name = job.candidate.name
-        result = _result(study, settings, job)
-        if result is None or not questions.get(name):
-            continue
-        # Where no step was better than the start, the model as it was is the best there is.
-        path = result.model or from_anywhere(study.settings.model.path)
-        answered = ask(study, questions[name], f"{job.phase}/answers", OtherWeights(path, result.digest))
-        found |= {(name, question): given for question, given in answered.items()}
-        if result.model is not None and not settings.keep_models:
-            remove(study.folder / job.phase / "tuned")
+        if questions.get(name):
+            answered = _ask(study, settings, job, questions[name])
+            found |= {(name, question): given for question, given in answered.items()}
     return found
+
+
+def _ask(
+    study: Study, settings: FineTuningSettings, job: _Job, questions: tuple[Question, ...]
+) -> dict[Question, Answered]:
+    result, phase = _trained(study, settings, job), f"{job.phase}/answers"
+    assert isinstance(result, FineTuned), "what diverged has no questions"
+    # Where no step was better than the start, the model as it was is the best there is.
+    weights = OtherWeights(result.model or from_anywhere(study.settings.model.path), result.digest)
+    gone = result.model is not None and not Path(result.model).exists()
+    if gone and not answered_before(study, questions, phase, weights):
+        remove(study.folder / job.phase / RESULT)
+        _trained(study, settings, job)
+    answered = ask(study, questions, phase, weights)
+    if not settings.keep_models:
+        remove(study.folder / job.phase / "tuned")
+    return answered
 
 
 def _jobs(study: Study, settings: FineTuningSettings) -> list[_Job]:
@@ -91,24 +102,29 @@ def _order(study: Study, settings: FineTuningSettings, job: _Job) -> FineTuningO
     )
 
 
-def _result(study: Study, settings: FineTuningSettings, job: _Job) -> FineTuned | None:
+def _result(study: Study, settings: FineTuningSettings, job: _Job) -> FineTuned | Diverged | None:
     result = read_result(study.folder / job.phase)
     return result if result is not None and result.digest == _order(study, settings, job).digest else None
 
 
-def _fine_tune(study: Study, settings: FineTuningSettings, job: _Job) -> Measured:
+def _trained(study: Study, settings: FineTuningSettings, job: _Job) -> FineTuned | Diverged:
+    """Train, unless that was done. Raises: PromptBankError."""
     with study.phase(job.phase) as (_, log):
         result = _result(study, settings, job)
         if result is None:
             log.write("begin", tasks=1)
-            try:
-                study.on_ranks(_order(study, settings, job), log)
-            except DivergedError as error:
-                return Measured(job.candidate, float("nan"), float("nan"), failed=str(error))
+            study.on_ranks(_order(study, settings, job), log)
             result = _result(study, settings, job)
             log.write("end", version=None, exit=0)
     if result is None:
         raise study.told_to_stop(job.phase)
+    return result
+
+
+def _measured(study: Study, job: _Job, result: FineTuned | Diverged) -> Measured:
+    if isinstance(result, Diverged):
+        failed = f"{result.reason}; lower compare.fine_tuning.lr"
+        return Measured(job.candidate, float("nan"), float("nan"), failed=failed)
     cost = Cost(
         trained_parameters=result.trained_parameters,
         stored_bytes=result.stored_bytes,

@@ -6,6 +6,7 @@ Test rows are answered in a second launch, when all adapters are there and every
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,13 @@ def ask_adapters(
     with study.phase(PHASE) as (folder, log):
         log.write("begin", tasks=len(study.corpora))
         trained = _jobs(study, lora, seen_while_tuning(study.corpora))
-        jobs = [_asked(job, questions[job.name]) for job in trained if questions.get(job.name)]
+        jobs = [_asked(study, job, questions[job.name]) for job in trained if questions.get(job.name)]
         order = _order(study, dict(study.corpora), folder, jobs)
-        if any(load_answers(order.answers(job, question)) is None for job in jobs for question in job.questions):
+        if any(load_answers(path) is None for job in jobs for path in order.answers(job).values()):
             study.on_ranks(order, log)
         answered: dict[tuple[str, Question], Answered] = {}
         for job in jobs:
-            own = all_answers({question: order.answers(job, question) for question in job.questions}, job.questions)
+            own = all_answers(order.answers(job))
             if own is None:
                 raise study.told_to_stop(PHASE)
             answered |= {(job.name, question): given for question, given in own.items()}
@@ -70,8 +71,9 @@ def _jobs(study: Study, lora: LoraSettings, corpora: dict[str, TaskCorpus]) -> l
     return jobs
 
 
-def _asked(job: LoraJob, questions: tuple[Question, ...]) -> LoraJob:
-    return LoraJob(job.name, job.task, job.rate, job.seed, job.file, questions)
+def _asked(study: Study, job: LoraJob, questions: tuple[Question, ...]) -> LoraJob:
+    digests = tuple(question.digest(*study.deciding(question.task), job.file) for question in questions)
+    return replace(job, questions=questions, digests=digests)
 
 
 def _order(study: Study, corpora: dict[str, TaskCorpus], folder: Path, jobs: Sequence[LoraJob]) -> LoraOrder:

@@ -42,10 +42,8 @@ class LoraJob:
     file: str
     """Name of the adapter's file: the digest of all that decides it."""
     questions: tuple[Question, ...] = ()
-
-    def answers(self, question: Question) -> str:
-        """Name of the file with the answers to one of its questions."""
-        return question.digest(self.file)
+    digests: tuple[str, ...] = ()
+    """By question, the name of its answers' file."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,10 @@ class LoraOrder:
     def adapter(self, job: LoraJob) -> Path:
         return Path(self.run_folder) / "adapters" / f"{job.file}.safetensors"
 
-    def answers(self, job: LoraJob, question: Question) -> Path:
-        return Path(self.run_folder) / "files" / f"{job.answers(question)}.safetensors"
+    def answers(self, job: LoraJob) -> dict[Question, Path]:
+        """Where the answers to each of a job's questions are kept."""
+        files = Path(self.run_folder) / "files"
+        return {q: files / f"{digest}.safetensors" for q, digest in zip(job.questions, job.digests, strict=True)}
 
     def carry_out(self, device: torch.device, node_leaves: Callable[[], bool]) -> None:
         """Raises: StorageError, BackboneError, ValueError."""
@@ -121,7 +121,8 @@ def _answer(
     tokenizer: Any,
     corpora: dict[str, TaskCorpus],
 ) -> None:
-    asked = [q for q in job.questions if load_answers(order.answers(job, q)) is None]
+    paths = order.answers(job)
+    asked = [question for question, path in paths.items() if load_answers(path) is None]
     exams = []
     for question in asked:
         corpus = corpora[question.task]
@@ -130,4 +131,4 @@ def _answer(
     with alone():
         answers = answer(backbone, tokenizer, exams, settings.cluster.tokens_per_microbatch) if exams else []
     for question, exam, given in zip(asked, exams, answers, strict=True):
-        save_answers(order.answers(job, question), as_answered(exam, given))
+        save_answers(paths[question], as_answered(exam, given))

@@ -1,6 +1,6 @@
 """The prompts of a comparison: the main job's own tuning, of every trial of every sweep."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,17 +10,18 @@ import numpy as np
 
 from pipeline.backbone.files import save_description
 from pipeline.comparison.candidates import Candidate, Cost, Measured, Method
+from pipeline.comparison.choice import choose, grouped
 from pipeline.comparison.study import Study, seen_while_tuning, with_own_bank
+from pipeline.reporting.events import Event
 from pipeline.reporting.html.run_files import stages_of
 from pipeline.reporting.watched import read_events
 from pipeline.run.checks import CheckedRun
 from pipeline.run.patience import patiently
 from pipeline.run.publishing import publish_prompts
-from pipeline.run.results import choose as choose_trials
-from pipeline.run.results import write_trials
+from pipeline.run.results import Entry, write_trials
 from pipeline.run.stages import announce, finished_states, make_order
 from pipeline.settings import TaskSettings
-from pipeline.tuning.state import TrialState
+from pipeline.tuning.state import TrialState, by_task
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,18 @@ class TunedPrompts:
     """By candidate, its trial's settings."""
 
 
-def tune_prompts(study: Study, checked: CheckedRun, phase: str, method: Method, publish: bool = False) -> TunedPrompts:
+def tune_prompts(study: Study, checked: CheckedRun, phase: str, method: Method) -> TunedPrompts:
     """Tune every trial of the settings in `checked`, going on where an attempt before was stopped.
 
-    `publish` puts them into the comparison's own bank. Raises: PromptBankError.
+    Tuned prompts are published into the comparison's own bank, transferred ones start from it. Raises: PromptBankError.
     """
+    own = method == "prompt tuning"
     settings = checked.settings
     corpora = {name: corpus for name, corpus in seen_while_tuning(study.corpora).items() if name in settings.tasks}
     with study.phase(phase) as (folder, log):
         save_description(checked.config, checked.tokenizer, folder / "model")
         log.write("begin", tasks=len(corpora))
-        order = make_order(checked, corpora, folder)
+        order = make_order(checked, corpora, folder, starts_anew=not own)
         announce(order, settings, log)
         states = finished_states(order, settings)
         if states is None:
@@ -51,23 +53,33 @@ def tune_prompts(study: Study, checked: CheckedRun, phase: str, method: Method, 
             states = finished_states(order, settings)
         if states is None:
             raise study.told_to_stop(phase)
-        entries = choose_trials(states)
         log.write("stage", name="publish", text=f"{len(states)} trials")
+        costs = _costs(folder, states, settings.cluster.num_workers)
+        measured = [_measured(state, method, settings.tasks[state.trial.task], costs) for state in states]
+        entries = _entries(states, measured, study.metrics)
         write_trials(folder / "trials.json", entries)
         version = None
-        if publish:
-            own = with_own_bank(settings, study.folder)
-            put = partial(publish_prompts, own, checked.identity, entries, corpora)
+        if own:
+            bank = with_own_bank(settings, study.folder)
+            put = partial(publish_prompts, bank, checked.identity, entries, corpora)
             version = patiently(put, "publish", log)
         log.write("end", version=version, exit=0)
-    costs = _costs(folder, states, settings.cluster.num_workers)
-    measured = [_measured(state, method, settings.tasks[state.trial.task], costs) for state in states]
     names = [one.candidate.name for one in measured]
     return TunedPrompts(
         tuple(measured),
         {name: state.best.cpu().numpy() for name, state in zip(names, states, strict=True)},
         {name: state.trial.settings for name, state in zip(names, states, strict=True)},
     )
+
+
+def _entries(states: Sequence[TrialState], measured: Sequence[Measured], metrics: Mapping[str, str]) -> list[Entry]:
+    """The tasks' trials, the best seed of each task's best choice as the chosen one: as the report has it."""
+    best = {task: group.best(metrics[task]) for (_, task), group in choose(grouped(measured), metrics).items()}
+    entries = []
+    for task, trials in by_task(states).items():
+        own = [state for state, one in zip(states, measured, strict=True) if one is best.get(task)]
+        entries.append(Entry(trials, own[0] if own else trials[0]))
+    return entries
 
 
 def _measured(state: TrialState, method: Method, task: TaskSettings, costs: Mapping[str, Cost]) -> Measured:
@@ -91,8 +103,8 @@ def _choice(task: TaskSettings, trial: TaskSettings) -> dict[str, Any]:
 
 def _costs(folder: Path, states: Sequence[TrialState], ranks: int) -> dict[str, Cost]:
     """Trials tuned side by side share the phase's time by the rows that each trained."""
-    stages = {stage.name: stage for stage in stages_of(read_events(folder / "events.jsonl"))}
-    tuning = stages.get("tuning")
+    events = _of_these_trials(read_events(folder / "events.jsonl"))
+    tuning = next((stage for stage in stages_of(events) if stage.name == "tuning"), None)
     rows = [state.step * state.trial.settings.batch_size for state in states]
     seconds = ranks * tuning.seconds / max(1, sum(rows)) if tuning else 0.0
     shared = Cost(peak_bytes=tuning.peak_bytes if tuning else None)
@@ -106,3 +118,15 @@ def _costs(folder: Path, states: Sequence[TrialState], ranks: int) -> dict[str, 
         )
         for state, trained in zip(states, rows, strict=True)
     }
+
+
+def _of_these_trials(events: Iterable[Event]) -> list[Event]:
+    """Of the newest attempts in which the trials are the same: settings may have been changed since the first."""
+    attempts: list[list[Event]] = []
+    for event in events:
+        if event["event"] == "begin" or not attempts:
+            attempts.append([])
+        attempts[-1].append(event)
+    of_each = [next((e["trials"] for e in attempt if e["event"] == "launch"), None) for attempt in attempts]
+    others = [place for place, trials in enumerate(of_each) if trials not in (None, of_each[-1])]
+    return [event for attempt in attempts[others[-1] + 1 if others else 0 :] for event in attempt]

@@ -11,7 +11,7 @@ from pipeline.comparison.prompts import TunedPrompts, tune_prompts
 from pipeline.comparison.results import Likeness
 from pipeline.comparison.study import Study, with_own_bank
 from pipeline.run.checks import check_start, find_bank
-from pipeline.settings import Settings, TaskSettings
+from pipeline.settings import TaskSettings, changed_settings
 from pipeline.settings.comparing import parts
 
 
@@ -34,7 +34,7 @@ def tune_from_others(
     plain = {name: task.model_dump(mode="json") for name, task in tasks.items()}
     # What names tasks that are not tuned here has no place.
     only = {"tasks": plain, "compare": {}, "refresh": {}}
-    settings = Settings.model_validate({**settings.model_dump(mode="json"), **only})
+    settings = changed_settings(settings, **only)
     bank = find_bank(settings)
     for task in tasks:
         check_start(task, settings, study.checked.tokenizer, bank, study.checked.identity)
@@ -44,7 +44,7 @@ def tune_from_others(
 def _from_others(trial: TaskSettings, sources: list[str], seeds: list[int | None]) -> TaskSettings:
     prompt = trial.prompt.model_copy(update={"init": "bank", "source": sources[0]})
     sweep = {"prompt.source": sources, "seed": seeds}
-    return trial.model_copy(update={"prompt": prompt, "sweep": sweep, "seed": None, "halving": None})
+    return trial.model_copy(update={"prompt": prompt, "sweep": sweep, "seed": None})
 
 
 def likeness(prompts: Mapping[str, np.ndarray]) -> tuple[Likeness, ...]:

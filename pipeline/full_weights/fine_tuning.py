@@ -18,6 +18,7 @@ import torch
 
 from pipeline.corpus.reader import TokenSet, open_split
 from pipeline.corpus.task_corpus import TaskCorpus
+from pipeline.errors import DivergedError
 from pipeline.full_weights.checkpoint import Progress, remove_checkpoints
 from pipeline.full_weights.model_folder import save_model_folder, stored_bytes
 from pipeline.full_weights.on_rank import TrainingPlace, TrainingRank, most_memory, training_rank
@@ -62,7 +63,16 @@ class FineTuned:
     peak_memory_bytes: int
     """Of the rank that had most."""
     model: str | None
-    """The folder of the best weights; None where nothing was better than the start, or they were not to be kept."""
+    """The folder of the best weights; None where nothing was better than the start."""
+    digest: str
+    """Of the order that this came of."""
+
+
+@dataclass(frozen=True)
+class Diverged:
+    """A fine-tuning whose loss left the range of numbers, as it would again."""
+
+    reason: str
     digest: str
     """Of the order that this came of."""
 
@@ -80,8 +90,6 @@ class FineTuningOrder:
     seed: int
     fingerprint: str = ""
     """Of the model started from."""
-    keep_model: bool = True
-    """Whether the best weights are left as a model folder, `tuned`."""
 
     @property
     def run_folder(self) -> str:
@@ -107,10 +115,17 @@ class FineTuningOrder:
             _fine_tune(self, here, device)
 
 
-def read_result(run_folder: str | Path) -> FineTuned | None:
+def read_result(run_folder: str | Path) -> FineTuned | Diverged | None:
     """What came of the fine-tuning of this folder; None while it has not ended."""
     path = Path(run_folder) / RESULT
-    return FineTuned(**json.loads(path.read_text())) if path.exists() else None
+    if not path.exists():
+        return None
+    plain = json.loads(path.read_text())
+    return Diverged(**plain) if "reason" in plain else FineTuned(**plain)
+
+
+def _write_result(run_folder: str, result: FineTuned | Diverged) -> None:
+    write_atomically(Path(run_folder) / RESULT, (json.dumps(asdict(result), indent=2) + "\n").encode())
 
 
 @dataclass
@@ -169,7 +184,14 @@ def _fine_tune(order: FineTuningOrder, here: TrainingRank, device: torch.device)
         checkpoint_every=order.place.checkpoint_every,
         token_budget=order.place.tokens_per_microbatch,
     )
-    progress = train(here.model, course, here.journal, run.evaluate_if_due, here.notices)
+    try:
+        progress = train(here.model, course, here.journal, run.evaluate_if_due, here.notices)
+    except DivergedError as error:
+        if rank() == 0:
+            _write_result(order.run_folder, Diverged(str(error), order.digest))
+        here.journal.finished("failed", str(error))
+        remove_checkpoints(order.place.checkpoints)
+        return
     if progress is None:
         return
     peak = most_memory(device)
@@ -180,7 +202,7 @@ def _fine_tune(order: FineTuningOrder, here: TrainingRank, device: torch.device)
     test = run.measure("test") if "test" in run.corpus.splits else None
     result = _result(run, progress, test, peak)
     if rank() == 0:
-        write_atomically(Path(order.run_folder) / RESULT, (json.dumps(asdict(result), indent=2) + "\n").encode())
+        _write_result(order.run_folder, result)
     here.journal.finished(result.status)
     remove_checkpoints(order.place.checkpoints)
 
@@ -192,13 +214,11 @@ def _result(run: _Run, progress: Progress, test: Score | None, peak: int) -> Fin
     parameters = trained_parameters(model)
     folder, stored = None, 0
     if best.step:
-        stored = parameters * model.backbone.dtype.itemsize
-        if order.keep_model:
-            folder = Path(order.run_folder) / "tuned"
-            if rank() == 0:
-                remove(folder)  # of a start that was killed right here, or of other settings
-            save_model_folder(model, run.here.tokenizer, folder)
-            stored = stored_bytes(folder)
+        folder = Path(order.run_folder) / "tuned"
+        if rank() == 0:
+            remove(folder)  # of a start that was killed right here, or of other settings
+        save_model_folder(model, run.here.tokenizer, folder)
+        stored = stored_bytes(folder)
     early = "tuned" if progress.step >= settings.max_steps else "stopped early"
     return FineTuned(
         task=order.task,

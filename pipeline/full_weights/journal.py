@@ -20,6 +20,7 @@ class Journal:
         self._name = name
         self._series = run_folder / "metrics" / f"{name}.jsonl"
         self._since, self._tokens = time.monotonic(), 0
+        self._evaluated: set[int] = set()
 
     def event(self, event: str, **fields: object) -> None:
         if self._events:
@@ -32,6 +33,8 @@ class Journal:
         lines = self._series.read_text().splitlines() if step and self._series.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         write_atomically(self._series, "".join(f"{line}\n" for line in kept).encode())
+        # A checkpoint is written before the evaluation of its step, which is then made a second time.
+        self._evaluated = {line["step"] for line in map(json.loads, kept) if "dev_metric" in line}
         if step:
             self.event("resume", step=step, trials={self._name: {"step": step}})
 
@@ -52,7 +55,7 @@ class Journal:
         self.paused()
 
     def evaluated(self, step: int, metric: str, value: float, loss: float) -> None:
-        if self._events:
+        if self._events and step not in self._evaluated:
             self._write(step, dev_metric=value, dev_loss=loss)
             self.event("eval", trial=self._name, step=step, metric=metric, value=value, loss=loss)
 

@@ -69,10 +69,7 @@ def _step(model: TrainedModel, course: Course, progress: Progress, journal: Jour
     examples = course.examples(progress.step)
     loss = loss_and_gradient(model, examples, course.token_budget)
     if not math.isfinite(loss):
-        raise DivergedError(
-            f"the loss was {loss} at step {progress.step}; lower optimizer.lr or set optimizer.clip_norm, and start "
-            "anew under another run.name"
-        )
+        raise DivergedError(f"the loss was {loss} at step {progress.step}")
     model.update(course.optimizer.lr * schedule_factor(course.optimizer, progress.step, course.steps))
     progress.step += 1
     journal.stepped(progress.step, loss, examples.tokens, model.backbone.traffic.gathered)

@@ -27,8 +27,14 @@ from pipeline.tuning.worker import Order
 from pipeline.whole_files import write_atomically
 
 
-def make_order(checked: CheckedRun, corpora: Mapping[str, TaskCorpus], folder: Path) -> Order:
-    """What the ranks are to do: the tasks of `corpora`. Raises: BankError, StorageError."""
+def make_order(
+    checked: CheckedRun, corpora: Mapping[str, TaskCorpus], folder: Path, starts_anew: bool = False
+) -> Order:
+    """What the ranks are to do: the tasks of `corpora`.
+
+    The bank's prompts that trials start from are kept with the run, so that a run that goes on starts from the same
+    ones; `starts_anew` takes those that the bank has now. Raises: BankError, StorageError.
+    """
     order = Order(
         settings=settings_for_ranks(checked.settings),
         corpora={name: corpus.to_dict() for name, corpus in corpora.items()},
@@ -36,7 +42,7 @@ def make_order(checked: CheckedRun, corpora: Mapping[str, TaskCorpus], folder: P
         run_folder=str(folder),
         starts={},
     )
-    return replace(order, starts=_keep_warm_starts(checked, order))
+    return replace(order, starts=_keep_warm_starts(checked, order, starts_anew))
 
 
 def settings_for_ranks(settings: Settings) -> dict[str, Any]:
@@ -116,14 +122,14 @@ def _counted(corpus: TaskCorpus) -> str:
     return ", ".join(splits)
 
 
-def _keep_warm_starts(checked: CheckedRun, order: Order) -> dict[str, str]:
-    """Keep the prompts that trials start from with the run, which so resumes from the same ones; their digests."""
+def _keep_warm_starts(checked: CheckedRun, order: Order, anew: bool) -> dict[str, str]:
+    """Keep the prompts that trials start from with the run; their digests."""
     settings, starts, bank = checked.settings, {}, None
     for trial in order.trials(settings):
         prompt = trial.settings.prompt
         if prompt.init == "bank":
             path = order.warm_start(trial)
-            if not path.exists():
+            if anew or not path.exists():
                 bank = bank or open_bank(settings.bank)
                 arrays = [bank.load(source, checked.identity).array for source in prompt.sources]
                 write_atomically(path, save({"prompt": mean_prompt(arrays)}))

@@ -13,7 +13,7 @@ from pipeline.backbone.files import find_model, read_config, read_tokenizer, sav
 from pipeline.backbone.host import host_backbone
 from pipeline.corpus.reader import open_split
 from pipeline.full_weights import training
-from pipeline.full_weights.fine_tuning import FineTuningOrder, read_result
+from pipeline.full_weights.fine_tuning import Diverged, FineTuningOrder, read_result
 from pipeline.full_weights.on_rank import TrainingPlace
 from pipeline.tuning.batches import rows_of_step
 from pipeline.tuning.evaluate import evaluate, exam_of
@@ -128,12 +128,26 @@ def test_an_order_carried_out_again_does_nothing_and_another_one_in_its_folder_s
 
 def test_generated_targets_are_measured_too_and_a_start_that_nothing_beats_stores_nothing(ready, tmp_path):
     make_order, _ = ready
-    hopeless = {"optimizer": {"lr": 1e-9, "weight_decay": 0}, "metric": "exact_match", "max_target_tokens": 3}
+    hopeless = {"optimizer": {"name": "adamw", "lr": 30.0, "weight_decay": 0}, "metric": "exact_match"}
     result = carry_out(make_order(tmp_path, **hopeless, eval_every=5, patience=2))
-    if result.status == "no gain":
-        assert result.best_step == 0 and result.stored_bytes == 0 and result.model is None
-        assert result.steps == 10, "it went on beyond its patience"
-        assert (result.dev, result.test is not None) == (result.before, True)
+    assert result.status == "no gain" and result.steps == 10, "it went on beyond its patience"
+    assert result.best_step == 0 and result.stored_bytes == 0 and result.model is None
+    assert (result.dev, result.test is not None) == (result.before, True)
+
+
+def test_a_training_that_leaves_the_range_of_numbers_says_so_and_is_not_trained_again(ready, tmp_path, monkeypatch):
+    make_order, _ = ready
+    order, steps = make_order(tmp_path, optimizer={"lr": 1e30, "weight_decay": 0}), []
+
+    def infinite(*arguments):
+        steps.append(1)
+        return float("nan")
+
+    monkeypatch.setattr(training, "loss_and_gradient", infinite)
+    for _ in range(2):
+        order.carry_out(CPU, lambda: False)
+        assert read_result(order.run_folder) == Diverged("the loss was nan at step 0", order.digest)
+    assert len(steps) == 1 and not order.place.checkpoints.exists()
 
 
 class _Killed(BaseException):
@@ -158,7 +172,8 @@ def test_killed_and_started_again_it_ends_with_the_same_result(ready, tmp_path, 
     again = carry_out(order)
     varying = {"seconds": 0.0, "peak_memory_bytes": 0, "model": None, "digest": ""}
     assert replace(again, **varying) == replace(undisturbed, **varying)
-    assert series(order, "loss") == series(make_order(tmp_path / "whole"), "loss")
+    for key in ("loss", "dev_metric"):
+        assert series(order, key) == series(make_order(tmp_path / "whole"), key)
 
 
 def on_rank(order):
