@@ -43,8 +43,7 @@ class Wanted:
         name, corpus = measured.candidate.name, self.study.corpora.get(on)
         if measured.failed is not None or corpus is None or split not in corpus.splits:
             return
-        key, compare = (name, on, split), self.study.settings.compare
-        rows = self.study.settings.tasks[on].eval_rows if split == "dev" else compare.test_rows
+        key, rows = (name, on, split), self.study.rows(on, split)
         if measured.candidate.method == "LoRA":
             self.of_adapters[key] = Question(on, split, rows)
         elif measured.candidate.method == "fine-tuning":

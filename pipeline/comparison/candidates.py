@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pipeline.settings.comparing import parts
+
 Method = Literal["hard prompt", "prompt tuning", "transferred prompt", "LoRA", "fine-tuning"]
 METHODS: tuple[Method, ...] = ("hard prompt", "prompt tuning", "transferred prompt", "LoRA", "fine-tuning")
 
@@ -25,6 +27,12 @@ class Candidate:
     def group(self) -> tuple[str, str, str]:
         """The same for candidates that differ in nothing but the seed."""
         return self.method, self.task, written(self.choice)
+
+    @property
+    def trained_on(self) -> tuple[str, ...]:
+        """The tasks whose rows made it what it is, its own first."""
+        source = self.choice.get("prompt.source") if self.method == "transferred prompt" else None
+        return (self.task, *(parts(source) if source else ()))
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,6 @@ class Group:
         """The member with the best dev metric, the first of equals."""
         return max(self.whole, key=lambda m: goodness(metric, m.value, m.loss), default=None)
 
-    def dev(self) -> Spread | None:
-        return spread([member.value for member in self.whole])
-
 
 def spread(values: Sequence[float]) -> Spread | None:
     """None of nothing."""

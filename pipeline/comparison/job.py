@@ -15,10 +15,12 @@ from pipeline.backbone.files import context_length
 from pipeline.comparison import tables, transfer
 from pipeline.comparison.answers import Answers, Askable, Wanted
 from pipeline.comparison.candidates import Cost, Measured
+from pipeline.comparison.checks import check_corpora
 from pipeline.comparison.choice import Group, choose, grouped
 from pipeline.comparison.fine_tuning import fine_tune
 from pipeline.comparison.hard_prompts import HardPrompt, check_context, hard_prompts
 from pipeline.comparison.lora import train_adapters
+from pipeline.comparison.overlap import seen_rows_of
 from pipeline.comparison.page.markdown import to_markdown
 from pipeline.comparison.page.render import render
 from pipeline.comparison.prompts import tune_prompts
@@ -71,6 +73,7 @@ def run_comparison(checked: CheckedRun, console: Console) -> Outcome:
             tokenizer = save_model_description(checked, folder)
             corpora, refused = prepare_corpora(checked, tokenizer, log, connect)
         study = Study(checked, folder, corpora, console, connect)
+        check_corpora(study)
         made = _make(study)
         groups = grouped(made.measured)
         chosen = choose(groups, study.metrics)
@@ -87,7 +90,7 @@ def run_comparison(checked: CheckedRun, console: Console) -> Outcome:
 def _make(study: Study) -> _Made:
     compare = study.settings.compare
     hard = _hard_prompts(study)
-    tuned = tune_prompts(study, study.checked, "prompts", "prompt tuning", publish=True)
+    tuned = tune_prompts(study, study.checked, "prompts", "prompt tuning")
     measured = [*_measured_hard(study, hard), *tuned.measured]
     prompts = dict(tuned.arrays)
     if compare.transfer is not None and compare.transfer.starts:
@@ -170,7 +173,7 @@ def _results(
     started: float,
 ) -> Results:
     settings, checked = study.settings, study.checked
-    compare, metrics = settings.compare, study.metrics
+    compare, judged = settings.compare, tables.Judged(answers, study.metrics, seen_rows_of(study))
     best = _best_prompts(study, chosen)
     matrix = compare.transfer is not None and compare.transfer.matrix
     return Results(
@@ -183,26 +186,28 @@ def _results(
         device=device_name(),
         started=started,
         ended=time.time(),
-        tasks=tuple(_facts(study, task, answers) for task in study.corpora),
-        numbers=tuple(tables.numbers(groups, chosen, answers, metrics)),
-        rows=tuple(tables.rows(groups, chosen, answers, metrics)),
-        ensembles=tuple(tables.ensemble_rows(chosen, answers, metrics)) if compare.ensembles else (),
-        transfer=tuple(tables.transfer_cells(best, answers, study, study.corpora)) if matrix else (),
+        tasks=tuple(_facts(study, task, judged) for task in study.corpora),
+        numbers=tuple(tables.numbers(groups, chosen, judged)),
+        rows=tuple(tables.rows(groups, chosen, judged)),
+        ensembles=tuple(tables.ensemble_rows(chosen, judged)) if compare.ensembles else (),
+        transfer=tuple(tables.transfer_cells(best, judged, study)) if matrix else (),
         likeness=transfer.likeness({task: made.askable.prompts[one.candidate.name] for task, one in best.items()}),
-        shifts=tuple(tables.shift_rows(compare.domain_shift, chosen, answers, metrics)),
-        panels=tuple(tables.panel(key, groups, answers, metrics) for key in compare.panels),
+        starts=tuple(tables.start_rows(groups, chosen, judged)),
+        shifts=tuple(tables.shift_rows(compare.domain_shift, chosen, judged)),
+        panels=tuple(tables.panel(key, groups, judged) for key in compare.panels),
         left_out={task: str(error) for task, error in refused.items()},
         libraries=library_versions(),
         settings=settings.model_dump(mode="json"),
     )
 
 
-def _facts(study: Study, task: str, answers: Answers) -> TaskFacts:
+def _facts(study: Study, task: str, judged: tables.Judged) -> TaskFacts:
     corpus = study.corpora[task]
-    answered: dict[str, int] = {split: len(given.nll) for (_, on, split), given in answers.items() if on == task}
+    answered: dict[str, int] = {split: len(given.nll) for (_, on, split), given in judged.answers.items() if on == task}
     rows = {split: counts["ok"] for split, counts in corpus.counts.items()}
     answered.setdefault("dev", min(rows["dev"], study.settings.tasks[task].eval_rows))
-    return TaskFacts(task, study.metrics[task], corpus.labels, rows, answered)
+    repeated = int(judged.seen(task, task, "test").sum()) if "test" in answered else 0
+    return TaskFacts(task, study.metrics[task], corpus.labels, rows, answered, repeated)
 
 
 def _write_choices(path: Path, chosen: tables.Chosen) -> None:

@@ -5,7 +5,7 @@ An answer's file is named by the digest of all that decides it, so a question th
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -61,6 +61,18 @@ class Answered:
     def loss(self) -> float:
         return float(self.nll.sum() / self.lengths.sum())
 
+    def only(self, rows: np.ndarray) -> "Answered":
+        """Of some rows; rows: `[N]`, whether a row stays."""
+        places = np.flatnonzero(rows)
+        return Answered(
+            nll=self.nll[places],
+            lengths=self.lengths[places],
+            targets=[self.targets[place] for place in places],
+            texts=None if self.texts is None else [self.texts[place] for place in places],
+            label_scores=None if self.label_scores is None else self.label_scores[places],
+            labels=self.labels,
+        )
+
     def value(self, metric: str) -> float:
         """The task's metric."""
         return self.loss if self.texts is None else score_texts(metric, self.texts, self.targets)
@@ -113,11 +125,11 @@ def load_answers(path: Path) -> Answered | None:
     )
 
 
-def all_answers(paths: Mapping[Question, Path], wanted: Iterable[Question]) -> dict[Question, Answered] | None:
+def all_answers(paths: Mapping[Question, Path]) -> dict[Question, Answered] | None:
     """None while one is missing."""
     found = {}
-    for question in wanted:
-        answered = load_answers(paths[question])
+    for question, path in paths.items():
+        answered = load_answers(path)
         if answered is None:
             return None
         found[question] = answered

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.errors import StorageError
 from pipeline.reporting.events import finite
+from pipeline.reporting.words import ABSENT, figure
 from pipeline.whole_files import write_atomically
 
 FORMAT = 1
@@ -50,6 +51,13 @@ class Mean:
     deviation: float | None
     """Sample standard deviation; None of a single seed."""
     seeds: tuple[int | None, ...]
+    values: tuple[float, ...] = ()
+    """Of each seed."""
+
+    @property
+    def each(self) -> list[tuple[int | None, float]]:
+        """(seed, its figure)"""
+        return list(zip(self.seeds, self.values, strict=False))
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,8 @@ class Row:
     """None where every seed failed."""
     test: Mean | None
     """None where the task has no test split, too."""
+    seen: int
+    """Test rows that do not count, because a task that it was started from was trained on them."""
     trained_parameters: int
     stored_bytes: int
     rank_seconds: float
@@ -102,6 +112,10 @@ class TransferCell:
     value: float
     loss: float
     same_labels: bool
+    rows: int
+    """That count."""
+    seen: int
+    """That do not, because the prompt's task was trained on them."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +137,24 @@ class ShiftRow:
     on: str
     written_choice: str
     test: Mean
+    rows: int
+    """That count."""
+    seen: int
+    """That do not, because they are among what was trained on."""
+
+
+@dataclass(frozen=True)
+class StartRow:
+    """Prompts that were started from other tasks' prompts, and the task's best choice without, on the same rows."""
+
+    task: str
+    source: str
+    plain: Mean
+    started: Mean
+    rows: int
+    """That count."""
+    seen: int
+    """That do not, because the source was trained on them."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +183,9 @@ class TaskFacts:
     """Usable rows by split."""
     answered: Mapping[str, int]
     """Rows of dev and test that every figure is of."""
+    repeated: int = 0
+    """Test rows answered whose words a row of the task's own train or dev split has, too. They count: the splits are
+    yours."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +206,7 @@ class Results:
     ensembles: tuple[EnsembleRow, ...] = ()
     transfer: tuple[TransferCell, ...] = ()
     likeness: tuple[Likeness, ...] = ()
+    starts: tuple[StartRow, ...] = ()
     shifts: tuple[ShiftRow, ...] = ()
     panels: tuple[Panel, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
@@ -186,6 +222,13 @@ class Results:
         return next(facts.metric for facts in self.tasks if facts.name == task)
 
 
+def with_spread(mean: Mean | None) -> str:
+    """`0.871 ± 0.012`"""
+    if mean is None:
+        return ABSENT
+    return figure(mean.mean) + ("" if mean.deviation is None else f" ± {figure(mean.deviation)}")
+
+
 def write_results(path: Path, results: Results) -> None:
     """Raises: StorageError."""
     plain = {"format": FORMAT, **finite(asdict(results))}
@@ -198,6 +241,8 @@ def read_results(path: Path) -> Mapping[str, Any]:
         plain: Mapping[str, Any] = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise StorageError(f"cannot read {path}: {error}; make it anew") from error
+    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+        raise StorageError(f"{path} is no comparison's results.json of this version; make it anew")
     return plain
 
 

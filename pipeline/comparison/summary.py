@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.comparison.results import Mean, Results, by_method
+from pipeline.comparison.results import Results, by_method, with_spread
 from pipeline.reporting.words import ABSENT
 
 
@@ -14,21 +14,15 @@ def print_summary(console: Console, results: Results) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("test metric", overflow="fold")
     for facts in results.tasks:
-        table.add_column(escape(facts.name), justify="right")
+        own = facts.name if "test" in facts.rows else f"{facts.name} (dev)"
+        table.add_column(escape(own), justify="right")
     for method, rows in by_method(results.rows).items():
         of_task = {row.task: row for row in rows}
         cells = [of_task.get(facts.name) for facts in results.tasks]
-        table.add_row(escape(method), *(ABSENT if row is None else told(row.test or row.dev) for row in cells))
+        table.add_row(escape(method), *(ABSENT if row is None else with_spread(row.test or row.dev) for row in cells))
     console.print(table)
     for task, reason in results.left_out.items():
         console.print(f"left out: {task}: {reason}", markup=False, highlight=False)
     for number in results.numbers:
         if number.failed is not None:
             console.print(f"{number.name} failed: {number.failed}", markup=False, highlight=False)
-
-
-def told(mean: Mean | None) -> str:
-    """`0.871 ± 0.012`"""
-    if mean is None:
-        return ABSENT
-    return f"{mean.mean:.3f}" + ("" if mean.deviation is None else f" ± {mean.deviation:.3f}")

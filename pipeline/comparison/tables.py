@@ -1,12 +1,14 @@
 """From measured candidates, choices and answers to the tables of a comparison."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.comparison import ensembles
 from pipeline.comparison.answers import Answers
 from pipeline.comparison.candidates import METHODS, Measured, written
-from pipeline.comparison.choice import Group, Spread, choose, spread
+from pipeline.comparison.choice import Group, choose, spread
+from pipeline.comparison.overlap import Seen, unseen
 from pipeline.comparison.questions import Answered, Split
 from pipeline.comparison.results import (
     EnsembleRow,
@@ -16,6 +18,7 @@ from pipeline.comparison.results import (
     PanelPoint,
     Row,
     ShiftRow,
+    StartRow,
     TransferCell,
 )
 from pipeline.comparison.study import Study
@@ -26,72 +29,105 @@ Chosen = Mapping[tuple[str, str], Group]
 """By (method, task)."""
 
 
-def numbers(groups: Sequence[Group], chosen: Chosen, answers: Answers, metrics: Mapping[str, str]) -> list[Number]:
+@dataclass(frozen=True)
+class Judged:
+    """Answers as they count: not those to rows of another task that the training has seen."""
+
+    answers: Answers
+    metrics: Mapping[str, str]
+    """Of each task."""
+    seen: Seen
+
+    def of(self, one: Measured, on: str, split: Split, sources: Collection[str] | None = None) -> Answered | None:
+        """sources: the tasks whose training counts as its own; by default those that it was trained on."""
+        given = self.answers.get((one.candidate.name, on, split))
+        if given is None:
+            return None
+        return unseen(given, one.candidate.trained_on if sources is None else sources, on, split, self.seen)
+
+    def rows(self, one: Measured, on: str, split: Split) -> tuple[int, int]:
+        """How many rows count, and how many were left out because the training has seen them."""
+        asked, counted = self.answers.get((one.candidate.name, on, split)), self.of(one, on, split)
+        left = 0 if counted is None else len(counted.nll)
+        return left, (0 if asked is None else len(asked.nll)) - left
+
+
+def numbers(groups: Sequence[Group], chosen: Chosen, judged: Judged) -> list[Number]:
     """Every candidate on its own task."""
-    return [
-        _number(one, _is_chosen(group, chosen), answers, metrics)
-        for group in _in_order(groups)
-        for one in group.members
-    ]
+    return [_number(one, _is_chosen(group, chosen), judged) for group in _in_order(groups) for one in group.members]
 
 
-def rows(groups: Sequence[Group], chosen: Chosen, answers: Answers, metrics: Mapping[str, str]) -> list[Row]:
+def rows(groups: Sequence[Group], chosen: Chosen, judged: Judged) -> list[Row]:
     """Every choice of every method on every task."""
-    return [_row(group, _is_chosen(group, chosen), answers, metrics) for group in _in_order(groups)]
+    return [_row(group, _is_chosen(group, chosen), judged) for group in _in_order(groups)]
 
 
-def ensemble_rows(chosen: Chosen, answers: Answers, metrics: Mapping[str, str]) -> list[EnsembleRow]:
+def start_rows(groups: Sequence[Group], chosen: Chosen, judged: Judged) -> list[StartRow]:
+    """What a start from other tasks' prompts brings, on the same test rows as without it."""
+    found = []
+    for group in groups:
+        plain = chosen.get(("prompt tuning", group.task))
+        if group.method != "transferred prompt" or plain is None or not group.whole:
+            continue
+        first = group.whole[0]
+        started = _test(group.whole, group.task, judged)
+        without = _test(plain.whole, group.task, judged, first.candidate.trained_on)
+        if started is not None and without is not None:
+            source = str(group.choice["prompt.source"])
+            found.append(StartRow(group.task, source, without, started, *judged.rows(first, group.task, "test")))
+    return found
+
+
+def ensemble_rows(chosen: Chosen, judged: Judged) -> list[EnsembleRow]:
     """The seeds of every task's best choice together, on dev and on test."""
     found = []
     for (method, task), group in chosen.items():
         if method != "prompt tuning" or len(group.whole) < 2:
             continue
-        best = group.best(metrics[task])
+        best = group.best(judged.metrics[task])
         assert best is not None
-        for split in ("dev", "test"):
-            members = [answers.get((one.candidate.name, task, split)) for one in group.whole]
+        splits: tuple[Split, ...] = ("dev", "test")
+        for split in splits:
+            members = [judged.of(one, task, split) for one in group.whole]
             there = [member for member in members if member is not None]
             if len(there) == len(members):
                 place = group.whole.index(best)
-                found.append(_ensemble(task, split, group, there, place, metrics[task]))
+                found.append(_ensemble(task, split, group, there, place, judged.metrics[task]))
     return found
 
 
-def transfer_cells(
-    best: Mapping[str, Measured], answers: Answers, study: Study, tasks: Collection[str]
-) -> list[TransferCell]:
+def transfer_cells(best: Mapping[str, Measured], judged: Judged, study: Study) -> list[TransferCell]:
     """Every task's best prompt on every task."""
     cells = []
     for task, one in best.items():
-        for on in tasks:
+        for on, corpus in study.corpora.items():
             split = last_split(study, on)
-            given = answers.get((one.candidate.name, on, split))
+            given = judged.of(one, on, split)
             if given is None:
                 continue
-            same = set(study.corpora[task].labels or ()) == set(study.corpora[on].labels or ())
-            seed = one.candidate.seed or 0
-            cells.append(TransferCell(task, seed, on, split, given.value(study.metrics[on]), given.loss, same))
+            same = set(study.corpora[task].labels or ()) == set(corpus.labels or ())
+            value, seed = given.value(judged.metrics[on]), one.candidate.seed or 0
+            cells.append(TransferCell(task, seed, on, split, value, given.loss, same, *judged.rows(one, on, split)))
     return cells
 
 
-def shift_rows(
-    shifts: Mapping[str, Sequence[str]], chosen: Chosen, answers: Answers, metrics: Mapping[str, str]
-) -> list[ShiftRow]:
+def shift_rows(shifts: Mapping[str, Sequence[str]], chosen: Chosen, judged: Judged) -> list[ShiftRow]:
     """What each method's best choice of a task makes of the test rows of that task and of others."""
     found = []
     for task, others in shifts.items():
         for method in METHODS:
             group = chosen.get((method, task))
             for on in (task, *others):
-                if group is None or on not in metrics:
+                if group is None or on not in judged.metrics:
                     continue
-                test = _test(group.whole, on, answers, metrics[on])
+                test = _test(group.whole, on, judged)
                 if test is not None:
-                    found.append(ShiftRow(method, task, on, written(group.choice), test))
+                    counted = judged.rows(group.whole[0], on, "test")
+                    found.append(ShiftRow(method, task, on, written(group.choice), test, *counted))
     return found
 
 
-def panel(key: SweptKey, groups: Sequence[Group], answers: Answers, metrics: Mapping[str, str]) -> Panel:
+def panel(key: SweptKey, groups: Sequence[Group], judged: Judged) -> Panel:
     """The test metric over a swept key; of the others, at each of its values, the best by the mean dev metric."""
     of_value: dict[tuple[str, str], list[Group]] = {}
     for group in groups:
@@ -99,12 +135,12 @@ def panel(key: SweptKey, groups: Sequence[Group], answers: Answers, metrics: Map
             of_value.setdefault((group.task, repr(group.choice[key])), []).append(group)
     points = []
     for (task, _), own in of_value.items():
-        best = choose(own, metrics).get(("prompt tuning", task))
+        best = choose(own, judged.metrics).get(("prompt tuning", task))
         if best is None:
             continue
         dev = _dev(best)
         assert dev is not None
-        test = _test(best.whole, task, answers, metrics[task])
+        test = _test(best.whole, task, judged)
         points.append(PanelPoint(task, best.choice[key], written(best.choice), dev, test))
     return Panel(key, tuple(points))
 
@@ -122,9 +158,9 @@ def _is_chosen(group: Group, chosen: Chosen) -> bool:
     return chosen.get((group.method, group.task)) is group
 
 
-def _number(one: Measured, is_chosen: bool, answers: Answers, metrics: Mapping[str, str]) -> Number:
+def _number(one: Measured, is_chosen: bool, judged: Judged) -> Number:
     candidate, task = one.candidate, one.candidate.task
-    test = answers.get((candidate.name, task, "test"))
+    test = judged.of(one, task, "test")
     return Number(
         name=candidate.name,
         method=candidate.method,
@@ -135,15 +171,15 @@ def _number(one: Measured, is_chosen: bool, answers: Answers, metrics: Mapping[s
         chosen=is_chosen,
         dev=None if one.failed else one.value,
         dev_loss=None if one.failed else one.loss,
-        test=None if test is None else test.value(metrics[task]),
+        test=None if test is None else test.value(judged.metrics[task]),
         test_loss=None if test is None else test.loss,
         failed=one.failed,
         **_costs(one),
     )
 
 
-def _row(group: Group, is_chosen: bool, answers: Answers, metrics: Mapping[str, str]) -> Row:
-    costs = [_costs(one) for one in group.members]
+def _row(group: Group, is_chosen: bool, judged: Judged) -> Row:
+    costs = [_costs(one) for one in group.whole or group.members]
     peaks = [cost["peak_bytes"] for cost in costs if cost["peak_bytes"] is not None]
     return Row(
         method=group.method,
@@ -152,7 +188,8 @@ def _row(group: Group, is_chosen: bool, answers: Answers, metrics: Mapping[str, 
         written_choice=written(group.choice),
         chosen=is_chosen,
         dev=_dev(group),
-        test=_test(group.whole, group.task, answers, metrics[group.task]),
+        test=_test(group.whole, group.task, judged),
+        seen=judged.rows(group.members[0], group.task, "test")[1],
         trained_parameters=costs[0]["trained_parameters"],
         stored_bytes=max(cost["stored_bytes"] for cost in costs),
         rank_seconds=sum(cost["rank_seconds"] for cost in costs) / len(costs),
@@ -167,24 +204,25 @@ def _costs(one: Measured) -> dict[str, Any]:
 
 
 def _dev(group: Group) -> Mean | None:
-    return _mean(group.dev(), group.whole)
+    return _mean([member.value for member in group.whole], group.whole)
 
 
-def _test(members: Sequence[Measured], on: str, answers: Answers, metric: str) -> Mean | None:
-    given = [answers.get((one.candidate.name, on, "test")) for one in members]
-    there = [answered.value(metric) for answered in given if answered is not None]
-    return _mean(spread(there), members) if len(there) == len(members) else None
+def _test(members: Sequence[Measured], on: str, judged: Judged, sources: Collection[str] | None = None) -> Mean | None:
+    given = [judged.of(one, on, "test", sources) for one in members]
+    there = [answered.value(judged.metrics[on]) for answered in given if answered is not None]
+    return _mean(there, members) if len(there) == len(members) else None
 
 
-def _mean(found: Spread | None, members: Sequence[Measured]) -> Mean | None:
+def _mean(values: Sequence[float], members: Sequence[Measured]) -> Mean | None:
+    found = spread(values)
     if found is None:
         return None
-    return Mean(found.mean, found.deviation, tuple(one.candidate.seed for one in members))
+    return Mean(found.mean, found.deviation, tuple(one.candidate.seed for one in members), tuple(values))
 
 
 def _ensemble(task: str, split: str, group: Group, members: Sequence[Answered], best: int, metric: str) -> EnsembleRow:
     values = [member.value(metric) for member in members]
-    alone = _mean(spread(values), group.whole)
+    alone = _mean(values, group.whole)
     assert alone is not None
     average, most = ensembles.average(members), ensembles.majority(members)
     targets = members[0].targets

@@ -49,6 +49,10 @@ def answered(value: float, rows: int = 200) -> Answered:
     return Answered(np.full(rows, 1 - value), np.full(rows, 2), targets, texts, scores, ("yes", "no"))
 
 
+def nothing_seen(source: str, on: str, split: str) -> np.ndarray:
+    return np.zeros(200, bool)
+
+
 def results(
     measured: list[Measured] | None = None, on_test: Callable[[float], float] = lambda dev: dev - 0.01
 ) -> Results:
@@ -61,6 +65,7 @@ def results(
     }
     groups = grouped(measured)
     chosen = choose(groups, METRICS)
+    judged = tables.Judged(answers, METRICS, nothing_seen)
     pairs = [(a, b) for i, a in enumerate(TASKS) for b in TASKS[i + 1 :]]
     return Results(
         run="example",
@@ -76,17 +81,18 @@ def results(
             TaskFacts(t, "accuracy", ("yes", "no"), {"train": 5000, "dev": 500, "test": 800}, {"dev": 500, "test": 800})
             for t in TASKS
         ),
-        numbers=tuple(tables.numbers(groups, chosen, answers, METRICS)),
-        rows=tuple(tables.rows(groups, chosen, answers, METRICS)),
-        ensembles=tuple(tables.ensemble_rows(chosen, answers, METRICS)),
+        numbers=tuple(tables.numbers(groups, chosen, judged)),
+        rows=tuple(tables.rows(groups, chosen, judged)),
+        ensembles=tuple(tables.ensemble_rows(chosen, judged)),
         transfer=tuple(
-            TransferCell(a, 0, b, "test", 0.9 - 0.1 * abs(i - j), 0.4, (i + j) % 2 == 0)
+            TransferCell(a, 0, b, "test", 0.9 - 0.1 * abs(i - j), 0.4, (i + j) % 2 == 0, 200 - 30 * i, 30 * i)
             for i, a in enumerate(TASKS)
             for j, b in enumerate(TASKS)
         ),
         likeness=tuple(Likeness(a, b, 0.8 - 0.5 * i, 0.05 - 0.04 * i) for i, (a, b) in enumerate(pairs)),
-        shifts=tuple(tables.shift_rows({"sst2": ("trec",)}, chosen, answers, METRICS)),
-        panels=tuple(tables.panel(key, groups, answers, METRICS) for key in ("prompt.length", "prompt.init")),
+        starts=tuple(tables.start_rows(groups, chosen, judged)),
+        shifts=tuple(tables.shift_rows({"sst2": ("trec",)}, chosen, judged)),
+        panels=tuple(tables.panel(key, groups, judged) for key in ("prompt.length", "prompt.init")),
         left_out={"mpqa": "its train split has no row"},
         libraries={"torch": "2.13.0"},
         settings={"run": {"name": "example"}},

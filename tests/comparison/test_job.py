@@ -200,6 +200,49 @@ def test_a_comparison_killed_before_each_of_its_phases_ends_as_one_left_alone(
         assert (ours.name, ours.dev, ours.test, ours.chosen) == (theirs.name, theirs.dev, theirs.test, theirs.chosen)
 
 
+def test_started_again_with_other_settings_it_ends_as_one_that_had_them_from_the_start(tmp_path):
+    found = []
+    for name, begun_otherwise in (("changed", True), ("fresh", False)):
+        settings, test = make_comparison(tmp_path / name), tmp_path / name / "corpora/song/test.parquet"
+        if begun_otherwise:
+            compare(settings, "compare.test_rows=20", "tasks.film.max_steps=3")
+        write_parquet(test, reviews(50, 99))  # another test split, and longer tuning of what song's prompts start from
+        found.append(compare(settings).results)
+    changed, fresh = found
+    for ours, theirs in zip(changed.numbers, fresh.numbers, strict=True):
+        assert (ours.name, ours.dev, ours.test, ours.chosen) == (theirs.name, theirs.dev, theirs.test, theirs.chosen)
+    assert (changed.shifts, changed.starts, changed.transfer) == (fresh.shifts, fresh.starts, fresh.transfer)
+
+
+def test_the_bank_holds_under_a_tasks_name_the_prompt_that_the_report_calls_its_best(compared):
+    _, outcome = compared
+    bank = PromptBank.open(outcome.folder / "bank")
+    for task in ("film", "book", "song"):
+        own = [n for n in outcome.results.numbers if (n.method, n.task, n.chosen) == ("prompt tuning", task, True)]
+        best = max(own, key=lambda number: (number.dev, -number.dev_loss))
+        assert np.array_equal(bank.load(task).array, bank.load(best.name).array)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"hard_prompts": {"shots": [61]}}, "shots: 61 is more than the 60 train rows of 'film'"),
+        ({"domain_shift": {"film": ["book"]}}, "domain_shift.film: 'book' has no test split"),
+        ({"domain_shift": {"song": ["film"]}}, "'film' has the labels 'bad', 'good' and 'song' 'negative', 'positive'"),
+    ],
+)
+def test_what_the_rows_rule_out_is_refused_before_anything_is_tuned(tmp_path, changes, sentence):
+    settings = make_comparison(tmp_path, **changes)
+    if "labels" in sentence:
+        for split in ("train", "dev", "test"):
+            rows = [(text, {"positive": "good", "negative": "bad"}[label]) for text, label in reviews(60, 3)]
+            write_parquet(tmp_path / "corpora/film" / f"{split}.parquet", rows)
+    with pytest.raises(SettingsError) as caught:
+        compare(settings)
+    assert sentence in str(caught.value)
+    assert not (tmp_path / "runs/small/prompts/checkpoints").exists()
+
+
 def test_no_rank_is_given_a_test_row_before_the_choices_are_written_down(compared, launches):
     asked_on_test = False
     for order, chosen in launches:
@@ -214,7 +257,7 @@ def test_no_rank_is_given_a_test_row_before_the_choices_are_written_down(compare
 
 
 def test_a_hard_prompt_too_long_for_the_model_is_refused_before_anything_is_tuned(tmp_path):
-    settings = make_comparison(tmp_path, hard_prompts={"shots": [50]})
+    settings = make_comparison(tmp_path, hard_prompts={"shots": [40]})
     with pytest.raises(SettingsError, match=r"longer than the model's context of 256 tokens"):
         compare(settings)
     assert not (tmp_path / "runs/small/prompts/checkpoints").exists()

@@ -9,8 +9,8 @@ import pytest
 
 from pipeline.comparison.page import heat, plots
 from pipeline.comparison.page.markdown import to_markdown
-from pipeline.comparison.page.render import method_lines, render, seeds, spread
-from pipeline.comparison.results import Likeness, Mean, read_results, write_results
+from pipeline.comparison.page.render import method_lines, render, seeds
+from pipeline.comparison.results import Likeness, Mean, read_results, with_spread, write_results
 from tests.comparison.found import METRICS, TASKS, candidates, results
 from tests.reporting.html.browser import FOUND, Browser
 
@@ -109,7 +109,7 @@ def test_markdown_has_every_table_and_no_broken_row(found):
 
 def test_a_comparison_of_nothing_but_prompts_without_test_rows_still_has_its_page():
     own = [one for one in candidates() if one.candidate.method == "prompt tuning"]
-    found = replace(results(own), shifts=(), transfer=(), likeness=(), panels=(), ensembles=(), left_out={})
+    found = replace(results(own), shifts=(), transfer=(), likeness=(), starts=(), panels=(), ensembles=(), left_out={})
     rows = tuple(replace(row, test=None) for row in found.rows)
     numbers = tuple(replace(number, test=None, test_loss=None) for number in found.numbers)
     found = replace(found, rows=rows, numbers=numbers)
@@ -118,7 +118,7 @@ def test_a_comparison_of_nothing_but_prompts_without_test_rows_still_has_its_pag
 
 
 def test_words_for_means_and_seeds():
-    assert spread(Mean(0.5, 0.125, (0, 1))) == "0.500 ± 0.125" and spread(None) == "–"
+    assert with_spread(Mean(0.5, 0.125, (0, 1))) == "0.500 ± 0.125" and with_spread(None) == "–"
     assert seeds(Mean(0.5, None, (None,))) == "no seed" and seeds(Mean(0.5, None, (3,))) == "seed 3"
 
 

@@ -7,6 +7,7 @@ import pytest
 from tests.faults.chaos import Chaos
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_survives_faults_drawn_at_random(undisturbed, tmp_path):
     chaos = Chaos(random.Random(20), tmp_path, undisturbed)

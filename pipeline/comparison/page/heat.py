@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pipeline.comparison.page.drawing import Cell, Drawing, Label
 from pipeline.comparison.results import Likeness, TransferCell
-from pipeline.reporting.words import figure
+from pipeline.reporting.words import counted, figure
 
 _CELL_WIDTH, _CELL_HEIGHT, _LEFT, _TOP = 62, 30, 92, 44
 _FULL = 0.9
@@ -22,14 +22,11 @@ class Value:
 
 
 def transfer_map(cells: Sequence[TransferCell], metrics: Mapping[str, str]) -> Drawing | None:
-    """Prompts in rows, tasks in columns, each with a scale of its own: tasks are unlike in what is good.
-
-    Where the tasks' labels differ, the loss stands in the metric's place.
-    """
+    """Prompts in rows, tasks in columns, each with a scale of its own: tasks are unlike in what is good."""
     of_pair, tasks = {(cell.prompt_of, cell.on): cell for cell in cells}, list(metrics)
     ranges: dict[str, tuple[float, float]] = {}
     for on in tasks:
-        column = [cell.value for cell in cells if cell.on == on and cell.same_labels]
+        column = [cell.value for cell in cells if cell.on == on]
         if column:
             ranges[on] = min(column), max(column)
 
@@ -38,9 +35,8 @@ def transfer_map(cells: Sequence[TransferCell], metrics: Mapping[str, str]) -> D
         if cell is None:
             return None
         told = f"prompt of {row} on {on}: {metrics[on]} {figure(cell.value)}, loss {figure(cell.loss)}"
-        if not cell.same_labels:
-            short = f"loss {cell.loss:.{1 if cell.loss >= 10 else 2}f}"
-            return Value("other", 0.0, short, f"{told}; the tasks' labels differ")
+        told += f"; {counted(cell.rows, 'row')}, {cell.seen} seen in training left out" if cell.seen else ""
+        told += "" if cell.same_labels else "; the tasks' labels differ"
         low, high = ranges[on]
         place = (cell.value - low) / (high - low) if high > low else 1.0
         share = 1 - place if metrics[on] == "loss" else place

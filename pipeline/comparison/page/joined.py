@@ -7,7 +7,8 @@ from pipeline.comparison.joined import JoinedPlot, JoinedPoint
 from pipeline.comparison.page.drawing import SHAPES, Drawing, Label, Line, Mark, mark, number
 from pipeline.comparison.page.markdown import table
 from pipeline.comparison.page.plots import ends, is_number, short, tick_text
-from pipeline.comparison.page.render import OWN_TEMPLATES, seeds, spread
+from pipeline.comparison.page.render import OWN_TEMPLATES, seeds
+from pipeline.comparison.results import with_spread
 from pipeline.reporting.html.pages import environment, own_texts
 from pipeline.reporting.html.scale import axis_of
 from pipeline.reporting.words import figure
@@ -19,7 +20,7 @@ _COLOURS = ("m1", "m4", "m3", "m2", "m0")
 def render_joined(title: str, plots: Sequence[JoinedPlot]) -> str:
     """HTML that needs nothing else."""
     page = environment(OWN_TEMPLATES)
-    page.filters |= {"spread": spread, "seeds": seeds}
+    page.filters |= {"spread": with_spread, "seeds": seeds}
     return page.get_template("joined.html.jinja").render(
         title=title,
         plots=[(plot, joined_plot(plot)) for plot in plots],
@@ -31,7 +32,7 @@ def joined_markdown(title: str, plots: Sequence[JoinedPlot]) -> str:
     parts = [f"# {title}"]
     for plot in plots:
         rows = [
-            [line, str(point.value), point.choice, spread(plot.shown(point)), seeds(point.dev)]
+            [line, str(point.value), point.choice, with_spread(plot.shown(point)), seeds(point.dev)]
             for line, points in plot.lines.items()
             for point in points
         ]
@@ -46,7 +47,8 @@ def joined_plot(plot: JoinedPlot) -> Drawing:
     """A line for each size, say; marks at one value stand side by side."""
     points = list(chain.from_iterable(plot.lines.values()))
     values = _values(points)
-    y = axis_of([end for point in points for end in ends(plot.shown(point))], _BOTTOM, _TOP)
+    means = [plot.shown(point) for point in points]
+    y = axis_of([value for mean in means for value in (*ends(mean), *mean.values)], _BOTTOM, _TOP)
     step = (_WIDTH - 12 - _LEFT) / len(values)
     middle = {repr(value): _LEFT + step * (i + 0.5) for i, value in enumerate(values)}
     lines = [Line("grid", f"M{_LEFT},{number(y.place(tick))}H{_WIDTH - 12}") for tick in y.ticks]
@@ -65,7 +67,8 @@ def joined_plot(plot: JoinedPlot) -> Drawing:
         for x, mean in places:
             low, high = (number(y.place(end)) for end in ends(mean))
             lines.append(Line(f"whisker {colour}", f"M{number(x)},{low}V{high}"))
-            marks.append(mark(f"mean {colour}", shape, x, y.place(mean.mean), 4.2, f"{line}: {spread(mean)}"))
+            marks += [mark(f"seed {colour}", "circle", x, y.place(v), 2.4, f"seed {s}: {v:.3f}") for s, v in mean.each]
+            marks.append(mark(f"mean {colour}", shape, x, y.place(mean.mean), 4.2, f"{line}: {with_spread(mean)}"))
         at = _LEFT + 6 + place * (_WIDTH - _LEFT) / max(2, len(plot.lines))
         marks.append(mark(f"mean {colour}", shape, at, 14, 4.2, line))
         labels.append(Label(at + 9, 18, short(line, (_WIDTH - _LEFT) / max(2, len(plot.lines)) - 16), "start", "name"))

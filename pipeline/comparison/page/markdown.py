@@ -2,9 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 
-from pipeline.comparison.page.render import MethodLine, method_lines, seeds, shift_groups, spread
-from pipeline.comparison.results import Results, TransferCell
+from pipeline.comparison.page.render import MethodLine, method_lines, seeds, shift_groups
+from pipeline.comparison.results import Results, Row, TransferCell, with_spread
 from pipeline.reporting.words import ABSENT, duration, figure, millions, size
+
+_UNSEEN = (
+    "Rows of another task whose words the task trained on has, too, are left out; in brackets, of how many rows a "
+    "figure then is."
+)
 
 
 def to_markdown(results: Results) -> str:
@@ -23,10 +28,7 @@ def _head(results: Results) -> list[str]:
 
 def _methods(results: Results, lines: Sequence[MethodLine]) -> list[str]:
     tasks = [facts.name for facts in results.tasks]
-    metric = [
-        [line.method, *(spread((c.test or c.dev) if c else None) for c in line.cells), figure(line.mean)]
-        for line in lines
-    ]
+    metric = [[line.method, *(_shown(cell) for cell in line.cells), figure(line.mean)] for line in lines]
     cost = [
         [
             line.method,
@@ -59,7 +61,8 @@ def _sections(results: Results) -> list[str]:
     parts: list[str] = []
     for panel in results.panels:
         rows = [
-            [p.task, str(p.value), p.written_choice, spread(p.dev), spread(p.test), seeds(p.dev)] for p in panel.points
+            [p.task, str(p.value), p.written_choice, with_spread(p.dev), with_spread(p.test), seeds(p.dev)]
+            for p in panel.points
         ]
         parts += [f"## {panel.key}", table(["task", panel.key, "best choice there", "dev", "test", "seeds"], rows)]
     if results.ensembles:
@@ -67,7 +70,7 @@ def _sections(results: Results) -> list[str]:
             [
                 r.task,
                 r.split,
-                spread(r.members),
+                with_spread(r.members),
                 figure(r.best),
                 figure(r.average),
                 figure(r.majority),
@@ -84,21 +87,36 @@ def _sections(results: Results) -> list[str]:
         for prompt in dict.fromkeys(cell.prompt_of for cell in results.transfer):
             own = [cells.get((prompt, on)) for on in tasks]
             rows.append([prompt, *(_cell(cell) for cell in own)])
-        note = "Where the two tasks' labels differ, the loss in nats a target token."
-        parts += ["## Every prompt on every task", table(["prompt of", *tasks], rows), note]
+        parts += ["## Every prompt on every task", table(["prompt of", *tasks], rows), _UNSEEN]
+    if results.starts:
+        rows = [
+            [r.task, r.source, with_spread(r.plain), with_spread(r.started), f"{r.rows}", f"{r.seen}"]
+            for r in results.starts
+        ]
+        heads = ["task", "started from", "without", "with", "rows", "seen by the source"]
+        parts += ["## Started from other tasks' prompts", table(heads, rows)]
     if results.likeness:
         rows = [[p.a, p.b, f"{p.mean_token:.3f}", f"{p.token_pairs:.3f}"] for p in results.likeness]
         parts += ["## Cosine similarity of prompts", table(["task", "task", "mean token", "all pairs"], rows)]
     for source, (tasks, methods) in shift_groups(results.shifts).items():
-        rows = [[m, *(spread(on[t].test) if t in on else ABSENT for t in tasks)] for m, on in methods.items()]
-        parts += [f"## Trained on {source}", table(["method", *tasks], rows)]
+        rows = [[m, *(with_spread(on[t].test) if t in on else ABSENT for t in tasks)] for m, on in methods.items()]
+        counted = {task: row for on in methods.values() for task, row in on.items()}
+        rows.append(["rows", *(f"{counted[task].rows}" for task in tasks)])
+        rows.append(["seen in training", *(f"{counted[task].seen}" for task in tasks)])
+        parts += [f"## Trained on {source}", table(["method", *tasks], rows), _UNSEEN]
     return parts
+
+
+def _shown(row: Row | None) -> str:
+    if row is None:
+        return ABSENT
+    return with_spread(row.test or row.dev) + (f" ({row.seen} rows left out)" if row.seen else "")
 
 
 def _cell(cell: TransferCell | None) -> str:
     if cell is None:
         return ABSENT
-    return figure(cell.value) if cell.same_labels else f"loss {figure(cell.loss)}"
+    return f"{figure(cell.value)} ({cell.rows})" if cell.seen else figure(cell.value)
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from pipeline.comparison.candidates import METHODS
 from pipeline.comparison.page.drawing import SHAPES, Drawing, Label, Line, Mark, mark, number
-from pipeline.comparison.results import EnsembleRow, Mean, Number, Panel, PanelPoint, Results, ShiftRow
+from pipeline.comparison.results import EnsembleRow, Mean, Panel, PanelPoint, Results, ShiftRow, with_spread
 from pipeline.reporting.html.scale import Axis, axis_of
 from pipeline.reporting.words import figure
 
@@ -15,8 +15,8 @@ _LEFT, _RIGHT = 132, 322
 _PANEL_LEFT, _PANEL_BOTTOM, _PANEL_TOP = 46, 150, 12
 
 
-Strip = tuple[str, str, str, Mean, Sequence[tuple[int | None, float]]]
-"""Label, kind, shape, mean, and (seed, value) of each."""
+Strip = tuple[str, str, str, Mean]
+"""Label, kind, shape, mean."""
 
 
 def method_class(method: str) -> str:
@@ -35,12 +35,8 @@ def method_plot(results: Results, task: str) -> Drawing | None:
     shown = [(row, mean) for row in rows if (mean := row.test if split == "test" else row.dev) is not None]
     if not shown:
         return None
-    strips: list[Strip] = []
-    for row, mean in shown:
-        own = [n for n in results.numbers if n.chosen and (n.method, n.task) == (row.method, task)]
-        seeds = [(n.seed, value) for n in own if (value := n.test if split == "test" else n.dev) is not None]
-        strips.append((row.method, method_class(row.method), method_shape(row.method), mean, seeds))
-    told = "; ".join(f"{label} {_told(mean)}" for label, _, _, mean, _ in strips)
+    strips = [_strip(row.method, mean) for row, mean in shown]
+    told = "; ".join(f"{label} {with_spread(mean)}" for label, _, _, mean in strips)
     return _strips(f"{split} {results.metric(task)} of {task} by method: {told}", strips)
 
 
@@ -49,10 +45,8 @@ def shift_plot(rows: Sequence[ShiftRow], on: str, metric: str) -> Drawing | None
     shown = [row for row in rows if row.on == on]
     if not shown:
         return None
-    strips: list[Strip] = [
-        (row.method, method_class(row.method), method_shape(row.method), row.test, ()) for row in shown
-    ]
-    told = "; ".join(f"{row.method} {_told(row.test)}" for row in shown)
+    strips = [_strip(row.method, row.test) for row in shown]
+    told = "; ".join(f"{row.method} {with_spread(row.test)}" for row in shown)
     return _strips(f"test {metric} on {on}, trained on {shown[0].trained_on}: {told}", strips)
 
 
@@ -60,32 +54,36 @@ def ensemble_plot(row: EnsembleRow, metric: str) -> Drawing:
     """Seeds alone against all of them together."""
     alone = Mean(row.best, None, ())
     strips: list[Strip] = [
-        ("one seed", "m1", "circle", row.members, ()),
-        ("best on dev", "m1", "circle", alone, ()),
+        ("one seed", "m1", "circle", row.members),
+        ("best on dev", "m1", "circle", alone),
     ]
     for label, value in (("average", row.average), ("majority", row.majority)):
         if value is not None:
-            strips.append((label, "m3", "diamond", Mean(value, None, ()), ()))
-    told = "; ".join(f"{label} {_told(mean)}" for label, _, _, mean, _ in strips)
+            strips.append((label, "m3", "diamond", Mean(value, None, ())))
+    told = "; ".join(f"{label} {with_spread(mean)}" for label, _, _, mean in strips)
     return _strips(f"{row.split} {metric} of {row.task}, {len(row.seeds)} prompts: {told}", strips)
+
+
+def _strip(method: str, mean: Mean) -> Strip:
+    return method, method_class(method), method_shape(method), mean
 
 
 def _strips(title: str, strips: Sequence[Strip]) -> Drawing:
     """A line for each, all over one axis below them."""
-    values = [value for *_, mean, seeds in strips for value in (*ends(mean), *(v for _, v in seeds))]
+    values = [value for *_, mean in strips for value in (*ends(mean), *mean.values)]
     x = axis_of(values, _LEFT, _RIGHT)
     bottom = 10 + _ROW * len(strips)
     lines = [Line("grid", f"M{number(x.place(tick))},6V{bottom}") for tick in x.ticks]
     labels = [Label(x.place(tick), bottom + 15, tick_text(x, tick), "middle") for tick in x.ticks]
     marks: list[Mark] = []
-    for place, (label, kind, shape, mean, seeds) in enumerate(strips):
+    for place, (label, kind, shape, mean) in enumerate(strips):
         y = 10 + _ROW * (place + 0.5)
         labels.append(Label(_LEFT - 10, y + 4, label, "end", "name"))
         if mean.deviation is not None:
             low, high = (x.place(value) for value in ends(mean))
             lines.append(Line(f"whisker {kind}", f"M{number(low)},{number(y)}H{number(high)}"))
-        marks += [mark(f"seed {kind}", "circle", x.place(v), y, 2.4, f"seed {s}: {figure(v)}") for s, v in seeds]
-        marks.append(mark(f"mean {kind}", shape, x.place(mean.mean), y, 4.6, f"{label}: {_told(mean)}"))
+        marks += [mark(f"seed {kind}", "circle", x.place(v), y, 2.4, f"seed {s}: {figure(v)}") for s, v in mean.each]
+        marks.append(mark(f"mean {kind}", shape, x.place(mean.mean), y, 4.6, f"{label}: {with_spread(mean)}"))
     return Drawing(title, WIDTH, bottom + 22, lines, marks, labels)
 
 
@@ -96,8 +94,7 @@ def panel_plot(panel: Panel, task: str, results: Results) -> Drawing | None:
     if not points:
         return None
     split = "test" if points[0].test else "dev"
-    seeds = [_seeds(results.numbers, point, split) for point in points]
-    values = [value for mean in means for value in ends(mean)] + [v for own in seeds for _, v in own]
+    values = [value for mean in means for value in (*ends(mean), *mean.values)]
     y = axis_of(values, _PANEL_BOTTOM, _PANEL_TOP)
     step = (WIDTH - 10 - _PANEL_LEFT) / len(points)
     places = [_PANEL_LEFT + step * (i + 0.5) for i in range(len(points))]
@@ -107,13 +104,15 @@ def panel_plot(panel: Panel, task: str, results: Results) -> Drawing | None:
         path = "M" + "L".join(f"{number(at)},{number(y.place(m.mean))}" for at, m in zip(places, means, strict=True))
         lines.append(Line("through m1", path))
     marks: list[Mark] = []
-    for at, point, mean, own in zip(places, points, means, seeds, strict=True):
+    for at, point, mean in zip(places, points, means, strict=True):
         low, high = (y.place(value) for value in ends(mean))
         lines.append(Line("whisker m1", f"M{number(at)},{number(low)}V{number(high)}"))
-        marks += [mark("seed m1", "circle", at + 7, y.place(v), 2.4, f"seed {s}: {figure(v)}") for s, v in own]
-        marks.append(mark("mean m1", "circle", at, y.place(mean.mean), 4.2, f"{point.written_choice}: {_told(mean)}"))
+        marks += [mark("seed m1", "circle", at + 7, y.place(v), 2.4, f"seed {s}: {figure(v)}") for s, v in mean.each]
+        marks.append(
+            mark("mean m1", "circle", at, y.place(mean.mean), 4.2, f"{point.written_choice}: {with_spread(mean)}")
+        )
         labels.append(Label(at, _PANEL_BOTTOM + 17, short(str(point.value), step), "middle"))
-    told = "; ".join(f"{point.value}: {_told(mean)}" for point, mean in zip(points, means, strict=True))
+    told = "; ".join(f"{point.value}: {with_spread(mean)}" for point, mean in zip(points, means, strict=True))
     title = f"{split} {results.metric(task)} of {task} over {panel.key}: {told}"
     return Drawing(title, WIDTH, _PANEL_BOTTOM + 24, lines, marks, labels)
 
@@ -128,15 +127,6 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _seeds(numbers: Sequence[Number], point: PanelPoint, split: str) -> list[tuple[int | None, float]]:
-    own = [
-        number
-        for number in numbers
-        if (number.method, number.task, number.written_choice) == ("prompt tuning", point.task, point.written_choice)
-    ]
-    return [(n.seed, value) for n in own if (value := n.test if split == "test" else n.dev) is not None]
-
-
 def short(text: str, width: float) -> str:
     """As many letters as there is room for; a letter is about 6 wide."""
     room = max(3, int(width / 6))
@@ -147,10 +137,6 @@ def short(text: str, width: float) -> str:
 def ends(mean: Mean) -> tuple[float, float]:
     half = mean.deviation or 0.0
     return mean.mean - half, mean.mean + half
-
-
-def _told(mean: Mean) -> str:
-    return figure(mean.mean) + ("" if mean.deviation is None else f" ± {figure(mean.deviation)}")
 
 
 def tick_text(axis: Axis, value: float) -> str:

@@ -7,7 +7,7 @@ import yaml
 from jinja2 import ChoiceLoader, PackageLoader
 
 from pipeline.comparison.page import heat, plots
-from pipeline.comparison.results import Mean, Results, Row, ShiftRow, by_method
+from pipeline.comparison.results import Mean, Results, Row, ShiftRow, by_method, with_spread
 from pipeline.reporting import words
 from pipeline.reporting.html.pages import TEMPLATES, environment, own_texts
 
@@ -36,7 +36,7 @@ class MethodLine:
 def render(results: Results) -> str:
     """The page, as HTML that needs nothing else. All texts are escaped; no script runs on it."""
     page = environment(OWN_TEMPLATES)
-    page.filters |= {word.__name__: word for word in _FILTERS} | {"spread": spread, "seeds": seeds, "share": share}
+    page.filters |= {word.__name__: word for word in _FILTERS} | {"spread": with_spread, "seeds": seeds, "share": share}
     metrics = {facts.name: facts.metric for facts in results.tasks}
     return page.get_template("comparison.html.jinja").render(
         found=results,
@@ -103,13 +103,6 @@ def shift_groups(rows: Sequence[ShiftRow]) -> dict[str, tuple[list[str], dict[st
     return found
 
 
-def spread(mean: Mean | None) -> str:
-    """`0.871 ± 0.012`"""
-    if mean is None:
-        return words.ABSENT
-    return words.figure(mean.mean) + ("" if mean.deviation is None else f" ± {words.figure(mean.deviation)}")
-
-
 def seeds(mean: Mean | None) -> str:
     """`seeds 0, 1, 2`; nothing where there is no chance in it."""
     known = [str(seed) for seed in mean.seeds if seed is not None] if mean is not None else []
@@ -125,7 +118,9 @@ def _is_best(method: str, task: str, table: Mapping[str, Mapping[str, Row]], met
     shown = {
         other: mean.mean * (-1 if metric == "loss" else 1)
         for other, of_task in table.items()
-        if task in of_task and (mean := of_task[task].test or of_task[task].dev) is not None
+        if task in of_task
+        and not of_task[task].seen  # figures of the same rows alone
+        and (mean := of_task[task].test or of_task[task].dev) is not None
     }
     return method in shown and shown[method] == max(shown.values())
 
