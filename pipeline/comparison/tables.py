@@ -179,7 +179,8 @@ def _number(one: Measured, is_chosen: bool, judged: Judged) -> Number:
 
 
 def _row(group: Group, is_chosen: bool, judged: Judged) -> Row:
-    costs = [_costs(one) for one in group.whole or group.members]
+    counted = group.whole or group.members
+    costs = [_costs(one) for one in counted]
     peaks = [cost["peak_bytes"] for cost in costs if cost["peak_bytes"] is not None]
     return Row(
         method=group.method,
@@ -189,7 +190,7 @@ def _row(group: Group, is_chosen: bool, judged: Judged) -> Row:
         chosen=is_chosen,
         dev=_dev(group),
         test=_test(group.whole, group.task, judged),
-        seen=judged.rows(group.members[0], group.task, "test")[1],
+        seen=judged.rows(counted[0], group.task, "test")[1],
         trained_parameters=costs[0]["trained_parameters"],
         stored_bytes=max(cost["stored_bytes"] for cost in costs),
         rank_seconds=sum(cost["rank_seconds"] for cost in costs) / len(costs),

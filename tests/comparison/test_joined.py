@@ -92,5 +92,5 @@ def test_runs_of_another_metric_are_not_drawn_on_one_axis(runs, tmp_path):
 
 def test_what_is_no_comparisons_results_is_refused(runs, tmp_path):
     (tmp_path / "base" / "results.json").write_text('{"format": 9}')
-    with pytest.raises(StorageError, match="is no comparison's results.json of this version"):
+    with pytest.raises(StorageError, match=r"is no comparison's results\.json of this version"):
         join(panels(runs))
