@@ -63,6 +63,11 @@ def add_adapter(model: nn.Module, settings: LoraSettings) -> list[nn.Parameter]:
         target_modules=list(targets) if isinstance(targets, tuple) else targets,
         lora_dropout=0.0,
     )
+    if missing := _missing(targets if isinstance(targets, tuple) else (), model):
+        raise SettingsError(
+            f"compare.lora.targets: the model has no layer {', '.join(missing)}; name layers such as "
+            f"{_some_layers(model)}, or give 'all-linear'"
+        )
     try:
         inject_adapter_in_model(config, model, _ADAPTER)
     except ValueError as error:
@@ -162,6 +167,12 @@ def measure(backbone: Backbone, tokenizer: Any, exams: Sequence[Exam], token_bud
 def no_prompt(backbone: Backbone) -> Tensor:
     """`[0, H]`"""
     return torch.zeros(0, backbone.hidden_size, device=backbone.device)
+
+
+def _missing(targets: Sequence[str], model: nn.Module) -> list[str]:
+    """Those that are no layer's name, nor the end of one."""
+    ends = "".join(f".{name}\n" for name, _ in model.named_modules())
+    return [target for target in targets if f".{target}\n" not in ends]
 
 
 def _some_layers(model: nn.Module) -> str:

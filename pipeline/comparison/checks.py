@@ -33,7 +33,7 @@ def _shots(study: Study) -> Iterator[str]:
 
 def _shifts(study: Study) -> Iterator[str]:
     for task, others in study.settings.compare.domain_shift.items():
-        for on in (task, *others):
+        for on in others:
             if task not in study.corpora or on not in study.corpora:
                 continue  # left out, and told so
             here, corpus = f"compare.domain_shift.{task}", study.corpora[on]

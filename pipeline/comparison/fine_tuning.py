@@ -13,6 +13,7 @@ from pipeline.comparison.exam import OtherWeights, answered_before, ask
 from pipeline.comparison.questions import Answered, Question
 from pipeline.comparison.study import Study, seen_while_tuning
 from pipeline.comparison.training import jobs_of, trained_task
+from pipeline.errors import TuningError
 from pipeline.full_weights.fine_tuning import RESULT, Diverged, FineTuned, FineTuningOrder, read_result
 from pipeline.full_weights.on_rank import TrainingPlace
 from pipeline.settings import FineTuningSettings
@@ -56,18 +57,24 @@ def ask_models(
 def _ask(
     study: Study, settings: FineTuningSettings, job: _Job, questions: tuple[Question, ...]
 ) -> dict[Question, Answered]:
-    result, phase = _trained(study, settings, job), f"{job.phase}/answers"
-    assert isinstance(result, FineTuned), "what diverged has no questions"
-    # Where no step was better than the start, the model as it was is the best there is.
-    weights = OtherWeights(result.model or from_anywhere(study.settings.model.path), result.digest)
-    gone = result.model is not None and not Path(result.model).exists()
-    if gone and not answered_before(study, questions, phase, weights):
+    phase = f"{job.phase}/answers"
+    result = _trained(study, settings, job)
+    weights = _weights(study, result)
+    gone = isinstance(result, FineTuned) and result.model is not None and not Path(result.model).exists()
+    if gone and (settings.keep_models or not answered_before(study, questions, phase, weights)):
         remove(study.folder / job.phase / RESULT)
-        _trained(study, settings, job)
+        weights = _weights(study, _trained(study, settings, job))
     answered = ask(study, questions, phase, weights)
     if not settings.keep_models:
         remove(study.folder / job.phase / "tuned")
     return answered
+
+
+def _weights(study: Study, result: FineTuned | Diverged) -> OtherWeights:
+    if isinstance(result, Diverged):
+        raise TuningError(f"a training that had ended well did not when it was repeated: {result.reason}")
+    # Where no step was better than the start, the model as it was is the best there is.
+    return OtherWeights(result.model or from_anywhere(study.settings.model.path), result.digest)
 
 
 def _jobs(study: Study, settings: FineTuningSettings) -> list[_Job]:
@@ -112,8 +119,11 @@ def _trained(study: Study, settings: FineTuningSettings, job: _Job) -> FineTuned
     with study.phase(job.phase) as (_, log):
         result = _result(study, settings, job)
         if result is None:
+            order, name = _order(study, settings, job), job.candidate.name
             log.write("begin", tasks=1)
-            study.on_ranks(_order(study, settings, job), log)
+            steps = order.trial().settings.max_steps
+            log.write("launch", trials=[{"trial": name, "task": order.task, "max_steps": steps}])
+            study.on_ranks(order, log)
             result = _result(study, settings, job)
             log.write("end", version=None, exit=0)
     if result is None:

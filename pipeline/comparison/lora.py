@@ -65,7 +65,7 @@ def _jobs(study: Study, lora: LoraSettings, corpora: dict[str, TaskCorpus]) -> l
     jobs = []
     for task, rate, seed in jobs_of(lora, list(corpora), study.settings.compare.seeds):
         own = lora_trial(study.settings, lora, task, rate, seed, corpora[task].digest, fingerprint)
-        parts = json.dumps([own.digest, lora.rank, lora.alpha, lora.targets])
+        parts = json.dumps([own.digest, lora.rank, lora.alpha, lora.targets, study.settings.model.dtype])
         file = hashlib.sha256(parts.encode()).hexdigest()[:32]
         jobs.append(LoraJob(f"lora.{task}.lr-{rate:g}.seed-{seed}", task, rate, seed, file))
     return jobs

@@ -4,7 +4,8 @@ What was trained on a row may know its answer by heart; judged on another task, 
 """
 
 import re
-from collections.abc import Callable, Collection
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cache
 
 import numpy as np
@@ -18,39 +19,52 @@ from pipeline.corpus.template import parse_template
 Seen = Callable[[str, str, Split], np.ndarray]
 """(task trained on, task answered, split) -> `[N]`, whether train or dev of the first holds a row of the second."""
 
-_WORD = re.compile(r"\w+")
+_AT_ONCE = 4096
+_BRACKET = re.compile(r"-[lr][rsc]b-")
+_NEITHER_LETTER_NOR_DIGIT = re.compile(r"[\W_]+")
 
 
 def seen_rows_of(study: Study) -> Seen:
-    """Of a comparison's rows as they are answered; two texts are one if their words are, whatever else is between."""
+    """Of a comparison's rows as they are answered; two texts are one if their letters are."""
 
-    def words(task: str, ref: SplitRef, limit: int | None = None) -> list[str]:
+    def letters(task: str, ref: SplitRef, limit: int | None = None) -> Iterator[str]:
         split, tokenizer = open_split(ref, limit), study.checked.tokenizer
-        rows = [split.input_ids(row).tolist() for row in range(len(split))]
-        template = study.settings.tasks[task].input
-        return [own_words(text, template) for text in decode_inputs(tokenizer, study.checked.architecture, rows)]
+        own = own_letters(study.settings.tasks[task].input)
+        for first in range(0, len(split), _AT_ONCE):
+            rows = [split.input_ids(row).tolist() for row in range(first, min(first + _AT_ONCE, len(split)))]
+            yield from map(own, decode_inputs(tokenizer, study.checked.architecture, rows))
 
     @cache
-    def learnt(task: str) -> frozenset[str]:
+    def learnt(task: str) -> np.ndarray:
         splits = study.corpora[task].splits
-        return frozenset(text for name in ("train", "dev") for text in words(task, splits[name]))
+        return np.unique(np.concatenate([_digests(letters(task, splits[name])) for name in ("train", "dev")]))
 
     @cache
-    def answered(task: str, split: Split) -> list[str]:
-        return words(task, study.corpora[task].splits[split], study.rows(task, split))
+    def answered(task: str, split: Split) -> np.ndarray:
+        return _digests(letters(task, study.corpora[task].splits[split], study.rows(task, split)))
 
-    def seen(source: str, on: str, split: Split) -> np.ndarray:
-        return np.array([text in learnt(source) for text in answered(on, split)], bool)
-
-    return seen
+    return lambda source, on, split: np.isin(answered(on, split), learnt(source))
 
 
-def own_words(text: str, template: str) -> str:
-    """A row's words without those that its template puts around every row."""
+def own_letters(template: str) -> Callable[[str], str]:
+    """What tells the letters of a row from those that its template puts around and between them."""
     pieces = parse_template(template, "input").pieces
-    last, column = pieces[-1]
-    before, behind = (" ".join(_words(literal)) for literal in (pieces[0][0], last if column is None else ""))
-    return " ".join(_words(text)).removeprefix(before).removesuffix(behind).strip()
+    parts = (re.escape(_letters(literal)) + ("(.*?)" if column is not None else "") for literal, column in pieces)
+    pattern = re.compile("".join(parts))
+
+    def own(text: str) -> str:
+        found = _letters(text)
+        match = pattern.fullmatch(found)
+        return ("".join(match.groups()) if match else found) or text
+
+    return own
+
+
+def _letters(text: str) -> str:
+    """Letters and digits alone, without case and accents: `is n't` is `isn't`, and `-lrb- a -rrb-` is `(a)`."""
+    plain = unicodedata.normalize("NFKD", _BRACKET.sub(" ", text.casefold()))
+    plain = "".join(letter for letter in plain if not unicodedata.combining(letter))
+    return _NEITHER_LETTER_NOR_DIGIT.sub("", plain)
 
 
 def unseen(answered: Answered, sources: Collection[str], on: str, split: Split, seen: Seen) -> Answered | None:
@@ -59,8 +73,10 @@ def unseen(answered: Answered, sources: Collection[str], on: str, split: Split, 
     if not held:
         return answered
     left = ~np.any(held, axis=0)
+    assert len(left) == len(answered.nll), "answers to other rows"
     return answered.only(left) if left.any() else None
 
 
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.casefold())
+def _digests(texts: Iterable[str]) -> np.ndarray:
+    """Eight bytes a text, whatever its length; of this process alone."""
+    return np.fromiter(map(hash, texts), np.int64)

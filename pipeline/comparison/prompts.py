@@ -1,7 +1,7 @@
 """The prompts of a comparison: the main job's own tuning, of every trial of every sweep."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,30 +103,34 @@ def _choice(task: TaskSettings, trial: TaskSettings) -> dict[str, Any]:
 
 def _costs(folder: Path, states: Sequence[TrialState], ranks: int) -> dict[str, Cost]:
     """Trials tuned side by side share the phase's time by the rows that each trained."""
-    events = _of_these_trials(read_events(folder / "events.jsonl"))
-    tuning = next((stage for stage in stages_of(events) if stage.name == "tuning"), None)
+    seconds, peak = _spent(read_events(folder / "events.jsonl"), {state.trial.digest for state in states})
     rows = [state.step * state.trial.settings.batch_size for state in states]
-    seconds = ranks * tuning.seconds / max(1, sum(rows)) if tuning else 0.0
-    shared = Cost(peak_bytes=tuning.peak_bytes if tuning else None)
     return {
-        state.trial.name: replace(
-            shared,
+        state.trial.name: Cost(
             trained_parameters=state.best.numel(),
             stored_bytes=state.best.nbytes,
-            rank_seconds=seconds * trained,
+            rank_seconds=ranks * seconds * trained / max(1, sum(rows)),
+            peak_bytes=peak,
             prompt_tokens=len(state.best),
         )
         for state, trained in zip(states, rows, strict=True)
     }
 
 
-def _of_these_trials(events: Iterable[Event]) -> list[Event]:
-    """Of the newest attempts in which the trials are the same: settings may have been changed since the first."""
+def _spent(events: Iterable[Event], digests: Collection[str]) -> tuple[float, int | None]:
+    """Seconds of tuning these trials, and the most bytes meanwhile, over all attempts: settings may have been changed
+    between two, and of an attempt that tuned others, too, they have their share by steps."""
     attempts: list[list[Event]] = []
     for event in events:
         if event["event"] == "begin" or not attempts:
             attempts.append([])
         attempts[-1].append(event)
-    of_each = [next((e["trials"] for e in attempt if e["event"] == "launch"), None) for attempt in attempts]
-    others = [place for place, trials in enumerate(of_each) if trials not in (None, of_each[-1])]
-    return [event for attempt in attempts[others[-1] + 1 if others else 0 :] for event in attempt]
+    seconds, peaks = 0.0, []
+    for attempt in attempts:
+        trials: list[dict[str, Any]] = next((event["trials"] for event in attempt if event["event"] == "launch"), [])
+        own = sum(trial["max_steps"] for trial in trials if trial.get("digest") in digests)
+        tuning = next((stage for stage in stages_of(attempt) if stage.name == "tuning"), None)
+        if own and tuning:
+            seconds += tuning.seconds * own / sum(trial["max_steps"] for trial in trials)
+            peaks += [tuning.peak_bytes] if tuning.peak_bytes is not None else []
+    return seconds, max(peaks, default=None)

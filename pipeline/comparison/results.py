@@ -84,6 +84,11 @@ class Row:
     failed: int
     """Seeds that failed."""
 
+    @property
+    def shown(self) -> Mean | None:
+        """On test; on dev where the task has no test split; nothing where every test row was seen in training."""
+        return self.test if self.test is not None or self.seen else self.dev
+
 
 @dataclass(frozen=True)
 class EnsembleRow:

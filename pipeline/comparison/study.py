@@ -52,7 +52,9 @@ class Study:
     def deciding(self, task: str) -> tuple[str, str]:
         """What answers to a task's rows depend on beside question and model: the rows, and how they count."""
         corpus, own = self.corpora[task], self.settings.tasks[task]
-        return corpus.digest, f"{corpus.labels} {own.metric} {own.max_target_tokens}"
+        # Of which rows are usable, and how they are put, the corpus' digest says nothing.
+        rows = f"{corpus.counts} {own.max_input_tokens} {own.max_target_tokens} {own.separator!r}"
+        return corpus.digest, f"{rows} {corpus.labels} {own.metric} {self.settings.model.dtype}"
 
     @contextmanager
     def phase(self, name: str) -> Iterator[tuple[Path, EventLog]]:

@@ -19,7 +19,7 @@ def print_summary(console: Console, results: Results) -> None:
     for method, rows in by_method(results.rows).items():
         of_task = {row.task: row for row in rows}
         cells = [of_task.get(facts.name) for facts in results.tasks]
-        table.add_row(escape(method), *(ABSENT if row is None else with_spread(row.test or row.dev) for row in cells))
+        table.add_row(escape(method), *(ABSENT if row is None else with_spread(row.shown) for row in cells))
     console.print(table)
     for task, reason in results.left_out.items():
         console.print(f"left out: {task}: {reason}", markup=False, highlight=False)

@@ -45,9 +45,9 @@ class Judged:
             return None
         return unseen(given, one.candidate.trained_on if sources is None else sources, on, split, self.seen)
 
-    def rows(self, one: Measured, on: str, split: Split) -> tuple[int, int]:
+    def rows(self, one: Measured, on: str, split: Split, sources: Collection[str] | None = None) -> tuple[int, int]:
         """How many rows count, and how many were left out because the training has seen them."""
-        asked, counted = self.answers.get((one.candidate.name, on, split)), self.of(one, on, split)
+        asked, counted = self.answers.get((one.candidate.name, on, split)), self.of(one, on, split, sources)
         left = 0 if counted is None else len(counted.nll)
         return left, (0 if asked is None else len(asked.nll)) - left
 
@@ -112,17 +112,18 @@ def transfer_cells(best: Mapping[str, Measured], judged: Judged, study: Study) -
 
 
 def shift_rows(shifts: Mapping[str, Sequence[str]], chosen: Chosen, judged: Judged) -> list[ShiftRow]:
-    """What each method's best choice of a task makes of the test rows of that task and of others."""
+    """What each method's best choice of a task makes of the test rows of that task and of others: all of the same."""
     found = []
     for task, others in shifts.items():
-        for method in METHODS:
-            group = chosen.get((method, task))
+        of_method = {method: chosen[method, task] for method in METHODS if (method, task) in chosen}
+        sources = {source for group in of_method.values() for source in group.members[0].candidate.trained_on}
+        for method, group in of_method.items():
             for on in (task, *others):
-                if group is None or on not in judged.metrics:
+                if on not in judged.metrics:
                     continue
-                test = _test(group.whole, on, judged)
+                test = _test(group.whole, on, judged, sources)
                 if test is not None:
-                    counted = judged.rows(group.whole[0], on, "test")
+                    counted = judged.rows(group.whole[0], on, "test", sources)
                     found.append(ShiftRow(method, task, on, written(group.choice), test, *counted))
     return found
 

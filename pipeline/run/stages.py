@@ -57,7 +57,7 @@ def settings_for_ranks(settings: Settings) -> dict[str, Any]:
 def announce(order: Order, settings: Settings, log: EventLog) -> None:
     """Tell whoever watches the run which trials there will be."""
     plain = [
-        {"trial": trial.name, "task": trial.task, "max_steps": trial.settings.max_steps}
+        {"trial": trial.name, "task": trial.task, "max_steps": trial.settings.max_steps, "digest": trial.digest}
         for trial in order.trials(settings)
     ]
     log.write("launch", trials=plain)

@@ -8,7 +8,7 @@ import pytest
 from pipeline.comparison import tables
 from pipeline.comparison.candidates import Candidate, Measured
 from pipeline.comparison.choice import choose, grouped
-from pipeline.comparison.overlap import own_words, seen_rows_of
+from pipeline.comparison.overlap import own_letters, seen_rows_of
 from pipeline.comparison.questions import Answered
 from pipeline.corpus.reader import open_split
 from tests.corpora import make_task, reviews, task_corpus
@@ -20,42 +20,58 @@ SEEN = np.array([True, False] * (ROWS // 2))
 
 
 @pytest.mark.parametrize(
-    ("text", "template", "words"),
+    ("text", "other"),
     [
-        ("It is GOOD , isn't it ?", "{text}", "it is good isn t it"),
-        ("Review: so-so.\nIs it good?", "Review: {text}\nIs it good?", "so so"),
-        ("review is a word: review", "{text}", "review is a word review"),
-        ("premise: a hypothesis: b", "premise: {p} hypothesis: {h}", "a hypothesis b"),
+        ("it is n't GOOD , is it ?", "It isn't good, is it?"),
+        ("a -lrb- very -rrb- bad café", "A (very) bad cafe\u0301!"),
     ],
 )
-def test_a_rows_own_words_are_those_that_the_template_did_not_put_there(text, template, words):
-    assert own_words(text, template) == words
+def test_two_spellings_of_a_text_are_one(text, other):
+    own = own_letters("{text}")
+    assert own(text) == own(other)
+
+
+@pytest.mark.parametrize(
+    ("template", "rendered"),
+    [
+        ("{p} {h}", "a man sleeps . nobody sleeps"),
+        ("premise: {p} hypothesis: {h}", "premise: a man sleeps . hypothesis: nobody sleeps"),
+        ("{p}\n{h}\nDoes it follow?", "a man sleeps .\nnobody sleeps\nDoes it follow?"),
+    ],
+)
+def test_what_a_template_puts_around_and_between_is_not_the_rows_own(template, rendered):
+    assert own_letters(template)(rendered) == own_letters("{text}")("A man sleeps. Nobody sleeps.")
+
+
+def test_texts_without_a_letter_are_not_all_one():
+    own = own_letters("review: {text}")
+    assert own("review: !!") != own("review: ...")
 
 
 def test_rows_that_train_or_dev_of_another_task_hold_are_seen_and_no_others(tmp_path):
     tokenizer = make_tokenizer(eos_template=False)
     pairs = list(dict.fromkeys(reviews(120, 0)))
-    texts: dict[str, str] = dict(pairs)
-    assert len(texts) == len(pairs) > 90
+    assert len(dict(pairs)) == len(pairs) > 90
     own = {"train": pairs[:30], "dev": pairs[30:40], "test": pairs[40:60]}
     there = {"train": pairs[60:70], "dev": pairs[70:80], "test": [*pairs[25:45], *pairs[80:90]]}
+    around = {split: [(f"film {text} film", label) for text, label in rows] for split, rows in there.items()}
     corpora = {
         name: task_corpus(tmp_path, tokenizer, "decoder-only", name, splits)
-        for name, splits in (("own", own), ("other", there))
+        for name, splits in (("own", own), ("other", around))
     }
-    checked = SimpleNamespace(tokenizer=tokenizer, architecture="decoder-only")
+    tasks = {"own": make_task(), "other": make_task(input="film {text} film")}
     study = SimpleNamespace(
-        checked=checked,
+        checked=SimpleNamespace(tokenizer=tokenizer, architecture="decoder-only"),
         corpora=corpora,
-        settings=SimpleNamespace(tasks=dict.fromkeys(corpora, make_task())),
+        settings=SimpleNamespace(tasks=tasks),
         rows=lambda task, split: 25,
     )
     seen = seen_rows_of(study)("own", "other", "test")
-    learnt = {text for text, _ in pairs[:40]}
+    learnt = {f"film {text} film" for text, _ in pairs[:40]}
     split = open_split(corpora["other"].splits["test"], 25)
     held = [tokenizer.decode(split.input_ids(row)) in learnt for row in range(len(split))]
     assert len(seen) == 25 and seen.tolist() == held and 0 < seen.sum() < 25
-    assert not seen_rows_of(study)("other", "own", "test")[: len(seen)].all()
+    assert not seen_rows_of(study)("other", "own", "test").any()
 
 
 def answered(right: np.ndarray) -> Answered:
@@ -114,3 +130,19 @@ def test_where_every_row_was_seen_there_is_no_figure():
     groups, chosen, judged = learnt_by_heart(lambda *_: np.ones(ROWS, bool))
     assert [row.on for row in tables.shift_rows({"own": ("other",)}, chosen, judged)] == ["own"] * 3
     assert tables.start_rows(groups, chosen, judged) == []
+
+
+def test_all_methods_of_a_shift_table_are_judged_on_the_same_rows():
+    started = Measured(Candidate("s", "transferred prompt", "other", {"prompt.source": "own"}, 0), 0.9, 0.1)
+    plain = Measured(Candidate("p", "prompt tuning", "other", {}, 0), 0.9, 0.1)
+    answers = {(one.candidate.name, "third", "test"): answered(SEEN) for one in (started, plain)}
+
+    def of_own(source, on, split):
+        return SEEN if source == "own" else np.zeros(ROWS, bool)
+
+    chosen = choose(grouped([started, plain]), {"other": "accuracy"})
+    judged = tables.Judged(answers, {"other": "accuracy", "third": "accuracy"}, of_own)
+    rows = tables.shift_rows({"other": ("third",)}, chosen, judged)
+    assert {(row.method, row.test.mean, row.rows, row.seen) for row in rows} == {
+        ("prompt tuning", 0.0, ROWS // 2, ROWS // 2), ("transferred prompt", 0.0, ROWS // 2, ROWS // 2),
+    }  # fmt: skip

@@ -41,7 +41,7 @@ def _methods(results: Results, lines: Sequence[MethodLine]) -> list[str]:
         for line in lines
     ]
     chosen = [
-        [line.method, cell.task, cell.written_choice, seeds(cell.test or cell.dev)]
+        [line.method, cell.task, cell.written_choice, seeds(cell.shown)]
         for line in lines
         for cell in line.cells
         if cell is not None
@@ -110,7 +110,7 @@ def _sections(results: Results) -> list[str]:
 def _shown(row: Row | None) -> str:
     if row is None:
         return ABSENT
-    return with_spread(row.test or row.dev) + (f" ({row.seen} rows left out)" if row.seen else "")
+    return with_spread(row.shown) + (f" ({row.seen} rows left out)" if row.seen else "")
 
 
 def _cell(cell: TransferCell | None) -> str:

@@ -75,7 +75,7 @@ def method_lines(results: Results) -> list[MethodLine]:
     lines = []
     for method, of_task in table.items():
         cells, own = [of_task.get(task) for task in tasks], list(of_task.values())
-        means = [shown.mean for cell in cells if cell is not None and (shown := cell.test or cell.dev) is not None]
+        means = [shown.mean for cell in cells if cell is not None and (shown := cell.shown) is not None]
         lines.append(
             MethodLine(
                 method=method,
@@ -120,7 +120,7 @@ def _is_best(method: str, task: str, table: Mapping[str, Mapping[str, Row]], met
         for other, of_task in table.items()
         if task in of_task
         and not of_task[task].seen  # figures of the same rows alone
-        and (mean := of_task[task].test or of_task[task].dev) is not None
+        and (mean := of_task[task].shown) is not None
     }
     return method in shown and shown[method] == max(shown.values())
 
