@@ -189,8 +189,7 @@ class TaskFacts:
     answered: Mapping[str, int]
     """Rows of dev and test that every figure is of."""
     repeated: int = 0
-    """Test rows answered whose words a row of the task's own train or dev split has, too. They count: the splits are
-    yours."""
+    """Test rows answered that the task's own train or dev split has, too. They count: the splits are yours."""
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,7 @@ from pipeline.comparison.page.render import MethodLine, method_lines, seeds, shi
 from pipeline.comparison.results import Results, Row, TransferCell, with_spread
 from pipeline.reporting.words import ABSENT, duration, figure, millions, size
 
-_UNSEEN = (
-    "Rows of another task whose words the task trained on has, too, are left out; in brackets, of how many rows a "
-    "figure then is."
-)
+_UNSEEN = "Rows of another task that the task trained on has, too, are left out; in brackets, how many are left."
 
 
 def to_markdown(results: Results) -> str:
