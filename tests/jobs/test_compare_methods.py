@@ -44,6 +44,17 @@ def test_layers_that_the_model_lacks_are_refused_by_the_plan(tmp_path):
     assert output.count("error:") == 1 and "compare.lora.targets" in output and "q_proj" in output
 
 
+def test_prompts_and_hard_prompts_over_two_ranks_leave_a_report_of_every_seed(tmp_path):
+    output = run(write_settings(tmp_path, small(tmp_path)), job=JOB)
+    folder = tmp_path / "runs/small"
+    assert "report.html" in output and (folder / "report.html").exists() and (folder / "report.md").exists()
+    found = read_results(folder / "results.json")
+    of = {(n["method"], n["task"], n["seed"]): n for n in found["numbers"] if n["chosen"]}
+    assert {key[2] for key in of if key[0] == "prompt tuning"} == {0, 1}
+    assert all((number["test"] is None) == (task == "book") for (_, task, _), number in of.items())
+    assert found["ranks"] == 2 and {row["on"] for row in found["shifts"]} == {"film", "song"}
+
+
 @pytest.mark.slow
 def test_a_comparison_killed_while_it_tunes_and_started_again_ends_as_one_left_alone(tmp_path):
     found = []
