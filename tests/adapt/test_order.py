@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from pipeline.adapt.order import read_adapted
-from pipeline.errors import SettingsError
+from pipeline.errors import DivergedError, SettingsError
 from pipeline.full_weights import training
 from pipeline.tuning import notices
 from pipeline.tuning.notices import allow_to_run, ask_to_stop
@@ -57,6 +57,12 @@ def test_a_fresh_model_learns_each_objective_and_its_folders_are_what_transforme
         assert tokenizer.convert_tokens_to_ids("<extra_id_7>") < model.config.vocab_size
         assert model.config.decoder_start_token_id == model.config.pad_token_id == 0
     assert adapted.trained_parameters == sum(weight.numel() for weight in model.parameters())
+
+
+def test_a_loss_that_is_no_number_ends_it_with_a_sentence_that_names_the_mend(make_order, tmp_path):
+    order = make_order(tmp_path / "run", optimizer={"lr": 1e30, "weight_decay": 0})
+    with pytest.raises(DivergedError, match=r"^the loss was .* at step .*; lower optimizer\.lr .* another run\.name"):
+        carry_out(order)
 
 
 def test_step_0_is_the_model_that_was_started_from(make_order, tmp_path):
