@@ -31,8 +31,7 @@ class Candidate:
     @property
     def trained_on(self) -> tuple[str, ...]:
         """The tasks whose rows made it what it is, its own first."""
-        source = self.choice.get("prompt.source") if self.method == "transferred prompt" else None
-        return (self.task, *(parts(source) if source else ()))
+        return (self.task, *(parts(self.choice["prompt.source"]) if self.method == "transferred prompt" else ()))
 
 
 @dataclass(frozen=True)

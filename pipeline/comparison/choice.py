@@ -21,7 +21,6 @@ class Spread:
     mean: float
     deviation: float | None
     """Standard deviation of a sample; None of a single one."""
-    count: int
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def spread(values: Sequence[float]) -> Spread | None:
     if not values:
         return None
     deviation = statistics.stdev(values) if len(values) > 1 else None
-    return Spread(statistics.fmean(values), deviation, len(values))
+    return Spread(statistics.fmean(values), deviation)
 
 
 def grouped(measured: Iterable[Measured]) -> list[Group]:

@@ -1,6 +1,6 @@
 """Questions answered on the ranks, many prompts in the same batches, each kept as soon as it is there."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from pipeline.comparison.questions import (
     Answered,
     Question,
     all_answers,
+    answer_paths,
     as_answered,
     kept_prompt,
     load_answers,
@@ -52,8 +53,7 @@ class ExamOrder:
     @property
     def paths(self) -> dict[Question, Path]:
         """Where the answers to each question are kept."""
-        files = Path(self.run_folder) / "files"
-        return {q: files / f"{digest}.safetensors" for q, digest in zip(self.questions, self.digests, strict=True)}
+        return answer_paths(self.run_folder, self.questions, self.digests)
 
     def carry_out(self, device: torch.device, node_leaves: Callable[[], bool]) -> None:
         """Raises: StorageError, BackboneError."""
@@ -124,7 +124,8 @@ def _deciding(study: Study, task: str, weights: OtherWeights | None) -> tuple[st
 def _answer_all(order: ExamOrder, settings: Settings, backbone: Backbone, journal: Journal, notices: Notices) -> None:
     tokenizer = AutoTokenizer.from_pretrained(order.model_folder, trust_remote_code=False)
     corpora = {task: TaskCorpus.from_dict(corpus) for task, corpus in order.corpora.items()}
-    missing = _missing(order, backbone.device)
+    paths = order.paths
+    missing = _missing(paths, backbone.device)
     journal.event("stage", name=PHASE, text=f"{len(missing)} question(s) to {world_size()} rank(s)")
     for start in range(0, len(missing), _AT_ONCE):
         if notices.next(backbone.device) == "stop":
@@ -134,15 +135,15 @@ def _answer_all(order: ExamOrder, settings: Settings, backbone: Backbone, journa
         answers = answer(backbone, tokenizer, exams, settings.cluster.tokens_per_microbatch)
         if rank() == 0:
             for question, exam, given in zip(part, exams, answers, strict=True):
-                save_answers(order.paths[question], as_answered(exam, given))
+                save_answers(paths[question], as_answered(exam, given))
         journal.event("stage", name=PHASE, text=f"{min(start + _AT_ONCE, len(missing))} of {len(missing)} answered")
 
 
-def _missing(order: ExamOrder, device: torch.device) -> list[Question]:
+def _missing(paths: Mapping[Question, Path], device: torch.device) -> list[Question]:
     """The questions that a rank sees no answers to: the same on all ranks, whenever each looks."""
-    seen = [load_answers(path) is not None for path in order.paths.values()]
+    seen = [load_answers(path) is not None for path in paths.values()]
     counts = sum_over_ranks(torch.tensor(seen, dtype=torch.float32, device=device)).tolist()
-    return [question for question, count in zip(order.questions, counts, strict=True) if count < world_size()]
+    return [question for question, count in zip(paths, counts, strict=True) if count < world_size()]
 
 
 def _exam(

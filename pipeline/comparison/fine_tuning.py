@@ -116,16 +116,17 @@ def _result(study: Study, settings: FineTuningSettings, job: _Job) -> FineTuned 
 
 def _trained(study: Study, settings: FineTuningSettings, job: _Job) -> FineTuned | Diverged:
     """Train, unless that was done. Raises: PromptBankError."""
+    result = _result(study, settings, job)
+    if result is not None:
+        return result
     with study.phase(job.phase) as (_, log):
+        order, name = _order(study, settings, job), job.candidate.name
+        log.write("begin", tasks=1)
+        steps = order.trial().settings.max_steps
+        log.write("launch", trials=[{"trial": name, "task": order.task, "max_steps": steps}])
+        study.on_ranks(order, log)
         result = _result(study, settings, job)
-        if result is None:
-            order, name = _order(study, settings, job), job.candidate.name
-            log.write("begin", tasks=1)
-            steps = order.trial().settings.max_steps
-            log.write("launch", trials=[{"trial": name, "task": order.task, "max_steps": steps}])
-            study.on_ranks(order, log)
-            result = _result(study, settings, job)
-            log.write("end", version=None, exit=0)
+        log.write("end", version=None, exit=0)
     if result is None:
         raise study.told_to_stop(job.phase)
     return result

@@ -15,7 +15,7 @@ from pipeline.backbone.files import find_model
 from pipeline.backbone.host import Backbone, compute_dtype, host_backbone
 from pipeline.comparison.adapter import add_adapter, no_prompt, put_weights, train_adapter
 from pipeline.comparison.adapter_files import load_adapter, save_adapter
-from pipeline.comparison.questions import Question, as_answered, load_answers, save_answers
+from pipeline.comparison.questions import Question, answer_paths, as_answered, load_answers, save_answers
 from pipeline.comparison.training import trained_task
 from pipeline.corpus.reader import open_split
 from pipeline.corpus.task_corpus import TaskCorpus
@@ -62,11 +62,10 @@ class LoraOrder:
 
     def answers(self, job: LoraJob) -> dict[Question, Path]:
         """Where the answers to each of a job's questions are kept."""
-        files = Path(self.run_folder) / "files"
-        return {q: files / f"{digest}.safetensors" for q, digest in zip(job.questions, job.digests, strict=True)}
+        return answer_paths(self.run_folder, job.questions, job.digests)
 
     def carry_out(self, device: torch.device, node_leaves: Callable[[], bool]) -> None:
-        """Raises: StorageError, BackboneError, ValueError."""
+        """Raises: StorageError, BackboneError, SettingsError."""
         settings = Settings.model_validate(self.settings)
         timeout, threads = settings.run.hang_timeout, settings.cluster.cpus_per_worker
         with rank_process(self.run_folder, timeout, threads, device) as alive:

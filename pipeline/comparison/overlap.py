@@ -43,7 +43,11 @@ def seen_rows_of(study: Study) -> Seen:
     def answered(task: str, split: Split) -> np.ndarray:
         return _digests(letters(task, study.corpora[task].splits[split], study.rows(task, split)))
 
-    return lambda source, on, split: np.isin(answered(on, split), learnt(source))
+    @cache  # asked once a candidate
+    def seen(source: str, on: str, split: Split) -> np.ndarray:
+        return np.isin(answered(on, split), learnt(source))
+
+    return seen
 
 
 def own_letters(template: str) -> Callable[[str], str]:

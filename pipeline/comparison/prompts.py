@@ -132,5 +132,5 @@ def _spent(events: Iterable[Event], digests: Collection[str]) -> tuple[float, in
         tuning = next((stage for stage in stages_of(attempt) if stage.name == "tuning"), None)
         if own and tuning:
             seconds += tuning.seconds * own / sum(trial["max_steps"] for trial in trials)
-            peaks += [tuning.peak_bytes] if tuning.peak_bytes is not None else []
-    return seconds, max(peaks, default=None)
+            peaks.append(tuning.peak_bytes or 0)
+    return seconds, max(peaks, default=0) or None

@@ -5,7 +5,7 @@ An answer's file is named by the digest of all that decides it, so a question th
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -102,6 +102,12 @@ def kept_prompt(folder: Path, digest: str) -> np.ndarray:
     except (OSError, SafetensorError) as error:
         raise StorageError(f"cannot read {path}: {error}; start the comparison again") from error
     return prompt
+
+
+def answer_paths(run_folder: str, questions: Sequence[Question], digests: Sequence[str]) -> dict[Question, Path]:
+    """Where a phase keeps the answers to each question; digests: by question."""
+    files = Path(run_folder) / "files"
+    return {q: files / f"{digest}.safetensors" for q, digest in zip(questions, digests, strict=True)}
 
 
 def save_answers(path: Path, answered: Answered) -> None:

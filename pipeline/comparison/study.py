@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 
+from pipeline.comparison.questions import Split
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import SettingsError, TuningError
 from pipeline.reporting.events import EventLog, telling_why
@@ -45,7 +45,7 @@ class Study:
         """Config and tokenizer, for every rank."""
         return self.folder / "model"
 
-    def rows(self, task: str, split: Literal["dev", "test"]) -> int | None:
+    def rows(self, task: str, split: Split) -> int | None:
         """How many rows of a split are answered at most; None: all."""
         return self.settings.tasks[task].eval_rows if split == "dev" else self.settings.compare.test_rows
 

@@ -136,5 +136,5 @@ class CompareSettings(Frozen):
 
 
 def parts(start: str) -> tuple[str, ...]:
-    """The tasks of a start such as `sst2+mr`."""
+    """What a start such as `sst2+mr` is the mean of."""
     return tuple(part.strip() for part in start.split("+"))

@@ -13,7 +13,7 @@ from pydantic import (
 )
 
 from pipeline.addresses import holds_credentials
-from pipeline.settings.comparing import CompareSettings
+from pipeline.settings.comparing import CompareSettings, parts
 from pipeline.settings.frozen import Frozen, Name
 from pipeline.settings.sweeps import (
     MOST_TRIALS,
@@ -118,7 +118,7 @@ class PromptSettings(Frozen):
     @property
     def sources(self) -> tuple[str, ...]:
         """The prompts of a bank whose mean this one starts from, with `init: bank`."""
-        return tuple(part.strip() for part in (self.source or "").split("+"))
+        return parts(self.source or "")
 
     @model_validator(mode="after")
     def _init_has_its_source(self) -> "PromptSettings":
