@@ -11,7 +11,8 @@ _UNSEEN = "Rows of another task that the task trained on has, too, are left out;
 
 def to_markdown(results: Results) -> str:
     lines = method_lines(results)
-    return "\n\n".join(filter(None, [*_head(results), *_methods(results, lines), *_sections(results)])) + "\n"
+    parts = [*_head(results), *_methods(results, lines), *_of_each_task(results), *_between_tasks(results)]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _head(results: Results) -> list[str]:
@@ -54,7 +55,7 @@ def _methods(results: Results, lines: Sequence[MethodLine]) -> list[str]:
     ]
 
 
-def _sections(results: Results) -> list[str]:
+def _of_each_task(results: Results) -> list[str]:
     parts: list[str] = []
     for panel in results.panels:
         rows = [
@@ -77,6 +78,11 @@ def _sections(results: Results) -> list[str]:
         ]
         heads = ["task", "split", "one seed", "best on dev", "average", "majority vote", "seeds"]
         parts += ["## Ensembles", table(heads, rows)]
+    return parts
+
+
+def _between_tasks(results: Results) -> list[str]:
+    parts: list[str] = []
     if results.transfer:
         tasks = [facts.name for facts in results.tasks]
         cells = {(cell.prompt_of, cell.on): cell for cell in results.transfer}
