@@ -185,14 +185,19 @@ def _manifest(source: Source, parent: Manifest | None, new: Publication, digests
             time=utc_now(),
             run=new.run,
             id=new_id(),
-            # Stated to be the same, it goes by the name that the bank knows it by: one bank, one fingerprint.
-            backbone=parent.backbone if parent and usable else new.backbone,
+            backbone=_backbone(parent, new.backbone) if usable else new.backbone,
             libraries=new.libraries,
             removed=new.removed,
             prompts=records,
         )
     except ValidationError as error:
         raise BankError(f"version {number} is refused: {first_problem(error)}") from error
+
+
+def _backbone(parent: Manifest | None, own: BackboneId) -> BackboneId:
+    """One that is stated to be the parent's goes by the parent's fingerprint: one bank has one."""
+    stated = parent is not None and parent.backbone.fingerprint != own.fingerprint
+    return parent.backbone if parent and stated else own
 
 
 def _record(prompt: NewPrompt, old: PromptRecord | None, digest: str | None, number: int) -> PromptRecord:

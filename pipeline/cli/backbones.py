@@ -47,12 +47,12 @@ def same_backbone(
     signing_key: SigningKey = None,
     as_json: AsJson = False,
 ) -> None:
-    """State that two models are the same backbone, or list such statements.
+    """State that two models are one backbone.
 
     A model's safetensors folder and the GGUF file made from it have two fingerprints, and prompts of one are refused
     on the other. Here both are run over rows of text; only if all tokens are the same and all log-likelihoods equal,
     a statement is added to the bank, signed with --signing-key, and prompts of either are loaded on both from then
-    on. Without models, the statements that there are.
+    on. Without models, the statements that there are are listed.
 
     Examples:
 
