@@ -26,13 +26,16 @@ def write_gguf(
     tensors: dict[str, np.ndarray] | None = None,
     pre: str | None = "gpt-2",
     leave_out: tuple[str, ...] = (),
+    without: tuple[str, ...] = (),
 ) -> Path:
     """Write a transformers model as llama.cpp's converter does; `keys` are written below `arch.`, or with a dot first
-    as they are."""
+    as they are; keys `without` and tensors to `leave_out` are not."""
     config = model.config
     writer = gguf.GGUFWriter(path, arch)
     fields: dict[str, Any] = {"vocab_size": config.vocab_size, **_shape(config, arch), **(keys or {})}
     for key, value in fields.items():
+        if key in without:
+            continue
         _add(writer, key.removeprefix(".") if key.startswith(".") else f"{arch}.{key}", value)
     _write_tokenizer(writer, config.vocab_size, pre)
     number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)

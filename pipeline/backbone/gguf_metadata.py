@@ -56,6 +56,8 @@ _APPLIED_BY = {
         "decoder_block_count",
     },
 }
+ROTARY_FAMILIES = ("llama", "qwen2", "qwen3")
+"""Those of `general.architecture` that rotate positions; Mistral's files say llama."""
 # Of no account for the next token, or notes of the converter's.
 _HARMLESS = {"rope.scaling.finetuned", "tensor_data_layout", "pooling_type"}
 # Keys that change nothing at these values, and much at any other.
@@ -101,8 +103,8 @@ def complete_config(config: Any, path: str) -> None:
     metadata, tensors = _read(path)
     family, values = _of_family(metadata)
     _apply_shapes(config, family, values, tensors, path)
-    if family in ("llama", "qwen2", "qwen3"):
-        _apply_rope(config, values, tensors, path)
+    if family in ROTARY_FAMILIES:
+        _apply_rope(config, family, values, tensors, path)
 
 
 def remark_on_split(path: str) -> None:
@@ -181,6 +183,7 @@ def _apply_shapes(config: Any, family: str, values: Mapping[str, Any], tensors: 
         config.num_decoder_layers = values.get("decoder_block_count", config.num_layers)
         config.layer_norm_epsilon = values.get("attention.layer_norm_rms_epsilon", config.layer_norm_epsilon)
         return
+    config.num_key_value_heads = values.get("attention.head_count_kv", config.num_attention_heads)
     usual = config.hidden_size // config.num_attention_heads
     size = values.get("attention.key_length", values.get("rope.dimension_count", usual))
     if values.get("rope.dimension_count", size) != size:
@@ -197,13 +200,15 @@ def _apply_shapes(config: Any, family: str, values: Mapping[str, Any], tensors: 
         config.mlp_bias = True
 
 
-def _apply_rope(config: Any, values: Mapping[str, Any], tensors: tuple[str, ...], path: str) -> None:
+def _apply_rope(config: Any, family: str, values: Mapping[str, Any], tensors: tuple[str, ...], path: str) -> None:
     """Scaling of the rotary frequencies, as llama.cpp computes it, in transformers' terms."""
     factor = values.get("rope.scaling.factor") or values.get("rope.scale_linear") or 1.0
     kind = values.get("rope.scaling.type", "linear")
+    if config.rope_parameters["rope_theta"] != (base := values.get("rope.freq_base", 10_000.0)):
+        _set_rope(config, rope_theta=base)
     factors = _rope_factors(path, config) if ROPE_FACTORS in tensors else np.ones(1)
     if kind not in ("none", "linear", "yarn") or (kind == "yarn" and (factors != 1).any()):
-        raise _cannot_apply(path, f"{config.model_type}.rope.scaling.type", kind)
+        raise _cannot_apply(path, f"{family}.rope.scaling.type", kind)
     if kind == "yarn" and factor != 1:
         betas = {beta: values.get(f"rope.scaling.yarn_{beta}") for beta in ("beta_fast", "beta_slow")}
         original = values.get("rope.scaling.original_context_length", values["context_length"])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backbone.files import ModelFiles
-from pipeline.backbone.gguf_metadata import ROPE_FACTORS
+from pipeline.backbone.gguf_metadata import ROPE_FACTORS, ROTARY_FAMILIES
 from pipeline.backbone.weights import WeightSource
 from pipeline.errors import BackboneError
 
@@ -45,7 +45,8 @@ def open_gguf(files: ModelFiles, skeleton: nn.Module) -> WeightSource:
             tensors[name] = tensor
         elif name.endswith("_proj.bias") and config.model_type in ("llama", "qwen3"):
             zeros[name] = tuple(parameter.shape)  # one setting adds biases everywhere; the file may have some
-    _refuse_unread(str(path), stored.keys() - {tensor.name for tensor in tensors.values()})
+    read_by_config = {ROPE_FACTORS} if family in ROTARY_FAMILIES else set()
+    _refuse_unread(str(path), stored.keys() - read_by_config - {tensor.name for tensor in tensors.values()})
     # llama.cpp permutes some matrices; transformers knows how to undo it.
     processor = TENSOR_PROCESSORS.get(family, TensorProcessor)(config=config.to_dict())
 
@@ -72,7 +73,7 @@ def open_gguf(files: ModelFiles, skeleton: nn.Module) -> WeightSource:
 
 
 def _refuse_unread(path: str, unread: set[str]) -> None:
-    left = sorted(name for name in unread if name != ROPE_FACTORS and not _UNUSED.fullmatch(name))
+    left = sorted(name for name in unread if not _UNUSED.fullmatch(name))
     if left:
         more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
         raise BackboneError(

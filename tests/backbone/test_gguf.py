@@ -115,6 +115,15 @@ def test_rope_factors_rope_scaling_and_biases_are_applied_and_in_the_fingerprint
     check("qwen2", randomise_biases(model), "qwen2", keys=scaling)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_what_a_file_leaves_out_is_what_llama_cpp_takes_it_for(family, tmp_path):
+    model = open_model(make_model(tmp_path / "m", family, num_key_value_heads=4, scale=1.0))
+    arch = "llama" if family == "mistral" else family
+    path = write_gguf(tmp_path / "m.gguf", model, arch, without=("rope.freq_base", "attention.head_count_kv"))
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(path), logits(model), rtol=0, atol=1e-4)
+
+
 def test_linear_scaling_and_rope_factors_of_one_file_multiply(tmp_path):
     model = open_model(make_model(tmp_path / "m", rope_parameters=LLAMA3))
     factors = llama3_factors(model)
@@ -176,7 +185,9 @@ def test_a_key_that_is_not_applied_is_refused_by_its_name_and_file(key, value, t
 def test_every_tensor_that_nothing_reads_is_named(family, tmp_path):
     model = open_model(make_model(tmp_path / "m", family))
     arch = "llama" if family == "mistral" else family
+    rotary = [] if arch in ("llama", "qwen2", "qwen3") else ["rope_freqs.weight"]
     for name in (
+        *rotary,
         "blk.0.attn_q.scale",
         "rope_factors_long.weight",
         "blk.1.attn_sinks.weight",
