@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
+from pipeline.backbone.gguf_metadata import check_metadata, complete_config, remark_on_split
 from pipeline.errors import BackboneError
 
 Architecture = Literal["decoder-only", "encoder-decoder"]
@@ -97,11 +98,18 @@ def _checked_folder(name: str, folder: Path) -> ModelFiles:
 
 def read_config(files: ModelFiles) -> PretrainedConfig:
     """The model's configuration. Raises: BackboneError for a family that is not supported."""
+    path = str(files.folder / files.gguf) if files.gguf else None
     try:
+        if path:
+            check_metadata(path)
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False, **_gguf(files))
+    except BackboneError:
+        raise
     except Exception as error:
         raise BackboneError(f"model.path {files.name}: its configuration cannot be read: {_reason(error)}") from error
     architecture_of(config, files.name)
+    if path:
+        complete_config(config, path)
     return config
 
 
@@ -137,6 +145,8 @@ def read_tokenizer(files: ModelFiles) -> Any:
         raise BackboneError(f"model.path {files.name}: its tokenizer cannot be read: {_reason(error)}") from error
     if not tokenizer.is_fast:
         raise BackboneError(f"model.path {files.name}: it has no fast tokenizer (tokenizer.json)")
+    if files.gguf:
+        remark_on_split(str(files.folder / files.gguf))
     return tokenizer
 
 

@@ -46,7 +46,11 @@ def open_weights(files: ModelFiles, skeleton: nn.Module) -> WeightSource:
 
     Raises: BackboneError when a file is damaged.
     """
-    return _open_gguf(files, skeleton) if files.gguf else _open_safetensors(files)
+    if files.gguf:
+        from pipeline.backbone.gguf_weights import open_gguf  # which needs the types above
+
+        return open_gguf(files, skeleton)
+    return _open_safetensors(files)
 
 
 def weights_digest(source: WeightSource) -> str:
@@ -161,40 +165,3 @@ def _stored_in(path: Path) -> dict[str, _Stored]:
         name: _Stored(file, _TYPES[entry["dtype"]], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
         for name, entry in header.items()
     }
-
-
-def _open_gguf(files: ModelFiles, skeleton: nn.Module) -> WeightSource:
-    import gguf
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
-
-    path = files.folder / str(files.gguf)
-    try:
-        reader = gguf.GGUFReader(path)
-        family = reader.fields["general.architecture"].contents()
-    except (ValueError, KeyError, OSError) as error:
-        raise BackboneError(f"{path} is damaged or no GGUF file ({error}); fetch the model again") from error
-    config: Any = skeleton.config
-    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
-    to_gguf = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    stored = {tensor.name: tensor for tensor in reader.tensors}
-    tensors = {}
-    for name, _ in skeleton.named_parameters(remove_duplicate=False):
-        stem, _, suffix = name.rpartition(".")
-        tensor = stored.get(f"{to_gguf.get_name(stem)}.{suffix}")
-        if tensor is not None:
-            tensors[name] = tensor
-    # llama.cpp permutes some matrices; transformers knows how to undo it.
-    processor = TENSOR_PROCESSORS.get(family, TensorProcessor)(config=config.to_dict())
-
-    def read(name: str, first: int = 0, last: int | None = None) -> Tensor:
-        tensor = tensors[name]
-        floats = gguf.dequantize(tensor.data, tensor.tensor_type)
-        return torch.from_numpy(processor.process(weights=floats, name=tensor.name).weights[first:last].copy())
-
-    def shape(name: str) -> tuple[int, ...]:
-        return tuple(int(side) for side in reversed(tensors[name].shape))
-
-    def pieces(name: str) -> Iterator[Any]:
-        yield tensors[name].data.tobytes()
-
-    return WeightSource(str(path), frozenset(tensors), shape, read, pieces, reads_rows=False)

@@ -7,6 +7,7 @@ from pipeline.bank.aliases import AliasMove
 from pipeline.bank.client import PromptBank
 from pipeline.bank.manifest import BackboneId, Manifest, Metrics, PromptRecord, Template, Unknown
 from pipeline.bank.publish import NewPrompt, Standing
+from pipeline.bank.sameness import SameBackbone
 from pipeline.bank.snapshot import Prompt, Snapshot
 from pipeline.bank.store import Missing
 from pipeline.bank.watch import Watcher, WatchEvent
@@ -21,6 +22,7 @@ __all__ = [
     "Prompt",
     "PromptBank",
     "PromptRecord",
+    "SameBackbone",
     "Snapshot",
     "Standing",
     "Template",

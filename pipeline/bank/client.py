@@ -14,6 +14,7 @@ from pipeline.bank.cache import Cache, default_cache
 from pipeline.bank.collect import DEFAULT_GRACE, Collected, collect
 from pipeline.bank.manifest import BackboneId, Manifest, Unknown
 from pipeline.bank.publish import NewPrompt, Publication, Standing, refuse_other_backbone
+from pipeline.bank.sameness import SameBackbone, read_statement, read_statements, same_as, state
 from pipeline.bank.snapshot import Prompt, Snapshot
 from pipeline.bank.source import Source
 from pipeline.bank.store import open_store
@@ -185,6 +186,28 @@ class PromptBank:
         """What `publish` would refuse, before any work. Raises: BankError naming both backbones, StorageError."""
         publishing.check_backbone(self._source, backbone)
 
+    def same_backbones(self) -> tuple[SameBackbone, ...]:
+        """All statements that two backbones are the same, oldest first. Raises: BankError, StorageError."""
+        return read_statements(self._source)
+
+    def same_as(self, backbone: BackboneId) -> tuple[BackboneId, ...]:
+        """All backbones that are stated to be the same as this one, itself first. Raises: BankError, StorageError."""
+        return tuple(same_as(self._source, backbone).values())
+
+    def state_same_backbone(
+        self, first: BackboneId, second: BackboneId, *, rows: int, largest_difference: float, by: str
+    ) -> SameBackbone:
+        """State that two backbones are the same, compared on so many rows of text; the largest difference is in nats.
+
+        Signed when this object has a signing key. Raises: BankError when that cannot be, StorageError.
+        """
+        return state(self._source, first, second, rows, largest_difference, by, same=True)
+
+    def take_back_same_backbone(self, seq: int, by: str) -> SameBackbone:
+        """State that the two backbones of a statement are not the same after all. Raises: BankError, StorageError."""
+        old = read_statement(self._source, seq)
+        return state(self._source, old.first, old.second, 0, 0.0, by, same=False)
+
     def publish(
         self,
         prompts: Sequence[NewPrompt],
@@ -266,7 +289,7 @@ class PromptBank:
         seen: set[str] = set()
         # Until no other prompt has come into use meanwhile.
         while self._current is not None and (fresh := set(self._current.used) - seen):
-            refuse_other_backbone(f"version {move.version}", successor.backbone, self._current.backbone)
+            refuse_other_backbone(self._source, f"version {move.version}", successor.backbone, self._current.backbone)
             for name in fresh:
                 record = successor.record(name)
                 if record is not None and record.digest is not None:  # a task that has left is no damage

@@ -103,7 +103,15 @@ class LocalStore:
         return tuple(entry for entry in _files(path) if not entry.name.startswith("."))
 
     def list_leftovers(self) -> dict[str, Entry]:
-        folders = ["", "blobs", "blobs/sha256", "versions", "aliases", *(f"aliases/{x}" for x in self._aliases())]
+        folders = [
+            "",
+            "blobs",
+            "blobs/sha256",
+            "versions",
+            "backbones",
+            "aliases",
+            *(f"aliases/{x}" for x in self._aliases()),
+        ]
         return {
             str(Path(folder, entry.name)): entry
             for folder in folders

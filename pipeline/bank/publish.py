@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from pipeline.bank.aliases import advance_alias, current_move
 from pipeline.bank.blobs import MAX_BLOB_BYTES, encode_blob, write_blob
 from pipeline.bank.manifest import BackboneId, Manifest, Metrics, PromptRecord, Template, check_name, new_id, utc_now
+from pipeline.bank.sameness import is_same
 from pipeline.bank.sealed import first_problem
 from pipeline.bank.source import Source, blob_key
 from pipeline.bank.versions import create_version, read_version, version_numbers
@@ -84,13 +85,13 @@ def publish(source: Source, new: Publication, alias: str | None) -> int:
     blobs = {prompt.name: encode_blob(prompt.array) for prompt in new.prompts if prompt.array is not None}
     digests = {name: digest for name, (digest, _) in blobs.items()}
     parent = _parent(source, new)
-    manifest = _manifest(parent, new, digests)  # what it refuses, too
+    manifest = _manifest(source, parent, new, digests)  # what it refuses, too
     referenced = {record.digest for record in parent.prompts.values()} if parent else set()
     for digest, data in blobs.values():
         write_blob(source, digest, data, digest in referenced)
     while (seal := create_version(source, manifest)) is None:
         parent = _parent(source, new)  # another publisher was first: its version becomes the parent
-        manifest = _manifest(parent, new, digests)
+        manifest = _manifest(source, parent, new, digests)
     # A collector that had looked before this version was visible may have taken an old blob of the same bytes.
     for digest, data in blobs.values():
         if not source.store.exists(blob_key(digest)):
@@ -105,16 +106,17 @@ def check_backbone(source: Source, backbone: BackboneId) -> None:
     numbers = version_numbers(source.store)
     if numbers:
         version = read_version(source, numbers[-1])
-        refuse_other_backbone(version.where, version.header.backbone, backbone)
+        refuse_other_backbone(source, version.where, version.header.backbone, backbone)
 
 
-def refuse_other_backbone(where: str, owner: BackboneId, other: BackboneId) -> None:
-    """Raises: BankError naming both backbones and the parts in which they differ."""
+def refuse_other_backbone(source: Source, where: str, owner: BackboneId, other: BackboneId) -> None:
+    """Raises: BankError naming both backbones and the parts in which they differ, unless they are stated the same."""
     differing = owner.differing_parts(other)
-    if differing:
+    if differing and not is_same(source, owner, other):
         raise BankError(
             f"{where} belongs to the backbone {_title(owner)} and not to {_title(other)}: "
-            f"they differ in {', '.join(differing)}; use a bank of this backbone, or a new folder"
+            f"they differ in {', '.join(differing)}; use a bank of this backbone, or a new folder, "
+            "or state that the two are the same: promptbank same-backbone MODEL MODEL"
         )
 
 
@@ -156,13 +158,13 @@ def _parent(source: Source, new: Publication) -> Manifest | None:
         return None
     version = read_version(source, numbers[-1])
     if not new.new_backbone:
-        refuse_other_backbone(version.where, version.header.backbone, new.backbone)
+        refuse_other_backbone(source, version.where, version.header.backbone, new.backbone)
     return version.manifest()
 
 
-def _manifest(parent: Manifest | None, new: Publication, digests: Mapping[str, str]) -> Manifest:
+def _manifest(source: Source, parent: Manifest | None, new: Publication, digests: Mapping[str, str]) -> Manifest:
     """The manifest of the version after the parent: the publication's prompts, and the parent's others by reference."""
-    usable = parent is not None and not parent.backbone.differing_parts(new.backbone)
+    usable = parent is not None and is_same(source, parent.backbone, new.backbone)
     before = parent.prompts if parent and usable else {}
     number = parent.version + 1 if parent else 1
     # A failed record without a blob stays in the version that it failed in: there is nothing to carry.
@@ -183,13 +185,19 @@ def _manifest(parent: Manifest | None, new: Publication, digests: Mapping[str, s
             time=utc_now(),
             run=new.run,
             id=new_id(),
-            backbone=new.backbone,
+            backbone=_backbone(parent, new.backbone) if usable else new.backbone,
             libraries=new.libraries,
             removed=new.removed,
             prompts=records,
         )
     except ValidationError as error:
         raise BankError(f"version {number} is refused: {first_problem(error)}") from error
+
+
+def _backbone(parent: Manifest | None, own: BackboneId) -> BackboneId:
+    """One that is stated to be the parent's goes by the parent's fingerprint: one bank has one."""
+    stated = parent is not None and parent.backbone.fingerprint != own.fingerprint
+    return parent.backbone if parent and stated else own
 
 
 def _record(prompt: NewPrompt, old: PromptRecord | None, digest: str | None, number: int) -> PromptRecord:

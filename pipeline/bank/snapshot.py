@@ -9,6 +9,7 @@ import numpy as np
 from pipeline.bank.blobs import read_blob
 from pipeline.bank.manifest import BackboneId, Header, PromptRecord, Unknown, check_name
 from pipeline.bank.publish import refuse_other_backbone
+from pipeline.bank.sameness import is_same
 from pipeline.bank.source import Source
 from pipeline.bank.versions import Version
 from pipeline.errors import BankError
@@ -35,6 +36,7 @@ class Snapshot:
         self._source = source
         self._version = version
         self._used: dict[str, Prompt] = {}
+        self._same: set[str] = set()
 
     @property
     def version(self) -> int:
@@ -53,6 +55,20 @@ class Snapshot:
     @property
     def backbone(self) -> BackboneId:
         return self._version.header.backbone
+
+    def is_of(self, backbone: BackboneId) -> bool:
+        """Whether the prompts belong to this backbone, by its fingerprint or by a statement of the bank's.
+
+        What was once found the same stays so for this object. Raises: BankError for a damaged statement, StorageError.
+        """
+        if backbone.fingerprint not in self._same and is_same(self._source, self.backbone, backbone):
+            self._same.add(backbone.fingerprint)
+        return backbone.fingerprint in self._same
+
+    def check_backbone(self, backbone: BackboneId) -> None:
+        """Raises: BankError naming both backbones when the prompts belong to another, StorageError."""
+        if not self.is_of(backbone):
+            refuse_other_backbone(self._source, self._version.where, self.backbone, backbone)
 
     @property
     def signer(self) -> str | None:
@@ -77,7 +93,7 @@ class Snapshot:
         """
         check_name("prompt", name)
         if backbone is not None and not any_backbone:
-            refuse_other_backbone(self._version.where, self.backbone, backbone)
+            self.check_backbone(backbone)
         if name not in self._used:
             self._used.setdefault(name, self._read(name))
         return self._used[name]

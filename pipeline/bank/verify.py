@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pipeline.bank.aliases import AliasMove, alias_moves, alias_names
 from pipeline.bank.blobs import read_blob
 from pipeline.bank.collect import BLOBS, SUFFIX, is_blob
+from pipeline.bank.sameness import FOLDER, read_statement, statement_numbers
 from pipeline.bank.source import Source
 from pipeline.bank.versions import Version, read_version, version_numbers
 from pipeline.errors import BankError
@@ -24,6 +25,8 @@ class Verification:
     """Blobs that a version refers to."""
     unreferenced: tuple[str, ...]
     """Digests of blobs that no version refers to: of a publisher at work, or for the collector."""
+    statements: int = 0
+    """That two backbones are the same."""
 
 
 def verify_bank(source: Source, on_step: Callable[[str], None] = lambda place: None) -> Verification:
@@ -42,14 +45,16 @@ def verify_bank(source: Source, on_step: Callable[[str], None] = lambda place: N
     for alias in aliases:
         on_step(f"alias {alias}")
         problems += _caught(_verify_alias(source, alias, numbers, digests))
+    statements = statement_numbers(source)
+    on_step("statements on backbones")
+    problems += _caught(_verify_statements(source, statements))
     for digest, shape in sorted(blobs):
         on_step(f"blob {digest}")
         problems += _caught(_verify_blob(source, digest, shape))
     there = {e.name.removesuffix(SUFFIX) for e in source.store.list_files(BLOBS) if is_blob(e.name)}
     referenced = {digest for digest, _ in blobs}
-    return Verification(
-        tuple(problems), len(numbers), len(aliases), len(referenced), tuple(sorted(there - referenced))
-    )  # fmt: skip
+    spare = tuple(sorted(there - referenced))
+    return Verification(tuple(problems), len(numbers), len(aliases), len(referenced), spare, len(statements))
 
 
 def _verify_version(
@@ -77,6 +82,16 @@ def _verify_alias(source: Source, alias: str, numbers: tuple[int, ...], digests:
             yield f"{where}: version {move.version} is not there"
         elif digests.get(move.version, move.manifest) != move.manifest:
             yield f"{where}: version {move.version} is not the one that was named; it was replaced"
+
+
+def _verify_statements(source: Source, numbers: tuple[int, ...]) -> Iterator[str]:
+    if numbers != tuple(range(1, len(numbers) + 1)):
+        yield f"{source.store.where(FOLDER)}: a statement is missing from their row"
+    for seq in numbers:
+        try:
+            read_statement(source, seq)
+        except BankError as error:
+            yield str(error)
 
 
 def _verify_blob(source: Source, digest: str, shape: tuple[int, int]) -> Iterator[str]:

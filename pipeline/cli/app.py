@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from pipeline.cli import exporting, history, importing, listing, moves, output, upkeep
+from pipeline.cli import backbones, exporting, history, importing, listing, moves, output, upkeep
 from pipeline.cli.runs import runs
 from pipeline.errors import PromptBankError
 
@@ -74,6 +74,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "gc": upkeep.collect_garbage,
     "export": exporting.export_prompt,
     "import": importing.import_prompt,
+    "same-backbone": backbones.same_backbone,
 }
 for name, command in _COMMANDS.items():
     app.command(name)(command)

@@ -129,7 +129,8 @@ def show_prompt(
     if model is not None:
         prompt = snapshot.load(name)
         with output.progress(f"reading {model}"):
-            words, warning = nearest_words(model, prompt.array, nearest), why_not_of(model, prompt)
+            words = nearest_words(model, prompt.array, nearest)
+            warning = why_not_of(model, prompt, opened.same_as(prompt.backbone))
     pointing = aliases_of(opened).get(snapshot.version, [])
     if as_json:
         output.write_json(

@@ -2,14 +2,17 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from pipeline.bank import BackboneId, Prompt
 from pipeline.errors import BackboneError
+
+if TYPE_CHECKING:
+    from pipeline.serving.likeness import Compared
 
 Words = list[list[tuple[str, float]]]
 """For each vector of a prompt its nearest tokens and their cosines."""
@@ -23,10 +26,10 @@ def nearest_words(model: str, array: np.ndarray, count: int) -> Words:
     return nearest_tokens(model, array, count)
 
 
-def why_not_of(model: str, prompt: Prompt) -> str | None:
+def why_not_of(model: str, prompt: Prompt, same: Sequence[BackboneId]) -> str | None:
     """Why the prompt is not of this model, as far as that can be told without reading its weights.
 
-    Raises: BackboneError.
+    `same` are the prompt's backbone and those that the bank states to be the same. Raises: BackboneError.
     """
     with _libraries():
         from pipeline.backbone.files import canonical_config, find_model, read_config, read_tokenizer
@@ -37,7 +40,7 @@ def why_not_of(model: str, prompt: Prompt) -> str | None:
         "tokenizer": tokenizer_digest(read_tokenizer(files)),
     }
     differing = [part for part, digest in found.items() if digest != getattr(prompt.backbone, part)]
-    if not differing:
+    if any(all(digest == getattr(each, part) for part, digest in found.items()) for each in same):
         return None
     return (
         f"'{prompt.record.name}' was tuned on {prompt.backbone.model}, and {model} is another model: "
@@ -60,6 +63,16 @@ def identity_of(model: str, weights: Weights | None, like: BackboneId | None) ->
     source = open_weights(files, build_skeleton(config, int8=False))
     held = weights or (weights_setting(like) if like else "int8")
     return identify(model, config, read_tokenizer(files), source, held)
+
+
+def compared(
+    first: str, second: str, weights: Weights | None, like: BackboneId, rows: Sequence[str] | None
+) -> "Compared":
+    """Run two models over rows of text. Raises: BackboneError unless they are the same there."""
+    with _libraries():
+        from pipeline.backbone.fingerprint import weights_setting
+        from pipeline.serving.likeness import ROWS, compare_models
+    return compare_models(first, second, weights or weights_setting(like), ROWS if rows is None else rows)
 
 
 @contextmanager

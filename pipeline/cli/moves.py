@@ -45,7 +45,7 @@ def promote(
     before = opened.alias_move(alias)
     # A move to where it stands would make the next rollback go nowhere.
     stays = before is not None and before.manifest == target.digest
-    move = before if before is not None and stays else opened.promote(target.version, alias, by or _login_name())
+    move = before if before is not None and stays else opened.promote(target.version, alias, by or login_name())
     _tell(opened, before, move, not stays, as_json)
 
 
@@ -69,7 +69,7 @@ def rollback(
     """
     opened = connect_bank(bank, alias, trusted_key, cache)
     before = known_alias(opened, alias)
-    _tell(opened, before, opened.rollback(alias, by or _login_name()), True, as_json)
+    _tell(opened, before, opened.rollback(alias, by or login_name()), True, as_json)
 
 
 def _tell(bank: PromptBank, before: AliasMove | None, move: AliasMove, moved: bool, as_json: bool) -> None:
@@ -86,7 +86,7 @@ def _tell(bank: PromptBank, before: AliasMove | None, move: AliasMove, moved: bo
             output.remark(f"undo: {command_line(bank, 'rollback', move.alias)}")
 
 
-def _login_name() -> str:
+def login_name() -> str:
     try:
         return getpass.getuser()
     except (OSError, KeyError):  # a container's user without a name

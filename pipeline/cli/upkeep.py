@@ -77,8 +77,9 @@ def collect_garbage(
 
 
 def _summary(found: Verification, signed: bool) -> str:
+    statements = f"{counted(found.statements, 'statement')} on backbones, " if found.statements else ""
     checked = (
-        f"{counted(found.versions, 'version')}, {counted(found.aliases, 'alias', 'aliases')} and "
+        f"{counted(found.versions, 'version')}, {statements}{counted(found.aliases, 'alias', 'aliases')} and "
         f"{counted(found.blobs, 'blob')} were checked, {'signatures too' if signed else 'signatures were not'}"
     )
     spare = len(found.unreferenced)

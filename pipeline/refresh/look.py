@@ -62,8 +62,7 @@ def see_bank(settings: Settings, identity: BackboneId) -> BankTonight:
     if bank.current is None:
         return BankTonight(newest=newest)
     records = {record.name: record for record in bank.current.records()}
-    same = not bank.current.backbone.differing_parts(identity)
-    return BankTonight(bank.version, same, records, newest)
+    return BankTonight(bank.version, bank.current.is_of(identity), records, newest)
 
 
 def _newest_names(bank: PromptBank) -> tuple[str, ...]:

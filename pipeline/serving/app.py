@@ -144,11 +144,11 @@ class PromptService:
         snapshot = self.bank.current
         if snapshot is None:
             raise BankError("the bank has no version")
-        differing = snapshot.backbone.differing_parts(self.model.backbone.identity)
-        if differing:
+        identity = self.model.backbone.identity
+        if not snapshot.is_of(identity):
             raise BankError(
                 f"version {snapshot.version} of the bank belongs to another model than {self.settings.model}: "
-                f"they differ in {', '.join(differing)}"
+                f"they differ in {', '.join(snapshot.backbone.differing_parts(identity))}"
             )
         return snapshot
 

@@ -43,6 +43,7 @@ def test_verify_of_a_whole_bank_is_fine(run, document, uri):
         "problems": [],
         "versions": 3,
         "aliases": 2,
+        "statements": 0,
         "blobs": 4,
         "unreferenced": [],
         "signatures_checked": False,

@@ -1,0 +1,160 @@
+"""Statements that two backbones are the same: honoured everywhere, appended only, signed, and never a way around."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pipeline.bank import PromptBank
+from pipeline.errors import BankError
+from tests.bank.conftest import make_backbone, make_prompt, publish
+from tests.bank.test_signing import make_key
+
+pytest_plugins = ["tests.bank.s3_server"]
+
+FOLDER = make_backbone()
+GGUF = make_backbone(fingerprint="e" * 64, config="d" * 64, weights="v" * 64, model="smollm2.gguf")
+OTHER = make_backbone(fingerprint="0" * 64, weights="1" * 64, model="another")
+
+
+def stated(bank, first=FOLDER, second=GGUF):
+    return bank.state_same_backbone(first, second, rows=8, largest_difference=1e-5, by="alice")
+
+
+def test_a_prompt_loads_on_the_backbone_that_is_stated_to_be_the_same_and_on_no_other(bank):
+    publish(bank, make_prompt())
+    with pytest.raises(BankError, match="promptbank same-backbone"):
+        bank.load("sst2", GGUF)
+    stated(bank)
+    assert bank.load("sst2", GGUF).version == 1
+    bank.check_backbone(GGUF)
+    with pytest.raises(BankError, match="differ in weights"):
+        bank.load("sst2", OTHER)
+    stated(bank, OTHER, GGUF)
+    assert bank.load("sst2", OTHER).version == 1, "what is the same as the same is the same"
+
+
+def test_statements_are_only_appended_and_the_last_one_about_two_backbones_holds(bank, uri):
+    publish(bank, make_prompt())
+    first = stated(bank)
+    before = (uri / "backbones/1.json").read_bytes()
+    bank.take_back_same_backbone(first.seq, by="bob")
+    with pytest.raises(BankError, match="belongs to the backbone"):
+        PromptBank.open(uri).load("sst2", GGUF)
+    stated(bank, GGUF, FOLDER)
+    assert PromptBank.open(uri).load("sst2", GGUF).version == 1
+    assert (uri / "backbones/1.json").read_bytes() == before
+    assert [(each.seq, each.same, each.by) for each in bank.same_backbones()] == [
+        (1, True, "alice"),
+        (2, False, "bob"),
+        (3, True, "alice"),
+    ]
+
+
+def test_what_is_published_on_the_same_backbone_carries_on_and_keeps_the_banks_fingerprint(bank, uri):
+    publish(bank, make_prompt("sst2", 1), make_prompt("trec", 2))
+    stated(bank)
+    reader = PromptBank.open(uri)
+    reader.load("trec", FOLDER)
+    bank.publish([make_prompt("sst2", 3)], GGUF, run="n", libraries={}, alias="latest")
+    manifest = bank.manifest(2)
+    assert manifest.backbone == FOLDER and manifest.prompts["trec"].status == "carried_forward"
+    assert reader.refresh() == 2, "one that follows with the old model goes along"
+    assert reader.load("sst2", FOLDER).array[0, 0] == reader.load("sst2", GGUF).array[0, 0] == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"hidden_size": 16}, "differ in hidden_size"),
+        ({"quantization": "none"}, "differ in quantization"),
+        ({"architecture": "encoder-decoder"}, "differ in architecture"),
+        ({"fingerprint": FOLDER.fingerprint}, "one fingerprint"),
+    ],
+)
+def test_what_cannot_be_the_same_is_not_stated(bank, uri, change, match):
+    publish(bank, make_prompt())
+    with pytest.raises(BankError, match=match):
+        stated(bank, FOLDER, GGUF.model_copy(update=change))
+    assert not (uri / "backbones").exists()
+
+
+def test_with_trusted_keys_a_statement_must_be_signed_by_one_of_them(tmp_path, uri):
+    (ours, our_key), (theirs, _) = make_key(tmp_path, "ours"), make_key(tmp_path, "theirs")
+    signed = PromptBank.open(uri, create=True, trusted_keys=[our_key], signing_key=ours)
+    publish(signed, make_prompt())
+    statement = uri / "backbones/1.json"
+
+    def refused(match):
+        reader = PromptBank.open(uri, trusted_keys=[our_key])
+        with pytest.raises(BankError, match=match):
+            reader.load("sst2", GGUF)
+        assert any("backbones" in problem for problem in reader.verify().problems)
+
+    stated(PromptBank.open(uri))
+    refused("1.json is refused: it is not signed")
+    statement.unlink()
+    stated(PromptBank.open(uri, signing_key=theirs))
+    refused("which is not trusted")
+    statement.unlink()
+    with pytest.raises(BankError, match="a signing key is needed"):
+        stated(PromptBank.open(uri, trusted_keys=[our_key]))
+    stated(signed)
+    assert PromptBank.open(uri, trusted_keys=[our_key]).load("sst2", GGUF).version == 1
+    assert PromptBank.open(uri, trusted_keys=[our_key]).verify().problems == ()
+    text = statement.read_bytes()
+    statement.chmod(0o644)
+    statement.write_bytes((uri / "versions/1.json").read_bytes())
+    refused("is refused")  # a manifest that is signed is no statement
+    statement.write_bytes(text.replace(b'"rows":8', b'"rows":9'))
+    refused("do not match its digest")
+
+
+def test_a_statement_whose_bytes_were_changed_anywhere_is_refused_and_found_by_verify(bank, uri):
+    publish(bank, make_prompt())
+    stated(bank)
+    statement = uri / "backbones/1.json"
+    whole = statement.read_bytes()
+    statement.chmod(0o644)
+    undetected = 0
+    for at in range(len(whole)):
+        statement.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        undetected += not bank.verify().problems
+    assert undetected == 0
+    with pytest.raises(BankError, match=r"backbones/1\.json"):
+        PromptBank.open(uri).load("sst2", GGUF)
+    assert PromptBank.open(uri).load("sst2", FOLDER).version == 1, "equal fingerprints need no statement"
+    statement.write_bytes(whole)
+    statement.rename(uri / "backbones/2.json")
+    assert len(bank.verify().problems) == 2, "one is missing, and one stands in another's place"
+
+
+def test_statements_made_at_once_are_all_kept_and_gc_spares_them(bank, uri):
+    publish(bank, make_prompt())
+    others = [make_backbone(fingerprint=f"{i:064x}", weights="x", model=str(i)) for i in range(1, 9)]
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda other: stated(PromptBank.open(uri), FOLDER, other), others))
+    assert sorted(each.seq for each in made) == list(range(1, 9))
+    bank.collect(3600)
+    assert {other.fingerprint for other in bank.same_as(FOLDER)} == {f"{i:064x}" for i in range(1, 9)} | {"f" * 64}
+    assert bank.verify().statements == 8
+
+
+def test_an_object_store_keeps_statements_as_a_folder_does(s3):
+    bank = PromptBank.open(s3.new_uri(), create=True)
+    publish(bank, make_prompt())
+    for other in (GGUF, OTHER):
+        stated(bank, FOLDER, other)
+    assert bank.load("sst2", OTHER).version == 1
+    assert [each.seq for each in bank.same_backbones()] == [1, 2] and not bank.verify().problems
+
+
+def test_a_statement_is_one_json_object_as_format_md_says(bank, uri):
+    publish(bank, make_prompt())
+    stated(bank)
+    document = json.loads(Path(uri, "backbones/1.json").read_text())
+    assert set(document) == {
+        *("digest", "by", "first", "format", "id", "kind", "largest_difference", "rows", "same", "second"),
+        *("seq", "time"),
+    }

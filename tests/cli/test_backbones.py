@@ -1,0 +1,68 @@
+"""`promptbank same-backbone`: a folder and the GGUF file made from it, compared and stated, or refused by the row."""
+
+import pytest
+
+from pipeline.backbone.files import find_model, read_tokenizer
+from pipeline.bank import PromptBank
+from pipeline.cli.model import identity_of
+from tests.bank.conftest import make_prompt
+from tests.gguf_files import open_model, write_gguf
+from tests.tiny import make_model
+
+
+@pytest.fixture
+def models(tmp_path):
+    """A folder, and a GGUF file of the same weights and tokenizer."""
+    folder = make_model(tmp_path / "folder", hidden_size=8, num_attention_heads=2)
+    path = write_gguf(tmp_path / "m.gguf", open_model(folder), "llama", pre="llama-bpe")
+    read_tokenizer(find_model(str(path))).save_pretrained(folder)
+    return folder, path
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "rows.txt"
+    file.write_text('AB!" 12\n\n0123 BA 9,8\n')
+    return file
+
+
+@pytest.fixture
+def tuned(models, tmp_path):
+    bank = PromptBank.open(tmp_path / "tuned", create=True)
+    bank.publish([make_prompt()], identity_of(str(models[0]), "int8", None), run="r", libraries={}, alias="latest")
+    return bank
+
+
+def test_a_folder_and_its_gguf_are_stated_the_same_and_prompts_of_one_load_on_the_other(
+    models, tuned, text, document, run
+):
+    folder, path = models
+    other = identity_of(str(path), "int8", None)
+    assert tuned.current.backbone.differing_parts(other) == ("config", "weights")
+    assert not tuned.current.is_of(other)
+    stated = document("same-backbone", folder, path, "--text", text, "--by", "alice", bank=tuned.uri)
+    assert (stated["seq"], stated["rows"], stated["same"], stated["by"]) == (1, 2, True, "alice")
+    assert stated["largest_difference"] < 1e-4
+    assert PromptBank.open(tuned.uri).load("sst2", other).version == 1
+    code, listed, _ = run("same-backbone", bank=tuned.uri)
+    assert code == 0 and str(path) in listed and other.fingerprint[:12] in listed
+    assert document("verify", bank=tuned.uri)["statements"] == 1
+    code, told, _ = run("same-backbone", "--take-back", 1, bank=tuned.uri)
+    assert code == 0 and "not the same after all" in told
+    assert not PromptBank.open(tuned.uri).current.is_of(other)
+
+
+def test_other_weights_or_another_tokenizer_are_refused_by_the_row_that_shows_it(
+    models, tuned, text, tmp_path, refusal
+):
+    folder, path = models
+    other = make_model(tmp_path / "other", seed=1, hidden_size=8, num_attention_heads=2)
+    read_tokenizer(find_model(str(path))).save_pretrained(other)
+    words = ("same-backbone", other, path, "--text", text)
+    assert """the log-likelihood of 'AB!" 12' is""" in refusal(*words, bank=tuned.uri)
+    make_model(tmp_path / "words", hidden_size=8, num_attention_heads=2)
+    words = ("same-backbone", tmp_path / "words", path, "--text", text)
+    assert """they cut 'AB!" 12' into""" in refusal(*words, bank=tuned.uri)
+    assert "have one fingerprint" in refusal("same-backbone", folder, folder, "--text", text, bank=tuned.uri)
+    assert "name two models" in refusal("same-backbone", folder, bank=tuned.uri)
+    assert not tuned.same_backbones()
