@@ -180,6 +180,31 @@ def read_tokenizer(files: ModelFiles) -> Any:
     return tokenizer
 
 
+def embedding_rows(config: PretrainedConfig) -> int:
+    """Rows of the model's table of embeddings."""
+    return int(config.get_text_config().vocab_size)
+
+
+def short_table(config: PretrainedConfig, tokenizer: Any) -> int | None:
+    """Rows of the table of embeddings if the tokenizer has ids beyond them, else None.
+
+    Such models are common (a padding token that was added and is never met): only a text with such a token is refused.
+    """
+    rows = embedding_rows(config)
+    added = tokenizer("a").input_ids  # what a template adds need not be in the vocabulary
+    return rows if max([*tokenizer.get_vocab().values(), *added], default=-1) >= rows else None
+
+
+def check_eos(name: str, config: PretrainedConfig, tokenizer: Any) -> None:
+    """Raises: BackboneError when the token that ends every target has no embedding."""
+    rows, eos = embedding_rows(config), tokenizer.eos_token_id
+    if eos is not None and eos >= rows:
+        raise BackboneError(
+            f"model.path {name}: the tokenizer's eos {tokenizer.eos_token!r} is id {eos}, for which the table of "
+            f"{rows} embeddings has no row; give the tokenizer that the model was trained with"
+        )
+
+
 def save_description(config: PretrainedConfig, tokenizer: Any, folder: Path) -> None:
     """Write config and tokenizer where every worker reads them, whatever the weights' format."""
     config.save_pretrained(folder)
