@@ -9,7 +9,7 @@ from rich.console import Console
 
 from pipeline.adapt.order import AdaptationOrder, Adapted, read_adapted
 from pipeline.adapt.start import Start, open_start
-from pipeline.backbone.files import find_model, from_anywhere, save_description
+from pipeline.backbone.files import find_model, from_anywhere, save_description, short_table
 from pipeline.backbone.fingerprint import identify
 from pipeline.backbone.loading import build_skeleton
 from pipeline.backbone.weights import open_weights
@@ -88,11 +88,16 @@ def _order(
         save_description(start.config, start.tokenizer, description)
     except Exception as error:  # tokenizers raises nothing more special on a full disk
         raise StorageError(f"cannot write {description}: {error}; make room and start the run again") from error
-    spec = TokenizerSpec(str(description), identity.tokenizer, "encoder-decoder")
+    short = short_table(start.config, start.tokenizer)
+    spec = TokenizerSpec(str(description), identity.tokenizer, "encoder-decoder", short)
     storage = Path(settings.run.storage).expanduser().resolve()
     corpus: TextCorpus = patiently(partial(prepare_text, settings.corpus, spec, storage, connect), "corpus", log)
     unused = corpus.counts["null"] + corpus.counts["empty"]
-    log.write("stage", name="corpus", text=f"{corpus.counts['ok']} documents ({unused} null or empty ones left out)")
+    unembedded = corpus.counts.get("no_embedding", 0)
+    left_out = f"{unused} null or empty ones" + (
+        f", {unembedded} with a token without an embedding" if unembedded else ""
+    )
+    log.write("stage", name="corpus", text=f"{corpus.counts['ok']} documents ({left_out} left out)")
     run, cluster = settings.run, settings.cluster
     place = TrainingPlace(
         run_folder=str(folder),

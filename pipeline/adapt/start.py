@@ -15,6 +15,8 @@ from pipeline.backbone.files import (
     ModelFiles,
     architecture_of,
     canonical_config,
+    check_eos,
+    embedding_rows,
     find_model,
     read_config,
     read_tokenizer,
@@ -78,11 +80,18 @@ def _check(start: Start, settings: AdaptationSettings) -> None:
         )
     if start.tokenizer.eos_token_id is None:
         raise BackboneError(f"{where}: its tokenizer has no eos token, so no target could end; set its eos_token")
+    check_eos(str(settings.model.path or "config"), start.config, start.tokenizer)
     spans, there = span_count(settings.tokens, objective.noise_density, objective.mean_span), start.markers.sentinels
     if objective.name == "span_corruption" and len(there) < spans:
         raise SettingsError(
             f"{where}: its tokenizer has {len(there)} sentinels (<extra_id_0>, …) where {settings.tokens} tokens have "
             f"{spans} corrupted spans; lower 'tokens', or use the objective prefix_lm"
+        )
+    rows = embedding_rows(start.config)
+    if objective.name == "span_corruption" and max(there[:spans], default=-1) >= rows:
+        raise BackboneError(
+            f"{where}: its tokenizer's sentinels (<extra_id_0>, …) go beyond the table of {rows} embeddings; give the "
+            "tokenizer that the model was trained with, or use the objective prefix_lm"
         )
 
 

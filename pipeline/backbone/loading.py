@@ -1,17 +1,20 @@
 """Build the frozen model leaf by leaf: read this rank's rows of a tensor, quantise them, hand them to their host."""
 
-from collections.abc import Callable
+import copy
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.backbone.files import FAMILIES
 from pipeline.backbone.fused import fuse
 from pipeline.backbone.int8 import Int8Embedding, Int8Linear, empty_int8, quantize_rows
-from pipeline.backbone.weights import WeightSource, first_name, stored_alike
+from pipeline.backbone.weights import WeightSource, first_name, stored_alike, stored_name
 from pipeline.errors import BackboneError
 
 _CHUNK = 2**18
@@ -48,11 +51,17 @@ class Placement:
 
 
 def build_skeleton(config: PretrainedConfig, int8: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The model on the meta device (no memory), its matrices replaced by int8 ones if asked for."""
+    """The model on the meta device (no memory), its matrices replaced by int8 ones if asked for.
+
+    Buffers alone are there already, as transformers makes them for a model in `dtype`.
+    """
     auto = AutoModelForCausalLM if FAMILIES[config.model_type] == "decoder-only" else AutoModelForSeq2SeqLM
+    # A copy: transformers notes `dtype` in the config that it is given.
+    settings = {"attn_implementation": "sdpa", "dtype": dtype, "trust_remote_code": False}
     with torch.device("meta"):
-        model: nn.Module = auto.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+        model: PreTrainedModel = auto.from_config(copy.deepcopy(config), **settings)
     model.eval().requires_grad_(False)  # eval: dropout would make ranks disagree
+    _make_buffers(model, model)
     fuse(model)
     if int8:
         _replace_matrices(model, dtype)
@@ -65,17 +74,19 @@ def untie_what_is_stored_apart(model: nn.Module, source: WeightSource) -> None:
     transformers ties T5's output layer to its embedding whatever the checkpoint says, and unties them in
     `from_pretrained` by the same rule; T5 1.1 and the LM-adapted checkpoints need it.
     """
+    prefix = str(model.base_model_prefix)
     for names in _names_by_parameter(model).values():
-        stored = [name for name in names if name in source.names]
-        for name in stored[1:]:
-            if not stored_alike(source, name, stored[0]):
+        there = {name: stored for name in names if (stored := stored_name(source, name, prefix)) is not None}
+        first, *others = there or [""]
+        for name in others:
+            if not stored_alike(source, there[name], there[first]):
                 module_name, _, key = name.rpartition(".")
                 module = model.get_submodule(module_name)
                 module._parameters[key] = nn.Parameter(torch.empty_like(model.get_parameter(name)), requires_grad=False)
 
 
 def load_weights(model: nn.Module, source: WeightSource, dtype: torch.dtype, placement: Placement) -> None:
-    """Give every parameter of a skeleton its data, in `dtype` or int8, leaf by leaf.
+    """Give every parameter of a skeleton its data, in `dtype` or int8, leaf by leaf, and what buffers are stored.
 
     A rank reads and quantises only the rows that it holds a piece of; scales of int8 rows are whole on every rank.
     The most that is held beyond the rank's own share is some rows as stored and once converted; of a tensor that
@@ -83,13 +94,15 @@ def load_weights(model: nn.Module, source: WeightSource, dtype: torch.dtype, pla
     Raises: BackboneError when a tensor is missing or has another shape.
     """
     names = _names_by_parameter(model)
+    prefix = model.base_model_prefix
+    _load_buffers(model, source)
     loaded: dict[int, _Loaded] = {}
     for module in _leaves_first(model):
         for key, parameter in list(module._parameters.items()):
             if parameter is None:
                 continue
             if id(parameter) not in loaded:
-                rows = _rows_of(module, parameter, source, first_name(source, names[id(parameter)]))
+                rows = _rows_of(module, parameter, source, first_name(source, names[id(parameter)], prefix))
                 piece, scale = _read_share(rows, parameter, dtype, placement)
                 loaded[id(parameter)] = _Loaded(placement.parameter(piece, parameter.shape), scale, parameter)
             # A tied parameter stays one object; each of its layers has the scale.
@@ -97,7 +110,6 @@ def load_weights(model: nn.Module, source: WeightSource, dtype: torch.dtype, pla
             module._parameters[key] = entry.parameter
             if entry.scale is not None:
                 module.scale = entry.scale
-        _make_buffers(model, module)
         placement.finish(module)
 
 
@@ -122,14 +134,18 @@ def _rows_of(module: nn.Module, parameter: nn.Parameter, source: WeightSource, n
     stored = source.shape(name)
     shape = stored[::-1] if turned else stored
     if tuple(parameter.shape) != shape:
-        raise BackboneError(
-            f"{source.origin}: a weight has the shape {list(shape)} where config.json says {list(parameter.shape)}"
-        )
+        raise _other_shape(source, name, shape, parameter.shape)
     if source.reads_rows and not turned:
         width = parameter.numel() // max(1, len(parameter))
         return _Rows(lambda first, last: source.read(name, first, last), max(1, _CHUNK // max(1, width)))
     return _Rows(
         lambda first, last: (source.read(name).t() if turned else source.read(name))[first:last], len(parameter)
+    )
+
+
+def _other_shape(source: WeightSource, name: str, stored: Sequence[int], wanted: Sequence[int]) -> BackboneError:
+    return BackboneError(
+        f"{source.origin}: the weight {name} has the shape {list(stored)} where config.json says {list(wanted)}"
     )
 
 
@@ -176,14 +192,45 @@ def _replace_matrices(model: nn.Module, dtype: torch.dtype) -> None:
             elif isinstance(child, Conv1D):
                 setattr(parent, key, Int8Linear(int8_of(child.weight, True), child.bias, stored_transposed=True))
             elif isinstance(child, nn.Embedding) and child.weight is table:
-                setattr(parent, key, Int8Embedding(int8_of(child.weight), dtype))
+                setattr(parent, key, Int8Embedding(int8_of(child.weight), dtype, child))
+
+
+def stored_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """The buffers that a checkpoint stores, by its names for them: each one's module and its key there."""
+    return {
+        _name_in_checkpoint(f"{path}.{key}" if path else key): (module, key)
+        for path, module in model.named_modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None and key not in module._non_persistent_buffers_set
+    }
+
+
+def _load_buffers(model: Any, source: WeightSource) -> None:
+    """Raises: BackboneError when one is missing or has another shape."""
+    optional = list(model._keys_to_ignore_on_load_missing or ())
+    for name, (module, key) in stored_buffers(model).items():
+        if any(re.search(pattern, name) for pattern in optional) and (
+            stored_name(source, name, model.base_model_prefix) is None
+        ):
+            continue
+        stored, buffer = source.read(first_name(source, [name], model.base_model_prefix)), module._buffers[key]
+        assert buffer is not None
+        if stored.shape != buffer.shape:
+            raise _other_shape(source, name, stored.shape, buffer.shape)
+        module._buffers[key] = stored.to(buffer.dtype)
 
 
 def _names_by_parameter(model: nn.Module) -> dict[int, list[str]]:
+    """The names that a checkpoint may have for each parameter."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+        names.setdefault(id(parameter), []).append(_name_in_checkpoint(name))
     return names
+
+
+def _name_in_checkpoint(name: str) -> str:
+    # What stands in an embedding that was replaced stands one place deeper in memory.
+    return name.replace(f".{Int8Embedding.USUAL}.", ".")
 
 
 def _leaves_first(module: nn.Module) -> list[nn.Module]:
@@ -191,10 +238,17 @@ def _leaves_first(module: nn.Module) -> list[nn.Module]:
     return [*below, module]
 
 
-def _make_buffers(model: nn.Module, module: nn.Module) -> None:
-    # Buffers that no checkpoint stores (rotary frequencies): transformers knows how to compute them.
+@torch.no_grad()
+def _make_buffers(module: nn.Module, model: PreTrainedModel) -> None:
+    """Compute buffers as `from_pretrained` does: by the `_init_weights` of the model that is next above each.
+
+    While the parameters are on the meta device, what that does to them is nothing.
+    """
+    model = module if isinstance(module, PreTrainedModel) else model
+    for child in module.children():
+        _make_buffers(child, model)
     missing = {key: buffer for key, buffer in module._buffers.items() if buffer is not None and buffer.is_meta}
     for key, buffer in missing.items():
         module._buffers[key] = torch.empty_like(buffer, device="cpu")
     if missing:
-        model._init_weights(module)  # type: ignore[operator]
+        model._init_weights(module)

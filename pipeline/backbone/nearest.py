@@ -45,4 +45,4 @@ def read_input_embeddings(files: ModelFiles) -> Tensor:
     table = skeleton.get_input_embeddings().weight  # type: ignore[operator]
     names = [name for name, tensor in skeleton.named_parameters(remove_duplicate=False) if tensor is table]
     source = open_weights(files, skeleton)
-    return source.read(first_name(source, names))
+    return source.read(first_name(source, names, skeleton.base_model_prefix))  # type: ignore[arg-type]

@@ -14,12 +14,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pipeline.backbone.files import ModelFiles
+from pipeline.backbone.files import UNQUANTISED, ModelFiles
+from pipeline.backbone.weight_files import weight_files
 from pipeline.errors import BackboneError
 
 _PIECE = 2**22
 """Entries that are read at a time for a digest."""
 _MOST_READERS = 8
+_OF_QUANTISED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax", ".SCB", "_blocks")
+"""Ends of names that only the weights of a quantised model have."""
 
 
 class Read(Protocol):
@@ -76,19 +79,32 @@ def stored_alike(source: WeightSource, name: str, other: str) -> bool:
     return _digest(source.stored(name)) == _digest(source.stored(other))
 
 
-def first_name(source: WeightSource, candidates: Iterable[str]) -> str:
-    """The first candidate that the source has, with or without the model's own prefix.
+def first_name(source: WeightSource, candidates: Iterable[str], prefix: str) -> str:
+    """The first candidate that the source has; see `stored_name`.
 
     Raises: BackboneError naming what is missing.
     """
     candidates = list(candidates)
     for name in candidates:
-        if name in source.names:
-            return name
-        bare = name.partition(".")[2]  # checkpoints of the bare model leave out "transformer." or "model."
-        if bare in source.names:
-            return bare
-    raise BackboneError(f"{source.origin}: the weights lack '{candidates[0]}'; the checkpoint is incomplete")
+        if (stored := stored_name(source, name, prefix)) is not None:
+            return stored
+    packed = next((name for name in sorted(source.names) if name.endswith(_OF_QUANTISED)), None)
+    reason = f"it has '{packed}', so it is quantised; {UNQUANTISED}" if packed else "the checkpoint is incomplete"
+    raise BackboneError(f"{source.origin}: the weights lack '{candidates[0]}'; {reason}")
+
+
+def stored_name(source: WeightSource, name: str, prefix: str) -> str | None:
+    """The name under which a source has a model's tensor: with the model's `prefix` or without it, as transformers.
+
+    Raises: BackboneError where it has both.
+    """
+    alike = dict.fromkeys((name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")))
+    there = [other for other in alike if other in source.names]
+    if len(there) > 1:
+        raise BackboneError(
+            f"{source.origin}: the weights hold one tensor as '{there[0]}' and as '{there[1]}'; keep only one of them"
+        )
+    return there[0] if there else None
 
 
 @dataclass(frozen=True)
@@ -130,14 +146,16 @@ _TYPES = {
 
 def _open_safetensors(files: ModelFiles) -> WeightSource:
     stored: dict[str, _Stored] = {}
-    for path in sorted(files.folder.glob("*.safetensors")):
+    for path in weight_files(files.folder, files.name):
         try:
             with safe_open(path, framework="pt"):  # checks the header against the file
                 stored.update(_stored_in(path))
         except (SafetensorError, OSError) as error:
             raise BackboneError(f"{path} is damaged or incomplete ({error}); fetch the model again") from error
         except KeyError as error:
-            raise BackboneError(f"{path} holds numbers of the type {error}, which is not supported") from error
+            raise BackboneError(
+                f"{path} holds numbers of the type {error}, so it is quantised; {UNQUANTISED}"
+            ) from error
 
     def read(name: str, first: int = 0, last: int | None = None) -> Tensor:
         return stored[name].read(first, last)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.comparison.candidates import Candidate
-from pipeline.corpus.encoding import Architecture, decode_inputs, encode_inputs
+from pipeline.corpus.encoding import Architecture, decode_inputs, encode_inputs, without_embedding
 from pipeline.corpus.reader import TokenSet, open_split
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import SettingsError
@@ -82,10 +82,22 @@ def behind_text(text: str, split: TokenSet, tokenizer: Any, architecture: Archit
 
 
 def check_context(
-    prompt: HardPrompt, task: TaskSettings, tokenizer: Any, architecture: Architecture, context: int | None
+    prompt: HardPrompt,
+    task: TaskSettings,
+    tokenizer: Any,
+    architecture: Architecture,
+    context: int | None,
+    rows: int | None = None,
 ) -> int:
-    """How many tokens the text has. Raises: SettingsError when text, row and target may not fit the model's context."""
-    tokens = len(encode_inputs(tokenizer, architecture, [prompt.text])[0])
+    """How many tokens the text has.
+
+    Raises: SettingsError when text, row and target may not fit the model's context, or the text has a token beyond its
+    `rows` of embeddings.
+    """
+    ids = encode_inputs(tokenizer, architecture, [prompt.text])[0]
+    if (reason := without_embedding(tokenizer, ids, rows)) is not None:
+        raise SettingsError(f"task '{prompt.candidate.task}': its hard prompt ({prompt.candidate.name}) {reason}")
+    tokens = len(ids)
     most = tokens + task.max_input_tokens + task.max_target_tokens
     if context is not None and most > context:
         raise SettingsError(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.backbone.files import context_length
+from pipeline.backbone.files import context_length, embedding_rows
 from pipeline.comparison import tables, transfer
 from pipeline.comparison.answers import Answers, Askable, Wanted
 from pipeline.comparison.candidates import Cost, Measured
@@ -117,7 +117,8 @@ def _hard_prompts(study: Study) -> list[HardPrompt]:
     found = list(made)
     for prompt in found:
         task = tasks[prompt.candidate.task]
-        check_context(prompt, task, tokenizer, architecture, context_length(checked.config))
+        context, rows = context_length(checked.config), embedding_rows(checked.config)
+        check_context(prompt, task, tokenizer, architecture, context, rows)
     return found
 
 

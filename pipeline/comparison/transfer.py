@@ -6,6 +6,7 @@ from itertools import combinations
 
 import numpy as np
 
+from pipeline.backbone.files import embedding_rows
 from pipeline.comparison.choice import Group
 from pipeline.comparison.prompts import TunedPrompts, tune_prompts
 from pipeline.comparison.results import Likeness
@@ -37,7 +38,9 @@ def tune_from_others(
     settings = changed_settings(settings, **only)
     bank = find_bank(settings)
     for task in tasks:
-        check_start(task, settings, study.checked.tokenizer, bank, study.checked.identity)
+        check_start(
+            task, settings, study.checked.tokenizer, embedding_rows(study.checked.config), bank, study.checked.identity
+        )
     return tune_prompts(study, replace(study.checked, settings=settings), "transfer", "transferred prompt")
 
 

@@ -1,6 +1,6 @@
 """Text -> token ids, one way for training and serving. Imports transformers only to load a tokenizer, ray never."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, Protocol
@@ -65,6 +65,8 @@ class TokenizerSpec:
     digest: str
     """Of the folder's content; another digest means other token shards."""
     architecture: Architecture
+    embedding_rows: int | None = None
+    """See `Recipe`."""
 
 
 @lru_cache(maxsize=4)
@@ -89,6 +91,17 @@ def tokenizer_content(tokenizer: FastTokenizer) -> TokenizerContent:
         tokenizer.eos_token_id,
         tokenizer.split_special_tokens,
         tokenizer.name_or_path,
+    )
+
+
+def without_embedding(tokenizer: Any, ids: Iterable[int], rows: int | None) -> str | None:
+    """What is wrong with a text whose token `ids` are not all below the model's `rows` of embeddings; else None."""
+    beyond = next((int(token) for token in ids if rows is not None and token >= rows), None)
+    if beyond is None:
+        return None
+    return (
+        f"has the token {tokenizer.convert_ids_to_tokens(beyond)!r} (id {beyond}), for which the model's table of "
+        f"{rows} embeddings has no row; word it differently"
     )
 
 

@@ -32,7 +32,7 @@ class TextCorpus:
 
     dir: str
     counts: Mapping[str, int]
-    """Documents by status: ok, null, empty."""
+    """Documents by status: ok, null, empty; no_embedding if there are any."""
     digest: str
     """Of the documents: the same in other files give the same digest."""
 
@@ -62,16 +62,18 @@ def prepare_text(
     from pipeline.corpus.shards import build_shards  # here, so that reading a corpus never imports ray
 
     plan = check_text(settings)
-    recipe = Recipe(plan.text, None, "", _NO_LIMIT, _NO_LIMIT, tokenizer.architecture)
+    recipe = Recipe(plan.text, None, "", _NO_LIMIT, _NO_LIMIT, tokenizer.architecture, tokenizer.embedding_rows)
     folder = str(build_shards(plan.source, recipe, tokenizer, storage, connect))
     summary = summarise_split(SplitRef(folder))
     share = 1 - summary.counts["ok"] / summary.rows
+    unembedded = ", or have a token without an embedding" if summary.counts.get("no_embedding") else ""
     if share > settings.max_bad_rows or not summary.counts["ok"]:
         raise CorpusError(
-            f"{plan.source.where}: {share:.1%} of {summary.rows} rows are null or empty, more than max_bad_rows "
-            f"{settings.max_bad_rows:.1%}; mend the rows or raise it"
+            f"{plan.source.where}: {share:.1%} of {summary.rows} rows are null or empty{unembedded}, more than "
+            f"max_bad_rows {settings.max_bad_rows:.1%}; mend the rows or raise it"
         )
-    return TextCorpus(folder, {key: summary.counts[key] for key in ("ok", "null", "empty")}, summary.digest)
+    counts = {key: count for key, count in summary.counts.items() if key not in ("input_long", "target_long")}
+    return TextCorpus(folder, counts, summary.digest)
 
 
 def read_text(corpus: TextCorpus, eos: int) -> Int32:

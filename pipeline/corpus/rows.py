@@ -15,13 +15,17 @@ from pipeline.corpus.template import Rendered, Template, render_rows
 
 
 class RowStatus(IntEnum):
-    """Why a row is used or not; the first that holds, in this order: null, empty, input long, target long."""
+    """Why a row is used or not; the first that holds, in this order.
+
+    No embedding: it has a token for which the model's table of embeddings has no row.
+    """
 
     OK = 0
     NULL = 1
     EMPTY = 2
     INPUT_LONG = 3
     TARGET_LONG = 4
+    NO_EMBEDDING = 5
 
 
 SHARD_SCHEMA = pa.schema(
@@ -47,6 +51,8 @@ class Recipe:
     max_target_tokens: int
     """Separator and eos included."""
     architecture: Architecture
+    embedding_rows: int | None = None
+    """Token ids from here on have no embedding; None where the tokenizer gives no such id."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -85,9 +91,11 @@ def tokenise_rows(
 
     input_long = _lengths(input_ids) > recipe.max_input_tokens
     target_long = (_lengths(target_ids) > recipe.max_target_tokens)[places]
+    no_embedding = _any_from(recipe.embedding_rows, input_ids) | _any_from(recipe.embedding_rows, target_ids)[places]
+    statuses[kept[no_embedding]] = RowStatus.NO_EMBEDDING
     statuses[kept[target_long]] = RowStatus.TARGET_LONG
     statuses[kept[input_long]] = RowStatus.INPUT_LONG
-    used = ~(input_long | target_long)
+    used = ~(input_long | target_long | no_embedding)
     used_rows = kept[used]
     row_inputs: list[Sequence[int]] = [()] * rows
     for row, ids in zip(used_rows.tolist(), compress(input_ids, used.tolist()), strict=True):
@@ -135,6 +143,13 @@ def _texts(rendered: Rendered, statuses: npt.NDArray[np.int8]) -> list[str]:
 
 def _lengths(ids: Sequence[Sequence[int]]) -> npt.NDArray[np.int32]:
     return np.fromiter(map(len, ids), np.int32, len(ids))
+
+
+def _any_from(first: int | None, ids: Sequence[Sequence[int]]) -> npt.NDArray[np.bool_]:
+    """[B][T] ids -> for each row whether it has one that is at least `first`."""
+    if first is None:
+        return np.zeros(len(ids), bool)
+    return np.fromiter((max(row, default=-1) >= first for row in ids), bool, len(ids))
 
 
 def _token_lists(ids: Sequence[Sequence[int]]) -> pa.ListArray:

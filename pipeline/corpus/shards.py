@@ -86,6 +86,8 @@ def shard_key(source: Source, recipe: Recipe, tokenizer: TokenizerSpec) -> tuple
         "architecture": recipe.architecture,
         "tokenizer": tokenizer.digest,
     }
+    if recipe.embedding_rows is not None:  # of other models the name stays as it was
+        inputs["embedding_rows"] = recipe.embedding_rows
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(), inputs
 
 

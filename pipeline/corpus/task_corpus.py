@@ -3,13 +3,20 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pipeline.corpus.encoding import Architecture, TokenizerSpec, encode_targets, load_tokenizer
+from pipeline.corpus.encoding import (
+    Architecture,
+    TokenizerSpec,
+    encode_plain,
+    encode_targets,
+    load_tokenizer,
+    without_embedding,
+)
 from pipeline.corpus.files import Source, inspect_files
 from pipeline.corpus.reader import SplitRef, summarise_split, unique_targets
 from pipeline.corpus.rows import Recipe
@@ -106,7 +113,7 @@ def prepare_task(
     from pipeline.corpus.shards import build_shards  # here, so that reading a corpus never imports ray
 
     plan = check_task(name, task)
-    recipe = task_recipe(plan, task, tokenizer.architecture)
+    recipe = replace(task_recipe(plan, task, tokenizer.architecture), embedding_rows=tokenizer.embedding_rows)
     encode_targets(load_tokenizer(tokenizer.dir), tokenizer.architecture, "", ["a"])  # has an eos, before any work
     build = partial(build_shards, recipe=recipe, tokenizer=tokenizer, storage=storage, connect=connect)
     whole = {split: SplitRef(str(build(source))) for split, source in plan.sources.items()}
@@ -160,7 +167,8 @@ def _check_bad_rows(where: str, task: TaskSettings, summary: SplitSummary) -> No
 
 def _counted(summary: SplitSummary) -> str:
     words = {"null": "null", "empty": "empty", "input_long": "input over-long", "target_long": "target over-long"}
-    return ", ".join(f"{summary.counts[key]} {word}" for key, word in words.items() if summary.counts[key]) or "0 rows"
+    words["no_embedding"] = "with a token that the model has no embedding for"
+    return ", ".join(f"{count} {word}" for key, word in words.items() if (count := summary.counts.get(key))) or "0 rows"
 
 
 def _refill(plan: TaskPlan) -> str:
@@ -200,6 +208,9 @@ def _label_ids(
 ) -> tuple[tuple[int, ...], ...]:
     loaded = load_tokenizer(tokenizer.dir)
     ids = [tuple(row) for row in encode_targets(loaded, recipe.architecture, recipe.separator, labels)]
+    for label, tokens, alone in zip(labels, ids, encode_plain(loaded, labels), strict=True):
+        if (reason := without_embedding(loaded, [*tokens, *alone], recipe.embedding_rows)) is not None:
+            raise CorpusError(f"task '{name}': the label {label!r} {reason}")
     first: dict[tuple[int, ...], str] = {}
     for label, tokens in zip(labels, ids, strict=True):
         if first.setdefault(tokens, label) != label:

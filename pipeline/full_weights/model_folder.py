@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from pipeline.backbone.loading import stored_buffers
 from pipeline.full_weights.pieces import TrainedModel
 from pipeline.tuning.ranks import rank, sum_over_ranks
 from pipeline.whole_files import put_in_place
@@ -64,7 +66,7 @@ def _write_weights(parts: Iterator[dict[str, Tensor]], files: int, path: Path) -
 def _parts(model: TrainedModel) -> Iterator[dict[str, Tensor]]:
     """The weights of one file after another; only rank 0 keeps them."""
     groups = iter(_files(model))
-    wanted, part = next(groups), dict[str, Tensor]()
+    wanted, part = next(groups), _buffers(model)
     left = set(wanted)
     for name, weight in model.weights():
         part[name] = weight.cpu().contiguous().clone() if rank() == 0 else torch.empty(0)
@@ -73,6 +75,16 @@ def _parts(model: TrainedModel) -> Iterator[dict[str, Tensor]]:
             yield part
             part = {}
             left = set(next(groups, ()))
+
+
+def _buffers(model: TrainedModel) -> dict[str, Tensor]:
+    """What is stored but not trained; each rank has all of it."""
+    run = next(module for module in model.backbone.hosted.modules() if isinstance(module, PreTrainedModel))
+    return {
+        name: tensor.cpu().contiguous().clone()
+        for name, (module, key) in stored_buffers(run).items()
+        if (tensor := module._buffers[key]) is not None
+    }
 
 
 def _files(model: TrainedModel) -> list[list[str]]:

@@ -12,7 +12,9 @@ from pipeline.backbone.files import (
     Architecture,
     ModelFiles,
     architecture_of,
+    check_eos,
     context_length,
+    embedding_rows,
     find_model,
     read_config,
     read_tokenizer,
@@ -23,6 +25,7 @@ from pipeline.backbone.loading import build_skeleton
 from pipeline.backbone.memory import MemoryEstimate, estimate_memory
 from pipeline.backbone.weights import open_weights
 from pipeline.bank import BackboneId, PromptBank
+from pipeline.corpus.encoding import without_embedding
 from pipeline.corpus.task_corpus import TaskPlan, check_task
 from pipeline.errors import BankError, PromptBankError, SettingsError, StorageError
 from pipeline.run.bank import open_bank
@@ -55,6 +58,7 @@ def check_run(settings: Settings, new_backbone: bool = False) -> CheckedRun:
     """
     files = find_model(settings.model.path)
     config, tokenizer = read_config(files), read_tokenizer(files)
+    check_eos(files.name, config, tokenizer)
     plans: dict[str, TaskPlan] = {}
     refused: dict[str, PromptBankError] = {}
     for name, task in settings.tasks.items():
@@ -74,7 +78,7 @@ def check_run(settings: Settings, new_backbone: bool = False) -> CheckedRun:
         bank.check_backbone(identity)
     for name in plans:
         try:
-            check_start(name, settings, tokenizer, bank, identity)
+            check_start(name, settings, tokenizer, embedding_rows(config), bank, identity)
         except PromptBankError as error:
             refused[name] = error
     refuse_or_skip(settings, refused)
@@ -115,11 +119,16 @@ def find_bank(settings: Settings) -> PromptBank | None:
     return open_bank(settings.bank, create=True)
 
 
-def check_start(name: str, settings: Settings, tokenizer: Any, bank: PromptBank | None, identity: BackboneId) -> None:
+def check_start(
+    name: str, settings: Settings, tokenizer: Any, rows: int, bank: PromptBank | None, identity: BackboneId
+) -> None:
     """Raises: SettingsError when a task's prompt has nothing to start from."""
     prompts = [trial.prompt for trial in settings.tasks[name].trials(name).values()]
     for text in {prompt.text for prompt in prompts if prompt.init == "text"}:
-        if not tokenizer(text, add_special_tokens=False).input_ids:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        if (reason := without_embedding(tokenizer, ids, rows)) is not None:
+            raise SettingsError(f"task '{name}': prompt.text {text!r} {reason}")
+        if not ids:
             raise SettingsError(f"task '{name}': prompt.text {text!r} holds no token; give some words")
     for source in sorted({source for prompt in prompts if prompt.init == "bank" for source in prompt.sources}):
         if bank is None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.numpy import save
 
-from pipeline.backbone.files import from_anywhere, save_description
+from pipeline.backbone.files import from_anywhere, save_description, short_table
 from pipeline.corpus.encoding import TokenizerSpec
 from pipeline.corpus.task_corpus import TaskCorpus, prepare_task
 from pipeline.errors import PromptBankError, SettingsError, StorageError, TuningError
@@ -86,7 +86,8 @@ def save_model_description(checked: CheckedRun, folder: Path) -> TokenizerSpec:
         save_description(checked.config, checked.tokenizer, folder / "model")
     except Exception as error:  # tokenizers raises nothing more special on a full disk
         raise StorageError(f"cannot write {folder / 'model'}: {error}; make room and start the run again") from error
-    return TokenizerSpec(str(folder / "model"), checked.identity.tokenizer, checked.architecture)
+    short = short_table(checked.config, checked.tokenizer)
+    return TokenizerSpec(str(folder / "model"), checked.identity.tokenizer, checked.architecture, short)
 
 
 def prepare_corpora(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.bank import Prompt, PromptRecord
-from pipeline.corpus.encoding import encode_inputs, encode_targets
+from pipeline.corpus.encoding import encode_inputs, encode_targets, without_embedding
 from pipeline.corpus.template import parse_template, render
 from pipeline.errors import BankError, CorpusError
 from pipeline.serving.served_backbone import ServedBackbone
@@ -74,6 +74,7 @@ def make_questions(
     for ids, task, of_row in zip(inputs, request.tasks, where, strict=True):
         question = Question(prompts[task], np.array(ids, dtype=np.int64), request.max_new_tokens, labels[task])
         _check_length(question, of_row, longest)
+        _check_embeddings(question, of_row, served)
         questions.append(question)
     return questions
 
@@ -107,6 +108,16 @@ def _label_ids(record: PromptRecord, served: ServedBackbone) -> Mapping[str, np.
         raise NoLabelsError(f"prompt '{record.name}' was tuned without a label set; use generate")
     ids = encode_targets(served.tokenizer, served.architecture, record.template.separator, record.labels)
     return {label: np.array(of_label, dtype=np.int64) for label, of_label in zip(record.labels, ids, strict=True)}
+
+
+def _check_embeddings(question: Question, where: str, served: ServedBackbone) -> None:
+    texts = {
+        where: question.input_ids,
+        **{f"{where}: its label {name!r}": ids for name, ids in question.labels.items()},
+    }
+    for what, ids in texts.items():
+        if (reason := without_embedding(served.tokenizer, ids, served.backbone.embedding_rows)) is not None:
+            raise CorpusError(f"{what} {reason}")
 
 
 def _check_length(question: Question, where: str, longest: int) -> None:

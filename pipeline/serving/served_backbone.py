@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pipeline.backbone.files import Architecture, context_length, find_model, read_config, read_tokenizer
+from pipeline.backbone.files import Architecture, check_eos, context_length, find_model, read_config, read_tokenizer
 from pipeline.backbone.fingerprint import identify
 from pipeline.backbone.host import Backbone, compute_dtype, host_backbone
 from pipeline.backbone.loading import build_skeleton
@@ -39,6 +39,7 @@ def load_backbone(model: str, weights: str = "int8", device: str = "cpu", dtype:
     """
     files = find_model(model)
     config, tokenizer = read_config(files), read_tokenizer(files)
+    check_eos(files.name, config, tokenizer)
     identity = identify(model, config, tokenizer, open_weights(files, build_skeleton(config, False)), weights)
     place = torch.device(device)
     backbone = host_backbone(

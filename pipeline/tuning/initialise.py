@@ -28,7 +28,7 @@ def initial_prompt(
         return torch.as_tensor(values, dtype=torch.float32, device=backbone.device)
     if prompt.init == "bank":
         return torch.as_tensor(fit_length(warm_starts[trial.name], prompt.length), device=backbone.device)
-    sampled = _sampled_tokens(generator, tokenizer, prompt.length)
+    sampled = _sampled_tokens(generator, tokenizer, backbone.embedding_rows, prompt.length)
     if prompt.init == "sampled_vocab":
         return backbone.embed(torch.as_tensor(sampled))
     if prompt.init == "text":
@@ -52,7 +52,7 @@ def mean_prompt(prompts: Sequence[np.ndarray]) -> np.ndarray:
     return np.stack([fit_length(prompt, longest) for prompt in prompts]).mean(axis=0)
 
 
-def _sampled_tokens(generator: np.random.Generator, tokenizer: Any, length: int) -> np.ndarray:
+def _sampled_tokens(generator: np.random.Generator, tokenizer: Any, rows: int, length: int) -> np.ndarray:
     special = set(tokenizer.all_special_ids)
-    common = [token for token in range(min(len(tokenizer), COMMON_TOKENS)) if token not in special]
+    common = [token for token in range(min(len(tokenizer), rows, COMMON_TOKENS)) if token not in special]
     return generator.choice(common, size=length, replace=length > len(common))

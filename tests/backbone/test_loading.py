@@ -126,8 +126,10 @@ def test_weights_spread_over_many_files_are_the_same_model(tmp_path):
     shutil.copytree(folder, spread)
     tensors = load_file(spread / "model.safetensors")
     (spread / "model.safetensors").unlink()
-    for i, (name, tensor) in enumerate(tensors.items()):
-        save_file({name: tensor}, spread / f"model-{i:05d}.safetensors")
+    files = {name: f"model-{i:05d}.safetensors" for i, name in enumerate(tensors)}
+    for name, file in files.items():
+        save_file({name: tensors[name]}, spread / file)
+    (spread / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     assert identity_of(spread) == identity_of(folder)
 
 

@@ -6,9 +6,11 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from pipeline.backbone.files import find_model, read_tokenizer
 from pipeline.errors import BackboneError, BankError, CorpusError, PromptBankError, SettingsError, StorageError
 from pipeline.run.checks import check_run
 from pipeline.run.job import run_job
@@ -91,6 +93,19 @@ def test_a_text_without_tokens_is_refused(project):
 def test_a_cluster_that_does_not_answer_is_refused(project, monkeypatch):
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     refused(project, SettingsError, "cluster.address", "nowhere", overrides=["cluster.address=ray-nowhere:1"])
+
+
+def test_a_row_with_a_token_that_has_no_embedding_is_left_out_and_the_others_train(project, tmp_path):
+    folder = Path(project["model"]["path"])
+    tokenizer = read_tokenizer(find_model(str(folder)))
+    tokenizer.add_tokens(["<beyond>"])
+    tokenizer.save_pretrained(folder)
+    train = Path(project["tasks"]["film"]["train"])
+    pairs = [(row["text"], row["label"]) for row in pq.read_table(train).to_pylist()]
+    text, label = pairs[0]
+    write_parquet(train, [*pairs, (f"{text} <beyond>", label)])
+    refused(project, CorpusError, "1 with a token that the model has no embedding for", "max_bad_rows")
+    assert run(project, "tasks.film.max_bad_rows=0.5").version == 1
 
 
 def test_every_bad_task_is_named_at_once(project):
