@@ -86,6 +86,9 @@ def shard_key(source: Source, recipe: Recipe, tokenizer: TokenizerSpec) -> tuple
         "architecture": recipe.architecture,
         "tokenizer": tokenizer.digest,
     }
+    named = [file.class_names for file in source.files]
+    if any(named):  # only then, so that every other corpus keeps its shards
+        inputs["class_names"] = named
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(), inputs
 
 
