@@ -1,17 +1,22 @@
 """Paths as a user writes them -> the Parquet files behind them, known by their footers alone."""
 
-import fnmatch
 import os
 import re
 import urllib.parse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from pipeline.corpus.class_names import footer_class_names
+from pipeline.corpus.formats import conversion, parquet_among
+from pipeline.corpus.lakes import LakeTable, is_below, refuse_table, table_above, table_behind_links, tables_below
+from pipeline.corpus.mixed_splits import check_one_split
+from pipeline.corpus.places import locate, matches
 from pipeline.errors import CorpusError, PromptBankError, UnreachableError
 
 _FOOTER_READERS = 16
@@ -19,6 +24,8 @@ _FOOTER_READERS = 16
 _AWAY = re.compile(
     r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|REQUEST_TIMEOUT|THROTTLING)"
     r"|AWS Error UNKNOWN \(HTTP status 5\d\d\)|curlCode: (6|7|28|35|52|55|56)\b|[Tt]imed out|[Cc]ould ?n.t connect"
+    r"|Name or service not known|[Tt]emporary failure in name resolution|Connection (refused|reset)"
+    r"|Network is unreachable"
 )
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
@@ -35,6 +42,8 @@ class SourceFile:
     columns: tuple[tuple[str, pa.DataType], ...]
     row_groups: tuple[tuple[int, int], ...]
     """(rows, uncompressed bytes) of each row group."""
+    class_names: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """What the numbers of a column stand for, where its ClassLabel says it."""
 
     @property
     def rows(self) -> int:
@@ -66,6 +75,15 @@ class _Listed:
     size: int
     mtime_ns: int | None
     root: str
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Behind one path: Parquet files, the other files of its folders, and tables of a lake, which forbid to read it."""
+
+    files: list[_Listed]
+    others: list[str]
+    tables: list[LakeTable]
 
 
 def inspect_files(paths: str | Sequence[str], where: str) -> Source:
@@ -105,86 +123,107 @@ def one_line(error: BaseException) -> str:
     return re.sub(r"\s+", " ", str(error)).strip().rstrip(".")
 
 
+def of_its_store(error: Exception, filesystem: fs.FileSystem) -> bool:
+    """Whether reading failed, and not our code: stores behind fsspec raise errors of their own libraries."""
+    return isinstance(error, pa.ArrowException | OSError | ValueError) or filesystem.type_name.startswith("py::")
+
+
 def _find(path: str, where: str) -> tuple[fs.FileSystem, list[_Listed]]:
     try:
-        filesystem, fixed, pattern = _locate(path)
-        files = list(_list(filesystem, fixed, pattern))
-    except (pa.ArrowException, OSError, ValueError) as error:
+        filesystem, fixed, pattern = locate(path)
+    except (pa.ArrowException, OSError, ValueError, ImportError) as error:
         raise unreadable(error, f"{where}: cannot look up {path}", "mend the path or its access") from error
+    try:
+        found = _look(filesystem, fixed, pattern)
+        kind = filesystem.get_file_info(fixed).type
+    except Exception as error:
+        if not of_its_store(error, filesystem):
+            raise
+        raise unreadable(error, f"{where}: cannot look up {path}", "mend the path or its access") from error
+    if found.tables:
+        raise refuse_table(found.tables[0], path, where)
+    files = found.files
     if files:
+        if files[0].path != fixed:
+            check_one_split(path, fixed, [file.path for file in files], where)
         return filesystem, files
-    kind = filesystem.get_file_info(fixed).type
     if pattern is not None and kind != fs.FileType.NotFound:
         raise CorpusError(f"{where}: no Parquet file matches {path}; mend the pattern")
     if kind == fs.FileType.Directory:
+        other = next(((file, how) for file in found.others if (how := conversion(file))), None)
+        if other is not None:
+            raise CorpusError(f"{where}: the folder {path} holds no Parquet file but {other[0]}; {other[1]}")
         raise CorpusError(f"{where}: the folder {path} holds no .parquet file; put the corpus there or mend the path")
     raise CorpusError(f"{where}: there is no file or folder {path}; mend the path")
 
 
-def _locate(path: str) -> tuple[fs.FileSystem, str, str | None]:
-    """-> file system, the path's fixed part in it, and the glob pattern below that (None without wildcards)."""
-    if "://" in path:
-        address, question, query = path.partition("?")
-        fixed, pattern = _split_glob(address, "*[")
-        filesystem, inside = fs.FileSystem.from_uri(fixed + question + query)
-        return filesystem, inside, pattern
-    local = os.path.abspath(os.path.expanduser(path))
-    if os.path.exists(local):  # a name may hold brackets without being a pattern
-        return fs.LocalFileSystem(), local, None
-    return fs.LocalFileSystem(), *_split_glob(local, "*[?")
-
-
-def _split_glob(path: str, wildcards: str) -> tuple[str, str | None]:
-    first = min((path.index(mark) for mark in wildcards if mark in path), default=None)
-    if first is None:
-        return path, None
-    cut = path.rindex("/", 0, first)
-    return path[:cut] or "/", path[cut + 1 :]
-
-
-def _list(filesystem: fs.FileSystem, fixed: str, pattern: str | None) -> Iterator[_Listed]:
-    info = filesystem.get_file_info(fixed)
-    if pattern is None:
-        yield from _expand(filesystem, [info], fixed)
-    elif info.type == fs.FileType.Directory:
+def _look(filesystem: fs.FileSystem, fixed: str, pattern: str | None) -> _Found:
+    info = filesystem.get_file_info(fixed)  # before all other looks: a store that is away says so here
+    above = table_above(filesystem, fixed)
+    if above is not None:
+        return _Found([], [], [above])
+    tables: list[LakeTable] = []
+    entries = [info]
+    if pattern is not None:
         parts = pattern.split("/")
-        below = filesystem.get_file_info(fs.FileSelector(fixed, recursive=len(parts) > 1))
-        matches = [entry for entry in below if _matches(_parts_below(entry.path, fixed), parts)]
-        yield from _expand(filesystem, matches, fixed)
+        is_folder = info.type == fs.FileType.Directory
+        below = filesystem.get_file_info(fs.FileSelector(fixed, recursive=len(parts) > 1)) if is_folder else []
+        entries = _outermost([entry for entry in below if matches(_parts_below(entry.path, fixed), parts)])
+        # A table beside what the pattern names is no matter; one above it is. What is below is looked at in `_expand`.
+        roots = tables_below((entry.path for entry in below), fixed)
+        tables = [t for t in roots if not entries or any(is_below(entry.path, t.root) for entry in entries)]
+    expanded = [_expand(filesystem, entry, fixed) for entry in entries]
+    files = [file for part in expanded for file in part.files]
+    if isinstance(filesystem, fs.LocalFileSystem):
+        # A link may lead to a file once more, or to a folder above it.
+        nearest_first = sorted(files, key=lambda file: (len(file.path), file.path))
+        files = list({os.path.realpath(file.path): file for file in reversed(nearest_first)}.values())
+        behind = table_behind_links([file.path for file in files])
+        tables += [behind] if behind else []
+    return _Found(
+        files,
+        [path for part in expanded for path in part.others],
+        [*tables, *(table for part in expanded for table in part.tables)],
+    )
 
 
-def _expand(filesystem: fs.FileSystem, entries: Iterable[fs.FileInfo], root: str) -> Iterator[_Listed]:
-    for entry in entries:
-        if entry.type == fs.FileType.File:
-            yield _Listed(entry.path, entry.size or 0, entry.mtime_ns, root)
-        elif entry.type == fs.FileType.Directory:
-            for below in filesystem.get_file_info(fs.FileSelector(entry.path, recursive=True)):
-                # Spark and others leave _SUCCESS, _temporary/ and .crc files beside the data.
-                hidden = any(part[:1] in "._" for part in _parts_below(below.path, entry.path))
-                if below.type == fs.FileType.File and below.extension == "parquet" and not hidden:
-                    yield _Listed(below.path, below.size or 0, below.mtime_ns, root)
+def _outermost(entries: Sequence[fs.FileInfo]) -> list[fs.FileInfo]:
+    """Those in no folder that is itself among `entries`: `**` matches a folder and all in it."""
+    folders = {entry.path for entry in entries if entry.type == fs.FileType.Directory}
+    return [entry for entry in entries if not any(str(above) in folders for above in PurePosixPath(entry.path).parents)]
+
+
+def _expand(filesystem: fs.FileSystem, entry: fs.FileInfo, root: str) -> _Found:
+    if entry.type == fs.FileType.File:
+        return _Found([_Listed(entry.path, entry.size or 0, entry.mtime_ns, root)], [], [])
+    if entry.type != fs.FileType.Directory:
+        return _Found([], [], [])
+    below = filesystem.get_file_info(fs.FileSelector(entry.path, recursive=True))
+    # Spark and others leave _SUCCESS, _temporary/ and .crc files beside the data.
+    shown = {
+        file.path: file
+        for file in below
+        if file.type == fs.FileType.File and not any(part[:1] in "._" for part in _parts_below(file.path, entry.path))
+    }
+    tables = tables_below((other.path for other in below), entry.path)
+    chosen = [] if tables else parquet_among(filesystem, list(shown))
+    files = [_Listed(path, shown[path].size or 0, shown[path].mtime_ns, root) for path in chosen]
+    return _Found(files, sorted(shown.keys() - set(chosen)), tables)
 
 
 def _parts_below(path: str, root: str) -> list[str]:
     return path[len(root) :].strip("/").split("/")
 
 
-def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Glob match part by part; `**` stands for any number of folders, none included."""
-    if not pattern:
-        return not parts
-    if pattern[0] == "**":
-        return any(_matches(parts[skip:], pattern[1:]) for skip in range(len(parts) + 1))
-    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
-
-
 def _read_footer(filesystem: fs.FileSystem, file: _Listed, where: str) -> SourceFile:
     try:
         footer = pq.read_metadata(file.path, filesystem=filesystem)
         schema = footer.schema.to_arrow_schema()
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except Exception as error:
+        if not of_its_store(error, filesystem):
+            raise
         what = f"{where}: {file.path} is not a readable Parquet file"
-        raise unreadable(error, what, "write it again or leave it out") from error
+        raise unreadable(error, what, conversion(file.path) or "write it again or leave it out") from error
     groups = (footer.row_group(index) for index in range(footer.num_row_groups))
     return SourceFile(
         path=file.path,
@@ -193,6 +232,7 @@ def _read_footer(filesystem: fs.FileSystem, file: _Listed, where: str) -> Source
         partitions=_hive_columns(_parts_below(file.path, file.root)[:-1]),
         columns=tuple((field.name, field.type) for field in schema),
         row_groups=tuple((group.num_rows, group.total_byte_size) for group in groups),
+        class_names=footer_class_names(schema),
     )
 
 

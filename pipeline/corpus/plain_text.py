@@ -10,7 +10,7 @@ from pipeline.corpus.encoding import TokenizerSpec
 from pipeline.corpus.files import Source, inspect_files
 from pipeline.corpus.reader import Int32, SplitRef, open_split, summarise_split
 from pipeline.corpus.rows import Recipe
-from pipeline.corpus.template import Template, check_columns, parse_template
+from pipeline.corpus.template import Template, check_class_names, check_columns, parse_template
 from pipeline.errors import CorpusError
 from pipeline.settings import TextSettings
 
@@ -47,6 +47,7 @@ def check_text(settings: TextSettings) -> TextPlan:
         raise CorpusError(f"{_WHERE}, text: the template {settings.text!r} names no column; write one such as {{text}}")
     source = inspect_files(settings.train, f"{_WHERE}, train")
     check_columns(source, [text])
+    check_class_names([source], [text])
     if not source.rows:
         raise CorpusError(f"{source.where}: {source.files[0].path} holds no row; give a file that does")
     return TextPlan(source, text)

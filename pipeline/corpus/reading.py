@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from pipeline.corpus.files import Source, SourceFile, unreadable
+from pipeline.corpus.class_names import UnnamedClassError, named_texts
+from pipeline.corpus.files import Source, SourceFile, of_its_store, unreadable
 from pipeline.corpus.template import column_texts
 from pipeline.errors import CorpusError
 
@@ -99,6 +100,7 @@ def read_texts(
     Raises: CorpusError naming the file when its pages are damaged or its text is not UTF-8.
     """
     own = [name for name in columns if name in dict(unit.file.columns)]
+    names = dict(unit.file.class_names)
     fixed = {name: value for name, value in unit.file.partitions if name in columns and name not in own}
     try:
         # Not `pre_buffer`: it holds a whole row group's columns at once (see `shards`).
@@ -111,12 +113,20 @@ def read_texts(
         ) as file:
             batches = file.iter_batches(unit.batch_rows, list(unit.row_groups), own, use_threads=False)
             for batch in _between(batches, unit.first, unit.end):
-                texts = {name: column_texts(batch[name]) for name in own}
+                texts = {name: _texts(batch[name], names.get(name)) for name in own}
                 yield batch.num_rows, texts | {name: [value] * batch.num_rows for name, value in fixed.items()}
     except UnicodeDecodeError as error:
         raise CorpusError(f"{where}: {unit.file.path} holds text that is not UTF-8; write it again as UTF-8") from error
-    except (pa.ArrowException, OSError) as error:
+    except UnnamedClassError as error:
+        raise CorpusError(f"{where}: {unit.file.path} holds {error}; mend the rows or the names") from error
+    except Exception as error:
+        if not of_its_store(error, filesystem):
+            raise
         raise unreadable(error, f"{where}: {unit.file.path} is damaged", "write it again or leave it out") from error
+
+
+def _texts(column: pa.Array, names: Sequence[str] | None) -> list[str | None]:
+    return column_texts(column) if names is None else named_texts(column, names)
 
 
 def _between(batches: Iterable[pa.RecordBatch], first: int, end: int) -> Iterator[pa.RecordBatch]:

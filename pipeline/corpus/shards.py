@@ -88,6 +88,9 @@ def shard_key(source: Source, recipe: Recipe, tokenizer: TokenizerSpec) -> tuple
     }
     if recipe.embedding_rows is not None:  # of other models the name stays as it was
         inputs["embedding_rows"] = recipe.embedding_rows
+    named = [file.class_names for file in source.files]
+    if any(named):  # only then, so that every other corpus keeps its shards
+        inputs["class_names"] = named
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(), inputs
 
 

@@ -21,7 +21,7 @@ from pipeline.corpus.files import Source, inspect_files
 from pipeline.corpus.reader import SplitRef, summarise_split, unique_targets
 from pipeline.corpus.rows import Recipe
 from pipeline.corpus.tally import SplitSummary
-from pipeline.corpus.template import Template, check_columns, parse_template
+from pipeline.corpus.template import Template, check_class_names, check_columns, parse_template, render
 from pipeline.errors import CorpusError
 from pipeline.settings import TaskSettings
 
@@ -99,7 +99,22 @@ def check_task(name: str, task: TaskSettings) -> TaskPlan:
             check_columns(source, templates)
             if not source.rows:
                 raise CorpusError(f"{source.where}: {source.files[0].path} holds no row; give a file that does")
+    check_class_names(list(sources.values()), templates)
+    _check_labels_are_names(here, task, templates[1], sources["train"])
     return TaskPlan(name, sources, *templates, task.dev_fraction)
+
+
+def _check_labels_are_names(here: str, task: TaskSettings, target: Template, train: Source) -> None:
+    """Raises: CorpusError when `labels` holds none of the names that the target's numbers stand for."""
+    names = dict(train.files[0].class_names).get(target.columns[0]) if len(target.columns) == 1 else None
+    if names is None or task.labels is None:
+        return
+    targets = [render(target, {target.columns[0]: name}) for name in names]
+    if not set(targets) & set(task.labels):
+        raise CorpusError(
+            f"{here}: 'labels' is [{', '.join(task.labels)}], but the numbers of the column {target.columns[0]!r} have "
+            f"names in {train.files[0].path} and targets are made of those; write labels: {json.dumps(targets)}"
+        )
 
 
 def prepare_task(

@@ -4,6 +4,7 @@ import difflib
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pyarrow as pa
 
@@ -91,6 +92,25 @@ def check_columns(source: Source, templates: Sequence[Template]) -> None:
                 _check_column(source.where, template, name, file)
 
 
+def check_class_names(sources: Sequence[Source], templates: Sequence[Template]) -> None:
+    """Raises: CorpusError when files, of one split or of two, name the numbers of a column differently, or one not."""
+    for name in dict.fromkeys(name for template in templates for name in template.columns):
+        numbered = [(source.where, file) for source in sources for file in source.files if _is_number(file, name)]
+        for (_, one), (where, other) in pairwise(numbered):
+            names = [dict(file.class_names).get(name) for file in (one, other)]
+            if names[0] != names[1]:
+                told = ["no names" if these is None else f"the names {', '.join(map(repr, these))}" for these in names]
+                raise CorpusError(
+                    f"{where}: the numbers of the column {name!r} have {told[1]} in {other.path} and {told[0]} in "
+                    f"{one.path}; write both with the same ClassLabel, or the column as text"
+                )
+
+
+def _is_number(file: SourceFile, column: str) -> bool:
+    kind = dict(file.columns).get(column)
+    return kind is not None and (pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+
 def column_texts(column: pa.Array) -> list[str | None]:
     """[B] values -> [B] texts: strings as they are, others by str(); null and NaN are None.
 
@@ -109,6 +129,12 @@ def _check_column(where: str, template: Template, name: str, file: SourceFile) -
         raise CorpusError(
             f"{where}: the template {template.text!r} names the column {name!r}, which {file.path} does not have "
             f"(it has {', '.join(file.column_names)}); {mend}"
+        )
+    times = [own for own, _ in file.columns].count(name)
+    if times > 1:
+        raise CorpusError(
+            f"{where}: {file.path} has {times} columns of the name {name!r}, which the template {template.text!r} "
+            "names; rename all but one of them"
         )
     kind = dict(file.columns).get(name)
     if kind is not None and not _is_printable(kind):

@@ -1,0 +1,65 @@
+"""Which files of a folder are Parquet, whatever their names; and what to do with one that is not."""
+
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+from pyarrow import fs
+
+_MAGIC = (b"PAR1", b"PARE")
+_LOOKERS = 16
+# A copy that is not meant to be read, or a file that is not whole yet.
+_SET_ASIDE = re.compile(
+    r"(~|\.(bak|backup|old|orig|tmp|temp|part|partial|inprogress|crdownload|copy|save|swp|crc))\d*$"
+)
+# Names that tell what a file is, so that a store is not asked for the first bytes of thousands.
+_OTHER = re.compile(
+    r"\.(jsonl?|ndjson|[ct]sv|txt|text|md|rst|html?|xml|ya?ml|toml|py|ipynb|sql|log|pdf|png|jpe?g|gif|arrow|feather|ipc|orc"
+    r"|avro|lance|zip|tar|tgz|xlsx?|safetensors|npy|npz)(\.(gz|bz2|zst|xz))?$"
+)
+_CONVERSIONS = (
+    (r"(jsonl|ndjson|json)(\.gz)?", "JSON", "pyarrow.json", "pyarrow.json.read_json({file!r})"),
+    (r"csv(\.gz)?", "CSV", "pyarrow.csv", "pyarrow.csv.read_csv({file!r})"),
+    (
+        r"tsv(\.gz)?",
+        "TSV",
+        "pyarrow.csv",
+        "pyarrow.csv.read_csv({file!r}, parse_options=pyarrow.csv.ParseOptions(delimiter='\\t'))",
+    ),
+    (r"feather|ipc", "Arrow IPC", "pyarrow.feather", "pyarrow.feather.read_table({file!r})"),
+    (r"arrow", "Arrow IPC", "pyarrow.ipc", "pyarrow.ipc.open_stream({file!r}).read_all()"),
+    (r"orc", "ORC", "pyarrow.orc", "pyarrow.orc.read_table({file!r})"),
+)
+
+
+def parquet_among(filesystem: fs.FileSystem, paths: Sequence[str]) -> list[str]:
+    """Of `paths`, those that are Parquet: by the name `.parquet`, or by the first four bytes."""
+    named = [path for path in paths if path.endswith(".parquet")]
+    asked = [path for path in paths if _may_be_parquet(path)]
+    with ThreadPoolExecutor(_LOOKERS) as lookers:
+        begins = list(lookers.map(lambda path: _begins_as_parquet(filesystem, path), asked))
+    return named + [path for path, is_parquet in zip(asked, begins, strict=True) if is_parquet]
+
+
+def conversion(path: str) -> str | None:
+    """How to make Parquet of the file, if its name tells what it is: the end of a sentence."""
+    for ending, name, module, read in _CONVERSIONS:
+        if found := re.search(rf"\.({ending})$", path, re.IGNORECASE):
+            to = path[: found.start()].rpartition("/")[2] + ".parquet"
+            code = f"import {module}, pyarrow.parquet; pyarrow.parquet.write_table({read.format(file=path)}, {to!r})"
+            return f"it is {name} by its name, so convert it with Python: {code}"
+    return None
+
+
+def _may_be_parquet(path: str) -> bool:
+    name = path.rpartition("/")[2]
+    return not (name.endswith(".parquet") or _SET_ASIDE.search(name.lower()) or _OTHER.search(name.lower()))
+
+
+def _begins_as_parquet(filesystem: fs.FileSystem, path: str) -> bool:
+    try:
+        with filesystem.open_input_file(path) as file:
+            return file.read(4) in _MAGIC
+    except (pa.ArrowException, OSError):
+        return True  # not to be left out in silence: reading its footer says what is wrong

@@ -1,0 +1,115 @@
+"""Tables of a lake: folders of Parquet files of which only a log or a catalogue tells which rows still hold.
+
+An overwritten, deleted or compacted row stays in its file until the table is vacuumed, and a deletion vector changes no
+data file at all, so the files read as they lie give two or three times the rows.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+from pyarrow import fs
+
+from pipeline.errors import CorpusError
+
+
+@dataclass(frozen=True)
+class _Kind:
+    name: str
+    folder: str
+    """Stands at the table's root."""
+    inside: re.Pattern[str] | None
+    """A file of that folder that must be there, for folders of that name are not rare; None: the folder is enough."""
+    reader: str
+
+
+_KINDS = (
+    _Kind("a Delta Lake table", "_delta_log", None, "Spark or deltalake"),
+    _Kind("an Apache Iceberg table", "metadata", re.compile(r".+\.metadata\.json(\.gz)?"), "Spark or pyiceberg"),
+    _Kind("an Apache Hudi table", ".hoodie", None, "Spark"),
+    _Kind("a Lance dataset", "_versions", None, "lance"),
+    _Kind("an Apache Paimon table", "schema", re.compile(r"schema-\d+"), "Spark or pypaimon"),
+)
+_BY_FOLDER = {kind.folder: kind for kind in _KINDS}
+_LOOKERS = 16
+
+
+@dataclass(frozen=True)
+class LakeTable:
+    root: str
+    kind: _Kind
+
+
+def refuse_table(table: LakeTable, path: str, where: str) -> CorpusError:
+    """The error for a path as the user wrote it that leads into, to or over a table."""
+    kind = table.kind
+    mark = f"{table.root.rstrip('/')}/{kind.folder}"
+    return CorpusError(
+        f"{where}: {path} has to do with {kind.name} ({mark} is there), whose files hold deleted and replaced rows "
+        f"too; write its present rows as plain Parquet into another folder, with {kind.reader}, and give that"
+    )
+
+
+def tables_below(entries: Iterable[str], root: str) -> list[LakeTable]:
+    """The tables among the paths `entries` of everything below `root`, outermost first; nothing is asked of a store."""
+    found: dict[str, LakeTable] = {}
+    for path in entries:
+        parts = path[len(root) :].strip("/").split("/")
+        for depth, part in enumerate(parts):
+            kind = _BY_FOLDER.get(part)
+            if kind is not None and (kind.inside is None or _holds(kind.inside, parts[depth + 1 :])):
+                table = "/".join((root.rstrip("/"), *parts[:depth]))
+                found.setdefault(table, LakeTable(table, kind))
+    return sorted(found.values(), key=lambda table: (len(table.root), table.root))
+
+
+def table_above(filesystem: fs.FileSystem, path: str) -> LakeTable | None:
+    """The table whose root is `path` or the nearest folder above it, however far.
+
+    Partitions of a table may have any names and depth, so no number of levels is the right bound: all are looked at, up
+    to the bucket or the disk's root. That is one look a kind and level, many at a time, whatever the folders hold.
+    """
+    folders = list(_chain(path))
+    if isinstance(filesystem, fs.LocalFileSystem) and (real := os.path.realpath(path)) != path:
+        folders += [folder for folder in _chain(real) if folder not in folders]
+    looks = [(folder, kind) for folder in folders for kind in _KINDS]
+    with ThreadPoolExecutor(_LOOKERS) as lookers:
+        seen = lookers.map(lambda look: _is_table(filesystem, *look), looks)
+        return next((LakeTable(*look) for look, there in zip(looks, seen, strict=True) if there), None)
+
+
+def table_behind_links(files: Sequence[str]) -> LakeTable | None:
+    """The table that a link among the local `files` leads into."""
+    real = {file: os.path.realpath(file) for file in files}
+    folders = {os.path.dirname(path) for file, path in real.items() if path != file}
+    return next(filter(None, (table_above(fs.LocalFileSystem(), folder) for folder in sorted(folders))), None)
+
+
+def is_below(path: str, folder: str) -> bool:
+    """Whether `path` is `folder` or lies somewhere in it."""
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+def _chain(path: str) -> Iterator[str]:
+    """`path` and all folders above it, the nearest first; a relative one is of a store and ends at its bucket."""
+    while path.strip("/"):
+        yield path
+        path = path.rpartition("/")[0]
+
+
+def _is_table(filesystem: fs.FileSystem, folder: str, kind: _Kind) -> bool:
+    mark = f"{folder.rstrip('/')}/{kind.folder}"
+    try:
+        if kind.inside is None:
+            return filesystem.get_file_info(mark).type == fs.FileType.Directory
+        below = filesystem.get_file_info(fs.FileSelector(mark, allow_not_found=True))
+        return any(kind.inside.fullmatch(entry.base_name) for entry in below)
+    except (pa.ArrowException, OSError):
+        return False  # often a path may be read and the folders above it may not; what is away says so when it is read
+
+
+def _holds(inside: re.Pattern[str], rest: Sequence[str]) -> bool:
+    return len(rest) == 1 and inside.fullmatch(rest[0]) is not None

@@ -1,0 +1,65 @@
+"""Files of several splits behind one path, as a folder of the Hugging Face hub holds them: told by their names."""
+
+import re
+from collections.abc import Sequence
+
+from pipeline.corpus.places import matches, writable
+from pipeline.errors import CorpusError
+
+# The words and their separators are those of `datasets.data_files`.
+_WORDS = {
+    "train": ("train", "training"),
+    "dev": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_SPLIT_OF = {word: split for split, words in _WORDS.items() for word in words}
+_ANY_WORD = "|".join(sorted(_SPLIT_OF, key=len, reverse=True))
+_WORD = re.compile(rf"(?:^|[-._ 0-9])({_ANY_WORD})(?=[-._ 0-9]|$)", re.IGNORECASE)
+_HIVE = re.compile(rf"split=({_ANY_WORD})", re.IGNORECASE)
+
+
+def check_one_split(path: str, root: str, files: Sequence[str], where: str) -> None:
+    """Raises: CorpusError when `files`, all found below `root` by the one `path`, are named after several splits."""
+    below = [file[len(root) :].strip("/").split("/") for file in files]
+    found: dict[str, list[list[str]]] = {}
+    for parts in below:
+        place = _split_word(parts)
+        if place is not None:
+            found.setdefault(_SPLIT_OF[place[1].lower()], []).append(parts)
+    if len(found) > 1:
+        splits = [split for split in _WORDS if split in found]
+        held = ", ".join(f"{len(found[split])} of {split}" for split in splits)
+        mends = ", ".join(f"{split}: {writable(path, _glob(found[split], below))}" for split in splits)
+        raise CorpusError(f"{where}: {path} mixes the files of several splits ({held}); give each its own: {mends}")
+
+
+def _split_word(parts: Sequence[str]) -> tuple[int, str, str] | None:
+    """-> (place, word, part up to the word's end) of a file's name, or else of the nearest of its folders."""
+    for place in reversed(range(len(parts))):
+        part = parts[place]
+        if place == len(parts) - 1:
+            part = re.split(r"\.(?:parq|pq)", part, maxsplit=1, flags=re.IGNORECASE)[0]
+        if "=" in part and not _HIVE.fullmatch(part):  # a Hive column of something else
+            continue
+        if found := _HIVE.fullmatch(part) or _WORD.search(part):
+            return place, found[1], part[: found.end(1)]
+    return None
+
+
+def _glob(mine: Sequence[Sequence[str]], everything: Sequence[Sequence[str]]) -> str:
+    """What to write for the files `mine` and no other; the name of the first where no glob is as exact."""
+    first = mine[0]
+    placed = _split_word(first)
+    assert placed is not None
+    place, word, begin = placed
+    above = "".join(f"{part}/" for part in first[:place])
+    if place == len(first) - 1:
+        globs = [f"{above}{begin}*", f"**/{begin}*", f"**/*{word}*"]
+    else:
+        globs = [above + first[place], f"**/{first[place]}/**/*.parquet", f"**/*{word}*/**/*.parquet"]
+    exact = (glob for glob in globs if [parts for parts in everything if _fits(parts, glob.split("/"))] == list(mine))
+    return next(exact, "/".join(first))
+
+
+def _fits(parts: Sequence[str], glob: Sequence[str]) -> bool:
+    return any(matches(parts[:length], glob) for length in range(1, len(parts) + 1))
