@@ -10,18 +10,24 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.corpus.encoding import Architecture, FastTokenizer, encode_inputs, encode_plain, encode_targets
+from pipeline.corpus.encoding import Architecture, FastTokenizer, encode_inputs, encode_plain, encode_targets, unsayable
 from pipeline.corpus.template import Rendered, Template, render_rows
+from pipeline.corpus.values import OverLong
+
+# No text of so many characters, a thousand for each token, has tokens few enough.
+_SURE_TEXT, _SURE_TEXT_OF_A_TOKEN = 2**20, 2**10
 
 
 class RowStatus(IntEnum):
-    """Why a row is used or not; the first that holds, in this order: null, empty, input long, target long."""
+    """Why a row is used or not; the first that holds, in this order: null, empty, input long, target long, and unsayable."""
 
     OK = 0
     NULL = 1
     EMPTY = 2
     INPUT_LONG = 3
     TARGET_LONG = 4
+    TARGET_UNSAYABLE = 5
+    """The tokenizer has no tokens for it; the row keeps its text."""
 
 
 SHARD_SCHEMA = pa.schema(
@@ -47,6 +53,12 @@ class Recipe:
     max_target_tokens: int
     """Separator and eos included."""
     architecture: Architecture
+    whole: tuple[str, ...] = ()
+    """Columns whose floats are written as integers: see `whole_columns`."""
+    targets_behind_text: bool = False
+    """The tokenizer marks beginnings (`marks_beginnings`), which a target is not."""
+    names_unsayable: bool = False
+    """The tokenizer can fail (`can_fail`), and such targets have a status of their own."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -74,6 +86,7 @@ def tokenise_rows(
     inputs = render_rows(recipe.input, columns, rows)
     targets = render_rows(recipe.target, columns, rows) if recipe.target else Rendered([""] * rows, [False] * rows)
     statuses = _text_statuses(inputs, targets)
+    _mark_oversized(statuses, recipe, columns, inputs, targets)
     kept = np.flatnonzero(statuses == RowStatus.OK)
     kept_targets = _texts(targets, statuses)
 
@@ -85,9 +98,11 @@ def tokenise_rows(
 
     input_long = _lengths(input_ids) > recipe.max_input_tokens
     target_long = (_lengths(target_ids) > recipe.max_target_tokens)[places]
+    lost = np.asarray(_unsayable(recipe, tokenizer, list(place_of)), bool)[places]
+    statuses[kept[lost]] = RowStatus.TARGET_UNSAYABLE
     statuses[kept[target_long]] = RowStatus.TARGET_LONG
     statuses[kept[input_long]] = RowStatus.INPUT_LONG
-    used = ~(input_long | target_long)
+    used = ~(input_long | target_long | lost)
     used_rows = kept[used]
     row_inputs: list[Sequence[int]] = [()] * rows
     for row, ids in zip(used_rows.tolist(), compress(input_ids, used.tolist()), strict=True):
@@ -95,13 +110,16 @@ def tokenise_rows(
     # Behind the last target is an empty one, for the rows that are not used.
     target_of = np.full(rows, len(place_of))
     target_of[used_rows] = places[used]
+    shown = np.full(rows, len(place_of))
+    shown[kept] = np.where(statuses[kept] == RowStatus.TARGET_UNSAYABLE, places, len(place_of))
+    shown[used_rows] = places[used]
     return pa.table(
         {
             "row_id": row_identities(inputs.texts, targets.texts),
             "status": statuses,
             "input_ids": _token_lists(row_inputs),
             "target_ids": _token_lists([*target_ids, ()]).take(pa.array(target_of)),
-            "target": pa.array([*place_of, ""], pa.string()).take(pa.array(target_of)),
+            "target": pa.array([*place_of, ""], pa.string()).take(pa.array(shown)),
         },
         schema=SHARD_SCHEMA,
     )
@@ -115,6 +133,33 @@ def _target_ids(recipe: Recipe, tokenizer: FastTokenizer, texts: Sequence[str]) 
     if recipe.target is None:
         return [[] for _ in texts]
     return encode_targets(tokenizer, recipe.architecture, recipe.separator, texts)
+
+
+def _unsayable(recipe: Recipe, tokenizer: FastTokenizer, texts: Sequence[str]) -> list[bool]:
+    if recipe.target is None or not recipe.names_unsayable:
+        return [False] * len(texts)
+    return unsayable(tokenizer, recipe.architecture, recipe.separator, texts)
+
+
+def _mark_oversized(
+    statuses: npt.NDArray[np.int8],
+    recipe: Recipe,
+    columns: Mapping[str, Sequence[str | None]],
+    inputs: Rendered,
+    targets: Rendered,
+) -> None:
+    """Give rows that are beyond any doubt over-long that status, so that they are not tokenised to be counted."""
+    sides = (
+        (targets, recipe.target, recipe.max_target_tokens, RowStatus.TARGET_LONG),
+        (inputs, recipe.input, recipe.max_input_tokens, RowStatus.INPUT_LONG),
+    )
+    open_rows = statuses == RowStatus.OK
+    for rendered, template, most_tokens, status in sides:
+        most = max(_SURE_TEXT, _SURE_TEXT_OF_A_TOKEN * most_tokens)
+        long = np.fromiter((len(text or "") > most for text in rendered.texts), bool, len(rendered.texts))
+        for name in template.columns if template else ():
+            long |= np.fromiter((type(cell) is OverLong for cell in columns[name]), bool, len(long))
+        statuses[open_rows & long] = status
 
 
 def _text_statuses(inputs: Rendered, targets: Rendered) -> npt.NDArray[np.int8]:

@@ -19,7 +19,7 @@ _WORD = 2**64
 @dataclass(frozen=True)
 class SplitSummary:
     counts: dict[str, int]
-    """Rows by status ("ok", "null", "empty", "input_long", "target_long")."""
+    """Rows by status ("ok", "null", "empty", "input_long", "target_long", "target_unsayable")."""
     digest: str
     """Of the multiset of row ids: the same rows anywhere give the same digest."""
 

@@ -5,9 +5,8 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import pyarrow as pa
-
 from pipeline.corpus.files import Source, SourceFile
+from pipeline.corpus.values import is_printable
 from pipeline.errors import CorpusError
 
 
@@ -91,17 +90,6 @@ def check_columns(source: Source, templates: Sequence[Template]) -> None:
                 _check_column(source.where, template, name, file)
 
 
-def column_texts(column: pa.Array) -> list[str | None]:
-    """[B] values -> [B] texts: strings as they are, others by str(); null and NaN are None.
-
-    Raises: UnicodeDecodeError when a string is not UTF-8.
-    """
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        strings: list[str | None] = column.to_pylist()
-        return strings
-    return [None if value is None or value != value else str(value) for value in column.to_pylist()]
-
-
 def _check_column(where: str, template: Template, name: str, file: SourceFile) -> None:
     if name not in file.column_names:
         close = difflib.get_close_matches(name, file.column_names, n=1, cutoff=0.5)
@@ -111,18 +99,8 @@ def _check_column(where: str, template: Template, name: str, file: SourceFile) -
             f"(it has {', '.join(file.column_names)}); {mend}"
         )
     kind = dict(file.columns).get(name)
-    if kind is not None and not _is_printable(kind):
+    if kind is not None and not is_printable(kind):
         raise CorpusError(
             f"{where}: the column {name!r} of {file.path} has the type {kind}, which is neither text nor number; "
             "write it as a string"
         )
-
-
-def _is_printable(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    checks = (
-        pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_integer,
-        pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal, pa.types.is_null,
-    )  # fmt: skip
-    return any(check(kind) for check in checks)

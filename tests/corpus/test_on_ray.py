@@ -155,7 +155,7 @@ def test_whatever_decides_the_tokens_is_in_the_key(
         tokenizer = dataclasses.replace(spec, **own)
         task = make_task(place / "train.parquet", dev=place / "dev.parquet", **given)
         plan = check_task("x", task)
-        return shard_key(plan.sources["train"], task_recipe(plan, task, tokenizer.architecture), tokenizer)[0]
+        return shard_key(plan.sources["train"], task_recipe(plan, task, tokenizer), tokenizer)[0]
 
     assert key() == key()
     assert key(**changes) != key()
