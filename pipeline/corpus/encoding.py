@@ -197,7 +197,7 @@ def unsayable(
     own = encode_plain(tokenizer, targets)
     joined = encode_targets(tokenizer, architecture, separator, targets)
     (alone,) = encode_plain(tokenizer, [separator])
-    mark, of_separator = backend.id_to_token(unknown), alone.count(unknown)
+    mark, of_separator = backend.id_to_token(unknown) or "", alone.count(unknown)
     return [
         mark not in target and (unknown in row or whole.count(unknown) > of_separator)
         for target, row, whole in zip(targets, own, joined, strict=True)

@@ -71,8 +71,8 @@ def prepare_text(
     share = 1 - summary.counts["ok"] / summary.rows
     if share > settings.max_bad_rows or not summary.counts["ok"]:
         raise CorpusError(
-            f"{plan.source.where}: {share:.1%} of {summary.rows} rows are null, empty or over 16 MiB, more than max_bad_rows "
-            f"{settings.max_bad_rows:.1%}; mend the rows or raise it"
+            f"{plan.source.where}: {share:.1%} of {summary.rows} rows are null, empty or over 16 MiB, more than "
+            f"max_bad_rows {settings.max_bad_rows:.1%}; mend the rows or raise it"
         )
     return TextCorpus(folder, {key: summary.counts[key] for key in ("ok", "null", "empty")}, summary.digest)
 

@@ -19,7 +19,7 @@ _SURE_TEXT, _SURE_TEXT_OF_A_TOKEN = 2**20, 2**10
 
 
 class RowStatus(IntEnum):
-    """Why a row is used or not; the first that holds, in this order: null, empty, input long, target long, and unsayable."""
+    """Why a row is used or not; the first that holds: null, empty, input long, target long, unsayable."""
 
     OK = 0
     NULL = 1

@@ -127,7 +127,7 @@ def prepare_task(
     for split, ref in whole.items():
         if task.labels is not None or task.metric in ("accuracy", "f1"):
             check_sayable(name, tuple(islice(unsayable_targets(ref), 1)), recipe, loaded)
-        _check_bad_rows(plan.sources[split].where, task, summarise_split(ref))
+        _check_bad_rows(plan.sources[split].where, task, summarise_split(ref), next(unsayable_targets(ref), None))
     splits = _cut(whole, plan.dev_fraction)
     summaries = {split: summarise_split(ref) for split, ref in splits.items()}
     for split, summary in summaries.items():
@@ -179,11 +179,12 @@ def _cut(whole: Mapping[str, SplitRef], dev_fraction: float | None) -> dict[str,
     return {split: splits[split] for split in SPLITS if split in splits}
 
 
-def _check_bad_rows(where: str, task: TaskSettings, summary: SplitSummary) -> None:
+def _check_bad_rows(where: str, task: TaskSettings, summary: SplitSummary, unsaid: str | None) -> None:
     share = 1 - summary.counts["ok"] / summary.rows
+    example = "" if unsaid is None else f", such as {unsaid[:60]!r}"
     if share > task.max_bad_rows:
         raise CorpusError(
-            f"{where}: {share:.1%} of {summary.rows} rows cannot be used ({_counted(summary)}), "
+            f"{where}: {share:.1%} of {summary.rows} rows cannot be used ({_counted(summary)}{example}), "
             f"more than max_bad_rows {task.max_bad_rows:.1%}; mend the rows, or raise max_input_tokens "
             f"({task.max_input_tokens}), max_target_tokens ({task.max_target_tokens}) or max_bad_rows"
         )
@@ -192,7 +193,7 @@ def _check_bad_rows(where: str, task: TaskSettings, summary: SplitSummary) -> No
 def _counted(summary: SplitSummary) -> str:
     words = {"null": "null", "empty": "empty", "input_long": "input over-long", "target_long": "target over-long"}
     words["target_unsayable"] = "with a target that the tokenizer cannot say"
-    counts = summary.counts  # of shards made before a status was added, without it
+    counts = summary.counts
     return ", ".join(f"{counts[key]} {word}" for key, word in words.items() if counts.get(key)) or "0 rows"
 
 

@@ -68,13 +68,13 @@ def _strings(column: pa.Array) -> list[str | None]:
     sizes = pc.binary_length(cells.cast(pa.large_string()) if pa.types.is_string_view(cells.type) else cells)
     long = pc.fill_null(pc.greater(sizes, MOST_CELL_BYTES), False)
     if not pc.any(long).as_py():
-        return column.to_pylist()  # type: ignore[no-any-return]
+        return column.to_pylist()
     texts = pc.if_else(long, pa.scalar(None, cells.type), cells).to_pylist()
     for place in np.flatnonzero(long.to_numpy(zero_copy_only=False)).tolist():
         cell = cells[place].as_buffer()
         texts[place] = OverLong(f"{cell.size} bytes {hashlib.sha256(cell).hexdigest()}")
     if cells is column:
-        return texts  # type: ignore[no-any-return]
+        return texts
     return [None if place is None else texts[place] for place in column.indices.to_pylist()]
 
 
@@ -85,7 +85,7 @@ def whole_columns(sources: Mapping[str, Source], columns: Iterable[str]) -> tupl
     """
     found = []
     for name in columns:
-        files = {}
+        files: dict[str, tuple[str, SourceFile]] = {}
         for source in sources.values():
             for file in source.files:
                 kind = _kind(file, name)

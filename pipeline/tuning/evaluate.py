@@ -115,8 +115,10 @@ def answer(backbone: Backbone, tokenizer: Any, exams: Sequence[Exam], token_budg
 
 
 def _wanted(exam: Exam, tokenizer: Any) -> list[str]:
-    """The targets; of open ones what their own tokens decode to, for no answer can be more: `<extra_id_0> yes` is `yes`,
-    and a tokenizer of small letters says `Yes` as `yes`."""
+    """The targets; of open ones what their own tokens decode to, for no answer can be more.
+
+    `<extra_id_0> yes` is `yes`, and to a tokenizer of small letters `Yes` is, too.
+    """
     if exam.metric in LABELLED:
         return [exam.split.target(i) for i in range(len(exam.split))]
     ids = [exam.split.target_ids(i)[:-1] for i in range(len(exam.split))]
