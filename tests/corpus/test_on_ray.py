@@ -241,9 +241,7 @@ def test_labels_that_the_tokenizer_cannot_say_are_refused_and_open_targets_count
         with pytest.raises(CorpusError, match=r"^task 'x': the tokenizer cannot say the label '{no}' \(its "):
             prepare_task("x", task, spec, place / "storage")
     opened = make_task(train, dev_fraction=0.5, metric="exact_match", max_bad_rows=0.05)
-    with pytest.raises(
-        CorpusError, match=r"10\.0% of 40 rows cannot be used .4 with a target that the tokenizer cannot say, such as "
-    ):
+    with pytest.raises(CorpusError, match=r"10\.0% .* .4 with a target that the tokenizer cannot say, such as "):
         prepare_task("x", opened, spec, place / "storage")
     allowed = prepare_task("x", opened.model_copy(update={"max_bad_rows": 0.1}), spec, place / "storage")
     assert sum(counts.get("target_unsayable", 0) for counts in allowed.counts.values()) == 4
