@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 from pipeline.errors import CorpusError
 
@@ -15,6 +16,9 @@ _CALL_ROWS = 64
 # Words whose tokens a tokenizer keeps; it comes with room for 10,000. On English and code 8 to 18 % of the time, for
 # some 20 MB (`docs/benchmarks.md`); four times as many brought nothing more.
 KEPT_WORDS = 2**16
+_NOBODYS_CHARACTER = "\U0010fffd"
+# Texts to put before a target, of which one at least ends in a token of its own.
+_BEFORE = ("a", ":", ".", "?", "\n", "0")
 
 
 class FastTokenizer(Protocol):
@@ -136,7 +140,7 @@ def encode_plain(tokenizer: FastTokenizer, texts: Sequence[str]) -> list[list[in
 def encode_targets(
     tokenizer: FastTokenizer, architecture: Architecture, separator: str, targets: Sequence[str]
 ) -> list[list[int]]:
-    """[B] texts -> [B][T] ids that end with eos; decoder-only ones begin with the separator.
+    """[B] texts -> [B][T] ids that end with eos; decoder-only ones begin with the separator, as behind an input.
 
     Raises: CorpusError when the tokenizer has no eos token.
     """
@@ -146,8 +150,80 @@ def encode_targets(
             f"the tokenizer in {tokenizer.name_or_path} has no eos token, so no target could end; set its eos_token"
         )
     if architecture == "decoder-only":
-        return [[*row, eos] for row in _encode(tokenizer, [separator + target for target in targets], special=False)]
+        texts = [separator + target for target in targets]
+        behind = marks_beginnings(tokenizer, separator)
+        return [[*row, eos] for row in (_encode_behind(tokenizer, texts) if behind else encode_plain(tokenizer, texts))]
     return [row if row[-1:] == [eos] else [*row, eos] for row in _encode(tokenizer, targets, special=True)]
+
+
+def marks_beginnings(tokenizer: FastTokenizer, separator: str) -> bool:
+    """Whether a text that begins with the separator is read otherwise alone than behind another.
+
+    Llama 2's normalizer puts a word's mark before every text, others take white space away there.
+    """
+    first, alone, whole = (_pieces(tokenizer, text) for text in ("a", f"{separator}a", f"a{separator}a"))
+    return whole.removeprefix(first) != alone
+
+
+def _pieces(tokenizer: FastTokenizer, text: str) -> str:
+    """What the model below the tokenizer gets to see of a text."""
+    backend = tokenizer.backend_tokenizer
+    text = backend.normalizer.normalize_str(text) if backend.normalizer else text
+    if backend.pre_tokenizer is None:
+        return text
+    return "".join(piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text))
+
+
+def _encode_behind(tokenizer: FastTokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """[B] texts -> [B][T] the ids that they have behind another text: the first one below that does not melt in."""
+    ids: list[list[int] | None] = [None] * len(texts)
+    for before in _BEFORE:
+        (first,) = encode_plain(tokenizer, [before])
+        left = [place for place, of_text in enumerate(ids) if of_text is None]
+        for place, row in zip(left, encode_plain(tokenizer, [before + texts[place] for place in left]), strict=True):
+            if row[: len(first)] == first:
+                ids[place] = row[len(first) :]
+    missing = [place for place, of_text in enumerate(ids) if of_text is None]
+    alone = dict(zip(missing, encode_plain(tokenizer, [texts[place] for place in missing]), strict=True))
+    return [alone[place] if of_text is None else of_text for place, of_text in enumerate(ids)]
+
+
+def can_fail(tokenizer: FastTokenizer) -> bool:
+    """Whether there are texts that the tokenizer has no tokens for: it says an unknown one for them, or none."""
+    backend = tokenizer.backend_tokenizer
+    if getattr(backend.model, "byte_fallback", False):
+        return not all(backend.token_to_id(f"<0x{byte:02X}>") is not None for byte in range(256))
+    return not all(backend.token_to_id(letter) is not None for letter in ByteLevel.alphabet())
+
+
+def unsayable(
+    tokenizer: FastTokenizer, architecture: Architecture, separator: str, targets: Sequence[str]
+) -> list[bool]:
+    """[B] whether a target's own text, separator and specials aside, is lost in its tokens."""
+    if not targets or not can_fail(tokenizer):
+        return [False] * len(targets)
+    backend = tokenizer.backend_tokenizer
+    unknown = _unknown_token(backend)
+    if unknown is None:
+        # What a BPE without an unknown token has no letter for is left out without a word.
+        return [any(backend.token_to_id(letter) is None for letter in _pieces(tokenizer, one)) for one in targets]
+    own = encode_plain(tokenizer, targets)
+    joined = encode_targets(tokenizer, architecture, separator, targets)
+    (alone,) = encode_plain(tokenizer, [separator])
+    mark, of_separator = backend.id_to_token(unknown) or "", alone.count(unknown)
+    return [
+        mark not in target and (unknown in row or whole.count(unknown) > of_separator)
+        for target, row, whole in zip(targets, own, joined, strict=True)
+    ]
+
+
+def _unknown_token(backend: Tokenizer) -> int | None:
+    if hasattr(backend.model, "unk_token"):
+        mark = backend.model.unk_token
+        return None if mark is None else backend.token_to_id(mark)
+    # Unigram does not tell; what it says for a character that no text has is it.
+    ids: list[int] = backend.encode(_NOBODYS_CHARACTER, add_special_tokens=False).ids
+    return ids[-1] if ids else None
 
 
 def _encode(tokenizer: FastTokenizer, texts: Sequence[str], special: bool) -> list[list[int]]:
@@ -161,6 +237,14 @@ def _encode(tokenizer: FastTokenizer, texts: Sequence[str], special: bool) -> li
     if backend.encode_special_tokens != tokenizer.split_special_tokens:
         backend.encode_special_tokens = tokenizer.split_special_tokens
     calls = (texts[start : start + _CALL_ROWS] for start in range(0, len(texts), _CALL_ROWS))
-    return [
-        encoded.ids for call in calls for encoded in backend.encode_batch_fast(list(call), add_special_tokens=special)
-    ]
+    try:
+        return [
+            encoded.ids
+            for call in calls
+            for encoded in backend.encode_batch_fast(list(call), add_special_tokens=special)
+        ]
+    except Exception as error:  # tokenizers raises nothing more special: a word unknown, and no token for such
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise CorpusError(
+            f"the tokenizer in {tokenizer.name_or_path} cannot encode a text ({reason}); give it an unknown token"
+        ) from error

@@ -11,6 +11,7 @@ from pipeline.corpus.files import Source, inspect_files
 from pipeline.corpus.reader import Int32, SplitRef, open_split, summarise_split
 from pipeline.corpus.rows import Recipe
 from pipeline.corpus.template import Template, check_class_names, check_columns, parse_template
+from pipeline.corpus.values import whole_columns
 from pipeline.errors import CorpusError
 from pipeline.settings import TextSettings
 
@@ -24,6 +25,8 @@ class TextPlan:
 
     source: Source
     text: Template
+    whole: tuple[str, ...]
+    """Columns whose floats are written as integers: see `whole_columns`."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def check_text(settings: TextSettings) -> TextPlan:
     check_class_names([source], [text])
     if not source.rows:
         raise CorpusError(f"{source.where}: {source.files[0].path} holds no row; give a file that does")
-    return TextPlan(source, text)
+    return TextPlan(source, text, whole_columns({"train": source}, text.columns))
 
 
 def prepare_text(
@@ -63,15 +66,24 @@ def prepare_text(
     from pipeline.corpus.shards import build_shards  # here, so that reading a corpus never imports ray
 
     plan = check_text(settings)
-    recipe = Recipe(plan.text, None, "", _NO_LIMIT, _NO_LIMIT, tokenizer.architecture, tokenizer.embedding_rows)
+    recipe = Recipe(
+        input=plan.text,
+        target=None,
+        separator="",
+        max_input_tokens=_NO_LIMIT,
+        max_target_tokens=_NO_LIMIT,
+        architecture=tokenizer.architecture,
+        embedding_rows=tokenizer.embedding_rows,
+        whole=plan.whole,
+    )
     folder = str(build_shards(plan.source, recipe, tokenizer, storage, connect))
     summary = summarise_split(SplitRef(folder))
     share = 1 - summary.counts["ok"] / summary.rows
     unembedded = ", or have a token without an embedding" if summary.counts.get("no_embedding") else ""
     if share > settings.max_bad_rows or not summary.counts["ok"]:
         raise CorpusError(
-            f"{plan.source.where}: {share:.1%} of {summary.rows} rows are null or empty{unembedded}, more than "
-            f"max_bad_rows {settings.max_bad_rows:.1%}; mend the rows or raise it"
+            f"{plan.source.where}: {share:.1%} of {summary.rows} rows are null, empty or over 16 MiB{unembedded}, "
+            f"more than max_bad_rows {settings.max_bad_rows:.1%}; mend the rows or raise it"
         )
     counts = {key: count for key, count in summary.counts.items() if key not in ("input_long", "target_long")}
     return TextCorpus(folder, counts, summary.digest)

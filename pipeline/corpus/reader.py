@@ -138,6 +138,15 @@ def unique_targets(ref: SplitRef) -> Iterator[str]:
                 yield target
 
 
+def unsayable_targets(ref: SplitRef) -> Iterator[str]:
+    """The targets of a whole folder's rows that the tokenizer has no tokens for, as they come."""
+    if not summarise_split(ref).counts.get("target_unsayable"):
+        return
+    for batch in _batches(ref, ["status", "target"]):
+        lost = batch["status"].to_numpy() == RowStatus.TARGET_UNSAYABLE
+        yield from batch["target"].filter(pa.array(lost)).to_pylist()
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     """The manifest of a complete shard folder; None when it is missing, half-built or a shard of it is gone."""
     try:

@@ -10,7 +10,8 @@ from pyarrow import fs
 
 from pipeline.corpus.class_names import UnnamedClassError, named_texts
 from pipeline.corpus.files import Source, SourceFile, of_its_store, unreadable
-from pipeline.corpus.template import column_texts
+from pipeline.corpus.pages import MOST_PAGE_BYTES, oversized_page
+from pipeline.corpus.values import column_texts, not_whole
 from pipeline.errors import CorpusError
 
 _UNITS = 64
@@ -22,6 +23,8 @@ _MOST_SLICES = 16
 _BATCH_BYTES = 2**20
 _BATCH_ROWS = 1024
 _STREAM_BUFFER = 2**20
+# Of one step: a dictionary of one long text may stand for every row of it.
+_STEP_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -93,14 +96,15 @@ def _slices(file: SourceFile, group: int, rows: int, nbytes: int, unit_bytes: in
 
 
 def read_texts(
-    filesystem: fs.FileSystem, unit: ReadUnit, columns: Sequence[str], where: str
+    filesystem: fs.FileSystem, unit: ReadUnit, columns: Sequence[str], where: str, whole: Sequence[str] = ()
 ) -> Iterator[tuple[int, dict[str, list[str | None]]]]:
-    """Yield (rows B, column -> [B] texts) until the unit is read.
+    """Yield (rows B, column -> [B] texts) until the unit is read; `OverLong` stands for a cell beyond the bound.
 
-    Raises: CorpusError naming the file when its pages are damaged or its text is not UTF-8.
+    whole: columns whose floats are to be written as integers.
+    Raises: CorpusError naming the file when its pages are damaged or too large, its text is not UTF-8, or a column of
+    `whole` holds a fraction.
     """
     own = [name for name in columns if name in dict(unit.file.columns)]
-    names = dict(unit.file.class_names)
     fixed = {name: value for name, value in unit.file.partitions if name in columns and name not in own}
     try:
         # Not `pre_buffer`: it holds a whole row group's columns at once (see `shards`).
@@ -111,22 +115,76 @@ def read_texts(
             buffer_size=_STREAM_BUFFER,
             page_checksum_verification=True,
         ) as file:
-            batches = file.iter_batches(unit.batch_rows, list(unit.row_groups), own, use_threads=False)
-            for batch in _between(batches, unit.first, unit.end):
-                texts = {name: _texts(batch[name], names.get(name)) for name in own}
-                yield batch.num_rows, texts | {name: [value] * batch.num_rows for name, value in fixed.items()}
+            largest = _check_pages(filesystem, unit, file.metadata, own, where)
+            step = max(1, min(unit.batch_rows, _STEP_BYTES // max(largest, 1)))
+            batches = file.iter_batches(step, list(unit.row_groups), own, use_threads=False)
+            for rows, texts in _gathered_texts(_between(batches, unit.first, unit.end), unit, where, own, whole):
+                yield rows, texts | {name: [value] * rows for name, value in fixed.items()}
     except UnicodeDecodeError as error:
         raise CorpusError(f"{where}: {unit.file.path} holds text that is not UTF-8; write it again as UTF-8") from error
-    except UnnamedClassError as error:
-        raise CorpusError(f"{where}: {unit.file.path} holds {error}; mend the rows or the names") from error
+    except CorpusError:
+        raise
     except Exception as error:
-        if not of_its_store(error, filesystem):
+        if not (of_its_store(error, filesystem) or isinstance(error, MemoryError)):
             raise
         raise unreadable(error, f"{where}: {unit.file.path} is damaged", "write it again or leave it out") from error
 
 
-def _texts(column: pa.Array, names: Sequence[str] | None) -> list[str | None]:
-    return column_texts(column) if names is None else named_texts(column, names)
+def _check_pages(
+    filesystem: fs.FileSystem, unit: ReadUnit, footer: pq.FileMetaData, columns: Sequence[str], where: str
+) -> int:
+    """The bytes of the unit's largest column chunk, which no cell of it exceeds.
+
+    Raises: CorpusError naming the row group with a page that is too large to be unpacked.
+    """
+    largest = 0
+    for group in unit.row_groups:
+        of_group = footer.row_group(group)
+        for chunk in map(of_group.column, range(of_group.num_columns)):
+            if chunk.path_in_schema not in columns:
+                continue
+            largest = max(largest, chunk.total_uncompressed_size)
+            if chunk.total_uncompressed_size <= MOST_PAGE_BYTES:
+                continue
+            with filesystem.open_input_file(unit.file.path) as opened:
+                oversized = oversized_page(opened, chunk)
+            if oversized is not None:
+                raise CorpusError(
+                    f"{where}: {unit.file.path}, row group {group}, column {chunk.path_in_schema!r} has a page of "
+                    f"{oversized / 2**20:,.0f} MiB unpacked, where at most {MOST_PAGE_BYTES // 2**20} MiB are read; "
+                    "leave such long cells out, or write smaller pages"
+                )
+    return largest
+
+
+def _gathered_texts(
+    batches: Iterable[pa.RecordBatch], unit: ReadUnit, where: str, columns: Sequence[str], whole: Sequence[str]
+) -> Iterator[tuple[int, dict[str, list[str | None]]]]:
+    """The texts of small steps together, until they are rows enough or a mebibyte."""
+    rows, size = 0, 0
+    waiting: dict[str, list[str | None]] = {name: [] for name in columns}
+    for batch in batches:
+        for name in columns:
+            waiting[name].extend(_texts(batch[name], unit.file, name, name in whole, where))
+            size += batch[name].nbytes
+        rows += batch.num_rows
+        if rows >= unit.batch_rows or size >= _BATCH_BYTES:
+            yield rows, waiting
+            rows, size, waiting = 0, 0, {name: [] for name in columns}
+    if rows:
+        yield rows, waiting
+
+
+def _texts(column: pa.Array, file: SourceFile, name: str, whole: bool, where: str) -> list[str | None]:
+    names = dict(file.class_names).get(name)
+    try:
+        return column_texts(column, whole) if names is None else named_texts(column, names)
+    except UnicodeDecodeError:
+        raise
+    except UnnamedClassError as error:
+        raise CorpusError(f"{where}: {file.path} holds {error}; mend the rows or the names") from error
+    except ValueError as error:
+        raise not_whole(where, file.path, name, error) from error
 
 
 def _between(batches: Iterable[pa.RecordBatch], first: int, end: int) -> Iterator[pa.RecordBatch]:

@@ -10,15 +10,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.corpus.encoding import Architecture, FastTokenizer, encode_inputs, encode_plain, encode_targets
+from pipeline.corpus.encoding import Architecture, FastTokenizer, encode_inputs, encode_plain, encode_targets, unsayable
 from pipeline.corpus.template import Rendered, Template, render_rows
+from pipeline.corpus.values import OverLong
+
+# No text of so many characters, a thousand for each token, has tokens few enough.
+_SURE_TEXT, _SURE_TEXT_OF_A_TOKEN = 2**20, 2**10
 
 
 class RowStatus(IntEnum):
-    """Why a row is used or not; the first that holds, in this order.
-
-    No embedding: it has a token for which the model's table of embeddings has no row.
-    """
+    """Why a row is used or not; the first that holds, in this order."""
 
     OK = 0
     NULL = 1
@@ -26,6 +27,9 @@ class RowStatus(IntEnum):
     INPUT_LONG = 3
     TARGET_LONG = 4
     NO_EMBEDDING = 5
+    """It has a token for which the model's table of embeddings has no row."""
+    TARGET_UNSAYABLE = 6
+    """The tokenizer has no tokens for it; the row keeps its text."""
 
 
 SHARD_SCHEMA = pa.schema(
@@ -53,6 +57,12 @@ class Recipe:
     architecture: Architecture
     embedding_rows: int | None = None
     """Token ids from here on have no embedding; None where the tokenizer gives no such id."""
+    whole: tuple[str, ...] = ()
+    """Columns whose floats are written as integers: see `whole_columns`."""
+    targets_behind_text: bool = False
+    """The tokenizer marks beginnings (`marks_beginnings`), which a target is not."""
+    names_unsayable: bool = False
+    """The tokenizer can fail (`can_fail`), and such targets have a status of their own."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -80,6 +90,7 @@ def tokenise_rows(
     inputs = render_rows(recipe.input, columns, rows)
     targets = render_rows(recipe.target, columns, rows) if recipe.target else Rendered([""] * rows, [False] * rows)
     statuses = _text_statuses(inputs, targets)
+    _mark_oversized(statuses, recipe, columns, inputs, targets)
     kept = np.flatnonzero(statuses == RowStatus.OK)
     kept_targets = _texts(targets, statuses)
 
@@ -92,10 +103,12 @@ def tokenise_rows(
     input_long = _lengths(input_ids) > recipe.max_input_tokens
     target_long = (_lengths(target_ids) > recipe.max_target_tokens)[places]
     no_embedding = _any_from(recipe.embedding_rows, input_ids) | _any_from(recipe.embedding_rows, target_ids)[places]
+    lost = np.asarray(_unsayable(recipe, tokenizer, list(place_of)), bool)[places]
+    statuses[kept[lost]] = RowStatus.TARGET_UNSAYABLE
     statuses[kept[no_embedding]] = RowStatus.NO_EMBEDDING
     statuses[kept[target_long]] = RowStatus.TARGET_LONG
     statuses[kept[input_long]] = RowStatus.INPUT_LONG
-    used = ~(input_long | target_long | no_embedding)
+    used = ~(input_long | target_long | no_embedding | lost)
     used_rows = kept[used]
     row_inputs: list[Sequence[int]] = [()] * rows
     for row, ids in zip(used_rows.tolist(), compress(input_ids, used.tolist()), strict=True):
@@ -103,13 +116,16 @@ def tokenise_rows(
     # Behind the last target is an empty one, for the rows that are not used.
     target_of = np.full(rows, len(place_of))
     target_of[used_rows] = places[used]
+    shown = np.full(rows, len(place_of))
+    shown[kept] = np.where(statuses[kept] == RowStatus.TARGET_UNSAYABLE, places, len(place_of))
+    shown[used_rows] = places[used]
     return pa.table(
         {
             "row_id": row_identities(inputs.texts, targets.texts),
             "status": statuses,
             "input_ids": _token_lists(row_inputs),
             "target_ids": _token_lists([*target_ids, ()]).take(pa.array(target_of)),
-            "target": pa.array([*place_of, ""], pa.string()).take(pa.array(target_of)),
+            "target": pa.array([*place_of, ""], pa.string()).take(pa.array(shown)),
         },
         schema=SHARD_SCHEMA,
     )
@@ -123,6 +139,33 @@ def _target_ids(recipe: Recipe, tokenizer: FastTokenizer, texts: Sequence[str]) 
     if recipe.target is None:
         return [[] for _ in texts]
     return encode_targets(tokenizer, recipe.architecture, recipe.separator, texts)
+
+
+def _unsayable(recipe: Recipe, tokenizer: FastTokenizer, texts: Sequence[str]) -> list[bool]:
+    if recipe.target is None or not recipe.names_unsayable:
+        return [False] * len(texts)
+    return unsayable(tokenizer, recipe.architecture, recipe.separator, texts)
+
+
+def _mark_oversized(
+    statuses: npt.NDArray[np.int8],
+    recipe: Recipe,
+    columns: Mapping[str, Sequence[str | None]],
+    inputs: Rendered,
+    targets: Rendered,
+) -> None:
+    """Give rows that are beyond any doubt over-long that status, so that they are not tokenised to be counted."""
+    sides = (
+        (targets, recipe.target, recipe.max_target_tokens, RowStatus.TARGET_LONG),
+        (inputs, recipe.input, recipe.max_input_tokens, RowStatus.INPUT_LONG),
+    )
+    open_rows = statuses == RowStatus.OK
+    for rendered, template, most_tokens, status in sides:
+        most = max(_SURE_TEXT, _SURE_TEXT_OF_A_TOKEN * most_tokens)
+        long = np.fromiter((len(text or "") > most for text in rendered.texts), bool, len(rendered.texts))
+        for name in template.columns if template else ():
+            long |= np.fromiter((type(cell) is OverLong for cell in columns[name]), bool, len(long))
+        statuses[open_rows & long] = status
 
 
 def _text_statuses(inputs: Rendered, targets: Rendered) -> npt.NDArray[np.int8]:

@@ -32,6 +32,7 @@ from pipeline.corpus.reader import MANIFEST, read_manifest
 from pipeline.corpus.reading import ReadUnit, gathered, read_texts, read_units
 from pipeline.corpus.rows import Recipe, tokenise_rows
 from pipeline.corpus.tally import EMPTY, ShardTally, manifest_figures
+from pipeline.corpus.values import changed_texts
 from pipeline.corpus.writing import write_shard
 from pipeline.errors import CorpusError, PromptBankError, StorageError, TuningError
 
@@ -86,11 +87,19 @@ def shard_key(source: Source, recipe: Recipe, tokenizer: TokenizerSpec) -> tuple
         "architecture": recipe.architecture,
         "tokenizer": tokenizer.digest,
     }
-    if recipe.embedding_rows is not None:  # of other models the name stays as it was
+    # Only where it tells something: the tokens of other corpora stay what they were, under the name they had.
+    if recipe.embedding_rows is not None:
         inputs["embedding_rows"] = recipe.embedding_rows
     named = [file.class_names for file in source.files]
-    if any(named):  # only then, so that every other corpus keeps its shards
+    if any(named):
         inputs["class_names"] = named
+    texts = changed_texts(source, recipe.columns, recipe.whole)
+    if texts:
+        inputs["texts"] = [f"{name} as integers" if name in recipe.whole else name for name in texts]
+    if recipe.targets_behind_text:
+        inputs["targets"] = "behind a text"
+    if recipe.names_unsayable:
+        inputs["unsayable"] = "counted"
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(), inputs
 
 
@@ -162,8 +171,12 @@ def _tokenise_units(batch: dict[str, np.ndarray], packed: _PackedWork) -> Iterat
 
 def _token_tables(work: _Work, units: tuple[ReadUnit, ...]) -> Iterator[pa.Table]:
     for unit in units:
-        for rows, columns in read_texts(work.source.filesystem, unit, work.recipe.columns, work.source.where):
+        for rows, columns in _texts(work, unit):
             yield tokenise_rows(work.recipe, work.tokenizer, columns, rows)
+
+
+def _texts(work: _Work, unit: ReadUnit) -> Iterator[tuple[int, dict[str, list[str | None]]]]:
+    return read_texts(work.source.filesystem, unit, work.recipe.columns, work.source.where, work.recipe.whole)
 
 
 def _write_manifest(folder: Path, origin: dict[str, Any], shards: list[str], figures: dict[str, Any]) -> None:

@@ -2,26 +2,29 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
 from pipeline.corpus.encoding import (
-    Architecture,
     TokenizerSpec,
+    can_fail,
     encode_plain,
     encode_targets,
     load_tokenizer,
+    marks_beginnings,
+    unsayable,
     without_embedding,
 )
 from pipeline.corpus.files import Source, inspect_files
-from pipeline.corpus.reader import SplitRef, summarise_split, unique_targets
+from pipeline.corpus.reader import SplitRef, summarise_split, unique_targets, unsayable_targets
 from pipeline.corpus.rows import Recipe
 from pipeline.corpus.tally import SplitSummary
 from pipeline.corpus.template import Template, check_class_names, check_columns, parse_template, render
+from pipeline.corpus.values import whole_columns
 from pipeline.errors import CorpusError
 from pipeline.settings import TaskSettings
 
@@ -39,6 +42,8 @@ class TaskPlan:
     input: Template
     target: Template
     dev_fraction: float | None
+    whole: tuple[str, ...] = ()
+    """Columns whose floats are written as integers: see `whole_columns`."""
 
     @property
     def rows(self) -> dict[str, int]:
@@ -101,7 +106,8 @@ def check_task(name: str, task: TaskSettings) -> TaskPlan:
                 raise CorpusError(f"{source.where}: {source.files[0].path} holds no row; give a file that does")
     check_class_names(list(sources.values()), templates)
     _check_labels_are_names(here, task, templates[1], sources["train"])
-    return TaskPlan(name, sources, *templates, task.dev_fraction)
+    columns = dict.fromkeys(column for template in templates for column in template.columns)
+    return TaskPlan(name, sources, *templates, task.dev_fraction, whole_columns(sources, columns))
 
 
 def _check_labels_are_names(here: str, task: TaskSettings, target: Template, train: Source) -> None:
@@ -128,12 +134,16 @@ def prepare_task(
     from pipeline.corpus.shards import build_shards  # here, so that reading a corpus never imports ray
 
     plan = check_task(name, task)
-    recipe = replace(task_recipe(plan, task, tokenizer.architecture), embedding_rows=tokenizer.embedding_rows)
-    encode_targets(load_tokenizer(tokenizer.dir), tokenizer.architecture, "", ["a"])  # has an eos, before any work
+    recipe = task_recipe(plan, task, tokenizer)
+    loaded = load_tokenizer(tokenizer.dir)
+    encode_targets(loaded, tokenizer.architecture, "", ["a"])  # has an eos, before any work
+    check_sayable(name, task.labels or (), recipe, loaded)
     build = partial(build_shards, recipe=recipe, tokenizer=tokenizer, storage=storage, connect=connect)
     whole = {split: SplitRef(str(build(source))) for split, source in plan.sources.items()}
     for split, ref in whole.items():
-        _check_bad_rows(plan.sources[split].where, task, summarise_split(ref))
+        if task.labels is not None or task.metric in ("accuracy", "f1"):
+            check_sayable(name, tuple(islice(unsayable_targets(ref), 1)), recipe, loaded)
+        _check_bad_rows(plan.sources[split].where, task, summarise_split(ref), next(unsayable_targets(ref), None))
     splits = _cut(whole, plan.dev_fraction)
     summaries = {split: summarise_split(ref) for split, ref in splits.items()}
     for split, summary in summaries.items():
@@ -146,20 +156,36 @@ def prepare_task(
         labels=labels,
         label_ids=None if labels is None else _label_ids(name, labels, recipe, tokenizer),
         counts={split: summary.counts for split, summary in summaries.items()},
-        digest=_digest(summaries),
+        digest=_digest(summaries, recipe),
     )
 
 
-def task_recipe(plan: TaskPlan, task: TaskSettings, architecture: Architecture) -> Recipe:
+def task_recipe(plan: TaskPlan, task: TaskSettings, tokenizer: TokenizerSpec) -> Recipe:
     """All that decides the task's tokens besides the tokenizer; an encoder-decoder has no separator."""
+    loaded, decodes_alone = load_tokenizer(tokenizer.dir), tokenizer.architecture == "decoder-only"
     return Recipe(
         input=plan.input,
         target=plan.target,
-        separator=task.separator if architecture == "decoder-only" else "",
+        separator=task.separator if decodes_alone else "",
         max_input_tokens=task.max_input_tokens,
         max_target_tokens=task.max_target_tokens,
-        architecture=architecture,
+        architecture=tokenizer.architecture,
+        embedding_rows=tokenizer.embedding_rows,
+        whole=plan.whole,
+        targets_behind_text=decodes_alone and marks_beginnings(loaded, task.separator),
+        names_unsayable=can_fail(loaded),
     )
+
+
+def check_sayable(name: str, labels: Sequence[str], recipe: Recipe, tokenizer: Any) -> None:
+    """Raises: CorpusError naming a label that is lost in its tokens, so that no prompt could ever say it."""
+    lost = unsayable(tokenizer, recipe.architecture, recipe.separator, labels)
+    for label in compress(labels, lost):
+        tokens = " ".join(tokenizer.convert_ids_to_tokens(encode_plain(tokenizer, [label])[0]))
+        raise CorpusError(
+            f"task '{name}': the tokenizer cannot say the label {label!r} (its tokens are {tokens or 'none'}); "
+            "word it in characters that the model's vocabulary has"
+        )
 
 
 def _cut(whole: Mapping[str, SplitRef], dev_fraction: float | None) -> dict[str, SplitRef]:
@@ -170,11 +196,12 @@ def _cut(whole: Mapping[str, SplitRef], dev_fraction: float | None) -> dict[str,
     return {split: splits[split] for split in SPLITS if split in splits}
 
 
-def _check_bad_rows(where: str, task: TaskSettings, summary: SplitSummary) -> None:
+def _check_bad_rows(where: str, task: TaskSettings, summary: SplitSummary, unsaid: str | None) -> None:
     share = 1 - summary.counts["ok"] / summary.rows
+    example = "" if unsaid is None else f", such as {unsaid[:60]!r}"
     if share > task.max_bad_rows:
         raise CorpusError(
-            f"{where}: {share:.1%} of {summary.rows} rows cannot be used ({_counted(summary)}), "
+            f"{where}: {share:.1%} of {summary.rows} rows cannot be used ({_counted(summary)}{example}), "
             f"more than max_bad_rows {task.max_bad_rows:.1%}; mend the rows, or raise max_input_tokens "
             f"({task.max_input_tokens}), max_target_tokens ({task.max_target_tokens}) or max_bad_rows"
         )
@@ -183,6 +210,7 @@ def _check_bad_rows(where: str, task: TaskSettings, summary: SplitSummary) -> No
 def _counted(summary: SplitSummary) -> str:
     words = {"null": "null", "empty": "empty", "input_long": "input over-long", "target_long": "target over-long"}
     words["no_embedding"] = "with a token that the model has no embedding for"
+    words["target_unsayable"] = "with a target that the tokenizer cannot say"
     return ", ".join(f"{count} {word}" for key, word in words.items() if (count := summary.counts.get(key))) or "0 rows"
 
 
@@ -236,5 +264,12 @@ def _label_ids(
     return tuple(ids)
 
 
-def _digest(summaries: Mapping[str, SplitSummary]) -> str:
-    return hashlib.sha256(json.dumps({split: s.digest for split, s in summaries.items()}).encode()).hexdigest()
+def _digest(summaries: Mapping[str, SplitSummary], recipe: Recipe) -> str:
+    # What is not in the rows' texts and decides their tokens stands beside them, only where it tells something.
+    told: dict[str, Any] = {split: summary.digest for split, summary in summaries.items()}
+    if recipe.targets_behind_text:
+        told["targets"] = "behind a text"
+    lost = {split: count for split, s in summaries.items() if (count := s.counts.get("target_unsayable"))}
+    if lost:
+        told["unsayable"] = lost
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()

@@ -9,6 +9,7 @@ from itertools import pairwise
 import pyarrow as pa
 
 from pipeline.corpus.files import Source, SourceFile
+from pipeline.corpus.values import is_printable
 from pipeline.errors import CorpusError
 
 
@@ -111,17 +112,6 @@ def _is_number(file: SourceFile, column: str) -> bool:
     return kind is not None and (pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
-def column_texts(column: pa.Array) -> list[str | None]:
-    """[B] values -> [B] texts: strings as they are, others by str(); null and NaN are None.
-
-    Raises: UnicodeDecodeError when a string is not UTF-8.
-    """
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        strings: list[str | None] = column.to_pylist()
-        return strings
-    return [None if value is None or value != value else str(value) for value in column.to_pylist()]
-
-
 def _check_column(where: str, template: Template, name: str, file: SourceFile) -> None:
     if name not in file.column_names:
         close = difflib.get_close_matches(name, file.column_names, n=1, cutoff=0.5)
@@ -137,18 +127,8 @@ def _check_column(where: str, template: Template, name: str, file: SourceFile) -
             "names; rename all but one of them"
         )
     kind = dict(file.columns).get(name)
-    if kind is not None and not _is_printable(kind):
+    if kind is not None and not is_printable(kind):
         raise CorpusError(
             f"{where}: the column {name!r} of {file.path} has the type {kind}, which is neither text nor number; "
             "write it as a string"
         )
-
-
-def _is_printable(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    checks = (
-        pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_integer,
-        pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal, pa.types.is_null,
-    )  # fmt: skip
-    return any(check(kind) for check in checks)

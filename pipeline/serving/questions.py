@@ -9,6 +9,7 @@ import numpy as np
 from pipeline.bank import Prompt, PromptRecord
 from pipeline.corpus.encoding import encode_inputs, encode_targets, without_embedding
 from pipeline.corpus.template import parse_template, render
+from pipeline.corpus.values import value_text
 from pipeline.errors import BankError, CorpusError
 from pipeline.serving.served_backbone import ServedBackbone
 
@@ -89,7 +90,7 @@ def _rendered(row: Text, record: PromptRecord, where: str) -> str:
     missing = [column for column in template.columns if row.get(column) is None]
     if missing:
         raise CorpusError(f"{where} needs the column(s) {', '.join(missing)}")
-    text = render(template, {column: str(row[column]) for column in template.columns})
+    text = render(template, {column: value_text(row[column]) for column in template.columns})
     if not _is_unicode(text):
         raise CorpusError(f"{where} holds half a character (a lone surrogate); send whole Unicode text")
     return text

@@ -3,7 +3,6 @@
 Labels are compared by log-likelihood (accuracy, f1); open targets are decoded greedily.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -116,12 +115,14 @@ def answer(backbone: Backbone, tokenizer: Any, exams: Sequence[Exam], token_budg
 
 
 def _wanted(exam: Exam, tokenizer: Any) -> list[str]:
-    """The targets; of open ones as a decoded answer shows them: `<extra_id_0> yes` is `yes`."""
-    targets = [exam.split.target(i) for i in range(len(exam.split))]
+    """The targets; of open ones what their own tokens decode to, for no answer can be more.
+
+    `<extra_id_0> yes` is `yes`, and to a tokenizer of small letters `Yes` is, too.
+    """
     if exam.metric in LABELLED:
-        return targets
-    special = "|".join(re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return [re.sub(special, "", target).strip() for target in targets]
+        return [exam.split.target(i) for i in range(len(exam.split))]
+    ids = [exam.split.target_ids(i)[:-1] for i in range(len(exam.split))]
+    return [str(tokenizer.decode(of_row, skip_special_tokens=True)).strip() for of_row in ids]
 
 
 def _label_copies(exam: Exam) -> int:

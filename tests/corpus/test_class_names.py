@@ -90,13 +90,15 @@ def test_labels_that_are_the_numbers_get_the_names_to_write(tmp_path: Path, make
     check_task("x", make_task(train, dev=train, labels=("it is negative", "it is positive"), target="it is {label}"))
 
 
-def test_shards_and_digest_are_of_the_names_too(tmp_path: Path, make_task: Callable[..., Any]) -> None:
+def test_shards_and_digest_are_of_the_names_too(
+    tmp_path: Path, tokenizer_dir: Path, make_task: Callable[..., Any]
+) -> None:
     keys, ids = set(), set()
-    tokenizer = TokenizerSpec("", "digest of the tokenizer", "decoder-only")
+    tokenizer = TokenizerSpec(str(tokenizer_dir), "digest of the tokenizer", "decoder-only")
     for names in (NAMES, ("bad", "good"), None):
         file = _write(tmp_path / "a.parquet", [0, 1], names)
         task = make_task(file, dev=file)
         plan = check_task("x", task)
-        keys.add(shard_key(plan.sources["train"], task_recipe(plan, task, "decoder-only"), tokenizer)[0])
+        keys.add(shard_key(plan.sources["train"], task_recipe(plan, task, tokenizer), tokenizer)[0])
         ids.add(tuple(row_identities(["a", "b"], _labels(file)).tolist()))
     assert len(keys) == len(ids) == 3

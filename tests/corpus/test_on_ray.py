@@ -25,6 +25,7 @@ from pipeline.corpus.shards import shard_key
 from pipeline.corpus.task_corpus import task_recipe
 from pipeline.errors import CorpusError
 from pipeline.settings import TaskSettings
+from tests.tiny import make_tokenizer
 
 from .conftest import save_tokenizer
 
@@ -155,7 +156,7 @@ def test_whatever_decides_the_tokens_is_in_the_key(
         tokenizer = dataclasses.replace(spec, **own)
         task = make_task(place / "train.parquet", dev=place / "dev.parquet", **given)
         plan = check_task("x", task)
-        return shard_key(plan.sources["train"], task_recipe(plan, task, tokenizer.architecture), tokenizer)[0]
+        return shard_key(plan.sources["train"], task_recipe(plan, task, tokenizer), tokenizer)[0]
 
     assert key() == key()
     assert key(**changes) != key()
@@ -225,6 +226,48 @@ def test_targets_must_lie_in_the_label_set(
         assert all(part in str(refused.value) for part in parts), str(refused.value)
     given = prepare_task("x", make_task(train, dev=strange, labels=list("7210")), spec, place / "storage")
     assert given.labels == ("7", "2", "1", "0")
+
+
+def test_labels_that_the_tokenizer_cannot_say_are_refused_and_open_targets_counted(
+    place: Path, tmp_path: Path, write: Write, make_task: MakeTask
+) -> None:
+    make_tokenizer(eos_template=True).save_pretrained(tmp_path / "words")
+    spec = TokenizerSpec(str(tmp_path / "words"), "words", "encoder-decoder")
+    rows = [{"text": f"good film {'it ' * n}", "label": "yes" if n % 10 else "{no}"} for n in range(40)]
+    train = write(tmp_path / "rows.parquet", rows)
+    labelled = [{"metric": "accuracy"}, {"metric": "exact_match", "labels": ["yes", "{no}"]}]
+    for settings in labelled:
+        task = make_task(train, dev_fraction=0.5, max_bad_rows=0.5, **settings)
+        with pytest.raises(CorpusError, match=r"^task 'x': the tokenizer cannot say the label '{no}' \(its "):
+            prepare_task("x", task, spec, place / "storage")
+    opened = make_task(train, dev_fraction=0.5, metric="exact_match", max_bad_rows=0.05)
+    with pytest.raises(CorpusError, match=r"10\.0% .* .4 with a target that the tokenizer cannot say, such as "):
+        prepare_task("x", opened, spec, place / "storage")
+    allowed = prepare_task("x", opened.model_copy(update={"max_bad_rows": 0.1}), spec, place / "storage")
+    assert sum(counts.get("target_unsayable", 0) for counts in allowed.counts.values()) == 4
+    assert sum(counts["ok"] for counts in allowed.counts.values()) == 36
+
+
+def test_huge_cells_are_counted_over_long_through_the_whole_of_it(
+    place: Path, tmp_path: Path, write: Write, make_task: MakeTask, spec: TokenizerSpec
+) -> None:
+    rows = [{"text": f"good {n}", "label": "0"} for n in range(60)] + [{"text": "x" * 2**21, "label": "1"}] * 2
+    train = write(tmp_path / "rows.parquet", [*rows, {"text": "x" * (17 * 2**20), "label": "1"}], compression="zstd")
+    corpus = prepare_task("x", make_task(train, dev_fraction=0.5), spec, place / "storage")
+    assert sum(counts["input_long"] for counts in corpus.counts.values()) == 3
+    assert sum(counts["ok"] for counts in corpus.counts.values()) == 60
+
+
+def test_integers_in_one_file_and_whole_floats_in_another_are_one_label_set(
+    place: Path, tmp_path: Path, write: Write, make_task: MakeTask, spec: TokenizerSpec
+) -> None:
+    write(tmp_path / "a" / "1.parquet", [{"text": f"good {n}", "label": n % 2} for n in range(20)])
+    write(tmp_path / "a" / "2.parquet", [{"text": f"bad {n}", "label": float(n % 2)} for n in range(20)])
+    corpus = prepare_task("x", make_task(tmp_path / "a", dev_fraction=0.5), spec, place / "storage")
+    assert corpus.labels == ("0", "1")
+    write(tmp_path / "a" / "3.parquet", [{"text": "odd", "label": 0.5}])
+    with pytest.raises(CorpusError, match=r"3.parquet holds 0.5, and other files of the task hold integers there"):
+        prepare_task("x", make_task(tmp_path / "a", dev_fraction=0.5), spec, place / "storage")
 
 
 def test_a_split_without_a_usable_row_is_refused(

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.corpus.template import column_texts, parse_template, render
+from pipeline.corpus.template import parse_template, render
+from pipeline.corpus.values import column_texts
 from pipeline.errors import CorpusError
 
 names = st.text(st.characters(blacklist_characters=".[]{}!:", blacklist_categories=("Cs",)), min_size=1)

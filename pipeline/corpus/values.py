@@ -1,0 +1,178 @@
+"""A column's values -> texts, the same in every file and split of a task: what the types of the files must agree on."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.corpus.files import Source, SourceFile
+from pipeline.errors import CorpusError
+
+MOST_CELL_BYTES = 16 * 2**20
+# Above it, Python and numpy write floats with an exponent.
+_PLAIN_FLOATS = 1e16
+# Up to this scale Python writes every decimal without an exponent.
+_PLAIN_SCALE = 6
+
+
+class OverLong(str):
+    """Stands for a cell beyond the bound: its size and digest, in the place of a text that nobody holds."""
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Strings of any width."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def is_printable(kind: pa.DataType) -> bool:
+    """Whether values of the type have a text: strings, numbers, booleans; not dates, bytes and nested ones."""
+    kind = plain_type(kind)
+    checks = pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal, pa.types.is_null
+    return is_text(kind) or any(check(kind) for check in checks)
+
+
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    """Of a column with a dictionary, the type of its values."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def value_text(value: Any) -> str:
+    """The text of one value as a column of its own type shows it: decimals without exponent, others by `str`."""
+    return format(value, "f") if isinstance(value, Decimal) else str(value)
+
+
+def column_texts(column: pa.Array, whole: bool = False) -> list[str | None]:
+    """[B] values -> [B] texts: strings as they are, floats as short as their width allows; null and NaN are None.
+
+    whole: write floats and decimals as integers.
+    Raises: UnicodeDecodeError when a string is not UTF-8; ValueError for a fraction where `whole` is asked.
+    """
+    kind = plain_type(column.type)
+    if is_text(kind):
+        return _strings(column)
+    values = column.to_pylist()
+    write = _whole_text if whole and _is_fractional(kind) else _narrow_text(kind)
+    return [None if value is None or value != value else write(value) for value in values]
+
+
+def _strings(column: pa.Array) -> list[str | None]:
+    if column.nbytes <= MOST_CELL_BYTES and not pa.types.is_dictionary(column.type):
+        strings: list[str | None] = column.to_pylist()
+        return strings
+    cells = column.dictionary if pa.types.is_dictionary(column.type) else column
+    # Of views Arrow has no lengths; those of a dictionary are looked at once for all its rows.
+    sizes = pc.binary_length(cells.cast(pa.large_string()) if pa.types.is_string_view(cells.type) else cells)
+    long = pc.fill_null(pc.greater(sizes, MOST_CELL_BYTES), False)
+    if not pc.any(long).as_py():
+        return column.to_pylist()
+    texts = pc.if_else(long, pa.scalar(None, cells.type), cells).to_pylist()
+    for place in np.flatnonzero(long.to_numpy(zero_copy_only=False)).tolist():
+        cell = cells[place].as_buffer()
+        texts[place] = OverLong(f"{cell.size} bytes {hashlib.sha256(cell).hexdigest()}")
+    if cells is column:
+        return texts
+    return [None if place is None else texts[place] for place in column.indices.to_pylist()]
+
+
+def whole_columns(sources: Mapping[str, Source], columns: Iterable[str]) -> tuple[str, ...]:
+    """The columns whose floats are to be written as integers, since other files of the task hold integers.
+
+    Raises: CorpusError naming two files whose types of a column would give one value two texts.
+    """
+    found = []
+    for name in columns:
+        files: dict[str, tuple[str, SourceFile]] = {}
+        for source in sources.values():
+            for file in source.files:
+                kind = _kind(file, name)
+                if kind is not None:
+                    files.setdefault(kind, (source.where, file))
+        if {"integer", "float"} == set(files):
+            found.append(name)
+        elif not _agree(set(files)):
+            raise _apart(name, files)
+    return tuple(found)
+
+
+def not_whole(where: str, path: str, name: str, error: ValueError) -> CorpusError:
+    """The error for a fraction in a column that holds integers in the task's other files."""
+    return CorpusError(
+        f"{where}: the column {name!r} of {path} holds {error}, and other files of the task hold integers there; "
+        "write the column with one type in all of them"
+    )
+
+
+def changed_texts(source: Source, columns: Sequence[str], whole: Sequence[str]) -> list[str]:
+    """The columns whose texts differ from what `str` gives, as tokens made of them before did; see `shard_key`."""
+    kinds = [(name, plain_type(kind)) for file in source.files for name, kind in file.columns if name in columns]
+    return sorted({name for name, kind in kinds if _was_written_otherwise(kind) or (name in whole)})
+
+
+def _was_written_otherwise(kind: pa.DataType) -> bool:
+    if pa.types.is_decimal(kind):
+        return kind.scale > _PLAIN_SCALE or kind.scale < 0
+    return pa.types.is_float16(kind) or pa.types.is_float32(kind)
+
+
+def _narrow_text(kind: pa.DataType) -> Any:
+    width = np.float16 if pa.types.is_float16(kind) else np.float32 if pa.types.is_float32(kind) else None
+    if width is None:
+        return value_text
+
+    def text(value: float) -> str:
+        # Of a whole number every digit is its own, and "65504.0" is not shortened to "65500.0".
+        is_whole = float(value).is_integer() and abs(value) < _PLAIN_FLOATS
+        return str(float(value)) if is_whole else str(width(value))
+
+    return text
+
+
+def _whole_text(value: float | Decimal) -> str:
+    if value in (float("inf"), -float("inf")) or value != int(value):
+        raise ValueError(value_text(value))
+    return str(int(value))
+
+
+def _is_fractional(kind: pa.DataType) -> bool:
+    return pa.types.is_floating(kind) or (pa.types.is_decimal(kind) and kind.scale > 0)
+
+
+def _kind(file: SourceFile, name: str) -> str | None:
+    """What a column's texts look like; None where the file has no value there. A folder's name is text."""
+    kind = dict(file.columns).get(name)
+    if kind is None:
+        return "text" if name in file.column_names else None
+    kind = plain_type(kind)
+    if is_text(kind):
+        return "text"
+    if pa.types.is_boolean(kind):
+        return "boolean"
+    if pa.types.is_integer(kind):
+        return "integer"
+    if pa.types.is_decimal(kind):
+        return f"decimal of scale {kind.scale}" if kind.scale > 0 else "integer"
+    return "float" if pa.types.is_floating(kind) else None
+
+
+def _agree(kinds: set[str]) -> bool:
+    # An integer is written alike as a number and as a text; a float or a boolean need not be.
+    return len(kinds) < 2 or kinds == {"text", "integer"}
+
+
+def _apart(name: str, files: Mapping[str, tuple[str, SourceFile]]) -> CorpusError:
+    (one, (where, first)), (other, (_, second)), *_ = ((k, files[k]) for k in _clash(list(files)))
+    return CorpusError(
+        f"{where}: the column {name!r} is of the type {one} in {first.path} and {other} in {second.path}, which would "
+        "give one value two texts; write it with one type in all of the task's files"
+    )
+
+
+def _clash(kinds: Sequence[str]) -> tuple[str, str]:
+    pairs = ((a, b) for place, a in enumerate(kinds) for b in kinds[place + 1 :])
+    return next(
+        ((a, b) for a, b in pairs if not _agree({a, b}) and {a, b} != {"integer", "float"}), (kinds[0], kinds[1])
+    )
