@@ -42,6 +42,7 @@ class NewPrompt:
     status: Literal["tuned", "kept", "failed"] = "tuned"
     reason: str | None = None
     inputs_digest: str | None = None
+    learned: bool | None = None
 
 
 @dataclass(frozen=True)

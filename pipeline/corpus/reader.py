@@ -138,6 +138,17 @@ def unique_targets(ref: SplitRef) -> Iterator[str]:
                 yield target
 
 
+def count_targets(ref: SplitRef) -> Iterator[tuple[str, int]]:
+    """Each target of the split's usable rows with how many have it, batch by batch: one may come more than once.
+
+    Raises: CorpusError when the shards are missing.
+    """
+    low, high = ref.id_range
+    for batch in _batches(ref, ["row_id", "status", "target"]):
+        counts = pc.value_counts(batch["target"].filter(pa.array(_usable(batch, low, high))))
+        yield from zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True)
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     """The manifest of a complete shard folder; None when it is missing, half-built or a shard of it is gone."""
     try:

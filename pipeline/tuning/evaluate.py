@@ -96,7 +96,9 @@ def answer(backbone: Backbone, tokenizer: Any, exams: Sequence[Exam], token_budg
     """Answer every row of every exam. All ranks call this with the same exams and get the same answers."""
     run = _Runner(backbone, exams, token_budget * _BUDGET_FACTOR)
     nll = [np.zeros(len(exam.split)) for exam in exams]
-    wanted = [_wanted(exam, tokenizer) for exam in exams]
+    wanted = [
+        wanted_texts(exam.metric, [exam.split.target(i) for i in range(len(exam.split))], tokenizer) for exam in exams
+    ]
     answered: dict[int, list[str]] = {}
     labelled = [s for s, exam in enumerate(exams) if exam.metric in LABELLED]
     others = [s for s, exam in enumerate(exams) if s not in labelled]
@@ -115,11 +117,10 @@ def answer(backbone: Backbone, tokenizer: Any, exams: Sequence[Exam], token_budg
     return [Answers(nll[s], wanted[s], answered.get(s), label_scores.get(s)) for s in range(len(exams))]
 
 
-def _wanted(exam: Exam, tokenizer: Any) -> list[str]:
+def wanted_texts(metric: str, targets: Sequence[str], tokenizer: Any) -> list[str]:
     """The targets; of open ones as a decoded answer shows them: `<extra_id_0> yes` is `yes`."""
-    targets = [exam.split.target(i) for i in range(len(exam.split))]
-    if exam.metric in LABELLED:
-        return targets
+    if metric in LABELLED:
+        return list(targets)
     special = "|".join(re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special)
     return [re.sub(special, "", target).strip() for target in targets]
 

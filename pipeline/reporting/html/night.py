@@ -67,6 +67,10 @@ class TaskNight:
     equally good. Small where tonight's prompt is worse."""
     start: float | None = None
     """The prompt that tuning started from."""
+    constant: float | None = None
+    """What always giving train's most frequent target scores on the same rows."""
+    learned: bool | None = None
+    """Whether tonight's prompt is above that, and above its start; None where nobody judged."""
     warm: float | None = None
     """Where both starts were tuned: how the one from the bank's prompt ended…"""
     cold: float | None = None
