@@ -33,12 +33,12 @@ _COLUMNS = (
     Column("length", right=True),
     Column("metric"),
     Column("before", right=True),
-    Column("constant", right=True, optional=True),
     Column("after", right=True),
     Column("test", right=True, optional=True),
     Column("reason"),
+    Column("constant", right=True, optional=True),  # last, so that scripts find the others where they were
 )
-_REASON = len(_COLUMNS) - 1
+_ON_TERMINAL = (0, 1, 2, 3, 4, 5, 9, 6, 7)
 
 
 def list_prompts(
@@ -91,7 +91,9 @@ def list_prompts(
     if not output.on_terminal():
         output.write_table(_COLUMNS, rows)
         return
-    output.write_table(_COLUMNS[:_REASON], [row[:_REASON] for row in rows])  # a terminal is too narrow for sentences
+    output.write_table(
+        [_COLUMNS[i] for i in _ON_TERMINAL], [[row[i] for i in _ON_TERMINAL] for row in rows]
+    )  # a terminal is too narrow for sentences
     output.remark()
     for record in records:
         if record.reason:
@@ -177,10 +179,10 @@ def _row(record: PromptRecord) -> list[Cell]:
         record.length,
         record.metric,
         metrics.dev_before,
-        metrics.dev_constant,
         metrics.dev_after,
         metrics.test,
         record.reason,
+        metrics.dev_constant,
     ]
 
 
