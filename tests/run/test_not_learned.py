@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import torch
 from rich.console import Console
 
 from pipeline.bank import Metrics, PromptBank, manifest
@@ -15,6 +16,7 @@ from pipeline.run.job import run_job
 from pipeline.run.results import Entry
 from pipeline.settings import parse_settings
 from pipeline.tuning.state import Evaluation
+from pipeline.tuning.worker import work
 from tests.jobs_data import write_parquet
 
 
@@ -23,8 +25,9 @@ def run(project, *overrides):
 
 
 @pytest.fixture
-def hopeless(project, tmp_path):
+def hopeless(project, tmp_path, monkeypatch):
     """Film's labels are drawn by chance, four in five of them positive; book is measured by its loss, which falls."""
+    monkeypatch.setattr("pipeline.run.job.launch", lambda order, *rest: work(order, torch.device("cpu"), lambda: False))
     draw = random.Random(5)
     for split in ("train", "dev", "test"):
         rows = [(f"word {draw.random():.9f}", "negative" if i % 5 == 0 else "positive") for i in range(60)]
