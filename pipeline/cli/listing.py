@@ -91,9 +91,8 @@ def list_prompts(
     if not output.on_terminal():
         output.write_table(_COLUMNS, rows)
         return
-    output.write_table(
-        [_COLUMNS[i] for i in _ON_TERMINAL], [[row[i] for i in _ON_TERMINAL] for row in rows]
-    )  # a terminal is too narrow for sentences
+    # A terminal is too narrow for sentences.
+    output.write_table([_COLUMNS[i] for i in _ON_TERMINAL], [[row[i] for i in _ON_TERMINAL] for row in rows])
     output.remark()
     for record in records:
         if record.reason:
