@@ -22,6 +22,7 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 UtcTime = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
 Id = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Status = Literal["tuned", "carried_forward", "kept", "failed"]
+NOT_LEARNED = "not_learned"
 
 
 class Frozen(BaseModel):
@@ -67,6 +68,9 @@ class Metrics(Frozen):
     test: float | None = None
     dev_loss_before: float | None = None
     dev_loss_after: float | None = None
+    dev_constant: float | None = None
+    """Of always giving the train split's most frequent target, on the rows of `dev_after`."""
+    test_constant: float | None = None
 
     @field_validator("*")
     @classmethod
@@ -80,7 +84,7 @@ class PromptRecord(Frozen):
     name: Name
     status: Status
     reason: str | None
-    """Why it was kept or has failed."""
+    """Why it was kept or has failed, or why it has not learned."""
     digest: Digest | None
     shape: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None
     """[P, H]"""
@@ -104,6 +108,16 @@ class PromptRecord(Frozen):
     """Of all that the last run with this task tuned it from, but for the prompt that it started from: corpus,
     templates and settings. Equal, and there is nothing to tune again. Of a prompt that was kept because the new one was
     worse, what that new one was tuned from."""
+    learned: bool | None = None
+    """Whether the prompt was better on dev than its start and than one constant answer; None where nobody judged. Of a
+    kept or carried prompt it tells about the blob."""
+
+    @property
+    def state(self) -> str:
+        """The status, for people, and of a prompt that has not learned that too."""
+        if self.learned is not False or self.digest is None:
+            return self.status
+        return NOT_LEARNED if self.status == "tuned" else f"{self.status}, {NOT_LEARNED}"
 
     @model_validator(mode="after")
     def _consistent(self) -> "PromptRecord":

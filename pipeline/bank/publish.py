@@ -43,6 +43,7 @@ class NewPrompt:
     status: Literal["tuned", "kept", "failed"] = "tuned"
     reason: str | None = None
     inputs_digest: str | None = None
+    learned: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,15 @@ _MOVE_COLUMNS = (
     Column("time"),
 )
 _DIFF_COLOURS = {"added": "green", "removed": "red", "changed": "yellow"}
-_TOLD_OF_WHOLE_PROMPTS = ("status", "reason", "digest", "metrics.dev_after", "metrics.test")
+_TOLD_OF_WHOLE_PROMPTS = (
+    "status",
+    "reason",
+    "learned",
+    "digest",
+    "metrics.dev_constant",
+    "metrics.dev_after",
+    "metrics.test",
+)
 _DIGESTS = (
     "digest",
     "corpus_digest",

@@ -1,12 +1,12 @@
 """`ls` and `show`: the prompts of a version."""
 
 from fnmatch import fnmatchcase
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from pipeline.bank import Metrics, PromptBank, PromptRecord, Snapshot
-from pipeline.bank.manifest import Status
+from pipeline.bank.manifest import NOT_LEARNED
 from pipeline.cli import completion, output
 from pipeline.cli.model import Words, nearest_words, why_not_of
 from pipeline.cli.options import (
@@ -25,7 +25,7 @@ from pipeline.cli.options import (
 from pipeline.cli.output import Cell, Column
 from pipeline.reporting.words import counted
 
-_COLOURS = {"tuned": "green", "kept": "yellow", "failed": "red"}
+_COLOURS = {"tuned": "green", "kept": "yellow", NOT_LEARNED: "yellow", "failed": "red"}
 _COLUMNS = (
     Column("name", free=True),
     Column("status"),
@@ -36,8 +36,9 @@ _COLUMNS = (
     Column("after", right=True),
     Column("test", right=True, optional=True),
     Column("reason"),
+    Column("constant", right=True, optional=True),  # last, so that scripts find the others where they were
 )
-_REASON = len(_COLUMNS) - 1
+_ON_TERMINAL = (0, 1, 2, 3, 4, 5, 9, 6, 7)
 
 
 def list_prompts(
@@ -50,7 +51,10 @@ def list_prompts(
             metavar="REV", autocompletion=completion.revisions, help="A version or an alias, in place of --alias."
         ),
     ] = None,
-    status: Annotated[Status | None, typer.Option(help="Only prompts with this status.")] = None,
+    status: Annotated[
+        Literal["tuned", "carried_forward", "kept", "failed", "not_learned"] | None,
+        typer.Option(help="Only prompts with this status; not_learned whatever their status."),
+    ] = None,
     aliases: Annotated[bool, typer.Option("--aliases", help="List the aliases and their versions instead.")] = False,
     bank: Bank = None,
     alias: Alias = "latest",
@@ -76,7 +80,8 @@ def list_prompts(
     records = [
         record
         for record in snapshot.records()
-        if status in (None, record.status) and (pattern is None or fnmatchcase(record.name, pattern))
+        if status in (None, record.status, *([NOT_LEARNED] if record.learned is False else []))
+        and (pattern is None or fnmatchcase(record.name, pattern))
     ]
     if as_json:
         prompts = [record.model_dump(mode="json") for record in records]
@@ -86,11 +91,12 @@ def list_prompts(
     if not output.on_terminal():
         output.write_table(_COLUMNS, rows)
         return
-    output.write_table(_COLUMNS[:_REASON], [row[:_REASON] for row in rows])  # a terminal is too narrow for sentences
+    # A terminal is too narrow for sentences.
+    output.write_table([_COLUMNS[i] for i in _ON_TERMINAL], [[row[i] for i in _ON_TERMINAL] for row in rows])
     output.remark()
     for record in records:
         if record.reason:
-            output.remark(f"{record.name} {record.status}: {record.reason}")
+            output.remark(f"{record.name} {record.state}: {record.reason}")
     output.remark(f"{counted(len(records), 'prompt')} of {_title(opened, snapshot)}")
 
 
@@ -168,7 +174,7 @@ def _row(record: PromptRecord) -> list[Cell]:
     metrics = record.metrics
     return [
         record.name,
-        (record.status, _COLOURS.get(record.status, "")),
+        (record.state, _COLOURS.get(record.state, "")),
         record.tuned_in,
         record.length,
         record.metric,
@@ -176,6 +182,7 @@ def _row(record: PromptRecord) -> list[Cell]:
         metrics.dev_after,
         metrics.test,
         record.reason,
+        metrics.dev_constant,
     ]
 
 
@@ -186,7 +193,7 @@ def _fields(bank: PromptBank, snapshot: Snapshot, record: PromptRecord, pointing
         ("prompt", record.name),
         ("in", _title(bank, snapshot)),
         ("aliases", ", ".join(pointing) or None),
-        ("status", record.status),
+        ("status", record.state),
         ("reason", record.reason),
         ("tuned in", record.tuned_in),
         ("shape", shape and f"{shape[0]} × {shape[1]} {record.dtype}, {shape[0] * shape[1] * 4:,} bytes"),
@@ -216,7 +223,9 @@ def _metric_fields(whose: str, metrics: Metrics) -> list[tuple[str, Cell]]:
     return [
         (f"{whose}dev", _from_to(metrics.dev_before, metrics.dev_after)),
         (f"{whose}dev loss", _from_to(metrics.dev_loss_before, metrics.dev_loss_after)),
+        (f"{whose}dev, one constant answer", metrics.dev_constant),
         (f"{whose}test", metrics.test),
+        (f"{whose}test, one constant answer", metrics.test_constant),
     ]
 
 

@@ -128,7 +128,9 @@ def run_document(run: WatchedRun, now: float) -> dict[str, Any]:
 
 def trial_row(name: str, trial: TrialState) -> list[Cell]:
     status = _status(trial)
-    colour = {"failed": "red", "live": "cyan", "waiting": "", "no gain": "yellow"}.get(status, "green")
+    colour = {"failed": "red", "live": "cyan", "waiting": "", "no gain": "yellow", "not learned": "yellow"}.get(
+        status, "green"
+    )
     loss = trial.loss if trial.live else None
     return [name, (status, colour), trial.step, trial.max_steps, loss, trial.metric, trial.value, trial.reason]
 

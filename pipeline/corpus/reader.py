@@ -147,6 +147,29 @@ def unsayable_targets(ref: SplitRef) -> Iterator[str]:
         yield from batch["target"].filter(pa.array(lost)).to_pylist()
 
 
+def count_targets(ref: SplitRef) -> Iterator[tuple[str, int]]:
+    """Each target of the split's usable rows with how many have it, batch by batch: one may come more than once.
+
+    Raises: CorpusError when the shards are missing.
+    """
+    low, high = ref.id_range
+    for batch in _batches(ref, ["row_id", "status", "target"]):
+        counts = pc.value_counts(batch["target"].filter(pa.array(_usable(batch, low, high))))
+        yield from zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True)
+
+
+def target_tokens(ref: SplitRef, target: str) -> list[int]:
+    """The tokens, eos included, of a target that a usable row has. Raises: CorpusError when the shards are missing."""
+    low, high = ref.id_range
+    for batch in _batches(ref, ["row_id", "status", "target_ids", "target"]):
+        having = pc.and_(pa.array(_usable(batch, low, high)), pc.equal(batch["target"], target))
+        place = pc.index(having, True).as_py()
+        if place >= 0:
+            tokens: list[int] = batch["target_ids"][place].as_py()
+            return tokens
+    raise ValueError(f"no usable row has the target {target!r}")
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     """The manifest of a complete shard folder; None when it is missing, half-built or a shard of it is gone."""
     try:

@@ -44,6 +44,8 @@ def verdict(record: "NightRecord", version: int | None) -> tuple[Exit, str]:
             return Exit.NONE_PUBLISHED, f"Nothing was published: {failed} task(s) failed, and no other had changed."
         return Exit.REFRESHED, "Nothing had changed: the bank is as it was."
     told = f"Version {version} is published: {promoted} new prompt(s), {failed} task(s) failed, {worse} came out worse"
+    unlearned = sum(task.result == "promoted" and task.learned is False for task in record.tasks)
+    told += f", {unlearned} of the new have not learned" if unlearned else ""
     if not record.alias_may_move:
         broken = "; ".join(condition.found for condition in record.conditions if not condition.held)
         return Exit.ALIAS_STAYED, f"{told}. The alias '{record.alias}' stays where it was: {broken}."

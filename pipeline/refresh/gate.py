@@ -15,7 +15,9 @@ A new prompt is refused when
 - or its metric is worse by more than `margin`, whatever the test says. Four rows can never reach 0.05 (the least
   p-value is 1/16), so on a tiny dev split the test alone would let anything pass. The price: on small splits chance
   alone goes beyond the margin, too (two unrelated systems of accuracy 0.7 on 60 rows: one night in ten; on 500 rows it
-  adds nothing).
+  adds nothing);
+- or it is not above what always giving train's most frequent target scores, while the bank's prompt is. Where neither
+  is, the other two decide: keeping the bank's would be no better.
 
 Else it is promoted. This is no proof that it is better: it was chosen by its metric on these very rows, which flatters
 it, while the old one may have been chosen on others. The gate is there to keep out what is worse.
@@ -25,6 +27,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.run.results import below_constant
 from pipeline.tuning.incumbents import Pair
 
 SHUFFLES = 9_999
@@ -45,8 +48,13 @@ class Verdict:
     """Why the new one is not promoted, in one sentence."""
 
 
-def judge(metric: str, pair: Pair, alpha: float, margin: float | None, seed: int = 0) -> Verdict:
-    """Compare two prompts row by row; the same numbers give the same verdict."""
+def judge(
+    metric: str, pair: Pair, alpha: float, margin: float | None, seed: int = 0, constant: float | None = None
+) -> Verdict:
+    """Compare two prompts row by row; the same numbers give the same verdict.
+
+    constant: what one constant answer scores on the same rows, where there is one.
+    """
     incumbent, new, p_value = compare(metric, pair, seed)
     worse_by = _sign(metric) * (incumbent - new)
     allowed = None if margin is None else margin * (abs(incumbent) if metric == "loss" else 1.0)
@@ -58,6 +66,8 @@ def judge(metric: str, pair: Pair, alpha: float, margin: float | None, seed: int
         refused = f"{figures}; a paired randomisation test finds it worse (p = {p_value:.3g})"
     elif allowed is not None and worse_by > allowed:
         refused = f"{figures}; that is worse by more than the margin {margin:g}"
+    elif (unlearned := below_constant(metric, new, constant)) and not below_constant(metric, incumbent, constant):
+        refused = f"{figures}, and {unlearned}"
     return Verdict(incumbent, new, p_value, refused)
 
 

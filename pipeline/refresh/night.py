@@ -118,7 +118,8 @@ def _refresh(settings: Settings, folder: Path, lease: Lease, chronicle: Chronicl
             tuned = tune(checked, found, incumbents, folder, log, connect_timed)
         outcomes = decide(settings, found, tuned)
         record = _publish(checked, found, outcomes, lease, chronicle, log)
-        log.write("end", version=record.version, exit=record.exit_code)
+        unlearned = {task.trial: task.reason for task in record.tasks if task.trial and task.learned is False}
+        log.write("end", version=record.version, exit=record.exit_code, not_learned=unlearned)
         return record
 
 

@@ -59,7 +59,11 @@ def _decide(planned: PlannedTask, settings: Settings, found: Look, tuned: Tuned)
         reason = entry.reason or "no reason was recorded"
         return _failed(record, planned, reason, new_prompt(entry, corpus, settings))
     if planned.incumbent is None:
-        return Outcome(replace(record, result="promoted"), new_prompt(entry, corpus, settings))
+        if entry.withheld:
+            return _failed(
+                record, planned, f"not learned, and withheld: {entry.reason}", new_prompt(entry, corpus, settings)
+            )
+        return Outcome(replace(record, result="promoted", reason=entry.unlearned), new_prompt(entry, corpus, settings))
     return _compared(record, planned, entry, corpus, settings, tuned)
 
 
@@ -78,14 +82,18 @@ def _compared(
     assert planned.incumbent is not None
     pair, chosen = tuned.pairs[planned.task], entry.chosen
     own = settings.tasks[planned.task]
-    verdict = judge(own.metric, pair, settings.refresh.alpha, settings.refresh.margin, settings.run.seed)
+    verdict = judge(
+        own.metric, pair, settings.refresh.alpha, settings.refresh.margin, settings.run.seed, entry.constant.get("dev")
+    )
     record = replace(
         record, incumbent=verdict.incumbent, new=verdict.new, p_value=verdict.p_value, dev_rows=len(pair.new)
     )  # fmt: skip
     same = np.array_equal(chosen.best.cpu().numpy(), tuned.incumbents[planned.task])
     reason = _NO_BETTER if same else verdict.refused
+    if reason is None and entry.withheld:
+        reason = f"not learned, and withheld: {entry.reason}"
     if reason is None:
-        return Outcome(replace(record, result="promoted"), new_prompt(entry, corpus, settings))
+        return Outcome(replace(record, result="promoted", reason=entry.unlearned), new_prompt(entry, corpus, settings))
     inputs = inputs_digest(settings, planned.task, corpus.digest)
     record = replace(record, result="kept", reason=reason, worse=not same, stays=True)
     return Outcome(record, Standing(planned.incumbent, "kept", reason, inputs))
@@ -99,6 +107,8 @@ def _with_figures(record: TaskRecord, entry: Entry, version: int | None) -> Task
     return replace(
         record,
         start=None if entry.failed else entry.chosen.history[0].value,
+        constant=entry.constant.get("dev"),
+        learned=entry.learned,
         new=None if entry.failed else entry.chosen.history[entry.chosen.best_at].value,
         warm=warm.value if warm else None,
         cold=cold.value if cold else None,

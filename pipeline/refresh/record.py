@@ -39,7 +39,7 @@ class TaskRecord:
     """Why the plan says so, in one sentence."""
     result: Result = "pending"
     reason: str | None = None
-    """Why the prompt was kept or has failed, in one sentence."""
+    """Why the prompt was kept or has failed, or why a promoted one has not learned, in one sentence."""
     stays: bool = False
     """Whether the bank's prompt from before tonight is in the version."""
     worse: bool = False
@@ -56,6 +56,10 @@ class TaskRecord:
     """Rows that both were measured on."""
     start: float | None = None
     """Of the prompt that the best trial started from."""
+    constant: float | None = None
+    """Of always giving the train split's most frequent target, on the same rows; null for the metric `loss`."""
+    learned: bool | None = None
+    """Whether the new prompt is above that, and above its start unless it started from the bank's."""
     warm: float | None = None
     """Of the best trial that started from the bank's prompt, at its best step."""
     cold: float | None = None

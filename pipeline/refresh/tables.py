@@ -32,12 +32,16 @@ def print_night(console: Console, record: NightRecord) -> None:
     table.add_column("task", overflow="fold")
     for name in ("tonight", "metric"):
         table.add_column(name)
-    for name in ("bank's", "new", "p", "warm", "cold"):
+    for name in ("bank's", "constant", "new", "p", "warm", "cold"):
         table.add_column(name, justify="right")
     table.add_column("result")
     for task in record.tasks:
-        figures = (_number(value) for value in (task.incumbent, task.new, task.p_value, task.warm, task.cold))
+        figures = (
+            _number(value) for value in (task.incumbent, task.constant, task.new, task.p_value, task.warm, task.cold)
+        )
         result = f"[{_COLOUR.get(task.result, 'default')}]{task.result}[/]"
+        if task.result == "promoted" and task.learned is False:
+            result = "[yellow]promoted, not learned[/]"
         table.add_row(escape(task.task), task.decision, task.metric or "–", *figures, result)
     console.print(table)
     for task in record.tasks:
@@ -47,6 +51,8 @@ def print_night(console: Console, record: NightRecord) -> None:
 
 
 def _told(task: TaskRecord) -> str:
+    if task.result == "promoted":
+        return "promoted, though it has not learned"
     return task.result if task.result == "kept" or not task.stays else f"{task.result}, and its prompt stays"
 
 

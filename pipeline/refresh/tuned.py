@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
@@ -74,11 +75,11 @@ def tune(
     order = make_order(replace(checked, settings=settings), corpora, folder)
     order = replace(order, incumbents=_keep(order, incumbents))
     announce(order, settings, log)
-    done = _done(order, settings, incumbents)
+    done = _done(order, settings, incumbents, checked.tokenizer)
     if done is None:
         connect()
         launch(order, settings.cluster, settings.run, log)
-        done = _done(order, settings, incumbents)
+        done = _done(order, settings, incumbents, checked.tokenizer)
     if done is None:
         raise TuningError(stopped_sentence(order, settings))
     write_trials(folder / "trials.json", list(done.entries.values()))
@@ -95,7 +96,7 @@ def _keep(order: Order, incumbents: Mapping[str, np.ndarray]) -> dict[str, str]:
     return digests
 
 
-def _done(order: Order, settings: Settings, incumbents: Mapping[str, np.ndarray]) -> Tuned | None:
+def _done(order: Order, settings: Settings, incumbents: Mapping[str, np.ndarray], tokenizer: Any) -> Tuned | None:
     """What the ranks have left, None while a trial or a comparison is missing."""
     states = finished_states(order, settings)
     if states is None:
@@ -103,4 +104,5 @@ def _done(order: Order, settings: Settings, incumbents: Mapping[str, np.ndarray]
     pairs = read_pairs(Path(order.run_folder), pair_keys(best_states(states), order.incumbents))
     if pairs is None:
         return None
-    return Tuned({entry.task: entry for entry in choose(states)}, pairs, incumbents)
+    entries = choose(states, order.task_corpora(), tokenizer, settings.bank.not_learned == "withhold")
+    return Tuned({entry.task: entry for entry in entries}, pairs, incumbents)

@@ -11,7 +11,7 @@ Every line has `time` (Unix seconds), `event` and, behind it, `run`:
               were computed), gathered_bytes (of weights by rank 0, since it loaded them)
     eval      trial, step, metric, value, loss
     finished  trial, status, reason
-    end       version, exit                                    it is done; version null: nothing was published
+    end       version, exit, not_learned: {trial: reason}      it is done; version null: nothing was published
     stopped   reason                                           it could not go on; started again, it resumes
 
 A number that is not finite is written as null, for JSON has no other way to say it.

@@ -1,5 +1,6 @@
 """What the events of a run say so far, and the words for it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pipeline.reporting.events import Event
@@ -17,7 +18,7 @@ class TrialState:
     live: bool = False
     finished: bool = False
     status: str = ""
-    """How it finished: tuned | stopped early | halved | no gain | failed."""
+    """How it finished: tuned | stopped early | halved | no gain | not learned | failed."""
     reason: str | None = None
 
 
@@ -64,10 +65,17 @@ class RunState:
                 self._finish(trial, event)
             case "end":
                 self.ended, self.version, self.exit = True, event.get("version"), event.get("exit")
+                self._judge(event.get("not_learned") or {})
                 self._rest()
             case "stopped":
                 self.stopped = str(event.get("reason") or "no reason was recorded")
                 self._rest()
+
+    def _judge(self, not_learned: Mapping[str, str | None]) -> None:
+        """How a trial ended is known when it ends, what that is worth only beside its task's constant answer."""
+        for name, reason in not_learned.items():
+            if trial := self.trials.get(name):
+                trial.status, trial.reason = "not learned", reason
 
     def _rest(self) -> None:
         for trial in self.trials.values():

@@ -51,7 +51,7 @@ class Outcome:
 
     @property
     def exit(self) -> Exit:
-        failed = sum(result.status == "failed" for result in self.results)
+        failed = sum(result.status == "failed" or result.withheld for result in self.results)
         if self.version is None:
             return Exit.NONE_PUBLISHED
         return Exit.SOME_PUBLISHED if failed else Exit.ALL_PUBLISHED
@@ -83,13 +83,14 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
         if states is None:
             raise TuningError(stopped_sentence(order, settings))
         log.write("stage", name="publish", text=f"to {settings.bank.uri}")
-        entries = choose(states)
+        entries = choose(states, corpora, checked.tokenizer, settings.bank.not_learned == "withhold")
         write_trials(folder / "trials.json", entries)
         publish = partial(publish_prompts, settings, checked.identity, entries, corpora)
         version = patiently(publish, "publish", log)
         left_out = [_refused_result(settings, *item) for item in refused.items()]
         outcome = Outcome((*map(result_of, entries), *left_out), version)
-        log.write("end", version=version, exit=int(outcome.exit))
+        not_learned = {entry.chosen.trial.name: entry.reason for entry in entries if entry.learned is False}
+        log.write("end", version=version, exit=int(outcome.exit), not_learned=not_learned)
         report = partial(report_of, folder, settings, checked.identity, entries, left_out, corpora, version)
         return replace(outcome, report=leave_page(folder, report, console, "run"))
 

@@ -8,11 +8,10 @@ from typing import Any
 from pipeline.bank import BackboneId, Metrics, NewPrompt, PromptBank, Template
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.run.bank import open_bank
-from pipeline.run.results import Entry
+from pipeline.run.results import NO_GAIN, Entry
 from pipeline.settings import Settings
 from pipeline.tuning.trials import inputs_digest
 
-NO_GAIN = "no step was better than the prompt that it started from"
 _LOOK_BACK = 20
 _LIBRARIES = ("torch", "transformers", "deepspeed", "bitsandbytes", "ray", "pyarrow")
 
@@ -41,7 +40,7 @@ def _prompts(entry: Entry, corpus: TaskCorpus, settings: Settings) -> list[NewPr
     best = new_prompt(entry, corpus, settings)
     if settings.bank.publish == "best" or len(entry.trials) == 1:
         return [best]
-    whole = [Entry([state], state) for state in entry.trials if state.status != "failed"]
+    whole = [replace(entry, trials=[state], chosen=state) for state in entry.trials if state.status != "failed"]
     each = [replace(new_prompt(own, corpus, settings), name=own.chosen.trial.name) for own in whole]
     return [best, *each]
 
@@ -53,19 +52,21 @@ def library_versions() -> dict[str, str]:
 
 def new_prompt(entry: Entry, corpus: TaskCorpus, run: Settings) -> NewPrompt:
     """A task's best prompt as the bank takes it."""
-    state, failed = entry.chosen, entry.failed
+    state, failed, absent = entry.chosen, entry.failed, entry.failed or entry.withheld
     settings = state.trial.settings
     first, best = state.history[0], state.history[state.best_at]
     metrics: dict[str, Any] = {
         "dev_before": first.value,
         "dev_after": best.value,
         "test": state.test.value if state.test else None,
+        "dev_constant": entry.constant.get("dev"),
+        "test_constant": entry.constant.get("test"),
         "dev_loss_before": first.loss,
         "dev_loss_after": best.loss,
     }
     return NewPrompt(
         name=entry.task,
-        array=None if failed else state.best.cpu().numpy(),
+        array=None if absent else state.best.cpu().numpy(),
         task=entry.task,
         template=Template(input=settings.input, target=settings.target, separator=settings.separator),
         labels=corpus.labels,
@@ -77,8 +78,9 @@ def new_prompt(entry: Entry, corpus: TaskCorpus, run: Settings) -> NewPrompt:
         seed=state.trial.seed,
         corpus_digest=corpus.digest,
         settings_digest=state.trial.digest,
-        status="failed" if failed else "tuned",
-        reason=NO_GAIN if not failed and not state.best_at else entry.reason,
+        status="failed" if absent else "tuned",
+        reason=entry.reason or (None if failed or state.best_at else NO_GAIN),
+        learned=entry.learned,
         inputs_digest=inputs_digest(run, entry.task, corpus.digest),
     )
 

@@ -12,8 +12,8 @@ from pipeline.reporting.html.run_files import faults_of, read_curve, stages_of
 from pipeline.reporting.table import TrialResult
 from pipeline.reporting.watched import read_events
 from pipeline.run.bank import readable_bank
-from pipeline.run.publishing import NO_GAIN, library_versions
-from pipeline.run.results import Entry, result_of
+from pipeline.run.publishing import library_versions
+from pipeline.run.results import NO_GAIN, Entry, result_of
 from pipeline.settings import Settings
 from pipeline.tuning.state import TrialState
 
@@ -76,11 +76,13 @@ def _task(folder: Path, entry: Entry, corpus: TaskCorpus, history: Sequence[Past
     result = result_of(entry)
     return TaskNight(
         name=entry.task,
-        decision="failed" if entry.failed else "warm" if settings.prompt.init == "bank" else "cold",
+        decision="failed" if entry.failed or entry.withheld else "warm" if settings.prompt.init == "bank" else "cold",
         why=_why(entry, result),
         metric=settings.metric,
         tuned=None if entry.failed else result.dev_after,
         start=result.dev_before,
+        constant=result.dev_constant,
+        learned=entry.learned,
         steps=state.step,
         history=history,
         curves=[_curve(folder, trial, trial is state) for trial in entry.trials],
@@ -91,6 +93,9 @@ def _task(folder: Path, entry: Entry, corpus: TaskCorpus, history: Sequence[Past
 def _why(entry: Entry, result: TrialResult) -> str:
     if entry.failed:
         return result.reason or "no reason was recorded"
+    if entry.learned is False:
+        withheld = ", and withheld from the bank (bank.not_learned)" if entry.withheld else ""
+        return f"not learned{withheld}: {entry.reason}"
     if not entry.chosen.best_at:
         return NO_GAIN
     prompt = entry.chosen.trial.settings.prompt

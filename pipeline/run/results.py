@@ -2,14 +2,21 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.reporting.events import finite
 from pipeline.reporting.table import TrialResult
+from pipeline.tuning.constant import constant_scores
+from pipeline.tuning.metrics import goodness
 from pipeline.tuning.state import TrialState, by_task, winner
 from pipeline.whole_files import write_atomically
+
+NO_GAIN = "no step was better than the prompt that it started from"
+NOT_LEARNED = "not learned"
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,10 @@ class Entry:
     trials: Sequence[TrialState]
     chosen: TrialState
     """The trial to be published; where every one failed, the first."""
+    constant: Mapping[str, float] = field(default_factory=dict)
+    """What one constant answer scores, by split; empty where there is none."""
+    withholds: bool = False
+    """Whether a prompt that has not learned is withheld: the setting `bank.not_learned`."""
 
     @property
     def task(self) -> str:
@@ -29,16 +40,68 @@ class Entry:
         return self.chosen.status == "failed"
 
     @property
+    def unlearned(self) -> str | None:
+        """Why the prompt is not `learned`, in one sentence; None of one that is, or has failed.
+
+        A prompt has learned when its dev metric is above the constant answer's and above that of the prompt that it
+        started from; a start from the bank may have been good already, and a perfect score cannot be exceeded.
+        """
+        state, metric = self.chosen, self.chosen.trial.settings.metric
+        if self.failed:
+            return None
+        first, best = state.history[0].value, state.history[state.best_at].value
+        if metric != "loss" and best >= 1.0:
+            return None
+        reasons = []
+        if state.trial.settings.prompt.init != "bank" and goodness(metric, best, 0) <= goodness(metric, first, 0):
+            told = f"its dev {metric} is {best:.3f} where the prompt that it started from has {first:.3f}"
+            reasons.append(told if state.best_at else NO_GAIN)
+        if (constant := below_constant(metric, best, self.constant.get("dev"))) is not None:
+            reasons.append(constant)
+        return "; ".join(reasons) or None
+
+    @property
+    def learned(self) -> bool | None:
+        """None where there is no prompt to judge, or nothing worse was found but nobody knows the constant answer."""
+        if self.failed:
+            return None
+        if self.unlearned is not None:
+            return False
+        return True if self.constant or self.chosen.trial.settings.metric == "loss" else None
+
+    @property
+    def withheld(self) -> bool:
+        """Whether there is a prompt, and it is not to be published."""
+        return self.withholds and self.learned is False
+
+    @property
     def reason(self) -> str | None:
-        """Why there is no prompt, in one sentence."""
-        if not self.failed or len(self.trials) == 1:
-            return self.chosen.reason if self.failed else None
+        """Why there is no prompt, or none that has learned, in one sentence."""
+        if not self.failed:
+            return self.unlearned
+        if len(self.trials) == 1:
+            return self.chosen.reason
         return f"all of its {len(self.trials)} trials failed; of the first, {self.chosen.reason}"
 
 
-def choose(states: Sequence[TrialState]) -> list[Entry]:
-    """The tasks of these trials, in the trials' order."""
-    return [Entry(trials, winner(trials) or trials[0]) for trials in by_task(states).values()]
+def below_constant(metric: str, value: float, constant: float | None) -> str | None:
+    """Why a dev metric is none that a prompt learned, in one sentence; None where it is above the constant answer's."""
+    if constant is None or value >= 1.0 or value > constant:
+        return None
+    return f"its dev {metric} is {value:.3f} where always giving train's most frequent target has {constant:.3f}"
+
+
+def choose(
+    states: Sequence[TrialState], corpora: Mapping[str, TaskCorpus], tokenizer: Any, withholds: bool = False
+) -> list[Entry]:
+    """The tasks of these trials, in the trials' order, each with what a constant answer scores on its rows."""
+    entries = []
+    for task, trials in by_task(states).items():
+        chosen = winner(trials) or trials[0]
+        settings = chosen.trial.settings
+        constant = constant_scores(corpora[task], settings.metric, settings.eval_rows, tokenizer)
+        entries.append(Entry(trials, chosen, constant, withholds))
+    return entries
 
 
 def result_of(entry: Entry) -> TrialResult:
@@ -51,36 +114,43 @@ def result_of(entry: Entry) -> TrialResult:
         dev_before=state.history[0].value,
         dev_after=state.history[state.best_at].value,
         test=state.test.value if state.test else None,
-        status=state.status,
+        status=NOT_LEARNED if entry.learned is False else state.status,
         reason=entry.reason,
+        dev_constant=entry.constant.get("dev"),
+        test_constant=entry.constant.get("test"),
+        withheld=entry.withheld,
         among=_among(entry.trials) if len(entry.trials) > 1 else None,
     )
 
 
 def write_trials(path: Path, entries: Sequence[Entry]) -> None:
     """Every trial's choices, end and figures as a JSON list; the published ones are marked. Raises: StorageError."""
-    rows = [_row(state, state is entry.chosen and not entry.failed) for entry in entries for state in entry.trials]
+    rows = [_row(state, entry) for entry in entries for state in entry.trials]
     write_atomically(path, (json.dumps(rows, indent=1) + "\n").encode())
 
 
-def _row(state: TrialState, published: bool) -> dict[str, object]:
+def _row(state: TrialState, entry: Entry) -> dict[str, object]:
+    own = replace(entry, trials=[state], chosen=state)
     settings, best = state.trial.settings, state.history[state.best_at]
     figures = {"dev_before": state.history[0].value, "dev_after": best.value, "dev_loss_after": best.loss}
     return {
         "trial": state.trial.name,
         "task": state.trial.task,
-        "published": published,
+        "published": state is entry.chosen and not entry.failed and not entry.withheld,
         "prompt": settings.prompt.model_dump(mode="json"),
         "optimizer": settings.optimizer.model_dump(mode="json"),
         "seed": state.trial.seed,
         "settings_digest": state.trial.digest,
         "status": state.status,
-        "reason": state.reason,
+        "reason": state.reason or own.unlearned,
         "steps": state.step,
         "best_step": best.step,
         "metric": settings.metric,
         **finite(figures),
         "test": state.test.value if state.test else None,
+        "learned": own.learned,
+        "dev_constant": entry.constant.get("dev"),
+        "test_constant": entry.constant.get("test"),
     }
 
 

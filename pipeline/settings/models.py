@@ -238,6 +238,10 @@ class BankSettings(Frozen):
     publish: Literal["best", "all"] = "best"
     """Of a task's sweep, the best prompt under the task's name; `all` publishes beside it every trial's, each under the
     trial's own name (`sst2.length-20.seed-1`), which a nightly refresh drops again."""
+    not_learned: Literal["publish", "withhold"] = "publish"
+    """What becomes of a prompt that has not learned: its dev metric is not above that of always giving the train
+    split's most frequent target, or not above that of the prompt that it started from (`init: bank` apart). It is
+    published and marked as such, or withheld as if its task had failed: the job then ends with code 3 or 4."""
     signing_key: str | None = None
     """The private key (PEM file) that signs what this run publishes."""
 

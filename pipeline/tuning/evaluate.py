@@ -95,7 +95,7 @@ def answer(backbone: Backbone, tokenizer: Any, exams: Sequence[Exam], token_budg
     """Answer every row of every exam. All ranks call this with the same exams and get the same answers."""
     run = _Runner(backbone, exams, token_budget * _BUDGET_FACTOR)
     nll = [np.zeros(len(exam.split)) for exam in exams]
-    wanted = [_wanted(exam, tokenizer) for exam in exams]
+    wanted = [wanted_texts(exam.metric, exam.split, tokenizer) for exam in exams]
     answered: dict[int, list[str]] = {}
     labelled = [s for s, exam in enumerate(exams) if exam.metric in LABELLED]
     others = [s for s, exam in enumerate(exams) if s not in labelled]
@@ -114,15 +114,19 @@ def answer(backbone: Backbone, tokenizer: Any, exams: Sequence[Exam], token_budg
     return [Answers(nll[s], wanted[s], answered.get(s), label_scores.get(s)) for s in range(len(exams))]
 
 
-def _wanted(exam: Exam, tokenizer: Any) -> list[str]:
-    """The targets; of open ones what their own tokens decode to, for no answer can be more.
+def wanted_texts(metric: str, split: TokenSet, tokenizer: Any) -> list[str]:
+    """Each row's target; of open ones what its own tokens decode to, for no answer can be more."""
+    if metric in LABELLED:
+        return [split.target(i) for i in range(len(split))]
+    return [spoken(split.target_ids(i), tokenizer) for i in range(len(split))]
+
+
+def spoken(target_ids: Sequence[int], tokenizer: Any) -> str:
+    """The answer that an open target's tokens, [T] with eos, are.
 
     `<extra_id_0> yes` is `yes`, and to a tokenizer of small letters `Yes` is, too.
     """
-    if exam.metric in LABELLED:
-        return [exam.split.target(i) for i in range(len(exam.split))]
-    ids = [exam.split.target_ids(i)[:-1] for i in range(len(exam.split))]
-    return [str(tokenizer.decode(of_row, skip_special_tokens=True)).strip() for of_row in ids]
+    return str(tokenizer.decode(list(target_ids[:-1]), skip_special_tokens=True)).strip()
 
 
 def _label_copies(exam: Exam) -> int:

@@ -14,10 +14,10 @@ def test_ls_lists_every_prompt_of_the_aliass_version_in_aligned_columns(run):
     code, stdout, _ = run("ls")
     assert code == 0
     assert [re.split(r" {2,}", line) for line in stdout.splitlines()] == [
-        ["name", "status", "tuned in", "length", "metric", "before", "after", "test", "reason"],
-        ["cr", "tuned", "3", "4", "exact_match", "0.500", "0.900", "-", "-"],
-        ["sst2", "carried_forward", "2", "4", "accuracy", "0.500", "0.940", "0.910", "-"],
-        ["trec", "kept", "1", "4", "accuracy", "0.500", "0.900", "-", "no step was better"],
+        ["name", "status", "tuned in", "length", "metric", "before", "after", "test", "reason", "constant"],
+        ["cr", "tuned", "3", "4", "exact_match", "0.500", "0.900", "-", "-", "-"],
+        ["sst2", "carried_forward", "2", "4", "accuracy", "0.500", "0.940", "0.910", "-", "-"],
+        ["trec", "kept", "1", "4", "accuracy", "0.500", "0.900", "-", "no step was better", "-"],
     ]
 
 

@@ -120,3 +120,12 @@ def test_a_prompt_whose_outcome_is_no_number_is_refused():
 
 def test_the_number_of_shuffles_can_tell_the_default_level_apart():
     assert 1 / (gate.SHUFFLES + 1) < ALPHA / 100
+
+
+@pytest.mark.parametrize(("old", "new", "refused"), [(17, 16, True), (15, 16, False), (17, 18, False)])
+def test_a_prompt_above_a_constant_answer_is_kept_against_one_that_is_not(old, new, refused):
+    """Of 20 rows; the constant answer is right on 16. Where neither is above it, the test and the margin decide."""
+    sides = [np.stack([np.arange(20) >= right, np.zeros(20)], 1).astype(float) for right in (old, new)]
+    verdict = judge("accuracy", Pair(*sides), ALPHA, 0.1, constant=0.8)
+    assert (verdict.refused is not None) == refused
+    assert not refused or "most frequent target has 0.800" in verdict.refused

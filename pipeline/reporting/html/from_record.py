@@ -92,6 +92,8 @@ def _task(
         tuned=task["new"],
         p_value=task["p_value"],
         start=task["start"],
+        constant=task.get("constant"),  # a record of before has none
+        learned=task.get("learned"),
         warm=task["warm"],
         cold=task["cold"],
         steps=task["steps"],

@@ -78,6 +78,10 @@ class TaskNight:
     curves: Sequence[Curve] = ()
     rows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Split -> status (ok, null, empty, input_long, target_long) -> rows."""
+    constant: float | None = None
+    """What always giving train's most frequent target scores on the same rows."""
+    learned: bool | None = None
+    """Whether tonight's prompt is above that, and above its start; None where nobody judged."""
 
     @property
     def trained(self) -> bool:

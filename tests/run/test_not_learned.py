@@ -1,0 +1,105 @@
+"""A prompt that has not learned is told apart in everything that a run leaves, and can be withheld."""
+
+import json
+import random
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+from rich.console import Console
+
+from pipeline.bank import Metrics, PromptBank, manifest
+from pipeline.reporting.watched import read_run
+from pipeline.run.checks import check_run
+from pipeline.run.job import run_job
+from pipeline.run.results import Entry
+from pipeline.settings import parse_settings
+from pipeline.tuning.state import Evaluation
+from pipeline.tuning.worker import work
+from tests.jobs_data import write_parquet
+
+
+def run(project, *overrides):
+    return run_job(check_run(parse_settings(project, overrides)), Console(quiet=True))
+
+
+@pytest.fixture
+def hopeless(project, tmp_path, monkeypatch):
+    """Film's labels are drawn by chance, four in five of them positive; book is measured by its loss, which falls."""
+    monkeypatch.setattr("pipeline.run.job.launch", lambda order, *rest: work(order, torch.device("cpu"), lambda: False))
+    draw = random.Random(5)
+    for split in ("train", "dev", "test"):
+        rows = [(f"word {draw.random():.9f}", "negative" if i % 5 == 0 else "positive") for i in range(60)]
+        write_parquet(tmp_path / "corpora" / "film" / f"{split}.parquet", rows)
+    project["tasks"]["film"]["metric"] = "accuracy"
+    project["tasks"]["book"] |= {"metric": "loss", "max_steps": 100, "eval_every": 50}
+    return project
+
+
+def test_it_is_published_and_marked_everywhere_and_withheld_when_asked(hopeless, tmp_path):
+    outcome = run(hopeless)
+    results = {result.task: result for result in outcome.results}
+    assert outcome.exit == 0 and outcome.version == 1
+    film = results["film"]
+    assert (film.status, film.dev_constant, film.test_constant) == ("not learned", 0.8, 0.8)
+    assert results["book"].status == "tuned" and results["book"].dev_constant is None
+
+    bank = PromptBank.open(tmp_path / "bank")
+    record = bank.load("film").record
+    assert (record.status, record.learned, record.state) == ("tuned", False, "not_learned")
+    assert record.metrics.dev_constant == record.metrics.test_constant == 0.8 and "has 0.800" in (record.reason or "")
+    assert bank.load("book").record.learned is True
+    jsonschema.validate(
+        json.loads((tmp_path / "bank/versions/1.json").read_text()), json.loads(manifest.manifest_schema())
+    )
+
+    folder = Path(hopeless["run"]["storage"]) / "small"
+    page = outcome.report.read_text()
+    assert "not learned" in page and "constant 0.800" in page
+    trials = {trial["trial"]: trial for trial in json.loads((folder / "trials.json").read_text())}
+    assert trials["film"]["learned"] is False and trials["film"]["dev_constant"] == 0.8 and trials["book"]["learned"]
+    assert read_run(folder, "small").state.trials["film"].status == "not learned"
+
+    assert run(hopeless).results == outcome.results, "measured again at a restart, it is the same"
+    withheld = run(hopeless, "bank.not_learned=withhold", "run.name=strict", f"bank.uri={tmp_path / 'other'}")
+    assert withheld.exit == 3
+    assert PromptBank.open(tmp_path / "other").current.known_record("film").status == "failed"
+
+
+def judged(make, metric, values, constant, init="random"):
+    state = make(metric, init)
+    state.history = [Evaluation(step, value, 1.0) for step, value in enumerate(values)]
+    state.best_at, state.status = len(values) - 1, "tuned"
+    return Entry([state], state, {} if constant is None else {"dev": constant}).learned
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "constant", "init", "learned"),
+    [
+        ("accuracy", [0.5, 0.5], 0.4, "random", False),  # no better than its start
+        ("accuracy", [0.5, 0.7], 0.8, "random", False),  # worse than a constant answer
+        ("accuracy", [0.5, 0.8], 0.8, "random", False),  # which it may well be
+        ("accuracy", [0.5, 0.81], 0.8, "random", True),
+        ("accuracy", [0.9, 0.9], 0.8, "bank", True),  # the bank's prompt had learned
+        ("accuracy", [0.7, 0.7], 0.8, "bank", False),
+        ("accuracy", [1.0, 1.0], 1.0, "random", True),  # nothing is better
+        ("loss", [2.0, 1.0], None, "random", True),
+        ("loss", [2.0, 2.0], None, "random", False),
+        ("accuracy", [0.5, 0.7], None, "random", None),  # nobody knows the constant answer
+    ],
+)
+def test_the_rule_in_one_table(metric, values, constant, init, learned):
+    from types import SimpleNamespace as Has
+
+    def make(metric, init):
+        settings = Has(metric=metric, prompt=Has(init=init))
+        return Has(trial=Has(settings=settings), reason=None)
+
+    assert judged(make, metric, values, constant, init) is learned
+
+
+def test_manifests_of_before_have_neither_field_and_still_open():
+    assert Metrics.model_validate({"dev_before": 0.5}).dev_constant is None
+    required = json.loads(manifest.manifest_schema())["$defs"]["PromptRecord"]["required"]
+    assert "learned" not in required

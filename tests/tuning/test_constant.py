@@ -1,0 +1,93 @@
+"""What one constant answer scores: as scikit-learn's own constant classifier."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.dummy import DummyClassifier
+from sklearn.metrics import accuracy_score, f1_score
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.corpus.reader import MANIFEST, SplitRef
+from pipeline.corpus.rows import SHARD_SCHEMA, RowStatus
+from pipeline.corpus.task_corpus import TaskCorpus
+from pipeline.tuning import constant
+from pipeline.tuning.constant import constant_scores, most_common
+
+LABELS = st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=60)
+
+
+def letters():
+    vocabulary = {"</s>": 0, "a": 1, "b": 2, "c": 3}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="</s>")), eos_token="</s>"
+    )
+
+
+LETTERS = letters()
+
+
+def write_split(folder, targets, statuses=None):
+    folder.mkdir(exist_ok=True)
+    statuses = statuses or [RowStatus.OK] * len(targets)
+    columns = {
+        "row_id": np.arange(len(targets), dtype=np.uint64) * 1000,
+        "status": [int(status) for status in statuses],
+        "input_ids": [[1]] * len(targets),
+        "target_ids": [[LETTERS.convert_tokens_to_ids(target), LETTERS.eos_token_id] for target in targets],
+        "target": targets,
+    }
+    table = pa.table({field.name: pa.array(columns[field.name], field.type) for field in SHARD_SCHEMA})
+    pq.write_table(table, folder / "0.parquet")
+    size = (folder / "0.parquet").stat().st_size
+    (folder / MANIFEST).write_text(json.dumps({"files": {"0.parquet": size}}))
+    return SplitRef(str(folder))
+
+
+def corpus_of(folder, **splits):
+    refs = {name: write_split(folder / name, targets) for name, targets in splits.items()}
+    return TaskCorpus("t", refs, None, None, {}, "d")
+
+
+@settings(max_examples=60, deadline=None)
+@given(LABELS, LABELS, LABELS)
+def test_it_is_what_scikit_learns_most_frequent_classifier_scores(tmp_path_factory, train, dev, test):
+    corpus = corpus_of(tmp_path_factory.mktemp("t"), train=train, dev=dev, test=test)
+    dummy = DummyClassifier(strategy="most_frequent").fit(np.zeros((len(train), 1)), train)
+    for split, wanted in (("dev", dev), ("test", test)):
+        said = dummy.predict(np.zeros((len(wanted), 1)))
+        accuracy = accuracy_score(wanted, said)
+        macro = f1_score(wanted, said, average="macro", zero_division=0.0)
+        for metric, expected in (
+            ("accuracy", accuracy),
+            ("exact_match", accuracy),
+            ("rouge_l", accuracy),
+            ("f1", macro),
+        ):
+            assert constant_scores(corpus, metric, 500, LETTERS)[split] == pytest.approx(expected), metric
+
+
+def test_it_is_scored_on_the_rows_that_an_evaluation_uses_and_for_loss_there_is_none(tmp_path):
+    corpus = corpus_of(tmp_path, train=["a", "a", "b"], dev=["a", "b", "b", "b"])
+    assert constant_scores(corpus, "accuracy", 2, LETTERS) == {"dev": 0.5}
+    assert constant_scores(corpus, "loss", 2, LETTERS) == {}
+
+
+def test_rows_that_are_not_used_are_not_counted_and_lost_shards_stop_nothing(tmp_path):
+    corpus = corpus_of(tmp_path, train=["a"], dev=["a"])
+    write_split(tmp_path / "train", ["b", "b", "a"], [RowStatus.EMPTY, RowStatus.EMPTY, RowStatus.OK])
+    assert constant_scores(corpus, "accuracy", 9, LETTERS) == {"dev": 1.0}
+    (tmp_path / "train" / "0.parquet").unlink()
+    assert constant_scores(corpus, "accuracy", 9, LETTERS) == {}
+
+
+def test_memory_stays_bounded_over_free_texts_and_a_frequent_one_is_still_found(monkeypatch):
+    monkeypatch.setattr(constant, "_MOST_COUNTED", 10)
+    texts = [text for i in range(500) for text in (f"free {i}", "often")]
+    assert most_common(Counter([text]).popitem() for text in texts) == "often"
