@@ -20,6 +20,7 @@ from pipeline.errors import SettingsError, StorageError, TuningError
 from pipeline.full_weights.on_rank import TrainingPlace
 from pipeline.reporting.events import EventLog, telling_why
 from pipeline.reporting.progress import follow
+from pipeline.run.lease import run_lease
 from pipeline.run.patience import patiently
 from pipeline.run.stages import make_folder_of
 from pipeline.settings import AdaptationSettings
@@ -53,6 +54,7 @@ def run_adaptation(checked: CheckedAdaptation, console: Console) -> Adapted:
     folder = make_folder_of(settings.run)
     events = folder / "events.jsonl"
     with (
+        run_lease(folder, settings.run.name),
         EventLog(events) as log,
         telling_why(log),
         ray_on_demand(settings.cluster) as connect,
