@@ -126,9 +126,8 @@ def test_a_holder_stopped_for_too_long_takes_its_lease_anew_if_nobody_else_did(t
 
 
 def test_a_second_start_of_a_run_leaves_with_a_sentence_that_says_who_runs_it(tmp_path):
-    with run_lease(tmp_path, "small"):
-        with pytest.raises(LeaseError) as caught, run_lease(tmp_path, "small"):
-            pass
+    with run_lease(tmp_path, "small"), pytest.raises(LeaseError) as caught, run_lease(tmp_path, "small"):
+        pass
     said = f"run 'small' (process {os.getpid()} on {socket.gethostname()}, since "
     assert str(caught.value).startswith(said) and str(caught.value).endswith("give this start another run.name")
 
