@@ -105,7 +105,7 @@ def _with_override(raw: dict[str, Any], override: str, spelt: Spelt) -> tuple[di
     result = dict(raw)
     node = result
     before, sweep, swept = key.partition(".sweep.")  # whose own keys are dotted: prompt.length
-    place: Place = (*before.split("."), "sweep", swept) if sweep else tuple(key.split("."))
+    place: tuple[str, ...] = (*before.split("."), "sweep", swept) if sweep else tuple(key.split("."))
     *parents, leaf = place
     for parent in parents:
         child = node.get(parent)
