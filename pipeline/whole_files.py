@@ -44,7 +44,10 @@ def _reach_disk(path: Path) -> None:
 
 def why_no_folder(folder: Path) -> str | None:
     """Why a folder can neither be written nor made; None where it can. Nothing is left behind by looking."""
-    there = next(place for place in (folder, *folder.parents) if place.exists())
+    try:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+    except (OSError, ValueError) as error:  # a name that is too long, or holds what no name may
+        return f"it can be no folder ({getattr(error, 'strerror', None) or error})"
     if not there.is_dir():
         return f"{there} is no folder"
     try:

@@ -1,5 +1,6 @@
 """What every group of settings is: frozen, without unknown keys, its keys explained below themselves."""
 
+import os
 from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -17,7 +18,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """As much as torch takes."""
 
 
-def without_credentials(value: str | list[str]) -> str | list[str]:
+def _fit_to_be_written_down(value: str | list[str]) -> str | list[str]:
     # pydantic puts no input into this message, and neither do we.
     if any(map(holds_credentials, [value] if isinstance(value, str) else value)):
         raise ValueError(
@@ -25,11 +26,15 @@ def without_credentials(value: str | list[str]) -> str | list[str]:
             "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_KEY, "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)"
         )
+    for address in [value] if isinstance(value, str) else value:
+        longest = max(len(os.fsencode(part)) for part in address.split("/")) if "\0" not in address else 0
+        if "\0" in address or ("://" not in address and (longest > 255 or len(address) > 4000)):
+            raise ValueError("it is longer than any file's name, or holds a zero byte; give a path or an address")
     return value
 
 
-Address = Annotated[str, AfterValidator(without_credentials)]
-Paths = Annotated[str | list[str], AfterValidator(without_credentials)]
+Address = Annotated[str, AfterValidator(_fit_to_be_written_down)]
+Paths = Annotated[str | list[str], AfterValidator(_fit_to_be_written_down)]
 
 
 class Frozen(BaseModel):
