@@ -9,7 +9,8 @@ LM adaptation (Lester et al. 2021, section 3.2) with the objective `prefix_lm`, 
 `<run.storage>/<run.name>/models/step-…`, to be named as `model.path` of jobs/tune_prompts.py. Started again with the
 same run name, it goes on where it was stopped. Settings: docs/adaptation.md.
 
-Exit codes: 0 done, 2 bad input, 5 interrupted by lost workers, a full disk, SIGTERM or Ctrl-C (start again to resume).
+Exit codes: 0 done, 2 bad input, 5 interrupted by lost workers, a full disk, SIGTERM or Ctrl-C (start again to resume),
+7 another start of the same run is under way.
 """
 
 import os

@@ -11,7 +11,8 @@ The settings file is that of jobs/tune_prompts.py, sweeps included; the block `c
 them; the bank that the settings name is only read. Started again with the same run name, it goes on where it stopped.
 
 Exit codes: 0 all was compared, 2 bad input, 3 some tasks, trials or adapters failed (the report says which),
-5 interrupted by lost workers, a full disk, SIGTERM or Ctrl-C (start again to resume), 1 a defect of ours.
+5 interrupted by lost workers, a full disk, SIGTERM or Ctrl-C (start again to resume), 7 another start
+of the same comparison is under way, 1 a defect of ours.
 """
 
 import os
@@ -64,7 +65,7 @@ def _run(settings: Settings, console: Console, plan_only: bool) -> int:
     from pipeline.comparison.summary import print_summary
     from pipeline.run.checks import check_run
 
-    checked = check_run(compared_settings(settings))
+    checked = check_run(compared_settings(settings), publishes=False)
     check_model(checked)
     if plan_only:
         print_compared(checked, console)

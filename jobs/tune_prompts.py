@@ -6,7 +6,8 @@
 
 Without --config it runs the quickstart. Started again with the same run name, it goes on where it
 was stopped. Exit codes: 0 every prompt published, 2 bad input, 3 some published, 4 none published,
-5 interrupted by lost workers, a full disk, SIGTERM or Ctrl-C (start again to resume).
+5 interrupted by lost workers, a full disk, SIGTERM or Ctrl-C (start again to resume),
+7 another start of the same run is under way (nothing was touched).
 """
 
 import os

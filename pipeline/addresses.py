@@ -2,17 +2,25 @@
 
 import re
 
-_USER = re.compile(r"(?<=://)[^/?#@\s]*:[^@?#\s]*(?=@)")
+# A user before a host is no secret by itself (`abfs://container@account`), but these schemes have no other use for one.
+_USER = re.compile(
+    r"(?<=://)[^/?#@\s]*:[^@?#\s]*(?=@)|(?:(?<=https://)|(?<=http://)|(?<=s3://)|(?<=gs://))[^/?#@\s]+(?=@)"
+)
+_NAMES = (
+    r"[\w.%-]*(?:secret|token|passw|passphrase|signature|credential|bearer|"
+    r"(?:access|account|api|auth|private|shared|subscription)[_.-]?key)[\w.%-]*"
+)
 _QUERY = re.compile(
-    r"(?<=[?&])([\w.-]*(?:secret|token|password|passwd|signature|credential|access_?key)[\w.-]*|sig|sas)=[^&\s]*", re.I
+    rf"(?<![^?&#;])({_NAMES})=[^&\s]*|(?<=[?&#])(sig|sas|key|auth|authorization|jwt|pwd|pass)=[^&\s]*", re.I
 )
 
 
 def holds_credentials(uri: str) -> bool:
-    """Whether a URI holds a password (`s3://key:secret@bucket`) or a query that looks like one (`?sig=…`)."""
+    """Whether a URI holds a password (`s3://key:secret@bucket`), a token in a user's place (`https://token@host`), or a
+    query or connection string that looks like one (`?sig=…`, `;AccountKey=…`)."""
     return bool(_USER.search(uri) or _QUERY.search(uri))
 
 
 def hide_credentials(text: str) -> str:
     """The same text with such parts of the URIs in it replaced by `***`."""
-    return _QUERY.sub(r"\1=***", _USER.sub("***", text))
+    return _QUERY.sub(lambda found: f"{found[1] or found[2]}=***", _USER.sub("***", text))

@@ -34,7 +34,7 @@ class UnreachableError(StorageError):
 
 
 class LeaseError(PromptBankError, RuntimeError):
-    """Another night of the same run holds its lease, or has taken it over."""
+    """Another start of the same run or night holds its lease, or has taken it over."""
 
 
 class TuningError(PromptBankError, RuntimeError):

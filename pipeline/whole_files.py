@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -39,6 +40,21 @@ def _reach_disk(path: Path) -> None:
         os.fsync(file)
     finally:
         os.close(file)
+
+
+def why_no_folder(folder: Path) -> str | None:
+    """Why a folder can neither be written nor made; None where it can. Nothing is left behind by looking."""
+    try:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+    except (OSError, ValueError) as error:  # a name that is too long, or holds what no name may
+        return f"it can be no folder ({getattr(error, 'strerror', None) or error})"
+    if not there.is_dir():
+        return f"{there} is no folder"
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return None
+    except OSError as error:
+        return f"nothing can be written in {there} ({error.strerror})"
 
 
 def temporaries(folder: Path) -> list[Path]:

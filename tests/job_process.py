@@ -101,7 +101,7 @@ def assert_no_temporary_files(project: Path) -> None:
     """A run that ended leaves its results and nothing half-written."""
     run_folder = project / "runs" / "small"
     known = {"events.jsonl", "metrics", "trials.json", "checkpoints", "model", "report.html"}
-    assert {path.name for path in run_folder.iterdir()} - {"warm_starts", "hangs"} <= known
+    assert {path.name for path in run_folder.iterdir()} - {"warm_starts", "hangs", "lease"} <= known
     hidden = [path for folder in (project / "runs", project / "bank") for path in folder.rglob(".*")]
     assert not hidden, hidden
 

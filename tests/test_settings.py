@@ -3,13 +3,22 @@
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import jsonschema
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from pipeline.errors import SettingsError
-from pipeline.settings import Settings, load_settings, parse_settings, settings_schema
+from pipeline.settings import (
+    Settings,
+    load_adaptation,
+    load_joined,
+    load_settings,
+    parse_settings,
+    settings_schema,
+)
 
 CONFIGS = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("*.yaml"))
 
@@ -238,3 +247,112 @@ def test_a_settings_file_cannot_run_code(tmp_path):
     with pytest.raises(SettingsError):
         load_settings(path)
     assert not Path("ran").exists()
+
+
+BASE = "model: {path: m}\ndefaults: {dev_fraction: 0.1}\ntasks:\n  a: {train: x}\n"
+SLIPS = [
+    ("  a: {train: y}", "line 5: the key 'a' is there twice (line 4); keep one"),
+    ("  b: {train: y, prompt: {length: 3, 'length': 4}}", "the key 'length' is there twice"),
+    ("  no: {train: y}", 'the key no, which YAML reads as false, is no text; put it in quotes: "no"'),
+    ("  2026-02-20: {train: y}", 'put it in quotes: "2026-02-20"'),
+    ("  2024: {train: y}", 'put it in quotes: "2024"'),
+    ("  b: {train: y, labels: [off, good]}", "'tasks.b.labels.0': off is no text to YAML; put it in quotes"),
+    ("  b: {train: y, labels: [good, 010]}", 'put it in quotes: "010"'),
+    ("  b: {train: y, labels: [12:30, ~]}", 'put it in quotes: "12:30"'),
+    ("  b: {train: y, labels: [null, good]}", 'put it in quotes: "null"'),
+    ("run: {name: 2026-02-20}", """'run.name': 2026-02-20 is no text to YAML; put it in quotes: "2026-02-20\""""),
+    ("run: {name: 2026-02-30}", "line 5: 2026-02-30 looks like a date and is not a valid one"),
+    ("run: " + "[" * 3000 + "]" * 3000, "nested more than 50 levels deep"),
+    ("run: &run [*run]", "nested more than 50 levels deep"),
+    ("run: {seed: " + "9" * 5000 + "}", "(5,000 characters) looks like an integer and is not a valid one"),
+    ("run: {seed: 0x" + "f" * 20000 + "}", "is an integer too large for any setting"),
+    ("run: !!bool perhaps", "perhaps looks like a yes or no"),
+    ("x: [&a [1,2,3,4,5,6,7,8,9,0], " + ", ".join(
+        f"&{chr(98 + n)} [{', '.join([f'*{chr(97 + n)}'] * 10)}]" for n in range(9)) + "]", "more than 100,000 values"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "sentence"), SLIPS, ids=[line[:30] for line, _ in SLIPS])
+def test_what_yaml_reads_otherwise_than_it_was_meant_is_one_sentence_that_shows_the_mend(tmp_path, line, sentence):
+    path = tmp_path / "my.yaml"
+    path.write_text(f"{BASE}{line}\n")
+    with pytest.raises(SettingsError) as caught:
+        load_settings(path)
+    first = str(caught.value).splitlines()[0]
+    assert first.startswith(f"{path}: ") and sentence in first and len(first) < len(str(path)) + 300
+
+
+@pytest.mark.parametrize(
+    "override", ["tasks.a.labels=[no, good]", "run={name: a, name: b}", "run.name=2026-02-31", "run.name=no"]
+)
+def test_an_overrides_value_is_read_as_strictly(raw, override):
+    with pytest.raises(SettingsError, match=r"quotes|there twice"):
+        parse_settings(raw, [override])
+
+
+@pytest.mark.parametrize("load", [load_adaptation, load_joined])
+def test_every_job_reads_its_file_as_strictly(tmp_path, load):
+    path = tmp_path / "my.yaml"
+    for text, sentence in (("a: 1\na: 2", "there twice"), ("no: 1", "quotes"), ("a: 2026-02-30", "a date")):
+        path.write_text(text)
+        with pytest.raises(SettingsError, match=sentence):
+            load(path)
+
+
+def test_a_merged_mapping_may_be_changed_key_by_key_and_a_models_configuration_may_have_numbers_for_keys(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text(f"{BASE}  b: &b {{train: y, batch_size: 3}}\n  c: {{<<: *b, train: z}}\n  d: {{<<: *b, seed: 1}}\n")
+    tasks = load_settings(path).tasks
+    assert (tasks["c"].train, tasks["c"].batch_size, tasks["b"].train, tasks["d"].train) == ("z", 3, "y", "y")
+    path.write_text("model: {config: {id2label: {0: a}}, tokenizer: t}\ncorpus: {train: x}\nsteps: 1\n")
+    assert load_adaptation(path).model.config == {"id2label": {0: "a"}}
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "tasks.a.labels=[]",
+        "tasks.a.labels=[a, a]",
+        "tasks.a.labels=[a]",
+        f"model.path={'x' * 300}",
+        f"bank.uri={'x' * 300}",
+        f"tasks.a.train={'x' * 300}",
+        "run.seed=1.0e+30",
+        "run.seed=1e30",
+        "tasks.a.seed=18446744073709551616",
+        "tasks.a.sweep={optimizer.lr: [.inf]}",
+        "cluster.num_workers=100000",
+        "cluster.tokens_per_microbatch=1000000000000",
+        "refresh.wait_for_lease=.nan",
+        "refresh.lease_expiry=.inf",
+        "refresh.margin=.nan",
+        "tasks.a.batch_size=yes",
+        "compare.lora={rank: 10000000000}",
+        "tasks.a.optimizer.lr=.inf",
+    ],
+)
+def test_a_value_that_no_run_could_have_is_refused(raw, override):
+    with pytest.raises(SettingsError) as caught:
+        parse_settings(raw, [override])
+    assert len(str(caught.value).splitlines()) == 1 and override.partition("=")[0].split(".")[-1] in str(caught.value)
+
+
+def _numbers(model, place=()):
+    """(place, annotation, default) of every number of the settings."""
+    for name, known in model.model_fields.items():
+        kinds = [known.annotation, *get_args(known.annotation)]
+        if {int, float} & set(kinds):
+            yield (*place, name)
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _numbers(kind, (*place, name))
+
+
+@pytest.mark.parametrize("place", sorted(set(_numbers(Settings))), ids=".".join)
+@pytest.mark.parametrize("value", ["-.inf", ".nan", "-1", "true", f"{10**30}"])
+def test_no_number_of_the_settings_takes_what_is_none_or_beyond_all_bounds(raw, place, value):
+    unbounded = {"weight_decay", "margin", "clip_norm", "lr", "price_per_rank_hour", "wait_for_lease"}
+    if value == f"{10**30}" and place[-1] in unbounded:
+        pytest.skip("a large one is no mistake that could be told")
+    with pytest.raises(SettingsError, match=place[-1]):
+        parse_settings(raw, [f"{'.'.join(place)}={value}"])

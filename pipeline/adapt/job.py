@@ -20,6 +20,8 @@ from pipeline.errors import SettingsError, StorageError, TuningError
 from pipeline.full_weights.on_rank import TrainingPlace
 from pipeline.reporting.events import EventLog, telling_why
 from pipeline.reporting.progress import follow
+from pipeline.run.checks import check_storage
+from pipeline.run.lease import run_lease
 from pipeline.run.patience import patiently
 from pipeline.run.stages import make_folder_of
 from pipeline.settings import AdaptationSettings
@@ -41,6 +43,7 @@ class CheckedAdaptation:
 
 def check_adaptation(settings: AdaptationSettings) -> CheckedAdaptation:
     """Look at the model and the corpus; nothing is written. Raises: the PromptBankError that stops the run."""
+    check_storage(settings.run)
     return CheckedAdaptation(settings, open_start(settings, None), check_text(settings.corpus))
 
 
@@ -53,6 +56,7 @@ def run_adaptation(checked: CheckedAdaptation, console: Console) -> Adapted:
     folder = make_folder_of(settings.run)
     events = folder / "events.jsonl"
     with (
+        run_lease(folder, settings.run.name),
         EventLog(events) as log,
         telling_why(log),
         ray_on_demand(settings.cluster) as connect,

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from pipeline.addresses import hide_credentials
+from pipeline.addresses import hide_credentials, holds_credentials
 from pipeline.bank.content import Bytes
 from pipeline.bank.store import Entry, Missing, check_key
 from pipeline.errors import BankError, StorageError, UnreachableError
@@ -84,6 +84,8 @@ def open_object_store(uri: str) -> "ObjectStore":
         value = os.environ.get(name)
         if value and not value.startswith(("http://", "https://")):
             raise BankError(f"{name} is {hide_credentials(value)!r}, and must begin with https:// or http://")
+    if holds_credentials(uri):
+        raise _refused(uri, "it holds a password, or what looks like one")
     if not _ADDRESS.fullmatch(uri):
         raise _refused(uri, "a part of it is missing, or it holds '..', '%', '?', '#' or ':'")
     allow_http = any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in _ALLOW_HTTP)

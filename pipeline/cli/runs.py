@@ -78,7 +78,12 @@ def list_runs(storage: Storage = Path("./runs"), as_json: AsJson = False) -> Non
     promptbank runs ls --storage /shared/runs --json
     """
     now = time.time()
-    found = [read_run(folder, str(folder.relative_to(storage))) for folder in _known_runs(storage)]
+    found = []
+    for folder in _known_runs(storage):
+        try:
+            found.append(read_run(folder, str(folder.relative_to(storage))))
+        except StorageError as error:  # of one run; the others are shown
+            output.write_error(str(error))
     found.sort(key=lambda run: run.pace.last or 0.0, reverse=True)
     if as_json:
         output.write_json({"storage": str(storage), "runs": [run_document(run, now) for run in found]})

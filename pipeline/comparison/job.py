@@ -29,6 +29,7 @@ from pipeline.comparison.study import Study
 from pipeline.errors import PromptBankError
 from pipeline.reporting.events import EventLog, telling_why
 from pipeline.run.checks import CheckedRun
+from pipeline.run.lease import run_lease
 from pipeline.run.publishing import library_versions
 from pipeline.run.stages import make_run_folder, prepare_corpora, save_model_description
 from pipeline.run.tracking import followed
@@ -64,6 +65,7 @@ def run_comparison(checked: CheckedRun, console: Console) -> Outcome:
     settings, started = checked.settings, time.time()
     folder = make_run_folder(settings)
     with (
+        run_lease(folder, settings.run.name) as lease,
         EventLog(folder / "events.jsonl") as log,
         telling_why(log),
         ray_on_demand(settings.cluster) as connect,
@@ -80,6 +82,7 @@ def run_comparison(checked: CheckedRun, console: Console) -> Outcome:
         _write_choices(folder / "chosen.json", chosen)
         answers = _look_at_test_rows(study, made, chosen)
         results = _results(study, groups, chosen, answers, made, refused, started)
+        lease.check()
         write_results(folder / "results.json", results)
         write_atomically(folder / "report.md", to_markdown(results).encode())
         write_atomically(folder / "report.html", render(results).encode())

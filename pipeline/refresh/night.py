@@ -15,7 +15,6 @@ from pipeline.errors import LeaseError, SettingsError, StorageError
 from pipeline.refresh.chronicle import Chronicle
 from pipeline.refresh.conditions import check_conditions
 from pipeline.refresh.exits import exit_of, verdict
-from pipeline.refresh.lease import Lease, held
 from pipeline.refresh.look import Look, look
 from pipeline.refresh.outcomes import Outcome, decide, planned_record
 from pipeline.refresh.record import NightRecord, read_record
@@ -25,6 +24,7 @@ from pipeline.reporting.html.from_record import night_of_record
 from pipeline.reporting.progress import follow
 from pipeline.run.bank import open_bank, readable_bank
 from pipeline.run.checks import CheckedRun, check_run
+from pipeline.run.lease import Lease, held
 from pipeline.run.page import leave_page
 from pipeline.run.patience import patiently
 from pipeline.run.publishing import library_versions

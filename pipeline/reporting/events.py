@@ -115,12 +115,47 @@ class EventTail:
 
 
 def parse_event(line: bytes) -> Event | None:
-    """None for a line that holds no event."""
+    """None for a line that holds no event, as after a damage to the file."""
     try:
         event = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return event if isinstance(event, dict) and "event" in event else None
+    return event if isinstance(event, dict) and isinstance(event.get("event"), str) and _is_sound(event) else None
+
+
+_NUMBERS = ("time", "step", "tokens_per_second", "value", "loss", "max_steps", "version", "exit")
+_TEXTS = ("trial", "task", "name", "text", "reason", "status", "metric", "run")
+_LAST_MOMENT = 10**11
+"""Unix seconds, in the year 5138; no step, version or exit code is as large, either."""
+
+
+def _is_sound(record: dict[str, Any]) -> bool:
+    """Whether the fields that are read later are of their kinds; absent ones and null are."""
+    if not all(record.get(key) is None or isinstance(record[key], str) for key in _TEXTS):
+        return False
+    for key in _NUMBERS:
+        value = record.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
+            return False
+        if key not in ("value", "loss", "tokens_per_second") and not -_LAST_MOMENT < value < _LAST_MOMENT:
+            return False
+    trials = record.get("trials") or []
+    if record.get("event") == "launch":
+        return isinstance(trials, list) and all(
+            isinstance(trial, dict) and isinstance(trial.get("trial"), str) and _is_sound(trial) for trial in trials
+        )
+    if record.get("event") in ("step", "resume") and trials:
+        return isinstance(trials, dict) and all(isinstance(t, dict) and _is_sound(t) for t in trials.values())
+    return True
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def finite(value: Any) -> Any:

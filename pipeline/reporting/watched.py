@@ -54,7 +54,7 @@ def find_runs(storage: Path) -> list[Path]:
         files = [*storage.glob("*/events.jsonl"), *storage.glob("*/*/events.jsonl")]
     except OSError as error:
         raise StorageError(f"cannot list the runs in {storage}: {error.strerror}") from error
-    return sorted(file.parent for file in files)
+    return sorted(file.parent for file in files if file.is_file())
 
 
 def read_run(folder: Path, name: str) -> WatchedRun:

@@ -29,7 +29,8 @@ from pipeline.corpus.encoding import without_embedding
 from pipeline.corpus.task_corpus import TaskPlan, check_task
 from pipeline.errors import BankError, PromptBankError, SettingsError, StorageError
 from pipeline.run.bank import open_bank
-from pipeline.settings import Settings, TaskSettings
+from pipeline.settings import RunSettings, Settings, TaskSettings
+from pipeline.whole_files import why_no_folder
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,15 @@ class CheckedRun:
         return architecture_of(self.config)
 
 
-def check_run(settings: Settings, new_backbone: bool = False) -> CheckedRun:
+def check_run(settings: Settings, new_backbone: bool = False, publishes: bool = True) -> CheckedRun:
     """Look at files, columns, templates, the model folder and the bank, which may belong to a `new_backbone`'s past.
+
+    publishes: to the bank that the settings name, which must then be one that can be written.
 
     Raises: the first PromptBankError that stops the run, or one that lists every task's mistake.
     """
+    check_storage(settings.run)
+    _check_bank(settings.bank.uri, publishes)
     files = find_model(settings.model.path)
     config, tokenizer = read_config(files), read_tokenizer(files)
     check_eos(files.name, config, tokenizer)
@@ -89,6 +94,24 @@ def check_run(settings: Settings, new_backbone: bool = False) -> CheckedRun:
     parts = 1 if cluster.partition == "never" else cluster.num_workers
     memory = estimate_memory(config, int8, dtype, parts, cluster.tokens_per_microbatch, weights)
     return CheckedRun(settings, files, config, tokenizer, identity, memory, plans, refused)
+
+
+def check_storage(run: RunSettings) -> None:
+    """Raises: StorageError when the run's folder can neither be written nor made."""
+    if "://" in run.storage:
+        raise StorageError(f"run.storage {run.storage}: must be a folder that every node sees, not a URI")
+    reason = why_no_folder(Path(run.storage).expanduser().resolve() / run.name)
+    if reason is not None:
+        raise StorageError(f"run.storage {run.storage}: {reason}; name a folder that every node can write")
+
+
+def _check_bank(uri: str, publishes: bool) -> None:
+    folder = Path(uri).expanduser().resolve()
+    if "://" in uri or (not publishes and (folder.is_dir() or not folder.exists())):
+        return
+    reason = why_no_folder(folder)
+    if reason is not None:
+        raise StorageError(f"bank.uri {uri}: {reason}; name a folder that can be written, or an object store")
 
 
 def refuse_or_skip(settings: Settings, refused: Mapping[str, PromptBankError]) -> None:

@@ -11,6 +11,7 @@ from pipeline.errors import PromptBankError, TuningError
 from pipeline.reporting.events import EventLog, telling_why
 from pipeline.reporting.table import TrialResult
 from pipeline.run.checks import CheckedRun
+from pipeline.run.lease import run_lease
 from pipeline.run.page import leave_page
 from pipeline.run.patience import patiently
 from pipeline.run.publishing import publish_prompts
@@ -39,6 +40,7 @@ class Exit(IntEnum):
     SOME_PUBLISHED = 3
     NONE_PUBLISHED = 4
     INTERRUPTED = 5
+    UNDER_WAY = 7
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
     settings = checked.settings
     folder = make_run_folder(settings)
     with (
+        run_lease(folder, settings.run.name) as lease,
         EventLog(folder / "events.jsonl") as log,
         telling_why(log),
         ray_on_demand(settings.cluster) as connect,
@@ -85,6 +88,7 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
         log.write("stage", name="publish", text=f"to {settings.bank.uri}")
         entries = choose(states, corpora, checked.tokenizer, settings.bank.not_learned == "withhold")
         write_trials(folder / "trials.json", entries)
+        lease.check()  # the last moment: a start that took over, while this one was stopped, may publish
         publish = partial(publish_prompts, settings, checked.identity, entries, corpora)
         version = patiently(publish, "publish", log)
         left_out = [_refused_result(settings, *item) for item in refused.items()]

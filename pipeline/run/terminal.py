@@ -8,15 +8,18 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from pipeline.errors import PromptBankError, StorageError, TuningError
+from pipeline.errors import LeaseError, PromptBankError, StorageError, TuningError
 from pipeline.run.supervision import INTERRUPTED
 from pipeline.settings import Settings
 
 BAD_INPUT = 2
+UNDER_WAY = 7
 
 
 def exit_code_of(error: PromptBankError) -> int:
-    """5 for what may go well when it is started again, 2 for what a person must mend."""
+    """5 for what may go well when it is started again, 7 for what another start does already, 2 for a person's."""
+    if isinstance(error, LeaseError):
+        return UNDER_WAY
     return INTERRUPTED if isinstance(error, TuningError | StorageError) else BAD_INPUT
 
 

@@ -4,23 +4,23 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.settings.frozen import Frozen
-from pipeline.settings.models import ClusterSettings, OptimizerSettings, Paths, RunSettings
+from pipeline.settings.frozen import Address, Count, Frozen, Paths
+from pipeline.settings.models import ClusterSettings, OptimizerSettings, RunSettings
 
 
 class AdaptedModelSettings(Frozen):
     """An encoder-decoder: one whose weights are trained further, or a fresh one."""
 
-    path: str | None = None
+    path: Address | None = None
     """The model folder whose weights are trained further."""
     fresh: bool = False
     """Take only the configuration and the tokenizer from `path`; weights are drawn anew, by `run.seed`."""
     config: dict[str, Any] | None = None
     """The configuration of a fresh model, such as `{model_type: t5, d_model: 64, num_layers: 2, …}`; its vocabulary is
     that of `tokenizer`."""
-    tokenizer: str | None = None
+    tokenizer: Address | None = None
     """The folder (or packaged model) whose tokenizer a model by `config` takes."""
-    sentinels: int = Field(100, ge=1)
+    sentinels: int = Field(100, ge=1, le=1_000_000)
     """Sentinel tokens (`<extra_id_0>`, …) that a fresh model's tokenizer has at least; missing ones are added."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and activations; the optimizer works in float32. `auto`: float32 on a CPU, bfloat16 on a GPU."""
@@ -69,11 +69,11 @@ class AdaptationSettings(Frozen):
     cluster: ClusterSettings = ClusterSettings()
     optimizer: OptimizerSettings = OptimizerSettings(lr=1e-3, weight_decay=0.0)
     """Adafactor's rate is relative to the size of each parameter, as T5 was trained."""
-    tokens: int = Field(512, ge=2)
+    tokens: int = Field(512, ge=2, le=10**7)
     """Length of the stretches of text that examples are made of."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, le=10**7)
     """Examples a step, over all ranks."""
-    steps: int = Field(ge=1)
+    steps: Count
     save_at: tuple[int, ...] = ()
     """Steps at which the model is kept as a folder; 0 is the start, and the last step is always kept."""
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from pipeline.settings.frozen import Frozen, Name
+from pipeline.settings.frozen import LARGEST, Count, Frozen, Name
 from pipeline.settings.sweeps import SweptKey
 
 PANEL_KEYS = tuple(key for key in get_args(SweptKey) if key != "seed")
@@ -37,7 +37,7 @@ class HardPromptSettings(Frozen):
 
     zero_shot: bool = True
     """The task's own text, or nothing where it has none, before the row."""
-    shots: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Once] = (4,)
+    shots: Annotated[tuple[Annotated[int, Field(ge=1, le=1_000_000)], ...], Once] = (4,)
     """With so many solved rows of the train split between the text and the row, drawn by the seed."""
     text: dict[Name, str] = Field(default_factory=dict)
     """By task, the words that stand before everything, as you would write them."""
@@ -52,10 +52,10 @@ class TrainingSettings(Frozen):
     """A learning rate, or a list of them: each is a choice, and the best is found on dev."""
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    warmup_steps: int = Field(0, ge=0)
-    batch_size: int | None = Field(None, ge=1)
-    max_steps: int | None = Field(None, ge=1)
-    eval_every: int | None = Field(None, ge=1)
+    warmup_steps: int = Field(0, ge=0, le=LARGEST)
+    batch_size: int | None = Field(None, ge=1, le=10**7)
+    max_steps: Count | None = None
+    eval_every: Count | None = None
     tasks: tuple[Name, ...] | None = None
     """Only these; null: every task."""
 
@@ -64,8 +64,8 @@ class LoraSettings(TrainingSettings):
     """Low-rank adapters (Hu et al. 2021) of the model in float, by PEFT."""
 
     lr: Rates = (1e-3,)
-    rank: int = Field(8, ge=1)
-    alpha: int = Field(16, ge=1)
+    rank: int = Field(8, ge=1, le=1_000_000)
+    alpha: Count = 16
     """The adapters' product is scaled by `alpha / rank`."""
     targets: tuple[str, ...] | Literal["all-linear"] | None = None
     """Names of the layers that get an adapter; null: PEFT's own choice for the model's family."""
@@ -76,7 +76,7 @@ class FineTuningSettings(TrainingSettings):
 
     lr: Rates = (3e-5,)
     optimizer: Literal["adamw", "adafactor"] = "adamw"
-    checkpoint_every: int = Field(500, ge=1)
+    checkpoint_every: Count = 500
     """Steps between checkpoints; one takes as much room as the weights and their optimizer."""
     keep_models: bool = False
     """Whether the tuned models stay in the run's folder when they have answered; each is as large as the model."""
@@ -97,7 +97,7 @@ class CompareSettings(Frozen):
 
     seeds: int = Field(3, ge=1, le=100)
     """Seeds 0 to n - 1 of every method; of prompts where neither a task nor its sweep names a seed."""
-    test_rows: int | None = Field(None, ge=1)
+    test_rows: Count | None = None
     """Test rows that are answered at most, a fixed random subset; null: all. Dev rows are `eval_rows`, as in tuning."""
     hard_prompts: HardPromptSettings | None = HardPromptSettings()
     lora: LoraSettings | None = None

@@ -8,13 +8,11 @@ from pydantic import (
     BeforeValidator,
     Field,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
-from pipeline.addresses import holds_credentials
 from pipeline.settings.comparing import CompareSettings, parts
-from pipeline.settings.frozen import Frozen, Name
+from pipeline.settings.frozen import LARGEST, Address, Count, Frozen, Name, Paths, Seed, Tokens
 from pipeline.settings.sweeps import (
     MOST_TRIALS,
     SweptKey,
@@ -30,33 +28,25 @@ Sweep = Annotated[
     dict[SweptKey, Annotated[list[Any], Field(min_length=1)]],
     BeforeValidator(spelled_out, json_schema_input_type=WrittenSweep),
 ]
-Paths = str | list[str]
 
 
-def _without_credentials(value: Paths | None) -> Paths | None:
-    # pydantic puts no input into this message, and neither do we.
-    if any(map(holds_credentials, [value] if isinstance(value, str) else value or [])):
-        raise ValueError(
-            "the address holds a password, which would end up in logs; take it out, and set it in the environment "
-            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_KEY, "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)"
-        )
-    return value
+MOST_SECONDS = 10**9
+"""Some thirty years."""
 
 
 class RunSettings(Frozen):
     name: Name = "prompts"
     """The run's folder under `storage`; the same name again resumes it."""
-    storage: str = "./runs"
+    storage: Address = "./runs"
     """A folder that every node sees. All resumable state of the job lives here."""
-    seed: int = Field(0, ge=0)
-    max_live_trials: int = Field(64, ge=1)
+    seed: Seed = 0
+    max_live_trials: int = Field(64, ge=1, le=1_000_000)
     """Trials tuned at the same time; the others wait for a slot."""
-    checkpoint_every: int = Field(25, ge=1)
+    checkpoint_every: Count = 25
     """Steps between checkpoints of the prompts and their optimizers."""
-    max_failures: int = Field(3, ge=0)
+    max_failures: int = Field(3, ge=0, le=1_000_000)
     """How often lost workers are started again before the run gives up."""
-    hang_timeout: float = Field(600.0, gt=0)
+    hang_timeout: float = Field(600.0, gt=0, le=MOST_SECONDS)
     """Seconds after which a rank that shows no sign of life (no layer of the model begins to run) is ended, and all
     start again from the last checkpoint, as after a loss; four times as many while they load. It must be longer than
     the backward pass of `cluster.tokens_per_microbatch` tokens."""
@@ -64,11 +54,9 @@ class RunSettings(Frozen):
     """A task whose corpus cannot be used stops the run before training, or is reported as failed. A nightly refresh
     always goes on with the others."""
 
-    _no_password = field_validator("storage")(_without_credentials)
-
 
 class ModelSettings(Frozen):
-    path: str
+    path: Address
     """A folder, a hub name, a .gguf file, or the name of a packaged model (`smollm2-135m`)."""
     weights: Literal["int8", "full"] = "int8"
     """`int8` quantises every linear layer row by row; `full` keeps the `dtype` below."""
@@ -92,23 +80,23 @@ class ModelSettings(Frozen):
 
 
 class ClusterSettings(Frozen):
-    num_workers: int = Field(1, ge=1)
+    num_workers: int = Field(1, ge=1, le=10_000)
     """Ranks: they share the rows of every step, and the model where it is partitioned."""
     partition: Literal["auto", "always", "never"] = "auto"
     """Whether ZeRO-3 partitions the model over the ranks. `auto` does so unless it takes less than a quarter of every
     rank's free memory: whole on every rank, nothing has to be gathered."""
     use_gpu: bool = False
-    address: str | None = None
+    address: Address | None = None
     """Ray address; without it RAY_ADDRESS is used, and without that a local Ray is started."""
-    cpus_per_worker: int = Field(1, ge=1)
-    tokens_per_microbatch: int = Field(2048, ge=64)
+    cpus_per_worker: int = Field(1, ge=1, le=10_000)
+    tokens_per_microbatch: int = Field(2048, ge=64, le=10**9)
     """Prompt, input and target tokens that one rank runs in one forward pass, padding included."""
     price_per_rank_hour: float | None = Field(None, ge=0)
     """What an hour of a rank costs, in your currency; the report then tells what the run cost."""
 
 
 class PromptSettings(Frozen):
-    length: int = Field(100, ge=1)
+    length: Tokens = 100
     init: Literal["random", "sampled_vocab", "class_labels", "text", "bank"] = "sampled_vocab"
     text: str | None = None
     """The words to start from, with `init: text`."""
@@ -134,7 +122,7 @@ class OptimizerSettings(Frozen):
     lr: float = Field(0.3, gt=0)
     weight_decay: float = Field(1e-5, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, le=LARGEST)
     clip_norm: float | None = Field(None, gt=0)
     """Largest norm of this prompt's own gradient; without it only Adafactor's update clipping acts."""
 
@@ -142,9 +130,9 @@ class OptimizerSettings(Frozen):
 class HalvingSettings(Frozen):
     """Successive halving (Jamieson & Talwalkar 2016): of a sweep's trials that reach a rung, the best go on."""
 
-    first: int = Field(1, ge=1)
+    first: Count = 1
     """Evaluations of a trial before the first rung; each rung after it is `factor` times as far."""
-    factor: int = Field(3, ge=2)
+    factor: int = Field(3, ge=2, le=LARGEST)
     """One in so many goes on from a rung, and at least one."""
 
 
@@ -159,21 +147,21 @@ class TaskDefaults(Frozen):
     """The label set for accuracy and f1; without it, the distinct targets of the train split."""
     prompt: PromptSettings = PromptSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
-    batch_size: int = Field(32, ge=1)
-    max_steps: int = Field(30_000, ge=1)
-    eval_every: int = Field(500, ge=1)
-    patience: int | None = Field(10, ge=1)
+    batch_size: int = Field(32, ge=1, le=10**7)
+    max_steps: Count = 30_000
+    eval_every: Count = 500
+    patience: Count | None = 10
     """Evaluations without a better dev metric after which the trial stops; null never stops early."""
-    eval_rows: int = Field(500, ge=1)
+    eval_rows: Count = 500
     """Dev (and test) rows that an evaluation uses at most: a fixed random subset."""
-    seed: int | None = Field(None, ge=0)
+    seed: Seed | None = None
     """The trial's own seed; without it `run.seed`."""
     dev_fraction: float | None = Field(None, gt=0, lt=1)
     """Share of the train rows held out as dev split, chosen by row content alone."""
     separator: str = " "
     """Put between input and target for decoder-only models."""
-    max_input_tokens: int = Field(256, ge=1)
-    max_target_tokens: int = Field(64, ge=1)
+    max_input_tokens: Tokens = 256
+    max_target_tokens: Tokens = 64
     max_bad_rows: float = Field(0.05, ge=0, le=1)
     """Largest share of null, empty and over-long rows that is dropped without refusing the task."""
     sweep: Sweep | None = None
@@ -213,14 +201,25 @@ class TaskDefaults(Frozen):
             self.trials("")
         return self
 
+    @model_validator(mode="after")
+    def _labels_are_a_choice(self) -> Self:
+        if self.labels is not None:
+            twice = next((label for at, label in enumerate(self.labels) if label in self.labels[:at]), None)
+            if twice is not None:
+                raise ValueError(f"labels: {twice!r} is there twice; give each label once")
+            if len(self.labels) < 2:
+                raise ValueError(
+                    f"labels: {len(self.labels)} label(s) leave nothing to choose from; give two or more, or leave "
+                    "'labels' out to take the targets of the train split"
+                )
+        return self
+
 
 class TaskSettings(TaskDefaults):
     train: Paths
     """Parquet files: a path, folder, glob or object-store URI, or a list of them."""
     dev: Paths | None = None
     test: Paths | None = None
-
-    _no_password = field_validator("train", "dev", "test")(_without_credentials)
 
     @model_validator(mode="after")
     def _one_dev_split(self) -> "TaskSettings":
@@ -230,7 +229,7 @@ class TaskSettings(TaskDefaults):
 
 
 class BankSettings(Frozen):
-    uri: str = "./bank"
+    uri: Address = "./bank"
     """A folder, or an object store such as s3://bucket/prefix."""
     alias: Name = "latest"
     trusted_keys: tuple[str, ...] = ()
@@ -245,23 +244,19 @@ class BankSettings(Frozen):
     signing_key: str | None = None
     """The private key (PEM file) that signs what this run publishes."""
 
-    _no_password = field_validator("uri")(_without_credentials)
-
 
 class TrackingSettings(Frozen):
     """Who else hears how a run is going; none of them can stop it. Ray's metrics tell it always."""
 
     tensorboard: bool = False
     """Scalars for TensorBoard, in the run's folder (`tensorboard/`)."""
-    mlflow: str | None = None
+    mlflow: Address | None = None
     """The URI of an MLflow tracking server, which gets the run's scalars and its end; its password, if it asks for one,
     comes from MLFLOW_TRACKING_PASSWORD."""
     experiment: str = "promptbank"
     """MLflow's name for what the runs belong to."""
     log: Literal["auto", "json"] = "auto"
     """What the job prints while it runs: bars or lines for people, or every event as a line of JSON."""
-
-    _no_password = field_validator("mlflow")(_without_credentials)
 
 
 class RefreshSettings(Frozen):
@@ -279,9 +274,9 @@ class RefreshSettings(Frozen):
     """The alias moves only if at least this share of the tasks that had to be tuned did not fail."""
     canaries: tuple[Name, ...] = ()
     """Tasks none of which may fail or come out worse: else the alias stays where it is."""
-    wait_for_lease: float = Field(0, ge=0)
+    wait_for_lease: float = Field(0, ge=0, allow_inf_nan=True)
     """Seconds that a second night waits for the first of the same `run.name` to end, before it leaves."""
-    lease_expiry: float = Field(60, gt=0)
+    lease_expiry: float = Field(60, gt=0, le=MOST_SECONDS)
     """Seconds without a sign of life after which a night counts as dead, and another may begin."""
 
 

@@ -2,13 +2,13 @@
 
 import difflib
 import json
-import re
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import SettingsError
@@ -16,6 +16,7 @@ from pipeline.settings.adaptation import AdaptationSettings
 from pipeline.settings.joining import JoinSettings
 from pipeline.settings.models import Settings, TaskSettings
 from pipeline.settings.sweeps import spelled_out
+from pipeline.settings.yaml_text import Place, Spelt, quoted, read_yaml_text
 
 Root = TypeVar("Root", bound=BaseModel)
 _TASKS = Settings.model_fields["tasks"].annotation
@@ -26,7 +27,8 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
 
     Raises: SettingsError naming the file, the key and the mend.
     """
-    return parse_settings(read_yaml(path), overrides, origin=str(path))
+    raw, spelt = read_yaml(path)
+    return parse_settings(raw, overrides, str(path), spelt)
 
 
 def load_adaptation(path: str | Path, overrides: Sequence[str] = ()) -> AdaptationSettings:
@@ -41,41 +43,45 @@ def load_joined(path: str | Path) -> JoinSettings:
 
 def _load(model: type[Root], path: str | Path, overrides: Sequence[str] = ()) -> Root:
     """A file whose keys are those of `model`. Raises: SettingsError."""
-    raw = read_yaml(path)
+    raw, spelt = read_yaml(path)
     if not isinstance(raw, dict):
         raise SettingsError(f"{path}: expected a mapping with the keys {', '.join(model.model_fields)}")
     for override in overrides:
-        raw = _with_override(raw, override)
+        raw, spelt = _with_override(raw, override, spelt)
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        sentences = dict.fromkeys(_sentence(detail, model) for detail in error.errors())
+        sentences = dict.fromkeys(_sentence(detail, model, spelt) for detail in error.errors())
         raise SettingsError("\n".join(f"{path}: {sentence}" for sentence in sentences)) from error
 
 
-def read_yaml(path: str | Path) -> Any:
-    """What a settings file holds. Raises: SettingsError."""
+def read_yaml(path: str | Path) -> tuple[Any, Spelt]:
+    """What a settings file holds, and how it is spelt. Raises: SettingsError."""
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(f"cannot read the settings file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} is not valid YAML: {_one_line(error)}") from error
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise SettingsError(f"{path} is not valid YAML: {error}") from error
+        raise SettingsError(f"cannot read the settings file {path}: {getattr(error, 'strerror', error)}") from error
+    return read_yaml_text(text, str(path))
 
 
-def parse_settings(raw: Any, overrides: Sequence[str] = (), origin: str = "settings") -> Settings:
+def parse_settings(
+    raw: Any, overrides: Sequence[str] = (), origin: str = "settings", spelt: Spelt | None = None
+) -> Settings:
     """Validate a settings mapping as read from YAML. Raises: SettingsError."""
+    spelt = spelt or {}
     if not isinstance(raw, dict):
         raise SettingsError(f"{origin}: expected a mapping with the keys {', '.join(Settings.model_fields)}")
     for override in overrides:
-        raw = _with_override(raw, override)
+        raw, spelt = _with_override(raw, override, spelt)
     try:
         return Settings.model_validate(_with_defaults(raw))
     except ValidationError as error:
         details = error.errors()
         in_defaults = {detail["loc"][1:] for detail in details if detail["loc"][:1] == ("defaults",)}
         own = [d for d in details if d["loc"][:1] != ("tasks",) or d["loc"][2:] not in in_defaults]
-        sentences = dict.fromkeys(map(_sentence, own))
+        sentences = dict.fromkeys(map(partial(_sentence, spelt=spelt), own))
         raise SettingsError("\n".join(f"{origin}: {sentence}" for sentence in sentences)) from error
 
 
@@ -92,25 +98,23 @@ def settings_schema() -> str:
     return json.dumps(Settings.model_json_schema(), indent=2) + "\n"
 
 
-def _with_override(raw: dict[str, Any], override: str) -> dict[str, Any]:
+def _with_override(raw: dict[str, Any], override: str, spelt: Spelt) -> tuple[dict[str, Any], Spelt]:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise SettingsError(f"--set {override}: write it as key=value, for example tasks.sst2.max_steps=50")
     result = dict(raw)
     node = result
     before, sweep, swept = key.partition(".sweep.")  # whose own keys are dotted: prompt.length
-    *parents, leaf = [*before.split("."), "sweep", swept] if sweep else key.split(".")
+    place: tuple[str, ...] = (*before.split("."), "sweep", swept) if sweep else tuple(key.split("."))
+    *parents, leaf = place
     for parent in parents:
         child = node.get(parent)
         if child is not None and not isinstance(child, dict):
             raise SettingsError(f"--set {override}: '{parent}' is a value, not a mapping")
         node[parent] = dict(child or {})
         node = node[parent]
-    try:
-        node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise SettingsError(f"--set {override}: the value is not valid YAML: {_one_line(error)}") from error
-    return result
+    node[leaf], new = read_yaml_text(value, f"--set {override}", place)
+    return result, {at: text for at, text in spelt.items() if at[: len(place)] != place} | new
 
 
 def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
@@ -161,8 +165,9 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _sentence(detail: Any, root: Any = Settings) -> str:
-    where = ".".join(str(part) for part in detail["loc"] if part not in ("str", "list[str]", "[key]"))
+def _sentence(detail: Any, root: Any = Settings, spelt: Spelt | None = None) -> str:
+    place = tuple(part for part in detail["loc"] if part not in ("str", "list[str]", "[key]"))
+    where = ".".join(map(str, place))
     message = detail["msg"].removeprefix("Value error, ")
     match detail["type"]:
         case "value_error" if not where:
@@ -172,9 +177,22 @@ def _sentence(detail: Any, root: Any = Settings) -> str:
         case "missing":
             return f"'{where}' is missing"
         case "string_pattern_mismatch":
-            return f"'{where}': {detail['input']!r} may hold only letters, digits, '.', '_' and '-'"
+            return f"'{where}': {_short(detail['input'])!r} may hold only letters, digits, '.', '_' and '-'"
+        case "string_type" if text := _text_meant(detail["input"], place, spelt or {}):
+            return f"'{where}': {_short(text)} is no text to YAML; put it in quotes: {quoted(_short(text))}"
         case _:
             return f"'{where or 'the file'}': {message[:1].lower()}{message[1:]}"
+
+
+def _text_meant(value: Any, place: Place, spelt: Spelt) -> str:
+    """How a value was written that YAML does not take for text; empty where nothing was, or no scalar."""
+    if isinstance(value, bool | int | float | date):
+        return spelt.get(place, str(value))
+    return spelt.get(place, "") if value is None else ""
+
+
+def _short(text: Any) -> str:
+    return str(text) if len(str(text)) <= 200 else f"{str(text)[:60]}…"
 
 
 def _suggestion(loc: tuple[int | str, ...], root: Any) -> str:
@@ -189,7 +207,3 @@ def _suggestion(loc: tuple[int | str, ...], root: Any) -> str:
     known = list(model.model_fields)
     close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else f"; known keys here: {', '.join(known)}"
-
-
-def _one_line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error))

@@ -1,6 +1,7 @@
 """`runs ls`, `show` and `tail`: what the events of runs say to whoever looks from outside."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.reporting.events import EventLog
+from pipeline.cli.run_figures import run_document, run_fields, run_row
+from pipeline.reporting.events import EventLog, EventTail
+from pipeline.reporting.sentences import Narrator
+from pipeline.reporting.watched import read_run
 from tests.cli.conftest import COMMAND, ROOT, environment, start
 
 
@@ -212,3 +216,43 @@ def test_texts_of_a_run_cannot_steer_a_terminal(runs, storage):
     for command in (["show", "evil"], ["tail", "evil", "--no-follow"]):
         stdout = runs(*command)[1]
         assert "\\x1b[2J" in stdout and all(sign.isprintable() or sign == "\n" for sign in stdout)
+
+
+DAMAGED = [
+    b'{"time": "soon", "event": "step", "step": 3}',
+    b'{"time": 1e400, "event": "step", "step": 3}',
+    b'{"time": NaN, "event": "begin"}',
+    b'{"time": 1e300, "event": "begin"}',
+    b'{"time": 5, "event": "step", "step": "many"}',
+    b'{"time": 5, "event": "step", "step": ' + b"9" * 400 + b"}",
+    b'{"time": 5, "event": "step", "step": 3, "trials": [1, 2]}',
+    b'{"time": 5, "event": "step", "step": 3, "trials": {"t0": 5}}',
+    b'{"time": 5, "event": "launch", "trials": [{"task": "t0"}]}',
+    b'{"time": 5, "event": "eval", "trial": ["t0"], "step": 3}',
+    b'{"time": 5, "event": "eval", "trial": "t0", "step": 3, "metric": "loss", "value": "low"}',
+    b'{"time": 5, "event": ["step"]}',
+    b'{"time": 5, "event": "stage", "name": {"a": 1}}',
+    b'{"time": 5, "event": "step", "trials": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    b"\xff\xfe\x00",
+]
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+@pytest.mark.parametrize("line", DAMAGED, ids=[line[:44].decode(errors="replace") for line in DAMAGED])
+def test_a_damaged_line_of_one_run_is_passed_over(storage, line, place):
+    path = storage / "going" / "events.jsonl"
+    whole, told = read_run(path.parent, "going"), path.read_bytes()
+    path.write_bytes(line + b"\n" + told if place == "first" else told + line + b"\n")
+    run, narrator, now = read_run(path.parent, "going"), Narrator(), time.time()
+    assert run == whole or run.state == whole.state
+    run_row(run, now), run_fields(run, now), run_document(run, now)
+    for event in EventTail(path, whole=True).read():
+        narrator.tell(event)
+
+
+def test_a_run_that_cannot_be_read_hides_no_other(runs, storage):
+    (storage / "odd" / "events.jsonl").mkdir(parents=True)
+    (storage / "pipe").mkdir()
+    os.mkfifo(storage / "pipe" / "events.jsonl")
+    code, stdout, _ = runs("ls")
+    assert code == 0 and {"going", "quiet", "over"} <= {line.split(" ")[0] for line in stdout.splitlines()}

@@ -33,6 +33,13 @@ def refused(project, kind, *wanted, overrides=()):
     assert not list(Path(project["bank"]["uri"]).glob("versions/*")), "something was published"
 
 
+@pytest.mark.parametrize("place", ["/proc/x", "/etc/passwd", "/etc/passwd/x"])
+@pytest.mark.parametrize("key", ["run.storage", "bank.uri"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_done(project, key, place):
+    with pytest.raises(StorageError, match=f"{key} {place}: "):
+        check_run(parse_settings(project, [f"{key}={place}"]))
+
+
 def test_a_missing_file_is_named(project):
     project["tasks"]["film"]["train"] = "nowhere/train.parquet"
     refused(project, CorpusError, "task 'film'", "nowhere/train.parquet")

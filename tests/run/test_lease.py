@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,12 +12,12 @@ import time
 import pytest
 
 from pipeline.errors import LeaseError, StorageError
-from pipeline.refresh.lease import held
+from pipeline.run.lease import held, run_lease
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from pipeline.refresh.lease import held
+from pipeline.run.lease import held
 with held(Path(sys.argv[1]), "first", float(sys.argv[2])) as lease:
     print("held", flush=True)
     sys.stdin.readline()
@@ -60,13 +61,47 @@ def test_a_holder_that_lives_keeps_its_lease_for_longer_than_the_expiry(tmp_path
         lease.check()
 
 
-def test_a_dead_nights_lease_expires(tmp_path):
-    process = holder(tmp_path, 1.0)
+def test_a_killed_starts_lease_is_free_at_once_on_the_same_system_also_if_its_number_is_used_again(tmp_path):
+    process = holder(tmp_path, 3600)
     process.kill()
     process.wait()
-    with pytest.raises(LeaseError), held(tmp_path, "second", 1.0):
+    with held(tmp_path, "second", 3600) as lease:
+        lease.check()
+    path = tmp_path / "2.json"
+    reused = {**json.loads(path.read_text()), "pid": os.getpid(), "begun": "1", "released": False}
+    path.write_text(json.dumps(reused))
+    with held(tmp_path, "third", 3600):
         pass
-    with held(tmp_path, "second", 1.0, wait=30) as lease:
+
+
+def elsewhere(folder, ahead: float) -> None:
+    """Make the lease one of another system, renewed so many seconds from now."""
+    (path,) = folder.glob("*.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "system": "another", "released": False}))
+    os.utime(path, (time.time() + ahead, time.time() + ahead))
+
+
+@pytest.mark.parametrize("ahead", [-86400, 0, 86400])
+def test_a_dead_lease_of_another_system_is_free_after_its_expiry_whatever_the_clocks_say(tmp_path, ahead):
+    with held(tmp_path, "first", 60):
+        pass
+    elsewhere(tmp_path, ahead)
+    begun = time.monotonic()
+    with held(tmp_path, "second", 1.0) as lease:
+        assert time.monotonic() - begun > 1.0
+        lease.check()
+
+
+def test_a_clock_that_is_set_loses_no_living_lease(tmp_path, monkeypatch):
+    with held(tmp_path, "first", 3.0) as lease:
+        elsewhere_of = json.loads((tmp_path / "1.json").read_text()) | {"system": "another"}
+        (tmp_path / "1.json").write_text(json.dumps(elsewhere_of))
+        os.utime(tmp_path / "1.json", (time.time() - 100, time.time() - 100))
+        now = time.time
+        monkeypatch.setattr(time, "time", lambda: now() + 100)
+        lease.check()
+        with pytest.raises(LeaseError, match="night 'first'"), held(tmp_path, "second", 3.0):
+            pass
         lease.check()
 
 
@@ -76,17 +111,25 @@ def test_a_holder_stopped_for_longer_than_its_expiry_notices_and_its_taker_is_no
     with held(tmp_path, "second", 0.5, wait=30) as lease:
         process.send_signal(signal.SIGCONT)
         said, _ = process.communicate("look\n", timeout=60)
-        assert "another night (second" in said
+        assert "another start (second" in said
         lease.check()
 
 
-def test_a_holder_stopped_for_too_long_has_lost_its_lease_even_if_nobody_took_it(tmp_path):
+def test_a_holder_stopped_for_too_long_takes_its_lease_anew_if_nobody_else_did(tmp_path):
     process = holder(tmp_path, 0.5)
     process.send_signal(signal.SIGSTOP)
     time.sleep(1.2)
     process.send_signal(signal.SIGCONT)
     said, _ = process.communicate("look\n", timeout=60)
-    assert "no sign of life" in said
+    assert said == "mine\n"
+    assert (tmp_path / "2.json").exists()
+
+
+def test_a_second_start_of_a_run_leaves_with_a_sentence_that_says_who_runs_it(tmp_path):
+    with run_lease(tmp_path, "small"), pytest.raises(LeaseError) as caught, run_lease(tmp_path, "small"):
+        pass
+    said = f"run 'small' (process {os.getpid()} on {socket.gethostname()}, since "
+    assert str(caught.value).startswith(said) and str(caught.value).endswith("give this start another run.name")
 
 
 def _contend(folder, barrier, results, number):
@@ -111,8 +154,7 @@ def test_of_many_takers_at_once_exactly_one_holds_the_lease(tmp_path, before):
                 pass
         if before == "a dead night":
             path = folder / "1.json"
-            path.write_text(json.dumps({**json.loads(path.read_text()), "released": False}))
-            os.utime(path, (time.time() - 3600, time.time() - 3600))
+            path.write_text(json.dumps({**json.loads(path.read_text()), "released": False, "begun": "1"}))
         barrier, results = context.Barrier(takers), context.Queue()
         processes = [context.Process(target=_contend, args=(folder, barrier, results, n)) for n in range(takers)]
         for process in processes:
