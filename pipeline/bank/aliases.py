@@ -41,7 +41,10 @@ def check_alias(alias: str) -> None:
 
 
 def alias_names(store: Store) -> tuple[str, ...]:
-    """All aliases, sorted; what else lies beside them is let be. Raises: StorageError."""
+    """Names under which an alias' moves may lie, sorted; files beside them are let be. Raises: StorageError.
+
+    A folder without a move is no alias: a publisher whose disk was full, or a console, has made it.
+    """
     files = {entry.name for entry in store.list_files("aliases")}
     names = sorted(set(store.list_names("aliases")) - files)
     return tuple(name for name in names if NAME.fullmatch(name) and not name.isdecimal())
