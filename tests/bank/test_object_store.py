@@ -32,7 +32,7 @@ from pipeline.errors import BankError, StorageError, UnreachableError
 if TYPE_CHECKING:
     from tests.bank.s3_server import S3Server
 
-pytest_plugins = ["tests.bank.s3_server"]
+pytest_plugins = ["tests.bank.s3_server", "tests.bank.azurite"]
 
 ROOT = Path(__file__).parents[2]
 CLIMBING = [
@@ -62,8 +62,11 @@ class Place:
     plant: Callable[[str, bytes], None]
 
 
-@pytest.fixture(params=["folder", "object store"])
+@pytest.fixture(params=["folder", "object store", pytest.param("Azure", marks=pytest.mark.slow)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    if request.param == "Azure":
+        elsewhere = open_object_store(request.getfixturevalue("azure_uri"))
+        return Place(elsewhere, lambda key, data: elsewhere._objects.put(key, data) and None)
     if request.param == "object store":
         s3: S3Server = request.getfixturevalue("s3")
         uri = s3.new_uri()
