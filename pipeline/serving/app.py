@@ -18,11 +18,11 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 
+from pipeline import front
 from pipeline.backbone.files import from_anywhere
 from pipeline.backbone.fingerprint import weights_setting
 from pipeline.bank import PromptBank, Snapshot, WatchEvent
 from pipeline.errors import BankError, PromptBankError, SettingsError
-from pipeline.serving import front
 from pipeline.serving.api import Answered, OverloadedError, make_api
 from pipeline.serving.meters import Meters
 from pipeline.serving.prompted_model import Answer, PromptedModel, Replies

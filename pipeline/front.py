@@ -1,7 +1,8 @@
 """What stands before Serve's routes, in the process of its HTTP proxy, which has neither: an end and a limit of time.
 
 Serve forgets an application's routes while its port is still open, and answers 404 then. uvicorn waits for ever
-for the rest of a request's head. Knows nothing of Ray, which finds `in_proxy` by name (`environment`).
+for the rest of a request's head. Knows nothing of Ray, which finds `in_proxy` by name (`environment`). It is not in
+`serving`: a proxy that had to wait for torch would be taken for one that hangs.
 """
 
 import asyncio
