@@ -279,9 +279,8 @@ def test_head_is_answered_as_get_without_a_body(client, path):
         b"",
         b"POST /v1/classify HTTP/1.1\r\nhost: x\r\ncontent-",
         b"POST /v1/classify HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{",
-        b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\nGET /healthz HTTP/1.1\r\nho",
     ],
-    ids=["nothing", "half a head", "half a body", "half a second head"],
+    ids=["nothing", "half a head", "half a body"],
 )
 def test_half_a_request_ends(service, half):
     """After `request_s`, 2 seconds here."""
@@ -289,8 +288,7 @@ def test_half_a_request_ends(service, half):
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         connection.sendall(half)
         answer = b"".join(iter(lambda: connection.recv(2**16), b""))
-    assert b"HTTP/1.1 408" in answer
-    assert answer.startswith(b"HTTP/1.1 200") == half.startswith(b"GET")
+    assert answer.startswith(b"HTTP/1.1 408")
 
 
 def _until_refused(url, statuses):
