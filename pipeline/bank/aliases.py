@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.bank.manifest import NAME, Digest, Frozen, Id, Name, UtcTime, check_name, new_id, utc_now
+from pipeline.bank.manifest import NAME, Digest, Frozen, Id, Name, Unknown, UtcTime, check_name, new_id, utc_now
 from pipeline.bank.sealed import canonical, check_sealed, parse, seal
 from pipeline.bank.source import Source
 from pipeline.bank.store import Store
@@ -37,11 +37,14 @@ def check_alias(alias: str) -> None:
     """Raises: BankError when `name@alias` could not be told from `name@version`."""
     check_name("alias", alias)
     if alias.isdecimal():
-        raise BankError(f"the alias name '{alias}' is refused: a number stands for a version")
+        raise Unknown(f"the alias name '{alias}' is refused: a number stands for a version, and versions begin with 1")
 
 
 def alias_names(store: Store) -> tuple[str, ...]:
-    """All aliases, sorted; what else lies beside them is let be. Raises: StorageError."""
+    """Names under which an alias' moves may lie, sorted; files beside them are let be. Raises: StorageError.
+
+    A folder without a move is no alias: a publisher whose disk was full, or a console, has made it.
+    """
     files = {entry.name for entry in store.list_files("aliases")}
     names = sorted(set(store.list_names("aliases")) - files)
     return tuple(name for name in names if NAME.fullmatch(name) and not name.isdecimal())

@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from pipeline.bank.content import OpenFile
-from pipeline.errors import StorageError
+from pipeline.bank.content import OpenFile, open_file
+from pipeline.errors import BankError, StorageError
 
 _log = logging.getLogger(__name__)
 DEFAULT_LIMIT = 4 * 2**30
@@ -46,8 +46,8 @@ class Cache:
         """The file that was kept under a digest, to be verified by the caller."""
         path = self.where(digest)
         try:
-            content = OpenFile(os.open(path, os.O_RDONLY), lambda error: StorageError(f"cannot read {path}: {error}"))
-        except OSError:
+            content = OpenFile(open_file(path), lambda error: StorageError(f"cannot read {path}: {error}"))
+        except (OSError, BankError):
             return None
         with suppress(OSError):
             os.utime(path)  # used now
@@ -66,15 +66,12 @@ class Cache:
 
     def keep_move(self, uri: str, alias: str, data: bytes) -> None:
         """Remember where an alias of a bank stood, for a start while the store is gone."""
-        path = self._move_path(uri, alias)
-        with suppress(OSError):
-            if path.read_bytes() == data:
-                return
-        self._write(path, data)
+        if self.last_move(uri, alias) != data:
+            self._write(self._move_path(uri, alias), data)
 
     def last_move(self, uri: str, alias: str) -> bytes | None:
-        with suppress(OSError):
-            return self._move_path(uri, alias).read_bytes()
+        with suppress(OSError, BankError), open(open_file(self._move_path(uri, alias)), "rb") as file:
+            return file.read()
         return None
 
     def _move_path(self, uri: str, alias: str) -> Path:

@@ -2,9 +2,13 @@
 
 import hashlib
 import os
+import stat
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Protocol
+
+from pipeline.errors import BankError
 
 _BLOCK = 2**16
 
@@ -27,6 +31,36 @@ class Bytes:
 
     def read(self, start: int, end: int) -> bytes:
         return self._data[start:end]
+
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def open_file(path: str | Path) -> int:
+    """A descriptor of a regular file, or of the one that a link leads to; nothing else is opened, or waited for.
+
+    Raises: BankError when something else lies there, OSError.
+    """
+    _refuse_other_kinds(path, os.stat(path).st_mode)  # before: to open a device can move it
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO that came in between has no writer to wait for
+    try:
+        _refuse_other_kinds(path, os.fstat(file).st_mode)
+    except BankError:
+        os.close(file)
+        raise
+    return file
+
+
+def _refuse_other_kinds(path: str | Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "of an unknown kind")
+        raise BankError(f"{path} is refused: it is {kind} where a file belongs; remove it, or put the file back")
 
 
 class OpenFile:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
-from pipeline.bank.content import OpenFile
+from pipeline.bank.content import OpenFile, open_file
 from pipeline.bank.store import Entry, Missing, check_key
 from pipeline.errors import BankError, StorageError, UnreachableError
 
@@ -53,11 +53,9 @@ class LocalStore:
     def open(self, key: str, limit: int) -> OpenFile:
         path = self._path(key)
         try:
-            content = OpenFile(os.open(path, os.O_RDONLY), _storage_error("read", path))
-        except FileNotFoundError as error:
-            raise Missing(f"{path} is missing") from error
+            content = OpenFile(open_file(path), _storage_error("read", path))
         except OSError as error:
-            raise _storage_error("read", path)(error) from error
+            raise _unread(path, error) from error
         if content.size > limit:
             raise BankError(f"{path} is refused: {content.size:,} bytes, above the limit of {limit:,}")
         return content
@@ -96,7 +94,7 @@ class LocalStore:
         except FileNotFoundError:
             return ()
         except OSError as error:
-            raise _storage_error("read", path)(error) from error
+            raise _unlisted(path, error) from error
 
     def list_files(self, folder: str) -> tuple[Entry, ...]:
         path = self._path(folder)
@@ -134,19 +132,39 @@ class LocalStore:
 
 
 def _files(folder: Path) -> list[Entry]:
-    entries = []
     try:
         with os.scandir(folder) as scan:
-            for item in scan:
-                with suppress(FileNotFoundError):  # gone while we looked
-                    if item.is_file():
-                        stat = item.stat()
-                        entries.append(Entry(item.name, stat.st_size, stat.st_mtime))
+            return [entry for item in scan if (entry := _entry(item))]
     except FileNotFoundError:
-        pass
+        return []
     except OSError as error:
-        raise _storage_error("read", folder)(error) from error
-    return entries
+        raise _unlisted(folder, error) from error
+
+
+def _entry(item: os.DirEntry[str]) -> Entry | None:
+    """None for what is no file."""
+    try:
+        if item.is_file():
+            stat = item.stat()
+            return Entry(item.name, stat.st_size, stat.st_mtime)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP):  # gone while we looked, or a link in a circle
+            raise
+    return None
+
+
+def _unread(path: Path, error: OSError) -> BankError | StorageError:
+    if error.errno == errno.ELOOP or (path.is_symlink() and isinstance(error, FileNotFoundError)):
+        return BankError(f"{path} is refused: it is a link that leads nowhere; remove it, or put the file back")
+    if isinstance(error, FileNotFoundError):
+        return Missing(f"{path} is missing")
+    return _storage_error("read", path)(error)
+
+
+def _unlisted(path: Path, error: OSError) -> BankError | StorageError:
+    if isinstance(error, NotADirectoryError) and os.path.lexists(path):  # else the bank's own folder is gone
+        return BankError(f"{path} is refused: it is none of the bank's folders but something else; remove it")
+    return _storage_error("read", path)(error)
 
 
 def _link_new(path: Path, data: bytes) -> bool:

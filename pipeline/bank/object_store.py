@@ -6,11 +6,25 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from threading import Lock
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from pipeline.addresses import hide_credentials, holds_credentials
 from pipeline.bank.content import Bytes
 from pipeline.bank.store import Entry, Missing, check_key
+from pipeline.bank.store_answers import (
+    AWS,
+    AZURE,
+    GOOGLE,
+    NO_BUCKET,
+    NO_CREDENTIALS,
+    WEB_PAGE,
+    first_line,
+    is_final,
+    may_pass,
+    why,
+)
 from pipeline.errors import BankError, StorageError, UnreachableError
 
 try:
@@ -42,33 +56,15 @@ _ALLOW_HTTP = ("AWS_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP", "AZURE_ALLOW_HTTP")
 # What could lead elsewhere than it seems (dots, escapes), would be dropped in silence (queries), or is a password.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#%:\s]+(/(?!\.{1,2}(/|$))[^/?#%]+)*/?")
 _CLOUDS = "s3://bucket/folder, gs://bucket/folder, az://container/folder or abfs://container@account/folder"
-_CREDENTIALS = (
-    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS or AZURE_STORAGE_ACCOUNT_KEY"
-)
-
-_HOST = re.compile(r"Error performing \w+ (https?://[^/\s]+)")
-_STATUS = re.compile(r"status code: (\d{3})")
-_CODE = re.compile(r"<Code>(\w+)</Code>")
-_NO_BUCKET = re.compile(r"<Code>(NoSuchBucket|ContainerNotFound)</Code>")
-_NO_CREDENTIALS = re.compile(
-    r"source: Missing(AccessKeyId|SecretAccessKey)\b|/latest/api/token|/computeMetadata/|/metadata/identity/"
-)
-# Of obstore's debug output, the first that matches; `HttpError` is the transport's own verdict.
-_TRANSPORT = (
-    (r"InvalidPath", "there is an object whose name no bank can hold; delete it ({line})"),
-    (r"BadScheme", "{host} is plain http; set AWS_ALLOW_HTTP=true to allow it, or name an https:// endpoint"),
-    (r"BareRedirect", "the bucket is in another region; set AWS_REGION"),
-    (r"dns error", "the host of {host} is not known; check the endpoint and the network"),
-    (r"InvalidCertificate|InvalidMessage", "{host} does not speak TLS that can be trusted; check its certificate"),
-    (r"HttpError \{\s*kind: Connect", "nothing answers at {host}; check the endpoint and the network"),
-    (r"HttpError \{\s*kind: Timeout", "{host} does not answer in time; check the endpoint, or try again later"),
-    (r"HttpError \{", "the connection to {host} breaks off; check the network, or try again later"),
-)
-
-_PASSING = (429, 500, 502, 503, 504)
+_NAMED_BY_CONTENT = "blobs/"
+_PROBES = "probes"
+_KEPT, _REFUSED = b"created first\n", b"created second, which must fail\n"
 
 _first_user: int | None = None
 """The process that first asked an object store for something."""
+_fit: set[tuple[str | None, ...]] = set()
+"""Stores that this process has probed, by address and endpoints."""
+_probing = Lock()
 
 
 def open_object_store(uri: str) -> "ObjectStore":
@@ -92,9 +88,9 @@ def open_object_store(uri: str) -> "ObjectStore":
     try:
         objects = from_url(uri, client_options={**_CLIENT, "allow_http": allow_http}, retry_config=_RETRIES)
     except (BaseError, ValueError) as error:
-        if _NO_CREDENTIALS.search(str(error)):
-            raise StorageError(f"cannot open {uri}: {_why(error)}") from error
-        raise _refused(uri, _first_line(error)) from error
+        if NO_CREDENTIALS.search(str(error)):
+            raise StorageError(f"cannot open {uri}: {why(error, AWS)}") from error
+        raise _refused(uri, first_line(error)) from error
     if not isinstance(objects, S3Store | GCSStore | AzureStore):
         raise _refused(uri, "it cannot create an object only if it is absent")
     return ObjectStore(objects, uri.rstrip("/"))
@@ -105,6 +101,8 @@ class ObjectStore:
 
     def __init__(self, objects: S3Store | GCSStore | AzureStore, uri: str) -> None:
         self._objects = objects
+        self._cloud = {S3Store: AWS, GCSStore: GOOGLE, AzureStore: AZURE}[type(objects)]
+        self._place = (uri, *map(os.environ.get, _ENDPOINTS))
         self.uri = uri
 
     def where(self, key: str) -> str:
@@ -123,15 +121,23 @@ class ObjectStore:
         return data
 
     def create(self, key: str, data: bytes) -> bool:
-        """As `Store.create`, and True as well when these very bytes lie under the key already; they are young then.
+        """As `Store.create`; no put but on the condition that the key is absent. A process' first probes the store.
 
         When the answer to a put is lost, nobody can tell whether it was carried out, and the put that
-        obstore or this loop sends next finds its own object. Equal bytes count as ours, therefore. If they are
-        another's, each of the two is told that what it wanted is there: a blob is named by its bytes. Bytes that
+        obstore or this loop sends next finds its own object. Equal bytes count as ours, therefore: bytes that
         shall tell one creator from another, as a version's and a move's, must hold something of the creator's own.
+        Not so a blob's, which is named by its bytes: False, and the caller sees to it that it stays.
 
-        Raises: StorageError; the bytes may be there all the same, or still arrive.
+        Raises: BankError when the store is not fit for a bank; StorageError, and the bytes may be there all the
+        same, or still arrive.
         """
+        with _probing:
+            if self._place not in _fit:
+                self._probe()
+                _fit.add(self._place)
+        return self._create(key, data)
+
+    def _create(self, key: str, data: bytes) -> bool:
         give_up = time.monotonic() + _PATIENCE
         while True:
             try:
@@ -142,13 +148,11 @@ class ObjectStore:
                 failure = self._failure("write", key, error)
             except StorageError as error:
                 failure = error
-                if _is_final(error):
+                if is_final(error.__cause__):
                     raise
             same = self._is_there(key, data, failure)
-            if same:
-                self.renew(key, data)  # or the collector could take what is old and referred to by nobody yet
             if same is not None:
-                return same
+                return same and not key.startswith(_NAMED_BY_CONTENT)
             # Nothing is there: S3 answers "conflict" also while another's put or deletion is under way.
             if time.monotonic() > give_up:
                 raise failure
@@ -157,6 +161,19 @@ class ObjectStore:
     def renew(self, key: str, data: bytes) -> None:
         with self._asking("write", key):
             self._objects.put(key, data, mode="overwrite", use_multipart=False)
+
+    def _probe(self) -> None:
+        """Five requests: of two creations of a key the second must fail, and what the first one wrote must stand."""
+        key = f"{_PROBES}/{uuid4().hex}"
+        self._create(key, _KEPT)
+        overwritten = self._create(key, _REFUSED) or self.read(key, len(_REFUSED)) != _KEPT
+        with suppress(StorageError):  # who may not delete may publish all the same; the collector takes it
+            self.delete(key)
+        if overwritten:
+            raise BankError(
+                f"{self.uri} is refused: its store overwrites what it is told to create only if it is absent "
+                "(If-None-Match), so that versions would be lost; use one that docs/stores.md calls fit"
+            )
 
     def exists(self, key: str) -> bool:
         """As `Store.exists`; in a bucket that is not there, nothing exists either."""
@@ -180,8 +197,8 @@ class ObjectStore:
         )
 
     def list_leftovers(self) -> dict[str, Entry]:
-        """None: an object appears whole or not at all, and no upload is made of parts that could stay behind."""
-        return {}
+        """Probes whose writer may not delete. An object appears whole or not at all, and leaves no parts behind."""
+        return {f"{_PROBES}/{entry.name}": entry for entry in self.list_files(_PROBES)}
 
     def delete(self, key: str) -> None:
         with suppress(FileNotFoundError), self._asking("delete", key, FileNotFoundError):
@@ -215,13 +232,14 @@ class ObjectStore:
         try:
             yield
         except (BaseError, OSError, ValueError) as error:
-            if expected and isinstance(error, expected) and not _NO_BUCKET.search(str(error)):
+            nowhere = NO_BUCKET.search(str(error)) or WEB_PAGE.search(str(error))
+            if expected and isinstance(error, expected) and not nowhere:
                 raise
             raise self._failure(action, key, error) from error
 
     def _failure(self, action: str, key: str, error: Exception) -> StorageError:
-        kind = UnreachableError if _may_pass(error) else StorageError
-        failure = kind(f"cannot {action} {self.where(key)}: {_why(error)}")
+        kind = UnreachableError if may_pass(error) else StorageError
+        failure = kind(f"cannot {action} {self.where(key)}: {why(error, self._cloud)}")
         failure.__cause__ = error
         return failure
 
@@ -248,57 +266,3 @@ def _refused(uri: str, reason: str) -> BankError:
     return BankError(
         f"the bank's address {hide_credentials(uri)!r} is refused ({reason}); use a local folder, {_CLOUDS}"
     )
-
-
-def _is_final(failure: StorageError) -> bool:
-    """Whether the store said itself that it will not do it."""
-    status = _STATUS.search(str(failure.__cause__))
-    return status is not None and status[1].startswith("4")
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed later: the store is overloaded, or nothing is heard of it."""
-    report = str(error)
-    if _NO_CREDENTIALS.search(report):
-        return False
-    if status := _STATUS.search(report):
-        return int(status[1]) in _PASSING
-    return any(re.search(pattern, report) for pattern in (r"dns error", r"HttpError \{"))
-
-
-def _why(error: Exception) -> str:
-    """A cause and a mend, out of the many lines that obstore writes."""
-    report = str(error)
-    if _NO_CREDENTIALS.search(report):
-        return f"no credentials were found; set {_CREDENTIALS}, as the store needs"
-    if status := _STATUS.search(report):
-        code = _CODE.search(report)
-        return _why_answered(int(status[1]), code[1] if code else "")
-    found = _HOST.search(report)
-    host = hide_credentials(found[1]) if found else "the store"
-    for pattern, cause in _TRANSPORT:
-        if re.search(pattern, report):
-            return cause.format(host=host, line=_first_line(error))
-    return _first_line(error)
-
-
-def _why_answered(status: int, code: str) -> str:
-    answer = f"the store answers {status} {code}".rstrip()
-    match status:
-        case _ if code in ("NoSuchBucket", "ContainerNotFound"):
-            return "there is no such bucket; make it, or mend the address"
-        case 401 | 403:
-            return f"{answer}; check the credentials, and what they are allowed to do there"
-        case 409:
-            return f"{answer} again and again; see who else writes there"
-        case 501:
-            return f"{answer}; a bank needs a store that can create an object only if it is absent"
-        case _ if status in _PASSING:
-            return f"{answer}; try again later"
-        case _:
-            return f"{answer}; check the endpoint, the region and the bucket"
-
-
-def _first_line(error: Exception) -> str:
-    line = str(error).partition("\n")[0]
-    return hide_credentials(re.sub(r"^(Generic \w+ error: )?(Error performing \S+ request: )?", "", line))[:200]

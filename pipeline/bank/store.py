@@ -47,9 +47,10 @@ class Store(Protocol):
         """Everything under the key. Raises: as `open`."""
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write durably and atomically; False when the key exists already. Raises: StorageError.
+        """Write durably and atomically; False when the key exists already.
 
-        Where an answer can get lost, equal bytes under the key count as one's own, and are True.
+        Where an answer can get lost, equal bytes under the key count as one's own, and are True; not a blob's.
+        Raises: BankError when the store cannot keep to that, StorageError.
         """
 
     def renew(self, key: str, data: bytes) -> None:

@@ -8,7 +8,7 @@ from pipeline.bank.blobs import read_blob
 from pipeline.bank.collect import BLOBS, SUFFIX, is_blob
 from pipeline.bank.sameness import FOLDER, read_statement, statement_numbers
 from pipeline.bank.source import Source
-from pipeline.bank.versions import Version, read_version, version_numbers
+from pipeline.bank.versions import Version, numbered, read_version, version_numbers
 from pipeline.errors import BankError
 
 Blob = tuple[str, tuple[int, int]]
@@ -41,10 +41,10 @@ def verify_bank(source: Source, on_step: Callable[[str], None] = lambda place: N
     for number in numbers:
         on_step(f"version {number}")
         problems += _caught(_verify_version(source, number, numbers, digests, blobs))
-    aliases = alias_names(source.store)
-    for alias in aliases:
+    aliases: set[str] = set()
+    for alias in alias_names(source.store):
         on_step(f"alias {alias}")
-        problems += _caught(_verify_alias(source, alias, numbers, digests))
+        problems += _caught(_verify_alias(source, alias, numbers, digests, aliases))
     statements = statement_numbers(source)
     on_step("statements on backbones")
     problems += _caught(_verify_statements(source, statements))
@@ -72,7 +72,11 @@ def _verify_version(
             blobs.add((record.digest, record.shape))
 
 
-def _verify_alias(source: Source, alias: str, numbers: tuple[int, ...], digests: dict[int, str]) -> Iterator[str]:
+def _verify_alias(
+    source: Source, alias: str, numbers: tuple[int, ...], digests: dict[int, str], aliases: set[str]
+) -> Iterator[str]:
+    if numbered(source.store, f"aliases/{alias}"):
+        aliases.add(alias)
     moves: tuple[AliasMove, ...] = alias_moves(source, alias)
     if [move.seq for move in moves] != list(range(1, len(moves) + 1)):
         yield f"{source.store.where(f'aliases/{alias}')}: a move is missing from its history"

@@ -77,7 +77,8 @@ def make_api(service: Service) -> FastAPI:
     _add_views(api, service)
     for kind in (PromptBankError, HTTPException, RequestValidationError, Exception):
         api.add_exception_handler(kind, _told)
-    api.add_middleware(_BodyLimit, limit=service.settings.max_body_bytes)
+    api.add_middleware(_BodyLimit, limit=service.settings.max_body_bytes, seconds=service.settings.request_s)
+    api.add_middleware(_Heads)
     api.add_middleware(_Metered, meters=service.meters)
     return api
 
@@ -170,24 +171,49 @@ def _sentence(error: RequestValidationError) -> str:
 
 @dataclass(frozen=True)
 class _BodyLimit:
-    """Refuses a body above `limit` bytes, by what it says of its length or by what arrives."""
+    """Refuses a body above `limit` bytes, by what it says of its length or by what arrives, and one that takes long."""
 
     app: ASGIApp
     limit: int
+    seconds: float
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         told = next((int(value) for key, value in scope.get("headers", ()) if key == b"content-length"), 0)
-        arrived = 0
+        arrived, whole = 0, False
+        deadline = asyncio.get_running_loop().time() + self.seconds
 
         async def limited() -> Message:
-            nonlocal arrived
-            message: Message = {} if told > self.limit else await receive()
+            nonlocal arrived, whole
+            try:
+                async with asyncio.timeout_at(None if whole else deadline):
+                    message: Message = {} if told > self.limit else await receive()
+            except TimeoutError as error:
+                late = f"the body was not there after {self.seconds:g} s; send it again, in fewer rows"
+                raise HTTPException(HTTPStatus.REQUEST_TIMEOUT, late, {"Connection": "close"}) from error
+            whole = not message.get("more_body", False)
             arrived += len(message.get("body", b""))
             if max(told, arrived) > self.limit:
                 raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body is above {self.limit:,} bytes")
             return message
 
         await self.app(scope, limited, send)
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Answers HEAD as GET, without the body."""
+
+    app: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            return await self.app(scope, receive, send)
+
+        async def bodiless(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        scope["method"] = "GET"  # in place: the route that is found is read from it
+        await self.app(scope, receive, bodiless)
 
 
 _CLIENT_LEFT = 499

@@ -6,6 +6,7 @@
 import asyncio
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 
+from pipeline import front
 from pipeline.backbone.files import from_anywhere
 from pipeline.backbone.fingerprint import weights_setting
 from pipeline.bank import PromptBank, Snapshot, WatchEvent
@@ -65,10 +67,13 @@ def serving(settings: ServiceSettings, host: str, port: int) -> Iterator[None]:
     if not address:
         _check_port(host, port)
     with ExitStack() as afterwards:
-        _start_ray(settings, address)
+        token = secrets.token_urlsafe()
+        _start_ray(settings, address, token)
         afterwards.callback(ray.shutdown)
         serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly")
         afterwards.callback(serve.delete, _NAME)  # waits for the requests that are under way
+        if not address:  # a cluster's proxy is there for others too, and goes on
+            afterwards.callback(front.end, host, port, token, settings.shutdown_s)
         try:
             serve.run(build(settings), name=_NAME)
         except RuntimeError as error:
@@ -76,11 +81,12 @@ def serving(settings: ServiceSettings, host: str, port: int) -> Iterator[None]:
         yield
 
 
-def _start_ray(settings: ServiceSettings, address: str | None) -> None:
+def _start_ray(settings: ServiceSettings, address: str | None, token: str) -> None:
     # Replicas must find this code, also when it was started as a script without being installed.
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    options: dict[str, Any] = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}, "logging_level": logging.ERROR}
+    variables = {"PYTHONPATH": path, **front.environment(token, settings.request_s)}
+    options: dict[str, Any] = {"runtime_env": {"env_vars": variables}, "logging_level": logging.ERROR}
     if not address:
         cpus = max(os.cpu_count() or 1, round(settings.replicas * settings.cpus_per_replica))
         options |= {"num_cpus": cpus, "object_store_memory": 100 * 2**20, "include_dashboard": False}

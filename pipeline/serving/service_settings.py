@@ -44,6 +44,8 @@ class ServiceSettings(BaseModel):
     """Most tokens that the model runs at once, and of a row with its prompt and answer."""
     cache_mib: int = Field(default=512, ge=0)
     """Memory for the keys and values of prompts, in MiB."""
+    request_s: float = Field(default=30, gt=0)
+    """How long a client may take to send a request's head, and to send its body, in seconds."""
     shutdown_s: float = Field(default=60, ge=0)
     """How long requests may still run when the service is told to end, in seconds."""
 

@@ -118,7 +118,7 @@ def test_the_store_may_vanish_and_come_back(two, uri, new_prompt, publish):
     with reader.watch(events, every=0.01):
         uri.rename(uri.with_name("away"))
         (uri / "aliases").mkdir(parents=True)
-        (uri / "aliases/latest").write_text("not a folder: listing it fails as a store that is gone does")
+        (uri / "aliases/latest").symlink_to("latest")  # listing it fails, as with a store that is gone
         events.wait_for(1)
         assert isinstance(events.seen[0].error, StorageError)
         assert (reader.load("sst2").array == new_prompt("sst2", 1).array).all()

@@ -4,9 +4,13 @@ import hashlib
 import json
 import os
 import re
+import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -208,3 +212,118 @@ def test_leftovers_of_a_killed_publisher_are_no_content(one_prompt):
         (one_prompt / stray).write_text("{}")
     bank = PromptBank.open(one_prompt)
     assert (bank.version, bank.versions(), bank.aliases()) == (1, (1,), {"latest": 1})
+
+
+def _make_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _make_socket(path: Path) -> None:
+    folder = os.open(path.parent, os.O_RDONLY)
+    with socket.socket(socket.AF_UNIX) as listening:  # its address may have 108 bytes
+        listening.bind(f"/proc/self/fd/{folder}/{path.name}")
+    os.close(folder)
+
+
+def _make_dead_link(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+def _make_loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def _make_device_link(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+OTHERS = {
+    "a FIFO": _make_fifo,
+    "a folder": Path.mkdir,
+    "a socket": _make_socket,
+    "a device": _make_device_link,
+    "a link that leads nowhere": _make_dead_link,
+    "a link in a circle": _make_loop,
+}
+
+LOOK = """
+import json, sys
+from pipeline.bank import PromptBank
+from pipeline.errors import BankError
+from tests.bank.conftest import make_prompt, publish
+
+def told(look):
+    try:
+        return repr(look(PromptBank.connect(sys.argv[1])))
+    except BankError as error:
+        return str(error)
+
+print(json.dumps({
+    "problems": PromptBank.connect(sys.argv[1]).verify().problems,
+    "ls": told(lambda bank: bank.aliases()),
+    "log": told(lambda bank: [bank.manifest(number) for number in bank.versions()]),
+    "load": told(lambda bank: bank.load("sst2@1")),
+    "publish": told(lambda bank: publish(bank, make_prompt("sst2"), make_prompt("cr"))),
+    "collect": told(lambda bank: bank.collect()),
+}))
+"""
+
+
+def look_at(uri: Path) -> dict[str, Any]:
+    """What a process of its own is told of a bank by each operation; it may not hang."""
+    command = [sys.executable, "-c", LOOK, str(uri)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_no_file_is_refused_by_name_and_kind_and_holds_nobody_up(one_prompt, place, kind):
+    path = file_at(one_prompt, place)
+    path.unlink()
+    OTHERS[kind](path)
+    told = look_at(one_prompt)
+    shown = "a link that leads nowhere" if kind == "a link in a circle" else kind
+    refused = f"{path} is refused: it is {shown}"
+    assert [problem.startswith(refused) for problem in told["problems"]] == [True]
+    for look in {"a": ["ls", "publish"], "v": ["log", "load", "collect"], "b": ["load", "publish"]}[place[0]]:
+        assert told[look].startswith(refused), look
+
+
+def test_a_link_to_a_file_is_read_as_the_file(one_prompt, tmp_path):
+    for place in PLACES:
+        path = file_at(one_prompt, place)
+        path.symlink_to(path.rename(tmp_path / path.name.replace("1", place[0])))
+    assert PromptBank.open(one_prompt).load("sst2").version == 1
+    assert PromptBank.open(one_prompt).verify().problems == ()
+
+
+def test_what_is_no_folder_in_an_aliass_place_is_listed(one_prompt):
+    _make_fifo(one_prompt / "aliases" / "stable")
+    told = look_at(one_prompt)
+    assert told["problems"] == [
+        f"{one_prompt}/aliases/stable is refused: it is none of the bank's folders but something else; remove it"
+    ]
+
+
+def test_an_empty_folder_is_no_alias(one_prompt):
+    """A publisher makes it before the move, for which its disk then had no room."""
+    (one_prompt / "aliases" / "stable").mkdir()
+    bank = PromptBank.open(one_prompt)
+    assert bank.aliases() == {"latest": 1}
+    assert bank.verify().aliases == 1 and bank.verify().problems == ()
+    with pytest.raises(BankError, match="has no alias 'stable'; known: latest"):
+        PromptBank.open(one_prompt, "stable")
+
+
+@pytest.mark.parametrize("kind", ["a FIFO", "a folder"])
+def test_what_is_no_file_in_the_cache_is_passed_over(one_prompt, tmp_path, kind):
+    cache = tmp_path / "cache"
+    PromptBank.open(one_prompt, cache=cache).load("sst2")
+    for path in [path for path in cache.rglob("*") if path.is_file()]:
+        path.unlink()
+        OTHERS[kind](path)
+    code = "import sys; from pipeline.bank import PromptBank as B; B.open(sys.argv[1], cache=sys.argv[2]).load('sst2')"
+    command = [sys.executable, "-c", code, str(one_prompt), str(cache)]
+    assert subprocess.run(command, cwd=Path(__file__).parents[2], timeout=60).returncode == 0

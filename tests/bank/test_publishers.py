@@ -16,7 +16,7 @@ from pipeline.bank.source import Source
 from pipeline.bank.store import open_store
 from tests.bank.publisher import KILLED, check_after
 
-pytest_plugins = ["tests.bank.s3_server"]
+pytest_plugins = ["tests.bank.s3_server", "tests.bank.azurite"]
 
 SCRIPT = Path(__file__).with_name("publisher.py")
 ROOT = SCRIPT.parents[2]
@@ -34,9 +34,11 @@ def run(*args: object) -> dict:
     return json.loads(done.stdout)
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(params=["folder", "s3", pytest.param("azure", marks=pytest.mark.slow)])
 def place(request, uri) -> str:
     """Where nothing lies yet; child processes find it too."""
+    if request.param == "azure":
+        return request.getfixturevalue("azure_uri")
     return str(uri) if request.param == "folder" else request.getfixturevalue("s3").new_uri()
 
 

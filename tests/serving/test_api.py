@@ -85,3 +85,32 @@ def test_a_client_that_leaves_is_not_counted_as_a_failure_of_the_service():
         asyncio.run(make_api(service)(scope, receive, send))
     told = service.meters.text().decode()
     assert 'status="499"' in told and 'status="500"' not in told
+
+
+def test_a_body_that_does_not_come_ends():
+    service = InTrouble()
+    service.settings = ServiceSettings(bank="bank", model="model", request_s=0.2)
+    scope = {"type": "http", "method": "POST", "path": "/v1/generate", "query_string": b""}
+    scope["headers"] = [(b"content-type", b"application/json")]
+    told = []
+
+    async def receive():
+        if told:
+            await asyncio.sleep(60)
+        told.append("half a body")
+        return {"type": "http.request", "body": b"{", "more_body": True}
+
+    async def send(message):
+        told.append(message)
+
+    asyncio.run(asyncio.wait_for(make_api(service)(scope, receive, send), 30))
+    assert told[1]["status"] == 408 and (b"connection", b"close") in told[1]["headers"]
+    assert b"was not there after 0.2 s" in told[2]["body"]
+
+
+def test_head_is_answered_as_get_without_a_body():
+    client = TestClient(make_api(InTrouble()))
+    asked, got = client.head("/metrics"), client.get("/metrics")
+    assert asked.status_code == got.status_code == 200 and asked.content == b"" and got.content
+    assert 'route="/metrics",status="200"' in got.text
+    assert client.head("/v1/generate").status_code == 405

@@ -43,7 +43,7 @@ def service(direct, tmp_path_factory):
         port = free.getsockname()[1]
     bank = Path(direct.bank.uri)
     log = tmp_path_factory.mktemp("log") / "service.log"
-    settings = [f"max_rows={MAX_ROWS}", f"max_body_bytes={MAX_BODY}", f"max_waiting={MAX_WAITING}"]
+    settings = [f"max_rows={MAX_ROWS}", f"max_body_bytes={MAX_BODY}", f"max_waiting={MAX_WAITING}", "request_s=2"]
     command = [
         sys.executable, str(ROOT / "jobs/serve_prompts.py"), "--bank", str(bank), "--model", str(bank.parent / "model"),
         "--port", str(port), "--watch-every", "0.3", *(part for text in settings for part in ("--set", text)),
@@ -102,6 +102,9 @@ def test_rows_of_many_tasks_are_answered_as_the_model_answers_directly(client, d
     [
         ("classify", {"rows": [{"task": "flim", "text": "x"}]}, 404, "did you mean 'film'"),
         ("classify", {"rows": [{"task": "film@9", "text": "x"}]}, 404, "9"),
+        ("classify", {"rows": [{"task": "film@0", "text": "x"}]}, 404, "'0' is refused: a number stands for a version"),
+        ("classify", {"rows": [{"task": f"film@{10**21}", "text": "x"}]}, 404, "a number stands for a version"),
+        ("classify", {"rows": [{"task": "film@", "text": "x"}]}, 404, "alias name"),
         ("classify", {"rows": [{"task": "open", "text": "x"}]}, 422, "without a label set"),
         ("classify", {"rows": [{"task": "pair", "columns": {"left": "x"}}]}, 422, "needs the column(s) right"),
         ("classify", {"rows": [{"task": "pair", "text": "x"}]}, 422, "the columns left, right"),
@@ -262,15 +265,60 @@ def _directly(direct, question, version):
     return direct.classify([text], [f"{task}@{version}"])[0]
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/metrics", "/v1/tasks", "/openapi.json", "/docs"])
+def test_head_is_answered_as_get_without_a_body(client, path):
+    asked, got = client.head(path), client.get(path)
+    assert asked.status_code == got.status_code == 200 and asked.content == b""
+    assert asked.headers["content-type"] == got.headers["content-type"]
+    assert client.head("/v1/classify").status_code == 405
+
+
+@pytest.mark.parametrize(
+    "half",
+    [
+        b"",
+        b"POST /v1/classify HTTP/1.1\r\nhost: x\r\ncontent-",
+        b"POST /v1/classify HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{",
+    ],
+    ids=["nothing", "half a head", "half a body"],
+)
+def test_half_a_request_ends(service, half):
+    """After `request_s`, 2 seconds here."""
+    port = int(service[1].rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(half)
+        answer = b"".join(iter(lambda: connection.recv(2**16), b""))
+    assert answer.startswith(b"HTTP/1.1 408")
+
+
+def _until_refused(url, statuses):
+    """Ask on and on, by a new connection each time, until nobody listens."""
+    while True:
+        try:
+            reply = httpx.get(f"{url}/healthz", timeout=30)
+        except httpx.ConnectError:
+            return
+        except httpx.TransportError:  # accepted by a proxy that then was ended
+            statuses.append(0)
+        else:
+            statuses.append(reply.status_code)
+            assert reply.status_code == 200 or reply.headers["retry-after"] == "1"
+
+
 def test_told_to_end_it_finishes_what_it_has_and_leaves_nothing_behind(service):
     process, url = service
     replies: list[int] = []
     asking = _ask_for_long(url, replies)
     arrived = _in_progress(url)
     assert arrived
+    statuses: list[int] = []
+    callers = [threading.Thread(target=_until_refused, args=(url, statuses)) for _ in range(3)]
+    for thread in callers:
+        thread.start()
     process.send_signal(signal.SIGTERM)
-    for thread in asking:
+    for thread in (*asking, *callers):
         thread.join()
+    assert 503 in statuses and set(statuses) <= {200, 503, 0} and statuses.count(0) <= len(callers)
     assert len(replies) == len(asking) and replies.count(200) >= arrived, replies  # who came later is sent away
     assert process.wait(60) == 0
     with pytest.raises(httpx.ConnectError):
