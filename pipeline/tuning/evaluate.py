@@ -121,7 +121,7 @@ def wanted_texts(metric: str, split: TokenSet, tokenizer: Any) -> list[str]:
     return [spoken(split.target_ids(i), tokenizer) for i in range(len(split))]
 
 
-def spoken(target_ids: Sequence[int], tokenizer: Any) -> str:
+def spoken(target_ids: Sequence[int] | np.ndarray, tokenizer: Any) -> str:
     """The answer that an open target's tokens, [T] with eos, are.
 
     `<extra_id_0> yes` is `yes`, and to a tokenizer of small letters `Yes` is, too.
