@@ -117,12 +117,14 @@ class _FloatTable(Tensor):
 
     @staticmethod
     def __new__(cls, table: Tensor, scale: Tensor, dtype: torch.dtype) -> "_FloatTable":
-        made: _FloatTable = Tensor._make_wrapper_subclass(cls, table.shape, dtype=dtype, device=table.device)  # type: ignore[attr-defined]
+        made: _FloatTable = Tensor._make_wrapper_subclass(cls, table.shape, dtype=dtype, device=table.device)
         made._table, made._scale = table, scale
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  (torch's own is a static placeholder)
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func is torch.ops.aten.embedding.default:
             return _embedded(args[1], args[0]._table, args[0]._scale, args[0].dtype)
         return func(*tree_map_only(cls, cls._whole, args), **tree_map_only(cls, cls._whole, kwargs or {}))

@@ -94,7 +94,7 @@ def load_weights(model: nn.Module, source: WeightSource, dtype: torch.dtype, pla
     Raises: BackboneError when a tensor is missing or has another shape.
     """
     names = _names_by_parameter(model)
-    prefix = model.base_model_prefix
+    prefix = str(model.base_model_prefix)
     _load_buffers(model, source)
     loaded: dict[int, _Loaded] = {}
     for module in _leaves_first(model):

@@ -154,7 +154,7 @@ def _open_safetensors(files: ModelFiles) -> WeightSource:
             raise BackboneError(f"{path} is damaged or incomplete ({error}); fetch the model again") from error
         except KeyError as error:
             raise BackboneError(
-                f"{path} holds numbers of the type {error}, so it is quantised; {UNQUANTISED}"
+                f"{path} holds numbers of the type {error}, as only quantised weights do; {UNQUANTISED}"
             ) from error
 
     def read(name: str, first: int = 0, last: int | None = None) -> Tensor:

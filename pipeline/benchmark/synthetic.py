@@ -47,6 +47,8 @@ def write_checkpoint(
     shards = _shards({name: p.numel() * dtype.itemsize for name, p in parameters.items()}, shard_bytes)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "model.safetensors").exists():  # it would be read in place of the shards
+            raise StorageError(f"{folder} holds another model already (model.safetensors); give a new folder")
         index: dict[str, str] = {}
         for place, names in enumerate(shards, 1):
             file = f"model-{place:05d}-of-{len(shards):05d}.safetensors"

@@ -61,7 +61,8 @@ def make_questions(
 ) -> list[Question]:
     """Render and tokenise a request's rows; with its answer none may be above `longest` tokens.
 
-    Raises: what `load` raises; NoLabelsError; CorpusError for a row that lacks a column or is empty; RowTooLongError.
+    Raises: what `load` raises; NoLabelsError; CorpusError for a row that lacks a column, is empty or has a
+    token without an embedding; RowTooLongError.
     """
     prompts = {task: load(task) for task in request.tasks}
     labels = {task: _label_ids(prompt.record, served) if labelled else {} for task, prompt in prompts.items()}
@@ -75,7 +76,8 @@ def make_questions(
     for ids, task, of_row in zip(inputs, request.tasks, where, strict=True):
         question = Question(prompts[task], np.array(ids, dtype=np.int64), request.max_new_tokens, labels[task])
         _check_length(question, of_row, longest)
-        _check_embeddings(question, of_row, served)
+        if (reason := without_embedding(served.tokenizer, ids, served.backbone.embedding_rows)) is not None:
+            raise CorpusError(f"{of_row} {reason}")
         questions.append(question)
     return questions
 
@@ -108,17 +110,10 @@ def _label_ids(record: PromptRecord, served: ServedBackbone) -> Mapping[str, np.
     if not record.labels:
         raise NoLabelsError(f"prompt '{record.name}' was tuned without a label set; use generate")
     ids = encode_targets(served.tokenizer, served.architecture, record.template.separator, record.labels)
+    for label, of_label in zip(record.labels, ids, strict=True):
+        if (reason := without_embedding(served.tokenizer, of_label, served.backbone.embedding_rows)) is not None:
+            raise CorpusError(f"prompt '{record.name}': its label {label!r} {reason}")
     return {label: np.array(of_label, dtype=np.int64) for label, of_label in zip(record.labels, ids, strict=True)}
-
-
-def _check_embeddings(question: Question, where: str, served: ServedBackbone) -> None:
-    texts = {
-        where: question.input_ids,
-        **{f"{where}: its label {name!r}": ids for name, ids in question.labels.items()},
-    }
-    for what, ids in texts.items():
-        if (reason := without_embedding(served.tokenizer, ids, served.backbone.embedding_rows)) is not None:
-            raise CorpusError(f"{what} {reason}")
 
 
 def _check_length(question: Question, where: str, longest: int) -> None:

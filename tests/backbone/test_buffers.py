@@ -17,6 +17,7 @@ from pipeline.backbone.int8 import Int8Embedding, Int8Linear
 from pipeline.backbone.loading import Placement, Share, build_skeleton, load_weights, stored_buffers
 from pipeline.backbone.weights import open_weights
 from pipeline.errors import BackboneError
+from tests.ranks import run_ranks
 from tests.tiny import CONFIGS, make_model
 
 CPU = torch.device("cpu")
@@ -180,3 +181,26 @@ def test_an_odd_embedding_in_int8_answers_as_it_does_in_transformers(tmp_path, m
         expected, found = (m.get_input_embeddings()(ids) for m in (theirs(folder), ours(folder, True)))
         assert torch.equal(ours(folder, False).get_input_embeddings()(ids), expected)
     torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
+
+
+def sharded_answers(folder):
+    FAMILIES["gemma3_text"] = "decoder-only"
+    files = find_model(str(folder))
+    backbone = host_backbone(files, read_config(files), int8=True, dtype=torch.float32, device=CPU, sharded=True)
+    with torch.no_grad():
+        return backbone.run(answers).numpy()
+
+
+def answers(model):
+    return model(input_ids=torch.tensor([[3, 4, 5, 0, 41]])).logits
+
+
+def test_over_two_ranks_a_scaled_embedding_answers_as_in_one_process(tmp_path, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "gemma3_text", "decoder-only")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gemma3_text", **MODELS["gemma3_text"][1])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    with torch.no_grad():
+        whole = answers(ours(tmp_path / "m", True))
+    for of_rank in run_ranks(2, sharded_answers, tmp_path / "m"):
+        torch.testing.assert_close(torch.tensor(of_rank), whole, rtol=1e-4, atol=1e-4)

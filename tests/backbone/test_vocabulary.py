@@ -17,6 +17,7 @@ from pipeline.corpus.template import parse_template
 from pipeline.errors import BackboneError, CorpusError, SettingsError
 from pipeline.run.checks import check_run
 from pipeline.serving import PromptedModel, load_backbone
+from pipeline.serving.questions import Request
 from pipeline.settings import parse_settings
 from pipeline.tuning.initialise import initial_prompt
 from pipeline.tuning.trials import make_trial
@@ -104,6 +105,10 @@ def test_a_request_with_such_a_token_is_refused_alone(folder):
         with pytest.raises(CorpusError, match=r"row 0 for task '.*' has the token '<beyond>' \(id 42\)"):
             ask("good <beyond>")
         assert ask("good film") == before
+    requests = [Request([text], [task], 3) for text in ("good film", "good <beyond>", "bad film")]
+    first, bad, last = served.classify_each(requests).of_request
+    assert isinstance(bad, CorpusError) and first == served.classify(["good film"], [task])
+    assert last == served.classify(["bad film"], [task]), "those in its batch are answered"
 
 
 def test_a_model_whose_eos_has_no_embedding_is_refused(tmp_path):

@@ -14,6 +14,7 @@ from pipeline.errors import DivergedError
 from pipeline.full_weights import model_folder
 from pipeline.settings import OptimizerSettings
 from pipeline.tuning.optimise import schedule_factor
+from tests.backbone.test_buffers import with_stored_buffers
 from tests.full_weights.course import ADAFACTOR, ADAMW, STEPS, course, examples, trained
 from tests.ranks import run_ranks
 from tests.tiny import make_model
@@ -187,3 +188,11 @@ def test_a_saved_folder_is_what_transformers_loads(family, tmp_path, monkeypatch
     loaded = auto.from_pretrained(tmp_path / "saved", dtype="auto")
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
     assert_close({name: weight.detach().numpy() for name, weight in loaded.named_parameters()}, weights, 0.0)
+
+
+def test_a_stored_buffer_is_saved_with_the_trained_weights(tmp_path, monkeypatch):
+    folder = with_stored_buffers(tmp_path, monkeypatch)
+    trained(folder, course(tmp_path / "run"), save=tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert float(saved["model.embed_tokens.offset"]) == 1.5 and set(saved["model.embed_tokens.factor"]) == {2.0}
+    assert set(saved) == set(load_file(folder / "model.safetensors"))
