@@ -34,6 +34,7 @@ from pipeline.corpus.rows import Recipe, tokenise_rows
 from pipeline.corpus.tally import EMPTY, ShardTally, manifest_figures
 from pipeline.corpus.writing import write_shard
 from pipeline.errors import CorpusError, PromptBankError, StorageError, TuningError
+from pipeline.reporting.memory_kill import memory_kill
 from pipeline.sealed_files import file_digest, sealed_json
 
 FORMAT_VERSION = 2
@@ -221,7 +222,7 @@ def _translated(error: Exception, storage: Path) -> Exception:
             return _storage_error(storage, inner)
         cause = inner if isinstance(inner, RayTaskError) else cause.__cause__
     if isinstance(error, RayError) and not isinstance(error, RayTaskError):  # workers, nodes or the cluster were lost
-        reason = str(error).strip().partition("\n")[0]
+        reason = memory_kill(str(error)) or str(error).strip().partition("\n")[0]
         return TuningError(f"tokenising was given up ({reason}); start the same run again to resume it")
     return error
 
