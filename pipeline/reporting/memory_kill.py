@@ -17,6 +17,6 @@ def memory_kill(text: str) -> str | None:
         who = f"process {process[2]} ({name}{process[3]} GB)"
     used = f"{node[2]} of {node[3]} GB were in use on node {node[1]}" if node else "its node ran low on memory"
     return (
-        f"Ray ended {who} because {used}: lower cluster.num_workers or cluster.tokens_per_microbatch, give the node more "
-        "memory, or raise RAY_memory_usage_threshold"
+        f"Ray ended {who} because {used}: lower cluster.num_workers or cluster.tokens_per_microbatch, "
+        "give the node more memory, or raise RAY_memory_usage_threshold"
     )
