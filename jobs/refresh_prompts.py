@@ -32,7 +32,7 @@ from rich.console import Console  # noqa: E402
 
 from pipeline.refresh.exits import exit_of  # noqa: E402
 from pipeline.run.supervision import supervised  # noqa: E402
-from pipeline.run.terminal import ending_in_a_sentence, warn_of_rays_copy  # noqa: E402
+from pipeline.run.terminal import ending_in_a_sentence, told_on, warn_of_rays_copy  # noqa: E402
 from pipeline.settings import Settings, load_settings  # noqa: E402
 from pipeline.tuning.signals import sigterm_is_ctrl_c  # noqa: E402
 
@@ -69,6 +69,7 @@ def _run(settings: Settings, date: str, console: Console) -> int:
     from pipeline.refresh.night import run_night
     from pipeline.refresh.tables import print_night
 
+    console = told_on(settings, console)
     warn_of_rays_copy(settings, console)
     record = run_night(settings, date, console)
     print_night(console, record)

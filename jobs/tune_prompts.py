@@ -11,6 +11,7 @@ was stopped. Exit codes: 0 every prompt published, 2 bad input, 3 some published
 """
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +24,7 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from pipeline.run.supervision import supervised  # noqa: E402
-from pipeline.run.terminal import ending_in_a_sentence, in_rays_copy, warn_of_rays_copy  # noqa: E402
+from pipeline.run.terminal import ending_in_a_sentence, in_rays_copy, told_on, warn_of_rays_copy  # noqa: E402
 from pipeline.settings import Settings, load_settings  # noqa: E402
 from pipeline.tuning.signals import sigterm_is_ctrl_c  # noqa: E402
 
@@ -47,7 +48,7 @@ def main(
                 os.chdir(Path.home())  # what is written into the copy is deleted with it
             _make_quickstart_corpora(settings)
         else:
-            warn_of_rays_copy(settings, console)
+            warn_of_rays_copy(settings, told_on(settings, console))
         raise typer.Exit(_run(settings, console, plan))
 
 
@@ -62,6 +63,7 @@ def _run(settings: Settings, console: Console, plan_only: bool) -> int:
     if plan_only:
         print_plan(checked, console)
         return 0
+    console = told_on(settings, console)
     outcome = run_job(checked, console)
     print_results(console, outcome.results)
     if outcome.report is not None:
@@ -72,9 +74,10 @@ def _run(settings: Settings, console: Console, plan_only: bool) -> int:
         return int(outcome.exit)
     console.print(f"Published version {outcome.version} of the bank {bank.resolve()} (alias {settings.bank.alias}).")
     published = [result.task for result in outcome.results if result.status != "failed"]
-    alias = "" if settings.bank.alias == "latest" else f" --alias {settings.bank.alias}"
-    ask = f"{_python()} jobs/ask.py --bank {bank}{alias} --model {settings.model.path} --task {published[0]}"
-    console.print(f"Next, ask a prompt something:\n  {ask} 'your text'", markup=False, highlight=False)
+    alias = [] if settings.bank.alias == "latest" else ["--alias", settings.bank.alias]
+    words = [_python(), "jobs/ask.py", "--bank", str(bank), *alias, "--model", settings.model.path]
+    ask = shlex.join([*words, "--task", published[0], "your text"])
+    console.print(f"Next, ask a prompt something:\n  {ask}", markup=False, highlight=False)
     return int(outcome.exit)
 
 

@@ -1,6 +1,5 @@
 """The adaptation job, from settings to model folders."""
 
-import json
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from pipeline.run.checks import check_storage
 from pipeline.run.lease import run_lease
 from pipeline.run.patience import patiently
 from pipeline.run.stages import make_folder_of
+from pipeline.sealed_files import DamagedError, open_json, sealed_json
 from pipeline.settings import AdaptationSettings
 from pipeline.tuning.connection import Connect, ray_on_demand
 from pipeline.tuning.launch import launch
@@ -128,8 +128,16 @@ def _claim(folder: Path, digest: str, name: str) -> None:
     """A folder's models are all of one adaptation. Raises: SettingsError where they would not be."""
     path = folder / _ORIGIN
     if not path.exists():
-        write_atomically(path, json.dumps({"digest": digest}).encode())
-    elif json.loads(path.read_text())["digest"] != digest:
+        write_atomically(path, sealed_json({"digest": digest}))
+        return
+    try:
+        origin = open_json(path.read_bytes(), ("digest",))
+    except DamagedError as error:
+        raise SettingsError(
+            f"{path} is damaged ({error}): of what adaptation the models in its folder are is not known; give this run "
+            "another name, or remove the folder"
+        ) from error
+    if origin.get("digest") != digest:
         raise SettingsError(
             f"run.name {name}: its folder {folder} holds models of another model, corpus, objective or optimizer; give "
             "this run another name, or remove the folder"

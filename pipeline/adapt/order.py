@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from pipeline.full_weights.model_folder import save_model_folder
 from pipeline.full_weights.on_rank import TrainingPlace, TrainingRank, most_memory, training_rank
 from pipeline.full_weights.pieces import trained_parameters
 from pipeline.full_weights.training import Course, train
+from pipeline.sealed_files import DamagedError, open_json, sealed_json
 from pipeline.settings import AdaptationSettings
 from pipeline.tuning.ranks import rank
 from pipeline.whole_files import write_atomically
@@ -79,11 +80,14 @@ class AdaptationOrder:
 
 
 def read_adapted(order: AdaptationOrder) -> Adapted | None:
-    """What came of this order; None while it has not ended."""
-    path = order.place.folder / RESULT
-    adapted = Adapted(**json.loads(path.read_text())) if path.exists() else None
+    """What came of this order; None while it has not ended, or where the file is damaged."""
+    try:
+        data = (order.place.folder / RESULT).read_bytes()
+        adapted = Adapted(**open_json(data, [known.name for known in fields(Adapted)]))
+    except (FileNotFoundError, DamagedError, TypeError):
+        return None
     wanted = AdaptationSettings.model_validate(order.settings).kept_steps
-    if adapted is None or adapted.digest != order.digest or not {str(step) for step in wanted} <= set(adapted.models):
+    if adapted.digest != order.digest or not {str(step) for step in wanted} <= set(adapted.models):
         return None
     return adapted
 
@@ -139,7 +143,7 @@ def _adapt(order: AdaptationOrder, settings: AdaptationSettings, here: TrainingR
         peak_memory_bytes=most_memory(device),
     )
     if rank() == 0:
-        write_atomically(order.place.folder / RESULT, (json.dumps(asdict(adapted), indent=2) + "\n").encode())
+        write_atomically(order.place.folder / RESULT, sealed_json(asdict(adapted)))
     here.journal.finished("tuned")
 
 

@@ -39,6 +39,11 @@ _CHUNK = 2**20
 CONVERTED_AT_ONCE = 2**23
 """Weights that an exact product converts at a time: a large vocabulary in float takes more than int8 saves."""
 
+# bitsandbytes warns wherever it is imported that it has no fused product of 4 bits; here nothing has 4 bits.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
+)
+
 
 class Int8Linear(nn.Module):
     """`y = x Wᵀ + b` with W `[O, I]` frozen in int8 and one float32 scale per output row."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
+from pipeline.benchmark.ranks import end_with_parent
 from pipeline.corpus.encoding import TokenizerContent, keep_words
 
 
@@ -70,6 +71,7 @@ _start: Barrier
 def _keep(start: Barrier) -> None:
     global _start
     _start = start
+    end_with_parent()
 
 
 def _tokenise(content: TokenizerContent, file: Path, way: BareWay, rank: int) -> tuple[int, float, float, float]:

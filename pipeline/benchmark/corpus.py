@@ -22,6 +22,7 @@ from pipeline.backbone.files import architecture_of, find_model, read_config, re
 from pipeline.benchmark.bare_tokenizer import BareWay, Run, bare_ways, run_bare
 from pipeline.benchmark.comparison import write_json
 from pipeline.benchmark.corpus_files import read_sentences, write_corpus
+from pipeline.benchmark.ranks import end_with_parent
 from pipeline.corpus.encoding import KEPT_WORDS, TokenizerSpec, load_tokenizer, tokenizer_content
 from pipeline.corpus.files import inspect_files
 from pipeline.corpus.reader import SplitRef, open_split
@@ -228,7 +229,7 @@ def _measure_nights(place: Path, megabytes: float, sentences: Sequence[str], spe
 
 
 def _in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent) as process:
         return process.submit(function, *args).result()
 
 

@@ -3,8 +3,9 @@
 import os
 import tempfile
 from collections.abc import Callable
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +28,28 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, start: 
 
     Raises: what the first rank that fails raised; the others are ended, for they would wait for it.
     """
-    with tempfile.TemporaryDirectory() as folder, get_context(start).Pool(world_size) as pool:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        get_context(start).Pool(world_size, initializer=end_with_parent) as pool,
+    ):
         calls = [_Call(rank, world_size, Path(folder, "meeting"), function, args) for rank in range(world_size)]
         by_rank = dict(pool.imap_unordered(_run, calls))
     return [by_rank[rank] for rank in range(world_size)]
+
+
+def end_with_parent() -> None:
+    """In a process of multiprocessing's: end it when the process that started it ends, however that does.
+
+    Those of a pool would compute on, and then wait for ever, where their parent was killed or got SIGTERM.
+    """
+    parent = parent_process()
+    assert parent is not None, "no process of multiprocessing's"
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def _run(call: _Call) -> tuple[int, Any]:

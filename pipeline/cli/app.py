@@ -2,7 +2,8 @@
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -56,8 +57,19 @@ Exit codes: 0 fine; 1 something was found (verify, log); 2 a mistake, told in on
 )
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        output.write(f"promptbank {version('promptbank')}\n")
+        raise typer.Exit
+
+
 @app.callback()
-def promptbank(context: typer.Context) -> None:
+def promptbank(
+    context: typer.Context,
+    _: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Tell the version, and exit.")
+    ] = False,
+) -> None:
     """Look at a prompt bank and at runs, move aliases, look after a bank, and exchange prompts with other tools."""
     if context.invoked_subcommand is None:
         output.write(context.get_help() + "\n")

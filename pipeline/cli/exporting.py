@@ -1,5 +1,6 @@
 """`export`: prompts for other people's tools."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -69,4 +70,4 @@ def _how_to_read(place: Path, to: ExportFormat) -> str:
         case "npy":
             return f"numpy.load({str(place)!r})"
         case "vllm":
-            return f"python {place / 'ask_vllm.py'} COLUMN=TEXT"
+            return shlex.join(["python", str(place / "ask_vllm.py"), "COLUMN=TEXT"])

@@ -3,14 +3,13 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from pipeline.comparison.adapter import Trained
-from pipeline.comparison.told_tensors import load_told, told
+from pipeline.comparison.told_tensors import load_told, save_told
 from pipeline.tuning.peak_memory import peak_bytes
 from pipeline.tuning.state import Evaluation
-from pipeline.whole_files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,12 @@ def save_adapter(path: Path, trained: Trained) -> None:
         "peak_bytes": peak_bytes(),
         "failed": trained.failed,
     }
-    write_atomically(path, save(trained.weights, told(values)))
+    save_told(path, trained.weights, values, save)
 
 
 def load_adapter(path: Path) -> KeptAdapter | None:
     """None where it is not there, or damaged."""
-    found = load_told(path, "pt")
+    found = load_told(path, load)
     if found is None:
         return None
     values, weights = found

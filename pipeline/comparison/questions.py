@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
-from pipeline.comparison.told_tensors import load_told, told
+from pipeline.comparison.told_tensors import load_told, save_told
 from pipeline.errors import StorageError
 from pipeline.tuning.evaluate import Answers, Exam, score_texts
 from pipeline.whole_files import write_atomically
@@ -89,7 +88,7 @@ def keep_prompt(folder: Path, prompt: np.ndarray) -> str:
     data = save({"prompt": np.ascontiguousarray(prompt, np.float32)})
     digest = hashlib.sha256(data).hexdigest()[:32]
     path = folder / "prompts" / f"{digest}.safetensors"
-    if not path.exists():
+    if not path.exists() or path.read_bytes() != data:
         write_atomically(path, data)
     return digest
 
@@ -98,9 +97,12 @@ def kept_prompt(folder: Path, digest: str) -> np.ndarray:
     """Raises: StorageError."""
     path = folder / "prompts" / f"{digest}.safetensors"
     try:
-        prompt: np.ndarray = load_file(path)["prompt"]
-    except (OSError, SafetensorError) as error:
+        data = path.read_bytes()
+    except OSError as error:
         raise StorageError(f"cannot read {path}: {error}; start the comparison again") from error
+    if hashlib.sha256(data).hexdigest()[:32] != digest:
+        raise StorageError(f"{path} is damaged: its content is not that of its name; start the comparison again")
+    prompt: np.ndarray = load(data)["prompt"]
     return prompt
 
 
@@ -116,12 +118,12 @@ def save_answers(path: Path, answered: Answered) -> None:
     if answered.label_scores is not None:
         arrays["label_scores"] = np.ascontiguousarray(answered.label_scores)
     values = {"targets": answered.targets, "texts": answered.texts, "labels": answered.labels}
-    write_atomically(path, save(arrays, told(values)))
+    save_told(path, arrays, values, save)
 
 
 def load_answers(path: Path) -> Answered | None:
     """None where they are not there, or damaged."""
-    found = load_told(path, "np")
+    found = load_told(path, load)
     if found is None:
         return None
     values, arrays = found

@@ -3,15 +3,15 @@
 Test figures meet the choices only here, after these were made.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StorageError
 from pipeline.reporting.events import finite
 from pipeline.reporting.words import ABSENT, figure
+from pipeline.sealed_files import DamagedError, open_json, sealed_json
 from pipeline.whole_files import write_atomically
 
 FORMAT = 1
@@ -236,16 +236,16 @@ def with_spread(mean: Mean | None) -> str:
 def write_results(path: Path, results: Results) -> None:
     """Raises: StorageError."""
     plain = {"format": FORMAT, **finite(asdict(results))}
-    write_atomically(path, (json.dumps(plain, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomically(path, sealed_json(plain))
 
 
 def read_results(path: Path) -> Mapping[str, Any]:
     """As `write_results` wrote them, as plain values. Raises: StorageError."""
     try:
-        plain: Mapping[str, Any] = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        plain: Mapping[str, Any] = open_json(path.read_bytes(), ["format", *(known.name for known in fields(Results))])
+    except (OSError, DamagedError) as error:
         raise StorageError(f"cannot read {path}: {error}; make it anew") from error
-    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+    if plain.get("format") != FORMAT:
         raise StorageError(f"{path} is no comparison's results.json of this version; make it anew")
     return plain
 

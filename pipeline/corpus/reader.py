@@ -1,8 +1,8 @@
 """Token shards -> `TokenSet`: one split in the order of its row ids, on every rank and for any layout of the files."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,13 @@ import pyarrow.parquet as pq
 from pipeline.corpus.rows import SHARD_SCHEMA, RowStatus
 from pipeline.corpus.tally import NO_ROWS, SplitSummary, tally_rows
 from pipeline.errors import CorpusError
+from pipeline.sealed_files import DamagedError, file_digest, open_json
 
 MANIFEST = "manifest.json"
+_UNSEALED = (
+    *("key", "made_from", "files", "rows", "counts", "corpus_digest", "input_tokens", "target_tokens"),
+    *("longest_input", "longest_target", "distinct_targets", "target_ids"),
+)
 _ID_SPACE = 2**64
 _BATCH_ROWS = 8192
 _ID_ROWS = 2**18
@@ -173,11 +178,31 @@ def target_tokens(ref: SplitRef, target: str) -> list[int]:
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     """The manifest of a complete shard folder; None when it is missing, half-built or a shard of it is gone."""
     try:
-        manifest: dict[str, Any] = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+        manifest = open_json((Path(folder) / MANIFEST).read_bytes(), _UNSEALED)
         sizes = {name: (Path(folder) / name).stat().st_size for name in manifest["files"]}
-    except (OSError, ValueError, KeyError):
+    except (OSError, DamagedError, KeyError, TypeError):
         return None
     return manifest if sizes == manifest["files"] else None
+
+
+def is_whole(folder: str | Path) -> bool:
+    """Whether a shard folder is complete, and every shard is still what was written. Reads all of it."""
+    manifest = read_manifest(folder)
+    return manifest is not None and not any(_is_damaged(Path(folder) / name, manifest) for name in manifest["files"])
+
+
+def _is_damaged(shard: Path, manifest: Mapping[str, Any]) -> bool:
+    digests = manifest.get("digests")  # versions before this one wrote none
+    if digests is None:
+        return False
+    status = shard.stat()
+    return digests.get(shard.name) != _digest(shard, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _digest(shard: Path, *version: int) -> str:
+    """Once for each version of the file: a split is read several times."""
+    return file_digest(shard)
 
 
 def _id_after(ref: SplitRef, limit: int) -> int:
@@ -209,7 +234,10 @@ def _manifest(ref: SplitRef) -> dict[str, Any]:
 
 
 def _batches(ref: SplitRef, columns: Sequence[str], rows: int = _BATCH_ROWS) -> Iterator[pa.RecordBatch]:
-    for name in _manifest(ref)["files"]:
+    manifest = _manifest(ref)
+    for name in manifest["files"]:
+        if _is_damaged(Path(ref.dir) / name, manifest):
+            raise CorpusError(f"the token shard {Path(ref.dir) / name} is damaged; run the job again to build it anew")
         with pq.ParquetFile(Path(ref.dir) / name, pre_buffer=False, buffer_size=2**20) as shard:
             yield from shard.iter_batches(rows, columns=list(columns), use_threads=False)
 

@@ -28,13 +28,15 @@ from ray.exceptions import RayError, RayTaskError
 from pipeline.corpus.builds import being_built, finished, remove_abandoned
 from pipeline.corpus.encoding import TokenizerContent, TokenizerSpec, load_tokenizer, tokenizer_content
 from pipeline.corpus.files import Source
-from pipeline.corpus.reader import MANIFEST, read_manifest
+from pipeline.corpus.reader import MANIFEST, is_whole
 from pipeline.corpus.reading import ReadUnit, gathered, read_texts, read_units
 from pipeline.corpus.rows import Recipe, tokenise_rows
 from pipeline.corpus.tally import EMPTY, ShardTally, manifest_figures
 from pipeline.corpus.values import changed_texts
 from pipeline.corpus.writing import write_shard
 from pipeline.errors import CorpusError, PromptBankError, StorageError, TuningError
+from pipeline.reporting.memory_kill import memory_kill
+from pipeline.sealed_files import file_digest, sealed_json
 
 FORMAT_VERSION = 2
 _MAX_BLOCKS = 2000
@@ -113,7 +115,7 @@ def build_shards(
     """
     key, inputs = shard_key(source, recipe, tokenizer)
     final = Path(os.path.abspath(storage)) / "token_shards" / key
-    if read_manifest(final) is not None:
+    if is_whole(final):
         return final
     connect()
     fresh = final.with_name(f".{key}.{uuid.uuid4().hex}")
@@ -121,13 +123,13 @@ def build_shards(
         remove_abandoned(final.parent)
         with being_built(fresh):
             content = tokenizer_content(load_tokenizer(tokenizer.dir))
-            shards, whole = _write_shards(_Work(source, gathered(read_units(source)), recipe, content, fresh))
+            digests, whole = _write_shards(_Work(source, gathered(read_units(source)), recipe, content, fresh))
             if whole.rows.summary.rows != source.rows:
                 raise CorpusError(
                     f"{source.where}: {whole.rows.summary.rows} rows were read where the files' footers promise "
                     f"{source.rows}; the files changed meanwhile, so run the job again"
                 )
-            _write_manifest(fresh, {"key": key, "made_from": inputs}, shards, manifest_figures(whole))
+            _write_manifest(fresh, {"key": key, "made_from": inputs}, digests, manifest_figures(whole))
             finished(fresh)
             _publish(fresh, final)
     except OSError as error:
@@ -137,9 +139,9 @@ def build_shards(
     return final
 
 
-def _write_shards(work: _Work) -> tuple[list[str], ShardTally]:
-    """-> file names of the shards, and what was counted of all together."""
-    names, whole = [], EMPTY
+def _write_shards(work: _Work) -> tuple[dict[str, str], ShardTally]:
+    """-> digests of the shards by file name, and what was counted of all together."""
+    digests, whole = {}, EMPTY
     blocks = min(len(work.tasks), _MAX_BLOCKS)
     try:
         with _ray_data_settings():
@@ -151,11 +153,11 @@ def _write_shards(work: _Work) -> tuple[list[str], ShardTally]:
                 zero_copy_batch=True,
             )
             for row in written.iter_rows():
-                names.append(row["shard"])
+                digests[row["shard"]] = row["digest"]
                 whole += ShardTally.from_dict(json.loads(row["tally"]))
     except Exception as error:
         raise _translated(error, work.folder.parent) from None
-    return sorted(names), whole
+    return dict(sorted(digests.items())), whole
 
 
 def _tokenise_units(batch: dict[str, np.ndarray], packed: _PackedWork) -> Iterator[dict[str, list[str]]]:
@@ -166,7 +168,8 @@ def _tokenise_units(batch: dict[str, np.ndarray], packed: _PackedWork) -> Iterat
         # A name of its own for each attempt: Ray runs a task again whose worker died.
         shard = f"{index:06d}-{uuid.uuid4().hex}.parquet"
         tally = write_shard(work.folder / shard, _token_tables(work, work.tasks[index]))
-        yield {"shard": [shard], "tally": [json.dumps(tally.to_dict())]}
+        digest = file_digest(work.folder / shard)
+        yield {"shard": [shard], "digest": [digest], "tally": [json.dumps(tally.to_dict())]}
 
 
 def _token_tables(work: _Work, units: tuple[ReadUnit, ...]) -> Iterator[pa.Table]:
@@ -179,22 +182,21 @@ def _texts(work: _Work, unit: ReadUnit) -> Iterator[tuple[int, dict[str, list[st
     return read_texts(work.source.filesystem, unit, work.recipe.columns, work.source.where, work.recipe.whole)
 
 
-def _write_manifest(folder: Path, origin: dict[str, Any], shards: list[str], figures: dict[str, Any]) -> None:
+def _write_manifest(folder: Path, origin: dict[str, Any], digests: dict[str, str], figures: dict[str, Any]) -> None:
     for path in folder.glob("*.parquet"):
-        if path.name not in shards:  # of a task whose worker died
+        if path.name not in digests:  # of a task whose worker died
             path.unlink()
-    files = {name: (folder / name).stat().st_size for name in shards}
-    manifest = {**origin, "files": files, **figures}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    files = {name: (folder / name).stat().st_size for name in digests}
+    (folder / MANIFEST).write_bytes(sealed_json({**origin, "files": files, "digests": digests, **figures}))
 
 
 def _publish(fresh: Path, final: Path) -> None:
-    if final.exists() and read_manifest(final) is None:  # a shard of it was deleted by hand
+    if final.exists() and not is_whole(final):  # a shard of it was deleted by hand, or has rotted
         shutil.rmtree(final)
     try:
         fresh.rename(final)
     except OSError:
-        if read_manifest(final) is None:  # else another job was faster with the same content
+        if not is_whole(final):  # else another job was faster with the same content
             raise
 
 
@@ -238,7 +240,7 @@ def _translated(error: Exception, storage: Path) -> Exception:
             return _storage_error(storage, inner)
         cause = inner if isinstance(inner, RayTaskError) else cause.__cause__
     if isinstance(error, RayError) and not isinstance(error, RayTaskError):  # workers, nodes or the cluster were lost
-        reason = str(error).strip().partition("\n")[0]
+        reason = memory_kill(str(error)) or str(error).strip().partition("\n")[0]
         return TuningError(f"tokenising was given up ({reason}); start the same run again to resume it")
     return error
 

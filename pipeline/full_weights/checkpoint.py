@@ -1,11 +1,10 @@
 """Checkpoints of weights in training: a folder for each, with one safetensors file a rank; whole or absent.
 
 Weights, best weights and the optimizer's state entry by entry are cut as ranks hold them; any number of ranks can read
-them again. A folder counts once its `whole.json` is there, written last, and every file has the size that it names.
-The two newest are kept.
+them again. A folder counts once its `whole.json` is there, written last, and every file has the size and the digest
+that it names. The two newest are kept.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,11 +19,13 @@ from pipeline.backbone.loading import Share
 from pipeline.errors import StorageError
 from pipeline.full_weights.optimise import CUT_STATE
 from pipeline.full_weights.pieces import Piece, TrainedModel
+from pipeline.sealed_files import DamagedError, file_digest, open_json, sealed_json
 from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
 from pipeline.whole_files import put_in_place, remove, write_atomically
 
 KEPT = 2
 _WHOLE = "whole.json"
+_UNSEALED = ("step", "seconds", "notes", "digest", "has_best", "files")
 
 
 @dataclass
@@ -51,8 +52,9 @@ def save_progress(folder: Path, digest: str, model: TrainedModel, progress: Prog
         remove(here / _WHOLE)  # of a start with another number of ranks
     _wait_for_all(model)
     tensors = _tensors_of(model, progress)
-    put_in_place(here / _file(rank(), world_size()), lambda path: save_file(tensors, path))
-    _wait_for_all(model)
+    own = here / _file(rank(), world_size())
+    put_in_place(own, lambda path: save_file(tensors, path))
+    digests = _from_all_ranks(file_digest(own), model)
     if rank() == 0:
         names = [_file(each, world_size()) for each in range(world_size())]
         record = {
@@ -60,8 +62,9 @@ def save_progress(folder: Path, digest: str, model: TrainedModel, progress: Prog
             "digest": digest,
             "has_best": progress.best is not None,
             "files": {name: (here / name).stat().st_size for name in names},
+            "digests": dict(zip(names, digests, strict=True)),
         }
-        write_atomically(here / _WHOLE, json.dumps(record).encode())
+        write_atomically(here / _WHOLE, sealed_json(record))
         # Folders beyond this step are damaged ones that were passed over, or of something else.
         kept = [other for other in _newest_first(folder) if other.name <= here.name][:KEPT]
         for other in set(_newest_first(folder)) - set(kept):
@@ -73,15 +76,19 @@ def load_progress(folder: Path, digest: str, model: TrainedModel) -> Progress | 
 
     Raises: StorageError when ranks see different ones, or one cannot be read.
     """
-    found = next((here for here in _newest_first(folder) if (_record(here) or {}).get("digest") == digest), None)
-    steps = torch.zeros(world_size(), device=model.backbone.device)
-    steps[rank()] = -1 if found is None else _step_of(found)
-    if len(sum_over_ranks(steps).unique()) > 1:
-        raise StorageError(f"ranks see different checkpoints in {folder}; run.storage must be one shared folder")
-    if found is None:
-        return None
-    record = _record(found)
-    assert record is not None
+    candidates = (here for here in _newest_first(folder) if (_record(here) or {}).get("digest") == digest)
+    while True:
+        found = next(candidates, None)
+        steps = torch.zeros(world_size(), device=model.backbone.device)
+        steps[rank()] = -1 if found is None else _step_of(found)
+        if len(sum_over_ranks(steps).unique()) > 1:
+            raise StorageError(f"ranks see different checkpoints in {folder}; run.storage must be one shared folder")
+        if found is None:
+            return None
+        record = _record(found)
+        assert record is not None
+        if _is_unharmed(found, record, model):
+            break
     try:
         best = _take_up(model, _Files(found, list(record["files"])), record["has_best"])
     except (SafetensorError, OSError, KeyError) as error:
@@ -156,12 +163,26 @@ class _Files:
         return torch.cat(parts) if parts else torch.empty(0)
 
 
+def _is_unharmed(here: Path, record: Mapping[str, Any], model: TrainedModel) -> bool:
+    """Whether every file has its digest, each looked at by one rank. Every rank must call this."""
+    digests = list(record.get("digests", {}).items())  # versions before this one wrote none
+    harmed = sum(file_digest(here / name) != digest for name, digest in digests[rank() :: world_size()])
+    return not sum_over_ranks(torch.tensor([float(harmed)], device=model.backbone.device)).item()
+
+
+def _from_all_ranks(digest: str, model: TrainedModel) -> list[str]:
+    """Each rank's digest, once all have come here."""
+    bytes_of = torch.zeros(world_size(), 32, device=model.backbone.device)
+    bytes_of[rank()] = torch.tensor(list(bytes.fromhex(digest)), dtype=bytes_of.dtype)
+    return [bytes(map(int, row)).hex() for row in sum_over_ranks(bytes_of).tolist()]
+
+
 def _record(here: Path) -> Mapping[str, Any] | None:
     """What `whole.json` says; None when it or a file that it names is not there whole."""
     try:
-        record: dict[str, Any] = json.loads((here / _WHOLE).read_text())
+        record = open_json((here / _WHOLE).read_bytes(), _UNSEALED)
         whole = all((here / name).stat().st_size == size for name, size in record["files"].items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, DamagedError, KeyError, AttributeError):
         return None
     return record if whole else None
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from pipeline.full_weights.on_rank import TrainingPlace, TrainingRank, most_memo
 from pipeline.full_weights.pieces import trained_parameters
 from pipeline.full_weights.step import Examples, no_prompt
 from pipeline.full_weights.training import Course, train
+from pipeline.sealed_files import DamagedError, open_json, sealed_json
 from pipeline.settings import TaskSettings
 from pipeline.tuning.batches import rows_of_step
 from pipeline.tuning.evaluate import Score, evaluate, exam_of
@@ -116,16 +117,17 @@ class FineTuningOrder:
 
 
 def read_result(run_folder: str | Path) -> FineTuned | Diverged | None:
-    """What came of the fine-tuning of this folder; None while it has not ended."""
-    path = Path(run_folder) / RESULT
-    if not path.exists():
+    """What came of the fine-tuning of this folder; None while it has not ended, or where the file is damaged."""
+    names = [known.name for kind in (FineTuned, Diverged) for known in fields(kind)]
+    try:
+        plain = open_json((Path(run_folder) / RESULT).read_bytes(), names)
+        return Diverged(**plain) if "reason" in plain else FineTuned(**plain)
+    except (FileNotFoundError, DamagedError, TypeError):
         return None
-    plain = json.loads(path.read_text())
-    return Diverged(**plain) if "reason" in plain else FineTuned(**plain)
 
 
 def _write_result(run_folder: str, result: FineTuned | Diverged) -> None:
-    write_atomically(Path(run_folder) / RESULT, (json.dumps(asdict(result), indent=2) + "\n").encode())
+    write_atomically(Path(run_folder) / RESULT, sealed_json(asdict(result)))
 
 
 @dataclass

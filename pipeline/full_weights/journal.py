@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pipeline.errors import StorageError
 from pipeline.reporting.events import EventLog
+from pipeline.reporting.series import read_series
 from pipeline.tuning.peak_memory import peak_bytes
 from pipeline.whole_files import write_atomically
 
@@ -30,11 +31,10 @@ class Journal:
         """Cut the series back to where the checkpoint stands, so that no step appears twice."""
         if self._events is None:
             return
-        lines = self._series.read_text().splitlines() if step and self._series.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        write_atomically(self._series, "".join(f"{line}\n" for line in kept).encode())
+        kept = [point for point in read_series(self._series) if point["step"] <= step] if step else []
+        write_atomically(self._series, "".join(f"{json.dumps(point)}\n" for point in kept).encode())
         # A checkpoint is written before the evaluation of its step, which is then made a second time.
-        self._evaluated = {line["step"] for line in map(json.loads, kept) if "dev_metric" in line}
+        self._evaluated = {point["step"] for point in kept if "dev_metric" in point}
         if step:
             self.event("resume", step=step, trials={self._name: {"step": step}})
 

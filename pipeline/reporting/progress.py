@@ -26,17 +26,17 @@ MOST_BARS = 12
 
 @contextmanager
 def follow(
-    events_file: Path, console: Console, trackers: Sequence[Tracker] = (), as_json: bool = False
+    events_file: Path, console: Console, trackers: Sequence[Tracker] = (), as_json: Console | None = None
 ) -> Iterator[None]:
     """Show what is appended to `events_file` from now on, in a thread, until the block ends; trackers hear of it, too.
 
     The file may not exist yet, and its workers may be killed and start again. What was written
-    before the block ended is shown before this returns, also when the block raises. With `as_json`,
-    every event is printed as it is written, for machines that read logs.
+    before the block ended is shown before this returns, also when the block raises. On `as_json`, in
+    place of `console`, every event is printed as it is written, for machines that read logs.
     """
     tail = EventTail(events_file)
     ended = threading.Event()
-    screen: Screen = JsonLines(console) if as_json else Bars(console) if console.is_terminal else Lines(console)
+    screen: Screen = JsonLines(as_json) if as_json else Bars(console) if console.is_terminal else Lines(console)
     told = Audience(trackers, console)
 
     def look() -> None:

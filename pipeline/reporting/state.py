@@ -110,6 +110,8 @@ class RunState:
         if step == 0:  # it has just started, perhaps not for the first time
             trial.step, trial.finished, trial.status, trial.reason = 0, False, "", None
         trial.step = max(trial.step, step)
+        # Not every step is told, the last one least of all; a trial takes none that the run does not.
+        self.step = max(self.step, step)
         trial.metric, trial.value = event.get("metric"), event.get("value")
 
     def _finish(self, trial: TrialState, event: Event) -> None:

@@ -1,5 +1,7 @@
 """`--plan`: what a run would do, for people."""
 
+import os
+
 from rich.console import Console
 
 from pipeline.reporting.plan import PlannedTask, memory_table, plan_table
@@ -22,7 +24,8 @@ def print_plan(checked: CheckedRun, console: Console) -> None:
     console.print(memory_table(memory.parts, settings.cluster.num_workers))
     if settings.cluster.partition == "auto" and settings.cluster.num_workers > 1:
         console.print("(partitioned; where every rank has room for four times the whole model, each holds it whole)")
-    console.print(f"run {settings.run.storage}/{settings.run.name} -> bank {settings.bank.uri} ({settings.bank.alias})")
+    storage, bank = (os.path.expanduser(place) for place in (settings.run.storage, settings.bank.uri))
+    console.print(f"run {storage}/{settings.run.name} -> bank {bank} ({settings.bank.alias})", markup=False)
 
 
 def _planned(checked: CheckedRun, name: str) -> PlannedTask:

@@ -1,6 +1,5 @@
 """The stages of a run, up to what the bank is given: its folder, the corpora, the order to the ranks, their results."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -8,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from pipeline.backbone.files import from_anywhere, save_description, short_table
 from pipeline.corpus.encoding import TokenizerSpec
@@ -18,9 +18,11 @@ from pipeline.reporting.events import EventLog
 from pipeline.run.bank import open_bank
 from pipeline.run.checks import CheckedRun, refuse_or_skip
 from pipeline.run.patience import patiently
+from pipeline.sealed_files import DamagedError, open_tensors, sealed_tensors
 from pipeline.settings import RunSettings, Settings
 from pipeline.tuning.checkpoint import load_checkpoint
 from pipeline.tuning.connection import Connect
+from pipeline.tuning.incumbents import prompt_digest
 from pipeline.tuning.initialise import mean_prompt
 from pipeline.tuning.state import TrialState
 from pipeline.tuning.worker import Order
@@ -130,12 +132,22 @@ def _keep_warm_starts(checked: CheckedRun, order: Order, anew: bool) -> dict[str
         prompt = trial.settings.prompt
         if prompt.init == "bank":
             path = order.warm_start(trial)
-            if anew or not path.exists():
+            if anew or not _is_kept(path):
                 bank = bank or open_bank(settings.bank)
                 arrays = [bank.load(source, checked.identity).array for source in prompt.sources]
-                write_atomically(path, save({"prompt": mean_prompt(arrays)}))
-            starts[trial.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+                write_atomically(path, sealed_tensors(save({"prompt": mean_prompt(arrays)})))
+            starts[trial.name] = prompt_digest(save({"prompt": load(path.read_bytes())["prompt"]}))
     return starts
+
+
+def _is_kept(path: Path) -> bool:
+    """Whether a prompt is there whole; one that is damaged is taken from the bank again."""
+    try:
+        data = path.read_bytes()
+        open_tensors(data, ())
+        return "prompt" in load(data)
+    except (OSError, DamagedError, SafetensorError):
+        return False
 
 
 def finished_states(order: Order, settings: Settings) -> list[TrialState] | None:

@@ -44,6 +44,11 @@ def _print_error(error: PromptBankError) -> None:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {line}", markup=False)
 
 
+def told_on(settings: Settings, console: Console) -> Console:
+    """Where people are told of a run: stderr when stdout is for machines, every line of it JSON."""
+    return Console(stderr=True, soft_wrap=True, width=120) if settings.tracking.log == "json" else console
+
+
 def in_rays_copy() -> bool:
     """Whether a submitted job runs here: in a copy of the working directory, which Ray made and deletes."""
     return "_ray_pkg_" in str(Path.cwd())

@@ -16,10 +16,13 @@ from pipeline.settings import Settings
 def followed(settings: Settings, folder: Path, console: Console) -> AbstractContextManager[None]:
     """Within it, the events of the run in `folder` are shown on the console, and trackers hear them.
 
+    With `tracking.log=json` they are lines on stdout, and nothing else is there (`told_on`).
+
     Raises: SettingsError when a tracker is not installed.
     """
     trackers = _trackers(settings, folder)
-    return follow(folder / "events.jsonl", console, trackers, settings.tracking.log == "json")
+    lines = Console(soft_wrap=True) if settings.tracking.log == "json" else None
+    return follow(folder / "events.jsonl", console, trackers, lines)
 
 
 def _trackers(settings: Settings, folder: Path) -> list[Tracker]:

@@ -1,7 +1,8 @@
 """Checkpoints of a run: one safetensors file each, complete or absent, the two newest kept.
 
 Prompts, their optimizers and counters as whole tensors, whatever the number of ranks: the model
-is frozen and needs none. A file that is damaged is passed over for the one before it.
+is frozen and needs none. Each carries a digest of all that is in it; one that is damaged is passed
+over for the one before it. Those of versions that wrote no digest are taken up as they are.
 """
 
 import json
@@ -11,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from pipeline.errors import StorageError
-from pipeline.tuning.state import TrialState, from_record, to_record
+from pipeline.sealed_files import open_tensors, sealed_tensors
+from pipeline.tuning.state import RECORDED, TrialState, from_record, to_record
 from pipeline.tuning.trials import Trial
 from pipeline.whole_files import write_atomically
 
 KEPT = 2
+_METADATA = ("step", "trials")
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def save_checkpoint(folder: Path, step: int, states: Iterable[TrialState]) -> No
         name = state.trial.name
         records[name], own = to_record(state)
         tensors.update({f"{name}/{key}": value for key, value in own.items()})
-    data = save(tensors, {"step": str(step), "trials": json.dumps(records)})
+    data = sealed_tensors(save(tensors, {"step": str(step), "trials": json.dumps(records)}))
     path = folder / f"step-{step:09d}.safetensors"
     write_atomically(path, data)
     # Files beyond this step are damaged ones that were passed over.
@@ -59,8 +62,8 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     for path in _newest_first(folder):
         try:
             return _read(path)
-        except (SafetensorError, OSError, ValueError, KeyError):
-            continue
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # without a digest, damage may lie anywhere
     return None
 
 
@@ -78,10 +81,14 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> Checkpoint:
+    data = path.read_bytes()
+    metadata = open_tensors(data, _METADATA)
     tensors: dict[str, dict[str, Tensor]] = {}
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        for key in file.keys():  # noqa: SIM118 (no mapping)
-            trial, _, name = key.partition("/")
-            tensors.setdefault(trial, {})[name] = file.get_tensor(key)
-    return Checkpoint(int(metadata["step"]), json.loads(metadata["trials"]), tensors)
+    for key, tensor in load(data).items():
+        trial, _, name = key.partition("/")
+        tensors.setdefault(trial, {})[name] = tensor
+    records = json.loads(metadata["trials"])
+    for name, record in records.items():
+        if not record.keys() >= RECORDED or not {"prompt", "best"} <= tensors[name].keys():
+            raise KeyError(name)
+    return Checkpoint(int(metadata["step"]), records, tensors)

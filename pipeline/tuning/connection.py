@@ -3,14 +3,14 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
-from pipeline.errors import SettingsError
+from pipeline.errors import PromptBankError, SettingsError, TuningError
 from pipeline.settings import ClusterSettings
 from pipeline.tuning.signals import held_back
 
@@ -18,7 +18,7 @@ _OBJECT_STORE_BYTES = 512 * 2**20
 _SHUTDOWN_TIMEOUT_S = 5
 
 Connect = Callable[[], None]
-"""Connects to Ray if that has not been done. Raises: SettingsError when the cluster cannot be reached."""
+"""Connects to Ray if that has not been done. Raises: as `connected_ray`."""
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def ray_on_demand(cluster: ClusterSettings) -> Iterator[Connect]:
 def connected_ray(cluster: ClusterSettings) -> Iterator[None]:
     """A connection to the cluster named by the settings or RAY_ADDRESS; else a Ray of our own, ended after.
 
-    Raises: SettingsError when the cluster cannot be reached.
+    Raises: SettingsError when the cluster cannot be reached; TuningError when Ray does not start: it may later.
     """
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     # The workers must find this code, also when it was started as a script without being installed.
@@ -64,12 +64,10 @@ def connected_ray(cluster: ClusterSettings) -> Iterator[None]:
             # Cut short, Ray's start can neither go on nor be ended; its own handler of SIGTERM would do that.
             with held_back() as interrupted, _without_rays_handler():
                 ray.init(address=address or "local", runtime_env=environment, **options)
-    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SettingsError(
-            f"cluster.address: no Ray cluster answers at {address or 'this machine'} ({reason}); "
-            "mend the address or its token (RAY_AUTH_TOKEN)"
-        ) from error
+    except Exception as error:  # Ray raises many kinds, Exception itself among them
+        with suppress(Exception):
+            ray.shutdown()  # of what had started
+        raise _sentence(error, address) from error
     try:
         if interrupted:
             raise KeyboardInterrupt
@@ -78,6 +76,24 @@ def connected_ray(cluster: ClusterSettings) -> Iterator[None]:
         if started:
             with held_back():
                 ray.shutdown()
+
+
+def _sentence(error: Exception, address: str | None) -> PromptBankError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    if address and isinstance(error, ConnectionError | RuntimeError | ValueError | RayError):
+        return SettingsError(
+            f"cluster.address: no Ray cluster answers at {address} ({reason}); mend the address or its token "
+            "(RAY_AUTH_TOKEN)"
+        )
+    if isinstance(error, OSError) and error.filename:
+        return TuningError(
+            f"Ray did not start: {error.filename}: {error.strerror}; make room there or give Ray another folder "
+            "(RAY_TMPDIR), and start the same run again"
+        )
+    where = f"to Ray at {address} was not made" if address else "to a Ray of our own on this machine was not made"
+    return TuningError(
+        f"the connection {where} ({reason}); look at memory, disk and processes there, and start the same run again"
+    )
 
 
 @contextmanager

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from pipeline.backbone.host import Backbone
 from pipeline.corpus.reader import open_split
 from pipeline.corpus.task_corpus import TaskCorpus
+from pipeline.sealed_files import open_tensors, sealed_tensors
 from pipeline.tuning.evaluate import LABELLED, Answers, Exam, answer, exam_of
 from pipeline.tuning.loop import TuningRun
 from pipeline.tuning.metrics import text_metric
@@ -74,7 +75,8 @@ def measure(
     for i, task in enumerate(wanted_pairs):
         tensors |= {f"{task}/incumbent": outcomes[2 * i], f"{task}/new": outcomes[2 * i + 1]}
     if rank() == 0:
-        write_atomically(run.folder / _FILE, save(tensors, {"measured": json.dumps(wanted_pairs)}))
+        data = sealed_tensors(save(tensors, {"measured": json.dumps(wanted_pairs)}))
+        write_atomically(run.folder / _FILE, data)
 
 
 def best_states(states: Sequence[TrialState]) -> dict[str, TrialState]:
@@ -95,10 +97,11 @@ def pair_keys(best: Mapping[str, TrialState], incumbents: Mapping[str, str]) -> 
 def read_pairs(folder: Path, keys: Mapping[str, list[Any]]) -> dict[str, Pair] | None:
     """What was measured, by task; None unless it is exactly what the keys ask for."""
     try:
-        with safe_open(folder / _FILE, framework="np") as file:
-            if json.loads(file.metadata()["measured"]) != dict(keys):
-                return None
-            return {task: Pair(file.get_tensor(f"{task}/incumbent"), file.get_tensor(f"{task}/new")) for task in keys}
+        data = (folder / _FILE).read_bytes()
+        if json.loads(open_tensors(data, ("measured",))["measured"]) != dict(keys):
+            return None
+        outcomes = load(data)
+        return {task: Pair(outcomes[f"{task}/incumbent"], outcomes[f"{task}/new"]) for task in keys}
     except (SafetensorError, OSError, ValueError, KeyError):
         return {} if not keys else None
 
@@ -117,7 +120,7 @@ def row_outcomes(exam: Exam, answers: Answers) -> np.ndarray:
 
 
 def prompt_digest(data: bytes) -> str:
-    """Of a file that holds an incumbent."""
+    """Of a file that holds a prompt and nothing else."""
     return hashlib.sha256(data).hexdigest()
 
 

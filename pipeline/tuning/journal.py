@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.errors import StorageError
 from pipeline.reporting.events import EventLog
+from pipeline.reporting.series import read_series
 from pipeline.tuning.peak_memory import peak_bytes
 from pipeline.tuning.state import TrialState
 from pipeline.tuning.step import Tokens
@@ -34,8 +35,7 @@ class Journal:
         for state in states:
             path = self._path(state.trial.name)
             if path.exists():
-                lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-                kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= state.step]
+                kept = [json.dumps(point) + "\n" for point in read_series(path) if point["step"] <= state.step]
                 write_atomically(path, "".join(kept).encode())
         trials = {s.trial.name: {"step": s.step, **(_end(s) if s.ended else {})} for s in states}
         self.event("resume", step=step, trials=trials)

@@ -19,6 +19,7 @@ from ray.train.torch.config import _TorchBackend
 
 from pipeline.errors import PromptBankError, TuningError
 from pipeline.reporting.events import EventLog
+from pipeline.reporting.memory_kill import memory_kill
 from pipeline.settings import ClusterSettings, RunSettings
 from pipeline.tuning.notices import allow_to_run, ask_to_stop, forget_request
 from pipeline.tuning.signals import heed_sigterm, stop_by_signal
@@ -169,5 +170,7 @@ def _reason(failure: BaseException, hung: Sequence[Path], timeout: float) -> str
         return hang_sentence(hung, timeout)
     if type(failure).__name__ == "WorkerHealthCheckTimeoutError":
         return f"a rank's process did not answer for {timeout:g} s (run.hang_timeout)"
+    if (killed := memory_kill(str(failure))) is not None:
+        return killed
     lines = str(failure).strip().splitlines()
     return lines[-1] if lines else type(failure).__name__

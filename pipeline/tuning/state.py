@@ -133,6 +133,10 @@ def by_task(states: Iterable[TrialState]) -> dict[str, list[TrialState]]:
     return of_task
 
 
+RECORDED = {"digest", "step", "best_at", "status", "reason", "history", "test", "optimizer"}
+"""The keys of a record."""
+
+
 def to_record(state: TrialState) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A state as plain JSON and named tensors."""
     numbers: dict[str, Any] = {}

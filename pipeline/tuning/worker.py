@@ -6,16 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.numpy import load_file
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 from transformers import AutoTokenizer
 
 from pipeline.backbone.host import held_bytes, held_digest
 from pipeline.corpus.task_corpus import TaskCorpus
-from pipeline.errors import TuningError
+from pipeline.errors import StorageError, TuningError
 from pipeline.settings import Settings
 from pipeline.tuning.hosting import host_on_rank
-from pipeline.tuning.incumbents import Incumbents, measure
+from pipeline.tuning.incumbents import Incumbents, measure, prompt_digest
 from pipeline.tuning.journal import Journal
 from pipeline.tuning.loop import TuningRun, tune
 from pipeline.tuning.notices import Notices
@@ -63,7 +65,8 @@ class Order:
     def tuning_run(self, settings: Settings) -> TuningRun:
         trials = self.trials(settings)
         kept = {trial.name: self.warm_start(trial) for trial in trials if trial.name in self.starts}
-        prompts = {path: load_file(path)["prompt"] for path in set(kept.values())}
+        digests = {path: self.starts[name] for name, path in kept.items()}
+        prompts = {path: _kept_prompt(path, digest) for path, digest in digests.items()}
         return TuningRun(
             trials=trials,
             corpora=self.task_corpora(),
@@ -77,6 +80,17 @@ class Order:
     def carry_out(self, device: torch.device, node_leaves: Callable[[], bool]) -> None:
         """See `work`."""
         work(self, device, node_leaves)
+
+
+def _kept_prompt(path: Path, digest: str) -> np.ndarray:
+    """A prompt `[Q, H]` that the driver has kept. Raises: StorageError."""
+    try:
+        prompt: np.ndarray = load(path.read_bytes())["prompt"]
+    except (SafetensorError, KeyError):
+        prompt = np.empty(0)
+    if prompt_digest(save({"prompt": prompt})) != digest:
+        raise StorageError(f"{path} is damaged: it is not what was kept there; start the same run again")
+    return prompt
 
 
 def work(order: Order, device: torch.device, node_leaves: Callable[[], bool]) -> None:
@@ -114,7 +128,7 @@ def _tune(
     states = tune(run, backbone, tokenizer, notices)
     if order.incumbents and len(states) == len(run.trials) and all(state.ended for state in states):
         journal.event("stage", name="gate", text=f"{len(order.incumbents)} prompt(s) of the bank measured again")
-        prompts = {task: load_file(order.incumbent(task))["prompt"] for task in order.incumbents}
+        prompts = {task: _kept_prompt(order.incumbent(task), digest) for task, digest in order.incumbents.items()}
         measure(run, states, Incumbents(order.incumbents, prompts), backbone, tokenizer)
     journal.memory("tuning")
     if held_digest(backbone) != before:

@@ -176,6 +176,23 @@ def test_a_changed_file_or_a_lost_shard_is_built_again(
     assert len(open_split(second.splits["train"])) == 31
 
 
+@pytest.mark.parametrize("name", ["*.parquet", "manifest.json"])
+def test_a_shard_folder_with_a_flipped_bit_is_refused_by_readers_and_built_again(
+    place: Path, tmp_path: Path, make_task: MakeTask, spec: TokenizerSpec, name: str
+) -> None:
+    task = make_task(place / "train.parquet", dev=place / "dev.parquet")
+    whole = prepare_task("x", task, spec, tmp_path / "storage")
+    rows = content(open_split(whole.splits["train"]))
+    damaged = next(Path(whole.splits["train"].dir).glob(name))
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 3] ^= 4
+    damaged.write_bytes(data)
+    with pytest.raises(CorpusError, match="run the job again"):
+        open_split(whole.splits["train"])
+    assert prepare_task("x", task, spec, tmp_path / "storage") == whole
+    assert content(open_split(whole.splits["train"])) == rows
+
+
 def test_the_dev_split_depends_on_row_content_only_and_shares_no_row_with_train(
     place: Path, tmp_path: Path, write: Write, make_task: MakeTask, spec: TokenizerSpec
 ) -> None:

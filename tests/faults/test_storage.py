@@ -1,6 +1,7 @@
 """Stores that go away, disks that fill and checkpoints that rot: the run waits, or ends in one sentence and goes on."""
 
 import os
+import random
 import signal
 import subprocess
 import time
@@ -130,8 +131,17 @@ def test_a_store_that_is_away_while_corpora_are_read_is_waited_for(undisturbed, 
     assert outage.refused and "corpus: trying again soon: task 'film'" in output
 
 
+def with_a_flipped_bit(data: bytes) -> bytes:
+    flipped = bytearray(data)
+    place = random.Random(time.time_ns()).randrange(8 * len(data))
+    flipped[place // 8] ^= 1 << place % 8
+    print(f"bit {place} of {8 * len(data)}")
+    return bytes(flipped)
+
+
 @pytest.mark.slow
-def test_a_damaged_newest_checkpoint_costs_no_more_than_the_steps_since_the_one_before(undisturbed, tmp_path):
+@pytest.mark.parametrize("damage", [lambda data: data[:-7], with_a_flipped_bit], ids=["cut", "flipped"])
+def test_a_damaged_newest_checkpoint_costs_no_more_than_the_steps_since_the_one_before(undisturbed, tmp_path, damage):
     settings = project_in(tmp_path / "project")
     folder = tmp_path / "project/runs/small"
     process = start(settings)
@@ -140,7 +150,7 @@ def test_a_damaged_newest_checkpoint_costs_no_more_than_the_steps_since_the_one_
     process.wait()
     assert_nothing_is_left(process)
     before, newest = sorted(folder.glob("checkpoints/*.safetensors"))
-    newest.write_bytes(newest.read_bytes()[:-7])
+    newest.write_bytes(damage(newest.read_bytes()))
     run(settings)
     (resumed,) = events(folder, "resume")
     assert before.stem == f"step-{resumed['step']:09d}"

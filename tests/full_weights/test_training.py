@@ -1,5 +1,7 @@
 """All weights trained: as plain PyTorch does it, alike on one rank and two, killed and not, and saved for others."""
 
+import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +127,19 @@ def kill_on_rank(folder, run, settings, at):
         return "killed"
 
 
+def step_taken_up(folder, run, settings):
+    steps = []
+
+    def note(progress):
+        steps.append(progress.step)
+        raise _Killed
+
+    try:
+        trained(folder, course(run, settings), note)
+    except _Killed:
+        return steps[0]
+
+
 @pytest.mark.parametrize("at", [2, 4, 7, 11])
 @pytest.mark.parametrize("settings", [ADAFACTOR, ADAMW], ids=["adafactor", "adamw"])
 def test_a_training_killed_at_any_step_and_started_again_ends_with_the_same_weights_bit_by_bit(settings, at, tmp_path):
@@ -163,6 +178,19 @@ def test_the_two_newest_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tm
     starts = []
     trained(folder, what, lambda progress: starts.append(progress.step) or True)
     assert starts[0] == 6
+
+
+def test_a_flipped_bit_of_any_file_of_a_checkpoint_is_found_by_every_rank(tmp_path):
+    folder, run = make_model(tmp_path / "gpt2", "gpt2", scale=1.0), tmp_path / "run"
+    assert run_ranks(2, kill_on_rank, folder, run, ADAMW, 10) == ["killed", "killed"]
+    before, newest = sorted((run / "checkpoints").iterdir())
+    draw = random.Random(2)
+    for name in ("rank-0-of-2.safetensors", "rank-1-of-2.safetensors", "whole.json"):
+        data = bytearray((newest / name).read_bytes())
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        shutil.copytree(run / "checkpoints", tmp_path / name / "checkpoints")
+        (tmp_path / name / "checkpoints" / newest.name / name).write_bytes(data)
+        assert run_ranks(2, step_taken_up, folder, tmp_path / name, ADAMW) == [int(before.name[5:])] * 2
 
 
 def test_a_checkpoint_of_something_else_is_not_taken_up(tmp_path):

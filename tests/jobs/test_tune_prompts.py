@@ -1,6 +1,7 @@
 """The whole job as its users start it: from the command line, killed and resumed, and submitted to a cluster."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -45,6 +46,19 @@ def test_the_job_publishes_every_prompt_and_prints_what_became_of_each(undisturb
         assert part in output
     series = [json.loads(line) for line in (folder / "runs/small/metrics/film.jsonl").read_text().splitlines()]
     assert [line["step"] for line in series if "loss" in line] == list(range(1, 401))
+
+
+def test_json_logs_are_json_up_to_the_last_line_and_printed_commands_can_be_pasted(undisturbed, tmp_path):
+    folder, _ = undisturbed
+    bank = tmp_path / "my bank"
+    job = [sys.executable, str(ROOT / "jobs/tune_prompts.py"), "--config", str(folder / "settings.yaml")]
+    settings = ["--set", f"bank.uri='{bank}'", "--set", "tracking.log=json"]
+    done = subprocess.run([*job, *settings], capture_output=True, text=True, cwd=folder, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["event"] for line in done.stdout.splitlines()][-1] == "end"
+    assert "dev before" in done.stderr and "gemm_4bit" not in done.stderr
+    command = next(line for line in done.stderr.splitlines() if "jobs/ask.py" in line)
+    assert shlex.split(command)[2:4] == ["--bank", str(bank)]
 
 
 def test_a_published_prompt_loaded_back_answers_as_well_as_it_was_measured(undisturbed):

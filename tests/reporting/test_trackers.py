@@ -129,7 +129,7 @@ def test_a_tracker_that_fails_is_told_of_in_one_line_and_the_others_hear_everyth
 
 def test_a_json_log_holds_every_event_with_its_run_one_a_line(tmp_path: Path) -> None:
     path, console = tmp_path / "night" / "events.jsonl", Console(file=StringIO(), width=20)
-    with follow(path, console, as_json=True), EventLog(path) as log:
+    with follow(path, console, as_json=console), EventLog(path) as log:
         log.write("eval", trial="[sst2]", step=1, metric="accuracy", value=0.5, loss=float("nan"))
         log.write("stopped", reason="x" * 200)
     assert isinstance(console.file, StringIO)

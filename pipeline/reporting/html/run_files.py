@@ -1,6 +1,5 @@
 """What a run's folder holds for the page: the curve of a trial, time and memory by stage."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from pipeline.errors import StorageError
 from pipeline.reporting.events import Event, finite
 from pipeline.reporting.html.night import Curve, Fault, Stage
+from pipeline.reporting.series import read_series
 
 _STARTING = "starting ranks"
 
@@ -18,13 +18,10 @@ def read_curve(run_folder: Path, trial: str) -> Curve:
     losses: list[tuple[int, float | None]] = []
     evaluations: list[tuple[int, float | None]] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        points = read_series(path)
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
-    for line in lines:
-        if not line.endswith("}"):  # its writer was killed within it
-            continue
-        point = json.loads(line)
+    for point in points:
         if "dev_metric" in point:
             evaluations.append((point["step"], finite(point["dev_metric"])))
         else:
