@@ -127,7 +127,7 @@ class _FloatTable(Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  (torch's own is a static placeholder)
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own is a static placeholder
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func is torch.ops.aten.embedding.default:
