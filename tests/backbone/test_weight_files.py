@@ -157,7 +157,7 @@ def table_of(tensors):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ["llama", "llama_untied", "gpt2", "t5"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", pytest.param("llama_untied", marks=pytest.mark.slow)])
 def test_a_folder_is_the_model_that_transformers_reads_from_it(family, kind, tmp_path):
     folder = make_model(tmp_path / "m", family)
     KINDS[kind](folder, family)
