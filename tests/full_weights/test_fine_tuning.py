@@ -204,7 +204,7 @@ def test_a_result_or_a_model_with_a_flipped_bit_is_not_taken_for_what_was_left(r
         path.write_bytes(flipped)
         assert read_result(order.run_folder) in (None, result)
     path.write_bytes(whole)
-    weights = next(Path(result.model).glob("*.safetensors"))
+    (weights,) = (order.place.folder / "tuned").glob("*.safetensors")
     data = bytearray(weights.read_bytes())
     data[-5] ^= 16
     weights.write_bytes(data)
