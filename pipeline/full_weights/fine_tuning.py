@@ -227,7 +227,8 @@ def _result(run: _Run, progress: Progress, test: Score | None, peak: int) -> Fin
     history = [Evaluation(*past) for past in progress.notes["history"]]
     best = history[progress.notes["best_at"]]
     parameters = trained_parameters(model)
-    folder, stored, files = None, 0, {}
+    files: dict[str, str] = {}
+    folder, stored = None, 0
     if best.step:
         folder = Path(order.run_folder) / "tuned"
         if rank() == 0:
