@@ -5,7 +5,6 @@ A tuned model stays until it has answered; it is asked without a prompt, in plac
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipeline.backbone.files import from_anywhere
 from pipeline.comparison.candidates import Candidate, Cost, Measured
@@ -43,7 +42,7 @@ def ask_models(
 ) -> dict[tuple[str, Question], Answered]:
     """Answers of tuned models, by candidate and question; then they are removed, unless they are to stay.
 
-    A model that was removed, and is asked something new, is trained again. Raises: PromptBankError.
+    A model that was removed, or has rotted, and is asked something new, is trained again. Raises: PromptBankError.
     """
     found: dict[tuple[str, Question], Answered] = {}
     for job in _jobs(study, settings):
@@ -60,7 +59,7 @@ def _ask(
     phase = f"{job.phase}/answers"
     result = _trained(study, settings, job)
     weights = _weights(study, result)
-    gone = isinstance(result, FineTuned) and result.model is not None and not Path(result.model).exists()
+    gone = isinstance(result, FineTuned) and not result.is_whole
     if gone and (settings.keep_models or not answered_before(study, questions, phase, weights)):
         remove(study.folder / job.phase / RESULT)
         weights = _weights(study, _trained(study, settings, job))

@@ -25,7 +25,7 @@ from pipeline.full_weights.on_rank import TrainingPlace, TrainingRank, most_memo
 from pipeline.full_weights.pieces import trained_parameters
 from pipeline.full_weights.step import Examples, no_prompt
 from pipeline.full_weights.training import Course, train
-from pipeline.sealed_files import DamagedError, open_json, sealed_json
+from pipeline.sealed_files import DamagedError, file_digest, open_json, sealed_json
 from pipeline.settings import TaskSettings
 from pipeline.tuning.batches import rows_of_step
 from pipeline.tuning.evaluate import Score, evaluate, exam_of
@@ -67,6 +67,19 @@ class FineTuned:
     """The folder of the best weights; None where nothing was better than the start."""
     digest: str
     """Of the order that this came of."""
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each file of the model's folder; versions before wrote none."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the best weights are where they were left, as they were left; so where none were."""
+        folder = Path(self.model) if self.model is not None else None
+        try:
+            return folder is None or (
+                folder.exists() and all(file_digest(folder / name) == told for name, told in self.files.items())
+            )
+        except OSError:
+            return False
 
 
 @dataclass(frozen=True)
@@ -214,6 +227,7 @@ def _result(run: _Run, progress: Progress, test: Score | None, peak: int) -> Fin
     history = [Evaluation(*past) for past in progress.notes["history"]]
     best = history[progress.notes["best_at"]]
     parameters = trained_parameters(model)
+    files: dict[str, str] = {}
     folder, stored = None, 0
     if best.step:
         folder = Path(order.run_folder) / "tuned"
@@ -221,6 +235,8 @@ def _result(run: _Run, progress: Progress, test: Score | None, peak: int) -> Fin
             remove(folder)  # of a start that was killed right here, or of other settings
         save_model_folder(model, run.here.tokenizer, folder)
         stored = stored_bytes(folder)
+        if rank() == 0:  # who writes the result
+            files = {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
     early = "tuned" if progress.step >= settings.max_steps else "stopped early"
     return FineTuned(
         task=order.task,
@@ -240,4 +256,5 @@ def _result(run: _Run, progress: Progress, test: Score | None, peak: int) -> Fin
         peak_memory_bytes=peak,
         model=None if folder is None else str(folder),
         digest=order.digest,
+        files=files,
     )

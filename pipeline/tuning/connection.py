@@ -2,6 +2,8 @@
 
 import logging
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -16,6 +18,7 @@ from pipeline.tuning.signals import held_back
 
 _OBJECT_STORE_BYTES = 512 * 2**20
 _SHUTDOWN_TIMEOUT_S = 5
+_HEAD_PATIENCE_S = 20.0
 
 Connect = Callable[[], None]
 """Connects to Ray if that has not been done. Raises: as `connected_ray`."""
@@ -59,6 +62,8 @@ def connected_ray(cluster: ClusterSettings) -> Iterator[None]:
         cpus = max(os.cpu_count() or 1, cluster.num_workers * cluster.cpus_per_worker)
         options |= {"num_cpus": cpus, "object_store_memory": _OBJECT_STORE_BYTES}
     started, interrupted = not ray.is_initialized(), []
+    if started and address:
+        _wait_for_head(address)
     try:
         if started:
             # Cut short, Ray's start can neither go on nor be ended; its own handler of SIGTERM would do that.
@@ -76,6 +81,25 @@ def connected_ray(cluster: ClusterSettings) -> Iterator[None]:
         if started:
             with held_back():
                 ray.shutdown()
+
+
+def _wait_for_head(address: str) -> None:
+    """Ray itself would ask a head that does not answer for minutes, and no signal reaches it meanwhile.
+
+    Raises: SettingsError.
+    """
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdecimal() or int(port) >= 2**16:
+        return  # "auto", or a client's address: Ray's own affair
+    deadline = time.monotonic() + _HEAD_PATIENCE_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_HEAD_PATIENCE_S).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise _sentence(ConnectionError(error.strerror or str(error)), address) from error
+        time.sleep(1)
 
 
 def _sentence(error: Exception, address: str | None) -> PromptBankError:

@@ -189,3 +189,23 @@ def test_two_ranks_reach_the_result_of_one(ready, tmp_path):
     assert (both.dev, both.test, both.best_step) == (alone.dev, alone.test, alone.best_step)
     np.testing.assert_allclose(both.dev_loss, alone.dev_loss, rtol=1e-3)
     assert both.trained_parameters == alone.trained_parameters
+
+
+def test_a_result_or_a_model_with_a_flipped_bit_is_not_taken_for_what_was_left(ready, tmp_path):
+    make_order, _ = ready
+    order = make_order(tmp_path)
+    result = carry_out(order)
+    assert result.model is not None and result.files and result.is_whole
+    path = order.place.folder / "result.json"
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        assert read_result(order.run_folder) in (None, result)
+    path.write_bytes(whole)
+    (weights,) = (order.place.folder / "tuned").glob("*.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 16
+    weights.write_bytes(data)
+    assert not read_result(order.run_folder).is_whole

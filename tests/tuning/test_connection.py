@@ -49,6 +49,7 @@ def test_whatever_ray_raises_at_its_start_is_one_sentence(error, address, kind, 
         raise error
 
     monkeypatch.setattr(connection.ray, "init", fail)
+    monkeypatch.setattr(connection, "_wait_for_head", lambda address: None)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if address:
         monkeypatch.setenv("RAY_ADDRESS", address)
@@ -56,3 +57,11 @@ def test_whatever_ray_raises_at_its_start_is_one_sentence(error, address, kind, 
         connect()
     assert type(told.value) is kind and "\n" not in str(told.value)
     assert address or "this machine" in str(told.value) or "/tmp/ray" in str(told.value)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "no-such-host.invalid:6379"])
+def test_a_head_that_does_not_answer_is_one_sentence_soon(address, monkeypatch):
+    monkeypatch.setattr(connection, "_HEAD_PATIENCE_S", 0.5)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(SettingsError, match=rf"^cluster.address: no Ray cluster answers at {address} \("):
+        connect()
