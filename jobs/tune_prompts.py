@@ -71,7 +71,7 @@ def _run(settings: Settings, console: Console, plan_only: bool) -> int:
         console.print(f"No prompt was published; the bank {bank} is as it was.")
         return int(outcome.exit)
     console.print(f"Published version {outcome.version} of the bank {bank.resolve()} (alias {settings.bank.alias}).")
-    published = [result.task for result in outcome.results if result.status != "failed"]
+    published = [result.task for result in outcome.results if result.status != "failed" and not result.withheld]
     alias = "" if settings.bank.alias == "latest" else f" --alias {settings.bank.alias}"
     ask = f"{_python()} jobs/ask.py --bank {bank}{alias} --model {settings.model.path} --task {published[0]}"
     console.print(f"Next, ask a prompt something:\n  {ask} 'your text'", markup=False, highlight=False)
