@@ -31,7 +31,7 @@ def main(
     model: Annotated[str, typer.Option(help="The backbone that the prompts were tuned on.")] = "smollm2-135m",
     alias: Annotated[str, typer.Option(help="The alias that is served and followed.")] = "latest",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     replicas: Annotated[int, typer.Option(help="Copies of the model.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     watch_every: Annotated[float, typer.Option(help="Seconds between two looks at the alias.")] = 10.0,

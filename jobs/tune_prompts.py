@@ -73,7 +73,7 @@ def _run(settings: Settings, console: Console, plan_only: bool) -> int:
         console.print(f"No prompt was published; the bank {bank} is as it was.")
         return int(outcome.exit)
     console.print(f"Published version {outcome.version} of the bank {bank.resolve()} (alias {settings.bank.alias}).")
-    published = [result.task for result in outcome.results if result.status != "failed"]
+    published = [result.task for result in outcome.results if result.status != "failed" and not result.withheld]
     alias = [] if settings.bank.alias == "latest" else ["--alias", settings.bank.alias]
     words = [_python(), "jobs/ask.py", "--bank", str(bank), *alias, "--model", settings.model.path]
     ask = shlex.join([*words, "--task", published[0], "your text"])

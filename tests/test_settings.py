@@ -356,3 +356,13 @@ def test_no_number_of_the_settings_takes_what_is_none_or_beyond_all_bounds(raw, 
         pytest.skip("a large one is no mistake that could be told")
     with pytest.raises(SettingsError, match=place[-1]):
         parse_settings(raw, [f"{'.'.join(place)}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [("1", r"train': 1 is no text"), ("[1, x]", r"train\.0': 1 is no text"), ("{a: 1}", "train': input")],
+)
+def test_a_path_that_is_none_is_told_in_one_sentence(raw, value, told):
+    with pytest.raises(SettingsError, match=told) as caught:
+        parse_settings(raw, [f"tasks.a.train={value}"])
+    assert len(str(caught.value).splitlines()) == 1

@@ -56,7 +56,7 @@ def run_adaptation(checked: CheckedAdaptation, console: Console) -> Adapted:
     folder = make_folder_of(settings.run)
     events = folder / "events.jsonl"
     with (
-        run_lease(folder, settings.run.name),
+        run_lease(folder, settings.run.name) as lease,
         EventLog(events) as log,
         telling_why(log),
         ray_on_demand(settings.cluster) as connect,
@@ -79,6 +79,7 @@ def run_adaptation(checked: CheckedAdaptation, console: Console) -> Adapted:
                 f"run '{settings.run.name}' was told to stop and did, with a checkpoint; start it again to go on from "
                 "there"
             )
+        lease.check()
         log.write("end", version=None, exit=0)
         return adapted
 

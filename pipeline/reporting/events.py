@@ -27,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pipeline.errors import StorageError
+from pipeline.errors import LeaseError, StorageError
 
 Event = dict[str, Any]
 
@@ -80,6 +80,8 @@ def telling_why(log: EventLog) -> Iterator[None]:
     """Whoever watches the log shall see that the block was stopped, and why."""
     try:
         yield
+    except LeaseError:  # the log is another start's by now, and that one goes on
+        raise
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
         with suppress(StorageError):  # a full disk is the reason, perhaps
@@ -142,6 +144,9 @@ def _is_sound(record: dict[str, Any]) -> bool:
         if key not in ("value", "loss", "tokens_per_second") and not -_LAST_MOMENT < value < _LAST_MOMENT:
             return False
     trials = record.get("trials") or []
+    if record.get("event") == "end":
+        judged = record.get("not_learned") or {}
+        return isinstance(judged, dict) and all(why is None or isinstance(why, str) for why in judged.values())
     if record.get("event") == "launch":
         return isinstance(trials, list) and all(
             isinstance(trial, dict) and isinstance(trial.get("trial"), str) and _is_sound(trial) for trial in trials

@@ -17,6 +17,7 @@ where somebody else was faster, it has lost it, and `check` says so. What remain
 what it guards. So little is done in between, and a publication is atomic by itself.
 """
 
+import errno
 import json
 import os
 import re
@@ -33,10 +34,12 @@ from pipeline.errors import LeaseError, StorageError
 from pipeline.whole_files import write_atomically
 
 _NUMBERED = re.compile(r"([1-9][0-9]*)\.json")
+_UNSEEN = "unseen"
 _KEPT = 3
 """Files: the newest, and some before it for people to look at."""
 
 
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _BEATS_A_EXPIRY = 4
 _LONGEST_BEAT_S = 2.0
 """So long does a second start watch a holder that lives."""
@@ -61,7 +64,7 @@ class Holder:
 
     def is_gone(self) -> bool:
         """Whether its process is known to have ended. Where that cannot be seen, no."""
-        return bool(self.begun) and self.system == _system() and _begun(self.pid) != self.begun
+        return bool(self.begun) and self.system == _system() and _begun(self.pid) not in (self.begun, _UNSEEN)
 
 
 class Lease:
@@ -224,12 +227,23 @@ def _system() -> str:
 
 
 def _begun(pid: int) -> str:
-    """When a process began; empty when it has ended, or cannot be seen."""
+    """When a process began; empty when it has ended, `_UNSEEN` where /proc does not tell."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
-        return ""
+        return "" if _has_ended(pid) else _UNSEEN
     return "" if fields[0] in "ZX" else fields[19]  # a zombie has ended, and waits for its parent
+
+
+def _has_ended(pid: int) -> bool:
+    """Another user's process may be missing from /proc, and is there all the same."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
 
 
 def _link(path: Path, holder: Holder) -> bool:
@@ -240,8 +254,22 @@ def _link(path: Path, holder: Holder) -> bool:
         os.link(whole, path)
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        return _create(path, holder)
     finally:
         whole.unlink(missing_ok=True)
+    return True
+
+
+def _create(path: Path, holder: Holder) -> bool:
+    """Where the file system has no hard links; read before it is whole, the file names nobody, and is watched."""
+    try:
+        with path.open("xb") as file:
+            file.write(_encoded(holder))
+    except FileExistsError:
+        return False
     return True
 
 

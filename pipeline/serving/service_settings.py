@@ -3,19 +3,19 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from pipeline.errors import SettingsError
+from pipeline.settings.frozen import Address, Frozen
+from pipeline.settings.models import MOST_SECONDS
 
 
-class ServiceSettings(BaseModel):
+class ServiceSettings(Frozen):
     """Settings of a service; each is an option of `jobs/serve_prompts.py` and an argument of `serve run`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    bank: str
+    bank: Address
     """The bank's folder or object store."""
-    model: str
+    model: Address
     """The backbone that the prompts were tuned on: a folder, hub name, .gguf file or packaged name."""
     alias: str = "latest"
     """The alias that is served and followed."""
@@ -24,35 +24,42 @@ class ServiceSettings(BaseModel):
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of activations; auto is float32 on a CPU and bfloat16 on a GPU."""
-    replicas: int = Field(default=1, ge=1)
+    replicas: int = Field(default=1, ge=1, le=10_000)
     """Copies of the model."""
-    cpus_per_replica: float = Field(default=1, gt=0)
+    cpus_per_replica: float = Field(default=1, ge=0.0001, le=10_000)
     """Also the threads of each replica's model, on a CPU."""
-    watch_every: float = Field(default=10, gt=0)
+    watch_every: float = Field(default=10, gt=0, le=MOST_SECONDS)
     """Seconds between two looks at the alias."""
-    max_rows: int = Field(default=256, ge=1)
+    max_rows: int = Field(default=256, ge=1, le=10**7)
     """Most rows of a request, and of a batch over all requests."""
-    max_body_bytes: int = Field(default=2**20, ge=1)
+    max_body_bytes: int = Field(default=2**20, ge=1, le=2**40)
     """Largest body of a request."""
-    max_new_tokens: int = Field(default=256, ge=1)
+    max_new_tokens: int = Field(default=256, ge=1, le=10**7)
     """Longest answer that a request may ask for, in tokens."""
-    max_waiting: int = Field(default=1000, ge=1)
+    max_waiting: int = Field(default=1000, ge=1, le=10**9)
     """Requests that may wait for the model; more are told to come back later."""
-    batch_wait_s: float = Field(default=0.003, ge=0)
+    batch_wait_s: float = Field(default=0.003, ge=0, le=MOST_SECONDS)
     """How long a batch waits for company while the model is idle, in seconds."""
-    token_budget: int = Field(default=8192, ge=1)
+    token_budget: int = Field(default=8192, ge=1, le=10**9)
     """Most tokens that the model runs at once, and of a row with its prompt and answer."""
-    cache_mib: int = Field(default=512, ge=0)
+    cache_mib: int = Field(default=512, ge=0, le=2**30)
     """Memory for the keys and values of prompts, in MiB."""
-    request_s: float = Field(default=30, gt=0)
+    request_s: float = Field(default=30, gt=0, le=MOST_SECONDS)
     """How long a client may take to send a request's head, and to send its body, in seconds."""
-    shutdown_s: float = Field(default=60, ge=0)
+    shutdown_s: float = Field(default=60, ge=0, le=MOST_SECONDS)
     """How long requests may still run when the service is told to end, in seconds."""
 
     @field_validator("trusted_keys", mode="before")
     @classmethod
     def _several(cls, value: Any) -> Any:
         return tuple(value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("cpus_per_replica")
+    @classmethod
+    def _as_ray_counts(cls, value: float) -> float:
+        if round(value, 4) != value:
+            raise ValueError(f"{value:g} has more than four decimals, which Ray does not count; round it")
+        return value
 
 
 def make_settings(given: Mapping[str, Any]) -> ServiceSettings:
@@ -61,5 +68,7 @@ def make_settings(given: Mapping[str, Any]) -> ServiceSettings:
         return ServiceSettings.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise SettingsError(f"{where}: {first['msg'][:1].lower()}{first['msg'][1:]}") from error
+        where, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = f"the service has no such setting; it has {', '.join(ServiceSettings.model_fields)}"
+        raise SettingsError(f"{where}: {message[:1].lower()}{message[1:]}") from error

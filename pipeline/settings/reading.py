@@ -51,7 +51,7 @@ def _load(model: type[Root], path: str | Path, overrides: Sequence[str] = ()) ->
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        sentences = dict.fromkeys(_sentence(detail, model, spelt) for detail in error.errors())
+        sentences = dict.fromkeys(_sentence(detail, model, spelt) for detail in _told(error.errors()))
         raise SettingsError("\n".join(f"{path}: {sentence}" for sentence in sentences)) from error
 
 
@@ -78,7 +78,7 @@ def parse_settings(
     try:
         return Settings.model_validate(_with_defaults(raw))
     except ValidationError as error:
-        details = error.errors()
+        details = _told(error.errors())
         in_defaults = {detail["loc"][1:] for detail in details if detail["loc"][:1] == ("defaults",)}
         own = [d for d in details if d["loc"][:1] != ("tasks",) or d["loc"][2:] not in in_defaults]
         sentences = dict.fromkeys(map(partial(_sentence, spelt=spelt), own))
@@ -163,6 +163,17 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
+
+
+def _told(details: Sequence[Any]) -> list[Any]:
+    """Of "a text, or a list of texts" only the half that was meant: the list, where one was given."""
+    either = {detail["loc"][: detail["loc"].index("list[str]")] for detail in details if "list[str]" in detail["loc"]}
+    other_half = (("string_type", True), ("list_type", False))
+    return [
+        detail
+        for detail in details
+        if detail["loc"][:-1] not in either or (detail["type"], isinstance(detail["input"], list)) not in other_half
+    ]
 
 
 def _sentence(detail: Any, root: Any = Settings, spelt: Spelt | None = None) -> str:

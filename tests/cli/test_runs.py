@@ -231,6 +231,8 @@ DAMAGED = [
     b'{"time": 5, "event": "eval", "trial": ["t0"], "step": 3}',
     b'{"time": 5, "event": "eval", "trial": "t0", "step": 3, "metric": "loss", "value": "low"}',
     b'{"time": 5, "event": ["step"]}',
+    b'{"time": 5, "event": "end", "not_learned": ["t0"]}',
+    b'{"time": 5, "event": "end", "not_learned": {"t0": 5}}',
     b'{"time": 5, "event": "stage", "name": {"a": 1}}',
     b'{"time": 5, "event": "step", "trials": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     b"\xff\xfe\x00",

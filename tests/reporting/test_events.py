@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import StorageError
+from pipeline.errors import LeaseError, StorageError
 from pipeline.reporting.events import EventLog, EventTail, telling_why
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -106,3 +106,10 @@ def test_what_stops_a_run_is_told_and_still_raised(tmp_path: Path, error: BaseEx
     with EventLog(path) as log, pytest.raises(type(error)), telling_why(log):
         raise error
     assert [(event["event"], event["reason"]) for event in EventTail(path, whole=True).read()] == [("stopped", reason)]
+
+
+def test_a_start_that_lost_its_lease_tells_nothing_to_the_log_of_the_one_that_has_it(tmp_path):
+    path = tmp_path / "events.jsonl"
+    with EventLog(path) as log, pytest.raises(LeaseError), telling_why(log):
+        raise LeaseError("another start has taken over the lease")
+    assert path.read_bytes() == b""

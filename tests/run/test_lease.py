@@ -1,5 +1,6 @@
 """The lease: however many nights begin at once, one holds it; a dead one's is free; a lost one is noticed."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -72,6 +74,36 @@ def test_a_killed_starts_lease_is_free_at_once_on_the_same_system_also_if_its_nu
     path.write_text(json.dumps(reused))
     with held(tmp_path, "third", 3600):
         pass
+
+
+def test_a_holder_that_proc_hides_is_not_taken_for_dead(tmp_path, monkeypatch):
+    """As with hidepid, another user's process."""
+    process = holder(tmp_path, 60)
+    read = Path.read_text
+
+    def hidden(path, *args, **kwargs):
+        if path == Path(f"/proc/{process.pid}/stat"):
+            raise FileNotFoundError(path)
+        return read(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", hidden)
+    with pytest.raises(LeaseError, match="night 'first'"), held(tmp_path, "second", 60):
+        pass
+    process.communicate("look\n", timeout=60)
+
+
+def test_where_no_hard_links_can_be_made_the_lease_is_one_all_the_same(tmp_path, monkeypatch):
+    def refused(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    with held(tmp_path, "first", 60) as lease:
+        with pytest.raises(LeaseError, match="night 'first'"), held(tmp_path, "second", 60):
+            pass
+        lease.check()
+    with held(tmp_path, "second", 60):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.json", "2.json"]
 
 
 def elsewhere(folder, ahead: float) -> None:

@@ -3,7 +3,9 @@
 import pytest
 
 from pipeline.errors import SettingsError
-from pipeline.serving.service_settings import make_settings
+from pipeline.serving.service_settings import ServiceSettings, make_settings
+
+NUMBERS = [name for name, field in ServiceSettings.model_fields.items() if field.annotation in (int, float)]
 
 
 def test_trusted_keys_can_be_given_on_a_command_line():
@@ -15,3 +17,27 @@ def test_trusted_keys_can_be_given_on_a_command_line():
 def test_a_setting_that_is_wrong_is_named():
     with pytest.raises(SettingsError, match=r"^max_rows: input should be"):
         make_settings({"bank": "b", "model": "m", "max_rows": "many"})
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "-1", "1e30", "9" * 5000, "", True])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_no_number_takes_what_is_none_or_beyond_all_bounds(name, value):
+    with pytest.raises(SettingsError) as caught:
+        make_settings({"bank": "b", "model": "m", name: value})
+    assert str(caught.value).startswith(f"{name}: ") and "value error" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("bank", "s3://key:secret@bucket", "holds a password"),
+        ("model", "x" * 300, "longer than any file's name"),
+        ("cpus_per_replica", "0.00015", "more than four decimals"),
+        ("max_row", "3", "the service has no such setting; it has bank, model, "),
+    ],
+)
+def test_what_no_service_could_have_is_refused_in_one_sentence(name, value, told):
+    with pytest.raises(SettingsError) as caught:
+        make_settings({"bank": "b", "model": "m", name: value})
+    said = str(caught.value)
+    assert said.startswith(f"{name}: ") and told in said and "secret" not in said and "\n" not in said
