@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import compress, islice
 from pathlib import Path
@@ -42,7 +42,7 @@ class TaskPlan:
     input: Template
     target: Template
     dev_fraction: float | None
-    whole: tuple[str, ...] = ()
+    whole: Mapping[str, str] = field(default_factory=dict)
     """Columns whose floats are written as integers: see `whole_columns`."""
 
     @property
