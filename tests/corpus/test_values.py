@@ -101,7 +101,7 @@ def test_whole_floats_are_integers_where_another_file_or_split_has_integers(tmp_
 def test_a_fraction_where_another_file_has_integers_is_refused_by_name(tmp_path: Path) -> None:
     task = _task(tmp_path, train=[pa.array([0, 1])], test=[pa.array([0.0, 0.5])])
     with pytest.raises(
-        CorpusError, match=r"'label' of .*test/0.parquet holds 0.5, while .*train/0.parquet holds int"
+        CorpusError, match=r"of .*test/0.parquet holds 0.5, while .*train/0.parquet holds int"
     ) as refused:
         _labels(task)
     assert "\n" not in str(refused.value)
