@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from pipeline.corpus.class_names import footer_class_names
-from pipeline.corpus.formats import conversion, parquet_among
+from pipeline.corpus.formats import conversion, looks_like_data, parquet_among
 from pipeline.corpus.lakes import LakeTable, is_below, refuse_table, table_above, table_behind_links, tables_below
 from pipeline.corpus.mixed_splits import check_one_split
 from pipeline.corpus.places import locate, matches
@@ -63,6 +63,8 @@ class Source:
     """Names task and setting at the head of every message: "task 'sst2', train"."""
     filesystem: fs.FileSystem
     files: tuple[SourceFile, ...]
+    left_out: tuple[str, ...] = ()
+    """In the folders: files of data that are no Parquet or set aside by their names, and links that lead nowhere."""
 
     @property
     def rows(self) -> int:
@@ -97,18 +99,20 @@ def inspect_files(paths: str | Sequence[str], where: str) -> Source:
         raise CorpusError(f"{where}: the list of files is empty; name at least one Parquet file")
     filesystem: fs.FileSystem | None = None
     listed: dict[str, _Listed] = {}
+    left_out: set[str] = set()
     for path in wanted:
-        here, files = _find(path, where)
+        here, files, others = _find(path, where)
         if filesystem is not None and here != filesystem:
             raise CorpusError(f"{where}: {path} lies on another file system than {wanted[0]}; copy them to one")
         filesystem = here
         for file in files:
             listed.setdefault(file.path, file)
+        left_out.update(filter(looks_like_data, others))
     assert filesystem is not None
     footers_of = [listed[path] for path in sorted(listed)]
     with ThreadPoolExecutor(_FOOTER_READERS) as readers:
         files_read = tuple(readers.map(lambda file: _read_footer(filesystem, file, where), footers_of))
-    return Source(where, filesystem, files_read)
+    return Source(where, filesystem, files_read, tuple(sorted(left_out - listed.keys())))
 
 
 def unreadable(error: BaseException, what: str, mend: str) -> PromptBankError:
@@ -128,7 +132,8 @@ def of_its_store(error: Exception, filesystem: fs.FileSystem) -> bool:
     return isinstance(error, pa.ArrowException | OSError | ValueError) or filesystem.type_name.startswith("py::")
 
 
-def _find(path: str, where: str) -> tuple[fs.FileSystem, list[_Listed]]:
+def _find(path: str, where: str) -> tuple[fs.FileSystem, list[_Listed], list[str]]:
+    """-> file system, Parquet files, other files."""
     try:
         filesystem, fixed, pattern = locate(path)
     except (pa.ArrowException, OSError, ValueError, ImportError) as error:
@@ -146,7 +151,7 @@ def _find(path: str, where: str) -> tuple[fs.FileSystem, list[_Listed]]:
     if files:
         if files[0].path != fixed:
             check_one_split(path, fixed, [file.path for file in files], where)
-        return filesystem, files
+        return filesystem, files, found.others
     if pattern is not None and kind != fs.FileType.NotFound:
         raise CorpusError(f"{where}: no Parquet file matches {path}; mend the pattern")
     if kind == fs.FileType.Directory:
@@ -208,7 +213,14 @@ def _expand(filesystem: fs.FileSystem, entry: fs.FileInfo, root: str) -> _Found:
     tables = tables_below((other.path for other in below), entry.path)
     chosen = [] if tables else parquet_among(filesystem, list(shown))
     files = [_Listed(path, shown[path].size or 0, shown[path].mtime_ns, root) for path in chosen]
-    return _Found(files, sorted(shown.keys() - set(chosen)), tables)
+    dangling = _dangling_links(entry.path) if isinstance(filesystem, fs.LocalFileSystem) else []
+    return _Found(files, sorted(shown.keys() - set(chosen)) + dangling, tables)
+
+
+def _dangling_links(root: str) -> list[str]:
+    """Links below `root` that lead nowhere, which Arrow does not list."""
+    paths = (os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names if name[:1] not in "._")
+    return [path for path in paths if os.path.islink(path) and not os.path.exists(path)]
 
 
 def _parts_below(path: str, root: str) -> list[str]:

@@ -52,6 +52,11 @@ def conversion(path: str) -> str | None:
     return None
 
 
+def looks_like_data(path: str) -> bool:
+    """Whether the name is of a corpus in another format, or of a Parquet file, set aside or not."""
+    return conversion(path) is not None or re.search(r"\.(parquet|parq|pqt?)\b", path, re.IGNORECASE) is not None
+
+
 def _may_be_parquet(path: str) -> bool:
     name = path.rpartition("/")[2]
     return not (name.endswith(".parquet") or _SET_ASIDE.search(name.lower()) or _OTHER.search(name.lower()))

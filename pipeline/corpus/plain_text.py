@@ -25,7 +25,7 @@ class TextPlan:
 
     source: Source
     text: Template
-    whole: tuple[str, ...]
+    whole: Mapping[str, str]
     """Columns whose floats are written as integers: see `whole_columns`."""
 
 

@@ -1,15 +1,16 @@
 """One read unit (some rows of one file) -> batches of column texts, in a memory that no file can raise."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import MappingProxyType
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
 from pipeline.corpus.class_names import UnnamedClassError, named_texts
-from pipeline.corpus.files import Source, SourceFile, of_its_store, unreadable
+from pipeline.corpus.files import Source, SourceFile, of_its_store, one_line, unreadable
 from pipeline.corpus.pages import MOST_PAGE_BYTES, oversized_page
 from pipeline.corpus.values import column_texts, not_whole
 from pipeline.errors import CorpusError
@@ -96,13 +97,17 @@ def _slices(file: SourceFile, group: int, rows: int, nbytes: int, unit_bytes: in
 
 
 def read_texts(
-    filesystem: fs.FileSystem, unit: ReadUnit, columns: Sequence[str], where: str, whole: Sequence[str] = ()
+    filesystem: fs.FileSystem,
+    unit: ReadUnit,
+    columns: Sequence[str],
+    where: str,
+    whole: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[tuple[int, dict[str, list[str | None]]]]:
     """Yield (rows B, column -> [B] texts) until the unit is read; `OverLong` stands for a cell beyond the bound.
 
-    whole: columns whose floats are to be written as integers.
-    Raises: CorpusError naming the file when its pages are damaged or too large, its text is not UTF-8, or a column of
-    `whole` holds a fraction.
+    whole: columns whose floats are to be written as integers, each with a file that holds integers there.
+    Raises: CorpusError naming the file when its pages are damaged or too large, its text is not UTF-8, a column of
+    `whole` holds a fraction, or the memory does not suffice.
     """
     own = [name for name in columns if name in dict(unit.file.columns)]
     fixed = {name: value for name, value in unit.file.partitions if name in columns and name not in own}
@@ -124,8 +129,13 @@ def read_texts(
         raise CorpusError(f"{where}: {unit.file.path} holds text that is not UTF-8; write it again as UTF-8") from error
     except CorpusError:
         raise
+    except MemoryError as error:  # Arrow's own, too
+        raise CorpusError(
+            f"{where}: the memory did not suffice to read {unit.file.path} ({one_line(error) or 'no more was given'}); "
+            "give the job more, or write the file with smaller pages and row groups"
+        ) from error
     except Exception as error:
-        if not (of_its_store(error, filesystem) or isinstance(error, MemoryError)):
+        if not of_its_store(error, filesystem):
             raise
         raise unreadable(error, f"{where}: {unit.file.path} is damaged", "write it again or leave it out") from error
 
@@ -158,14 +168,14 @@ def _check_pages(
 
 
 def _gathered_texts(
-    batches: Iterable[pa.RecordBatch], unit: ReadUnit, where: str, columns: Sequence[str], whole: Sequence[str]
+    batches: Iterable[pa.RecordBatch], unit: ReadUnit, where: str, columns: Sequence[str], whole: Mapping[str, str]
 ) -> Iterator[tuple[int, dict[str, list[str | None]]]]:
     """The texts of small steps together, until they are rows enough or a mebibyte."""
     rows, size = 0, 0
     waiting: dict[str, list[str | None]] = {name: [] for name in columns}
     for batch in batches:
         for name in columns:
-            waiting[name].extend(_texts(batch[name], unit.file, name, name in whole, where))
+            waiting[name].extend(_texts(batch[name], unit.file, name, whole.get(name), where))
             size += batch[name].nbytes
         rows += batch.num_rows
         if rows >= unit.batch_rows or size >= _BATCH_BYTES:
@@ -175,16 +185,16 @@ def _gathered_texts(
         yield rows, waiting
 
 
-def _texts(column: pa.Array, file: SourceFile, name: str, whole: bool, where: str) -> list[str | None]:
+def _texts(column: pa.Array, file: SourceFile, name: str, of_integers: str | None, where: str) -> list[str | None]:
     names = dict(file.class_names).get(name)
     try:
-        return column_texts(column, whole) if names is None else named_texts(column, names)
+        return column_texts(column, whole=of_integers is not None) if names is None else named_texts(column, names)
     except UnicodeDecodeError:
         raise
     except UnnamedClassError as error:
         raise CorpusError(f"{where}: {file.path} holds {error}; mend the rows or the names") from error
     except ValueError as error:
-        raise not_whole(where, file.path, name, error) from error
+        raise not_whole(where, file.path, name, error, of_integers or "") from error
 
 
 def _between(batches: Iterable[pa.RecordBatch], first: int, end: int) -> Iterator[pa.RecordBatch]:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import chain, compress
 
@@ -57,7 +57,7 @@ class Recipe:
     architecture: Architecture
     embedding_rows: int | None = None
     """Token ids from here on have no embedding; None where the tokenizer gives no such id."""
-    whole: tuple[str, ...] = ()
+    whole: Mapping[str, str] = field(default_factory=dict)
     """Columns whose floats are written as integers: see `whole_columns`."""
     targets_behind_text: bool = False
     """The tokenizer marks beginnings (`marks_beginnings`), which a target is not."""

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from pipeline.corpus.builds import being_built, finished, remove_abandoned
 from pipeline.corpus.encoding import TokenizerContent, TokenizerSpec, load_tokenizer, tokenizer_content
@@ -156,7 +156,7 @@ def _write_shards(work: _Work) -> tuple[dict[str, str], ShardTally]:
                 digests[row["shard"]] = row["digest"]
                 whole += ShardTally.from_dict(json.loads(row["tally"]))
     except Exception as error:
-        raise _translated(error, work.folder.parent) from None
+        raise _translated(error, work.source.where, work.folder.parent) from None
     return dict(sorted(digests.items())), whole
 
 
@@ -228,7 +228,7 @@ def _ray_data_settings() -> Iterator[None]:
             handler.setLevel(level)
 
 
-def _translated(error: Exception, storage: Path) -> Exception:
+def _translated(error: Exception, where: str, storage: Path) -> Exception:
     """The error to show for one that came out of Ray; an unknown one stays as it is."""
     cause: BaseException | None = error
     while cause is not None:
@@ -236,6 +236,12 @@ def _translated(error: Exception, storage: Path) -> Exception:
         if isinstance(inner, PromptBankError):
             # Ray appends advice of its own below our sentence.
             return type(inner)(str(inner).partition("\n")[0])
+        if isinstance(cause, OutOfMemoryError):
+            return TuningError(
+                f"{where}: tokenising was given up, since its worker was killed again and again when the node's memory "
+                "ran low; give the node more, run less beside it, or write the files with shorter cells, then start "
+                "the same run again"
+            )
         if isinstance(inner, OSError):  # reading raises CorpusError, so this came from writing
             return _storage_error(storage, inner)
         cause = inner if isinstance(inner, RayTaskError) else cause.__cause__

@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
 from pipeline.corpus.encoding import (
+    Architecture,
     TokenizerSpec,
     can_fail,
     encode_plain,
@@ -42,7 +43,7 @@ class TaskPlan:
     input: Template
     target: Template
     dev_fraction: float | None
-    whole: tuple[str, ...] = ()
+    whole: Mapping[str, str] = field(default_factory=dict)
     """Columns whose floats are written as integers: see `whole_columns`."""
 
     @property
@@ -53,6 +54,15 @@ class TaskPlan:
             dev = round(rows["train"] * self.dev_fraction)
             rows |= {"train": rows["train"] - dev, "dev": dev}
         return {split: rows[split] for split in SPLITS if split in rows}
+
+    @property
+    def left_out(self) -> list[str]:
+        """A sentence for each setting whose folders hold files of data that are not read."""
+        return [
+            f"{source.where}: not read are {len(source.left_out)} other files of data, such as {source.left_out[0]}"
+            for source in self.sources.values()
+            if source.left_out
+        ]
 
 
 @dataclass(frozen=True)
@@ -137,12 +147,12 @@ def prepare_task(
     recipe = task_recipe(plan, task, tokenizer)
     loaded = load_tokenizer(tokenizer.dir)
     encode_targets(loaded, tokenizer.architecture, "", ["a"])  # has an eos, before any work
-    check_sayable(name, task.labels or (), recipe, loaded)
+    check_sayable(name, task, task.labels or (), recipe.architecture, loaded)
     build = partial(build_shards, recipe=recipe, tokenizer=tokenizer, storage=storage, connect=connect)
     whole = {split: SplitRef(str(build(source))) for split, source in plan.sources.items()}
     for split, ref in whole.items():
         if task.labels is not None or task.metric in ("accuracy", "f1"):
-            check_sayable(name, tuple(islice(unsayable_targets(ref), 1)), recipe, loaded)
+            check_sayable(name, task, tuple(islice(unsayable_targets(ref), 1)), recipe.architecture, loaded)
         _check_bad_rows(plan.sources[split].where, task, summarise_split(ref), next(unsayable_targets(ref), None))
     splits = _cut(whole, plan.dev_fraction)
     summaries = {split: summarise_split(ref) for split, ref in splits.items()}
@@ -177,9 +187,11 @@ def task_recipe(plan: TaskPlan, task: TaskSettings, tokenizer: TokenizerSpec) ->
     )
 
 
-def check_sayable(name: str, labels: Sequence[str], recipe: Recipe, tokenizer: Any) -> None:
+def check_sayable(
+    name: str, task: TaskSettings, labels: Sequence[str], architecture: Architecture, tokenizer: Any
+) -> None:
     """Raises: CorpusError naming a label that is lost in its tokens, so that no prompt could ever say it."""
-    lost = unsayable(tokenizer, recipe.architecture, recipe.separator, labels)
+    lost = unsayable(tokenizer, architecture, task.separator if architecture == "decoder-only" else "", labels)
     for label in compress(labels, lost):
         tokens = " ".join(tokenizer.convert_ids_to_tokens(encode_plain(tokenizer, [label])[0]))
         raise CorpusError(

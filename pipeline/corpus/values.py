@@ -1,7 +1,7 @@
 """A column's values -> texts, the same in every file and split of a task: what the types of the files must agree on."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -78,12 +78,12 @@ def _strings(column: pa.Array) -> list[str | None]:
     return [None if place is None else texts[place] for place in column.indices.to_pylist()]
 
 
-def whole_columns(sources: Mapping[str, Source], columns: Iterable[str]) -> tuple[str, ...]:
-    """The columns whose floats are to be written as integers, since other files of the task hold integers.
+def whole_columns(sources: Mapping[str, Source], columns: Iterable[str]) -> dict[str, str]:
+    """The columns whose floats are to be written as integers -> a file of the task that holds integers there.
 
     Raises: CorpusError naming two files whose types of a column would give one value two texts.
     """
-    found = []
+    found = {}
     for name in columns:
         files: dict[str, tuple[str, SourceFile]] = {}
         for source in sources.values():
@@ -92,21 +92,21 @@ def whole_columns(sources: Mapping[str, Source], columns: Iterable[str]) -> tupl
                 if kind is not None:
                     files.setdefault(kind, (source.where, file))
         if {"integer", "float"} == set(files):
-            found.append(name)
+            found[name] = files["integer"][1].path
         elif not _agree(set(files)):
             raise _apart(name, files)
-    return tuple(found)
+    return found
 
 
-def not_whole(where: str, path: str, name: str, error: ValueError) -> CorpusError:
-    """The error for a fraction in a column that holds integers in the task's other files."""
+def not_whole(where: str, path: str, name: str, error: ValueError, of_integers: str) -> CorpusError:
+    """The error for a fraction in a column that holds integers in another file of the task, `of_integers`."""
     return CorpusError(
-        f"{where}: the column {name!r} of {path} holds {error}, and other files of the task hold integers there; "
-        "write the column with one type in all of them"
+        f"{where}: the column {name!r} of {path} holds {error}, while {of_integers} holds integers there; "
+        "write the column with one type in all of the task's files"
     )
 
 
-def changed_texts(source: Source, columns: Sequence[str], whole: Sequence[str]) -> list[str]:
+def changed_texts(source: Source, columns: Sequence[str], whole: Container[str]) -> list[str]:
     """The columns whose texts differ from what `str` gives, as tokens made of them before did; see `shard_key`."""
     kinds = [(name, plain_type(kind)) for file in source.files for name, kind in file.columns if name in columns]
     return sorted({name for name, kind in kinds if _was_written_otherwise(kind) or (name in whole)})
@@ -146,6 +146,8 @@ def _kind(file: SourceFile, name: str) -> str | None:
     kind = dict(file.columns).get(name)
     if kind is None:
         return "text" if name in file.column_names else None
+    if name in dict(file.class_names):
+        return "class names"
     kind = plain_type(kind)
     if is_text(kind):
         return "text"
@@ -160,7 +162,7 @@ def _kind(file: SourceFile, name: str) -> str | None:
 
 def _agree(kinds: set[str]) -> bool:
     # An integer is written alike as a number and as a text; a float or a boolean need not be.
-    return len(kinds) < 2 or kinds == {"text", "integer"}
+    return len(kinds) < 2 or kinds in ({"text", "integer"}, {"text", "class names"})
 
 
 def _apart(name: str, files: Mapping[str, tuple[str, SourceFile]]) -> CorpusError:

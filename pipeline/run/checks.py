@@ -26,7 +26,7 @@ from pipeline.backbone.memory import MemoryEstimate, estimate_memory
 from pipeline.backbone.weights import open_weights
 from pipeline.bank import BackboneId, PromptBank
 from pipeline.corpus.encoding import without_embedding
-from pipeline.corpus.task_corpus import TaskPlan, check_task
+from pipeline.corpus.task_corpus import TaskPlan, check_sayable, check_task
 from pipeline.errors import BankError, PromptBankError, SettingsError, StorageError
 from pipeline.run.bank import open_bank
 from pipeline.settings import RunSettings, Settings, TaskSettings
@@ -69,7 +69,9 @@ def check_run(settings: Settings, new_backbone: bool = False, publishes: bool = 
     for name, task in settings.tasks.items():
         try:
             check_context(name, task, config)
-            plans[name] = check_task(name, task)
+            plan = check_task(name, task)
+            check_sayable(name, task, task.labels or (), architecture_of(config), tokenizer)
+            plans[name] = plan
         except StorageError:  # no mistake of the task's
             raise
         except PromptBankError as error:

@@ -13,6 +13,9 @@ def print_plan(checked: CheckedRun, console: Console) -> None:
     """The tasks with their rows, trials and steps; the model; memory per rank."""
     settings = checked.settings
     console.print(plan_table([_planned(checked, name) for name in checked.plans]))
+    for plan in checked.plans.values():
+        for remark in plan.left_out:
+            console.print(remark, markup=False)
     for name, error in checked.refused.items():
         console.print(f"left out: {name}: {error}", markup=False)
     memory = checked.memory

@@ -108,6 +108,8 @@ def prepare_corpora(
             prepare = partial(prepare_task, name, settings.tasks[name], tokenizer, storage, connect)
             corpora[name] = patiently(prepare, "corpus", log)
             log.write("stage", name="corpus", text=f"{name}: {_counted(corpora[name])}")
+            for remark in checked.plans[name].left_out:
+                log.write("stage", name="corpus", text=remark)
         except (StorageError, TuningError, SettingsError):  # no mistake of the task's, nor a cluster that is away
             raise
         except PromptBankError as error:

@@ -19,6 +19,8 @@ from pipeline.tuning.signals import held_back
 _OBJECT_STORE_BYTES = 512 * 2**20
 _SHUTDOWN_TIMEOUT_S = 5
 _HEAD_PATIENCE_S = 20.0
+# By default Ray starts a task again without end whose worker was killed because a node's memory ran low.
+_OOM_RETRIES = 3
 
 Connect = Callable[[], None]
 """Connects to Ray if that has not been done. Raises: as `connected_ray`."""
@@ -61,6 +63,8 @@ def connected_ray(cluster: ClusterSettings) -> Iterator[None]:
     else:
         cpus = max(os.cpu_count() or 1, cluster.num_workers * cluster.cpus_per_worker)
         options |= {"num_cpus": cpus, "object_store_memory": _OBJECT_STORE_BYTES}
+    # Read when this process connects, which owns the tasks; a user's own number stays.
+    os.environ.setdefault("RAY_task_oom_retries", str(_OOM_RETRIES))
     started, interrupted = not ray.is_initialized(), []
     if started and address:
         _wait_for_head(address)

@@ -37,6 +37,19 @@ def test_a_folder_gives_every_file_that_is_parquet_by_its_first_bytes(tmp_path: 
     assert [Path(file.path).name for file in found] == sorted(PARQUET)
 
 
+def test_data_in_a_folder_that_is_not_read_is_told(tmp_path: Path, make_task: Callable[..., Any]) -> None:
+    pq.write_table(ROWS, tmp_path / "a.parquet")
+    pq.write_table(ROWS, tmp_path / "a.parquet.bak")
+    (tmp_path / "b.csv").write_text("text,label\n")
+    (tmp_path / "c.parquet").symlink_to(tmp_path / "gone")
+    (tmp_path / "README.md").write_text("")
+    assert inspect_files(f"{tmp_path}/a.*quet", HERE).left_out == ()
+    source = inspect_files(str(tmp_path), HERE)
+    assert [Path(path).name for path in source.left_out] == ["a.parquet.bak", "b.csv", "c.parquet"]
+    (remark,) = check_task("x", make_task(tmp_path, dev=tmp_path / "a.parquet")).left_out
+    assert remark == f"{HERE}: not read are 3 other files of data, such as {tmp_path}/a.parquet.bak"
+
+
 def test_a_folder_without_the_usual_name_is_read_too(tmp_path: Path) -> None:
     pq.write_table(ROWS, tmp_path / "part-0")
     assert inspect_files(str(tmp_path), HERE).rows == 2

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from decimal import Decimal
@@ -68,6 +69,28 @@ def _labels(task: TaskSettings) -> list[str | None]:
     return [text for part in read for text in part]
 
 
+def test_names_of_classes_are_texts_whatever_numbers_stand_for_them(tmp_path: Path) -> None:
+    told = json.dumps({"info": {"features": {"label": {"_type": "ClassLabel", "names": ["no", "yes"]}}}})
+    task = _task(tmp_path, train=[pa.array([0, 1]), pa.array([0.0, None])], dev=[pa.array(["no"])])
+    for place in (tmp_path / "train").iterdir():
+        table = pq.read_table(place)
+        pq.write_table(table.replace_schema_metadata({"huggingface": told}), place)
+    assert check_task("x", task).whole == {}
+    assert _labels(task) == ["no", "yes", "no", None, "no"]
+    pq.write_table(
+        pa.table({"text": ["good"], "label": pa.array([1], pa.decimal128(3, 0))}), tmp_path / "dev/0.parquet"
+    )
+    with pytest.raises(CorpusError, match=r"class names in .*train/0.parquet and integer in .*dev/0.parquet"):
+        check_task("x", task)
+
+
+def test_a_memory_that_does_not_suffice_is_not_called_damage(tmp_path: Path) -> None:
+    place = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": ["x" * (200 * MEBIBYTE)]}), place, compression="zstd", write_statistics=False)
+    (sentence, _) = _read_apart(place, 1.2)
+    assert f"the memory did not suffice to read {place}" in sentence and "damaged" not in sentence
+
+
 def test_whole_floats_are_integers_where_another_file_or_split_has_integers(tmp_path: Path) -> None:
     floats, integers = pa.array([0.0, 1.0, None]), pa.array([0, 1])
     assert _labels(_task(tmp_path / "a", train=[integers, floats])) == ["0", "1", "0", "1", None]
@@ -77,7 +100,9 @@ def test_whole_floats_are_integers_where_another_file_or_split_has_integers(tmp_
 
 def test_a_fraction_where_another_file_has_integers_is_refused_by_name(tmp_path: Path) -> None:
     task = _task(tmp_path, train=[pa.array([0, 1])], test=[pa.array([0.0, 0.5])])
-    with pytest.raises(CorpusError, match=r"'label' of .*test/0.parquet holds 0.5, .* integers") as refused:
+    with pytest.raises(
+        CorpusError, match=r"of .*test/0.parquet holds 0.5, while .*train/0.parquet holds int"
+    ) as refused:
         _labels(task)
     assert "\n" not in str(refused.value)
 
@@ -173,8 +198,8 @@ print(rows, held() - before)
 """
 
 
-def _read_apart(place: Path) -> list[str]:
-    limited = ["prlimit", f"--as={6 * 2**30}", sys.executable, "-c", _READ, str(place)]
+def _read_apart(place: Path, gibibytes: float = 6) -> list[str]:
+    limited = ["prlimit", f"--as={int(gibibytes * 2**30)}", sys.executable, "-c", _READ, str(place)]
     return subprocess.run(limited, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
