@@ -13,7 +13,7 @@ from pipeline.bank.aliases import AliasMove
 from pipeline.bank.cache import Cache, default_cache
 from pipeline.bank.collect import DEFAULT_GRACE, Collected, collect
 from pipeline.bank.manifest import BackboneId, Manifest, Unknown
-from pipeline.bank.publish import NewPrompt, Publication, Standing, refuse_other_backbone
+from pipeline.bank.publish import NewPrompt, Publication, Standing
 from pipeline.bank.sameness import SameBackbone, read_statement, read_statements, same_as, state
 from pipeline.bank.snapshot import Prompt, Snapshot
 from pipeline.bank.source import Source
@@ -289,7 +289,7 @@ class PromptBank:
         seen: set[str] = set()
         # Until no other prompt has come into use meanwhile.
         while self._current is not None and (fresh := set(self._current.used) - seen):
-            refuse_other_backbone(self._source, f"version {move.version}", successor.backbone, self._current.backbone)
+            successor.check_backbone(self._current.backbone)
             for name in fresh:
                 record = successor.record(name)
                 if record is not None and record.digest is not None:  # a task that has left is no damage

@@ -64,6 +64,26 @@ def test_what_is_published_on_the_same_backbone_carries_on_and_keeps_the_banks_f
     assert reader.load("sst2", FOLDER).array[0, 0] == reader.load("sst2", GGUF).array[0, 0] == 3
 
 
+def test_a_prompt_belongs_to_the_backbone_that_it_was_tuned_on_after_the_statement_is_taken_back(bank, uri):
+    publish(bank, make_prompt("x", 1))
+    statement = stated(bank)
+    bank.publish([make_prompt("y", 2)], GGUF, run="n", libraries={}, alias="latest")
+    publish(bank, make_prompt("z", 3))  # carries y forward
+    assert bank.load("y", FOLDER).backbone == GGUF
+    bank.take_back_same_backbone(statement.seq, by="bob")
+    reader = PromptBank.open(uri)
+    assert reader.load("y", GGUF).array[0, 0] == 2, "its own"
+    assert reader.load("x", FOLDER).version == reader.load("z", FOLDER).version == 3
+    with pytest.raises(BankError, match=r"3\.json, prompt 'y', belongs to the backbone smollm2\.gguf"):
+        reader.load("y", FOLDER)
+    with pytest.raises(BankError, match=r"3\.json belongs to the backbone"):
+        reader.load("x", GGUF)
+    assert reader.current.is_of(FOLDER, "x") and not reader.current.is_of(FOLDER, "y")
+    records = reader.manifest(3).prompts
+    assert records["y"].tuned_on == GGUF and records["x"].tuned_on is records["z"].tuned_on is None
+    assert (uri / "versions/3.json").read_text().count("tuned_on") == 1 and not reader.verify().problems
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
