@@ -287,6 +287,9 @@ class PromptBank:
     def _successor(self, move: AliasMove) -> Snapshot:
         successor = self._snapshot(move.version, move.manifest)
         seen: set[str] = set()
+        # Statements are read here, in the watch's thread, and not by whoever asks next.
+        for backbone in self._current.readers if self._current else ():
+            successor.check_backbone(backbone)
         # Until no other prompt has come into use meanwhile.
         while self._current is not None and (fresh := set(self._current.used) - seen):
             successor.check_backbone(self._current.backbone)

@@ -6,7 +6,7 @@ killed after it, a whole version that the alias does not point to yet.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -107,8 +107,13 @@ def check_backbone(source: Source, backbone: BackboneId) -> None:
     numbers = version_numbers(source.store)
     if numbers:
         version = read_version(source, numbers[-1])
-        if not is_same(source, version.header.backbone, backbone):
+        if not _is_same_now(source, version.header.backbone, backbone):
             raise of_another_backbone(version.where, version.header.backbone, backbone)
+
+
+def _is_same_now(source: Source, owner: BackboneId, other: BackboneId) -> bool:
+    """What was seen last is enough for readers alone."""
+    return is_same(replace(source, cache=None), owner, other)
 
 
 def of_another_backbone(where: str, owner: BackboneId, other: BackboneId) -> BankError:
@@ -160,7 +165,7 @@ def _parent(source: Source, new: Publication) -> tuple[Manifest | None, bool]:
     if not numbers:
         return None, False
     version = read_version(source, numbers[-1])
-    usable = is_same(source, version.header.backbone, new.backbone)  # asked once: a statement may be taken back
+    usable = _is_same_now(source, version.header.backbone, new.backbone)  # asked once: it may be taken back
     if not usable and not new.new_backbone:
         raise of_another_backbone(version.where, version.header.backbone, new.backbone)
     return version.manifest(), usable

@@ -37,7 +37,7 @@ class Snapshot:
         self._source = source
         self._version = version
         self._used: dict[str, Prompt] = {}
-        self._same: set[tuple[str, str]] = set()
+        self._same: dict[tuple[str, str], BackboneId] = {}
 
     @property
     def version(self) -> int:
@@ -66,8 +66,14 @@ class Snapshot:
         owner, _ = self._owner(name)
         pair = (owner.fingerprint, backbone.fingerprint)
         if pair not in self._same and is_same(self._source, owner, backbone):
-            self._same.add(pair)
+            self._same[pair] = backbone
         return pair in self._same
+
+    @property
+    def readers(self) -> tuple[BackboneId, ...]:
+        """The backbones of which the version was found to be so far."""
+        own = self.backbone.fingerprint
+        return tuple(other for (owner, _), other in dict(self._same).items() if owner == own)
 
     def check_backbone(self, backbone: BackboneId, name: str | None = None) -> None:
         """Raises: as `is_of`, and BankError naming both backbones where that is False."""

@@ -52,6 +52,13 @@ def test_a_folder_and_its_gguf_are_stated_the_same_and_prompts_of_one_load_on_th
     code, listed, _ = run("same-backbone", bank=tuned.uri)
     assert code == 0 and str(path) in listed and other.fingerprint[:12] in listed
     assert document("verify", bank=tuned.uri)["statements"] == 1
+    document("same-backbone", path, folder, "--text", text, bank=tuned.uri)
+    third = other.model_copy(update={"fingerprint": "0" * 64})
+    for one in (tuned.current.backbone, other):
+        tuned.state_same_backbone(one, third, rows=1, largest_difference=0, by="bob")
+    code, told, _ = run("same-backbone", "--take-back", 2, bank=tuned.uri)
+    assert code == 0 and "are the same by other statements still" in told
+    run("same-backbone", "--take-back", 3, bank=tuned.uri)
     code, told, _ = run("same-backbone", "--take-back", 1, bank=tuned.uri)
     assert code == 0 and "not the same after all" in told
     assert not PromptBank.open(tuned.uri).current.is_of(other)
