@@ -156,6 +156,9 @@ class PromptBank:
         """A version by its number, or the one that an alias names now. Raises: BankError, StorageError."""
         if _VERSION.fullmatch(revision):
             return self._snapshot(int(revision))
+        if revision.isdecimal():
+            rule = "from 1 on, of at most 18 digits and without a zero in front"
+            raise Unknown(f"the version '{revision}' is refused: a number stands for a version; give one {rule}")
         move = aliases.current_move(self._source, revision)
         if move is None:
             raise self._no_alias(revision)
@@ -171,7 +174,7 @@ class PromptBank:
 
     def aliases(self) -> dict[str, int]:
         """Every alias and its version now. Raises: BankError, StorageError."""
-        moves = (aliases.current_move(self._source, alias) for alias in aliases.alias_names(self._source.store))
+        moves = (aliases.current_move(self._source, alias) for alias in aliases.alias_folders(self._source.store))
         return {move.alias: move.version for move in moves if move}
 
     def alias_move(self, alias: str) -> AliasMove | None:

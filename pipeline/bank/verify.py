@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pipeline.bank.aliases import AliasMove, alias_moves, alias_names
+from pipeline.bank.aliases import AliasMove, alias_folders, alias_moves
 from pipeline.bank.blobs import read_blob
 from pipeline.bank.collect import BLOBS, SUFFIX, is_blob
 from pipeline.bank.sameness import FOLDER, follows_no_other, read_link, statement_numbers
@@ -42,7 +42,7 @@ def verify_bank(source: Source, on_step: Callable[[str], None] = lambda place: N
         on_step(f"version {number}")
         problems += _caught(_verify_version(source, number, numbers, digests, blobs))
     aliases: set[str] = set()
-    for alias in alias_names(source.store):
+    for alias in alias_folders(source.store):
         on_step(f"alias {alias}")
         problems += _caught(_verify_alias(source, alias, numbers, digests, aliases))
     statements = statement_numbers(source)
