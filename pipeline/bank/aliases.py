@@ -37,10 +37,10 @@ def check_alias(alias: str) -> None:
     """Raises: BankError when `name@alias` could not be told from `name@version`."""
     check_name("alias", alias)
     if alias.isdecimal():
-        raise Unknown(f"the alias name '{alias}' is refused: a number stands for a version, and versions begin with 1")
+        raise Unknown(f"the alias name '{alias}' is refused: a number stands for a version; begin it with a letter")
 
 
-def alias_names(store: Store) -> tuple[str, ...]:
+def alias_folders(store: Store) -> tuple[str, ...]:
     """Names under which an alias' moves may lie, sorted; files beside them are let be. Raises: StorageError.
 
     A folder without a move is no alias: a publisher whose disk was full, or a console, has made it.

@@ -4,9 +4,10 @@ What is read from here is verified like what comes from the store. A cache that 
 """
 
 import hashlib
+import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
@@ -16,7 +17,7 @@ from pipeline.errors import BankError, StorageError
 
 _log = logging.getLogger(__name__)
 DEFAULT_LIMIT = 4 * 2**30
-_DIGESTS, _MOVES = "sha256", "moves"
+_DIGESTS, _MOVES, _STATEMENTS = "sha256", "moves", "statements"
 _LOOKS = 32
 """How often the folder is looked through while as much as it may hold is written to it."""
 
@@ -73,6 +74,21 @@ class Cache:
         with suppress(OSError, BankError), open(open_file(self._move_path(uri, alias)), "rb") as file:
             return file.read()
         return None
+
+    def keep_statements(self, uri: str, statements: Sequence[bytes]) -> None:
+        """Remember what a bank's statements on backbones were, for a start while the store is gone."""
+        if self.last_statements(uri) != list(statements):
+            document = json.dumps([each.decode(errors="replace") for each in statements])
+            self._write(self._statements_path(uri), document.encode())
+
+    def last_statements(self, uri: str) -> list[bytes] | None:
+        """Oldest first, to be verified by the caller."""
+        with suppress(OSError, BankError, ValueError), open(open_file(self._statements_path(uri)), "rb") as file:
+            return [str(each).encode() for each in json.load(file)]
+        return None
+
+    def _statements_path(self, uri: str) -> Path:
+        return self._folder / _STATEMENTS / f"{hashlib.sha256(uri.encode()).hexdigest()}.json"
 
     def _move_path(self, uri: str, alias: str) -> Path:
         return self._folder / _MOVES / hashlib.sha256(uri.encode()).hexdigest() / f"{alias}.json"

@@ -13,7 +13,7 @@ from pipeline.bank.aliases import AliasMove
 from pipeline.bank.cache import Cache, default_cache
 from pipeline.bank.collect import DEFAULT_GRACE, Collected, collect
 from pipeline.bank.manifest import BackboneId, Manifest, Unknown
-from pipeline.bank.publish import NewPrompt, Publication, Standing, refuse_other_backbone
+from pipeline.bank.publish import NewPrompt, Publication, Standing
 from pipeline.bank.sameness import SameBackbone, read_statement, read_statements, same_as, state
 from pipeline.bank.snapshot import Prompt, Snapshot
 from pipeline.bank.source import Source
@@ -156,6 +156,9 @@ class PromptBank:
         """A version by its number, or the one that an alias names now. Raises: BankError, StorageError."""
         if _VERSION.fullmatch(revision):
             return self._snapshot(int(revision))
+        if revision.isdecimal():
+            rule = "from 1 on, of at most 18 digits and without a zero in front"
+            raise Unknown(f"the version '{revision}' is refused: a number stands for a version; give one {rule}")
         move = aliases.current_move(self._source, revision)
         if move is None:
             raise self._no_alias(revision)
@@ -171,7 +174,7 @@ class PromptBank:
 
     def aliases(self) -> dict[str, int]:
         """Every alias and its version now. Raises: BankError, StorageError."""
-        moves = (aliases.current_move(self._source, alias) for alias in aliases.alias_names(self._source.store))
+        moves = (aliases.current_move(self._source, alias) for alias in aliases.alias_folders(self._source.store))
         return {move.alias: move.version for move in moves if move}
 
     def alias_move(self, alias: str) -> AliasMove | None:
@@ -287,9 +290,12 @@ class PromptBank:
     def _successor(self, move: AliasMove) -> Snapshot:
         successor = self._snapshot(move.version, move.manifest)
         seen: set[str] = set()
+        # Statements are read here, in the watch's thread, and not by whoever asks next.
+        for backbone in self._current.readers if self._current else ():
+            successor.check_backbone(backbone)
         # Until no other prompt has come into use meanwhile.
         while self._current is not None and (fresh := set(self._current.used) - seen):
-            refuse_other_backbone(self._source, f"version {move.version}", successor.backbone, self._current.backbone)
+            successor.check_backbone(self._current.backbone)
             for name in fresh:
                 record = successor.record(name)
                 if record is not None and record.digest is not None:  # a task that has left is no damage

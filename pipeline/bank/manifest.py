@@ -111,6 +111,9 @@ class PromptRecord(Frozen):
     learned: bool | None = None
     """Whether the prompt was better on dev than its start and than one constant answer; None where nobody judged. Of a
     kept or carried prompt it tells about the blob."""
+    tuned_on: BackboneId | None = None
+    """The backbone that the blob was tuned on, where a statement alone says that it is the version's; else None.
+    Written only where there is one."""
 
     @property
     def state(self) -> str:
@@ -165,10 +168,13 @@ def encode_manifest(manifest: Manifest, sign: Callable[[str], Signature] | None 
     left_out = {"prompts"} if manifest.removed else {"prompts", "removed"}
     header = canonical(manifest.model_dump(mode="json", exclude=left_out))
     lines = [
-        b'"%s":%s' % (name.encode(), canonical(manifest.prompts[name].model_dump(mode="json")))
-        for name in sorted(manifest.prompts)
+        b'"%s":%s' % (name.encode(), canonical(_written(manifest.prompts[name]))) for name in sorted(manifest.prompts)
     ]
     return seal(header[1:-1] + PROMPTS_OPEN + b",\n".join(lines) + PROMPTS_CLOSE, sign)
+
+
+def _written(record: PromptRecord) -> dict[str, Any]:
+    return record.model_dump(mode="json", exclude=set() if record.tuned_on else {"tuned_on"})
 
 
 def manifest_schema() -> str:

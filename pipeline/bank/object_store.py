@@ -22,6 +22,7 @@ from pipeline.bank.store_answers import (
     WEB_PAGE,
     first_line,
     is_final,
+    is_forbidden,
     may_pass,
     why,
 )
@@ -141,8 +142,7 @@ class ObjectStore:
         give_up = time.monotonic() + _PATIENCE
         while True:
             try:
-                with self._asking("write", key, AlreadyExistsError):
-                    self._objects.put(key, data, mode="create", use_multipart=False)  # parts would not be atomic
+                self._put(key, data)
                 return True
             except AlreadyExistsError as error:
                 failure = self._failure("write", key, error)
@@ -158,15 +158,26 @@ class ObjectStore:
                 raise failure
             time.sleep(_PAUSE)
 
+    def _put(self, key: str, data: bytes) -> None:
+        """Raises: AlreadyExistsError, StorageError."""
+        with self._asking("write", key, AlreadyExistsError):
+            self._objects.put(key, data, mode="create", use_multipart=False)  # parts would not be atomic
+
     def renew(self, key: str, data: bytes) -> None:
         with self._asking("write", key):
             self._objects.put(key, data, mode="overwrite", use_multipart=False)
 
     def _probe(self) -> None:
-        """Five requests: of two creations of a key the second must fail, and what the first one wrote must stand."""
+        """Four requests: of two creations of a key the second must fail, and what the first one wrote must stand."""
         key = f"{_PROBES}/{uuid4().hex}"
-        self._create(key, _KEPT)
-        overwritten = self._create(key, _REFUSED) or self.read(key, len(_REFUSED)) != _KEPT
+        try:
+            self._create(key, _KEPT)
+            overwritten = self._creates_again(key) or self.read(key, len(_REFUSED)) != _KEPT
+        except StorageError as error:
+            if not is_forbidden(error.__cause__):
+                raise
+            need = f"who writes to a bank must be allowed to put and get objects under {_PROBES}/ too (docs/stores.md)"
+            raise StorageError(f"{error}; {need}") from error.__cause__
         with suppress(StorageError):  # who may not delete may publish all the same; the collector takes it
             self.delete(key)
         if overwritten:
@@ -174,6 +185,24 @@ class ObjectStore:
                 f"{self.uri} is refused: its store overwrites what it is told to create only if it is absent "
                 "(If-None-Match), so that versions would be lost; use one that docs/stores.md calls fit"
             )
+
+    def _creates_again(self, key: str) -> bool:
+        """Whether a second creation succeeds. Only the store's own "it exists" tells that it was refused.
+
+        A put that failed in passing proves nothing: the first one's bytes stand because nothing was carried out.
+        """
+        give_up = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                self._put(key, _REFUSED)
+            except AlreadyExistsError:
+                return False
+            except StorageError as error:
+                if is_final(error.__cause__) or time.monotonic() > give_up:
+                    raise
+                time.sleep(_PAUSE)
+            else:
+                return True
 
     def exists(self, key: str) -> bool:
         """As `Store.exists`; in a bucket that is not there, nothing exists either."""

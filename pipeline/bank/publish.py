@@ -6,7 +6,7 @@ killed after it, a whole version that the alias does not point to yet.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -85,14 +85,14 @@ def publish(source: Source, new: Publication, alias: str | None) -> int:
     _check_prompts(new)
     blobs = {prompt.name: encode_blob(prompt.array) for prompt in new.prompts if prompt.array is not None}
     digests = {name: digest for name, (digest, _) in blobs.items()}
-    parent = _parent(source, new)
-    manifest = _manifest(source, parent, new, digests)  # what it refuses, too
+    parent, usable = _parent(source, new)
+    manifest = _manifest(parent, usable, new, digests)  # what it refuses, too
     referenced = {record.digest for record in parent.prompts.values()} if parent else set()
     for digest, data in blobs.values():
         write_blob(source, digest, data, digest in referenced)
     while (seal := create_version(source, manifest)) is None:
-        parent = _parent(source, new)  # another publisher was first: its version becomes the parent
-        manifest = _manifest(source, parent, new, digests)
+        parent, usable = _parent(source, new)  # another publisher was first: its version becomes the parent
+        manifest = _manifest(parent, usable, new, digests)
     # A collector that had looked before this version was visible may have taken an old blob of the same bytes.
     for digest, data in blobs.values():
         if not source.store.exists(blob_key(digest)):
@@ -107,18 +107,22 @@ def check_backbone(source: Source, backbone: BackboneId) -> None:
     numbers = version_numbers(source.store)
     if numbers:
         version = read_version(source, numbers[-1])
-        refuse_other_backbone(source, version.where, version.header.backbone, backbone)
+        if not _is_same_now(source, version.header.backbone, backbone):
+            raise of_another_backbone(version.where, version.header.backbone, backbone)
 
 
-def refuse_other_backbone(source: Source, where: str, owner: BackboneId, other: BackboneId) -> None:
-    """Raises: BankError naming both backbones and the parts in which they differ, unless they are stated the same."""
-    differing = owner.differing_parts(other)
-    if differing and not is_same(source, owner, other):
-        raise BankError(
-            f"{where} belongs to the backbone {_title(owner)} and not to {_title(other)}: "
-            f"they differ in {', '.join(differing)}; use a bank of this backbone, or a new folder, "
-            "or state that the two are the same: promptbank same-backbone MODEL MODEL"
-        )
+def _is_same_now(source: Source, owner: BackboneId, other: BackboneId) -> bool:
+    """What was seen last is enough for readers alone."""
+    return is_same(replace(source, cache=None), owner, other)
+
+
+def of_another_backbone(where: str, owner: BackboneId, other: BackboneId) -> BankError:
+    """Why what lies at `where` is not used: names both backbones, and the parts in which they differ."""
+    return BankError(
+        f"{where} belongs to the backbone {_title(owner)} and not to {_title(other)}: "
+        f"they differ in {', '.join(owner.differing_parts(other))}; use a bank of this backbone, or a new folder, "
+        "or state that the two are the same: promptbank same-backbone MODEL MODEL"
+    )
 
 
 def _title(backbone: BackboneId) -> str:
@@ -152,21 +156,27 @@ def _check_array(name: str, array: np.ndarray, hidden_size: int) -> None:
         raise BankError(f"prompt '{name}' is refused: it holds values that are not finite (NaN or infinite)")
 
 
-def _parent(source: Source, new: Publication) -> Manifest | None:
-    """The newest version. Raises: BankError when it belongs to another backbone or is damaged, StorageError."""
+def _parent(source: Source, new: Publication) -> tuple[Manifest | None, bool]:
+    """The newest version, and whether its prompts are of the publication's backbone.
+
+    Raises: BankError when they are of another, which is not allowed, or the version is damaged, StorageError.
+    """
     numbers = version_numbers(source.store)
     if not numbers:
-        return None
+        return None, False
     version = read_version(source, numbers[-1])
-    if not new.new_backbone:
-        refuse_other_backbone(source, version.where, version.header.backbone, new.backbone)
-    return version.manifest()
+    usable = _is_same_now(source, version.header.backbone, new.backbone)  # asked once: it may be taken back
+    if not usable and not new.new_backbone:
+        raise of_another_backbone(version.where, version.header.backbone, new.backbone)
+    return version.manifest(), usable
 
 
-def _manifest(source: Source, parent: Manifest | None, new: Publication, digests: Mapping[str, str]) -> Manifest:
+def _manifest(parent: Manifest | None, usable: bool, new: Publication, digests: Mapping[str, str]) -> Manifest:
     """The manifest of the version after the parent: the publication's prompts, and the parent's others by reference."""
-    usable = parent is not None and is_same(source, parent.backbone, new.backbone)
     before = parent.prompts if parent and usable else {}
+    # What is stated to be the parent's backbone goes by the parent's fingerprint: one bank has one.
+    backbone = parent.backbone if parent and usable else new.backbone
+    tuned_on = None if backbone.fingerprint == new.backbone.fingerprint else new.backbone
     number = parent.version + 1 if parent else 1
     # A failed record without a blob stays in the version that it failed in: there is nothing to carry.
     records = {
@@ -178,7 +188,7 @@ def _manifest(source: Source, parent: Manifest | None, new: Publication, digests
         old = _by_reference(standing.record, standing.status, standing.reason, standing.inputs_digest)
         records[old.name] = old
     for prompt in new.prompts:
-        records[prompt.name] = _record(prompt, before.get(prompt.name), digests.get(prompt.name), number)
+        records[prompt.name] = _record(prompt, before.get(prompt.name), digests.get(prompt.name), number, tuned_on)
     try:
         return Manifest(
             version=number,
@@ -186,7 +196,7 @@ def _manifest(source: Source, parent: Manifest | None, new: Publication, digests
             time=utc_now(),
             run=new.run,
             id=new_id(),
-            backbone=_backbone(parent, new.backbone) if usable else new.backbone,
+            backbone=backbone,
             libraries=new.libraries,
             removed=new.removed,
             prompts=records,
@@ -195,13 +205,9 @@ def _manifest(source: Source, parent: Manifest | None, new: Publication, digests
         raise BankError(f"version {number} is refused: {first_problem(error)}") from error
 
 
-def _backbone(parent: Manifest | None, own: BackboneId) -> BackboneId:
-    """One that is stated to be the parent's goes by the parent's fingerprint: one bank has one."""
-    stated = parent is not None and parent.backbone.fingerprint != own.fingerprint
-    return parent.backbone if parent and stated else own
-
-
-def _record(prompt: NewPrompt, old: PromptRecord | None, digest: str | None, number: int) -> PromptRecord:
+def _record(
+    prompt: NewPrompt, old: PromptRecord | None, digest: str | None, number: int, tuned_on: BackboneId | None
+) -> PromptRecord:
     if prompt.array is None and old is not None and old.digest is not None:
         return _by_reference(old, "kept", prompt.reason)
     if prompt.status == "kept":
@@ -212,6 +218,7 @@ def _record(prompt: NewPrompt, old: PromptRecord | None, digest: str | None, num
         "shape": prompt.array.shape if prompt.array is not None else None,
         "dtype": "float32" if digest else None,
         "tuned_in": number if digest else None,
+        "tuned_on": tuned_on if digest else None,
     }
     try:
         return PromptRecord.model_validate({**fields, **blob, "metrics_previous": old.metrics if old else None})

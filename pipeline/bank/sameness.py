@@ -4,16 +4,19 @@ The weights of a safetensors folder and of the GGUF file made from it have two f
 A statement says so, by whom and on what evidence, and whoever compares fingerprints takes it for an equality.
 """
 
+import logging
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.bank.manifest import BackboneId, Frozen, Id, UtcTime, new_id, utc_now
+from pipeline.bank.manifest import BackboneId, Digest, Frozen, Id, UtcTime, new_id, utc_now
 from pipeline.bank.sealed import canonical, check_sealed, parse, seal
 from pipeline.bank.source import Source
-from pipeline.bank.versions import numbered
-from pipeline.errors import BankError
+from pipeline.bank.versions import numbered, read_version, version_numbers
+from pipeline.errors import BankError, StorageError
 
+_log = logging.getLogger(__name__)
 FOLDER = "backbones"
 _MAX_BYTES = 64 * 2**10
 _MUST_AGREE = ("architecture", "hidden_size", "quantization")
@@ -26,6 +29,9 @@ class SameBackbone(Frozen):
     kind: Literal["same backbone"] = "same backbone"
     """Tells a statement from what else is signed in a bank."""
     seq: int = Field(ge=1)
+    previous: Digest | None
+    """The digest of the statement before, so that none can be taken out between two or come from another bank;
+    None of the first."""
     same: bool
     """False takes an earlier statement back."""
     first: BackboneId
@@ -48,6 +54,8 @@ class SameBackbone(Frozen):
             raise ValueError("the two have one fingerprint, and need no statement")
         if self.same and self.rows < 1:
             raise ValueError("a statement needs rows on which the two were compared")
+        if (self.previous is None) != (self.seq == 1):
+            raise ValueError("every statement but the first names the digest of the one before")
         return self
 
 
@@ -58,9 +66,53 @@ def statement_numbers(source: Source) -> tuple[int, ...]:
 
 def read_statement(source: Source, seq: int) -> SameBackbone:
     """Raises: BankError when it is damaged, or not signed by a key that is trusted; StorageError."""
-    key = f"{FOLDER}/{seq}.json"
-    where = source.store.where(key)
-    data = source.store.read(key, _MAX_BYTES)
+    return read_link(source, seq)[0]
+
+
+def read_link(source: Source, seq: int) -> tuple[SameBackbone, str]:
+    """A statement and its digest, which the next one names. Raises: as `read_statement`."""
+    return _checked(source, seq, _read(source, seq), _where(source, seq))
+
+
+def read_statements(source: Source) -> tuple[SameBackbone, ...]:
+    """All statements, oldest first. Raises: as `read_statement`, and BankError where one does not follow the other."""
+    found = {seq: _read(source, seq) for seq in statement_numbers(source)}
+    statements = _row(source, found)
+    if source.cache and found:
+        source.cache.keep_statements(source.store.uri, list(found.values()))
+    return statements
+
+
+def _known_statements(source: Source) -> tuple[SameBackbone, ...]:
+    """Those of the bank, or while its store is gone those that this machine saw last."""
+    try:
+        return read_statements(source)
+    except StorageError as error:
+        kept = source.cache.last_statements(source.store.uri) if source.cache else None
+        if not kept:
+            raise
+        _log.warning("%s; going on with the statements on backbones that were seen last", error)
+        return _row(source, dict(enumerate(kept, 1)))
+
+
+def _row(source: Source, found: Mapping[int, bytes]) -> tuple[SameBackbone, ...]:
+    statements: list[SameBackbone] = []
+    before: str | None = None
+    for seq, data in found.items():
+        statement, digest = _checked(source, seq, data, _where(source, seq))
+        if statement.previous != before:
+            raise BankError(follows_no_other(_where(source, seq)))
+        statements.append(statement)
+        before = digest
+    return tuple(statements)
+
+
+def follows_no_other(where: str) -> str:
+    return f"{where} is refused: it does not follow the statement before it, which was removed or replaced"
+
+
+def _checked(source: Source, seq: int, data: bytes, where: str) -> tuple[SameBackbone, str]:
+    """The statement and its digest."""
     sealed = check_sealed(data, where)
     if source.trusted:
         from pipeline.bank.signing import check_signature
@@ -69,12 +121,15 @@ def read_statement(source: Source, seq: int) -> SameBackbone:
     statement = parse(SameBackbone, data, where)
     if statement.seq != seq:
         raise BankError(f"{where} is refused: it says that it is statement {statement.seq}")
-    return statement
+    return statement, sealed.digest
 
 
-def read_statements(source: Source) -> tuple[SameBackbone, ...]:
-    """All statements, oldest first. Raises: as `read_statement`."""
-    return tuple(read_statement(source, seq) for seq in statement_numbers(source))
+def _read(source: Source, seq: int) -> bytes:
+    return source.store.read(f"{FOLDER}/{seq}.json", _MAX_BYTES)
+
+
+def _where(source: Source, seq: int) -> str:
+    return source.store.where(f"{FOLDER}/{seq}.json")
 
 
 def state(
@@ -88,9 +143,18 @@ def state(
             raise BankError(f"{first.model} and {second.model} differ in {part}, and cannot be the same backbone")
     if first.fingerprint == second.fingerprint:
         raise BankError(f"{first.model} and {second.model} have one fingerprint, and need no statement")
+    newest = max(version_numbers(source.store), default=0)
+    if source.sign is None and newest and read_version(source, newest).seal.signature:
+        raise BankError(
+            f"cannot write to {source.store.uri}: its newest version is signed, and a statement that is not would stop "
+            "every reader with trusted keys; give the signing key (--signing-key)"
+        )
     while True:
+        last = max(statement_numbers(source), default=0)
+        previous = read_link(source, last)[1] if last else None
         statement = SameBackbone(
-            seq=max(statement_numbers(source), default=0) + 1,
+            seq=last + 1,
+            previous=previous,
             same=same,
             first=first,
             second=second,
@@ -110,7 +174,7 @@ def same_as(source: Source, backbone: BackboneId) -> dict[str, BackboneId]:
 
     Raises: as `read_statement`.
     """
-    last = {frozenset((each.first.fingerprint, each.second.fingerprint)): each for each in read_statements(source)}
+    last = {frozenset((each.first.fingerprint, each.second.fingerprint)): each for each in _known_statements(source)}
     found = {backbone.fingerprint: backbone}
     while True:
         before = len(found)

@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.bank.blobs import read_blob
 from pipeline.bank.manifest import BackboneId, Header, PromptRecord, Unknown, check_name
-from pipeline.bank.publish import refuse_other_backbone
+from pipeline.bank.publish import of_another_backbone
 from pipeline.bank.sameness import is_same
 from pipeline.bank.source import Source
 from pipeline.bank.versions import Version
@@ -27,6 +27,7 @@ class Prompt:
     record: PromptRecord
     version: int
     backbone: BackboneId
+    """The one that it was tuned on."""
 
 
 class Snapshot:
@@ -36,7 +37,7 @@ class Snapshot:
         self._source = source
         self._version = version
         self._used: dict[str, Prompt] = {}
-        self._same: set[str] = set()
+        self._same: dict[tuple[str, str], BackboneId] = {}
 
     @property
     def version(self) -> int:
@@ -56,19 +57,37 @@ class Snapshot:
     def backbone(self) -> BackboneId:
         return self._version.header.backbone
 
-    def is_of(self, backbone: BackboneId) -> bool:
-        """Whether the prompts belong to this backbone, by its fingerprint or by a statement of the bank's.
+    def is_of(self, backbone: BackboneId, name: str | None = None) -> bool:
+        """Whether the version, or one prompt of it, belongs to this backbone, by its fingerprint or by a statement.
 
+        A prompt may be tuned on another backbone than its version's, which was stated to be the same.
         What was once found the same stays so for this object. Raises: BankError for a damaged statement, StorageError.
         """
-        if backbone.fingerprint not in self._same and is_same(self._source, self.backbone, backbone):
-            self._same.add(backbone.fingerprint)
-        return backbone.fingerprint in self._same
+        owner, _ = self._owner(name)
+        pair = (owner.fingerprint, backbone.fingerprint)
+        if pair not in self._same and is_same(self._source, owner, backbone):
+            self._same[pair] = backbone
+        return pair in self._same
 
-    def check_backbone(self, backbone: BackboneId) -> None:
-        """Raises: BankError naming both backbones when the prompts belong to another, StorageError."""
-        if not self.is_of(backbone):
-            refuse_other_backbone(self._source, self._version.where, self.backbone, backbone)
+    @property
+    def readers(self) -> tuple[BackboneId, ...]:
+        """The backbones of which the version was found to be so far."""
+        own = self.backbone.fingerprint
+        return tuple(other for (owner, _), other in dict(self._same).items() if owner == own)
+
+    def check_backbone(self, backbone: BackboneId, name: str | None = None) -> None:
+        """Raises: as `is_of`, and BankError naming both backbones where that is False."""
+        if not self.is_of(backbone, name):
+            owner, where = self._owner(name)
+            raise of_another_backbone(where, owner, backbone)
+
+    def _owner(self, name: str | None) -> tuple[BackboneId, str]:
+        """The backbone of the version or of a prompt, and the place that says so."""
+        used = self._used.get(name) if name is not None else None
+        record = used.record if used else self.record(name) if name is not None else None
+        if record is not None and record.tuned_on is not None:
+            return record.tuned_on, f"{self._version.where}, prompt '{name}',"
+        return self.backbone, self._version.where
 
     @property
     def signer(self) -> str | None:
@@ -93,7 +112,7 @@ class Snapshot:
         """
         check_name("prompt", name)
         if backbone is not None and not any_backbone:
-            self.check_backbone(backbone)
+            self.check_backbone(backbone, name)
         if name not in self._used:
             self._used.setdefault(name, self._read(name))
         return self._used[name]
@@ -124,4 +143,5 @@ class Snapshot:
             raise Unknown(f"{where} holds no blob of '{name}', which has failed: {record.reason}")
         if record.shape[1] != self.backbone.hidden_size:
             raise BankError(f"{where} is refused: '{name}' is {record.shape[1]} wide and its backbone is not")
-        return Prompt(read_blob(self._source, record.digest, record.shape), record, self.version, self.backbone)
+        array = read_blob(self._source, record.digest, record.shape)
+        return Prompt(array, record, self.version, record.tuned_on or self.backbone)

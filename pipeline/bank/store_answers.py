@@ -58,6 +58,12 @@ def is_final(error: BaseException | None) -> bool:
     return status is not None and status[1].startswith("4")
 
 
+def is_forbidden(error: BaseException | None) -> bool:
+    """Whether the store said that these credentials may not do it."""
+    status = _STATUS.search(str(error))
+    return status is not None and status[1] in ("401", "403")
+
+
 def may_pass(error: Exception) -> bool:
     """Whether the same request may succeed later: the store is overloaded, or nothing is heard of it."""
     report = str(error)

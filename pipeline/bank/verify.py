@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pipeline.bank.aliases import AliasMove, alias_moves, alias_names
+from pipeline.bank.aliases import AliasMove, alias_folders, alias_moves
 from pipeline.bank.blobs import read_blob
 from pipeline.bank.collect import BLOBS, SUFFIX, is_blob
-from pipeline.bank.sameness import FOLDER, read_statement, statement_numbers
+from pipeline.bank.sameness import FOLDER, follows_no_other, read_link, statement_numbers
 from pipeline.bank.source import Source
 from pipeline.bank.versions import Version, numbered, read_version, version_numbers
 from pipeline.errors import BankError
@@ -42,7 +42,7 @@ def verify_bank(source: Source, on_step: Callable[[str], None] = lambda place: N
         on_step(f"version {number}")
         problems += _caught(_verify_version(source, number, numbers, digests, blobs))
     aliases: set[str] = set()
-    for alias in alias_names(source.store):
+    for alias in alias_folders(source.store):
         on_step(f"alias {alias}")
         problems += _caught(_verify_alias(source, alias, numbers, digests, aliases))
     statements = statement_numbers(source)
@@ -91,11 +91,18 @@ def _verify_alias(
 def _verify_statements(source: Source, numbers: tuple[int, ...]) -> Iterator[str]:
     if numbers != tuple(range(1, len(numbers) + 1)):
         yield f"{source.store.where(FOLDER)}: a statement is missing from their row"
+    before: str | None = None
     for seq in numbers:
         try:
-            read_statement(source, seq)
+            statement, digest = read_link(source, seq)
         except BankError as error:
             yield str(error)
+            before = None
+            continue
+        # Where the one before is missing or damaged, that was told.
+        if before is not None and seq - 1 in numbers and statement.previous != before:
+            yield follows_no_other(source.store.where(f"{FOLDER}/{seq}.json"))
+        before = digest
 
 
 def _verify_blob(source: Source, digest: str, shape: tuple[int, int]) -> Iterator[str]:

@@ -76,7 +76,11 @@ def same_backbone(
     if as_json:
         output.write_json({"bank": opened.uri, **_document(statement)})
         return
-    verdict = "are the same" if statement.same else "are not the same after all"
+    others = not statement.same and any(
+        each.fingerprint == statement.second.fingerprint for each in opened.same_as(statement.first)
+    )
+    taken_back = "are the same by other statements still" if others else "are not the same after all"
+    verdict = "are the same" if statement.same else taken_back
     evidence = f": {counted(statement.rows, 'row')}, {statement.largest_difference:.2g} nats apart at most"
     output.write_line(
         f"statement {statement.seq}: {statement.first.model} and {statement.second.model} {verdict}"

@@ -136,7 +136,7 @@ def show_prompt(
         prompt = snapshot.load(name)
         with output.progress(f"reading {model}"):
             words = nearest_words(model, prompt.array, nearest)
-            warning = why_not_of(model, prompt, opened.same_as(prompt.backbone))
+            warning = why_not_of(model, prompt, lambda: opened.same_as(prompt.backbone))
     pointing = aliases_of(opened).get(snapshot.version, [])
     if as_json:
         output.write_json(

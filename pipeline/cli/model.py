@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
@@ -26,10 +26,11 @@ def nearest_words(model: str, array: np.ndarray, count: int) -> Words:
     return nearest_tokens(model, array, count)
 
 
-def why_not_of(model: str, prompt: Prompt, same: Sequence[BackboneId]) -> str | None:
+def why_not_of(model: str, prompt: Prompt, same: Callable[[], Sequence[BackboneId]]) -> str | None:
     """Why the prompt is not of this model, as far as that can be told without reading its weights.
 
-    `same` are the prompt's backbone and those that the bank states to be the same. Raises: BackboneError.
+    `same` gives the prompt's backbone and those that the bank states to be the same; asked only where parts differ.
+    Raises: BackboneError, and what `same` raises.
     """
     with _libraries():
         from pipeline.backbone.files import canonical_config, find_model, read_config, read_tokenizer
@@ -40,7 +41,7 @@ def why_not_of(model: str, prompt: Prompt, same: Sequence[BackboneId]) -> str | 
         "tokenizer": tokenizer_digest(read_tokenizer(files)),
     }
     differing = [part for part, digest in found.items() if digest != getattr(prompt.backbone, part)]
-    if any(all(digest == getattr(each, part) for part, digest in found.items()) for each in same):
+    if not differing or any(all(digest == getattr(each, part) for part, digest in found.items()) for each in same()):
         return None
     return (
         f"'{prompt.record.name}' was tuned on {prompt.backbone.model}, and {model} is another model: "

@@ -24,6 +24,8 @@ class BankTonight:
     """None before the alias was first set."""
     same_backbone: bool = True
     records: Mapping[str, PromptRecord] = field(default_factory=dict)
+    foreign: tuple[str, ...] = ()
+    """Prompts that were tuned on a backbone that is no longer stated to be the version's."""
     newest: tuple[str, ...] = ()
     """Of a version that was published without moving the alias, names too would be passed on."""
 
@@ -49,7 +51,7 @@ def look(checked: CheckedRun, folder: Path, log: EventLog, connect: Connect) -> 
     corpora, refused = prepare_corpora(checked, tokenizer, log, connect)
     bank = see_bank(checked.settings, checked.identity)
     tasks = {name: _tonight(checked.settings, name, corpora, refused) for name in checked.settings.tasks}
-    plan = plan_night(tasks, bank.records, bank.same_backbone, bank.newest)
+    plan = plan_night(tasks, bank.records, bank.same_backbone, bank.newest, bank.foreign)
     return Look(corpora, refused, bank, plan)
 
 
@@ -61,8 +63,10 @@ def see_bank(settings: Settings, identity: BackboneId) -> BankTonight:
     newest = _newest_names(bank)
     if bank.current is None:
         return BankTonight(newest=newest)
-    records = {record.name: record for record in bank.current.records()}
-    return BankTonight(bank.version, bank.current.is_of(identity), records, newest)
+    snapshot = bank.current
+    records = {record.name: record for record in snapshot.records()}
+    foreign = (r.name for r in records.values() if r.tuned_on and not snapshot.is_of(identity, r.name))
+    return BankTonight(bank.version, snapshot.is_of(identity), records, tuple(foreign), newest)
 
 
 def _newest_names(bank: PromptBank) -> tuple[str, ...]:

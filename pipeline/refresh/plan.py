@@ -47,14 +47,19 @@ def plan_night(
     incumbents: Mapping[str, PromptRecord],
     same_backbone: bool,
     others: Collection[str] = (),
+    foreign: Collection[str] = (),
 ) -> tuple[PlannedTask, ...]:
     """The tasks of the settings in their order, then those that leave.
 
     tasks: what each is tonight, or why it cannot be used.
     incumbents: the records of the alias' version, of failed tasks too.
     others: more names that the bank's newest version would pass on.
+    foreign: incumbents that were tuned on another backbone than the version's, and are none of tonight's.
     """
-    plan = [_planned(name, task, incumbents.get(name), same_backbone) for name, task in tasks.items()]
+    plan = [
+        _planned(name, task, incumbents.get(name), same_backbone and name not in foreign)
+        for name, task in tasks.items()
+    ]
     leaving = sorted({*incumbents, *others} - set(tasks))
     return (*plan, *(PlannedTask(name, "removed", "the settings have no such task any more") for name in leaving))
 

@@ -85,7 +85,9 @@ def _start_ray(settings: ServiceSettings, address: str | None, token: str) -> No
     # Replicas must find this code, also when it was started as a script without being installed.
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    variables = {"PYTHONPATH": path, **front.environment(token, settings.request_s)}
+    variables = {"PYTHONPATH": path}
+    if not address:  # a cluster's proxy is there for others too, who shall not meet our front, nor its token
+        variables |= front.environment(token, settings.request_s)
     options: dict[str, Any] = {"runtime_env": {"env_vars": variables}, "logging_level": logging.ERROR}
     if not address:
         cpus = max(os.cpu_count() or 1, round(settings.replicas * settings.cpus_per_replica))

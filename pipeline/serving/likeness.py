@@ -1,4 +1,4 @@
-"""Whether two models are one backbone: the same tokens, and the same log-likelihood of every row of text."""
+"""Whether two models are one backbone: the same tokens, limits and log-likelihoods of every row of text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.bank import BackboneId
+from pipeline.corpus.encoding import encode_targets
 from pipeline.errors import BackboneError
 from pipeline.serving.served_backbone import ServedBackbone, load_backbone
 
@@ -26,6 +27,10 @@ ROWS = (
 )
 
 
+_SEPARATOR = " "
+"""Between input and target, as a template's is by default; a decoder's targets have none."""
+
+
 @dataclass(frozen=True)
 class Compared:
     """What two models made of the same rows."""
@@ -40,23 +45,33 @@ class Compared:
 def compare_models(first: str, second: str, weights: str = "int8", rows: Sequence[str] = ROWS) -> Compared:
     """Run both models, one after the other, over rows of text; each is held as `weights` says.
 
-    Raises: BackboneError naming the first row whose tokens or log-likelihood differ, or when a model cannot be loaded.
+    Raises: BackboneError naming what differs: the token that ends an answer or starts a decoder, the context, or the
+    first row whose tokens, as input or as target, or log-likelihood do; also when a model cannot be loaded.
     """
     if not rows:
         raise BackboneError("two models can only be compared on rows of text, and there are none: give some lines")
     one, other = _scored(first, weights, rows), _scored(second, weights, rows)
-    largest = 0.0
-    for row, (ids, likelihood), (other_ids, other_likelihood) in zip(rows, one.rows, other.rows, strict=True):
-        if ids != other_ids:
+    for row, ours, theirs in zip(rows, one.rows, other.rows, strict=True):
+        if ours.ids != theirs.ids:
             raise BackboneError(
-                f"{first} and {second} are not the same: they cut {row!r} into {len(ids)} and {len(other_ids)} tokens "
-                "that differ; compare rows of your own (--text FILE) if no such text is ever put to them"
+                f"{first} and {second} are not the same: they cut {row!r} into {len(ours.ids)} and {len(theirs.ids)} "
+                "tokens that differ; compare rows of your own (--text FILE) if no such text is ever put to them"
             )
-        difference = abs(likelihood - other_likelihood)
+    for what, value in one.facts.items():
+        if value != other.facts[what]:
+            raise BackboneError(
+                f"{first} and {second} are not the same: {what} is {value} of the first and {other.facts[what]} of "
+                "the second, so answers would differ; mend the configuration or tokenizer that is wrong"
+            )
+    largest = 0.0
+    for row, ours, theirs in zip(rows, one.rows, other.rows, strict=True):
+        if ours.target != theirs.target:
+            raise BackboneError(f"{first} and {second} are not the same: they cut {row!r} differently as a target")
+        difference = abs(ours.likelihood - theirs.likelihood)
         if not difference <= ALLOWED:  # not-a-number is no likeness
             raise BackboneError(
-                f"{first} and {second} are not the same: the log-likelihood of {row!r} is {likelihood:.4f} "
-                f"and {other_likelihood:.4f}, and {ALLOWED} apart is allowed"
+                f"{first} and {second} are not the same: the log-likelihood of {row!r} is {ours.likelihood:.4f} "
+                f"and {theirs.likelihood:.4f}, and {ALLOWED} apart is allowed"
             )
         largest = max(largest, difference)
     return Compared(one.identity, other.identity, len(rows), largest)
@@ -65,28 +80,51 @@ def compare_models(first: str, second: str, weights: str = "int8", rows: Sequenc
 @dataclass(frozen=True)
 class _Scored:
     identity: BackboneId
-    rows: list[tuple[list[int], float]]
-    """Tokens and log-likelihood of each row."""
+    facts: dict[str, int | None]
+    """What decides where answers begin and end, by its name."""
+    rows: list["_Row"]
+
+
+@dataclass(frozen=True)
+class _Row:
+    ids: list[int]
+    """Tokens, as an input."""
+    target: list[int]
+    """Tokens, as a target."""
+    likelihood: float
 
 
 def _scored(model: str, weights: str, rows: Sequence[str]) -> _Scored:
     served = load_backbone(model, weights)
-    return _Scored(served.identity, [_score(served, row) for row in rows])
+    facts = {
+        "the tokenizer's end of a text (eos_token_id)": served.tokenizer.eos_token_id,
+        "the decoder's first token (decoder_start_token_id)": _start(served),
+        "the context in tokens": served.context,
+    }
+    return _Scored(served.identity, facts, [_score(served, row) for row in rows])
 
 
-def _score(served: ServedBackbone, row: str) -> tuple[list[int], float]:
+def _start(served: ServedBackbone) -> int | None:
+    """The token that a decoder begins with; None where there is none but the prompt."""
+    decoder = served.architecture == "encoder-decoder"
+    return served.backbone.config.decoder_start_token_id if decoder else None
+
+
+def _score(served: ServedBackbone, row: str) -> _Row:
     ids = served.tokenizer(row).input_ids[: served.context]
     if len(ids) < 2:
         raise BackboneError(f"the row {row!r} has fewer than two tokens, and shows nothing; give longer ones")
-    likelihood = served.backbone.run(_log_likelihood, torch.tensor([ids]), served.architecture == "encoder-decoder")
-    return ids, float(likelihood)
+    (target,) = encode_targets(served.tokenizer, served.architecture, _SEPARATOR, [row])
+    likelihood = served.backbone.run(_log_likelihood, torch.tensor([ids]), _start(served))
+    return _Row(ids, target, float(likelihood))
 
 
 @torch.no_grad()
-def _log_likelihood(model: nn.Module, ids: Tensor, encoder_decoder: bool) -> Tensor:
-    """Of ids [1, T]: each token after those before it; of an encoder-decoder, after them and the whole row."""
-    if encoder_decoder:
-        logits = model(input_ids=ids, decoder_input_ids=ids[:, :-1]).logits
+def _log_likelihood(model: nn.Module, ids: Tensor, start: int | None) -> Tensor:
+    """Of ids [1, T]: each token after those before it; of a decoder, after its first token and the whole row."""
+    if start is None:
+        logits, told = model(input_ids=ids[:, :-1]).logits, ids[:, 1:]
     else:
-        logits = model(input_ids=ids[:, :-1]).logits
-    return logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None]).sum()
+        before = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
+        logits, told = model(input_ids=ids, decoder_input_ids=before).logits, ids
+    return logits.float().log_softmax(-1).gather(-1, told[:, :, None]).sum()

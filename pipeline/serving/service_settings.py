@@ -45,9 +45,11 @@ class ServiceSettings(Frozen):
     cache_mib: int = Field(default=512, ge=0, le=2**30)
     """Memory for the keys and values of prompts, in MiB."""
     request_s: float = Field(default=30, gt=0, le=MOST_SECONDS)
-    """How long a client may take to send a request's head, and to send its body, in seconds."""
+    """How long a client may take to send a request's body, and, to a service with a Ray of its own, its head, in
+    seconds."""
     shutdown_s: float = Field(default=60, ge=0, le=MOST_SECONDS)
-    """How long requests may still run when the service is told to end, in seconds."""
+    """How long requests may still run when the service is told to end, in seconds; where one hangs, twice that passes:
+    first its answer is waited for, then its replica."""
 
     @field_validator("trusted_keys", mode="before")
     @classmethod

@@ -12,6 +12,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from pipeline.bank import Metrics, PromptBank, Standing
 from pipeline.bank.local_store import LocalStore
+from pipeline.bank.manifest import Unknown
 from pipeline.bank.source import Source
 from pipeline.errors import BankError, StorageError
 
@@ -280,3 +281,14 @@ def test_a_version_of_a_new_backbone_carries_nothing_and_readers_of_the_old_one_
         reader.refresh()
     assert reader.version == 1 and reader.load("sst2").record.tuned_in == 1
     assert idle.refresh() == 2, "who uses no prompt yet may choose its model by the version"
+
+
+@pytest.mark.parametrize("revision", ["0", "007", str(10**21)])
+def test_a_number_that_no_version_has_is_told_as_such_and_a_name_of_digits_to_begin_with_a_letter(
+    bank, new_prompt, publish, revision
+):
+    publish(bank, new_prompt())
+    with pytest.raises(Unknown, match=f"'{revision}' is refused: a number stands for a version; give one from 1 on"):
+        bank.at(revision)
+    with pytest.raises(Unknown, match="a number stands for a version; begin it with a letter"):
+        bank.promote(1, revision, by="alice")

@@ -1,13 +1,15 @@
 """Statements that two backbones are the same: honoured everywhere, appended only, signed, and never a way around."""
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from pipeline.bank import PromptBank
-from pipeline.errors import BankError
+from pipeline.bank.local_store import LocalStore
+from pipeline.errors import BankError, StorageError
 from tests.bank.conftest import make_backbone, make_prompt, publish
 from tests.bank.test_signing import make_key
 
@@ -64,6 +66,26 @@ def test_what_is_published_on_the_same_backbone_carries_on_and_keeps_the_banks_f
     assert reader.load("sst2", FOLDER).array[0, 0] == reader.load("sst2", GGUF).array[0, 0] == 3
 
 
+def test_a_prompt_belongs_to_the_backbone_that_it_was_tuned_on_after_the_statement_is_taken_back(bank, uri):
+    publish(bank, make_prompt("x", 1))
+    statement = stated(bank)
+    bank.publish([make_prompt("y", 2)], GGUF, run="n", libraries={}, alias="latest")
+    publish(bank, make_prompt("z", 3))  # carries y forward
+    assert bank.load("y", FOLDER).backbone == GGUF
+    bank.take_back_same_backbone(statement.seq, by="bob")
+    reader = PromptBank.open(uri)
+    assert reader.load("y", GGUF).array[0, 0] == 2, "its own"
+    assert reader.load("x", FOLDER).version == reader.load("z", FOLDER).version == 3
+    with pytest.raises(BankError, match=r"3\.json, prompt 'y', belongs to the backbone smollm2\.gguf"):
+        reader.load("y", FOLDER)
+    with pytest.raises(BankError, match=r"3\.json belongs to the backbone"):
+        reader.load("x", GGUF)
+    assert reader.current.is_of(FOLDER, "x") and not reader.current.is_of(FOLDER, "y")
+    records = reader.manifest(3).prompts
+    assert records["y"].tuned_on == GGUF and records["x"].tuned_on is records["z"].tuned_on is None
+    assert (uri / "versions/3.json").read_text().count("tuned_on") == 1 and not reader.verify().problems
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -92,7 +114,14 @@ def test_with_trusted_keys_a_statement_must_be_signed_by_one_of_them(tmp_path, u
             reader.load("sst2", GGUF)
         assert any("backbones" in problem for problem in reader.verify().problems)
 
-    stated(PromptBank.open(uri))
+    with pytest.raises(BankError, match="its newest version is signed"):
+        stated(PromptBank.open(uri))
+    assert not statement.exists()
+    statement.parent.mkdir(exist_ok=True)
+    unsigned = PromptBank.open(tmp_path / "unsigned", create=True)
+    publish(unsigned, make_prompt())
+    stated(unsigned)
+    shutil.copy(tmp_path / "unsigned/backbones/1.json", statement)
     refused("1.json is refused: it is not signed")
     statement.unlink()
     stated(PromptBank.open(uri, signing_key=theirs))
@@ -130,6 +159,75 @@ def test_a_statement_whose_bytes_were_changed_anywhere_is_refused_and_found_by_v
     assert len(bank.verify().problems) == 2, "one is missing, and one stands in another's place"
 
 
+def test_a_statement_from_elsewhere_or_one_whose_predecessor_was_replaced_is_refused(tmp_path, uri):
+    """Signed by the same key, both."""
+    (key, public) = make_key(tmp_path, "ours")
+    banks = [
+        PromptBank.open(place, create=True, trusted_keys=[public], signing_key=key) for place in (uri, tmp_path / "b")
+    ]
+    for bank in banks:
+        publish(bank, make_prompt())
+        bank.take_back_same_backbone(stated(bank).seq, by="bob")
+        stated(bank)
+    for seq in (1, 2, 3):
+        ours = uri / f"backbones/{seq}.json"
+        whole = ours.read_bytes()
+        ours.unlink()
+        ours.write_bytes((tmp_path / f"b/backbones/{seq}.json").read_bytes())
+        reader = PromptBank.open(uri, trusted_keys=[public])
+        with pytest.raises(BankError, match="does not follow the statement before it"):
+            reader.load("sst2", GGUF)
+        assert any("does not follow" in problem for problem in reader.verify().problems)
+        ours.write_bytes(whole)
+    assert not reader.verify().problems and reader.load("sst2", GGUF).version == 1
+    (uri / "backbones/2.json").unlink()
+    with pytest.raises(BankError, match=r"3\.json is refused: it does not follow"):
+        PromptBank.open(uri, trusted_keys=[public]).load("sst2", GGUF)
+
+
+def test_a_reader_on_the_same_backbone_starts_while_the_store_is_gone(bank, uri, tmp_path, monkeypatch):
+    publish(bank, make_prompt())
+    stated(bank)
+    cache = tmp_path / "cache"
+    assert PromptBank.open(uri, cache=cache).load("sst2", GGUF).version == 1
+
+    def gone(self, *args):
+        raise StorageError("nothing answers")
+
+    for operation in ("list_names", "read", "open"):
+        monkeypatch.setattr(LocalStore, operation, gone)
+    reader = PromptBank.open(uri, cache=cache)
+    assert reader.load("sst2", GGUF).version == 1
+    with pytest.raises(BankError, match="differ in weights"):
+        reader.load("sst2", OTHER)
+    with pytest.raises(StorageError):
+        reader.publish([make_prompt()], GGUF, run="n", libraries={}, alias=None)
+    (kept,) = (cache / "statements").iterdir()
+    kept.write_bytes(kept.read_bytes().replace(b"alice", b"mally"))
+    with pytest.raises(BankError, match="do not match its digest"):
+        PromptBank.open(uri, cache=cache).load("sst2", GGUF)
+    kept.unlink()
+    with pytest.raises(StorageError, match="nothing answers"):
+        PromptBank.open(uri, cache=cache).load("sst2", GGUF)
+
+
+def test_a_reader_that_follows_asks_the_statements_while_it_swaps_and_not_after(bank, uri, monkeypatch):
+    publish(bank, make_prompt())
+    statement = stated(bank)
+    reader = PromptBank.open(uri)
+    assert reader.current.is_of(GGUF)
+    publish(bank, make_prompt(value=2))
+    assert reader.refresh() == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.bank.snapshot.is_same", None)
+        assert reader.current.is_of(GGUF)
+    bank.take_back_same_backbone(statement.seq, by="bob")
+    publish(bank, make_prompt(value=3))
+    with pytest.raises(BankError, match=r"3\.json belongs to the backbone"):
+        reader.refresh()
+    assert reader.version == 2
+
+
 def test_statements_made_at_once_are_all_kept_and_gc_spares_them(bank, uri):
     publish(bank, make_prompt())
     others = [make_backbone(fingerprint=f"{i:064x}", weights="x", model=str(i)) for i in range(1, 9)]
@@ -155,6 +253,6 @@ def test_a_statement_is_one_json_object_as_format_md_says(bank, uri):
     stated(bank)
     document = json.loads(Path(uri, "backbones/1.json").read_text())
     assert set(document) == {
-        *("digest", "by", "first", "format", "id", "kind", "largest_difference", "rows", "same", "second"),
-        *("seq", "time"),
+        *("digest", "by", "first", "format", "id", "kind", "largest_difference", "previous", "rows", "same"),
+        *("second", "seq", "time"),
     }

@@ -1,10 +1,15 @@
 """`promptbank same-backbone`: a folder and the GGUF file made from it, compared and stated, or refused by the row."""
 
+import json
+import shutil
+
 import pytest
 
 from pipeline.backbone.files import find_model, read_tokenizer
 from pipeline.bank import PromptBank
 from pipeline.cli.model import identity_of
+from pipeline.errors import BackboneError
+from pipeline.serving.likeness import compare_models
 from tests.bank.conftest import make_prompt
 from tests.gguf_files import open_model, write_gguf
 from tests.tiny import make_model
@@ -47,6 +52,13 @@ def test_a_folder_and_its_gguf_are_stated_the_same_and_prompts_of_one_load_on_th
     code, listed, _ = run("same-backbone", bank=tuned.uri)
     assert code == 0 and str(path) in listed and other.fingerprint[:12] in listed
     assert document("verify", bank=tuned.uri)["statements"] == 1
+    document("same-backbone", path, folder, "--text", text, bank=tuned.uri)
+    third = other.model_copy(update={"fingerprint": "0" * 64})
+    for one in (tuned.current.backbone, other):
+        tuned.state_same_backbone(one, third, rows=1, largest_difference=0, by="bob")
+    code, told, _ = run("same-backbone", "--take-back", 2, bank=tuned.uri)
+    assert code == 0 and "are the same by other statements still" in told
+    run("same-backbone", "--take-back", 3, bank=tuned.uri)
     code, told, _ = run("same-backbone", "--take-back", 1, bank=tuned.uri)
     assert code == 0 and "not the same after all" in told
     assert not PromptBank.open(tuned.uri).current.is_of(other)
@@ -66,3 +78,27 @@ def test_other_weights_or_another_tokenizer_are_refused_by_the_row_that_shows_it
     assert "have one fingerprint" in refusal("same-backbone", folder, folder, "--text", text, bank=tuned.uri)
     assert "name two models" in refusal("same-backbone", folder, bank=tuned.uri)
     assert not tuned.same_backbones()
+
+
+def test_equal_weights_that_begin_or_end_answers_elsewhere_are_refused_by_name(models, tuned, text, tmp_path, refusal):
+    folder, path = models
+    for name, file, change, sentence in [
+        ("eos", "tokenizer_config.json", {"eos_token": "A"}, "(eos_token_id) is"),
+        ("context", "config.json", {"max_position_embeddings": 32}, "the context in tokens is"),
+    ]:
+        other = shutil.copytree(folder, tmp_path / name)
+        document = json.loads((other / file).read_text())
+        (other / file).write_text(json.dumps({**document, **change}))
+        assert sentence in refusal("same-backbone", other, path, "--text", text, bank=tuned.uri)
+    assert not tuned.same_backbones()
+
+
+def test_a_decoder_that_begins_with_another_token_is_refused_by_name(tmp_path):
+    one = make_model(tmp_path / "one", "t5")
+    other = shutil.copytree(one, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "decoder_start_token_id": 5}))
+    rows = ["good bad film", "film good"]
+    assert compare_models(str(one), str(one), rows=rows).largest_difference == 0
+    with pytest.raises(BackboneError, match=r"decoder_start_token_id\) is 0 of the first and 5"):
+        compare_models(str(one), str(other), rows=rows)

@@ -71,7 +71,7 @@ def test_a_move_is_by_the_login_name_unless_another_is_given(document, monkeypat
     [
         (["promote", "9", "prod"], "has no version 9; the newest is 3"),
         (["promote", "nix", "prod"], "has no alias 'nix'; known: latest, prod"),
-        (["promote", "3", "7"], "the alias name '7' is refused: a number stands for a version"),
+        (["promote", "3", "7"], "the alias name '7' is refused: a number stands for a version; begin it with a letter"),
         (["promote", "3", "../x"], "the alias name '../x' is refused"),
         (["rollback", "nix"], "has no alias 'nix'; known: latest, prod"),
         (["promote", "3"], "missing argument 'ALIAS' (see promptbank promote --help)"),

@@ -101,6 +101,13 @@ def test_another_backbone_retunes_all_and_leaves_nothing_to_compare_with():
     assert new.decision == "cold"
 
 
+def test_a_prompt_of_a_backbone_that_is_no_longer_the_same_is_tuned_anew_and_the_others_are_not():
+    tasks = dict.fromkeys(("film", "book"), TaskTonight("inputs", "corpus", frozenset([4])))
+    incumbents = {name: make_record(name) for name in tasks}
+    film, book = plan_night(tasks, incumbents, same_backbone=True, foreign=("film",))
+    assert (film.decision, film.incumbent) == ("retune", None) and book.incumbent == incumbents["book"]
+
+
 def test_a_prompt_that_cannot_be_read_is_tuned_from_the_start_and_says_so():
     (planned,) = plan_night(
         {"film": TaskTonight("other", "c", frozenset([4]))}, {"film": make_record()}, same_backbone=True

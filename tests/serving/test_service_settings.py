@@ -3,6 +3,7 @@
 import pytest
 
 from pipeline.errors import SettingsError
+from pipeline.serving import app
 from pipeline.serving.service_settings import ServiceSettings, make_settings
 
 NUMBERS = [name for name, field in ServiceSettings.model_fields.items() if field.annotation in (int, float)]
@@ -41,3 +42,13 @@ def test_what_no_service_could_have_is_refused_in_one_sentence(name, value, told
         make_settings({"bank": "b", "model": "m", name: value})
     said = str(caught.value)
     assert said.startswith(f"{name}: ") and told in said and "secret" not in said and "\n" not in said
+
+
+def test_a_cluster_that_others_use_gets_neither_our_front_nor_the_token_that_ends_it(monkeypatch):
+    """Its proxy would take both from the environment that is given to `ray.init`."""
+    given = []
+    monkeypatch.setattr(app.ray, "init", lambda **options: given.append(options["runtime_env"]["env_vars"]))
+    for address in ("ray://cluster:10001", None):
+        app._start_ray(make_settings({"bank": "bank", "model": "model"}), address, "secret-token")
+    cluster, own = given
+    assert set(cluster) == {"PYTHONPATH"} and "secret-token" in own.values()
