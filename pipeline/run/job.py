@@ -88,8 +88,11 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
         log.write("stage", name="publish", text=f"to {settings.bank.uri}")
         entries = choose(states, corpora, checked.tokenizer, settings.bank.not_learned == "withhold")
         write_trials(folder / "trials.json", entries)
-        lease.check()  # the last moment: a start that took over, while this one was stopped, may publish
-        publish = partial(publish_prompts, settings, checked.identity, entries, corpora)
+
+        def publish() -> int | None:
+            lease.check()  # the last moment: a start that took over, while this one was stopped or waited, may publish
+            return publish_prompts(settings, checked.identity, entries, corpora)
+
         version = patiently(publish, "publish", log)
         left_out = [_refused_result(settings, *item) for item in refused.items()]
         outcome = Outcome((*map(result_of, entries), *left_out), version)

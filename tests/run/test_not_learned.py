@@ -62,9 +62,13 @@ def test_it_is_published_and_marked_everywhere_and_withheld_when_asked(hopeless,
     assert read_run(folder, "small").state.trials["film"].status == "not learned"
 
     assert run(hopeless).results == outcome.results, "measured again at a restart, it is the same"
-    withheld = run(hopeless, "bank.not_learned=withhold", "run.name=strict", f"bank.uri={tmp_path / 'other'}")
-    assert withheld.exit == 3
-    assert PromptBank.open(tmp_path / "other").current.known_record("film").status == "failed"
+
+
+def test_one_that_is_withheld_is_published_under_no_name_at_all(hopeless, tmp_path):
+    hopeless["tasks"]["film"] |= {"sweep": {"seed": [1, 2]}, "max_steps": 20}
+    assert run(hopeless, "bank.not_learned=withhold", "bank.publish=all").exit == 3
+    current = PromptBank.open(tmp_path / "bank").current
+    assert {record.name: record.status for record in current.records()} == {"film": "failed", "book": "tuned"}
 
 
 def judged(make, metric, values, constant, init="random"):
