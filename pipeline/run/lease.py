@@ -61,7 +61,10 @@ class Holder:
 
     def is_gone(self) -> bool:
         """Whether its process is known to have ended. Where that cannot be seen, no."""
-        return bool(self.begun) and self.system == _system() and _begun(self.pid) != self.begun
+        if not self.begun or self.system != _system():
+            return False
+        begun = _begun(self.pid)
+        return begun != self.begun and not (begun is None and _is_another_users(self.pid))
 
 
 class Lease:
@@ -189,7 +192,7 @@ class _Watch:
 def _take(folder: Path, run: str, watch: _Watch) -> Lease | None:
     """The lease, None while another start holds it."""
     pid = os.getpid()
-    holder = Holder(run, socket.gethostname(), pid, time.time(), system=_system(), begun=_begun(pid))
+    holder = Holder(run, socket.gethostname(), pid, time.time(), system=_system(), begun=_begun(pid) or "")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         newest = _newest(folder)
@@ -223,13 +226,24 @@ def _system() -> str:
         return ""
 
 
-def _begun(pid: int) -> str:
-    """When a process began; empty when it has ended, or cannot be seen."""
+def _begun(pid: int) -> str | None:
+    """When a process began; empty when it has ended, None when it is not shown."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
-        return ""
+        return None
     return "" if fields[0] in "ZX" else fields[19]  # a zombie has ended, and waits for its parent
+
+
+def _is_another_users(pid: int) -> bool:
+    """Whether there is such a process that this user may not signal: where /proc has `hidepid`, it is not shown."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
 
 
 def _link(path: Path, holder: Holder) -> bool:

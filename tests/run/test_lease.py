@@ -74,6 +74,27 @@ def test_a_killed_starts_lease_is_free_at_once_on_the_same_system_also_if_its_nu
         pass
 
 
+HIDDEN = """
+import os, subprocess, sys, time
+from pipeline.run import lease
+ended = subprocess.Popen([sys.executable, "-c", ""])
+ended.wait()
+if os.getuid() == 0:
+    os.setuid(65534)
+if sys.argv[1] == "hidden":
+    lease._begun = lambda pid: None  # as a /proc mounted with hidepid has it
+for pid in (1, ended.pid):
+    print(lease.Holder("night", "here", pid, time.time(), system=lease._system(), begun="7").is_gone())
+"""
+
+
+@pytest.mark.parametrize(("proc", "first"), [("hidden", "False"), ("shown", "True")])
+def test_another_users_process_that_proc_hides_is_not_gone(proc, first):
+    """Process 1 is root's; where /proc shows it, it did not begin when the lease says."""
+    done = subprocess.run([sys.executable, "-c", HIDDEN, proc], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [first, "True"]
+
+
 def elsewhere(folder, ahead: float) -> None:
     """Make the lease one of another system, renewed so many seconds from now."""
     (path,) = folder.glob("*.json")
