@@ -71,11 +71,11 @@ def test_one_that_is_withheld_is_published_under_no_name_at_all(hopeless, tmp_pa
     assert {record.name: record.status for record in current.records()} == {"film": "failed", "book": "tuned"}
 
 
-def judged(make, metric, values, constant, init="random"):
+def entry_of(make, metric, values, constant, init="random"):
     state = make(metric, init)
     state.history = [Evaluation(step, value, 1.0) for step, value in enumerate(values)]
     state.best_at, state.status = len(values) - 1, "tuned"
-    return Entry([state], state, {} if constant is None else {"dev": constant}).learned
+    return Entry([state], state, {} if constant is None else {"dev": constant}, withholds=True)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,9 @@ def judged(make, metric, values, constant, init="random"):
         ("accuracy", [0.5, 0.81], 0.8, "random", True),
         ("accuracy", [0.9, 0.9], 0.8, "bank", True),  # the bank's prompt had learned
         ("accuracy", [0.7, 0.7], 0.8, "bank", False),
-        ("accuracy", [1.0, 1.0], 1.0, "random", True),  # nothing is better
+        ("accuracy", [1.0, 1.0], 0.8, "random", True),  # nothing is better
+        ("accuracy", [0.5, 1.0], 1.0, "random", None),  # on dev rows of one class, nobody can tell
+        ("accuracy", [0.5, 0.9], 1.0, "random", False),
         ("loss", [2.0, 1.0], None, "random", True),
         ("loss", [2.0, 2.0], None, "random", False),
         ("accuracy", [0.5, 0.7], None, "random", None),  # nobody knows the constant answer
@@ -100,7 +102,9 @@ def test_the_rule_in_one_table(metric, values, constant, init, learned):
         settings = Has(metric=metric, prompt=Has(init=init))
         return Has(trial=Has(settings=settings), reason=None)
 
-    assert judged(make, metric, values, constant, init) is learned
+    entry = entry_of(make, metric, values, constant, init)
+    assert entry.learned is learned and entry.withheld is (learned is False)
+    assert (entry.reason is not None) == (learned is False or constant == 1.0), "in one class it is told why"
 
 
 def test_manifests_of_before_have_neither_field_and_still_open():
