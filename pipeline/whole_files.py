@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.errors import StorageError
+from pipeline.errors import SettingsError, StorageError
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -42,19 +42,26 @@ def _reach_disk(path: Path) -> None:
         os.close(file)
 
 
-def why_no_folder(folder: Path) -> str | None:
-    """Why a folder can neither be written nor made; None where it can. Nothing is left behind by looking."""
+def check_folder(folder: Path, setting: str, mend: str) -> None:
+    """Whether a folder can be written or made; nothing is left behind by looking.
+
+    setting: what names it, for sentences. Raises: SettingsError where it can never be a folder, StorageError where
+    nothing can be written now.
+    """
     try:
         there = next(place for place in (folder, *folder.parents) if place.exists())
+    except PermissionError as error:
+        raise StorageError(f"{setting}: {folder} may not be looked at ({error.strerror}); {mend}") from error
     except (OSError, ValueError) as error:  # a name that is too long, or holds what no name may
-        return f"it can be no folder ({getattr(error, 'strerror', None) or error})"
+        why = getattr(error, "strerror", None) or error
+        raise SettingsError(f"{setting}: it can be no folder ({why}); {mend}") from error
     if not there.is_dir():
-        return f"{there} is no folder"
+        raise SettingsError(f"{setting}: {there} is no folder; {mend}")
     try:
         with tempfile.TemporaryFile(dir=there):
-            return None
+            return
     except OSError as error:
-        return f"nothing can be written in {there} ({error.strerror})"
+        raise StorageError(f"{setting}: nothing can be written in {there} ({error.strerror}); {mend}") from error
 
 
 def temporaries(folder: Path) -> list[Path]:

@@ -57,9 +57,9 @@ def build_skeleton(config: PretrainedConfig, int8: bool, dtype: torch.dtype = to
     """
     auto = AutoModelForCausalLM if FAMILIES[config.model_type] == "decoder-only" else AutoModelForSeq2SeqLM
     # A copy: transformers notes `dtype` in the config that it is given.
-    settings = {"attn_implementation": "sdpa", "dtype": dtype, "trust_remote_code": False}
+    own = copy.deepcopy(config)
     with torch.device("meta"):
-        model: PreTrainedModel = auto.from_config(copy.deepcopy(config), **settings)
+        model: PreTrainedModel = auto.from_config(own, attn_implementation="sdpa", dtype=dtype, trust_remote_code=False)
     model.eval().requires_grad_(False)  # eval: dropout would make ranks disagree
     _make_buffers(model, model)
     fuse(model)

@@ -189,6 +189,13 @@ class PromptBank:
         """What `publish` would refuse, before any work. Raises: BankError naming both backbones, StorageError."""
         publishing.check_backbone(self._source, backbone)
 
+    def check_fit(self) -> None:
+        """Whether the store can be published to, before any work: asked by writing to it, which readers need not.
+
+        Raises: BankError when it cannot keep a bank, StorageError.
+        """
+        self._source.store.check_fit()
+
     def same_backbones(self) -> tuple[SameBackbone, ...]:
         """All statements that two backbones are the same, oldest first. Raises: BankError, StorageError."""
         return read_statements(self._source)

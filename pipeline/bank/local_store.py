@@ -75,6 +75,15 @@ class LocalStore:
             raise _storage_error("write", path)(error) from error
         return created
 
+    def check_fit(self) -> None:
+        """As `Store.check_fit`: whether the folder takes a file and a hard link."""
+        probe = self._root / f".{uuid4().hex}.tmp"  # the collector takes what a kill leaves
+        try:
+            _link_new(probe, b"")
+            probe.unlink()
+        except OSError as error:
+            raise _storage_error("write", self._root)(error) from error
+
     def renew(self, key: str, data: bytes) -> None:
         path = self._path(key)
         try:

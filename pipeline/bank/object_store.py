@@ -132,11 +132,15 @@ class ObjectStore:
         Raises: BankError when the store is not fit for a bank; StorageError, and the bytes may be there all the
         same, or still arrive.
         """
+        self.check_fit()
+        return self._create(key, data)
+
+    def check_fit(self) -> None:
+        """As `Store.check_fit`; a process asks its store once."""
         with _probing:
             if self._place not in _fit:
                 self._probe()
                 _fit.add(self._place)
-        return self._create(key, data)
 
     def _create(self, key: str, data: bytes) -> bool:
         give_up = time.monotonic() + _PATIENCE

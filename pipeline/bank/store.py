@@ -53,6 +53,12 @@ class Store(Protocol):
         Raises: BankError when the store cannot keep to that, StorageError.
         """
 
+    def check_fit(self) -> None:
+        """What `create` would refuse whatever it is given, before any work; leaves nothing behind.
+
+        Raises: BankError when the store cannot keep what it must, StorageError when nothing can be written.
+        """
+
     def renew(self, key: str, data: bytes) -> None:
         """Make a key that holds `data` as young as if it had just been created. Raises: StorageError."""
 

@@ -25,9 +25,10 @@ from pipeline.comparison.page.markdown import to_markdown
 from pipeline.comparison.page.render import render
 from pipeline.comparison.prompts import tune_prompts
 from pipeline.comparison.results import Results, TaskFacts, write_results
-from pipeline.comparison.study import Study
+from pipeline.comparison.study import Study, with_own_bank
 from pipeline.errors import PromptBankError
 from pipeline.reporting.events import EventLog, telling_why
+from pipeline.run.bank import check_fit
 from pipeline.run.checks import CheckedRun
 from pipeline.run.lease import run_lease
 from pipeline.run.publishing import library_versions
@@ -71,6 +72,7 @@ def run_comparison(checked: CheckedRun, console: Console) -> Outcome:
         ray_on_demand(settings.cluster) as connect,
     ):
         log.write("begin", tasks=len(checked.plans))
+        check_fit(with_own_bank(settings, folder).bank)
         with followed(settings, folder, console):
             tokenizer = save_model_description(checked, folder)
             corpora, refused = prepare_corpora(checked, tokenizer, log, connect)

@@ -164,7 +164,10 @@ def count_targets(ref: SplitRef) -> Iterator[tuple[str, int]]:
 
 
 def target_tokens(ref: SplitRef, target: str) -> list[int]:
-    """The tokens, eos included, of a target that a usable row has. Raises: CorpusError when the shards are missing."""
+    """The tokens, eos included, of a target that a usable row has.
+
+    Raises: CorpusError when the shards are missing, or no row has it.
+    """
     low, high = ref.id_range
     for batch in _batches(ref, ["row_id", "status", "target_ids", "target"]):
         having = pc.and_(pa.array(_usable(batch, low, high)), pc.equal(batch["target"], target))
@@ -172,7 +175,7 @@ def target_tokens(ref: SplitRef, target: str) -> list[int]:
         if place >= 0:
             tokens: list[int] = batch["target_ids"][place].as_py()
             return tokens
-    raise ValueError(f"no usable row has the target {target!r}")
+    raise CorpusError(f"no usable row in {ref.dir} has the target {target!r}; run the job again to build the shards")
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
@@ -238,8 +241,12 @@ def _batches(ref: SplitRef, columns: Sequence[str], rows: int = _BATCH_ROWS) -> 
     for name in manifest["files"]:
         if _is_damaged(Path(ref.dir) / name, manifest):
             raise CorpusError(f"the token shard {Path(ref.dir) / name} is damaged; run the job again to build it anew")
-        with pq.ParquetFile(Path(ref.dir) / name, pre_buffer=False, buffer_size=2**20) as shard:
-            yield from shard.iter_batches(rows, columns=list(columns), use_threads=False)
+        try:
+            with pq.ParquetFile(Path(ref.dir) / name, pre_buffer=False, buffer_size=2**20) as shard:
+                yield from shard.iter_batches(rows, columns=list(columns), use_threads=False)
+        except pa.ArrowInvalid as error:  # of shards without digests nobody knows before
+            damaged = f"the token shard {Path(ref.dir) / name} is damaged"
+            raise CorpusError(f"{damaged}; remove the folder and run the job again to build it anew") from error
 
 
 def _one_array(column: pa.ChunkedArray) -> pa.Array:

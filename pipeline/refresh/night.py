@@ -22,7 +22,7 @@ from pipeline.refresh.tuned import tune, with_readable_incumbents
 from pipeline.reporting.events import EventLog, telling_why
 from pipeline.reporting.html.from_record import night_of_record
 from pipeline.reporting.progress import follow
-from pipeline.run.bank import open_bank, readable_bank
+from pipeline.run.bank import check_fit, open_bank, readable_bank
 from pipeline.run.checks import CheckedRun, check_run
 from pipeline.run.lease import Lease, held
 from pipeline.run.page import leave_page
@@ -91,6 +91,7 @@ def _refresh(settings: Settings, folder: Path, lease: Lease, chronicle: Chronicl
     chronicle.write()
     with chronicle.stage("check"):
         checked = check_run(settings, new_backbone=True)
+        check_fit(settings.bank)
     with (
         EventLog(folder / "events.jsonl") as log,
         telling_why(log),

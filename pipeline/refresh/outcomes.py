@@ -63,7 +63,7 @@ def _decide(planned: PlannedTask, settings: Settings, found: Look, tuned: Tuned)
             return _failed(
                 record, planned, f"not learned, and withheld: {entry.reason}", new_prompt(entry, corpus, settings)
             )
-        return Outcome(replace(record, result="promoted", reason=entry.unlearned), new_prompt(entry, corpus, settings))
+        return Outcome(replace(record, result="promoted", reason=entry.reason), new_prompt(entry, corpus, settings))
     return _compared(record, planned, entry, corpus, settings, tuned)
 
 
@@ -93,7 +93,7 @@ def _compared(
     if reason is None and entry.withheld:
         reason = f"not learned, and withheld: {entry.reason}"
     if reason is None:
-        return Outcome(replace(record, result="promoted", reason=entry.unlearned), new_prompt(entry, corpus, settings))
+        return Outcome(replace(record, result="promoted", reason=entry.reason), new_prompt(entry, corpus, settings))
     inputs = inputs_digest(settings, planned.task, corpus.digest)
     record = replace(record, result="kept", reason=reason, worse=not same, stays=True)
     return Outcome(record, Standing(planned.incumbent, "kept", reason, inputs))

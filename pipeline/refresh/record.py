@@ -39,7 +39,7 @@ class TaskRecord:
     """Why the plan says so, in one sentence."""
     result: Result = "pending"
     reason: str | None = None
-    """Why the prompt was kept or has failed, or why a promoted one has not learned, in one sentence."""
+    """Why the prompt was kept or has failed, or what is to be told of a promoted one's learning, in one sentence."""
     stays: bool = False
     """Whether the bank's prompt from before tonight is in the version."""
     worse: bool = False

@@ -52,7 +52,7 @@ def print_night(console: Console, record: NightRecord) -> None:
 
 def _told(task: TaskRecord) -> str:
     if task.result == "promoted":
-        return "promoted, though it has not learned"
+        return "promoted, though it has not learned" if task.learned is False else "promoted"
     return task.result if task.result == "kept" or not task.stays else f"{task.result}, and its prompt stays"
 
 

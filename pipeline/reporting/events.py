@@ -125,8 +125,9 @@ def parse_event(line: bytes) -> Event | None:
     return event if isinstance(event, dict) and isinstance(event.get("event"), str) and _is_sound(event) else None
 
 
-_NUMBERS = ("time", "step", "tokens_per_second", "value", "loss", "max_steps", "version", "exit")
-_TEXTS = ("trial", "task", "name", "text", "reason", "status", "metric", "run")
+_COUNTS = ("time", "step", "max_steps", "version", "exit", "live")
+_NUMBERS = (*_COUNTS, "tokens_per_second", "padding", "value", "loss", "gathered_bytes", "peak_bytes")
+_TEXTS = ("trial", "task", "name", "text", "reason", "status", "metric", "run", "stage")
 _LAST_MOMENT = 10**11
 """Unix seconds, in the year 5138; no step, version or exit code is as large, either."""
 
@@ -141,7 +142,7 @@ def _is_sound(record: dict[str, Any]) -> bool:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
             return False
-        if key not in ("value", "loss", "tokens_per_second") and not -_LAST_MOMENT < value < _LAST_MOMENT:
+        if key in _COUNTS and not -_LAST_MOMENT < value < _LAST_MOMENT:
             return False
     trials = record.get("trials") or []
     if record.get("event") == "end":
@@ -153,6 +154,9 @@ def _is_sound(record: dict[str, Any]) -> bool:
         )
     if record.get("event") in ("step", "resume") and trials:
         return isinstance(trials, dict) and all(isinstance(t, dict) and _is_sound(t) for t in trials.values())
+    if record.get("event") == "end":
+        reasons = record.get("not_learned") or {}
+        return isinstance(reasons, dict) and all(r is None or isinstance(r, str) for r in reasons.values())
     return True
 
 

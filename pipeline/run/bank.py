@@ -18,6 +18,14 @@ def open_bank(settings: BankSettings, create: bool = False) -> PromptBank:
     )
 
 
+def check_fit(settings: BankSettings) -> None:
+    """Whether the bank can be published to, before anything is trained; a local one's folder is made.
+
+    Raises: BankError when its store cannot keep a bank, StorageError when nothing can be written.
+    """
+    PromptBank.connect(settings.uri, settings.alias, create=True).check_fit()
+
+
 def readable_bank(settings: BankSettings) -> PromptBank | None:
     """None where there is none yet, or it cannot be read: what needs it says so itself. Raises: StorageError."""
     with suppress(BankError):

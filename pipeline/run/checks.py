@@ -30,7 +30,7 @@ from pipeline.corpus.task_corpus import TaskPlan, check_sayable, check_task
 from pipeline.errors import BankError, PromptBankError, SettingsError, StorageError
 from pipeline.run.bank import open_bank
 from pipeline.settings import RunSettings, Settings, TaskSettings
-from pipeline.whole_files import why_no_folder
+from pipeline.whole_files import check_folder
 
 
 @dataclass(frozen=True)
@@ -99,21 +99,18 @@ def check_run(settings: Settings, new_backbone: bool = False, publishes: bool = 
 
 
 def check_storage(run: RunSettings) -> None:
-    """Raises: StorageError when the run's folder can neither be written nor made."""
+    """Raises: SettingsError when the run's folder can be none, StorageError when it cannot be written now."""
     if "://" in run.storage:
-        raise StorageError(f"run.storage {run.storage}: must be a folder that every node sees, not a URI")
-    reason = why_no_folder(Path(run.storage).expanduser().resolve() / run.name)
-    if reason is not None:
-        raise StorageError(f"run.storage {run.storage}: {reason}; name a folder that every node can write")
+        raise SettingsError(f"run.storage {run.storage}: must be a folder that every node sees, not a URI")
+    folder = Path(run.storage).expanduser().resolve() / run.name
+    check_folder(folder, f"run.storage {run.storage}", "name a folder that every node can write")
 
 
 def _check_bank(uri: str, publishes: bool) -> None:
     folder = Path(uri).expanduser().resolve()
     if "://" in uri or (not publishes and (folder.is_dir() or not folder.exists())):
         return
-    reason = why_no_folder(folder)
-    if reason is not None:
-        raise StorageError(f"bank.uri {uri}: {reason}; name a folder that can be written, or an object store")
+    check_folder(folder, f"bank.uri {uri}", "name a folder that can be written, or an object store")
 
 
 def refuse_or_skip(settings: Settings, refused: Mapping[str, PromptBankError]) -> None:

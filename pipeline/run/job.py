@@ -10,6 +10,7 @@ from rich.console import Console
 from pipeline.errors import PromptBankError, TuningError
 from pipeline.reporting.events import EventLog, telling_why
 from pipeline.reporting.table import TrialResult
+from pipeline.run.bank import check_fit
 from pipeline.run.checks import CheckedRun
 from pipeline.run.lease import run_lease
 from pipeline.run.page import leave_page
@@ -74,6 +75,7 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
         followed(settings, folder, console),
     ):
         log.write("begin", tasks=len(checked.plans))
+        check_fit(settings.bank)
         tokenizer = save_model_description(checked, folder)
         corpora, refused = prepare_corpora(checked, tokenizer, log, connect)
         order = make_order(checked, corpora, folder)
@@ -90,7 +92,7 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
         write_trials(folder / "trials.json", entries)
 
         def publish() -> int | None:
-            lease.check()  # the last moment: a start that took over, while this one was stopped, may publish
+            lease.check()  # the last moment: a start that took over, while this one was stopped or waited, may publish
             return publish_prompts(settings, checked.identity, entries, corpora)
 
         version = patiently(publish, "publish", log)

@@ -36,13 +36,14 @@ def publish_prompts(
 
 
 def _prompts(entry: Entry, corpus: TaskCorpus, settings: Settings) -> list[NewPrompt]:
-    """What is published of a task: its best prompt, and where the settings ask for all, each trial's."""
+    """What is published of a task: its best prompt, and where the settings ask for all, also that of each trial."""
     best = new_prompt(entry, corpus, settings)
     if settings.bank.publish == "best" or len(entry.trials) == 1:
         return [best]
-    whole = [replace(entry, trials=[state], chosen=state) for state in entry.trials if state.status != "failed"]
-    each = [replace(new_prompt(own, corpus, settings), name=own.chosen.trial.name) for own in whole]
-    return [best, *each]
+    each = [replace(entry, trials=[state], chosen=state) for state in entry.trials]
+    given = [own for own in each if not (own.failed or own.withheld)]
+    named = [replace(new_prompt(own, corpus, settings), name=own.chosen.trial.name) for own in given]
+    return [best, *named]
 
 
 def library_versions() -> dict[str, str]:

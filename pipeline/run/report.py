@@ -96,6 +96,8 @@ def _why(entry: Entry, result: TrialResult) -> str:
     if entry.learned is False:
         withheld = ", and withheld from the bank (bank.not_learned)" if entry.withheld else ""
         return f"not learned{withheld}: {entry.reason}"
+    if entry.unjudged is not None:
+        return entry.unjudged
     if not entry.chosen.best_at:
         return NO_GAIN
     prompt = entry.chosen.trial.settings.prompt

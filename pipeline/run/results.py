@@ -44,7 +44,8 @@ class Entry:
         """Why the prompt is not `learned`, in one sentence; None of one that is, or has failed.
 
         A prompt has learned when its dev metric is above the constant answer's and above that of the prompt that it
-        started from; a start from the bank may have been good already, and a perfect score cannot be exceeded.
+        started from; a start from the bank may have been good already, and a perfect score cannot be exceeded. Where
+        the constant answer's is perfect, too, nobody can tell: `unjudged`.
         """
         state, metric = self.chosen, self.chosen.trial.settings.metric
         if self.failed:
@@ -61,9 +62,17 @@ class Entry:
         return "; ".join(reasons) or None
 
     @property
+    def unjudged(self) -> str | None:
+        """Why a perfect prompt may have learned nothing, in one sentence; None of any other."""
+        if self.failed or self.unlearned is not None or self.constant.get("dev", 0.0) < 1.0:
+            return None
+        return "nobody can tell whether it has learned: all its dev rows have the target that a constant answer gives"
+
+    @property
     def learned(self) -> bool | None:
-        """None where there is no prompt to judge, or nothing worse was found but nobody knows the constant answer."""
-        if self.failed:
+        """None where there is no prompt to judge, or nothing worse was found but nobody knows the constant answer, or
+        that one is perfect, too."""
+        if self.failed or self.unjudged is not None:
             return None
         if self.unlearned is not None:
             return False
@@ -76,9 +85,9 @@ class Entry:
 
     @property
     def reason(self) -> str | None:
-        """Why there is no prompt, or none that has learned, in one sentence."""
+        """Why there is no prompt, or none that has learned or is known to have, in one sentence."""
         if not self.failed:
-            return self.unlearned
+            return self.unlearned or self.unjudged
         if len(self.trials) == 1:
             return self.chosen.reason
         return f"all of its {len(self.trials)} trials failed; of the first, {self.chosen.reason}"
@@ -142,7 +151,7 @@ def _row(state: TrialState, entry: Entry) -> dict[str, object]:
         "seed": state.trial.seed,
         "settings_digest": state.trial.digest,
         "status": state.status,
-        "reason": state.reason or own.unlearned,
+        "reason": state.reason or own.unlearned or own.unjudged,
         "steps": state.step,
         "best_step": best.step,
         "metric": settings.metric,

@@ -16,7 +16,7 @@ from pipeline.corpus.task_corpus import TaskCorpus, prepare_task
 from pipeline.errors import PromptBankError, SettingsError, StorageError, TuningError
 from pipeline.reporting.events import EventLog
 from pipeline.run.bank import open_bank
-from pipeline.run.checks import CheckedRun, refuse_or_skip
+from pipeline.run.checks import CheckedRun, check_storage, refuse_or_skip
 from pipeline.run.patience import patiently
 from pipeline.sealed_files import DamagedError, open_tensors, sealed_tensors
 from pipeline.settings import RunSettings, Settings
@@ -66,15 +66,14 @@ def announce(order: Order, settings: Settings, log: EventLog) -> None:
 
 
 def make_run_folder(settings: Settings) -> Path:
-    """Where a run keeps everything. Raises: StorageError."""
+    """Where a run keeps everything. Raises: SettingsError, StorageError."""
     return make_folder_of(settings.run)
 
 
 def make_folder_of(run: RunSettings) -> Path:
-    """The folder of a run of any job. Raises: StorageError."""
+    """The folder of a run of any job. Raises: SettingsError where it can be none, StorageError."""
+    check_storage(run)
     folder = Path(run.storage).expanduser().resolve() / run.name
-    if "://" in run.storage:
-        raise StorageError(f"run.storage {run.storage}: must be a folder that every node sees, not a URI")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

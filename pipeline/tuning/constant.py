@@ -5,6 +5,7 @@ it that always gives the same one; choosing it on dev would flatter it. It is sc
 very rows that the prompt is measured on. For the metric `loss` there is none: a constant answer has no nats.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -14,6 +15,7 @@ from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import CorpusError
 from pipeline.tuning.evaluate import LABELLED, score_texts, spoken, wanted_texts
 
+_log = logging.getLogger(__name__)
 _MOST_COUNTED = 100_000
 """Different targets that are counted at once; of more, which are free texts, the rarer half is forgotten."""
 
@@ -21,7 +23,7 @@ _MOST_COUNTED = 100_000
 def constant_scores(corpus: TaskCorpus, metric: str, eval_rows: int, tokenizer: Any) -> dict[str, float]:
     """What the constant answer scores, by split (`dev`, and `test` where there is one); empty for the metric `loss`.
 
-    Empty, too, when the token shards are gone: a prompt that is there shall not be lost for it.
+    Empty, too, when the token shards are gone, and told so: a prompt that is there shall not be lost for it.
     """
     if metric == "loss":
         return {}
@@ -34,7 +36,9 @@ def constant_scores(corpus: TaskCorpus, metric: str, eval_rows: int, tokenizer: 
             wanted = wanted_texts(metric, rows, tokenizer)
             scores[split] = score_texts(metric, [given] * len(wanted), wanted)
         return scores
-    except (CorpusError, OSError, ValueError):
+    except (CorpusError, OSError) as error:
+        # The judgement is not known then, and what is to be withheld is published.
+        _log.warning("task '%s': nobody can tell whether its prompt has learned: %s", corpus.task, error)
         return {}
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.cli.run_figures import run_document, run_fields, run_row
 from pipeline.reporting.events import EventLog, EventTail
+from pipeline.reporting.html.run_files import faults_of, stages_of
 from pipeline.reporting.sentences import Narrator
 from pipeline.reporting.watched import read_run
 from tests.cli.conftest import COMMAND, ROOT, environment, start
@@ -235,6 +236,11 @@ DAMAGED = [
     b'{"time": 5, "event": "end", "not_learned": {"t0": 5}}',
     b'{"time": 5, "event": "stage", "name": {"a": 1}}',
     b'{"time": 5, "event": "step", "trials": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    b'{"time": 5, "event": "memory", "stage": "tuning", "peak_bytes": "much"}',
+    b'{"time": 5, "event": "memory", "stage": ["tuning"], "peak_bytes": 3}',
+    b'{"time": 5, "event": "end", "not_learned": 5}',
+    b'{"time": 5, "event": "end", "not_learned": ["t0"]}',
+    b'{"time": 5, "event": "end", "not_learned": {"t0": ["a"]}}',
     b"\xff\xfe\x00",
 ]
 
@@ -248,8 +254,10 @@ def test_a_damaged_line_of_one_run_is_passed_over(storage, line, place):
     run, narrator, now = read_run(path.parent, "going"), Narrator(), time.time()
     assert run == whole or run.state == whole.state
     run_row(run, now), run_fields(run, now), run_document(run, now)
-    for event in EventTail(path, whole=True).read():
+    told_again = EventTail(path, whole=True).read()
+    for event in told_again:
         narrator.tell(event)
+    stages_of(told_again), faults_of(told_again)
 
 
 def test_a_run_that_cannot_be_read_hides_no_other(runs, storage):

@@ -11,7 +11,7 @@ from pipeline.bank import PromptBank
 from pipeline.comparison.job import run_comparison
 from pipeline.comparison.results import read_results
 from pipeline.comparison.study import Study, compared_settings
-from pipeline.errors import SettingsError
+from pipeline.errors import BankError, SettingsError
 from pipeline.run.checks import check_run
 from pipeline.settings import parse_settings
 from tests.corpora import reviews
@@ -245,6 +245,16 @@ def test_what_the_rows_rule_out_is_refused_before_anything_is_tuned(tmp_path, ch
         compare(settings)
     assert sentence in str(caught.value)
     assert not (tmp_path / "runs/small/prompts/checkpoints").exists()
+
+
+def test_a_store_that_can_hold_no_bank_is_refused_before_anything_is_tuned(tmp_path, monkeypatch):
+    def unfit(bank):
+        raise BankError(f"{bank.uri} is unfit")
+
+    monkeypatch.setattr(PromptBank, "check_fit", unfit)
+    monkeypatch.setattr(Study, "on_ranks", lambda *rest: pytest.fail("ranks were started"))
+    with pytest.raises(BankError, match=r"runs/small/bank is unfit"):
+        compare(make_comparison(tmp_path))
 
 
 def test_no_rank_is_given_a_test_row_before_the_choices_are_written_down(compared, launches):

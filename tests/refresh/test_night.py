@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from pipeline.bank import PromptBank
-from pipeline.errors import LeaseError, PromptBankError
+from pipeline.errors import BankError, LeaseError, PromptBankError
 from pipeline.refresh import night as nights
 from pipeline.refresh.record import read_record, write_record
+from pipeline.settings import parse_settings
 from tests.corpora import reviews
 from tests.jobs_data import write_parquet
 from tests.refresh.conftest import night
@@ -239,6 +241,21 @@ def test_a_night_that_lost_its_lease_publishes_nothing_and_leaves_the_others_rec
         night(project, "n2")
     assert bank_of(project).versions() == (1,)
     assert read_record(storage / "small-n2").state == "running"
+
+
+def test_a_store_that_can_hold_no_bank_is_refused_before_anything_is_done_and_only_by_a_night(project, monkeypatch):
+    def unfit(bank):
+        raise BankError(f"{bank.uri} is unfit")
+
+    change_corpus(project)
+    monkeypatch.setattr(PromptBank, "check_fit", unfit)
+    monkeypatch.setattr(nights, "look", lambda *rest: pytest.fail("the night went on"))
+    with pytest.raises(BankError, match="bank is unfit"):
+        night(project, "n2")
+    assert read_record(Path(project["run"]["storage"]) / "small-n2").exit_code == 2
+    monkeypatch.setattr(nights, "look", lambda *rest: "looked at")
+    folder = Path(project["run"]["storage"])
+    assert nights.plan_night_only(parse_settings(project), "n2", folder, Console(quiet=True)) == "looked at"
 
 
 def test_a_night_leaves_nothing_temporary_behind(first_night):

@@ -8,15 +8,21 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import typer
 from rich.console import Console
 
 from pipeline.backbone.files import find_model, read_tokenizer
 from pipeline.errors import BackboneError, BankError, CorpusError, PromptBankError, SettingsError, StorageError
 from pipeline.run.checks import check_run
 from pipeline.run.job import run_job
+from pipeline.run.stages import make_run_folder
+from pipeline.run.terminal import ending_in_a_sentence
 from pipeline.settings import parse_settings
+from tests.bank.test_object_store import Visit, serving
 from tests.jobs_data import write_parquet
 from tests.tiny import make_model
+
+pytest_plugins = ["tests.bank.s3_server"]
 
 
 def run(project, *overrides):
@@ -33,11 +39,52 @@ def refused(project, kind, *wanted, overrides=()):
     assert not list(Path(project["bank"]["uri"]).glob("versions/*")), "something was published"
 
 
-@pytest.mark.parametrize("place", ["/proc/x", "/etc/passwd", "/etc/passwd/x"])
-@pytest.mark.parametrize("key", ["run.storage", "bank.uri"])
-def test_a_place_that_cannot_be_written_is_refused_before_anything_is_done(project, key, place):
-    with pytest.raises(StorageError, match=f"{key} {place}: "):
+PLACES = [
+    ("run.storage", "/proc/x", 5),
+    ("run.storage", "/etc/passwd", 2),
+    ("run.storage", "/etc/passwd/x", 2),
+    ("run.storage", "s3://bucket/runs", 2),
+    ("bank.uri", "/proc/x", 5),
+    ("bank.uri", "/etc/passwd", 2),
+    ("bank.uri", "/etc/passwd/x", 2),
+]
+
+
+@pytest.mark.parametrize(("key", "place", "code"), PLACES)
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_done_and_retried_only_where_that_may_help(
+    project, capsys, key, place, code
+):
+    with pytest.raises(typer.Exit) as ended, ending_in_a_sentence("run"):
         check_run(parse_settings(project, [f"{key}={place}"]))
+    assert ended.value.exit_code == code
+    assert f"{key} {place}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/runs", "/etc/passwd"])
+def test_so_is_it_where_a_night_makes_its_folder_first(project, place):
+    with pytest.raises(SettingsError, match=f"run.storage {place}: "):
+        make_run_folder(parse_settings(project, [f"run.storage={place}"]))
+
+
+def test_a_store_that_overwrites_is_refused_before_anything_is_trained_and_a_check_writes_nothing_to_it(
+    project, s3, monkeypatch
+):
+    monkeypatch.setattr("pipeline.run.job.launch", lambda *rest: pytest.fail("ranks were started"))
+    written = []
+
+    def forget_the_condition(visit: Visit) -> None:
+        if visit.command == "PUT":
+            written.append(visit.path)
+        del visit.headers["If-None-Match"]
+        visit.forward(s3.endpoint)()
+
+    with serving(forget_the_condition) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
+        checked = check_run(parse_settings(project, [f"bank.uri={s3.new_uri()}"]))
+        assert not written
+        with pytest.raises(BankError, match="its store overwrites"):
+            run_job(checked, Console(quiet=True))
+    assert all("/probes/" in path for path in written)
 
 
 def test_a_missing_file_is_named(project):

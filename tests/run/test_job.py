@@ -6,15 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from safetensors.numpy import load_file
 
 from pipeline.bank import PromptBank
-from pipeline.errors import PromptBankError
+from pipeline.errors import LeaseError, PromptBankError, UnreachableError
 from pipeline.reporting.watched import read_run
 from pipeline.run.checks import check_run
 from pipeline.run.job import run_job
 from pipeline.settings import parse_settings
+from pipeline.tuning.worker import work
 from tests.jobs_data import make_project
 
 
@@ -39,6 +41,22 @@ def test_a_finished_run_publishes_nothing_twice_whatever_came_after_it_or_where_
     assert run(project).version == 1
     bank = PromptBank.open(tmp_path / "bank")
     assert bank.versions() == (1, 2) and bank.version == 2, "the alias stays at the later version"
+
+
+def test_a_start_that_loses_its_lease_while_it_waits_for_the_store_publishes_nothing(project, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.run.job.launch", lambda order, *rest: work(order, torch.device("cpu"), lambda: False))
+    tries = []
+
+    def away(*rest):
+        tries.append(rest)
+        lease = Path(project["run"]["storage"]) / "small/lease"
+        (lease / "2.json").write_text((lease / "1.json").read_text().replace("small", "taker"))
+        raise UnreachableError("the store is away")
+
+    monkeypatch.setattr("pipeline.run.job.publish_prompts", away)
+    with pytest.raises(LeaseError, match="taker"):
+        run(project)
+    assert len(tries) == 1, "it may not try again"
 
 
 def events_of(project):

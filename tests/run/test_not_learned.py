@@ -62,16 +62,20 @@ def test_it_is_published_and_marked_everywhere_and_withheld_when_asked(hopeless,
     assert read_run(folder, "small").state.trials["film"].status == "not learned"
 
     assert run(hopeless).results == outcome.results, "measured again at a restart, it is the same"
-    withheld = run(hopeless, "bank.not_learned=withhold", "run.name=strict", f"bank.uri={tmp_path / 'other'}")
-    assert withheld.exit == 3
-    assert PromptBank.open(tmp_path / "other").current.known_record("film").status == "failed"
 
 
-def judged(make, metric, values, constant, init="random"):
+def test_one_that_is_withheld_is_published_under_no_name_at_all(hopeless, tmp_path):
+    hopeless["tasks"]["film"] |= {"sweep": {"seed": [1, 2]}, "max_steps": 20}
+    assert run(hopeless, "bank.not_learned=withhold", "bank.publish=all").exit == 3
+    current = PromptBank.open(tmp_path / "bank").current
+    assert {record.name: record.status for record in current.records()} == {"film": "failed", "book": "tuned"}
+
+
+def entry_of(make, metric, values, constant, init="random"):
     state = make(metric, init)
     state.history = [Evaluation(step, value, 1.0) for step, value in enumerate(values)]
     state.best_at, state.status = len(values) - 1, "tuned"
-    return Entry([state], state, {} if constant is None else {"dev": constant}).learned
+    return Entry([state], state, {} if constant is None else {"dev": constant}, withholds=True)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +87,9 @@ def judged(make, metric, values, constant, init="random"):
         ("accuracy", [0.5, 0.81], 0.8, "random", True),
         ("accuracy", [0.9, 0.9], 0.8, "bank", True),  # the bank's prompt had learned
         ("accuracy", [0.7, 0.7], 0.8, "bank", False),
-        ("accuracy", [1.0, 1.0], 1.0, "random", True),  # nothing is better
+        ("accuracy", [1.0, 1.0], 0.8, "random", True),  # nothing is better
+        ("accuracy", [0.5, 1.0], 1.0, "random", None),  # on dev rows of one class, nobody can tell
+        ("accuracy", [0.5, 0.9], 1.0, "random", False),
         ("loss", [2.0, 1.0], None, "random", True),
         ("loss", [2.0, 2.0], None, "random", False),
         ("accuracy", [0.5, 0.7], None, "random", None),  # nobody knows the constant answer
@@ -96,7 +102,9 @@ def test_the_rule_in_one_table(metric, values, constant, init, learned):
         settings = Has(metric=metric, prompt=Has(init=init))
         return Has(trial=Has(settings=settings), reason=None)
 
-    assert judged(make, metric, values, constant, init) is learned
+    entry = entry_of(make, metric, values, constant, init)
+    assert entry.learned is learned and entry.withheld is (learned is False)
+    assert (entry.reason is not None) == (learned is False or constant == 1.0), "in one class it is told why"
 
 
 def test_manifests_of_before_have_neither_field_and_still_open():

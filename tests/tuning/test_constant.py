@@ -79,12 +79,29 @@ def test_it_is_scored_on_the_rows_that_an_evaluation_uses_and_for_loss_there_is_
     assert constant_scores(corpus, "loss", 2, LETTERS) == {}
 
 
-def test_rows_that_are_not_used_are_not_counted_and_lost_shards_stop_nothing(tmp_path):
+def test_rows_that_are_not_used_are_not_counted_and_lost_shards_stop_nothing(tmp_path, caplog):
     corpus = corpus_of(tmp_path, train=["a"], dev=["a"])
     write_split(tmp_path / "train", ["b", "b", "a"], [RowStatus.EMPTY, RowStatus.EMPTY, RowStatus.OK])
     assert constant_scores(corpus, "accuracy", 9, LETTERS) == {"dev": 1.0}
     (tmp_path / "train" / "0.parquet").unlink()
     assert constant_scores(corpus, "accuracy", 9, LETTERS) == {}
+    assert "task 't': nobody can tell whether its prompt has learned: the token shards in" in caplog.text
+
+
+def test_damaged_shards_stop_nothing_either_and_a_defect_of_ours_is_no_missing_answer(tmp_path, monkeypatch, caplog):
+    corpus = corpus_of(tmp_path, train=["a"] * 900, dev=["a"])
+    shard = tmp_path / "train" / "0.parquet"
+    whole = shard.read_bytes()
+    shard.write_bytes(b"\x00" * len(whole))
+    assert constant_scores(corpus, "accuracy", 9, LETTERS) == {} and "0.parquet is damaged" in caplog.text
+    shard.write_bytes(whole)
+
+    def defect(*rest):
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(constant, "score_texts", defect)
+    with pytest.raises(ValueError, match="a defect"):
+        constant_scores(corpus, "accuracy", 9, LETTERS)
 
 
 def test_memory_stays_bounded_over_free_texts_and_a_frequent_one_is_still_found(monkeypatch):

@@ -43,7 +43,7 @@ def stages_of(events: Iterable[Event]) -> list[Stage]:
             found.setdefault(current, Stage(current, 0.0))
         elif event["event"] == "memory" and event.get("stage") in found:
             stage = found[event["stage"]]
-            found[stage.name] = replace(stage, peak_bytes=max(stage.peak_bytes or 0, int(event["peak_bytes"])))
+            found[stage.name] = replace(stage, peak_bytes=max(stage.peak_bytes or 0, int(event.get("peak_bytes") or 0)))
     return list(found.values())
 
 
