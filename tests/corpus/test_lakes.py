@@ -118,6 +118,7 @@ def test_what_only_resembles_a_table_is_read(tmp_path: Path) -> None:
         tmp_path / "a",
         "day=1/a.parquet", "_SUCCESS", "_metadata", "_common_metadata", ".a.parquet.crc", "_temporary/0/b.parquet",
         "metadata/notes.json", "schema/schema.json", "versions/1.manifest", "delta_log/0.json", "hoodie/x",
+        "_versions/notes.txt",
     )  # fmt: skip
     assert inspect_files(str(tmp_path / "a"), HERE).rows == 4
     _put(tmp_path / "a" / "metadata", "b.parquet")
