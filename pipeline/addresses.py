@@ -2,16 +2,22 @@
 
 import re
 
-# A user before a host is no secret by itself (`abfs://container@account`), but these schemes have no other use for one.
+# A user before a host is no secret by itself (`abfs://container@account`), but these schemes have no other use for one,
+# except Arrow's spelling of access without an account (`gs://anonymous@bucket`).
+_TOKEN_SCHEMES = "".join(f"(?<={scheme}://)|" for scheme in ("https", "http", "s3", "s3a", "s3n", "gs", "gcs"))
 _USER = re.compile(
-    r"(?<=://)[^/?#@\s]*:[^@?#\s]*(?=@)|(?:(?<=https://)|(?<=http://)|(?<=s3://)|(?<=gs://))[^/?#@\s]+(?=@)"
+    rf"(?<=://)[^/?#@\s]*:[^@?#\s]*(?=@)|(?:{_TOKEN_SCHEMES[:-1]})(?!(?<=gs://|cs://)anonymous@)[^/?#@\s]+(?=@)", re.I
 )
 _NAMES = (
     r"[\w.%-]*(?:secret|token|passw|passphrase|signature|credential|bearer|"
     r"(?:access|account|api|auth|private|shared|subscription)[_.-]?key)[\w.%-]*"
 )
+# Where a text begins, `token=…/` is a folder of a Hive column; only a connection string is none.
+_CONNECTION = r"\A(?=account_?key=|shared_?access|\S*;\s*\w+=)"
 _QUERY = re.compile(
-    rf"(?<![^?&#;])({_NAMES})=[^&\s]*|(?<=[?&#])(sig|sas|key|auth|authorization|jwt|pwd|pass)=[^&\s]*", re.I
+    rf"(?:(?<=[?&#;])|{_CONNECTION})({_NAMES})=[^&\s]*"
+    r"|(?<=[?&#])(sig|sas|key|auth|authorization|jwt|pwd|pass)=[^&\s]*",
+    re.I,
 )
 
 

@@ -125,10 +125,21 @@ ADDRESSES = [
     *(f"az://container/prompts?{key}={SECRET}" for key in ("api_key", "apikey", "key", "auth", "jwt", "X-Api-Key")),
     f"s3://bucket/prompts;AccountKey={SECRET}",
     "https://hunter2@host/prompts",
+    "s3a://hunter2@bucket/prompts",
+    "gcs://hunter2@bucket/prompts",
+    "gs://anonymous:hunter2@bucket/prompts",
+    "s3://anonymous-hunter2@bucket/prompts",
 ]
 
 
-@pytest.mark.parametrize("address", ADDRESSES)
+CONNECTIONS = [
+    f"AccountKey={SECRET}",
+    f"SharedAccessSignature=sv=1&sig={SECRET}",
+    f"token={SECRET};AccountName=me",
+]
+
+
+@pytest.mark.parametrize("address", [*ADDRESSES, *CONNECTIONS])
 @pytest.mark.parametrize(
     "key",
     [
@@ -177,6 +188,11 @@ def test_a_password_in_an_endpoint_stays_out_of_the_sentence_that_names_it(monke
         "/data/x@y:z",
         "/data/token=3/key=4/x.parquet",
         "hdfs://user@node/x",
+        "gs://anonymous@bucket/x",
+        "gcs://anonymous@bucket/x/*.parquet",
+        "tokenizer=llama/data/*.parquet",
+        "api_key=3/a;b/x.parquet",
+        "tokens=5 per second",
         "postgresql://user@host/runs",
         "./bank",
     ],

@@ -358,6 +358,13 @@ def test_no_number_of_the_settings_takes_what_is_none_or_beyond_all_bounds(raw, 
         parse_settings(raw, [f"{'.'.join(place)}={value}"])
 
 
+@pytest.mark.parametrize("value", ["true", "[true]", "[1, off]"])
+@pytest.mark.parametrize("place", ["compare.lora.lr", "compare.fine_tuning.lr", "compare.hard_prompts.shots"])
+def test_a_list_of_numbers_takes_no_yes_for_one(raw, place, value):
+    with pytest.raises(SettingsError, match=rf"{place}': .* is no number; give one"):
+        parse_settings(raw, [f"{place}={value}"])
+
+
 @pytest.mark.parametrize(
     ("value", "told"),
     [("1", r"train': 1 is no text"), ("[1, x]", r"train\.0': 1 is no text"), ("{a: 1}", "train': input")],

@@ -1,11 +1,12 @@
 """Text -> token ids, one way for training and serving. Imports transformers only to load a tokenizer, ray never."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, Protocol
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import ByteLevel
 
 from pipeline.errors import CorpusError
@@ -16,7 +17,6 @@ _CALL_ROWS = 64
 # Words whose tokens a tokenizer keeps; it comes with room for 10,000. On English and code 8 to 18 % of the time, for
 # some 20 MB (`docs/benchmarks.md`); four times as many brought nothing more.
 KEPT_WORDS = 2**16
-_NOBODYS_CHARACTER = "\U0010fffd"
 # Texts to put before a target, of which one at least ends in a token of its own.
 _BEFORE = ("a", ":", ".", "?", "\n", "0")
 
@@ -191,7 +191,7 @@ def _encode_behind(tokenizer: FastTokenizer, texts: Sequence[str]) -> list[list[
 def can_fail(tokenizer: FastTokenizer) -> bool:
     """Whether there are texts that the tokenizer has no tokens for: it says an unknown one for them, or none."""
     backend = tokenizer.backend_tokenizer
-    if getattr(backend.model, "byte_fallback", False):
+    if _says_bytes(backend):
         return not all(backend.token_to_id(f"<0x{byte:02X}>") is not None for byte in range(256))
     return not all(backend.token_to_id(letter) is not None for letter in ByteLevel.alphabet())
 
@@ -217,13 +217,24 @@ def unsayable(
     ]
 
 
+def _says_bytes(backend: Tokenizer) -> bool:
+    if isinstance(backend.model, models.Unigram):
+        return bool(_unigram(backend)[1])
+    return bool(getattr(backend.model, "byte_fallback", False))
+
+
 def _unknown_token(backend: Tokenizer) -> int | None:
-    if hasattr(backend.model, "unk_token"):
-        mark = backend.model.unk_token
-        return None if mark is None else backend.token_to_id(mark)
-    # Unigram does not tell; what it says for a character that no text has is it.
-    ids: list[int] = backend.encode(_NOBODYS_CHARACTER, add_special_tokens=False).ids
-    return ids[-1] if ids else None
+    if isinstance(backend.model, models.Unigram):
+        return _unigram(backend)[0]
+    mark = backend.model.unk_token
+    return None if mark is None else backend.token_to_id(mark)
+
+
+@lru_cache(maxsize=4)
+def _unigram(backend: Tokenizer) -> tuple[int | None, bool]:
+    """-> (the unknown token, whether bytes stand in for it) of a Unigram: only its JSON, long to read, tells."""
+    model = json.loads(backend.to_str())["model"]
+    return model["unk_id"], model.get("byte_fallback", False)
 
 
 def _encode(tokenizer: FastTokenizer, texts: Sequence[str], special: bool) -> list[list[int]]:

@@ -10,26 +10,31 @@ from pyarrow import fs
 _MAGIC = (b"PAR1", b"PARE")
 _LOOKERS = 16
 # A copy that is not meant to be read, or a file that is not whole yet.
-_SET_ASIDE = re.compile(
-    r"(~|\.(bak|backup|old|orig|tmp|temp|part|partial|inprogress|crdownload|copy|save|swp|crc))\d*$"
-)
+_ASIDE = r"(bak|backup|old|orig|tmp|temp|part|partial|inprogress|crdownload|copy|save|swp|crc)"
+# Without .parquet before it, `_part1` is a part.
+_SET_ASIDE = re.compile(rf"(~|\.{_ASIDE}|\.(parquet|parq|pqt?)[_-]{_ASIDE})\d*$")
 # Names that tell what a file is, so that a store is not asked for the first bytes of thousands.
 _OTHER = re.compile(
     r"\.(jsonl?|ndjson|[ct]sv|txt|text|md|rst|html?|xml|ya?ml|toml|py|ipynb|sql|log|pdf|png|jpe?g|gif|arrow|feather|ipc|orc"
     r"|avro|lance|zip|tar|tgz|xlsx?|safetensors|npy|npz)(\.(gz|bz2|zst|xz))?$"
 )
+_STREAM = "Arrow IPC", "pyarrow.ipc", "pyarrow.ipc.open_stream({file!r}).read_all()"
+# Ending of the name, how the content begins, and what the file then is; the first that fits counts.
 _CONVERSIONS = (
-    (r"(jsonl|ndjson|json)(\.gz)?", "JSON", "pyarrow.json", "pyarrow.json.read_json({file!r})"),
-    (r"csv(\.gz)?", "CSV", "pyarrow.csv", "pyarrow.csv.read_csv({file!r})"),
+    (r"json(\.gz)?", rb"\[", "JSON", "json", "pyarrow.Table.from_pylist(json.load(pyarrow.input_stream({file!r})))"),
+    (r"(jsonl|ndjson|json)(\.gz)?", b"", "JSON", "pyarrow.json", "pyarrow.json.read_json({file!r})"),
+    (r"csv(\.gz)?", b"", "CSV", "pyarrow.csv", "pyarrow.csv.read_csv({file!r})"),
     (
         r"tsv(\.gz)?",
+        b"",
         "TSV",
         "pyarrow.csv",
         "pyarrow.csv.read_csv({file!r}, parse_options=pyarrow.csv.ParseOptions(delimiter='\\t'))",
     ),
-    (r"feather|ipc", "Arrow IPC", "pyarrow.feather", "pyarrow.feather.read_table({file!r})"),
-    (r"arrow", "Arrow IPC", "pyarrow.ipc", "pyarrow.ipc.open_stream({file!r}).read_all()"),
-    (r"orc", "ORC", "pyarrow.orc", "pyarrow.orc.read_table({file!r})"),
+    # Hugging Face's `datasets` write streams and polars files, under one ending.
+    (r"feather|ipc|arrow", b"ARROW1|FEA1", "Arrow IPC", "pyarrow.feather", "pyarrow.feather.read_table({file!r})"),
+    (r"feather|ipc|arrow", b"", *_STREAM),
+    (r"orc", b"", "ORC", "pyarrow.orc", "pyarrow.orc.read_table({file!r})"),
 )
 
 
@@ -44,8 +49,9 @@ def parquet_among(filesystem: fs.FileSystem, paths: Sequence[str]) -> list[str]:
 
 def conversion(path: str) -> str | None:
     """How to make Parquet of the file, if its name tells what it is: the end of a sentence."""
-    for ending, name, module, read in _CONVERSIONS:
-        if found := re.search(rf"\.({ending})$", path, re.IGNORECASE):
+    for ending, begins, name, module, read in _CONVERSIONS:
+        found = re.search(rf"\.({ending})$", path, re.IGNORECASE)
+        if found and re.match(begins, _beginning(path)):
             to = path[: found.start()].rpartition("/")[2] + ".parquet"
             code = f"import {module}, pyarrow.parquet; pyarrow.parquet.write_table({read.format(file=path)}, {to!r})"
             return f"it is {name} by its name, so convert it with Python: {code}"
@@ -54,7 +60,17 @@ def conversion(path: str) -> str | None:
 
 def looks_like_data(path: str) -> bool:
     """Whether the name is of a corpus in another format, or of a Parquet file, set aside or not."""
-    return conversion(path) is not None or re.search(r"\.(parquet|parq|pqt?)\b", path, re.IGNORECASE) is not None
+    endings = "|".join(ending for ending, *_ in _CONVERSIONS)
+    return re.search(rf"\.(({endings})$|(parquet|parq|pqt?)(?![a-z]))", path, re.IGNORECASE) is not None
+
+
+def _beginning(path: str) -> bytes:
+    """The first bytes of a file on this machine, unpacked, without white space; of one in a store, none."""
+    try:
+        with pa.input_stream(path) as file:
+            return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+    except (pa.ArrowException, OSError):
+        return b""
 
 
 def _may_be_parquet(path: str) -> bool:

@@ -30,7 +30,7 @@ _KINDS = (
     _Kind("a Delta Lake table", "_delta_log", None, "Spark or deltalake"),
     _Kind("an Apache Iceberg table", "metadata", re.compile(r".+\.metadata\.json(\.gz)?"), "Spark or pyiceberg"),
     _Kind("an Apache Hudi table", ".hoodie", None, "Spark"),
-    _Kind("a Lance dataset", "_versions", None, "lance"),
+    _Kind("a Lance dataset", "_versions", re.compile(r".+\.manifest"), "lance"),
     _Kind("an Apache Paimon table", "schema", re.compile(r"schema-\d+"), "Spark or pypaimon"),
 )
 _BY_FOLDER = {kind.folder: kind for kind in _KINDS}

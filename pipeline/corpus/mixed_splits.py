@@ -30,7 +30,10 @@ def check_one_split(path: str, root: str, files: Sequence[str], where: str) -> N
         splits = [split for split in _WORDS if split in found]
         held = ", ".join(f"{len(found[split])} of {split}" for split in splits)
         mends = ", ".join(f"{split}: {writable(path, _glob(found[split], below))}" for split in splits)
-        raise CorpusError(f"{where}: {path} mixes the files of several splits ({held}); give each its own: {mends}")
+        raise CorpusError(
+            f"{where}: {path} mixes the files of several splits ({held}); give each its own: {mends}; or list these "
+            "paths to mean them together"
+        )
 
 
 def _split_word(parts: Sequence[str]) -> tuple[int, str, str] | None:

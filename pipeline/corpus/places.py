@@ -35,14 +35,14 @@ def locate(path: str) -> tuple[fs.FileSystem, str, str | None]:
 def matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     """Glob match part by part; `**` stands for any number of folders, none included.
 
-    A wildcard at a part's beginning passes over names that begin with `.` or `_`, as a folder does.
+    A `*` at a part's beginning passes over names that begin with `.` or `_`, as a folder does; `?` and `[…]` do not.
     """
     if not pattern:
         return not parts
     if pattern[0] == "**":
         shown = next((at for at, part in enumerate(parts) if part[:1] in "._"), len(parts))
         return any(matches(parts[skip:], pattern[1:]) for skip in range(shown + 1))
-    if not parts or (parts[0][:1] in "._" and pattern[0][:1] not in "._"):
+    if not parts or (parts[0][:1] in "._" and pattern[0][:1] == "*"):
         return False
     return fnmatch.fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])
 
@@ -67,7 +67,8 @@ def _open(scheme: str, rest: str) -> tuple[fs.FileSystem, str, str | None]:
         azure = _azure(scheme, fixed)
         if azure is not None:
             return *azure, pattern
-    filesystem, inside = fs.FileSystem.from_uri(f"{scheme}://{fixed}{question}{query}")
+    arrows = "abfs" if scheme in _AZURE and scheme != "abfss" else scheme
+    filesystem, inside = fs.FileSystem.from_uri(f"{arrows}://{fixed}{question}{query}")
     return filesystem, inside, pattern
 
 

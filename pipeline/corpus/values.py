@@ -48,14 +48,14 @@ def value_text(value: Any) -> str:
 def column_texts(column: pa.Array, whole: bool = False) -> list[str | None]:
     """[B] values -> [B] texts: strings as they are, floats as short as their width allows; null and NaN are None.
 
-    whole: write floats and decimals as integers.
+    whole: write floats as integers.
     Raises: UnicodeDecodeError when a string is not UTF-8; ValueError for a fraction where `whole` is asked.
     """
     kind = plain_type(column.type)
     if is_text(kind):
         return _strings(column)
     values = column.to_pylist()
-    write = _whole_text if whole and _is_fractional(kind) else _narrow_text(kind)
+    write = _whole_text if whole and pa.types.is_floating(kind) else _narrow_text(kind)
     return [None if value is None or value != value else write(value) for value in values]
 
 
@@ -131,14 +131,10 @@ def _narrow_text(kind: pa.DataType) -> Any:
     return text
 
 
-def _whole_text(value: float | Decimal) -> str:
+def _whole_text(value: float) -> str:
     if value in (float("inf"), -float("inf")) or value != int(value):
-        raise ValueError(value_text(value))
+        raise ValueError(str(value))
     return str(int(value))
-
-
-def _is_fractional(kind: pa.DataType) -> bool:
-    return pa.types.is_floating(kind) or (pa.types.is_decimal(kind) and kind.scale > 0)
 
 
 def _kind(file: SourceFile, name: str) -> str | None:

@@ -45,14 +45,16 @@ class Frozen(BaseModel):
     def _a_number_is_no_yes(cls, value: Any, info: ValidationInfo) -> Any:
         """pydantic takes true for 1."""
         kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
-        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
-            raise ValueError(f"{str(value).lower()} (or yes, no, on, off) is no number; give one")
+        if bool not in kinds and kinds & {int, float}:
+            for one in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(one, bool):
+                    raise ValueError(f"{str(one).lower()} (or yes, no, on, off) is no number; give one")
         return value
 
 
 def _kinds(annotation: Any) -> set[Any]:
-    """The plain types that a field's annotation names, outside of lists."""
+    """The plain types that a field's annotation names, those in its lists too."""
     inner = get_args(annotation)
-    if not inner or getattr(annotation, "__origin__", None) in (tuple, list, dict):
+    if not inner or getattr(annotation, "__origin__", None) is dict:
         return {annotation}
     return set().union(*map(_kinds, inner))

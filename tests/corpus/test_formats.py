@@ -1,5 +1,6 @@
 """Parquet files under other names are found, what is set aside is not, and other formats are told how to convert."""
 
+import json
 import re
 import subprocess
 import sys
@@ -23,13 +24,23 @@ HERE = "task 'x', train"
 ROWS = pa.table({"text": ["a b", "c"], "label": ["no", "yes"]})
 PARQUET = ["a.parquet", "b.parq", "c.parquet.gzip", "d.PARQUET", "000000_0", "part-00000", "e.pq", "f.snappy.parquet",
            "g.parquet.snappy", "h.gz", "i.gz.parq", "part-1-c000.snappy", "p.Parquet.gz", "q.pqt",
-           "r.dat", "s.parquet2"]  # fmt: skip
+           "r.dat", "s.parquet2", "000000_0_copy_1", "t_part1", "u-part2"]  # fmt: skip
 
 
 def test_a_folder_gives_every_file_that_is_parquet_by_its_first_bytes(tmp_path: Path) -> None:
     for name in PARQUET:
         pq.write_table(ROWS, tmp_path / name)
-    for name in ["a.parquet.bak", "a.parquet~", "a.parquet.tmp", "a.parquet.1.old", "_metadata", ".a.parquet"]:
+    for name in [
+        "a.parquet.bak",
+        "a.parquet~",
+        "a.parquet.tmp",
+        "a.parquet.1.old",
+        "_metadata",
+        ".a.parquet",
+        "a.parquet_old",
+        "a.parquet-bak",
+        "a.parquet_tmp2",
+    ]:
         pq.write_table(ROWS, tmp_path / name)
     for name in ["README", "LICENSE", "notes.txt", "x.parq.crc", "empty", "x.gz"]:
         (tmp_path / name).write_text("" if name == "empty" else "not Parquet")
@@ -42,12 +53,13 @@ def test_data_in_a_folder_that_is_not_read_is_told(tmp_path: Path, make_task: Ca
     pq.write_table(ROWS, tmp_path / "a.parquet.bak")
     (tmp_path / "b.csv").write_text("text,label\n")
     (tmp_path / "c.parquet").symlink_to(tmp_path / "gone")
+    (tmp_path / "d.parquet_tmp").write_bytes(b"PAR1 and half of it")
     (tmp_path / "README.md").write_text("")
     assert inspect_files(f"{tmp_path}/a.*quet", HERE).left_out == ()
     source = inspect_files(str(tmp_path), HERE)
-    assert [Path(path).name for path in source.left_out] == ["a.parquet.bak", "b.csv", "c.parquet"]
+    assert [Path(path).name for path in source.left_out] == ["a.parquet.bak", "b.csv", "c.parquet", "d.parquet_tmp"]
     (remark,) = check_task("x", make_task(tmp_path, dev=tmp_path / "a.parquet")).left_out
-    assert remark == f"{HERE}: not read are 3 other files of data, such as {tmp_path}/a.parquet.bak"
+    assert remark == f"{HERE}: not read are 4 other files of data, such as {tmp_path}/a.parquet.bak"
 
 
 def test_a_folder_without_the_usual_name_is_read_too(tmp_path: Path) -> None:
@@ -62,23 +74,39 @@ def test_a_link_counts_a_file_once(tmp_path: Path) -> None:
     assert [file.path for file in inspect_files(str(tmp_path), HERE).files] == [f"{tmp_path}/a.parquet"]
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.ndjson", "x.csv", "x.tsv", "x.feather", "x.arrow", "x.orc", "x.csv.gz"])
-def test_another_format_is_refused_with_the_code_that_converts_it(tmp_path: Path, name: str) -> None:
+def _in_another_format(file: Path, kind: str) -> None:
+    rows = ROWS.to_pylist()
+    packed = "gzip" if file.name.endswith("gz") else None
+    with pa.output_stream(file, compression=packed) as out:
+        if kind == "lines":
+            out.write("".join(f"{json.dumps(row)}\n" for row in rows).encode())
+        elif kind == "array":
+            out.write(f"\n {json.dumps(rows, indent=1)}".encode())
+        elif kind == "values":
+            pyarrow.csv.write_csv(ROWS, out, pyarrow.csv.WriteOptions(delimiter="\t" if ".tsv" in file.name else ","))
+        elif kind == "orc":
+            pyarrow.orc.write_table(ROWS, out)
+        elif kind.startswith("feather"):
+            pyarrow.feather.write_feather(ROWS, out, version=int(kind[-1]))
+        else:
+            with (pa.ipc.new_file if kind == "file" else pa.ipc.new_stream)(out, ROWS.schema) as writer:
+                writer.write_table(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("x.jsonl", "lines"), ("x.ndjson", "lines"), ("x.json", "lines"), ("x.json", "array"), ("x.json.gz", "array"),
+        ("x.json.gz", "lines"), ("x.csv", "values"), ("x.tsv", "values"), ("x.csv.gz", "values"), ("x.orc", "orc"),
+        ("x.feather", "feather 2"), ("x.feather", "feather 1"), ("x.arrow", "file"), ("x.arrow", "stream"),
+        ("x.ipc", "file"), ("x.ipc", "stream"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Feather V1")
+def test_another_format_is_refused_with_the_code_that_converts_it(tmp_path: Path, name: str, kind: str) -> None:
     file = tmp_path / "data" / name
     file.parent.mkdir()
-    if name.endswith((".jsonl", ".ndjson")):
-        file.write_text(
-            "".join(f'{{"text": "{row["text"]}", "label": "{row["label"]}"}}\n' for row in ROWS.to_pylist())
-        )
-    elif ".csv" in name or ".tsv" in name:
-        options = pyarrow.csv.WriteOptions(delimiter="\t" if ".tsv" in name else ",")
-        with pa.output_stream(file, compression="gzip" if name.endswith("gz") else None) as out:
-            pyarrow.csv.write_csv(ROWS, out, options)
-    elif name == "x.arrow":
-        with pa.ipc.new_stream(file, ROWS.schema) as out:
-            out.write_table(ROWS)
-    else:
-        (pyarrow.orc.write_table if name == "x.orc" else pyarrow.feather.write_feather)(ROWS, file)
+    _in_another_format(file, kind)
     for path in (file, file.parent):
         with pytest.raises(CorpusError, match="convert it with Python: ") as refused:
             inspect_files(str(path), HERE)

@@ -1,5 +1,6 @@
 """Every kind of tokenizer there is, trained here: what a target's tokens are behind an input, and what is lost."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +68,16 @@ def t5() -> Tokenizer:
     return made
 
 
+def unigram_with_bytes(count: int = 256) -> Tokenizer:
+    trained = json.loads(t5().to_str())["model"]
+    of_bytes = [(f"<0x{byte:02X}>", -20.0) for byte in range(count)]
+    vocabulary = [*map(tuple, trained["vocab"]), *of_bytes]
+    made = Tokenizer(models.Unigram(vocabulary, trained["unk_id"], byte_fallback=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="never")])
+    return made
+
+
 def bert() -> Tokenizer:
     made = Tokenizer(models.WordPiece(unk_token="<unk>"))
     made.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -91,6 +102,7 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
     "Metaspace first": lambda: metaspace("first"),
     "Metaspace never": lambda: metaspace("never"),
     "T5": t5,
+    "Unigram with bytes": unigram_with_bytes,
     "BERT": bert,
     "words": words,
 }
@@ -133,10 +145,15 @@ def test_a_target_that_the_tokenizer_has_no_tokens_for_is_told_and_no_other(
 ) -> None:
     name, tokenizer = kind
     separator = " " if architecture == "decoder-only" else ""
-    texts = [*TARGETS, "{no}", "né", "☃"]
+    texts = [*TARGETS, "{no}", "ý½", "né", "☃"]
     lost = unsayable(tokenizer, architecture, separator, texts)
     assert lost[: len(TARGETS)] == [False] * len(TARGETS)
-    assert lost[-1] == (name in UNSAID) and lost[-3] == (name in UNSAID)
+    assert lost[-1] == (name in UNSAID) and lost[-4:-2] == [name in UNSAID] * 2
+
+
+def test_a_unigram_that_lacks_some_bytes_says_unknown_only_for_those() -> None:
+    made = PreTrainedTokenizerFast(tokenizer_object=unigram_with_bytes(0xC0), eos_token="</s>", unk_token="<unk>")
+    assert unsayable(made, "encoder-decoder", "", ["no", "{no}", "\x7f", "½"]) == [False, False, False, True]
 
 
 def test_a_bpe_that_leaves_letters_out_without_a_word_is_told() -> None:

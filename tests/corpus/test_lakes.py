@@ -118,16 +118,20 @@ def test_what_only_resembles_a_table_is_read(tmp_path: Path) -> None:
         tmp_path / "a",
         "day=1/a.parquet", "_SUCCESS", "_metadata", "_common_metadata", ".a.parquet.crc", "_temporary/0/b.parquet",
         "metadata/notes.json", "schema/schema.json", "versions/1.manifest", "delta_log/0.json", "hoodie/x",
+        "_versions/notes.txt",
     )  # fmt: skip
     assert inspect_files(str(tmp_path / "a"), HERE).rows == 4
     _put(tmp_path / "a" / "metadata", "b.parquet")
     assert inspect_files(str(tmp_path / "a"), HERE).rows == 8
 
 
-def test_wildcards_pass_over_hidden_names_as_folders_do(tmp_path: Path) -> None:
+def test_a_star_passes_over_hidden_names_as_folders_do(tmp_path: Path) -> None:
     lake = _put(tmp_path, "a.parquet", "_temporary/0/b.parquet", ".c.parquet", "day=1/d.parquet", "_SUCCESS")
     for path, files in [("*", 2), ("**", 2), ("*.parquet", 1), ("**/*.parquet", 2), ("_temporary/*/*.parquet", 1)]:
         assert len(inspect_files(f"{lake}/{path}", HERE).files) == files, path
+    _put(lake, "_e.parquet")
+    for path, names in [("[_a]*.parquet", {"a", "_e"}), ("?e.parquet", {"_e"}), ("_*.parquet", {"_e"})]:
+        assert {Path(file.path).stem for file in inspect_files(f"{lake}/{path}", HERE).files} == names, path
 
 
 def test_a_table_in_an_object_store_is_found_by_few_questions(s3: "S3Server", tmp_path: Path) -> None:

@@ -34,9 +34,11 @@ def test_each_named_glob_gives_its_split_and_together_they_give_every_file(
     files = [write(tmp_path / "repo" / name, ROWS) for name in LAYOUTS[layout]]
     with pytest.raises(CorpusError, match=r"^task 'x', train: .* mixes the files of several splits") as refused:
         inspect_files(f"{tmp_path}/repo", HERE)
-    globs = dict(re.findall(r"(train|dev|test): (/[^,]+)", str(refused.value)))
+    globs = dict(re.findall(r"(train|dev|test): (/[^,;]+)", str(refused.value)))
     found = [file.path for glob in globs.values() for file in inspect_files(glob, HERE).files]
     assert sorted(found) == sorted(map(str, files)) and len(globs) > 1
+    assert str(refused.value).endswith("; or list these paths to mean them together")
+    assert len(inspect_files(list(globs.values()), HERE).files) == len(files)
 
 
 def test_a_glob_over_several_splits_is_refused_and_a_list_of_them_is_meant(

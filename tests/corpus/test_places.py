@@ -33,6 +33,16 @@ def test_an_address_is_read_as_banks_and_hadoop_write_it(
         assert filesystem == fs.AzureFileSystem("account", account_key="a2V5")
 
 
+@pytest.mark.parametrize("scheme", ["az", "azure", "adl", "abfs", "abfss"])
+@pytest.mark.parametrize(
+    "rest", ["account.blob.core.windows.net/container/a", "container@account.dfs.core.windows.net/a?enable_tls=false"]
+)
+def test_every_name_of_azure_has_arrows_own_forms(scheme: str, rest: str) -> None:
+    filesystem, inside, _ = locate(f"{scheme}://{rest}")
+    assert (filesystem, inside) == fs.FileSystem.from_uri(f"{scheme if scheme == 'abfss' else 'abfs'}://{rest}")
+    assert inside == "container/a"
+
+
 @pytest.mark.parametrize("path", ["http://host/a.parquet", "ftp://host/a", "s4://bucket/a", "az://container/a"])
 def test_another_address_is_one_sentence_that_lists_what_can_be(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
