@@ -1,46 +1,75 @@
 """How large the pages of a Parquet column are, from their headers alone: Arrow unpacks a page as a whole."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-MOST_PAGE_BYTES = 256 * 2**20
-"""Unpacked; DuckDB's largest are 100 MB, most writers' 1 MiB."""
-_HEADER_BYTES = 2**16
+# Arrow, too, looks for the end of a header in ever more bytes, up to these.
+_HEADER_BYTES, _MOST_HEADER_BYTES = 2**16, 2**24
 _BOOLEANS, _BYTE, _INTEGERS, _DOUBLE, _BINARY, _LISTS, _STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, (9, 10), 12
+_TYPE, _UNPACKED, _PACKED = (1,), (2,), (3,)
+_DICTIONARY = 2
+# `num_values` of the headers of a data page, a dictionary page and a data page of version 2.
+_VALUES = (5, 1), (7, 1), (8, 1)
 
 
-def oversized_page(file: pa.NativeFile, chunk: pq.ColumnChunkMetaData) -> int | None:
-    """The bytes of a page of the chunk that is beyond the bound, unpacked; None where there is none.
+class PageHeaderError(ValueError):
+    """A header of a page cannot be read."""
 
-    A header that cannot be read ends the search: Arrow has words of its own for damage.
+
+@dataclass(frozen=True)
+class Page:
+    """What a header tells of its page."""
+
+    nbytes: int
+    """Unpacked."""
+    values: int
+    """Nulls included; of a dictionary, its words."""
+    is_dictionary: bool
+
+
+def pages(file: pa.NativeFile, chunk: pq.ColumnChunkMetaData, rows: int) -> Iterator[Page]:
+    """The pages of a column chunk up to that of its row `rows`, each for a look at a few bytes of the file.
+
+    Raises: PageHeaderError.
     """
-    if chunk.total_uncompressed_size <= MOST_PAGE_BYTES:
-        return None
     first = chunk.dictionary_page_offset if chunk.has_dictionary_page else None
     place = min(offset for offset in (first, chunk.data_page_offset) if offset)
     end = place + chunk.total_compressed_size
-    while place < end:
+    left = min(rows, chunk.num_values)
+    while place < end and left > 0:
+        found, header = _page_header(file, place)
+        if found.get(_UNPACKED, -1) < 0 or found.get(_PACKED, -1) < 0:
+            raise PageHeaderError(_damage(place))
+        values = next((found[of] for of in _VALUES if of in found), 0)
+        page = Page(found[_UNPACKED], values, found.get(_TYPE) == _DICTIONARY)
+        yield page
+        left -= 0 if page.is_dictionary else values
+        place += header + found[_PACKED]
+
+
+def _page_header(file: pa.NativeFile, place: int) -> tuple[dict[tuple[int, ...], int], int]:
+    """-> the integers of a PageHeader, in Thrift's compact protocol, by their fields, and its length in bytes."""
+    most = _HEADER_BYTES
+    while True:
         file.seek(place)
+        data = file.read(most)
+        found: dict[tuple[int, ...], int] = {}
         try:
-            sizes, header = _page_header(file.read(_HEADER_BYTES))
-        except (IndexError, RecursionError):
-            return None
-        unpacked, packed = sizes.get(2, -1), sizes.get(3, -1)
-        if unpacked > MOST_PAGE_BYTES:
-            return unpacked
-        if packed < 0:
-            return None
-        place += header + packed
-    return None
+            return found, _read_struct(data, 0, found, ())
+        except (IndexError, RecursionError) as error:
+            if len(data) < most or most >= _MOST_HEADER_BYTES:
+                raise PageHeaderError(_damage(place)) from error
+        most *= 16
 
 
-def _page_header(data: bytes) -> tuple[dict[int, int], int]:
-    """-> the integers of a PageHeader in Thrift's compact protocol, by field, and its length in bytes."""
-    integers: dict[int, int] = {}
-    return integers, _skip_struct(data, 0, integers)
+def _damage(place: int) -> str:
+    return f"is damaged, since no page begins at byte {place}; write it again or leave it out"
 
 
-def _skip_struct(data: bytes, at: int, integers: dict[int, int] | None = None) -> int:
+def _read_struct(data: bytes, at: int, found: dict[tuple[int, ...], int], path: tuple[int, ...]) -> int:
     field = 0
     while data[at]:
         step, kind = data[at] >> 4, data[at] & 15
@@ -50,9 +79,11 @@ def _skip_struct(data: bytes, at: int, integers: dict[int, int] | None = None) -
         else:
             value, at = _varint(data, at)
             field = _signed(value)
-        if integers is not None and kind in _INTEGERS:
+        if kind in _INTEGERS:
             value, at = _varint(data, at)
-            integers[field] = _signed(value)
+            found[*path, field] = _signed(value)
+        elif kind == _STRUCT:
+            at = _read_struct(data, at, found, (*path, field))
         else:
             at = _skip(data, at, kind)
     return at + 1
@@ -71,7 +102,7 @@ def _skip(data: bytes, at: int, kind: int) -> int:
         length, at = _varint(data, at)
         return at + length
     if kind == _STRUCT:
-        return _skip_struct(data, at)
+        return _read_struct(data, at, {}, ())
     if kind in _LISTS:
         count, inner = data[at] >> 4, data[at] & 15
         count, at = _varint(data, at + 1) if count == 15 else (count, at + 1)

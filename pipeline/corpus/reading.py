@@ -11,7 +11,8 @@ from pyarrow import fs
 
 from pipeline.corpus.class_names import UnnamedClassError, named_texts
 from pipeline.corpus.files import Source, SourceFile, of_its_store, one_line, unreadable
-from pipeline.corpus.pages import MOST_PAGE_BYTES, oversized_page
+from pipeline.corpus.pages import PageHeaderError
+from pipeline.corpus.steps import STREAM_BUFFER, OversizedPageError, step_within
 from pipeline.corpus.values import column_texts, not_whole
 from pipeline.errors import CorpusError
 
@@ -23,9 +24,6 @@ _LEAST_TASK_BYTES = 2**20
 _MOST_SLICES = 16
 _BATCH_BYTES = 2**20
 _BATCH_ROWS = 1024
-_STREAM_BUFFER = 2**20
-# Of one step: a dictionary of one long text may stand for every row of it.
-_STEP_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -117,11 +115,10 @@ def read_texts(
             unit.file.path,
             filesystem=filesystem,
             pre_buffer=False,
-            buffer_size=_STREAM_BUFFER,
+            buffer_size=STREAM_BUFFER,
             page_checksum_verification=True,
         ) as file:
-            largest = _check_pages(filesystem, unit, file.metadata, own, where)
-            step = max(1, min(unit.batch_rows, _STEP_BYTES // max(largest, 1)))
+            step = _safe_step(filesystem, unit, file.metadata, own, where)
             batches = file.iter_batches(step, list(unit.row_groups), own, use_threads=False)
             for rows, texts in _gathered_texts(_between(batches, unit.first, unit.end), unit, where, own, whole):
                 yield rows, texts | {name: [value] * rows for name, value in fixed.items()}
@@ -140,31 +137,23 @@ def read_texts(
         raise unreadable(error, f"{where}: {unit.file.path} is damaged", "write it again or leave it out") from error
 
 
-def _check_pages(
+def _safe_step(
     filesystem: fs.FileSystem, unit: ReadUnit, footer: pq.FileMetaData, columns: Sequence[str], where: str
 ) -> int:
-    """The bytes of the unit's largest column chunk, which no cell of it exceeds.
-
-    Raises: CorpusError naming the row group with a page that is too large to be unpacked.
-    """
-    largest = 0
-    for group in unit.row_groups:
-        of_group = footer.row_group(group)
-        for chunk in map(of_group.column, range(of_group.num_columns)):
-            if chunk.path_in_schema not in columns:
-                continue
-            largest = max(largest, chunk.total_uncompressed_size)
-            if chunk.total_uncompressed_size <= MOST_PAGE_BYTES:
-                continue
-            with filesystem.open_input_file(unit.file.path) as opened:
-                oversized = oversized_page(opened, chunk)
-            if oversized is not None:
-                raise CorpusError(
-                    f"{where}: {unit.file.path}, row group {group}, column {chunk.path_in_schema!r} has a page of "
-                    f"{oversized / 2**20:,.0f} MiB unpacked, where at most {MOST_PAGE_BYTES // 2**20} MiB are read; "
-                    "leave such long cells out, or write smaller pages"
-                )
-    return largest
+    """Rows to read at a time. Raises: CorpusError naming the row group with a page that is damaged or too large."""
+    step = unit.batch_rows
+    with filesystem.open_input_file(unit.file.path) as file:
+        for group in unit.row_groups:
+            of_group = footer.row_group(group)
+            for chunk in map(of_group.column, range(of_group.num_columns)):
+                if chunk.path_in_schema not in columns:
+                    continue
+                try:
+                    step = step_within(file, footer, chunk, group, step, unit.end)
+                except (OversizedPageError, PageHeaderError) as error:
+                    place = f"{unit.file.path}, row group {group}, column {chunk.path_in_schema!r}"
+                    raise CorpusError(f"{where}: {place} {error}") from error
+    return step
 
 
 def _gathered_texts(

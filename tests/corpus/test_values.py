@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from pipeline.corpus import check_task, load_tokenizer
 from pipeline.corpus.files import inspect_files
-from pipeline.corpus.pages import MOST_PAGE_BYTES
 from pipeline.corpus.reading import read_texts, read_units
 from pipeline.corpus.rows import RowStatus, tokenise_rows
+from pipeline.corpus.steps import MOST_PAGE_BYTES
 from pipeline.corpus.values import OverLong, changed_texts, column_texts
 from pipeline.errors import CorpusError
 from pipeline.settings import TaskSettings
