@@ -139,7 +139,10 @@ def test_a_bank_that_is_not_named_is_asked_for():
             ["ls", "--versoin"],
             "no such option: --versoin (Possible options: --json, --version) (see promptbank ls --help)",
         ),
-        (["ls", "--status", "x"], "'x' is not one of 'tuned', 'carried_forward', 'kept', 'failed' (see promptbank ls"),
+        (
+            ["ls", "--status", "x"],
+            "'x' is not one of 'tuned', 'carried_forward', 'kept', 'failed', 'not_learned' (see promptbank ls",
+        ),
         (["log", "--last", "0"], "(see promptbank log --help)"),
     ],
 )
