@@ -97,12 +97,7 @@ def _order(
     spec = TokenizerSpec(str(description), identity.tokenizer, "encoder-decoder", short)
     storage = Path(settings.run.storage).expanduser().resolve()
     corpus: TextCorpus = patiently(partial(prepare_text, settings.corpus, spec, storage, connect), "corpus", log)
-    unused = corpus.counts["null"] + corpus.counts["empty"]
-    unembedded = corpus.counts.get("no_embedding", 0)
-    left_out = f"{unused} null or empty ones" + (
-        f", {unembedded} with a token without an embedding" if unembedded else ""
-    )
-    log.write("stage", name="corpus", text=f"{corpus.counts['ok']} documents ({left_out} left out)")
+    log.write("stage", name="corpus", text=f"{corpus.counts['ok']} documents ({corpus.left_out} left out)")
     run, cluster = settings.run, settings.cluster
     place = TrainingPlace(
         run_folder=str(folder),

@@ -180,9 +180,7 @@ def _look(filesystem: fs.FileSystem, fixed: str, pattern: str | None) -> _Found:
     expanded = [_expand(filesystem, entry, fixed) for entry in entries]
     files = [file for part in expanded for file in part.files]
     if isinstance(filesystem, fs.LocalFileSystem):
-        # A link may lead to a file once more, or to a folder above it.
-        nearest_first = sorted(files, key=lambda file: (len(file.path), file.path))
-        files = list({os.path.realpath(file.path): file for file in reversed(nearest_first)}.values())
+        files = _each_once(files)
         behind = table_behind_links([file.path for file in files])
         tables += [behind] if behind else []
     return _Found(
@@ -190,6 +188,29 @@ def _look(filesystem: fs.FileSystem, fixed: str, pattern: str | None) -> _Found:
         [path for part in expanded for path in part.others],
         [*tables, *(table for part in expanded for table in part.tables)],
     )
+
+
+def _each_once(files: Sequence[_Listed]) -> list[_Listed]:
+    """Without files to which a link leads once more, under the same Hive columns, or from a folder below them.
+
+    Two links to one file elsewhere are two files, as of a hub's cache, which keeps equal files once.
+    """
+    places = {_place(file) for file in files}
+    kept: dict[tuple[object, ...], _Listed] = {}
+    for file in sorted(files, key=lambda file: (len(file.path), file.path)):
+        below = _parts_below(file.path, file.root)[:-1]
+        folders = [os.path.realpath(os.path.join(file.root, *below[:depth])) for depth in range(len(below) + 1)]
+        if len(set(folders)) < len(folders):
+            continue
+        real = os.path.realpath(file.path)
+        by_link = real in places or folders[-1] != os.path.dirname(_place(file))
+        kept.setdefault((real if by_link else file.path, _hive_columns(below)), file)
+    return list(kept.values())
+
+
+def _place(file: _Listed) -> str:
+    """Where a file would lie if nothing below its root were a link."""
+    return os.path.join(os.path.realpath(file.root), *filter(None, _parts_below(file.path, file.root)))
 
 
 def _outermost(entries: Sequence[fs.FileInfo]) -> list[fs.FileInfo]:

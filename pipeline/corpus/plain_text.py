@@ -17,6 +17,7 @@ from pipeline.settings import TextSettings
 
 _NO_LIMIT = 2**31 - 1
 _WHERE = "corpus"
+_LEFT_OUT = {"input_long": "over 16 MiB", "no_embedding": "with a token without an embedding"}
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,16 @@ class TextCorpus:
 
     dir: str
     counts: Mapping[str, int]
-    """Documents by status: ok, null, empty; no_embedding if there are any."""
+    """Documents by status: ok, null, empty; input_long and no_embedding if there are any."""
     digest: str
     """Of the documents: the same in other files give the same digest."""
+
+    @property
+    def left_out(self) -> str:
+        """What was left out and why, in words."""
+        return f"{self.counts['null'] + self.counts['empty']} null or empty ones" + "".join(
+            f", {self.counts[status]} {why}" for status, why in _LEFT_OUT.items() if self.counts.get(status)
+        )
 
 
 def check_text(settings: TextSettings) -> TextPlan:
@@ -79,13 +87,15 @@ def prepare_text(
     folder = str(build_shards(plan.source, recipe, tokenizer, storage, connect))
     summary = summarise_split(SplitRef(folder))
     share = 1 - summary.counts["ok"] / summary.rows
+    over = ", or over 16 MiB" if summary.counts.get("input_long") else ""
     unembedded = ", or have a token without an embedding" if summary.counts.get("no_embedding") else ""
     if share > settings.max_bad_rows or not summary.counts["ok"]:
         raise CorpusError(
-            f"{plan.source.where}: {share:.1%} of {summary.rows} rows are null, empty or over 16 MiB{unembedded}, "
+            f"{plan.source.where}: {share:.1%} of {summary.rows} rows are null or empty{over}{unembedded}, "
             f"more than max_bad_rows {settings.max_bad_rows:.1%}; mend the rows or raise it"
         )
-    counts = {key: count for key, count in summary.counts.items() if key not in ("input_long", "target_long")}
+    # A run's identity holds them: one without such documents stays what it was.
+    counts = {key: count for key, count in summary.counts.items() if key in ("ok", "null", "empty") or count}
     return TextCorpus(folder, counts, summary.digest)
 
 

@@ -92,7 +92,7 @@ def shard_key(source: Source, recipe: Recipe, tokenizer: TokenizerSpec) -> tuple
     # Only where it tells something: the tokens of other corpora stay what they were, under the name they had.
     if recipe.embedding_rows is not None:
         inputs["embedding_rows"] = recipe.embedding_rows
-    named = [file.class_names for file in source.files]
+    named = [[pair for pair in file.class_names if pair[0] in recipe.columns] for file in source.files]
     if any(named):
         inputs["class_names"] = named
     texts = changed_texts(source, recipe.columns, recipe.whole)

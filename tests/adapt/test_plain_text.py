@@ -48,6 +48,12 @@ def test_every_document_is_there_once_with_its_own_tokens_and_eos_behind_it(tmp_
     assert sorted(found) == sorted(tokenizer(texts).input_ids)
 
 
+def test_documents_over_the_bound_are_told_as_left_out(tmp_path, spec):
+    corpus = prepare(tmp_path, spec, [*documents(30), None, "x" * (16 * 2**20 + 1)], max_bad_rows=0.1)
+    assert corpus.counts == {"ok": 30, "null": 1, "empty": 0, "input_long": 1}
+    assert corpus.left_out == "1 null or empty ones, 1 over 16 MiB"
+
+
 def test_the_order_is_that_of_the_documents_whatever_files_they_are_in(tmp_path, spec):
     texts = documents(20)
     one = prepare(tmp_path, spec, texts)

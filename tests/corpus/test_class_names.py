@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,17 @@ def test_shards_and_digest_are_of_the_names_too(
         keys.add(shard_key(plan.sources["train"], task_recipe(plan, task, tokenizer), tokenizer)[0])
         ids.add(tuple(row_identities(["a", "b"], _labels(file)).tolist()))
     assert len(keys) == len(ids) == 3
+
+
+def test_names_of_a_column_that_no_template_uses_do_not_name_the_shards(
+    tmp_path: Path, tokenizer_dir: Path, make_task: Callable[..., Any]
+) -> None:
+    tokenizer = TokenizerSpec(str(tokenizer_dir), "digest of the tokenizer", "decoder-only")
+    file = _write(tmp_path / "a.parquet", [0, 1])
+    for target, same in (("{text}", True), ("{label}", False)):
+        task = make_task(file, dev=file, target=target)
+        plan = check_task("x", task)
+        source = plan.sources["train"]
+        unnamed = replace(source, files=tuple(replace(file, class_names=()) for file in source.files))
+        recipe = task_recipe(plan, task, tokenizer)
+        assert (shard_key(source, recipe, tokenizer) == shard_key(unnamed, recipe, tokenizer)) is same

@@ -169,3 +169,31 @@ def test_a_template_and_the_columns_of_every_file_must_agree(
             check_task("x", task)
         assert all(part in str(refused.value) for part in parts), str(refused.value)
         assert "\n" not in str(refused.value)
+
+
+def test_links_that_were_two_files_are_two_and_a_link_to_a_listed_file_is_none(
+    tmp_path: Path, write: Callable[..., Path]
+) -> None:
+    def found(root: Path) -> list[tuple[str, tuple[tuple[str, str | None], ...]]]:
+        source = inspect_files(str(root), HERE)
+        return [(os.path.relpath(file.path, root), file.partitions) for file in source.files]
+
+    blob = write(tmp_path / "blobs" / "0123.parquet", ROWS)
+    cache = tmp_path / "snapshot"
+    cache.mkdir()
+    for name in ("a", "b"):
+        (cache / f"{name}.parquet").symlink_to(blob)
+    assert [name for name, _ in found(cache)] == ["a.parquet", "b.parquet"]
+
+    lake = tmp_path / "lake"
+    write(lake / "lang=en" / "a.parquet", ROWS)
+    (lake / "lang=de").mkdir()
+    (lake / "lang=de" / "a.parquet").symlink_to(lake / "lang=en" / "a.parquet")
+    (lake / "lang=fr").symlink_to(lake / "lang=en")
+    three = [(f"lang={lang}/a.parquet", (("lang", lang),)) for lang in ("de", "en", "fr")]
+    assert found(lake) == three
+    (lake / "lang=en" / "once-more.parquet").symlink_to(lake / "lang=en" / "a.parquet")
+    (lake / "lang=de" / "above").symlink_to(lake)
+    assert found(lake) == three
+    (tmp_path / "moved").symlink_to(lake)
+    assert found(tmp_path / "moved") == three

@@ -2,14 +2,17 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.corpus.files import inspect_files
+from pipeline.corpus.pages import PageHeaderError, pages
 from pipeline.corpus.reading import _safe_step, read_texts, read_units
 from pipeline.corpus.steps import STEP_BYTES
+from pipeline.errors import CorpusError
 
 
 def _steps(place: Path, column: str = "text") -> list[tuple[int, int]]:
@@ -74,3 +77,37 @@ def test_the_dictionary_of_a_chunk_that_begins_with_null_is_known(tmp_path: Path
     cells = [None, *(str(row).zfill(300) for row in range(3_000))] * 20
     pq.write_table(pa.table({"text": cells}), place, row_group_size=10**6)
     assert all(step == batch for step, batch in _steps(place))
+
+
+def _varint(value: int) -> bytes:
+    return (bytes([value & 127 | 128]) + _varint(value >> 7)) if value > 127 else bytes([value])
+
+
+def _page(unpacked: int, statistics: int) -> bytes:
+    """A data page of 7 values and no bytes, whose header, in Thrift's compact protocol, holds so long a least value."""
+    least = b"\x18" + _varint(statistics) + b"x" * statistics + b"\x00"
+    data_page = b"\x15\x0e\x15\x00\x15\x06\x15\x06\x1c" + least + b"\x00"
+    return b"\x15\x00\x15" + _varint(2 * unpacked) + b"\x15\x00\x2c" + data_page + b"\x00"
+
+
+@pytest.mark.parametrize("statistics", [10, 70_000, 3_000_000])
+def test_a_page_behind_a_long_header_is_looked_at(statistics: int) -> None:
+    data = b"PAR1" + _page(5, statistics) + _page(6, 0)
+    place = {"has_dictionary_page": False, "data_page_offset": 4, "total_compressed_size": len(data) - 4}
+    chunk = SimpleNamespace(**place, num_values=14)
+    file = pa.BufferReader(data)
+    assert [(page.nbytes, page.values) for page in pages(file, chunk, 14)] == [(5, 7), (6, 7)]
+    assert len(list(pages(file, chunk, 7))) == 1
+    broken = pa.BufferReader(data.replace(_page(6, 0), b"\xff" * len(_page(6, 0))))
+    with pytest.raises(PageHeaderError, match="no page begins at byte"):
+        list(pages(broken, chunk, 14))
+
+
+def test_a_page_without_a_header_is_refused_naming_its_place(tmp_path: Path) -> None:
+    place = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": _random_texts(4_000, 300)}), place, use_dictionary=False, compression="none")
+    data = bytearray(place.read_bytes())
+    data[4:40] = bytes(36)
+    place.write_bytes(data)
+    with pytest.raises(CorpusError, match=r"a.parquet, row group 0, column 'text' is damaged, .*no page .* byte 4;"):
+        _steps(place)
