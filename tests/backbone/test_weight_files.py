@@ -280,3 +280,18 @@ def test_of_a_hub_only_the_files_that_count_are_fetched(tmp_path, monkeypatch):
     assert find_model("someone/model").folder == folder
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     assert asked == [(None, [WHOLE]), ("commit", shards)]
+
+
+def test_an_index_that_names_a_second_copy_has_the_fingerprint_of_a_time_when_all_files_counted(tmp_path):
+    folder = make_model(tmp_path / "m")
+    tensors = {key: tensor.clone() for key, tensor in load_file(folder / WHOLE).items()}  # the file is written anew
+    copy = {f"layers.{key}": tensor.clone() for key, tensor in tensors.items()}
+    save_file({**tensors, **copy}, folder / WHOLE, {"format": "pt"})
+    once, answers = weights_digest(open_weights(find_model(str(folder)), None)), our_nll(folder)
+    save_file(tensors, folder / WHOLE, {"format": "pt"})
+    shard(folder, 2)
+    save_file(copy, folder / "consolidated.safetensors", {"format": "pt"})
+    assert weights_digest(open_weights(find_model(str(folder)), None)) != once
+    alter_index(folder, lambda place: place.update({"consolidated": "consolidated.safetensors"}))
+    assert weights_digest(open_weights(find_model(str(folder)), None)) == once
+    torch.testing.assert_close(our_nll(folder), answers, rtol=0, atol=0)
