@@ -3,7 +3,7 @@
 # One would expect a link to a missing file in the list, if only as "not found", for that is the answer when asked by name.
 # The listing leaves it out without a word, while a link to a file that is there is listed as a file.
 # It hurts whoever builds a data set out of links: a part whose disk is not mounted is missing, and nothing says so.
-# Our product lists corpora this way: a path that is itself such a link is refused as missing, one in a folder is not seen.
+# Our product lists corpora this way: a path that is itself such a link is refused, one in a folder is told as left out.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
