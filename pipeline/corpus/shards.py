@@ -174,12 +174,9 @@ def _tokenise_units(batch: dict[str, np.ndarray], packed: _PackedWork) -> Iterat
 
 def _token_tables(work: _Work, units: tuple[ReadUnit, ...]) -> Iterator[pa.Table]:
     for unit in units:
-        for rows, columns in _texts(work, unit):
-            yield tokenise_rows(work.recipe, work.tokenizer, columns, rows)
-
-
-def _texts(work: _Work, unit: ReadUnit) -> Iterator[tuple[int, dict[str, list[str | None]]]]:
-    return read_texts(work.source.filesystem, unit, work.recipe.columns, work.source.where, work.recipe.whole)
+        source, recipe = work.source, work.recipe
+        for rows, columns in read_texts(source.filesystem, unit, recipe.columns, source.where, recipe.whole):
+            yield tokenise_rows(recipe, work.tokenizer, columns, rows)
 
 
 def _write_manifest(folder: Path, origin: dict[str, Any], digests: dict[str, str], figures: dict[str, Any]) -> None:
