@@ -16,7 +16,7 @@ from pipeline.corpus.class_names import footer_class_names
 from pipeline.corpus.formats import conversion, looks_like_data, parquet_among
 from pipeline.corpus.lakes import LakeTable, is_below, refuse_table, table_above, table_behind_links, tables_below
 from pipeline.corpus.mixed_splits import check_one_split
-from pipeline.corpus.places import locate, matches
+from pipeline.corpus.places import locate, matches, parts_below
 from pipeline.errors import CorpusError, PromptBankError, UnreachableError
 
 _FOOTER_READERS = 16
@@ -173,7 +173,7 @@ def _look(filesystem: fs.FileSystem, fixed: str, pattern: str | None) -> _Found:
         parts = pattern.split("/")
         is_folder = info.type == fs.FileType.Directory
         below = filesystem.get_file_info(fs.FileSelector(fixed, recursive=len(parts) > 1)) if is_folder else []
-        entries = _outermost([entry for entry in below if matches(_parts_below(entry.path, fixed), parts)])
+        entries = _outermost([entry for entry in below if matches(parts_below(entry.path, fixed), parts)])
         # A table beside what the pattern names is no matter; one above it is. What is below is looked at in `_expand`.
         roots = tables_below((entry.path for entry in below), fixed)
         tables = [t for t in roots if not entries or any(is_below(entry.path, t.root) for entry in entries)]
@@ -198,7 +198,7 @@ def _each_once(files: Sequence[_Listed]) -> list[_Listed]:
     places = {_place(file) for file in files}
     kept: dict[tuple[object, ...], _Listed] = {}
     for file in sorted(files, key=lambda file: (len(file.path), file.path)):
-        below = _parts_below(file.path, file.root)[:-1]
+        below = parts_below(file.path, file.root)[:-1]
         folders = [os.path.realpath(os.path.join(file.root, *below[:depth])) for depth in range(len(below) + 1)]
         if len(set(folders)) < len(folders):
             continue
@@ -210,7 +210,7 @@ def _each_once(files: Sequence[_Listed]) -> list[_Listed]:
 
 def _place(file: _Listed) -> str:
     """Where a file would lie if nothing below its root were a link."""
-    return os.path.join(os.path.realpath(file.root), *filter(None, _parts_below(file.path, file.root)))
+    return os.path.join(os.path.realpath(file.root), *filter(None, parts_below(file.path, file.root)))
 
 
 def _outermost(entries: Sequence[fs.FileInfo]) -> list[fs.FileInfo]:
@@ -229,7 +229,7 @@ def _expand(filesystem: fs.FileSystem, entry: fs.FileInfo, root: str) -> _Found:
     shown = {
         file.path: file
         for file in below
-        if file.type == fs.FileType.File and not any(part[:1] in "._" for part in _parts_below(file.path, entry.path))
+        if file.type == fs.FileType.File and not any(part[:1] in "._" for part in parts_below(file.path, entry.path))
     }
     tables = tables_below((other.path for other in below), entry.path)
     chosen = [] if tables else parquet_among(filesystem, list(shown))
@@ -242,10 +242,6 @@ def _dangling_links(root: str) -> list[str]:
     """Links below `root` that lead nowhere, which Arrow does not list."""
     paths = (os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names if name[:1] not in "._")
     return [path for path in paths if os.path.islink(path) and not os.path.exists(path)]
-
-
-def _parts_below(path: str, root: str) -> list[str]:
-    return path[len(root) :].strip("/").split("/")
 
 
 def _read_footer(filesystem: fs.FileSystem, file: _Listed, where: str) -> SourceFile:
@@ -262,7 +258,7 @@ def _read_footer(filesystem: fs.FileSystem, file: _Listed, where: str) -> Source
         path=file.path,
         size=file.size,
         mtime_ns=file.mtime_ns,
-        partitions=_hive_columns(_parts_below(file.path, file.root)[:-1]),
+        partitions=_hive_columns(parts_below(file.path, file.root)[:-1]),
         columns=tuple((field.name, field.type) for field in schema),
         row_groups=tuple((group.num_rows, group.total_byte_size) for group in groups),
         class_names=footer_class_names(schema),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 from pyarrow import fs
 
+from pipeline.corpus.places import parts_below
 from pipeline.errors import CorpusError
 
 
@@ -57,7 +58,7 @@ def tables_below(entries: Iterable[str], root: str) -> list[LakeTable]:
     """The tables among the paths `entries` of everything below `root`, outermost first; nothing is asked of a store."""
     found: dict[str, LakeTable] = {}
     for path in entries:
-        parts = path[len(root) :].strip("/").split("/")
+        parts = parts_below(path, root)
         for depth, part in enumerate(parts):
             kind = _BY_FOLDER.get(part)
             if kind is not None and (kind.inside is None or _holds(kind.inside, parts[depth + 1 :])):

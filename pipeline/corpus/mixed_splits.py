@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from pipeline.corpus.places import matches, writable
+from pipeline.corpus.places import matches, parts_below, writable
 from pipeline.errors import CorpusError
 
 # The words and their separators are those of `datasets.data_files`.
@@ -20,7 +20,7 @@ _HIVE = re.compile(rf"split=({_ANY_WORD})", re.IGNORECASE)
 
 def check_one_split(path: str, root: str, files: Sequence[str], where: str) -> None:
     """Raises: CorpusError when `files`, all found below `root` by the one `path`, are named after several splits."""
-    below = [file[len(root) :].strip("/").split("/") for file in files]
+    below = [parts_below(file, root) for file in files]
     found: dict[str, list[list[str]]] = {}
     for parts in below:
         place = _split_word(parts)

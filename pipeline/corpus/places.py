@@ -99,3 +99,8 @@ def _split_glob(path: str, wildcards: str) -> tuple[str, str | None]:
     if cut < 0:
         raise ValueError("a wildcard stands where the bucket or host must be; name that in full")
     return path[:cut] or "/", path[cut + 1 :]
+
+
+def parts_below(path: str, root: str) -> list[str]:
+    """The names of a path's folders and file below one of the folders above it."""
+    return path[len(root) :].strip("/").split("/")
