@@ -175,8 +175,8 @@ def _manifest(parent: Manifest | None, usable: bool, new: Publication, digests: 
     """The manifest of the version after the parent: the publication's prompts, and the parent's others by reference."""
     before = parent.prompts if parent and usable else {}
     # What is stated to be the parent's backbone goes by the parent's fingerprint: one bank has one.
-    backbone = parent.backbone if parent and usable else new.backbone
-    tuned_on = None if backbone.fingerprint == new.backbone.fingerprint else new.backbone
+    stated = parent is not None and usable and parent.backbone.fingerprint != new.backbone.fingerprint
+    backbone, tuned_on = (parent.backbone, new.backbone) if parent and stated else (new.backbone, None)
     number = parent.version + 1 if parent else 1
     # A failed record without a blob stays in the version that it failed in: there is nothing to carry.
     records = {
