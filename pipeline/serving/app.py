@@ -5,6 +5,7 @@
 
 import asyncio
 import logging
+import math
 import os
 import secrets
 import socket
@@ -90,7 +91,7 @@ def _start_ray(settings: ServiceSettings, address: str | None, token: str) -> No
         variables |= front.environment(token, settings.request_s)
     options: dict[str, Any] = {"runtime_env": {"env_vars": variables}, "logging_level": logging.ERROR}
     if not address:
-        cpus = max(os.cpu_count() or 1, round(settings.replicas * settings.cpus_per_replica))
+        cpus = max(os.cpu_count() or 1, math.ceil(settings.replicas * settings.cpus_per_replica))
         options |= {"num_cpus": cpus, "object_store_memory": 100 * 2**20, "include_dashboard": False}
     try:
         ray.init(address=address or "local", log_to_driver=False, **options)
