@@ -47,7 +47,7 @@ def main(
 
 def _run(settings: AdaptationSettings, console: Console, plan_only: bool) -> None:
     # Imported late: torch, transformers and Ray take seconds, and a mistyped setting should not wait.
-    from pipeline.adapt.job import check_adaptation, run_adaptation
+    from pipeline.lab.adapt.job import check_adaptation, run_adaptation
     from pipeline.reporting.words import duration, millions
 
     checked = check_adaptation(settings)

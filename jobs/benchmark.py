@@ -30,8 +30,8 @@ from rich.console import Console
 from pipeline.errors import PromptBankError
 
 if TYPE_CHECKING:
-    from pipeline.benchmark.bench import Bench
-    from pipeline.benchmark.comparison import Result, Side
+    from pipeline.lab.benchmark.bench import Bench
+    from pipeline.lab.benchmark.comparison import Result, Side
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None, pretty_exceptions_enable=False
@@ -68,8 +68,8 @@ def peers(
     out: Out = Path("docs/benchmarks/peers.json"),
 ) -> None:
     """All tasks together against PEFT and transformers' Trainer, one task after another, on the same rows."""
-    from pipeline.benchmark.bench import OurOptions
-    from pipeline.benchmark.peft_trainer import PeerOptions
+    from pipeline.lab.benchmark.bench import OurOptions
+    from pipeline.lab.benchmark.peft_trainer import PeerOptions
 
     bench = _bench(data, tasks.split(","), model, length, batch, steps, ranks, threads)
     sides = {
@@ -98,8 +98,8 @@ def ablation(
     out: Out = Path("docs/benchmarks/ablation.json"),
 ) -> None:
     """A step as it is, and with each of its parts taken out alone."""
-    from pipeline.benchmark import ablation as without
-    from pipeline.benchmark.bench import OurOptions
+    from pipeline.lab.benchmark import ablation as without
+    from pipeline.lab.benchmark.bench import OurOptions
 
     bench = _bench(data, tasks.split(","), model, length, batch, steps, ranks, threads)
     sides = {
@@ -127,9 +127,9 @@ def profile(
     out: Out = Path("docs/benchmarks/profile.json"),
 ) -> None:
     """Where the time of a step goes."""
-    from pipeline.benchmark.bench import OurOptions
-    from pipeline.benchmark.profile import profile_step, save_shares
-    from pipeline.benchmark.tables import shares_table
+    from pipeline.lab.benchmark.bench import OurOptions
+    from pipeline.lab.benchmark.profile import profile_step, save_shares
+    from pipeline.lab.benchmark.tables import shares_table
 
     bench = _bench(data, tasks.split(","), model, length, batch, 3, ranks, threads)
     shares = profile_step(bench, OurOptions())
@@ -173,7 +173,7 @@ def growth(
     out: Out = Path("docs/benchmarks/growth.json"),
 ) -> None:
     """Tokens a second and memory with 1, 4, 16, 64 and 256 trials in one run; also as a plot beside the JSON file."""
-    from pipeline.benchmark.plot import plot_growth
+    from pipeline.lab.benchmark.plot import plot_growth
 
     counts = [count for count in (1, 4, 16, 64, 256, 1024) if count <= most]
     names = tasks.split(",") * most
@@ -197,7 +197,7 @@ def zero(
     out: Out = Path("docs/benchmarks/zero.json"),
 ) -> None:
     """What ZeRO-3 costs where the model would fit every rank: partitioned against whole on each."""
-    from pipeline.benchmark.bench import OurOptions
+    from pipeline.lab.benchmark.bench import OurOptions
 
     bench = _bench(data, tasks.split(","), model, length, batch, steps, ranks, threads)
     sides = {
@@ -221,8 +221,8 @@ def ranks(
     out: Out = Path("docs/benchmarks/ranks.json"),
 ) -> None:
     """Bytes that a step gathers and sends on 2 ranks here, and a model of it for up to 64 GPUs and 70 B parameters."""
-    from pipeline.benchmark.cost import costs_of, measure_traffic, save_costs
-    from pipeline.benchmark.tables import cost_table
+    from pipeline.lab.benchmark.cost import costs_of, measure_traffic, save_costs
+    from pipeline.lab.benchmark.tables import cost_table
 
     traffic = measure_traffic(_bench(data, tasks.split(","), model, length, batch, 3, 2, 2))
     console.print(
@@ -252,8 +252,8 @@ def quality(
     out: Out = Path("docs/benchmarks/quality.json"),
 ) -> None:
     """Dev accuracy at equal steps: int8 products, forward alone, none; float weights; (--peer) PEFT's prompts."""
-    from pipeline.benchmark.quality import compare_quality
-    from pipeline.benchmark.tables import quality_table
+    from pipeline.lab.benchmark.quality import compare_quality
+    from pipeline.lab.benchmark.tables import quality_table
 
     work = {"rate": rate, "seeds": seeds, "rows": 100_000, "dev_rows": dev_rows}
     bench = _bench(data, tasks.split(","), model, length, batch, steps, ranks, threads, **work)
@@ -273,8 +273,8 @@ def corpus(
     out: Out = Path("docs/benchmarks/corpus.json"),
 ) -> None:
     """Tokenising through Ray Data: rate against the bare fast tokenizer, memory by size, an unchanged second night."""
-    from pipeline.benchmark.corpus import measure_corpus, save_figures
-    from pipeline.benchmark.tables import corpus_tables
+    from pipeline.lab.benchmark.corpus import measure_corpus, save_figures
+    from pipeline.lab.benchmark.tables import corpus_tables
 
     sizes = [size for size in (10.0, 100.0, 1000.0) if size < gigabytes * 1000] + [gigabytes * 1000]
     speed_sizes = [float(size) for size in speed_megabytes.split(",")]
@@ -306,8 +306,8 @@ def sweep(
     out: Out = Path("docs/benchmarks/sweep.json"),
 ) -> None:
     """A sweep's wall time: together, with and without halving, against one after another (a sample, scaled)."""
-    from pipeline.benchmark.sweep import SweepOptions, compare_sweeps
-    from pipeline.benchmark.tables import sweep_distances, sweep_table
+    from pipeline.lab.benchmark.sweep import SweepOptions, compare_sweeps
+    from pipeline.lab.benchmark.tables import sweep_distances, sweep_table
 
     options = SweepOptions(
         model=model,
@@ -354,8 +354,8 @@ def fit(
     out: Out = Path("docs/benchmarks/fit.json"),
 ) -> None:
     """Large models of random weights in int8: every rank's peak memory against its bound, and loading's speed."""
-    from pipeline.benchmark.fit import FitOptions, measure_fit, save_fits
-    from pipeline.benchmark.fit_table import fit_table
+    from pipeline.lab.benchmark.fit import FitOptions, measure_fit, save_fits
+    from pipeline.lab.benchmark.fit_table import fit_table
 
     offload = None if offload_folder is None else str(offload_folder)
     options = FitOptions(ranks, threads, prompts, length, batch, steps, offload)
@@ -377,8 +377,8 @@ def _bench(
     threads: int,
     **work: Any,
 ) -> "Bench":
-    from pipeline.benchmark.bench import open_bench
-    from pipeline.benchmark.work import WorkOptions
+    from pipeline.lab.benchmark.bench import open_bench
+    from pipeline.lab.benchmark.work import WorkOptions
 
     return open_bench(model, data, names, WorkOptions(length, batch, **work), steps, ranks, threads)
 
@@ -386,9 +386,9 @@ def _bench(
 def _run(
     name: str, sides: "Mapping[str, Callable[[], Side]]", rounds: int, out: Path, bench: "Bench | None" = None
 ) -> "Result":
-    from pipeline.benchmark.comparison import compare, save_results
-    from pipeline.benchmark.peak import shares_of_peak
-    from pipeline.benchmark.tables import comparison_table
+    from pipeline.lab.benchmark.comparison import compare, save_results
+    from pipeline.lab.benchmark.peak import shares_of_peak
+    from pipeline.lab.benchmark.tables import comparison_table
 
     result = compare(name, sides, rounds)
     facts = shares_of_peak(result, bench.config, bench.needed_tokens, bench.threads) if bench else {}

@@ -58,11 +58,11 @@ def main(
 
 def _run(settings: Settings, console: Console, plan_only: bool) -> int:
     # Imported late: torch, transformers and Ray take seconds, and a mistyped setting should not wait.
-    from pipeline.comparison.checks import check_model
-    from pipeline.comparison.job import run_comparison
-    from pipeline.comparison.planning import print_compared
-    from pipeline.comparison.study import compared_settings
-    from pipeline.comparison.summary import print_summary
+    from pipeline.lab.comparison.checks import check_model
+    from pipeline.lab.comparison.job import run_comparison
+    from pipeline.lab.comparison.planning import print_compared
+    from pipeline.lab.comparison.study import compared_settings
+    from pipeline.lab.comparison.summary import print_summary
     from pipeline.run.checks import check_run
 
     checked = check_run(compared_settings(settings), publishes=False)
@@ -79,8 +79,8 @@ def _run(settings: Settings, console: Console, plan_only: bool) -> int:
 
 
 def _join(path: Path, out: Path, console: Console) -> int:
-    from pipeline.comparison.joined import join
-    from pipeline.comparison.page.joined import joined_markdown, render_joined
+    from pipeline.lab.comparison.joined import join
+    from pipeline.lab.comparison.page.joined import joined_markdown, render_joined
     from pipeline.whole_files import write_atomically
 
     settings = load_joined(path)

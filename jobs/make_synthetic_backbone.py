@@ -35,8 +35,8 @@ def main(
 ) -> None:
     import torch
 
-    from pipeline.benchmark.shapes import published_config
-    from pipeline.benchmark.synthetic import write_checkpoint
+    from pipeline.lab.benchmark.shapes import published_config
+    from pipeline.lab.benchmark.synthetic import write_checkpoint
 
     start = time.perf_counter()
     write_checkpoint(published_config(shape, layers), folder, getattr(torch, dtype), seed, shard_mib * 2**20)

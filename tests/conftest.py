@@ -15,12 +15,12 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 _START_A_RAY = (
-    "adapt/test_plain_text.py",
-    "comparison/test_job.py",
     "corpus/test_on_ray.py",
     "faults/",
-    "full_weights/test_launched.py",
     "jobs/",
+    "lab/adapt/test_plain_text.py",
+    "lab/comparison/test_job.py",
+    "lab/full_weights/test_launched.py",
     "refresh/",
     "reporting/test_ray_metrics.py",
     "run/",

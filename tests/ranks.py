@@ -3,10 +3,15 @@
 from functools import partial
 from multiprocessing import get_context
 
-from pipeline.benchmark import ranks
+from pipeline.lab.benchmark import ranks
 
 get_context("forkserver").set_forkserver_preload(
-    ["deepspeed", "transformers.models.auto.modeling_auto", "pipeline.tuning.loop", "pipeline.full_weights.training"]
+    [
+        "deepspeed",
+        "transformers.models.auto.modeling_auto",
+        "pipeline.tuning.loop",
+        "pipeline.lab.full_weights.training",
+    ]
 )
 
 run_ranks = partial(ranks.run_ranks, start="forkserver")

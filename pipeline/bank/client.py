@@ -16,8 +16,7 @@ from pipeline.bank.manifest import BackboneId, Manifest, Unknown
 from pipeline.bank.publish import NewPrompt, Publication, Standing
 from pipeline.bank.sameness import SameBackbone, read_statement, read_statements, same_as, state
 from pipeline.bank.snapshot import Prompt, Snapshot
-from pipeline.bank.source import Source
-from pipeline.bank.store import open_store
+from pipeline.bank.source import Source, open_store
 from pipeline.bank.verify import Verification, verify_bank
 from pipeline.bank.versions import Version, read_version, version_numbers
 from pipeline.bank.watch import Watcher, WatchEvent

@@ -9,7 +9,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from pipeline.bank.content import OpenFile, open_file
-from pipeline.bank.store import Entry, Missing, check_key
+from pipeline.bank.store import Missing, StoredFile, check_key
 from pipeline.errors import BankError, StorageError, UnreachableError
 
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
@@ -105,11 +105,11 @@ class LocalStore:
         except OSError as error:
             raise _unlisted(path, error) from error
 
-    def list_files(self, folder: str) -> tuple[Entry, ...]:
+    def list_files(self, folder: str) -> tuple[StoredFile, ...]:
         path = self._path(folder)
         return tuple(entry for entry in _files(path) if not entry.name.startswith("."))
 
-    def list_leftovers(self) -> dict[str, Entry]:
+    def list_leftovers(self) -> dict[str, StoredFile]:
         folders = [
             "",
             "blobs",
@@ -140,22 +140,22 @@ class LocalStore:
         return self._root.joinpath(*check_key(key, self.uri))
 
 
-def _files(folder: Path) -> list[Entry]:
+def _files(folder: Path) -> list[StoredFile]:
     try:
         with os.scandir(folder) as scan:
-            return [entry for item in scan if (entry := _entry(item))]
+            return [entry for item in scan if (entry := _stored_file(item))]
     except FileNotFoundError:
         return []
     except OSError as error:
         raise _unlisted(folder, error) from error
 
 
-def _entry(item: os.DirEntry[str]) -> Entry | None:
+def _stored_file(item: os.DirEntry[str]) -> StoredFile | None:
     """None for what is no file."""
     try:
         if item.is_file():
             stat = item.stat()
-            return Entry(item.name, stat.st_size, stat.st_mtime)
+            return StoredFile(item.name, stat.st_size, stat.st_mtime)
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ELOOP):  # gone while we looked, or a link in a circle
             raise

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from pipeline.addresses import hide_credentials, holds_credentials
 from pipeline.bank.content import Bytes
-from pipeline.bank.store import Entry, Missing, check_key
+from pipeline.bank.store import Missing, StoredFile, check_key
 from pipeline.bank.store_answers import (
     AWS,
     AZURE,
@@ -222,14 +222,14 @@ class ObjectStore:
         paths = [*found["common_prefixes"], *(item["path"] for item in found["objects"])]
         return tuple({name for path in paths if (name := _name(path, folder))})
 
-    def list_files(self, folder: str) -> tuple[Entry, ...]:
+    def list_files(self, folder: str) -> tuple[StoredFile, ...]:
         return tuple(
-            Entry(name, item["size"], item["last_modified"].timestamp())
+            StoredFile(name, item["size"], item["last_modified"].timestamp())
             for item in self._list(folder)["objects"]
             if (name := _name(item["path"], folder))
         )
 
-    def list_leftovers(self) -> dict[str, Entry]:
+    def list_leftovers(self) -> dict[str, StoredFile]:
         """Probes whose writer may not delete. An object appears whole or not at all, and leaves no parts behind."""
         return {f"{_PROBES}/{entry.name}": entry for entry in self.list_files(_PROBES)}
 

@@ -1,15 +1,35 @@
 """What a bank is read through: its store, whom it trusts, and what is kept nearby."""
 
 import hashlib
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.bank.cache import Cache
 from pipeline.bank.content import Content, Damaged, Verified
+from pipeline.bank.local_store import open_local_store
 from pipeline.bank.manifest import MAX_MANIFEST_BYTES
 from pipeline.bank.sealed import Seal, Signature, open_sealed
 from pipeline.bank.store import Store
 from pipeline.errors import BankError
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+
+
+def open_store(uri: str | Path, create: bool) -> Store:
+    """The store at a folder path or `file://` URI, or an object store (`s3://`, `gs://`, `az://`, …).
+
+    `create` makes the folder. Raises: BankError for an unknown scheme or a missing folder,
+    StorageError when it cannot be made.
+    """
+    scheme = _SCHEME.fullmatch(str(uri))
+    if scheme and scheme[1] != "file":
+        from pipeline.bank.object_store import open_object_store
+
+        return open_object_store(str(uri))
+    return open_local_store(Path(scheme[2] if scheme else os.fspath(uri)).expanduser(), create)
 
 
 def blob_key(digest: str) -> str:

@@ -3,18 +3,15 @@
 `Store` is what the rest of the room knows; a local folder and an object store offer it alike.
 """
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from pipeline.bank.content import Content
 from pipeline.errors import BankError
 
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 
 
 class Missing(BankError):
@@ -22,7 +19,7 @@ class Missing(BankError):
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredFile:
     """A file directly under a folder."""
 
     name: str
@@ -68,30 +65,14 @@ class Store(Protocol):
     def list_names(self, folder: str) -> Sequence[str]:
         """Names of files and folders directly under `folder`, unsorted. Raises: StorageError."""
 
-    def list_files(self, folder: str) -> Sequence[Entry]:
+    def list_files(self, folder: str) -> Sequence[StoredFile]:
         """Files directly under `folder`, unsorted. Raises: StorageError."""
 
-    def list_leftovers(self) -> dict[str, Entry]:
+    def list_leftovers(self) -> dict[str, StoredFile]:
         """What killed writers left that is no key, by a name that `delete` takes. Raises: StorageError."""
 
     def delete(self, key: str) -> None:
         """Only the collector calls this. A key that is missing is no error. Raises: StorageError."""
-
-
-def open_store(uri: str | Path, create: bool) -> Store:
-    """The store at a folder path or `file://` URI, or an object store (`s3://`, `gs://`, `az://`, …).
-
-    `create` makes the folder. Raises: BankError for an unknown scheme or a missing folder,
-    StorageError when it cannot be made.
-    """
-    scheme = _SCHEME.fullmatch(str(uri))
-    if scheme and scheme[1] != "file":
-        from pipeline.bank.object_store import open_object_store
-
-        return open_object_store(str(uri))
-    from pipeline.bank.local_store import open_local_store
-
-    return open_local_store(Path(scheme[2] if scheme else os.fspath(uri)).expanduser(), create)
 
 
 def check_key(key: str, uri: str) -> list[str]:

@@ -9,7 +9,7 @@ from pipeline.backbone import prompted
 from pipeline.backbone.files import find_model, read_config
 from pipeline.backbone.host import Backbone, held_bytes, held_digest, host_backbone
 from pipeline.backbone.offload import Keep, in_files
-from pipeline.benchmark.resident import resident
+from pipeline.lab.benchmark.resident import resident
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB, make_model
 

@@ -16,8 +16,8 @@ from pipeline.backbone.host import held_bytes, host_backbone
 from pipeline.backbone.loading import Placement, Share, build_skeleton, load_weights
 from pipeline.backbone.memory import estimate_memory
 from pipeline.backbone.weights import open_weights
-from pipeline.benchmark.resident import Watch, resident
 from pipeline.errors import BackboneError
+from pipeline.lab.benchmark.resident import Watch, resident
 from tests.ranks import run_ranks
 from tests.tiny import make_model
 

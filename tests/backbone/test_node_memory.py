@@ -11,7 +11,7 @@ import torch.distributed as dist
 from pipeline.backbone import node_memory, prompted
 from pipeline.backbone.host import held_bytes
 from pipeline.backbone.node_memory import NodeMemory, join_node_memory
-from pipeline.benchmark.resident import resident
+from pipeline.lab.benchmark.resident import resident
 from tests.backbone.test_host import LARGE, load, loss_and_gradients
 from tests.ranks import run_ranks
 from tests.tiny import make_model

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.bank import PromptBank
-from pipeline.bank.source import Source
-from pipeline.bank.store import open_store
+from pipeline.bank.source import Source, open_store
 from pipeline.errors import StorageError
 from tests.bank.conftest import make_prompt, publish
 

@@ -26,7 +26,8 @@ import pytest
 from pipeline.addresses import hide_credentials
 from pipeline.bank import PromptBank, object_store
 from pipeline.bank.object_store import ObjectStore, open_object_store
-from pipeline.bank.store import Missing, Store, open_store
+from pipeline.bank.source import open_store
+from pipeline.bank.store import Missing, Store
 from pipeline.errors import BankError, StorageError, UnreachableError
 
 if TYPE_CHECKING:
@@ -260,7 +261,7 @@ def start(code: str, *args: object) -> subprocess.Popen:
 
 COMPETITOR = """
 import sys
-from pipeline.bank.store import open_store
+from pipeline.bank.source import open_store
 store, me = open_store(sys.argv[1], create=True), sys.argv[2]
 print("ready", flush=True)
 for line in sys.stdin:
@@ -947,7 +948,7 @@ def test_without_obstore_the_package_is_named(monkeypatch):
 
 FORKING = """
 import os, signal, sys
-from pipeline.bank.store import open_store
+from pipeline.bank.source import open_store
 from pipeline.errors import StorageError
 opened = open_store(sys.argv[1], create=True)
 if os.fork() == 0:

@@ -12,8 +12,7 @@ import pytest
 
 from pipeline.bank import PromptBank
 from pipeline.bank.local_store import LocalStore
-from pipeline.bank.source import Source
-from pipeline.bank.store import open_store
+from pipeline.bank.source import Source, open_store
 from tests.bank.publisher import KILLED, check_after
 
 pytest_plugins = ["tests.bank.s3_server", "tests.bank.azurite"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.backbone.memory import MemoryEstimate, estimate_memory
-from pipeline.benchmark.shapes import published_config
+from pipeline.lab.benchmark.shapes import published_config
 from pipeline.settings import Settings, parse_settings
 from tests.cluster.manifests import CLUSTER, read
 

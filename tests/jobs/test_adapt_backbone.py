@@ -9,9 +9,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from pipeline.bank import PromptBank
-from tests.adapt.text import documents, write_text
 from tests.job_process import assert_nothing_is_left, events, finish, kill_what_is_left, start, wait_for_step
 from tests.jobs_data import make_project, write_settings
+from tests.lab.adapt.text import documents, write_text
 from tests.tiny import make_tokenizer
 
 JOB = "adapt_backbone.py"

@@ -4,10 +4,10 @@ import signal
 
 import pytest
 
-from pipeline.comparison.results import read_results
-from tests.comparison.test_job import make_comparison
+from pipeline.lab.comparison.results import read_results
 from tests.job_process import finish, run, start, wait_for_step
 from tests.jobs_data import write_settings
+from tests.lab.comparison.test_job import make_comparison
 
 JOB = "compare_methods.py"
 

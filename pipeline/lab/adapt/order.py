@@ -1,0 +1,151 @@
+"""An adaptation as sent to its ranks, and what comes of it: a model folder at each step that is to be kept."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.corpus.plain_text import TextCorpus, read_text
+from pipeline.errors import DivergedError, SettingsError
+from pipeline.lab.adapt.batches import TextBatches
+from pipeline.lab.adapt.start import markers_of
+from pipeline.lab.full_weights.checkpoint import Progress, save_progress
+from pipeline.lab.full_weights.model_folder import save_model_folder
+from pipeline.lab.full_weights.on_rank import TrainingPlace, TrainingRank, most_memory, training_rank
+from pipeline.lab.full_weights.pieces import trained_parameters
+from pipeline.lab.full_weights.training import Course, train
+from pipeline.sealed_files import DamagedError, open_json, sealed_json
+from pipeline.settings import AdaptationSettings
+from pipeline.tuning.ranks import rank
+from pipeline.whole_files import write_atomically
+
+RESULT = "adaptation.json"
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What came of an adaptation."""
+
+    digest: str
+    """Of everything that decides the weights but the number of steps, where the schedule does not depend on that."""
+    steps: int
+    models: dict[str, str]
+    """The model folder of each step that was kept."""
+    trained_parameters: int
+    seconds: float
+    """Spent on steps and on keeping models, over all starts; without loading."""
+    peak_memory_bytes: int
+    """Of the rank that had most."""
+
+
+@dataclass(frozen=True)
+class AdaptationOrder:
+    """Plain values only."""
+
+    place: TrainingPlace
+    settings: dict[str, Any]
+    """`AdaptationSettings` as JSON."""
+    corpus: dict[str, Any]
+    """`TextCorpus` as a mapping."""
+    fingerprint: str
+    """Of the model that is started from."""
+
+    @property
+    def run_folder(self) -> str:
+        return self.place.run_folder
+
+    @property
+    def digest(self) -> str:
+        own = AdaptationSettings.model_validate(self.settings)
+        length = None if own.optimizer.schedule == "constant" else own.steps
+        parts = [
+            own.model_dump(mode="json", include={"objective", "optimizer", "tokens", "batch_size"}),
+            own.run.seed, own.model.dtype, length, self.corpus["digest"], self.fingerprint,
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def model_at(self, step: int) -> Path:
+        """The model folder of a step that is kept."""
+        return self.place.folder / "models" / f"step-{step:06d}"
+
+    def carry_out(self, device: torch.device, node_leaves: Callable[[], bool]) -> None:
+        """On a rank; returns early where it was told to stop. Raises: StorageError, BackboneError, TuningError."""
+        settings = AdaptationSettings.model_validate(self.settings)
+        with training_rank(self.place, settings.optimizer, device, node_leaves) as here:
+            _adapt(self, settings, here, device)
+
+
+def read_adapted(order: AdaptationOrder) -> Adapted | None:
+    """What came of this order; None while it has not ended, or where the file is damaged."""
+    try:
+        data = (order.place.folder / RESULT).read_bytes()
+        adapted = Adapted(**open_json(data, [known.name for known in fields(Adapted)]))
+    except (FileNotFoundError, DamagedError, TypeError):
+        return None
+    wanted = AdaptationSettings.model_validate(order.settings).kept_steps
+    if adapted.digest != order.digest or not {str(step) for step in wanted} <= set(adapted.models):
+        return None
+    return adapted
+
+
+def _adapt(order: AdaptationOrder, settings: AdaptationSettings, here: TrainingRank, device: torch.device) -> None:
+    markers = markers_of(here.tokenizer)
+    batches = TextBatches(
+        read_text(TextCorpus(**order.corpus), markers.eos),
+        settings.tokens,
+        settings.batch_size,
+        settings.objective,
+        markers,
+        settings.run.seed,
+    )
+    course = Course(
+        digest=order.digest,
+        checkpoints=order.place.checkpoints,
+        examples=batches.examples,
+        steps=settings.steps,
+        optimizer=settings.optimizer,
+        checkpoint_every=order.place.checkpoint_every,
+        token_budget=order.place.tokens_per_microbatch,
+    )
+
+    def keep_if_wanted(progress: Progress) -> bool:
+        gone = [step for step in settings.kept_steps if step < progress.step and not order.model_at(step).exists()]
+        if gone:
+            raise SettingsError(
+                f"save_at: the run is at step {progress.step}, beyond step {gone[0]}; start another run.name to keep it"
+            )
+        if progress.step in settings.kept_steps:
+            save_model_folder(here.model, here.tokenizer, order.model_at(progress.step))
+            here.journal.event("stage", name="tuning", text=f"kept {order.model_at(progress.step)}")
+            here.journal.paused()
+        return True
+
+    try:
+        progress = train(here.model, course, here.journal, keep_if_wanted, here.notices)
+    except DivergedError as error:
+        raise DivergedError(
+            f"{error}; lower optimizer.lr or set optimizer.clip_norm, and start anew under another run.name"
+        ) from error
+    if progress is None:
+        return
+    # Kept, so that a run with more steps goes on from here.
+    save_progress(course.checkpoints, course.digest, here.model, progress)
+    adapted = Adapted(
+        digest=order.digest,
+        steps=progress.step,
+        models={str(step): str(order.model_at(step)) for step in _kept(order)},
+        trained_parameters=trained_parameters(here.model),
+        seconds=progress.seconds,
+        peak_memory_bytes=most_memory(device),
+    )
+    if rank() == 0:
+        write_atomically(order.place.folder / RESULT, sealed_json(asdict(adapted)))
+    here.journal.finished("tuned")
+
+
+def _kept(order: AdaptationOrder) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (order.place.folder / "models").glob("step-*"))

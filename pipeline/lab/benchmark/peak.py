@@ -1,0 +1,58 @@
+"""How close to the machine's limit: useful work against the fastest products of whole numbers that it does."""
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from pipeline.backbone.loading import build_skeleton
+from pipeline.lab.benchmark.comparison import Result
+
+_SHAPES = ((1024, 1024, 1024), (2048, 2048, 2048), (1536, 576, 1536))
+_SECONDS = 1.0
+
+
+def shares_of_peak(result: Result, config: PretrainedConfig, tokens: float, threads: int) -> dict[str, Any]:
+    """For every side of a result, the share of the machine's int8 peak that its useful work comes to.
+
+    `tokens` is how many a step has to compute at the least.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peak, work = int8_peak(device, threads), useful_operations(config, tokens)
+    shares = {side: work / statistics.median(seconds) / peak for side, seconds in result.step_seconds.items()}
+    return {"int8_peak_operations_a_second": peak, "useful_operations_a_step": work, "share_of_peak": shares}
+
+
+def int8_peak(device: torch.device, threads: int) -> float:
+    """Operations a second (two to a multiplication with its addition) of int8 products, the best of some shapes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return max(_rate(device, *shape) for shape in _SHAPES)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _rate(device: torch.device, n: int, k: int, m: int) -> float:
+    x, y = (torch.randint(-127, 127, sides, dtype=torch.int8, device=device) for sides in ((n, k), (m, k)))
+    best, end = float("inf"), time.perf_counter() + _SECONDS
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        torch._int_mm(x, y.t())
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n * k * m / best
+
+
+def useful_operations(config: PretrainedConfig, tokens: float) -> float:
+    """4 x parameters outside the embeddings x tokens: forward, and backward to the activations.
+
+    Of an encoder-decoder a token passes about half.
+    """
+    skeleton = build_skeleton(config, int8=False)
+    tables = {id(p) for name, p in skeleton.named_parameters() if "embed" in name or "lm_head" in name}
+    parameters = sum(p.numel() for p in skeleton.parameters() if id(p) not in tables)
+    return 4.0 * parameters * tokens / (2 if config.is_encoder_decoder else 1)

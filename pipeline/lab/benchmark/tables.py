@@ -1,0 +1,135 @@
+"""Results for people."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from rich.table import Table
+
+from pipeline.lab.benchmark.comparison import Result
+from pipeline.lab.benchmark.corpus import CorpusFigures
+from pipeline.lab.benchmark.cost import StepCost
+from pipeline.lab.benchmark.quality import Quality
+from pipeline.lab.benchmark.sweep import SweepResult
+
+
+def comparison_table(result: Result, shares: Mapping[str, float] | None = None) -> Table:
+    """One row a side."""
+    first = next(iter(result.rates))
+    table = Table(title=f"{result.name} ({result.device})", title_justify="left")
+    columns = ["side", "text tokens/s", "s/step", "peak MiB", f"'{first}' is faster by", "losses apart"]
+    for column in [*columns, *(["of int8 peak"] if shares else [])]:
+        table.add_column(column)
+    for side in result.rates:
+        low, middle, high = result.ratios.get(side, (1.0, 1.0, 1.0))
+        table.add_row(
+            side,
+            _joined(result.rates[side], "{:.0f}"),
+            _joined(result.step_seconds[side], "{:.2f}"),
+            _joined(result.peak_mib[side], "{:.0f}"),
+            f"{middle:.2f} ({low:.2f} – {high:.2f})",
+            f"{result.loss_difference[side]:.2%}" if side in result.loss_difference else "–",
+            *([f"{shares[side]:.0%}"] if shares else []),
+        )
+    return table
+
+
+def shares_table(shares: Mapping[str, float]) -> Table:
+    """Parts of a step and what share of its time each takes."""
+    table = Table(title="where the time of a step goes", title_justify="left")
+    table.add_column("part")
+    table.add_column("share", justify="right")
+    for part, share in shares.items():
+        table.add_row(part, f"{share:.1%}")
+    return table
+
+
+def quality_table(sides: Mapping[str, Quality]) -> Table:
+    """One row a side: every task's mean over seeds, and the spread."""
+    table = Table(title="dev accuracy, mean over seeds ± standard deviation", title_justify="left")
+    table.add_column("side")
+    tasks = list(next(iter(sides.values())).after)
+    for column in [*tasks, "mean", "mean loss", "tuning, s"]:
+        table.add_column(column)
+    for side, quality in sides.items():
+        cells = [f"{np.mean(quality.after[task]):.3f} ± {np.std(quality.after[task]):.3f}" for task in tasks]
+        table.add_row(side, *cells, f"{quality.mean:.3f}", f"{quality.mean_loss:.3f}", f"{quality.seconds:.0f}")
+    return table
+
+
+def corpus_tables(figures: CorpusFigures) -> tuple[Table, Table]:
+    """Rates against the bare tokenizer, and memory and seconds by corpus size."""
+    speed = Table(title=f"tokenising on {figures.cores} cores ({figures.device})", title_justify="left")
+    for column in ("texts", "tokens a text", "MB", "side", "k tokens/s", "ours / it", "by CPU time"):
+        speed.add_column(column)
+    for of in figures.speed:
+        speed.add_row(of.texts, f"{of.tokens_a_text:.0f}", f"{of.megabytes:.0f}", "ours", _thousands(of.ours))
+        for side, bare in (("bare", of.bare), ("bare, keeping as many words", of.keeping)):
+            ratios = [f"{middle:.2f} ({low:.2f} – {high:.2f})" for low, middle, high in (bare.ratio, bare.cpu_ratio)]
+            speed.add_row("", "", "", side, _thousands(bare.rates), *ratios)
+    nights = Table(title="a task's corpus by size", title_justify="left")
+    for column in ("MB", "rows", "driver, MiB", "greatest worker, MiB", "workers, MiB", "first night, s", "second, s"):
+        nights.add_column(column)
+    for night in figures.nights:
+        memory = (night.driver_mib, night.worker_mib, night.workers_mib)
+        seconds = f"{night.first_seconds:.1f}", f"{night.second_seconds:.1f}"
+        nights.add_row(f"{night.megabytes:.0f}", f"{night.rows:,}", *map(str, memory), *seconds)
+    return speed, nights
+
+
+def sweep_table(result: SweepResult) -> Table:
+    """One row a side; of the trials one after another only a sample ran."""
+    table = Table(title=f"a sweep of {result.trials} trials", title_justify="left")
+    for column in ["side", "wall time, s", "faster by", "text tokens/s", "steps", "ends", "best dev accuracy"]:
+        table.add_column(column)
+    alone = f"one after another ({result.alone.trials} ran, time scaled to {result.trials})"
+    sides = {
+        "together": (result.together, result.together.seconds),
+        "together, halving": (result.halving, result.halving.seconds),
+        alone: (result.alone, result.alone_seconds),
+    }
+    for name, (side, seconds) in sides.items():
+        low, middle, high = result.ratios.get(name, (1.0, 1.0, 1.0))
+        table.add_row(
+            name,
+            _joined(seconds, "{:.0f}"),
+            f"{middle:.2f} ({low:.2f} – {high:.2f})",
+            f"{side.rate:.0f}",
+            str(side.steps),
+            ", ".join(f"{count} {status}" for status, count in side.ends.items()),
+            ", ".join(f"{task} {value:.3f}" for task, value in side.best.items()),
+        )
+    return table
+
+
+def sweep_distances(result: SweepResult) -> Table:
+    """Whether the sides tuned the same prompts."""
+    table = Table(title="at most apart, relative", title_justify="left")
+    for column in ["sides", "rate", "prompts", "dev loss at the first evaluation", "dev loss at the last"]:
+        table.add_column(column)
+    sides = {"together, alone": result.alone_apart, "halving's survivors, together": result.survivors_apart}
+    for name, of_rate in sides.items():
+        for rate, apart in of_rate.items():
+            figures = (apart.prompt, apart.first_loss, apart.last_loss)
+            table.add_row(name, f"{rate:g}", *(f"{figure:.1e}" for figure in figures))
+    return table
+
+
+def cost_table(costs: Mapping[str, Sequence[StepCost]], tokens: int) -> Table:
+    """What a step costs a rank, by shape and number of ranks."""
+    table = Table(title=f"a step of one micro-batch of {tokens:,} tokens on each rank", title_justify="left")
+    for column in ["model", "ranks", "gathered, GB", "all-reduced, MB", "gathers, s", "products, s", "gathers' share"]:
+        table.add_column(column)
+    for shape, row in costs.items():
+        for cost in row:
+            sizes = f"{cost.gathered / 1e9:.1f}", f"{cost.reduced / 1e6:.1f}"
+            seconds = f"{cost.gather_seconds:.3f}", f"{cost.compute_seconds:.3f}"
+            table.add_row(shape, str(cost.ranks), *sizes, *seconds, f"{cost.share:.0%}")
+    return table
+
+
+def _joined(values: Sequence[float], form: str) -> str:
+    return " ".join(form.format(value) for value in values)
+
+
+def _thousands(rates: Sequence[float]) -> str:
+    return _joined([rate / 1000 for rate in rates], "{:.0f}")

@@ -1,0 +1,144 @@
+"""Full fine-tuning in a comparison: all weights, one (task, rate, seed) after the other on all ranks together.
+
+A tuned model stays until it has answered; it is asked without a prompt, in place of the frozen one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.backbone.files import from_anywhere
+from pipeline.errors import TuningError
+from pipeline.lab.comparison.candidates import Candidate, Cost, Measured
+from pipeline.lab.comparison.exam import OtherWeights, answered_before, ask
+from pipeline.lab.comparison.questions import Answered, Question
+from pipeline.lab.comparison.study import Study, seen_while_tuning
+from pipeline.lab.comparison.training import jobs_of, trained_task
+from pipeline.lab.full_weights.fine_tuning import RESULT, Diverged, FineTuned, FineTuningOrder, read_result
+from pipeline.lab.full_weights.on_rank import TrainingPlace
+from pipeline.settings import FineTuningSettings
+from pipeline.whole_files import remove
+
+PHASE = "fine_tuning"
+
+
+@dataclass(frozen=True)
+class _Job:
+    candidate: Candidate
+    rate: float
+    seed: int
+
+    @property
+    def phase(self) -> str:
+        return f"{PHASE}/{self.candidate.name}"
+
+
+def fine_tune(study: Study, settings: FineTuningSettings) -> list[Measured]:
+    """Every task's tuned models with their dev metric. Raises: PromptBankError."""
+    return [_measured(study, job, _trained(study, settings, job)) for job in _jobs(study, settings)]
+
+
+def ask_models(
+    study: Study, settings: FineTuningSettings, questions: Mapping[str, tuple[Question, ...]]
+) -> dict[tuple[str, Question], Answered]:
+    """Answers of tuned models, by candidate and question; then they are removed, unless they are to stay.
+
+    A model that was removed, or has rotted, and is asked something new, is trained again. Raises: PromptBankError.
+    """
+    found: dict[tuple[str, Question], Answered] = {}
+    for job in _jobs(study, settings):
+        name = job.candidate.name
+        if questions.get(name):
+            answered = _ask(study, settings, job, questions[name])
+            found |= {(name, question): given for question, given in answered.items()}
+    return found
+
+
+def _ask(
+    study: Study, settings: FineTuningSettings, job: _Job, questions: tuple[Question, ...]
+) -> dict[Question, Answered]:
+    phase = f"{job.phase}/answers"
+    result = _trained(study, settings, job)
+    weights = _weights(study, result)
+    gone = isinstance(result, FineTuned) and not result.is_whole
+    if gone and (settings.keep_models or not answered_before(study, questions, phase, weights)):
+        remove(study.folder / job.phase / RESULT)
+        weights = _weights(study, _trained(study, settings, job))
+    answered = ask(study, questions, phase, weights)
+    if not settings.keep_models:
+        remove(study.folder / job.phase / "tuned")
+    return answered
+
+
+def _weights(study: Study, result: FineTuned | Diverged) -> OtherWeights:
+    if isinstance(result, Diverged):
+        raise TuningError(f"a training that had ended well did not when it was repeated: {result.reason}")
+    # Where no step was better than the start, the model as it was is the best there is.
+    return OtherWeights(result.model or from_anywhere(study.settings.model.path), result.digest)
+
+
+def _jobs(study: Study, settings: FineTuningSettings) -> list[_Job]:
+    jobs = []
+    for task, rate, seed in jobs_of(settings, list(study.corpora), study.settings.compare.seeds):
+        name = f"fine-tuned.{task}.lr-{rate:g}.seed-{seed}"
+        jobs.append(_Job(Candidate(name, "fine-tuning", task, {"lr": rate}, seed), rate, seed))
+    return jobs
+
+
+def _order(study: Study, settings: FineTuningSettings, job: _Job) -> FineTuningOrder:
+    run = study.settings
+    task = job.candidate.task
+    place = TrainingPlace(
+        run_folder=str(study.folder / job.phase),
+        name=job.candidate.name,
+        model=from_anywhere(run.model.path),
+        description=str(study.model_folder),
+        dtype=run.model.dtype,
+        cpus_per_worker=run.cluster.cpus_per_worker,
+        tokens_per_microbatch=run.cluster.tokens_per_microbatch,
+        checkpoint_every=settings.checkpoint_every,
+        hang_timeout=run.run.hang_timeout,
+    )
+    return FineTuningOrder(
+        place,
+        task=task,
+        settings=trained_task(run.tasks[task], settings, job.rate, settings.optimizer).model_dump(mode="json"),
+        corpus=seen_while_tuning(study.corpora)[task].to_dict(),
+        seed=job.seed,
+        fingerprint=study.checked.identity.fingerprint,
+    )
+
+
+def _result(study: Study, settings: FineTuningSettings, job: _Job) -> FineTuned | Diverged | None:
+    result = read_result(study.folder / job.phase)
+    return result if result is not None and result.digest == _order(study, settings, job).digest else None
+
+
+def _trained(study: Study, settings: FineTuningSettings, job: _Job) -> FineTuned | Diverged:
+    """Train, unless that was done. Raises: PromptBankError."""
+    result = _result(study, settings, job)
+    if result is not None:
+        return result
+    with study.phase(job.phase) as (_, log):
+        order, name = _order(study, settings, job), job.candidate.name
+        log.write("begin", tasks=1)
+        steps = order.trial().settings.max_steps
+        log.write("launch", trials=[{"trial": name, "task": order.task, "max_steps": steps}])
+        study.on_ranks(order, log)
+        result = _result(study, settings, job)
+        log.write("end", version=None, exit=0)
+    if result is None:
+        raise study.told_to_stop(job.phase)
+    return result
+
+
+def _measured(study: Study, job: _Job, result: FineTuned | Diverged) -> Measured:
+    if isinstance(result, Diverged):
+        failed = f"{result.reason}; lower compare.fine_tuning.lr"
+        return Measured(job.candidate, float("nan"), float("nan"), failed=failed)
+    cost = Cost(
+        trained_parameters=result.trained_parameters,
+        stored_bytes=result.stored_bytes,
+        rank_seconds=result.seconds * study.settings.cluster.num_workers,
+        peak_bytes=result.peak_memory_bytes,
+    )
+    return Measured(job.candidate, result.dev, result.dev_loss, cost)

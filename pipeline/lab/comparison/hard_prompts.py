@@ -1,0 +1,116 @@
+"""Prompts of words through the same evaluator: their tokens' embeddings are the prompt, and nothing is tuned.
+
+A row behind such a prompt has exactly the tokens that the tokenizer gives for the whole text (`behind_text`), special
+tokens at its ends included; what all rows begin with is the prompt, and runs once for all of them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from pipeline.corpus.encoding import Architecture, decode_inputs, encode_inputs, without_embedding
+from pipeline.corpus.reader import TokenSet, open_split
+from pipeline.corpus.task_corpus import TaskCorpus
+from pipeline.errors import SettingsError
+from pipeline.lab.comparison.candidates import Candidate
+from pipeline.settings import HardPromptSettings, TaskSettings
+from pipeline.tuning.trials import random_numbers
+
+
+@dataclass(frozen=True)
+class HardPrompt:
+    candidate: Candidate
+    text: str
+    """All that stands before a row."""
+
+
+def hard_prompts(
+    settings: HardPromptSettings,
+    tasks: Mapping[str, TaskSettings],
+    corpora: Mapping[str, TaskCorpus],
+    seeds: int,
+    tokenizer: Any,
+    architecture: Architecture,
+) -> Iterator[HardPrompt]:
+    """Of every task: without solved rows, and with each number of them for each seed."""
+    for task, corpus in corpora.items():
+        own = settings.text.get(task)
+        if settings.zero_shot:
+            candidate = Candidate(f"hard.{task}.shots-0", "hard prompt", task, {"shots": 0}, None)
+            yield HardPrompt(candidate, joined([own] if own else [], settings.between))
+        train = open_split(corpus.splits["train"]) if settings.shots else None
+        for shots in settings.shots:
+            for seed in range(seeds):
+                assert train is not None
+                rows = drawn_rows(task, seed, shots, len(train))
+                solved = solved_rows(train, rows, tasks[task].separator, tokenizer, architecture)
+                name = f"hard.{task}.shots-{shots}.seed-{seed}"
+                candidate = Candidate(name, "hard prompt", task, {"shots": shots}, seed)
+                yield HardPrompt(candidate, joined([own, *solved] if own else solved, settings.between))
+
+
+def drawn_rows(task: str, seed: int, shots: int, total: int) -> np.ndarray:
+    """Row numbers `[shots]` of the train split; fewer shots of a seed are the first of more."""
+    return random_numbers(seed, task, "shots").permutation(total)[:shots]
+
+
+def solved_rows(
+    train: TokenSet, rows: Sequence[int] | np.ndarray, separator: str, tokenizer: Any, architecture: Architecture
+) -> list[str]:
+    """Inputs with their targets behind them, as texts."""
+    inputs = decode_inputs(tokenizer, architecture, [train.input_ids(int(row)).tolist() for row in rows])
+    return [text + separator + train.target(int(row)) for text, row in zip(inputs, rows, strict=True)]
+
+
+def joined(parts: Sequence[str], between: str) -> str:
+    return "".join(part + between for part in parts)
+
+
+def behind_text(text: str, split: TokenSet, tokenizer: Any, architecture: Architecture) -> tuple[np.ndarray, TokenSet]:
+    """The tokens `[P]` with which every row begins behind the text, and the split with what follows them in each.
+
+    Prompt and rest of a row together are what the tokenizer gives for the text and the row's own as one.
+    """
+    inputs = decode_inputs(tokenizer, architecture, [split.input_ids(row).tolist() for row in range(len(split))])
+    whole = [np.array(ids, np.int32) for ids in encode_inputs(tokenizer, architecture, [text + own for own in inputs])]
+    shared = _shared(whole) if text else 0
+    rest = [ids[shared:] for ids in whole]
+    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in rest])]).astype(np.int64)
+    return whole[0][:shared], replace(split, input_tokens=np.concatenate(rest), input_offsets=offsets)
+
+
+def check_context(
+    prompt: HardPrompt,
+    task: TaskSettings,
+    tokenizer: Any,
+    architecture: Architecture,
+    context: int | None,
+    rows: int | None = None,
+) -> int:
+    """How many tokens the text has.
+
+    Raises: SettingsError when text, row and target may not fit the model's context, or the text has a token beyond its
+    `rows` of embeddings.
+    """
+    ids = encode_inputs(tokenizer, architecture, [prompt.text])[0]
+    if (reason := without_embedding(tokenizer, ids, rows)) is not None:
+        raise SettingsError(f"task '{prompt.candidate.task}': its hard prompt ({prompt.candidate.name}) {reason}")
+    tokens = len(ids)
+    most = tokens + task.max_input_tokens + task.max_target_tokens
+    if context is not None and most > context:
+        raise SettingsError(
+            f"task '{prompt.candidate.task}': a hard prompt of {tokens} tokens ({prompt.candidate.name}) + "
+            f"max_input_tokens {task.max_input_tokens} + max_target_tokens {task.max_target_tokens} = {most} is longer "
+            f"than the model's context of {context} tokens; lower compare.hard_prompts.shots or one of them"
+        )
+    return tokens
+
+
+def _shared(rows: Sequence[np.ndarray]) -> int:
+    """How many tokens all rows begin with; at least one is left of each."""
+    most = min(map(len, rows)) - 1
+    table = np.stack([row[:most] for row in rows])
+    differs = (table != table[0]).any(axis=0)
+    return int(differs.argmax()) if differs.any() else most

@@ -1,0 +1,100 @@
+"""LoRA in a comparison: every (task, rate, seed) is one rank's job, and jobs are dealt over the ranks.
+
+Test rows are answered in a second launch, when all adapters are there and every choice is made.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.corpus.task_corpus import TaskCorpus
+from pipeline.lab.comparison.adapter_files import KeptAdapter, load_adapter
+from pipeline.lab.comparison.candidates import Candidate, Cost, Measured
+from pipeline.lab.comparison.lora_order import PHASE, LoraJob, LoraOrder, lora_trial
+from pipeline.lab.comparison.questions import Answered, Question, all_answers, load_answers
+from pipeline.lab.comparison.study import Study, seen_while_tuning
+from pipeline.lab.comparison.training import jobs_of
+from pipeline.run.stages import settings_for_ranks
+from pipeline.settings import LoraSettings
+
+
+def train_adapters(study: Study, lora: LoraSettings) -> list[Measured]:
+    """Every task's adapters with their dev metric. Raises: PromptBankError."""
+    corpora = seen_while_tuning(study.corpora)
+    with study.phase(PHASE) as (folder, log):
+        jobs = tuple(_jobs(study, lora, corpora))
+        log.write("begin", tasks=len(corpora))
+        order = _order(study, corpora, folder, jobs)
+        missing = [job for job in jobs if load_adapter(order.adapter(job)) is None]
+        if missing:
+            log.write("stage", name=PHASE, text=f"{len(missing)} adapters to be trained")
+            study.on_ranks(_order(study, corpora, folder, missing), log)
+        found = [load_adapter(order.adapter(job)) for job in jobs]
+        log.write("end", version=None, exit=0)
+    if any(kept is None for kept in found):
+        raise study.told_to_stop(PHASE)
+    return [_measured(job, kept, lora) for job, kept in zip(jobs, found, strict=True) if kept is not None]
+
+
+def ask_adapters(
+    study: Study, lora: LoraSettings, questions: dict[str, tuple[Question, ...]]
+) -> dict[tuple[str, Question], Answered]:
+    """Answers of trained adapters, by candidate and question. Raises: PromptBankError."""
+    with study.phase(PHASE) as (folder, log):
+        log.write("begin", tasks=len(study.corpora))
+        trained = _jobs(study, lora, seen_while_tuning(study.corpora))
+        jobs = [_asked(study, job, questions[job.name]) for job in trained if questions.get(job.name)]
+        order = _order(study, dict(study.corpora), folder, jobs)
+        if any(load_answers(path) is None for job in jobs for path in order.answers(job).values()):
+            study.on_ranks(order, log)
+        answered: dict[tuple[str, Question], Answered] = {}
+        for job in jobs:
+            own = all_answers(order.answers(job))
+            if own is None:
+                raise study.told_to_stop(PHASE)
+            answered |= {(job.name, question): given for question, given in own.items()}
+        log.write("end", version=None, exit=0)
+    return answered
+
+
+def _jobs(study: Study, lora: LoraSettings, corpora: dict[str, TaskCorpus]) -> list[LoraJob]:
+    fingerprint = study.checked.identity.fingerprint
+    jobs = []
+    for task, rate, seed in jobs_of(lora, list(corpora), study.settings.compare.seeds):
+        own = lora_trial(study.settings, lora, task, rate, seed, corpora[task].digest, fingerprint)
+        parts = json.dumps([own.digest, lora.rank, lora.alpha, lora.targets, study.settings.model.dtype])
+        file = hashlib.sha256(parts.encode()).hexdigest()[:32]
+        jobs.append(LoraJob(f"lora.{task}.lr-{rate:g}.seed-{seed}", task, rate, seed, file))
+    return jobs
+
+
+def _asked(study: Study, job: LoraJob, questions: tuple[Question, ...]) -> LoraJob:
+    digests = tuple(question.digest(*study.deciding(question.task), job.file) for question in questions)
+    return replace(job, questions=questions, digests=digests)
+
+
+def _order(study: Study, corpora: dict[str, TaskCorpus], folder: Path, jobs: Sequence[LoraJob]) -> LoraOrder:
+    return LoraOrder(
+        settings=settings_for_ranks(study.settings),
+        corpora={task: corpus.to_dict() for task, corpus in corpora.items()},
+        fingerprint=study.checked.identity.fingerprint,
+        run_folder=str(folder),
+        model_folder=str(study.model_folder),
+        jobs=tuple(jobs),
+    )
+
+
+def _measured(job: LoraJob, kept: KeptAdapter, lora: LoraSettings) -> Measured:
+    choice: dict[str, Any] = {"rank": lora.rank, "lr": job.rate}
+    candidate = Candidate(job.name, "LoRA", job.task, choice, job.seed)
+    cost = Cost(
+        trained_parameters=sum(weight.numel() for weight in kept.weights.values()),
+        stored_bytes=sum(weight.nbytes for weight in kept.weights.values()),
+        rank_seconds=kept.seconds,
+        peak_bytes=kept.peak_bytes,
+    )
+    best = kept.history[kept.best_at]
+    return Measured(candidate, best.value, best.loss, cost, kept.failed)

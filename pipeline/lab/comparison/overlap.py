@@ -1,0 +1,86 @@
+"""Rows of one task that the training of another has seen: corpora of one origin share their texts.
+
+What was trained on a row may know its answer by heart; judged on another task, that would pass for transfer.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import cache
+
+import numpy as np
+
+from pipeline.corpus.encoding import decode_inputs
+from pipeline.corpus.reader import SplitRef, open_split
+from pipeline.corpus.template import parse_template
+from pipeline.lab.comparison.questions import Answered, Split
+from pipeline.lab.comparison.study import Study
+
+Seen = Callable[[str, str, Split], np.ndarray]
+"""(task trained on, task answered, split) -> `[N]`, whether train or dev of the first holds a row of the second."""
+
+_AT_ONCE = 4096
+_BRACKET = re.compile(r"-[lr][rsc]b-")
+_NEITHER_LETTER_NOR_DIGIT = re.compile(r"[\W_]+")
+
+
+def seen_rows_of(study: Study) -> Seen:
+    """Of a comparison's rows as they are answered; two texts are one if their letters are."""
+
+    def letters(task: str, ref: SplitRef, limit: int | None = None) -> Iterator[str]:
+        split, tokenizer = open_split(ref, limit), study.checked.tokenizer
+        own = own_letters(study.settings.tasks[task].input)
+        for first in range(0, len(split), _AT_ONCE):
+            rows = [split.input_ids(row).tolist() for row in range(first, min(first + _AT_ONCE, len(split)))]
+            yield from map(own, decode_inputs(tokenizer, study.checked.architecture, rows))
+
+    @cache
+    def learnt(task: str) -> np.ndarray:
+        splits = study.corpora[task].splits
+        return np.unique(np.concatenate([_digests(letters(task, splits[name])) for name in ("train", "dev")]))
+
+    @cache
+    def answered(task: str, split: Split) -> np.ndarray:
+        return _digests(letters(task, study.corpora[task].splits[split], study.rows(task, split)))
+
+    @cache  # asked once a candidate
+    def seen(source: str, on: str, split: Split) -> np.ndarray:
+        return np.isin(answered(on, split), learnt(source))
+
+    return seen
+
+
+def own_letters(template: str) -> Callable[[str], str]:
+    """What tells the letters of a row from those that its template puts around and between them."""
+    pieces = parse_template(template, "input").pieces
+    parts = (re.escape(_letters(literal)) + ("(.*?)" if column is not None else "") for literal, column in pieces)
+    pattern = re.compile("".join(parts))
+
+    def own(text: str) -> str:
+        found = _letters(text)
+        match = pattern.fullmatch(found)
+        return ("".join(match.groups()) if match else found) or text
+
+    return own
+
+
+def _letters(text: str) -> str:
+    """Letters and digits alone, without case and accents: `is n't` is `isn't`, and `-lrb- a -rrb-` is `(a)`."""
+    plain = unicodedata.normalize("NFKD", _BRACKET.sub(" ", text.casefold()))
+    plain = "".join(letter for letter in plain if not unicodedata.combining(letter))
+    return _NEITHER_LETTER_NOR_DIGIT.sub("", plain)
+
+
+def unseen(answered: Answered, sources: Collection[str], on: str, split: Split, seen: Seen) -> Answered | None:
+    """The answers to rows that no task of `sources` other than `on` was trained on; None where none is left."""
+    held = [seen(source, on, split) for source in sources if source != on]
+    if not held:
+        return answered
+    left = ~np.any(held, axis=0)
+    assert len(left) == len(answered.nll), "answers to other rows"
+    return answered.only(left) if left.any() else None
+
+
+def _digests(texts: Iterable[str]) -> np.ndarray:
+    """Eight bytes a text, whatever its length; of this process alone."""
+    return np.fromiter(map(hash, texts), np.int64)

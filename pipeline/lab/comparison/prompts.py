@@ -1,0 +1,136 @@
+"""The prompts of a comparison: the main job's own tuning, of every trial of every sweep."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.backbone.files import save_description
+from pipeline.lab.comparison.candidates import Candidate, Cost, Measured, Method
+from pipeline.lab.comparison.choice import choose, grouped
+from pipeline.lab.comparison.study import Study, seen_while_tuning, with_own_bank
+from pipeline.reporting.events import Event
+from pipeline.reporting.html.run_files import stages_of
+from pipeline.reporting.watched import read_events
+from pipeline.run.checks import CheckedRun
+from pipeline.run.patience import patiently
+from pipeline.run.publishing import publish_prompts
+from pipeline.run.results import Entry, write_trials
+from pipeline.run.stages import announce, finished_states, make_order
+from pipeline.settings import TaskSettings
+from pipeline.tuning.state import TrialState, by_task
+
+
+@dataclass(frozen=True)
+class TunedPrompts:
+    measured: tuple[Measured, ...]
+    """In the trials' order."""
+    arrays: Mapping[str, np.ndarray]
+    """By candidate, the prompt at its best evaluation, `[P, H]` float32."""
+    trials: Mapping[str, TaskSettings]
+    """By candidate, its trial's settings."""
+
+
+def tune_prompts(study: Study, checked: CheckedRun, phase: str, method: Method) -> TunedPrompts:
+    """Tune every trial of the settings in `checked`, going on where an attempt before was stopped.
+
+    Tuned prompts are published into the comparison's own bank, transferred ones start from it. Raises: PromptBankError.
+    """
+    own = method == "prompt tuning"
+    settings = checked.settings
+    corpora = {name: corpus for name, corpus in seen_while_tuning(study.corpora).items() if name in settings.tasks}
+    with study.phase(phase) as (folder, log):
+        save_description(checked.config, checked.tokenizer, folder / "model")
+        log.write("begin", tasks=len(corpora))
+        order = make_order(checked, corpora, folder, starts_anew=not own)
+        announce(order, settings, log)
+        states = finished_states(order, settings)
+        if states is None:
+            study.on_ranks(order, log)
+            states = finished_states(order, settings)
+        if states is None:
+            raise study.told_to_stop(phase)
+        log.write("stage", name="publish", text=f"{len(states)} trials")
+        costs = _costs(folder, states, settings.cluster.num_workers)
+        measured = [_measured(state, method, settings.tasks[state.trial.task], costs) for state in states]
+        entries = _entries(states, measured, study.metrics)
+        write_trials(folder / "trials.json", entries)
+        version = None
+        if own:
+            bank = with_own_bank(settings, study.folder)
+            put = partial(publish_prompts, bank, checked.identity, entries, corpora)
+            version = patiently(put, "publish", log)
+        log.write("end", version=version, exit=0)
+    names = [one.candidate.name for one in measured]
+    return TunedPrompts(
+        tuple(measured),
+        {name: state.best.cpu().numpy() for name, state in zip(names, states, strict=True)},
+        {name: state.trial.settings for name, state in zip(names, states, strict=True)},
+    )
+
+
+def _entries(states: Sequence[TrialState], measured: Sequence[Measured], metrics: Mapping[str, str]) -> list[Entry]:
+    """The tasks' trials, the best seed of each task's best choice as the chosen one: as the report has it."""
+    best = {task: group.best(metrics[task]) for (_, task), group in choose(grouped(measured), metrics).items()}
+    entries = []
+    for task, trials in by_task(states).items():
+        own = [state for state, one in zip(states, measured, strict=True) if one is best.get(task)]
+        entries.append(Entry(trials, own[0] if own else trials[0]))
+    return entries
+
+
+def _measured(state: TrialState, method: Method, task: TaskSettings, costs: Mapping[str, Cost]) -> Measured:
+    name, best = state.trial.name, state.history[state.best_at]
+    failed = state.reason or "it failed" if state.status == "failed" else None
+    short = "" if method == "prompt tuning" else "transferred."
+    candidate = Candidate(short + name, method, state.trial.task, _choice(task, state.trial.settings), state.trial.seed)
+    return Measured(candidate, best.value, best.loss, costs[name], failed)
+
+
+def _choice(task: TaskSettings, trial: TaskSettings) -> dict[str, Any]:
+    """The trial's value of every key that its task sweeps, but for the seed."""
+    whole = trial.model_dump(mode="json")
+    choice = {}
+    for key in task.sweep or {}:
+        if key != "seed":
+            part, _, leaf = key.rpartition(".")
+            choice[str(key)] = whole[part][leaf] if part else whole[leaf]
+    return choice
+
+
+def _costs(folder: Path, states: Sequence[TrialState], ranks: int) -> dict[str, Cost]:
+    """Trials tuned side by side share the phase's time by the rows that each trained."""
+    seconds, peak = _spent(read_events(folder / "events.jsonl"), {state.trial.digest for state in states})
+    rows = [state.step * state.trial.settings.batch_size for state in states]
+    return {
+        state.trial.name: Cost(
+            trained_parameters=state.best.numel(),
+            stored_bytes=state.best.nbytes,
+            rank_seconds=ranks * seconds * trained / max(1, sum(rows)),
+            peak_bytes=peak,
+            prompt_tokens=len(state.best),
+        )
+        for state, trained in zip(states, rows, strict=True)
+    }
+
+
+def _spent(events: Iterable[Event], digests: Collection[str]) -> tuple[float, int | None]:
+    """Seconds of tuning these trials, and the most bytes meanwhile, over all attempts: settings may have been changed
+    between two, and of an attempt that tuned others, too, they have their share by steps."""
+    attempts: list[list[Event]] = []
+    for event in events:
+        if event["event"] == "begin" or not attempts:
+            attempts.append([])
+        attempts[-1].append(event)
+    seconds, peaks = 0.0, []
+    for attempt in attempts:
+        trials: list[dict[str, Any]] = next((event["trials"] for event in attempt if event["event"] == "launch"), [])
+        own = sum(trial["max_steps"] for trial in trials if trial.get("digest") in digests)
+        tuning = next((stage for stage in stages_of(attempt) if stage.name == "tuning"), None)
+        if own and tuning:
+            seconds += tuning.seconds * own / sum(trial["max_steps"] for trial in trials)
+            peaks.append(tuning.peak_bytes or 0)
+    return seconds, max(peaks, default=0) or None

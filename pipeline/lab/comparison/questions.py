@@ -1,0 +1,144 @@
+"""What the ranks are asked after tuning: a prompt put before every row of a split; and what is kept of the answers.
+
+An answer's file is named by the digest of all that decides it, so a question that was answered is never asked again.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from safetensors.numpy import load, save
+
+from pipeline.errors import StorageError
+from pipeline.lab.comparison.told_tensors import load_told, save_told
+from pipeline.tuning.evaluate import Answers, Exam, score_texts
+from pipeline.whole_files import write_atomically
+
+Split = Literal["dev", "test"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """Plain values, for ranks."""
+
+    task: str
+    """Whose rows are answered, with its labels and by its metric."""
+    split: Split
+    rows: int | None
+    """At most so many, a fixed random subset."""
+    prompt: str | None = None
+    """Digest of a prompt that `keep_prompt` keeps."""
+    text: str | None = None
+    """Or the words that stand before every row."""
+
+    def digest(self, *surroundings: str) -> str:
+        """surroundings: what else decides the answers: corpus, backbone, products."""
+        parts = json.dumps([asdict(self), *surroundings], sort_keys=True)
+        return hashlib.sha256(parts.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A split's answers, N rows in their order."""
+
+    nll: np.ndarray
+    """[N] nats of each row's target."""
+    lengths: np.ndarray
+    """[N] tokens of each target."""
+    targets: list[str]
+    texts: list[str] | None
+    """None for the metric `loss`."""
+    label_scores: np.ndarray | None
+    """[N, L] log P of each label, for metrics of labels."""
+    labels: tuple[str, ...] | None
+
+    @property
+    def loss(self) -> float:
+        return float(self.nll.sum() / self.lengths.sum())
+
+    def only(self, rows: np.ndarray) -> "Answered":
+        """Of some rows; rows: `[N]`, whether a row stays."""
+        places = np.flatnonzero(rows)
+        return Answered(
+            nll=self.nll[places],
+            lengths=self.lengths[places],
+            targets=[self.targets[place] for place in places],
+            texts=None if self.texts is None else [self.texts[place] for place in places],
+            label_scores=None if self.label_scores is None else self.label_scores[places],
+            labels=self.labels,
+        )
+
+    def value(self, metric: str) -> float:
+        """The task's metric."""
+        return self.loss if self.texts is None else score_texts(metric, self.texts, self.targets)
+
+
+def as_answered(exam: Exam, answers: Answers) -> Answered:
+    """What is kept of an exam's answers."""
+    lengths = exam.split.target_lengths
+    return Answered(answers.nll, lengths, answers.wanted, answers.texts, answers.label_scores, exam.labels)
+
+
+def keep_prompt(folder: Path, prompt: np.ndarray) -> str:
+    """Write a prompt `[P, H]` to where the ranks read it; its digest. Raises: StorageError."""
+    data = save({"prompt": np.ascontiguousarray(prompt, np.float32)})
+    digest = hashlib.sha256(data).hexdigest()[:32]
+    path = folder / "prompts" / f"{digest}.safetensors"
+    if not path.exists() or path.read_bytes() != data:
+        write_atomically(path, data)
+    return digest
+
+
+def kept_prompt(folder: Path, digest: str) -> np.ndarray:
+    """Raises: StorageError."""
+    path = folder / "prompts" / f"{digest}.safetensors"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error}; start the comparison again") from error
+    if hashlib.sha256(data).hexdigest()[:32] != digest:
+        raise StorageError(f"{path} is damaged: its content is not that of its name; start the comparison again")
+    prompt: np.ndarray = load(data)["prompt"]
+    return prompt
+
+
+def answer_paths(run_folder: str, questions: Sequence[Question], digests: Sequence[str]) -> dict[Question, Path]:
+    """Where a phase keeps the answers to each question; digests: by question."""
+    files = Path(run_folder) / "files"
+    return {q: files / f"{digest}.safetensors" for q, digest in zip(questions, digests, strict=True)}
+
+
+def save_answers(path: Path, answered: Answered) -> None:
+    """Raises: StorageError."""
+    arrays = {"nll": answered.nll, "lengths": answered.lengths}
+    if answered.label_scores is not None:
+        arrays["label_scores"] = np.ascontiguousarray(answered.label_scores)
+    values = {"targets": answered.targets, "texts": answered.texts, "labels": answered.labels}
+    save_told(path, arrays, values, save)
+
+
+def load_answers(path: Path) -> Answered | None:
+    """None where they are not there, or damaged."""
+    found = load_told(path, load)
+    if found is None:
+        return None
+    values, arrays = found
+    labels = None if values["labels"] is None else tuple(values["labels"])
+    return Answered(
+        arrays["nll"], arrays["lengths"], values["targets"], values["texts"], arrays.get("label_scores"), labels
+    )
+
+
+def all_answers(paths: Mapping[Question, Path]) -> dict[Question, Answered] | None:
+    """None while one is missing."""
+    found = {}
+    for question, path in paths.items():
+        answered = load_answers(path)
+        if answered is None:
+            return None
+        found[question] = answered
+    return found

@@ -1,0 +1,207 @@
+"""Checkpoints of weights in training: a folder for each, with one safetensors file a rank; whole or absent.
+
+Weights, best weights and the optimizer's state entry by entry are cut as ranks hold them; any number of ranks can read
+them again. A folder counts once its `whole.json` is there, written last, and every file has the size and the digest
+that it names. The two newest are kept.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline.backbone.loading import Share
+from pipeline.errors import StorageError
+from pipeline.lab.full_weights.optimise import CUT_STATE
+from pipeline.lab.full_weights.pieces import Piece, TrainedModel
+from pipeline.sealed_files import DamagedError, file_digest, open_json, sealed_json
+from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
+from pipeline.whole_files import put_in_place, remove, write_atomically
+
+KEPT = 2
+_WHOLE = "whole.json"
+_UNSEALED = ("step", "seconds", "notes", "digest", "has_best", "files")
+
+
+@dataclass
+class Progress:
+    """Where a training stands, alike on every rank but for the weights."""
+
+    step: int = 0
+    """Steps taken."""
+    seconds: float = 0.0
+    """Spent on them, over all starts."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """JSON values, for whoever trains."""
+    best: list[Tensor] | None = None
+    """Of each piece the values `[stop - start]` that were kept, in the type that the model runs in."""
+
+
+def save_progress(folder: Path, digest: str, model: TrainedModel, progress: Progress) -> None:
+    """Every rank must call this. `digest`: of what is trained; it is taken up under the same alone.
+
+    Raises: StorageError when the disk is full, or not writable; older checkpoints stay.
+    """
+    here = _at(folder, progress.step)
+    if rank() == 0:
+        remove(here / _WHOLE)  # of a start with another number of ranks
+    _wait_for_all(model)
+    tensors = _tensors_of(model, progress)
+    own = here / _file(rank(), world_size())
+    put_in_place(own, lambda path: save_file(tensors, path))
+    digests = _from_all_ranks(file_digest(own), model)
+    if rank() == 0:
+        names = [_file(each, world_size()) for each in range(world_size())]
+        record = {
+            **{key: value for key, value in asdict(_without_best(progress)).items() if key != "best"},
+            "digest": digest,
+            "has_best": progress.best is not None,
+            "files": {name: (here / name).stat().st_size for name in names},
+            "digests": dict(zip(names, digests, strict=True)),
+        }
+        write_atomically(here / _WHOLE, sealed_json(record))
+        # Folders beyond this step are damaged ones that were passed over, or of something else.
+        kept = [other for other in _newest_first(folder) if other.name <= here.name][:KEPT]
+        for other in set(_newest_first(folder)) - set(kept):
+            remove(other)
+
+
+def load_progress(folder: Path, digest: str, model: TrainedModel) -> Progress | None:
+    """Take the newest whole checkpoint of this digest up; None when there is none. Every rank must call this.
+
+    Raises: StorageError when ranks see different ones, or one cannot be read.
+    """
+    candidates = (here for here in _newest_first(folder) if (_record(here) or {}).get("digest") == digest)
+    while True:
+        found = next(candidates, None)
+        steps = torch.zeros(world_size(), device=model.backbone.device)
+        steps[rank()] = -1 if found is None else _step_of(found)
+        if len(sum_over_ranks(steps).unique()) > 1:
+            raise StorageError(f"ranks see different checkpoints in {folder}; run.storage must be one shared folder")
+        if found is None:
+            return None
+        record = _record(found)
+        assert record is not None
+        if _is_unharmed(found, record, model):
+            break
+    try:
+        best = _take_up(model, _Files(found, list(record["files"])), record["has_best"])
+    except (SafetensorError, OSError, KeyError) as error:
+        raise StorageError(f"the checkpoint {found} cannot be read ({error}); remove it to go on before it") from error
+    return Progress(record["step"], record["seconds"], record["notes"], best)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Of a training that has ended."""
+    if rank() == 0:
+        remove(folder)
+
+
+def _without_best(progress: Progress) -> Progress:
+    return Progress(progress.step, progress.seconds, progress.notes)
+
+
+def _tensors_of(model: TrainedModel, progress: Progress) -> dict[str, Tensor]:
+    tensors = {}
+    for index, piece in enumerate(model.pieces):
+        tensors[f"weights/{piece.name}"] = piece.values.detach()[: len(piece)]
+        if progress.best is not None:
+            tensors[f"best/{piece.name}"] = progress.best[index]
+        for key, value in model.optimizer.state.get(piece.values, {}).items():
+            tensors[f"{key}/{piece.name}"] = value[: len(piece)] if key in CUT_STATE else value
+    return {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
+
+
+def _take_up(model: TrainedModel, files: "_Files", has_best: bool) -> list[Tensor] | None:
+    device, best = model.backbone.device, []
+    for piece in model.pieces:
+        padding = piece.values.numel() - len(piece)
+        piece.values.data[: len(piece)] = files.cut("weights", piece).to(device)
+        for key in files.state_keys(piece.name):
+            if key in CUT_STATE:
+                value = torch.nn.functional.pad(files.cut(key, piece), (0, padding))
+            else:
+                value = files.whole(key, piece)
+            # AdamW counts steps on the CPU.
+            model.optimizer.state[piece.values][key] = value if key == "step" else value.to(device)
+        if has_best:
+            best.append(files.cut("best", piece).to(device))
+    model.take_up()
+    return best if has_best else None
+
+
+class _Files:
+    """The files of a checkpoint, one for each rank that wrote it."""
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self._open = [safe_open(folder / name, framework="pt") for name in names]
+        self._keys: dict[str, list[str]] = {}
+        for key in self._open[0].keys():  # noqa: SIM118 (no mapping)
+            kind, _, name = key.partition("/")
+            self._keys.setdefault(name, []).append(kind)
+
+    def state_keys(self, name: str) -> list[str]:
+        return [kind for kind in self._keys[name] if kind not in ("weights", "best")]
+
+    def whole(self, key: str, piece: Piece) -> Tensor:
+        tensor: Tensor = self._open[0].get_tensor(f"{key}/{piece.name}")
+        return tensor
+
+    def cut(self, key: str, piece: Piece) -> Tensor:
+        """Entries `start` to `stop`, from the files of the ranks that held them."""
+        parts = []
+        for writer, file in enumerate(self._open):
+            first, end = Share(writer, len(self._open)).span(piece.shape.numel())
+            low, high = max(first, piece.start), min(end, piece.stop)
+            if low < high:
+                parts.append(file.get_slice(f"{key}/{piece.name}")[low - first : high - first])
+        return torch.cat(parts) if parts else torch.empty(0)
+
+
+def _is_unharmed(here: Path, record: Mapping[str, Any], model: TrainedModel) -> bool:
+    """Whether every file has its digest, each looked at by one rank. Every rank must call this."""
+    digests = list(record.get("digests", {}).items())  # versions before this one wrote none
+    harmed = sum(file_digest(here / name) != digest for name, digest in digests[rank() :: world_size()])
+    return not sum_over_ranks(torch.tensor([float(harmed)], device=model.backbone.device)).item()
+
+
+def _from_all_ranks(digest: str, model: TrainedModel) -> list[str]:
+    """Each rank's digest, once all have come here."""
+    bytes_of = torch.zeros(world_size(), 32, device=model.backbone.device)
+    bytes_of[rank()] = torch.tensor(list(bytes.fromhex(digest)), dtype=bytes_of.dtype)
+    return [bytes(map(int, row)).hex() for row in sum_over_ranks(bytes_of).tolist()]
+
+
+def _record(here: Path) -> Mapping[str, Any] | None:
+    """What `whole.json` says; None when it or a file that it names is not there whole."""
+    try:
+        record = open_json((here / _WHOLE).read_bytes(), _UNSEALED)
+        whole = all((here / name).stat().st_size == size for name, size in record["files"].items())
+    except (OSError, DamagedError, KeyError, AttributeError):
+        return None
+    return record if whole else None
+
+
+def _at(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:09d}"
+
+
+def _step_of(here: Path) -> int:
+    return int(here.name.removeprefix("step-"))
+
+
+def _file(writer: int, ranks: int) -> str:
+    return f"rank-{writer}-of-{ranks}.safetensors"
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
+def _wait_for_all(model: TrainedModel) -> None:
+    sum_over_ranks(torch.zeros(1, device=model.backbone.device))

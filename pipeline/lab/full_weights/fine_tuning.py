@@ -1,0 +1,260 @@
+"""Full fine-tuning of a model on one task: the baseline that prompts are compared with (Lester et al. 2021, "model
+tuning"). The same rows in the same order as a prompt of that task and seed, the same evaluator, the best on dev kept.
+
+    order = FineTuningOrder(place, task="sst2", settings=task.model_dump(mode="json"), corpus=corpus.to_dict(), seed=0)
+    launch(order, cluster, run, log)   # or order.carry_out(device, lambda: False) in this process
+    result = read_result(order.run_folder)
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.corpus.reader import TokenSet, open_split
+from pipeline.corpus.task_corpus import TaskCorpus
+from pipeline.errors import DivergedError
+from pipeline.lab.full_weights.checkpoint import Progress, remove_checkpoints
+from pipeline.lab.full_weights.model_folder import save_model_folder, stored_bytes
+from pipeline.lab.full_weights.on_rank import TrainingPlace, TrainingRank, most_memory, training_rank
+from pipeline.lab.full_weights.pieces import trained_parameters
+from pipeline.lab.full_weights.step import Examples, no_prompt
+from pipeline.lab.full_weights.training import Course, train
+from pipeline.sealed_files import DamagedError, file_digest, open_json, sealed_json
+from pipeline.settings import TaskSettings
+from pipeline.tuning.batches import rows_of_step
+from pipeline.tuning.evaluate import Score, evaluate, exam_of
+from pipeline.tuning.ranks import rank
+from pipeline.tuning.state import Evaluation
+from pipeline.tuning.trials import Trial, make_trial
+from pipeline.whole_files import remove, write_atomically
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """What came of a fine-tuning. Metrics as the task's settings name them; losses in nats a target token."""
+
+    task: str
+    seed: int
+    metric: str
+    status: str
+    """`tuned`, `stopped early` (for want of progress), or `no gain`: nothing was better than the start."""
+    before: float
+    """The dev metric of the model as it was."""
+    dev: float
+    dev_loss: float
+    test: float | None
+    """Measured once, with the weights that were best on dev; None without a test split."""
+    test_loss: float | None
+    best_step: int
+    steps: int
+    """Taken in all."""
+    trained_parameters: int
+    stored_bytes: int
+    """Of the fine-tuned weights, for this one task; 0 where nothing was better than the start."""
+    seconds: float
+    """Steps and evaluations, over all starts; without loading."""
+    peak_memory_bytes: int
+    """Of the rank that had most."""
+    model: str | None
+    """The folder of the best weights; None where nothing was better than the start."""
+    digest: str
+    """Of the order that this came of."""
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each file of the model's folder; versions before wrote none."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the best weights are where they were left, as they were left; so where none were."""
+        folder = Path(self.model) if self.model is not None else None
+        try:
+            return folder is None or (
+                folder.exists() and all(file_digest(folder / name) == told for name, told in self.files.items())
+            )
+        except OSError:
+            return False
+
+
+@dataclass(frozen=True)
+class Diverged:
+    """A fine-tuning whose loss left the range of numbers, as it would again."""
+
+    reason: str
+    digest: str
+    """Of the order that this came of."""
+
+
+@dataclass(frozen=True)
+class FineTuningOrder:
+    """A fine-tuning as sent to its ranks: plain values only. Its result is `result.json` in the run's folder."""
+
+    place: TrainingPlace
+    task: str
+    settings: dict[str, Any]
+    """`TaskSettings` as JSON: its optimizer, batch_size, max_steps, eval_every, patience, eval_rows, metric."""
+    corpus: dict[str, Any]
+    """`TaskCorpus.to_dict()`."""
+    seed: int
+    fingerprint: str = ""
+    """Of the model started from."""
+
+    @property
+    def run_folder(self) -> str:
+        return self.place.run_folder
+
+    @property
+    def digest(self) -> str:
+        """Of everything that decides the weights."""
+        parts = [self.trial().digest, self.place.model, self.place.dtype]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def trial(self) -> Trial:
+        """The prompt trial whose rows these weights are trained on."""
+        settings = TaskSettings.model_validate(self.settings)
+        return make_trial(self.task, settings, self.seed, self.corpus["digest"], self.fingerprint)
+
+    def carry_out(self, device: torch.device, node_leaves: Callable[[], bool]) -> None:
+        """On a rank; returns early where it was told to stop. Raises: StorageError, BackboneError, TuningError."""
+        done = read_result(self.run_folder)
+        if done is not None and done.digest == self.digest:
+            return
+        with training_rank(self.place, self.trial().settings.optimizer, device, node_leaves) as here:
+            _fine_tune(self, here, device)
+
+
+def read_result(run_folder: str | Path) -> FineTuned | Diverged | None:
+    """What came of the fine-tuning of this folder; None while it has not ended, or where the file is damaged."""
+    names = [known.name for kind in (FineTuned, Diverged) for known in fields(kind)]
+    try:
+        plain = open_json((Path(run_folder) / RESULT).read_bytes(), names)
+        return Diverged(**plain) if "reason" in plain else FineTuned(**plain)
+    except (FileNotFoundError, DamagedError, TypeError):
+        return None
+
+
+def _write_result(run_folder: str, result: FineTuned | Diverged) -> None:
+    write_atomically(Path(run_folder) / RESULT, sealed_json(asdict(result)))
+
+
+@dataclass
+class _Run:
+    order: FineTuningOrder
+    here: TrainingRank
+    trial: Trial = field(init=False)
+    corpus: TaskCorpus = field(init=False)
+    train: TokenSet = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.trial, self.corpus = self.order.trial(), TaskCorpus.from_dict(self.order.corpus)
+        self.train = open_split(self.corpus.splits["train"])
+
+    def examples(self, step: int) -> Examples:
+        rows = [int(row) for row in rows_of_step(self.trial, len(self.train), step)]
+        return Examples([self.train.input_ids(row) for row in rows], [self.train.target_ids(row) for row in rows])
+
+    def measure(self, split: str) -> Score:
+        settings, model = self.trial.settings, self.here.model
+        rows = open_split(self.corpus.splits[split], settings.eval_rows)
+        exam = exam_of(settings, no_prompt(model), rows, self.corpus)
+        (score,) = evaluate(model.backbone, self.here.tokenizer, [exam], self.order.place.tokens_per_microbatch)
+        return score
+
+    def evaluate_if_due(self, progress: Progress) -> bool:
+        """Measure dev where it is due, keep the best weights, and tell whether to go on."""
+        settings, history = self.trial.settings, [Evaluation(*past) for past in progress.notes.get("history", [])]
+        due = progress.step % settings.eval_every == 0 or progress.step >= settings.max_steps
+        if not due or (history and history[-1].step == progress.step):
+            return True
+        score = self.measure("dev")
+        history.append(Evaluation(progress.step, score.value, score.loss))
+        best = progress.notes.get("best_at", 0)
+        gain = history[-1].better(settings.metric, history[best]) and math.isfinite(score.loss)
+        if gain or len(history) == 1:
+            best, model = len(history) - 1, self.here.model
+            dtype = model.backbone.dtype
+            progress.best = [p.values.detach()[: len(p)].to(dtype, copy=True) for p in model.pieces]
+        progress.notes = {"history": [[e.step, e.value, e.loss] for e in history], "best_at": best}
+        self.here.journal.evaluated(progress.step, settings.metric, score.value, score.loss)
+        self.here.journal.paused()
+        stale = len(history) - 1 - best
+        return settings.patience is None or stale < settings.patience
+
+
+def _fine_tune(order: FineTuningOrder, here: TrainingRank, device: torch.device) -> None:
+    run = _Run(order, here)
+    settings = run.trial.settings
+    course = Course(
+        digest=order.digest,
+        checkpoints=order.place.checkpoints,
+        examples=run.examples,
+        steps=settings.max_steps,
+        optimizer=settings.optimizer,
+        checkpoint_every=order.place.checkpoint_every,
+        token_budget=order.place.tokens_per_microbatch,
+    )
+    try:
+        progress = train(here.model, course, here.journal, run.evaluate_if_due, here.notices)
+    except DivergedError as error:
+        if rank() == 0:
+            _write_result(order.run_folder, Diverged(str(error), order.digest))
+        here.journal.finished("failed", str(error))
+        remove_checkpoints(order.place.checkpoints)
+        return
+    if progress is None:
+        return
+    peak = most_memory(device)
+    assert progress.best is not None
+    for piece, best in zip(here.model.pieces, progress.best, strict=True):
+        piece.values.data[: len(piece)] = best
+    here.model.take_up()
+    test = run.measure("test") if "test" in run.corpus.splits else None
+    result = _result(run, progress, test, peak)
+    if rank() == 0:
+        _write_result(order.run_folder, result)
+    here.journal.finished(result.status)
+    remove_checkpoints(order.place.checkpoints)
+
+
+def _result(run: _Run, progress: Progress, test: Score | None, peak: int) -> FineTuned:
+    order, settings, model = run.order, run.trial.settings, run.here.model
+    history = [Evaluation(*past) for past in progress.notes["history"]]
+    best = history[progress.notes["best_at"]]
+    parameters = trained_parameters(model)
+    files: dict[str, str] = {}
+    folder, stored = None, 0
+    if best.step:
+        folder = Path(order.run_folder) / "tuned"
+        if rank() == 0:
+            remove(folder)  # of a start that was killed right here, or of other settings
+        save_model_folder(model, run.here.tokenizer, folder)
+        stored = stored_bytes(folder)
+        if rank() == 0:  # who writes the result
+            files = {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    early = "tuned" if progress.step >= settings.max_steps else "stopped early"
+    return FineTuned(
+        task=order.task,
+        seed=order.seed,
+        metric=settings.metric,
+        status=early if best.step else "no gain",
+        before=history[0].value,
+        dev=best.value,
+        dev_loss=best.loss,
+        test=None if test is None else test.value,
+        test_loss=None if test is None else test.loss,
+        best_step=best.step,
+        steps=progress.step,
+        trained_parameters=parameters,
+        stored_bytes=stored,
+        seconds=progress.seconds,
+        peak_memory_bytes=peak,
+        model=None if folder is None else str(folder),
+        digest=order.digest,
+        files=files,
+    )

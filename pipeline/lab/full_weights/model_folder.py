@@ -1,0 +1,101 @@
+"""Trained weights -> an ordinary model folder: config, tokenizer and safetensors, as transformers saves them."""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline.backbone.loading import stored_buffers
+from pipeline.lab.full_weights.pieces import TrainedModel
+from pipeline.tuning.ranks import rank, sum_over_ranks
+from pipeline.whole_files import put_in_place
+
+_FILE_BYTES = 2 * 2**30
+"""Rank 0 holds one file's weights at a time."""
+
+
+def save_model_folder(model: TrainedModel, tokenizer: Any, folder: Path) -> None:
+    """Write the weights as they are now, unless the folder is there already. Every rank must call this.
+
+    Raises: StorageError when the disk is full, or not writable; the folder is then not there.
+    """
+    there = torch.tensor([float(rank() == 0 and folder.exists())], device=model.backbone.device)
+    if float(sum_over_ranks(there)):
+        return
+    parts = _parts(model)
+
+    def write(path: Path) -> None:
+        path.mkdir()
+        config = copy.deepcopy(model.backbone.config)
+        config.dtype = model.backbone.dtype
+        config.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        _write_weights(parts, len(_files(model)), path)
+
+    if rank() == 0:
+        put_in_place(folder, write)
+    for _ in parts:  # the other ranks, and rank 0 where nothing is left
+        pass
+    sum_over_ranks(there)  # nobody goes on before the folder is there
+
+
+def stored_bytes(folder: Path) -> int:
+    """Bytes of a model folder's weights."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _write_weights(parts: Iterator[dict[str, Tensor]], files: int, path: Path) -> None:
+    place: dict[str, str] = {}
+    size = 0
+    for number, part in enumerate(parts, start=1):
+        name = "model.safetensors" if files == 1 else f"model-{number:05d}-of-{files:05d}.safetensors"
+        save_file(part, path / name, {"format": "pt"})
+        place |= dict.fromkeys(part, name)
+        size += sum(tensor.nbytes for tensor in part.values())
+    if files > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": place}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _parts(model: TrainedModel) -> Iterator[dict[str, Tensor]]:
+    """The weights of one file after another; only rank 0 keeps them."""
+    groups = iter(_files(model))
+    wanted, part = next(groups), _buffers(model)
+    left = set(wanted)
+    for name, weight in model.weights():
+        part[name] = weight.cpu().contiguous().clone() if rank() == 0 else torch.empty(0)
+        left.discard(name)
+        if not left:
+            yield part
+            part = {}
+            left = set(next(groups, ()))
+
+
+def _buffers(model: TrainedModel) -> dict[str, Tensor]:
+    """What is stored but not trained; each rank has all of it."""
+    run = next(module for module in model.backbone.hosted.modules() if isinstance(module, PreTrainedModel))
+    return {
+        name: tensor.cpu().contiguous().clone()
+        for name, (module, key) in stored_buffers(run).items()
+        if (tensor := module._buffers[key]) is not None
+    }
+
+
+def _files(model: TrainedModel) -> list[list[str]]:
+    """Which weights go into which file, in their order."""
+    files: list[list[str]] = [[]]
+    size = 0
+    for piece in model.pieces:
+        own = piece.shape.numel() * model.backbone.dtype.itemsize
+        if files[-1] and size + own > _FILE_BYTES:
+            files.append([])
+            size = 0
+        files[-1].append(piece.name)
+        size += own
+    return files

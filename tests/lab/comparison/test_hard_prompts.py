@@ -1,0 +1,157 @@
+"""Hard prompts: rows behind one have the tokens that the tokenizer gives for the whole text, and score as it does."""
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from pipeline.backbone import prompted
+from pipeline.corpus.encoding import encode_inputs
+from pipeline.corpus.reader import open_split
+from pipeline.errors import SettingsError
+from pipeline.lab.comparison.candidates import Candidate
+from pipeline.lab.comparison.hard_prompts import (
+    HardPrompt,
+    behind_text,
+    check_context,
+    drawn_rows,
+    hard_prompts,
+    joined,
+    solved_rows,
+)
+from pipeline.settings import HardPromptSettings
+from pipeline.tuning.evaluate import answer, exam_of
+from tests.corpora import make_corpus, make_task, reviews, task_corpus
+from tests.tiny import make_tokenizer
+
+
+def byte_level(begins: bool) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer as GPT-2's or SmolLM2's, trained here; as Llama's, it may put a token before every text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator([text for text, _ in reviews(200, 0)] + ["Was it good or bad?\n\n"] * 20, trainer)
+    if begins:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def word_pieces() -> PreTrainedTokenizerFast:
+    """A tokenizer that marks the beginnings of words, as SentencePiece does: text before a row changes its tokens."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "</s>"])
+    tokenizer.train_from_iterator([text for text, _ in reviews(200, 0)] + ["Was it good or bad?"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+
+
+TOKENIZERS = {
+    "words": (make_tokenizer(eos_template=False), "decoder-only"),
+    "words, eos behind": (make_tokenizer(eos_template=True), "encoder-decoder"),
+    "bytes": (byte_level(begins=False), "decoder-only"),
+    "bytes, bos before": (byte_level(begins=True), "decoder-only"),
+    "word pieces": (word_pieces(), "decoder-only"),
+}
+TEXTS = ["Was it good or bad?\n\n", "good film positive\n\nbad food negative\n\n", "no space behind", ""]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_rows_behind_a_text_have_the_tokens_of_the_whole(tmp_path, kind, text):
+    tokenizer, architecture = TOKENIZERS[kind]
+    pairs = reviews(25, 3)
+    corpus = task_corpus(tmp_path, tokenizer, architecture, "a", dict.fromkeys(("train", "dev"), pairs))
+    split = open_split(corpus.splits["dev"])
+    prompt, behind = behind_text(text, split, tokenizer, architecture)
+    (whole,) = {tuple(row) for row in [prompt.tolist()]}
+    ours = sorted((*whole, *behind.input_ids(row).tolist()) for row in range(len(behind)))
+    theirs = sorted(tuple(ids) for ids in encode_inputs(tokenizer, architecture, [text + own for own, _ in pairs]))
+    assert ours == theirs
+    assert [behind.target(row) for row in range(len(behind))] == [split.target(row) for row in range(len(split))]
+    assert bool(text) or not len(prompt)
+    if len(text) > 20:
+        assert len(prompt) > 2, "what all rows share runs once"
+
+
+def test_shots_are_train_rows_solved_in_the_task_s_own_format(tmp_path):
+    tokenizer, architecture = TOKENIZERS["bytes"]
+    pairs = reviews(25, 3)
+    corpus = task_corpus(tmp_path, tokenizer, architecture, "a", {"train": pairs, "dev": reviews(5, 4)})
+    train = open_split(corpus.splits["train"])
+    rows = drawn_rows("a", 0, 3, len(train))
+    solved = solved_rows(train, rows, " ", tokenizer, architecture)
+    assert set(solved) <= {f"{text} {label}" for text, label in pairs} and len(set(rows.tolist())) == 3
+    assert joined(["Say it.", *solved], "\n") == "Say it.\n" + "\n".join(solved) + "\n"
+
+
+def test_shots_depend_on_the_seed_alone_and_fewer_are_the_first_of_more():
+    assert drawn_rows("a", 0, 8, 100)[:3].tolist() == drawn_rows("a", 0, 3, 100).tolist()
+    assert drawn_rows("a", 0, 8, 100).tolist() != drawn_rows("a", 1, 8, 100).tolist()
+
+
+def test_every_task_has_its_text_and_every_number_of_shots_every_seed(tmp_path):
+    tokenizer, architecture = TOKENIZERS["words"]
+    corpora = {name: make_corpus(tmp_path, tokenizer, architecture, name) for name in ("a", "b")}
+    settings = HardPromptSettings(shots=(1, 2), text={"a": "is it good"}, between=" ; ")
+    made = list(hard_prompts(settings, dict.fromkeys("ab", make_task()), corpora, 2, tokenizer, architecture))
+    assert [(p.candidate.task, p.candidate.choice["shots"], p.candidate.seed) for p in made] == [
+        (task, shots, seed) for task in "ab" for shots, seed in ((0, None), (1, 0), (1, 1), (2, 0), (2, 1))
+    ]
+    texts = {p.candidate.name: p.text for p in made}
+    assert texts["hard.a.shots-0"] == "is it good ; " and texts["hard.b.shots-0"] == ""
+    assert all(text.startswith("is it good ; ") for name, text in texts.items() if ".a." in name)
+    assert texts["hard.b.shots-2.seed-0"].startswith(texts["hard.b.shots-1.seed-0"])
+
+
+def test_a_text_too_long_for_the_model_is_refused_with_what_to_lower():
+    tokenizer, architecture = TOKENIZERS["words"]
+    prompt = HardPrompt(Candidate("hard.a.shots-9", "hard prompt", "a", {}, 0), "good " * 50)
+    assert check_context(prompt, make_task(), tokenizer, architecture, None) == 50
+    with pytest.raises(SettingsError, match=r"task 'a': a hard prompt of 50 tokens .* lower compare.hard"):
+        check_context(prompt, make_task(max_input_tokens=40), tokenizer, architecture, 80)
+
+
+@pytest.mark.parametrize("text", ["is it good or bad ", ""])
+def test_a_hard_prompt_scores_as_the_whole_text_does_in_transformers(model, tmp_path, text):
+    backbone, tokenizer, folder = model
+    if backbone.architecture == "encoder-decoder":
+        pytest.skip("the tokens are the same; that its rows score as transformers' is tested for prompts")
+    corpus = make_corpus(tmp_path, tokenizer, backbone.architecture, "a", rows=12)
+    split = open_split(corpus.splits["dev"])
+    ids, behind = behind_text(text, split, tokenizer, backbone.architecture)
+    prompt = backbone.embed(torch.as_tensor(ids, dtype=torch.long))
+    (given,) = answer(backbone, tokenizer, [exam_of(make_task(), prompt, behind, corpus)], 500)
+    reference = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for row in range(len(split)):
+        own = tokenizer.decode(split.input_ids(row))
+        tokens = tokenizer(text + own, add_special_tokens=False).input_ids
+        for label, score in zip(corpus.label_ids, given.label_scores[row], strict=True):
+            whole = torch.tensor([[*tokens, *label]])
+            with torch.no_grad():
+                log_p = reference(whole).logits[0].log_softmax(-1)
+            wanted = sum(log_p[len(tokens) + i - 1, token].item() for i, token in enumerate(label))
+            assert score == pytest.approx(wanted, rel=0.05, abs=0.05)  # int8 against float
+
+
+def test_answers_tell_each_label_s_log_likelihood(model, tmp_path):
+    backbone, tokenizer, _ = model
+    corpora = [make_corpus(tmp_path, tokenizer, backbone.architecture, name, seed) for seed, name in enumerate("ab")]
+    exams = [exam_of(make_task(), torch.randn(3, 32), open_split(corpus.splits["dev"]), corpus) for corpus in corpora]
+    for exam, given in zip(exams, answer(backbone, tokenizer, exams, 300), strict=True):
+        assert given.label_scores.shape == (len(exam.split), 2)
+        chosen = [exam.labels[place] for place in given.label_scores.argmax(axis=1)]
+        assert chosen == given.texts
+        own = [given.label_scores[row, exam.labels.index(exam.split.target(row))] for row in range(len(exam.split))]
+        np.testing.assert_allclose(-given.nll, own)
+
+
+def test_the_empty_prompt_is_the_model_alone(model):
+    backbone, *_ = model
+    rows = prompted.Rows([torch.zeros(0, 32)], [0, 0], [np.array([5, 6, 7]), np.array([8])])
+    nll = backbone.run(prompted.target_nll, rows, [np.array([9, 1]), np.array([10, 1])])
+    assert nll.shape == (2,) and bool(nll.isfinite().all())
