@@ -31,7 +31,7 @@ from pipeline.errors import PromptBankError
 
 if TYPE_CHECKING:
     from pipeline.lab.benchmark.bench import Bench
-    from pipeline.lab.benchmark.comparison import Result, Side
+    from pipeline.lab.benchmark.side_by_side import Result, Side
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None, pretty_exceptions_enable=False
@@ -386,8 +386,8 @@ def _bench(
 def _run(
     name: str, sides: "Mapping[str, Callable[[], Side]]", rounds: int, out: Path, bench: "Bench | None" = None
 ) -> "Result":
-    from pipeline.lab.benchmark.comparison import compare, save_results
     from pipeline.lab.benchmark.peak import shares_of_peak
+    from pipeline.lab.benchmark.side_by_side import compare, save_results
     from pipeline.lab.benchmark.tables import comparison_table
 
     result = compare(name, sides, rounds)

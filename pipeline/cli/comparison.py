@@ -27,7 +27,7 @@ class PromptChange:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class VersionDiff:
     header: tuple[Change, ...]
     """What differs in `backbone` and `libraries`."""
     prompts: tuple[PromptChange, ...]
@@ -35,13 +35,13 @@ class Comparison:
     unchanged: int
 
 
-def compare(before: Snapshot, after: Snapshot) -> Comparison:
+def compare(before: Snapshot, after: Snapshot) -> VersionDiff:
     """Raises: BankError when one of them is damaged, StorageError."""
     old = {record.name: record for record in before.records()}
     new = {record.name: record for record in after.records()}
     changes = [_compare_prompts(name, old.get(name), new.get(name)) for name in sorted(old.keys() | new.keys())]
     found = tuple(change for change in changes if change)
-    return Comparison(_changes(_header(before), _header(after)), found, len(changes) - len(found))
+    return VersionDiff(_changes(_header(before), _header(after)), found, len(changes) - len(found))
 
 
 def _compare_prompts(name: str, old: PromptRecord | None, new: PromptRecord | None) -> PromptChange | None:

@@ -8,7 +8,7 @@ import typer
 from pipeline.bank import PromptBank
 from pipeline.bank.manifest import Status
 from pipeline.cli import completion, output
-from pipeline.cli.comparison import Change, Comparison, PromptChange, compare
+from pipeline.cli.comparison import Change, PromptChange, VersionDiff, compare
 from pipeline.cli.options import (
     AsJson,
     Bank,
@@ -197,7 +197,7 @@ def _version_row(version: dict[str, Any]) -> list[Cell]:
     ]
 
 
-def _diff_rows(found: Comparison) -> list[list[Cell]]:
+def _diff_rows(found: VersionDiff) -> list[list[Cell]]:
     rows: list[list[Cell]] = [[None, "changed", *_change_cells(change)] for change in found.header]
     for prompt in found.prompts:
         whole = prompt.kind != "changed"

@@ -5,7 +5,7 @@ from typing import Any
 
 from pipeline.cli.output import Cell, Column
 from pipeline.reporting.pace import RECENT
-from pipeline.reporting.state import TrialState
+from pipeline.reporting.state import TrialProgress
 from pipeline.reporting.watched import WatchedRun
 from pipeline.reporting.words import about, counted
 
@@ -126,7 +126,7 @@ def run_document(run: WatchedRun, now: float) -> dict[str, Any]:
     }
 
 
-def trial_row(name: str, trial: TrialState) -> list[Cell]:
+def trial_row(name: str, trial: TrialProgress) -> list[Cell]:
     status = _status(trial)
     colour = {"failed": "red", "live": "cyan", "waiting": "", "no gain": "yellow", "not learned": "yellow"}.get(
         status, "green"
@@ -135,7 +135,7 @@ def trial_row(name: str, trial: TrialState) -> list[Cell]:
     return [name, (status, colour), trial.step, trial.max_steps, loss, trial.metric, trial.value, trial.reason]
 
 
-def trial_document(name: str, trial: TrialState) -> dict[str, Any]:
+def trial_document(name: str, trial: TrialProgress) -> dict[str, Any]:
     return {
         "trial": name,
         "task": trial.task,
@@ -149,7 +149,7 @@ def trial_document(name: str, trial: TrialState) -> dict[str, Any]:
     }
 
 
-def _status(trial: TrialState) -> str:
+def _status(trial: TrialProgress) -> str:
     if trial.finished:
         return trial.status or "finished"
     return "live" if trial.live else "waiting"

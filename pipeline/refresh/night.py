@@ -12,12 +12,12 @@ from rich.console import Console
 
 from pipeline.bank import NewPrompt, PromptBank, Standing
 from pipeline.errors import LeaseError, SettingsError, StorageError
-from pipeline.refresh.chronicle import Chronicle
 from pipeline.refresh.conditions import check_conditions
 from pipeline.refresh.exits import exit_of, verdict
-from pipeline.refresh.look import Look, look
-from pipeline.refresh.outcomes import Outcome, decide, planned_record
+from pipeline.refresh.inputs import NightInputs, read_inputs
+from pipeline.refresh.outcomes import NightDecision, decide, planned_record
 from pipeline.refresh.record import NightRecord, read_record
+from pipeline.refresh.record_writer import NightRecordWriter
 from pipeline.refresh.tuned import tune, with_readable_incumbents
 from pipeline.reporting.events import EventLog, telling_why
 from pipeline.reporting.html.from_record import night_of_record
@@ -25,8 +25,8 @@ from pipeline.reporting.progress import follow
 from pipeline.run.bank import check_fit, open_bank, readable_bank
 from pipeline.run.checks import CheckedRun, check_run
 from pipeline.run.lease import Lease, held
-from pipeline.run.page import leave_page
-from pipeline.run.patience import patiently
+from pipeline.run.page import write_report
+from pipeline.run.patience import retry_while_unreachable
 from pipeline.run.publishing import library_versions
 from pipeline.run.stages import make_run_folder
 from pipeline.run.tracking import followed
@@ -64,7 +64,7 @@ def run_night(settings: Settings, date: str, console: Console) -> NightRecord:
         before = read_record(folder)
         if before is not None and before.state == "finished" and before.version is not None:
             return before
-        chronicle = Chronicle(folder, _blank(own, date), lease.check)
+        chronicle = NightRecordWriter(folder, _blank(own, date), lease.check)
         try:
             with _telling_failures(chronicle):
                 if before is not None and before.state == "publishing":
@@ -76,18 +76,20 @@ def run_night(settings: Settings, date: str, console: Console) -> NightRecord:
             with suppress(LeaseError):  # the folder is another night's by now
                 lease.check()
                 price = own.cluster.price_per_rank_hour
-                leave_page(folder, lambda: night_of_record(folder, readable_bank(own.bank), price), console, "night")
+                write_report(folder, lambda: night_of_record(folder, readable_bank(own.bank), price), console, "night")
 
 
-def plan_night_only(settings: Settings, date: str, folder: Path, console: Console) -> Look:
+def plan_night_only(settings: Settings, date: str, folder: Path, console: Console) -> NightInputs:
     """What a night would do, looked at from a folder that need not last. Trains nothing, takes no lease."""
     checked = check_run(night_settings(settings, date), new_backbone=True)
     events = folder / "events.jsonl"
     with EventLog(events) as log, ray_on_demand(settings.cluster) as connect, follow(events, console):
-        return look(checked, folder, log, connect)
+        return read_inputs(checked, folder, log, connect)
 
 
-def _refresh(settings: Settings, folder: Path, lease: Lease, chronicle: Chronicle, console: Console) -> NightRecord:
+def _refresh(
+    settings: Settings, folder: Path, lease: Lease, chronicle: NightRecordWriter, console: Console
+) -> NightRecord:
     chronicle.write()
     with chronicle.stage("check"):
         checked = check_run(settings, new_backbone=True)
@@ -105,7 +107,7 @@ def _refresh(settings: Settings, folder: Path, lease: Lease, chronicle: Chronicl
 
         log.write("begin", tasks=len(settings.tasks))
         with chronicle.stage("corpus"):
-            found = look(checked, folder, log, connect_timed)
+            found = read_inputs(checked, folder, log, connect_timed)
         found, incumbents = with_readable_incumbents(checked, found)
         chronicle.write(
             model=settings.model.path,
@@ -125,7 +127,12 @@ def _refresh(settings: Settings, folder: Path, lease: Lease, chronicle: Chronicl
 
 
 def _publish(
-    checked: CheckedRun, found: Look, outcomes: Sequence[Outcome], lease: Lease, chronicle: Chronicle, log: EventLog
+    checked: CheckedRun,
+    found: NightInputs,
+    outcomes: Sequence[NightDecision],
+    lease: Lease,
+    chronicle: NightRecordWriter,
+    log: EventLog,
 ) -> NightRecord:
     settings = checked.settings
     records = tuple(outcome.record for outcome in outcomes)
@@ -137,12 +144,12 @@ def _publish(
     log.write("stage", name="publish", text=f"to {settings.bank.uri}")
     chronicle.write(state="publishing", tasks=records, conditions=conditions, alias_may_move=may_move)
     with chronicle.stage("publish"):
-        number = patiently(partial(_publish_once, checked, outcomes, may_move, lease), "publish", log)
+        number = retry_while_unreachable(partial(_publish_once, checked, outcomes, may_move, lease), "publish", log)
         stands_at = _alias_version(open_bank(settings.bank), settings)
     return _end(chronicle, number, stands_at)
 
 
-def _publish_once(checked: CheckedRun, outcomes: Sequence[Outcome], may_move: bool, lease: Lease) -> int:
+def _publish_once(checked: CheckedRun, outcomes: Sequence[NightDecision], may_move: bool, lease: Lease) -> int:
     """The night's version; where it is there already, since only the store's answer was lost, it gets its alias."""
     settings = checked.settings
     bank, alias = open_bank(settings.bank, create=True), settings.bank.alias if may_move else None
@@ -170,7 +177,7 @@ def _version_of(bank: PromptBank, run: str) -> int | None:
     return next((n for n in bank.versions()[::-1][:_LOOK_BACK] if bank.at(str(n)).header.run == run), None)
 
 
-def _is_news(outcome: Outcome) -> bool:
+def _is_news(outcome: NightDecision) -> bool:
     """Whether the bank must be told: of a new prompt, one that left, or one that was tuned and not taken."""
     prompt = outcome.prompt
     if isinstance(prompt, NewPrompt):
@@ -178,7 +185,7 @@ def _is_news(outcome: Outcome) -> bool:
     return outcome.record.result == "removed" or (prompt is not None and prompt.inputs_digest is not None)
 
 
-def _complete(settings: Settings, before: NightRecord, chronicle: Chronicle) -> NightRecord | None:
+def _complete(settings: Settings, before: NightRecord, chronicle: NightRecordWriter) -> NightRecord | None:
     """Finish a night that was stopped while it published; None when its version is not there yet."""
     bank = open_bank(settings.bank, create=True)
     number = _version_of(bank, before.run)
@@ -191,7 +198,7 @@ def _complete(settings: Settings, before: NightRecord, chronicle: Chronicle) -> 
     return _end(chronicle, number, _alias_version(bank, settings))
 
 
-def _end(chronicle: Chronicle, version: int | None, alias: int | None) -> NightRecord:
+def _end(chronicle: NightRecordWriter, version: int | None, alias: int | None) -> NightRecord:
     code, outcome = verdict(chronicle.record, version)
     return chronicle.write(
         state="finished",
@@ -222,13 +229,13 @@ def _blank(settings: Settings, date: str) -> NightRecord:
     )
 
 
-def _counted(found: Look) -> str:
+def _counted(found: NightInputs) -> str:
     decisions = [planned.decision for planned in found.plan]
     return ", ".join(f"{decisions.count(kind)} {kind}" for kind in dict.fromkeys(decisions))
 
 
 @contextmanager
-def _telling_failures(chronicle: Chronicle) -> Iterator[None]:
+def _telling_failures(chronicle: NightRecordWriter) -> Iterator[None]:
     """A night that fails says so in its record, unless the disk refuses that too, or the lease was lost."""
     try:
         yield

@@ -8,13 +8,13 @@ import numpy as np
 from pipeline.bank import NewPrompt, Standing
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.refresh.gate import judge
-from pipeline.refresh.look import Look
+from pipeline.refresh.inputs import NightInputs
 from pipeline.refresh.plan import PlannedTask
 from pipeline.refresh.record import TaskRecord
 from pipeline.refresh.starts import is_warm
-from pipeline.refresh.tuned import Tuned
+from pipeline.refresh.tuned import NightResults
 from pipeline.run.publishing import new_prompt
-from pipeline.run.results import Entry
+from pipeline.run.results import TaskResult
 from pipeline.settings import Settings
 from pipeline.tuning.state import Evaluation, TrialState, winner
 from pipeline.tuning.trials import inputs_digest
@@ -23,7 +23,7 @@ _NO_BETTER = "no step was better than the bank's prompt, which it started from"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class NightDecision:
     record: TaskRecord
     prompt: NewPrompt | Standing | None = None
     """What the new version has of the task; None for nothing."""
@@ -37,20 +37,20 @@ def planned_record(planned: PlannedTask, settings: Settings) -> TaskRecord:
     return TaskRecord(planned.task, planned.decision, planned.why, canary=canary, metric=metric)
 
 
-def decide(settings: Settings, found: Look, tuned: Tuned) -> list[Outcome]:
+def decide(settings: Settings, found: NightInputs, tuned: NightResults) -> list[NightDecision]:
     """By task, in the plan's order."""
     return [_decide(planned, settings, found, tuned) for planned in found.plan]
 
 
-def _decide(planned: PlannedTask, settings: Settings, found: Look, tuned: Tuned) -> Outcome:
+def _decide(planned: PlannedTask, settings: Settings, found: NightInputs, tuned: NightResults) -> NightDecision:
     record = planned_record(planned, settings)
     if planned.task in found.corpora:
         record = replace(record, rows=found.corpora[planned.task].counts)
     if planned.decision == "removed":
-        return Outcome(replace(record, result="removed"))
+        return NightDecision(replace(record, result="removed"))
     if planned.decision == "carried":
         assert planned.incumbent is not None
-        return Outcome(replace(record, result="carried", stays=True), Standing(planned.incumbent))
+        return NightDecision(replace(record, result="carried", stays=True), Standing(planned.incumbent))
     if planned.decision == "unusable":
         return _failed(record, planned, planned.why)
     entry, corpus = tuned.entries[planned.task], found.corpora[planned.task]
@@ -63,21 +63,28 @@ def _decide(planned: PlannedTask, settings: Settings, found: Look, tuned: Tuned)
             return _failed(
                 record, planned, f"not learned, and withheld: {entry.reason}", new_prompt(entry, corpus, settings)
             )
-        return Outcome(replace(record, result="promoted", reason=entry.reason), new_prompt(entry, corpus, settings))
+        return NightDecision(
+            replace(record, result="promoted", reason=entry.reason), new_prompt(entry, corpus, settings)
+        )
     return _compared(record, planned, entry, corpus, settings, tuned)
 
 
-def _failed(record: TaskRecord, planned: PlannedTask, reason: str, failed: NewPrompt | None = None) -> Outcome:
+def _failed(record: TaskRecord, planned: PlannedTask, reason: str, failed: NewPrompt | None = None) -> NightDecision:
     """What it was tuned from is not noted with a prompt that stays: tomorrow it is tried again."""
     record = replace(record, result="failed", reason=reason)
     if planned.incumbent is None:
-        return Outcome(record, failed)
-    return Outcome(replace(record, stays=True), Standing(planned.incumbent, "kept", reason))
+        return NightDecision(record, failed)
+    return NightDecision(replace(record, stays=True), Standing(planned.incumbent, "kept", reason))
 
 
 def _compared(
-    record: TaskRecord, planned: PlannedTask, entry: Entry, corpus: TaskCorpus, settings: Settings, tuned: Tuned
-) -> Outcome:
+    record: TaskRecord,
+    planned: PlannedTask,
+    entry: TaskResult,
+    corpus: TaskCorpus,
+    settings: Settings,
+    tuned: NightResults,
+) -> NightDecision:
     """A task with a prompt in the bank: the gate."""
     assert planned.incumbent is not None
     pair, chosen = tuned.pairs[planned.task], entry.chosen
@@ -93,13 +100,15 @@ def _compared(
     if reason is None and entry.withheld:
         reason = f"not learned, and withheld: {entry.reason}"
     if reason is None:
-        return Outcome(replace(record, result="promoted", reason=entry.reason), new_prompt(entry, corpus, settings))
+        return NightDecision(
+            replace(record, result="promoted", reason=entry.reason), new_prompt(entry, corpus, settings)
+        )
     inputs = inputs_digest(settings, planned.task, corpus.digest)
     record = replace(record, result="kept", reason=reason, worse=not same, stays=True)
-    return Outcome(record, Standing(planned.incumbent, "kept", reason, inputs))
+    return NightDecision(record, Standing(planned.incumbent, "kept", reason, inputs))
 
 
-def _with_figures(record: TaskRecord, entry: Entry, version: int | None) -> TaskRecord:
+def _with_figures(record: TaskRecord, entry: TaskResult, version: int | None) -> TaskRecord:
     """What the trials came to, and which start served better."""
     warm = _best([state for state in entry.trials if is_warm(state.trial, version)])
     cold = _best([state for state in entry.trials if not is_warm(state.trial, version)])

@@ -18,7 +18,7 @@ Decision = Literal["carried", "warm", "cold", "retune", "removed", "unusable"]
 
 
 @dataclass(frozen=True)
-class TaskTonight:
+class TaskInputs:
     """What decides a task's prompt, as it is tonight."""
 
     inputs_digest: str
@@ -43,7 +43,7 @@ class PlannedTask:
 
 
 def plan_night(
-    tasks: Mapping[str, TaskTonight | str],
+    tasks: Mapping[str, TaskInputs | str],
     incumbents: Mapping[str, PromptRecord],
     same_backbone: bool,
     others: Collection[str] = (),
@@ -70,7 +70,7 @@ def without_incumbent(planned: PlannedTask, reason: str) -> PlannedTask:
     return replace(planned, decision="cold", why=why, incumbent=None)
 
 
-def _planned(name: str, task: TaskTonight | str, record: PromptRecord | None, same_backbone: bool) -> PlannedTask:
+def _planned(name: str, task: TaskInputs | str, record: PromptRecord | None, same_backbone: bool) -> PlannedTask:
     incumbent = record if record is not None and record.digest is not None and same_backbone else None
     if isinstance(task, str):
         return PlannedTask(name, "unusable", task, incumbent)
@@ -96,7 +96,7 @@ def _unchanged(record: PromptRecord) -> str:
     return "nothing changed"
 
 
-def _what_changed(record: PromptRecord, task: TaskTonight) -> str:
+def _what_changed(record: PromptRecord, task: TaskInputs) -> str:
     if record.corpus_digest != task.corpus_digest:
         return "its corpus changed"
     if record.inputs_digest is None:

@@ -9,34 +9,34 @@ import numpy as np
 from safetensors.numpy import save
 
 from pipeline.errors import BankError, TuningError
-from pipeline.refresh.look import Look
+from pipeline.refresh.inputs import NightInputs
 from pipeline.refresh.plan import without_incumbent
 from pipeline.refresh.starts import reference, with_warm_starts
 from pipeline.reporting.events import EventLog
 from pipeline.run.bank import open_bank
 from pipeline.run.checks import CheckedRun
-from pipeline.run.results import Entry, choose, write_trials
-from pipeline.run.stages import announce, finished_states, make_order, stopped_sentence
+from pipeline.run.results import TaskResult, choose, write_trials
+from pipeline.run.stages import announce, finished_states, make_rank_job, stopped_sentence
 from pipeline.settings import Settings
 from pipeline.tuning.connection import Connect
 from pipeline.tuning.incumbents import Pair, best_states, pair_keys, prompt_digest, read_pairs
 from pipeline.tuning.launch import launch
-from pipeline.tuning.worker import Order
+from pipeline.tuning.worker import RankJob
 from pipeline.whole_files import write_atomically
 
 
 @dataclass(frozen=True)
-class Tuned:
+class NightResults:
     """By task, for the tasks that were trained."""
 
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TaskResult]
     pairs: Mapping[str, Pair]
     """Of those that have a prompt in the bank and a trial that did not fail."""
     incumbents: Mapping[str, np.ndarray]
     """The bank's prompts, `[P, H]`."""
 
 
-def with_readable_incumbents(checked: CheckedRun, found: Look) -> tuple[Look, dict[str, np.ndarray]]:
+def with_readable_incumbents(checked: CheckedRun, found: NightInputs) -> tuple[NightInputs, dict[str, np.ndarray]]:
     """The bank's prompts of the tasks that will be trained; those whose prompt is damaged are planned anew.
 
     Raises: StorageError.
@@ -58,21 +58,21 @@ def with_readable_incumbents(checked: CheckedRun, found: Look) -> tuple[Look, di
 
 def tune(
     checked: CheckedRun,
-    found: Look,
+    found: NightInputs,
     incumbents: Mapping[str, np.ndarray],
     folder: Path,
     log: EventLog,
     connect: Connect,
-) -> Tuned:
+) -> NightResults:
     """Tune what is to be tuned, going on where an attempt before was stopped; no rank starts where all is done.
 
     Raises: PromptBankError.
     """
     if not found.trained:
-        return Tuned({}, {}, {})
+        return NightResults({}, {}, {})
     settings = with_warm_starts(checked.settings, found.plan, found.bank.version)
     corpora = {planned.task: found.corpora[planned.task] for planned in found.trained}
-    order = make_order(replace(checked, settings=settings), corpora, folder)
+    order = make_rank_job(replace(checked, settings=settings), corpora, folder)
     order = replace(order, incumbents=_keep(order, incumbents))
     announce(order, settings, log)
     done = _done(order, settings, incumbents, checked.tokenizer)
@@ -86,7 +86,7 @@ def tune(
     return done
 
 
-def _keep(order: Order, incumbents: Mapping[str, np.ndarray]) -> dict[str, str]:
+def _keep(order: RankJob, incumbents: Mapping[str, np.ndarray]) -> dict[str, str]:
     """Write the bank's prompts to where the ranks read them; their digests."""
     digests = {}
     for task, array in incumbents.items():
@@ -96,7 +96,9 @@ def _keep(order: Order, incumbents: Mapping[str, np.ndarray]) -> dict[str, str]:
     return digests
 
 
-def _done(order: Order, settings: Settings, incumbents: Mapping[str, np.ndarray], tokenizer: Any) -> Tuned | None:
+def _done(
+    order: RankJob, settings: Settings, incumbents: Mapping[str, np.ndarray], tokenizer: Any
+) -> NightResults | None:
     """What the ranks have left, None while a trial or a comparison is missing."""
     states = finished_states(order, settings)
     if states is None:
@@ -105,4 +107,4 @@ def _done(order: Order, settings: Settings, incumbents: Mapping[str, np.ndarray]
     if pairs is None:
         return None
     entries = choose(states, order.task_corpora(), tokenizer, settings.bank.not_learned == "withhold")
-    return Tuned({entry.task: entry for entry in entries}, pairs, incumbents)
+    return NightResults({entry.task: entry for entry in entries}, pairs, incumbents)

@@ -9,7 +9,7 @@ from rich.table import Table
 
 
 @dataclass(frozen=True)
-class PlannedTask:
+class PlanRow:
     task: str
     train_rows: int
     dev_rows: int | None
@@ -24,7 +24,7 @@ class PlannedTask:
     dev_fraction: float | None = None
 
 
-def plan_table(tasks: Sequence[PlannedTask]) -> Table:
+def plan_table(tasks: Sequence[PlanRow]) -> Table:
     """One row per task and, below, the totals over all tasks; rows are counted before any is dropped."""
     table = Table(box=box.SIMPLE_HEAD, show_footer=True)
     steps = sum(task.trials * task.max_steps for task in tasks)

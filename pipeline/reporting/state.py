@@ -7,7 +7,7 @@ from pipeline.reporting.events import Event
 
 
 @dataclass
-class TrialState:
+class TrialProgress:
     task: str
     max_steps: int
     step: int = 0
@@ -29,7 +29,7 @@ class RunState:
     stage_name: str = ""
     step: int = 0
     tokens_per_second: float = 0.0
-    trials: dict[str, TrialState] = field(default_factory=dict)
+    trials: dict[str, TrialProgress] = field(default_factory=dict)
     ended: bool = False
     """It has run to its end, and `version` tells what it published, if anything."""
     version: int | None = None
@@ -38,7 +38,7 @@ class RunState:
     """Why it stopped before its end."""
 
     @property
-    def live(self) -> dict[str, TrialState]:
+    def live(self) -> dict[str, TrialProgress]:
         return {name: trial for name, trial in self.trials.items() if trial.live}
 
     @property
@@ -88,7 +88,7 @@ class RunState:
         self.trials = {}
         for launched in event.get("trials") or []:
             name = launched["trial"]
-            trial = before.get(name, TrialState(launched.get("task", name), 0))
+            trial = before.get(name, TrialProgress(launched.get("task", name), 0))
             trial.max_steps = int(launched.get("max_steps") or 0)
             trial.live = False
             self.trials[name] = trial
@@ -105,7 +105,7 @@ class RunState:
             if there.get("status"):
                 self._finish(trial, there)
 
-    def _evaluated(self, trial: TrialState, event: Event) -> None:
+    def _evaluated(self, trial: TrialProgress, event: Event) -> None:
         step = int(event.get("step") or 0)
         if step == 0:  # it has just started, perhaps not for the first time
             trial.step, trial.finished, trial.status, trial.reason = 0, False, "", None
@@ -114,7 +114,7 @@ class RunState:
         self.step = max(self.step, step)
         trial.metric, trial.value = event.get("metric"), event.get("value")
 
-    def _finish(self, trial: TrialState, event: Event) -> None:
+    def _finish(self, trial: TrialProgress, event: Event) -> None:
         trial.live, trial.finished = False, True
         trial.status, trial.reason = str(event.get("status") or ""), event.get("reason")
 
@@ -125,7 +125,7 @@ class RunState:
         for name, trial in self.trials.items():
             trial.live = name in running
         for name, now in running.items():
-            trial = self.trials.setdefault(name, TrialState(name, 0, live=True))
+            trial = self.trials.setdefault(name, TrialProgress(name, 0, live=True))
             trial.step, trial.loss = int(now.get("step") or 0), now.get("loss")
             trial.finished = False
 

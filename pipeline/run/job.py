@@ -13,15 +13,15 @@ from pipeline.reporting.table import TrialResult
 from pipeline.run.bank import check_fit
 from pipeline.run.checks import CheckedRun
 from pipeline.run.lease import run_lease
-from pipeline.run.page import leave_page
-from pipeline.run.patience import patiently
+from pipeline.run.page import write_report
+from pipeline.run.patience import retry_while_unreachable
 from pipeline.run.publishing import publish_prompts
 from pipeline.run.report import report_of
 from pipeline.run.results import choose, result_of, write_trials
 from pipeline.run.stages import (
     announce,
     finished_states,
-    make_order,
+    make_rank_job,
     make_run_folder,
     prepare_corpora,
     save_model_description,
@@ -45,7 +45,7 @@ class Exit(IntEnum):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunResult:
     results: tuple[TrialResult, ...]
     version: int | None
     """Of the bank; None when nothing was published."""
@@ -60,7 +60,7 @@ class Outcome:
         return Exit.SOME_PUBLISHED if failed else Exit.ALL_PUBLISHED
 
 
-def run_job(checked: CheckedRun, console: Console) -> Outcome:
+def run_job(checked: CheckedRun, console: Console) -> RunResult:
     """Prepare corpora, tune every trial, publish; resumes a run of the same name.
 
     Raises: PromptBankError for everything that a user can mend; nothing is then published.
@@ -78,7 +78,7 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
         check_fit(settings.bank)
         tokenizer = save_model_description(checked, folder)
         corpora, refused = prepare_corpora(checked, tokenizer, log, connect)
-        order = make_order(checked, corpora, folder)
+        order = make_rank_job(checked, corpora, folder)
         announce(order, settings, log)
         states = finished_states(order, settings)
         if states is None:
@@ -95,13 +95,13 @@ def run_job(checked: CheckedRun, console: Console) -> Outcome:
             lease.check()  # the last moment: a start that took over, while this one was stopped or waited, may publish
             return publish_prompts(settings, checked.identity, entries, corpora)
 
-        version = patiently(publish, "publish", log)
+        version = retry_while_unreachable(publish, "publish", log)
         left_out = [_refused_result(settings, *item) for item in refused.items()]
-        outcome = Outcome((*map(result_of, entries), *left_out), version)
+        outcome = RunResult((*map(result_of, entries), *left_out), version)
         not_learned = {entry.chosen.trial.name: entry.reason for entry in entries if entry.learned is False}
         log.write("end", version=version, exit=int(outcome.exit), not_learned=not_learned)
         report = partial(report_of, folder, settings, checked.identity, entries, left_out, corpora, version)
-        return replace(outcome, report=leave_page(folder, report, console, "run"))
+        return replace(outcome, report=write_report(folder, report, console, "run"))
 
 
 def _refused_result(settings: Settings, name: str, error: PromptBankError) -> TrialResult:

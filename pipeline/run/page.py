@@ -9,7 +9,7 @@ from pipeline.reporting.html import NightReport, render
 from pipeline.whole_files import write_atomically
 
 
-def leave_page(folder: Path, report: Callable[[], NightReport], console: Console, whose: str) -> Path | None:
+def write_report(folder: Path, report: Callable[[], NightReport], console: Console, whose: str) -> Path | None:
     """Write the page and say where it is; where that cannot be done, a warning is all."""
     path = folder / "report.html"
     try:

@@ -14,7 +14,7 @@ PATIENCE_S = 240.0
 T = TypeVar("T")
 
 
-def patiently(action: Callable[[], T], stage: str, log: EventLog) -> T:
+def retry_while_unreachable(action: Callable[[], T], stage: str, log: EventLog) -> T:
     """`action()`, again and again for some minutes while the store that it needs cannot be reached.
 
     It must be safe to repeat. Raises: what `action` raises, the last UnreachableError in the end.

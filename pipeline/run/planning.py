@@ -4,7 +4,7 @@ import os
 
 from rich.console import Console
 
-from pipeline.reporting.plan import PlannedTask, memory_table, plan_table
+from pipeline.reporting.plan import PlanRow, memory_table, plan_table
 from pipeline.reporting.words import millions
 from pipeline.run.checks import CheckedRun
 
@@ -31,10 +31,10 @@ def print_plan(checked: CheckedRun, console: Console) -> None:
     console.print(f"run {storage}/{settings.run.name} -> bank {bank} ({settings.bank.alias})", markup=False)
 
 
-def _planned(checked: CheckedRun, name: str) -> PlannedTask:
+def _planned(checked: CheckedRun, name: str) -> PlanRow:
     task, plan = checked.settings.tasks[name], checked.plans[name]
     trials = task.trials(name).values()
-    return PlannedTask(
+    return PlanRow(
         task=name,
         train_rows=plan.rows["train"],
         dev_rows=None if task.dev_fraction else plan.rows["dev"],

@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.bank import BackboneId, Metrics, NewPrompt, PromptBank, Template
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.run.bank import open_bank
-from pipeline.run.results import NO_GAIN, Entry
+from pipeline.run.results import NO_GAIN, TaskResult
 from pipeline.settings import Settings
 from pipeline.tuning.trials import inputs_digest
 
@@ -17,7 +17,7 @@ _LIBRARIES = ("torch", "transformers", "deepspeed", "bitsandbytes", "ray", "pyar
 
 
 def publish_prompts(
-    settings: Settings, identity: BackboneId, entries: Sequence[Entry], corpora: Mapping[str, TaskCorpus]
+    settings: Settings, identity: BackboneId, entries: Sequence[TaskResult], corpora: Mapping[str, TaskCorpus]
 ) -> int | None:
     """Publish what `bank.publish` says and tell which version holds it; None when no trial succeeded.
 
@@ -35,7 +35,7 @@ def publish_prompts(
     return bank.publish(prompts, identity, settings.run.name, library_versions(), settings.bank.alias)
 
 
-def _prompts(entry: Entry, corpus: TaskCorpus, settings: Settings) -> list[NewPrompt]:
+def _prompts(entry: TaskResult, corpus: TaskCorpus, settings: Settings) -> list[NewPrompt]:
     """What is published of a task: its best prompt, and where the settings ask for all, also that of each trial."""
     best = new_prompt(entry, corpus, settings)
     if settings.bank.publish == "best" or len(entry.trials) == 1:
@@ -51,7 +51,7 @@ def library_versions() -> dict[str, str]:
     return {name: version(name) for name in _LIBRARIES}
 
 
-def new_prompt(entry: Entry, corpus: TaskCorpus, run: Settings) -> NewPrompt:
+def new_prompt(entry: TaskResult, corpus: TaskCorpus, run: Settings) -> NewPrompt:
     """A task's best prompt as the bank takes it."""
     state, failed, absent = entry.chosen, entry.failed, entry.failed or entry.withheld
     settings = state.trial.settings

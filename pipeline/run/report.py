@@ -13,7 +13,7 @@ from pipeline.reporting.table import TrialResult
 from pipeline.reporting.watched import read_events
 from pipeline.run.bank import readable_bank
 from pipeline.run.publishing import library_versions
-from pipeline.run.results import NO_GAIN, Entry, result_of
+from pipeline.run.results import NO_GAIN, TaskResult, result_of
 from pipeline.settings import Settings
 from pipeline.tuning.state import TrialState
 
@@ -22,7 +22,7 @@ def report_of(
     folder: Path,
     settings: Settings,
     identity: BackboneId,
-    entries: Sequence[Entry],
+    entries: Sequence[TaskResult],
     refused: Sequence[TrialResult],
     corpora: Mapping[str, TaskCorpus],
     version: int | None,
@@ -71,7 +71,7 @@ def report_of(
     )
 
 
-def _task(folder: Path, entry: Entry, corpus: TaskCorpus, history: Sequence[PastVersion]) -> TaskNight:
+def _task(folder: Path, entry: TaskResult, corpus: TaskCorpus, history: Sequence[PastVersion]) -> TaskNight:
     state, settings = entry.chosen, entry.chosen.trial.settings
     result = result_of(entry)
     return TaskNight(
@@ -90,7 +90,7 @@ def _task(folder: Path, entry: Entry, corpus: TaskCorpus, history: Sequence[Past
     )
 
 
-def _why(entry: Entry, result: TrialResult) -> str:
+def _why(entry: TaskResult, result: TrialResult) -> str:
     if entry.failed:
         return result.reason or "no reason was recorded"
     if entry.learned is False:

@@ -20,7 +20,7 @@ NOT_LEARNED = "not learned"
 
 
 @dataclass(frozen=True)
-class Entry:
+class TaskResult:
     """A task with its trials, all of which have ended."""
 
     trials: Sequence[TrialState]
@@ -102,18 +102,18 @@ def below_constant(metric: str, value: float, constant: float | None) -> str | N
 
 def choose(
     states: Sequence[TrialState], corpora: Mapping[str, TaskCorpus], tokenizer: Any, withholds: bool = False
-) -> list[Entry]:
+) -> list[TaskResult]:
     """The tasks of these trials, in the trials' order, each with what a constant answer scores on its rows."""
     entries = []
     for task, trials in by_task(states).items():
         chosen = winner(trials) or trials[0]
         settings = chosen.trial.settings
         constant = constant_scores(corpora[task], settings.metric, settings.eval_rows, tokenizer)
-        entries.append(Entry(trials, chosen, constant, withholds))
+        entries.append(TaskResult(trials, chosen, constant, withholds))
     return entries
 
 
-def result_of(entry: Entry) -> TrialResult:
+def result_of(entry: TaskResult) -> TrialResult:
     state = entry.chosen
     return TrialResult(
         trial=entry.task if entry.failed else state.trial.name,
@@ -132,13 +132,13 @@ def result_of(entry: Entry) -> TrialResult:
     )
 
 
-def write_trials(path: Path, entries: Sequence[Entry]) -> None:
+def write_trials(path: Path, entries: Sequence[TaskResult]) -> None:
     """Every trial's choices, end and figures as a JSON list; the published ones are marked. Raises: StorageError."""
     rows = [_row(state, entry) for entry in entries for state in entry.trials]
     write_atomically(path, (json.dumps(rows, indent=1) + "\n").encode())
 
 
-def _row(state: TrialState, entry: Entry) -> dict[str, object]:
+def _row(state: TrialState, entry: TaskResult) -> dict[str, object]:
     own = replace(entry, trials=[state], chosen=state)
     settings, best = state.trial.settings, state.history[state.best_at]
     figures = {"dev_before": state.history[0].value, "dev_after": best.value, "dev_loss_after": best.loss}

@@ -17,7 +17,7 @@ from pipeline.errors import PromptBankError, SettingsError, StorageError, Tuning
 from pipeline.reporting.events import EventLog
 from pipeline.run.bank import open_bank
 from pipeline.run.checks import CheckedRun, check_storage, refuse_or_skip
-from pipeline.run.patience import patiently
+from pipeline.run.patience import retry_while_unreachable
 from pipeline.sealed_files import DamagedError, open_tensors, sealed_tensors
 from pipeline.settings import RunSettings, Settings
 from pipeline.tuning.checkpoint import load_checkpoint
@@ -25,19 +25,19 @@ from pipeline.tuning.connection import Connect
 from pipeline.tuning.incumbents import prompt_digest
 from pipeline.tuning.initialise import mean_prompt
 from pipeline.tuning.state import TrialState
-from pipeline.tuning.worker import Order
+from pipeline.tuning.worker import RankJob
 from pipeline.whole_files import write_atomically
 
 
-def make_order(
+def make_rank_job(
     checked: CheckedRun, corpora: Mapping[str, TaskCorpus], folder: Path, starts_anew: bool = False
-) -> Order:
+) -> RankJob:
     """What the ranks are to do: the tasks of `corpora`.
 
     The bank's prompts that trials start from are kept with the run, so that a run that goes on starts from the same
     ones; `starts_anew` takes those that the bank has now. Raises: BankError, StorageError.
     """
-    order = Order(
+    order = RankJob(
         settings=settings_for_ranks(checked.settings),
         corpora={name: corpus.to_dict() for name, corpus in corpora.items()},
         fingerprint=checked.identity.fingerprint,
@@ -56,7 +56,7 @@ def settings_for_ranks(settings: Settings) -> dict[str, Any]:
     return plain
 
 
-def announce(order: Order, settings: Settings, log: EventLog) -> None:
+def announce(order: RankJob, settings: Settings, log: EventLog) -> None:
     """Tell whoever watches the run which trials there will be."""
     plain = [
         {"trial": trial.name, "task": trial.task, "max_steps": trial.settings.max_steps, "digest": trial.digest}
@@ -105,7 +105,7 @@ def prepare_corpora(
     for name in checked.plans:
         try:
             prepare = partial(prepare_task, name, settings.tasks[name], tokenizer, storage, connect)
-            corpora[name] = patiently(prepare, "corpus", log)
+            corpora[name] = retry_while_unreachable(prepare, "corpus", log)
             log.write("stage", name="corpus", text=f"{name}: {_counted(corpora[name])}")
             for remark in checked.plans[name].left_out:
                 log.write("stage", name="corpus", text=remark)
@@ -126,7 +126,7 @@ def _counted(corpus: TaskCorpus) -> str:
     return ", ".join(splits)
 
 
-def _keep_warm_starts(checked: CheckedRun, order: Order, anew: bool) -> dict[str, str]:
+def _keep_warm_starts(checked: CheckedRun, order: RankJob, anew: bool) -> dict[str, str]:
     """Keep the prompts that trials start from with the run; their digests."""
     settings, starts, bank = checked.settings, {}, None
     for trial in order.trials(settings):
@@ -151,7 +151,7 @@ def _is_kept(path: Path) -> bool:
         return False
 
 
-def finished_states(order: Order, settings: Settings) -> list[TrialState] | None:
+def finished_states(order: RankJob, settings: Settings) -> list[TrialState] | None:
     """The final state of every trial, if the run's checkpoint holds them all."""
     checkpoint = load_checkpoint(Path(order.run_folder) / "checkpoints")
     if checkpoint is None:
@@ -165,7 +165,7 @@ def finished_states(order: Order, settings: Settings) -> list[TrialState] | None
     return states
 
 
-def stopped_sentence(order: Order, settings: Settings) -> str:
+def stopped_sentence(order: RankJob, settings: Settings) -> str:
     """For ranks that ended before every trial had: where they stopped."""
     checkpoint = load_checkpoint(Path(order.run_folder) / "checkpoints")
     at = f"at step {checkpoint.step}, with a checkpoint of it" if checkpoint else "before its first step"

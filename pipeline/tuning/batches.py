@@ -31,7 +31,7 @@ def _epoch_order(seed: int, task: str, total: int, epoch: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Load:
+class RowCost:
     """What running one row costs, in tokens."""
 
     slot: int
@@ -46,7 +46,7 @@ Plan = list[list[list[int]]]
 together; a share may be empty, but never the first."""
 
 
-def plan_rows(loads: Sequence[Load], world_size: int, token_budget: int, padded: bool) -> Plan:
+def plan_rows(loads: Sequence[RowCost], world_size: int, token_budget: int, padded: bool) -> Plan:
     """Deal rows to ranks and micro-batches of at most `token_budget` tokens (a single row may be longer).
 
     Where rows are padded to the longest, each carries its own prompt; where they are packed, a prompt runs
@@ -67,7 +67,7 @@ def plan_rows(loads: Sequence[Load], world_size: int, token_budget: int, padded:
     return [shares for shares in plan if shares[0]]
 
 
-def _fill(loads: Sequence[Load], count: int, token_budget: int) -> list[list[int]]:
+def _fill(loads: Sequence[RowCost], count: int, token_budget: int) -> list[list[int]]:
     """Rows in `count` bins of like cost; a prompt's rows are split only where they would overfill one."""
     of_slot: dict[int, list[int]] = {}
     for row in sorted(range(len(loads)), key=lambda row: (-loads[row].own, row)):
@@ -88,7 +88,7 @@ def _fill(loads: Sequence[Load], count: int, token_budget: int) -> list[list[int
     return bins
 
 
-def _cost(loads: Sequence[Load], rows: Sequence[int]) -> int:
+def _cost(loads: Sequence[RowCost], rows: Sequence[int]) -> int:
     """Tokens that run when these rows are packed."""
     prompts = {loads[row].slot: loads[row].prompt for row in rows}
     return sum(prompts.values()) + sum(loads[row].own for row in rows)

@@ -17,7 +17,7 @@ from pipeline.backbone.host import Backbone
 from pipeline.corpus.reader import TokenSet
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.settings import TaskSettings
-from pipeline.tuning.batches import Load, plan_rows
+from pipeline.tuning.batches import RowCost, plan_rows
 from pipeline.tuning.metrics import label_metric, text_metric
 from pipeline.tuning.ranks import rank, sum_over_ranks, true_on_all, world_size
 
@@ -28,7 +28,7 @@ LABELLED = ("accuracy", "f1")
 
 
 @dataclass(frozen=True)
-class Exam:
+class EvalRequest:
     """A prompt to be measured on a split."""
 
     prompt: Tensor
@@ -39,9 +39,9 @@ class Exam:
     max_target_tokens: int
 
 
-def exam_of(settings: TaskSettings, prompt: Tensor, split: TokenSet, corpus: TaskCorpus) -> Exam:
+def eval_request(settings: TaskSettings, prompt: Tensor, split: TokenSet, corpus: TaskCorpus) -> EvalRequest:
     """A prompt of a task on one of its splits, measured as the task's settings say."""
-    return Exam(prompt, split, settings.metric, corpus.labels, corpus.label_ids, settings.max_target_tokens)
+    return EvalRequest(prompt, split, settings.metric, corpus.labels, corpus.label_ids, settings.max_target_tokens)
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,16 @@ class Answers:
 class _Item:
     slot: int
     number: int
-    load: Load
+    load: RowCost
 
 
-def evaluate(backbone: Backbone, tokenizer: Any, exams: Sequence[Exam], token_budget: int) -> list[Score]:
+def evaluate(backbone: Backbone, tokenizer: Any, exams: Sequence[EvalRequest], token_budget: int) -> list[Score]:
     """Score every exam. All ranks call this with the same exams and get the same scores."""
     answers = answer(backbone, tokenizer, exams, token_budget)
     return [score(exam, given) for exam, given in zip(exams, answers, strict=True)]
 
 
-def score(exam: Exam, answers: Answers) -> Score:
+def score(exam: EvalRequest, answers: Answers) -> Score:
     loss = float(answers.nll.sum() / exam.split.target_lengths.sum())
     if answers.texts is None:
         return Score(loss, loss)
@@ -91,7 +91,7 @@ def score_texts(metric: str, texts: Sequence[str], targets: Sequence[str]) -> fl
     return of_metric(metric, texts, targets)
 
 
-def answer(backbone: Backbone, tokenizer: Any, exams: Sequence[Exam], token_budget: int) -> list[Answers]:
+def answer(backbone: Backbone, tokenizer: Any, exams: Sequence[EvalRequest], token_budget: int) -> list[Answers]:
     """Answer every row of every exam. All ranks call this with the same exams and get the same answers."""
     run = _Runner(backbone, exams, token_budget * _BUDGET_FACTOR)
     nll = [np.zeros(len(exam.split)) for exam in exams]
@@ -129,20 +129,20 @@ def spoken(target_ids: Sequence[int] | np.ndarray, tokenizer: Any) -> str:
     return str(tokenizer.decode(list(target_ids[:-1]), skip_special_tokens=True)).strip()
 
 
-def _label_copies(exam: Exam) -> int:
+def _label_copies(exam: EvalRequest) -> int:
     return len(exam.label_ids or ())
 
 
-def _item(exams: Sequence[Exam], slot: int, number: int, copies: int) -> _Item:
+def _item(exams: Sequence[EvalRequest], slot: int, number: int, copies: int) -> _Item:
     split = exams[slot].split
     own = len(split.input_ids(number)) + copies * len(split.target_ids(number))
-    return _Item(slot, number, Load(slot, len(exams[slot].prompt), own))
+    return _Item(slot, number, RowCost(slot, len(exams[slot].prompt), own))
 
 
 @dataclass(frozen=True)
 class _Runner:
     backbone: Backbone
-    exams: Sequence[Exam]
+    exams: Sequence[EvalRequest]
     token_budget: int
 
     def each_row(
@@ -150,7 +150,7 @@ class _Runner:
         slots: Sequence[int],
         outcomes: Callable[["_Runner", list[_Item]], np.ndarray],
         width: int,
-        copies: Callable[[Exam], int] = lambda exam: 1,
+        copies: Callable[[EvalRequest], int] = lambda exam: 1,
         padded: bool = False,
     ) -> dict[int, np.ndarray]:
         """`outcomes` (`[B, width]`) of every row of these exams, by exam: `[rows, width]`."""

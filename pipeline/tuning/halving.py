@@ -22,7 +22,7 @@ Verdict = Literal["go on", "wait", "out"]
 
 
 @dataclass(frozen=True)
-class Entrant:
+class SweepTrial:
     """A trial of a sweep as halving sees it."""
 
     scores: Sequence[tuple[float, float]]
@@ -41,7 +41,7 @@ def rungs(settings: TaskSettings) -> tuple[int, ...]:
     return tuple(found)
 
 
-def verdicts(entrants: Sequence[Entrant], rungs: Sequence[int], factor: int) -> dict[int, Verdict]:
+def verdicts(entrants: Sequence[SweepTrial], rungs: Sequence[int], factor: int) -> dict[int, Verdict]:
     """What becomes of each paused trial of a sweep, by its place in `entrants` (the sweep's order)."""
     found: dict[int, Verdict] = {}
     for rung in rungs:
@@ -57,7 +57,7 @@ def verdicts(entrants: Sequence[Entrant], rungs: Sequence[int], factor: int) -> 
     return found
 
 
-def ranking(entrants: Sequence[Entrant], rung: int) -> list[int]:
+def ranking(entrants: Sequence[SweepTrial], rung: int) -> list[int]:
     """Places of the trials that reached a rung, the best first, by the best score of each up to there."""
     reached = [place for place, entrant in enumerate(entrants) if len(entrant.scores) >= rung]
     return sorted(reached, key=lambda place: max(entrants[place].scores[:rung]), reverse=True)  # keeps ties in order

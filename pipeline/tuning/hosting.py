@@ -10,12 +10,12 @@ from pipeline.backbone.files import find_model
 from pipeline.backbone.host import Backbone, compute_dtype, held_bytes, host_backbone
 from pipeline.backbone.offload import keep_by
 from pipeline.settings import Settings
-from pipeline.tuning.journal import Journal
 from pipeline.tuning.placement import agreed_products, partitions
 from pipeline.tuning.ranks import world_size
+from pipeline.tuning.run_log import RunLog
 
 
-def host_on_rank(settings: Settings, model_folder: Path, device: torch.device, journal: Journal) -> Backbone:
+def host_on_rank(settings: Settings, model_folder: Path, device: torch.device, journal: RunLog) -> Backbone:
     """Load this rank's part of the model as the settings say. All ranks call this. Raises: BackboneError.
 
     `model_folder` holds config and tokenizer, saved by the driver.

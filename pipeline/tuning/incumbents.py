@@ -21,7 +21,7 @@ from pipeline.backbone.host import Backbone
 from pipeline.corpus.reader import open_split
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.sealed_files import open_tensors, sealed_tensors
-from pipeline.tuning.evaluate import LABELLED, Answers, Exam, answer, exam_of
+from pipeline.tuning.evaluate import LABELLED, Answers, EvalRequest, answer, eval_request
 from pipeline.tuning.loop import TuningRun
 from pipeline.tuning.metrics import text_metric
 from pipeline.tuning.ranks import rank
@@ -106,7 +106,7 @@ def read_pairs(folder: Path, keys: Mapping[str, list[Any]]) -> dict[str, Pair] |
         return {} if not keys else None
 
 
-def row_outcomes(exam: Exam, answers: Answers) -> np.ndarray:
+def row_outcomes(exam: EvalRequest, answers: Answers) -> np.ndarray:
     """`[N, 2]`, as `Pair` has them."""
     if answers.texts is None:
         return np.stack([answers.nll, exam.split.target_lengths], axis=1).astype(np.float64)
@@ -124,6 +124,6 @@ def prompt_digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _exam(state: TrialState, prompt: torch.Tensor, corpus: TaskCorpus) -> Exam:
+def _exam(state: TrialState, prompt: torch.Tensor, corpus: TaskCorpus) -> EvalRequest:
     settings = state.trial.settings
-    return exam_of(settings, prompt, open_split(corpus.splits["dev"], settings.eval_rows), corpus)
+    return eval_request(settings, prompt, open_split(corpus.splits["dev"], settings.eval_rows), corpus)

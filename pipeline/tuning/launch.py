@@ -21,8 +21,8 @@ from pipeline.errors import PromptBankError, TuningError
 from pipeline.reporting.events import EventLog
 from pipeline.reporting.memory_kill import memory_kill
 from pipeline.settings import ClusterSettings, RunSettings
-from pipeline.tuning.notices import allow_to_run, ask_to_stop, forget_request
 from pipeline.tuning.signals import heed_sigterm, stop_by_signal
+from pipeline.tuning.stop_signal import allow_to_run, ask_to_stop, forget_request
 from pipeline.tuning.watchdog import LOADING, hang_reports, hang_sentence, hangs_of
 from pipeline.whole_files import remove, temporaries
 
@@ -34,17 +34,17 @@ _START_TIMEOUT_S = 900
 """A cluster that scales itself needs minutes for a new node."""
 
 
-class RankOrder(Protocol):
+class RankPayload(Protocol):
     """What every rank is sent: a frozen dataclass of plain values."""
 
     @property
     def run_folder(self) -> str: ...
 
     def carry_out(self, device: torch.device, node_leaves: Callable[[], bool]) -> None:
-        """On a rank. `node_leaves` is that of `Notices`."""
+        """On a rank. `node_leaves` is that of `StopSignal`."""
 
 
-def launch(order: RankOrder, cluster: ClusterSettings, run: RunSettings, log: EventLog) -> None:
+def launch(order: RankPayload, cluster: ClusterSettings, run: RunSettings, log: EventLog) -> None:
     """Run the order on `num_workers` ranks; ranks that are lost are started again from the last checkpoint.
 
     Returns when the ranks have ended: with every trial, or where SIGTERM or Ctrl-C made them leave with a checkpoint.
@@ -146,7 +146,7 @@ def _tell_what_is_missing(cluster: ClusterSettings, log: EventLog) -> None:
         log.write("stage", name="tuning", text=f"waiting for {' and '.join(missing)} in the cluster")
 
 
-def _on_rank(config: dict[str, RankOrder]) -> None:
+def _on_rank(config: dict[str, RankPayload]) -> None:
     config["order"].carry_out(get_device(), lambda: get_preemption_info() is not None)
 
 

@@ -18,15 +18,15 @@ from pipeline.corpus.reader import TokenSet, open_split
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import CorpusError, StorageError
 from pipeline.tuning.checkpoint import load_checkpoint, save_checkpoint
-from pipeline.tuning.evaluate import evaluate, exam_of
-from pipeline.tuning.halving import Entrant, ranking, rungs, verdicts
+from pipeline.tuning.evaluate import eval_request, evaluate
+from pipeline.tuning.halving import SweepTrial, ranking, rungs, verdicts
 from pipeline.tuning.initialise import initial_prompt
-from pipeline.tuning.journal import Journal
-from pipeline.tuning.notices import Notices
 from pipeline.tuning.optimise import update
 from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
+from pipeline.tuning.run_log import RunLog
 from pipeline.tuning.state import TrialState, start, winner
-from pipeline.tuning.step import Work, losses_and_gradients
+from pipeline.tuning.step import TrialStep, losses_and_gradients
+from pipeline.tuning.stop_signal import StopSignal
 from pipeline.tuning.trials import Trial
 
 
@@ -51,7 +51,7 @@ class _Progress:
     run: TuningRun
     backbone: Backbone
     tokenizer: Any
-    journal: Journal
+    journal: RunLog
     step: int
     states: dict[str, TrialState]
     splits: dict[tuple[str, str], TokenSet] = field(default_factory=dict)
@@ -80,7 +80,7 @@ class _Progress:
         return list(of_task.values())
 
 
-def tune(run: TuningRun, backbone: Backbone, tokenizer: Any, notices: Notices | None = None) -> list[TrialState]:
+def tune(run: TuningRun, backbone: Backbone, tokenizer: Any, notices: StopSignal | None = None) -> list[TrialState]:
     """Tune every trial to its end, resuming from the run's newest checkpoint; their final states.
 
     Given notice to stop, it leaves after the step that it is at, with the states of the trials that have started.
@@ -100,7 +100,7 @@ def tune(run: TuningRun, backbone: Backbone, tokenizer: Any, notices: Notices | 
     return [progress.states[trial.name] for trial in run.trials if trial.name in progress.states]
 
 
-def _must_stop(progress: _Progress, notices: Notices | None) -> bool:
+def _must_stop(progress: _Progress, notices: StopSignal | None) -> bool:
     notice = notices.next(progress.backbone.device) if notices else "go on"
     if notice == "save":
         _save(progress)
@@ -110,7 +110,7 @@ def _must_stop(progress: _Progress, notices: Notices | None) -> bool:
 
 
 def _resume(run: TuningRun, backbone: Backbone, tokenizer: Any) -> _Progress:
-    journal = Journal(run.folder, silent=rank() != 0)
+    journal = RunLog(run.folder, silent=rank() != 0)
     checkpoint = load_checkpoint(run.folder / "checkpoints")
     found = [checkpoint.state_of(trial, backbone.device) for trial in run.trials] if checkpoint else []
     states = {state.trial.name: state for state in found if state is not None}
@@ -152,7 +152,7 @@ def _halve(progress: _Progress) -> list[TrialState]:
         states = [progress.states.get(trial.name) for trial in trials]
         if settings.halving is None or not any(state and state.status == "paused" for state in states):
             continue
-        entrants = [Entrant(state.scores, state.role) if state else Entrant((), "waiting") for state in states]
+        entrants = [SweepTrial(state.scores, state.role) if state else SweepTrial((), "waiting") for state in states]
         for place, verdict in verdicts(entrants, rungs(settings), settings.halving.factor).items():
             state = states[place]
             assert state is not None
@@ -199,7 +199,7 @@ def _drop_unreadable(progress: _Progress, states: Sequence[TrialState]) -> None:
 
 def _step(progress: _Progress) -> None:
     live = progress.live()
-    work = [Work(s.trial, s.prompt, s.step, progress.split(s, "train")) for s in live]
+    work = [TrialStep(s.trial, s.prompt, s.step, progress.split(s, "train")) for s in live]
     losses, tokens = losses_and_gradients(progress.backbone, work, progress.run.token_budget)
     progress.step += 1
     for state, loss in zip(live, losses, strict=True):
@@ -245,7 +245,7 @@ def _exam(progress: _Progress, states: Sequence[TrialState], split: str) -> list
     for state in states:
         prompt = state.best if split == "test" else state.prompt
         corpus = progress.run.corpora[state.trial.task]
-        exams.append(exam_of(state.trial.settings, prompt, progress.split(state, split), corpus))
+        exams.append(eval_request(state.trial.settings, prompt, progress.split(state, split), corpus))
     return evaluate(progress.backbone, progress.tokenizer, exams, progress.run.token_budget)
 
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from pipeline.backbone import prompted
 from pipeline.backbone.host import Backbone
 from pipeline.corpus.reader import TokenSet
-from pipeline.tuning.batches import Load, plan_rows, rows_of_step
+from pipeline.tuning.batches import RowCost, plan_rows, rows_of_step
 from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
 from pipeline.tuning.trials import Trial
 
 
 @dataclass(frozen=True)
-class Work:
+class TrialStep:
     """A trial's part of a step."""
 
     trial: Trial
@@ -26,7 +26,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Row:
+class BatchRow:
     """One row of a batch, and the share of its trial's loss that each of its target tokens has."""
 
     slot: int
@@ -38,7 +38,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenCounts:
     """What one step ran, over all ranks and micro-batches."""
 
     text: int = 0
@@ -47,11 +47,11 @@ class Tokens:
     """That passed through the model: text, each prompt as often as it ran, padding."""
     padding: int = 0
 
-    def __add__(self, other: "Tokens") -> "Tokens":
-        return Tokens(self.text + other.text, self.computed + other.computed, self.padding + other.padding)
+    def __add__(self, other: "TokenCounts") -> "TokenCounts":
+        return TokenCounts(self.text + other.text, self.computed + other.computed, self.padding + other.padding)
 
 
-def batch_of_step(work: Sequence[Work]) -> list[Row]:
+def batch_of_step(work: Sequence[TrialStep]) -> list[BatchRow]:
     """Every trial's rows at its own step; `slot` is the trial's place in `work`."""
     rows = []
     for slot, part in enumerate(work):
@@ -60,13 +60,13 @@ def batch_of_step(work: Sequence[Work]) -> list[Row]:
         weight = 1.0 / sum(len(part.train.target_ids(number)) for number in numbers)
         for number in numbers:
             length = len(part.train.input_ids(number)) + len(part.train.target_ids(number))
-            rows.append(Row(slot, part.train, int(number), length, weight))
+            rows.append(BatchRow(slot, part.train, int(number), length, weight))
     return rows
 
 
 def losses_and_gradients(
-    backbone: Backbone, work: Sequence[Work], token_budget: int, nll: Callable[..., Tensor] = prompted.target_nll
-) -> tuple[np.ndarray, Tokens]:
+    backbone: Backbone, work: Sequence[TrialStep], token_budget: int, nll: Callable[..., Tensor] = prompted.target_nll
+) -> tuple[np.ndarray, TokenCounts]:
     """Each trial's loss `[S]` (nats a target token), its gradient left in its prompt's `.grad`; what was run.
 
     Every rank must call this with the same work; all ranks end with the same numbers. `nll` computes the rows' losses.
@@ -76,8 +76,8 @@ def losses_and_gradients(
     losses = torch.zeros(len(work), device=backbone.device)
     for prompt in prompts:
         prompt.grad = None
-    loads = [Load(row.slot, len(prompts[row.slot]), row.length) for row in rows]
-    tokens = Tokens()
+    loads = [RowCost(row.slot, len(prompts[row.slot]), row.length) for row in rows]
+    tokens = TokenCounts()
     for shares in plan_rows(loads, world_size(), token_budget, backbone.pads_rows):
         tokens = sum((_tokens_of([loads[i] for i in share], backbone.pads_rows) for share in shares), tokens)
         # A rank without a share runs another's first row at weight zero: all gather weights together.
@@ -92,20 +92,20 @@ def losses_and_gradients(
     return summed.cpu().numpy(), tokens
 
 
-def _tokens_of(share: Sequence[Load], padded: bool) -> Tokens:
+def _tokens_of(share: Sequence[RowCost], padded: bool) -> TokenCounts:
     """Of one rank's rows in one micro-batch (see `plan_rows`)."""
     text = sum(load.own for load in share)
     if not padded:
-        return Tokens(text, text + sum({load.slot: load.prompt for load in share}.values()))
+        return TokenCounts(text, text + sum({load.slot: load.prompt for load in share}.values()))
     lengths = [load.prompt + load.own for load in share]
     computed = len(share) * max(lengths, default=0)
-    return Tokens(text, computed, computed - sum(lengths))
+    return TokenCounts(text, computed, computed - sum(lengths))
 
 
 def _accumulate(
     backbone: Backbone,
     prompts: Sequence[Tensor],
-    rows: Sequence[Row],
+    rows: Sequence[BatchRow],
     factor: float,
     losses: Tensor,
     row_nll: Callable[..., Tensor],

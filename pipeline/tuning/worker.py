@@ -18,17 +18,17 @@ from pipeline.errors import StorageError, TuningError
 from pipeline.settings import Settings
 from pipeline.tuning.hosting import host_on_rank
 from pipeline.tuning.incumbents import Incumbents, measure, prompt_digest
-from pipeline.tuning.journal import Journal
 from pipeline.tuning.loop import TuningRun, tune
-from pipeline.tuning.notices import Notices
 from pipeline.tuning.rank_process import rank_process
 from pipeline.tuning.ranks import rank, world_size
+from pipeline.tuning.run_log import RunLog
+from pipeline.tuning.stop_signal import StopSignal
 from pipeline.tuning.trials import Trial, make_trials
 from pipeline.tuning.watchdog import call_at_every_layer, hang_reports, hang_sentence, hangs_of
 
 
 @dataclass(frozen=True)
-class Order:
+class RankJob:
     """A run as sent to its workers: plain values only."""
 
     settings: dict[str, Any]
@@ -93,27 +93,27 @@ def _kept_prompt(path: Path, digest: str) -> np.ndarray:
     return prompt
 
 
-def work(order: Order, device: torch.device, node_leaves: Callable[[], bool]) -> None:
+def work(order: RankJob, device: torch.device, node_leaves: Callable[[], bool]) -> None:
     """Carry out a run's tuning on this rank; its results are the run's last checkpoint.
 
-    `node_leaves` is that of `Notices`.
+    `node_leaves` is that of `StopSignal`.
     Raises: StorageError, BackboneError; TuningError when the frozen weights changed.
     """
     settings = Settings.model_validate(order.settings)
     timeout, threads = settings.run.hang_timeout, settings.cluster.cpus_per_worker
-    journal = Journal(Path(order.run_folder), silent=rank() != 0)
+    journal = RunLog(Path(order.run_folder), silent=rank() != 0)
     if hung := hang_reports(hangs_of(order.run_folder)):
         journal.event("stage", name="tuning", text=f"starting again: {hang_sentence(hung, timeout)}")
     with rank_process(order.run_folder, timeout, threads, device) as alive:
-        _tune(order, settings, device, journal, Notices(Path(order.run_folder), node_leaves), alive)
+        _tune(order, settings, device, journal, StopSignal(Path(order.run_folder), node_leaves), alive)
 
 
 def _tune(
-    order: Order,
+    order: RankJob,
     settings: Settings,
     device: torch.device,
-    journal: Journal,
-    notices: Notices,
+    journal: RunLog,
+    notices: StopSignal,
     alive: Callable[[], None],
 ) -> None:
     backbone = host_on_rank(settings, order.model_folder, device, journal)

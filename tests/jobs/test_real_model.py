@@ -12,7 +12,7 @@ from pipeline.backbone.host import host_backbone
 from pipeline.bank import PromptBank
 from pipeline.corpus.reader import open_split
 from pipeline.errors import BackboneError
-from pipeline.tuning.evaluate import Exam, evaluate
+from pipeline.tuning.evaluate import EvalRequest, evaluate
 from pipeline.tuning.loop import TuningRun, tune
 from pipeline.tuning.trials import make_trial
 from tests.corpora import make_task, task_corpus
@@ -67,7 +67,7 @@ def accuracy(backbone, tokenizer, run: TuningRun, states) -> list[float]:
     for state in states:
         corpus = run.corpora[state.trial.task]
         split = open_split(corpus.splits["dev"])
-        exams.append(Exam(state.prompt.detach(), split, "accuracy", corpus.labels, corpus.label_ids, 8))
+        exams.append(EvalRequest(state.prompt.detach(), split, "accuracy", corpus.labels, corpus.label_ids, 8))
     return [score.value for score in evaluate(backbone, tokenizer, exams, 2048)]
 
 

@@ -4,14 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.refresh.plan import TaskTonight, plan_night, without_incumbent
+from pipeline.refresh.plan import TaskInputs, plan_night, without_incumbent
 from tests.refresh.records import failed_record, make_record
 
 NAMES = st.sampled_from(["a", "b", "c", "d", "e"])
 DIGESTS = st.sampled_from(["x", "y", "z"])
 TONIGHT = st.one_of(
     st.just("no such file"),
-    st.builds(TaskTonight, DIGESTS, DIGESTS, st.frozensets(st.sampled_from([4, 8]), min_size=1)),
+    st.builds(TaskInputs, DIGESTS, DIGESTS, st.frozensets(st.sampled_from([4, 8]), min_size=1)),
 )
 
 
@@ -50,7 +50,7 @@ def test_every_task_is_planned_once_and_by_its_digests_alone(tasks, old, same_ba
         assert planned.why
         assert (planned.decision == "removed") == (tonight is None)
         assert (planned.decision == "unusable") == isinstance(tonight, str)
-        if not isinstance(tonight, TaskTonight):
+        if not isinstance(tonight, TaskInputs):
             assert not planned.trains
             continue
         there = record is not None and record.digest is not None
@@ -64,7 +64,7 @@ def test_every_task_is_planned_once_and_by_its_digests_alone(tasks, old, same_ba
             assert record.length in tonight.lengths
 
 
-@given(st.dictionaries(NAMES, st.builds(TaskTonight, DIGESTS, DIGESTS, st.just(frozenset([4]))), min_size=1))
+@given(st.dictionaries(NAMES, st.builds(TaskInputs, DIGESTS, DIGESTS, st.just(frozenset([4]))), min_size=1))
 def test_a_night_after_one_that_took_everything_has_nothing_to_do(tasks):
     tuned = {name: make_record(name, inputs_digest=t.inputs_digest) for name, t in tasks.items()}
     kept = {
@@ -78,14 +78,14 @@ def test_a_night_after_one_that_took_everything_has_nothing_to_do(tasks):
 @pytest.mark.parametrize(
     ("record", "tonight", "decision", "why"),
     [
-        (make_record(), TaskTonight("inputs", "corpus", frozenset([4])), "carried", "nothing changed"),
-        (make_record(), TaskTonight("other", "more rows", frozenset([4])), "warm", "its corpus changed"),
-        (make_record(), TaskTonight("other", "corpus", frozenset([4])), "warm", "settings or templates changed"),
-        (make_record(), TaskTonight("other", "corpus", frozenset([8])), "cold", "prompt.length is 8 and was 4"),
-        (make_record(), TaskTonight("other", "corpus", frozenset([4, 8])), "warm", "settings"),
-        (make_record(inputs_digest=None), TaskTonight("other", "corpus", frozenset([4])), "warm", "does not tell"),
-        (None, TaskTonight("inputs", "corpus", frozenset([4])), "cold", "a new task"),
-        (failed_record(), TaskTonight("inputs", "corpus", frozenset([4])), "cold", "it failed"),
+        (make_record(), TaskInputs("inputs", "corpus", frozenset([4])), "carried", "nothing changed"),
+        (make_record(), TaskInputs("other", "more rows", frozenset([4])), "warm", "its corpus changed"),
+        (make_record(), TaskInputs("other", "corpus", frozenset([4])), "warm", "settings or templates changed"),
+        (make_record(), TaskInputs("other", "corpus", frozenset([8])), "cold", "prompt.length is 8 and was 4"),
+        (make_record(), TaskInputs("other", "corpus", frozenset([4, 8])), "warm", "settings"),
+        (make_record(inputs_digest=None), TaskInputs("other", "corpus", frozenset([4])), "warm", "does not tell"),
+        (None, TaskInputs("inputs", "corpus", frozenset([4])), "cold", "a new task"),
+        (failed_record(), TaskInputs("inputs", "corpus", frozenset([4])), "cold", "it failed"),
         (make_record(), "no such file", "unusable", "no such file"),
     ],
 )
@@ -95,14 +95,14 @@ def test_a_task_is_planned_with_a_reason_that_says_what_changed(record, tonight,
 
 
 def test_another_backbone_retunes_all_and_leaves_nothing_to_compare_with():
-    tasks = {"film": TaskTonight("inputs", "corpus", frozenset([4])), "new": TaskTonight("i", "c", frozenset([4]))}
+    tasks = {"film": TaskInputs("inputs", "corpus", frozenset([4])), "new": TaskInputs("i", "c", frozenset([4]))}
     film, new = plan_night(tasks, {"film": make_record()}, same_backbone=False)
     assert (film.decision, film.incumbent) == ("retune", None) and "another backbone" in film.why
     assert new.decision == "cold"
 
 
 def test_a_prompt_of_a_backbone_that_is_no_longer_the_same_is_tuned_anew_and_the_others_are_not():
-    tasks = dict.fromkeys(("film", "book"), TaskTonight("inputs", "corpus", frozenset([4])))
+    tasks = dict.fromkeys(("film", "book"), TaskInputs("inputs", "corpus", frozenset([4])))
     incumbents = {name: make_record(name) for name in tasks}
     film, book = plan_night(tasks, incumbents, same_backbone=True, foreign=("film",))
     assert (film.decision, film.incumbent) == ("retune", None) and book.incumbent == incumbents["book"]
@@ -110,7 +110,7 @@ def test_a_prompt_of_a_backbone_that_is_no_longer_the_same_is_tuned_anew_and_the
 
 def test_a_prompt_that_cannot_be_read_is_tuned_from_the_start_and_says_so():
     (planned,) = plan_night(
-        {"film": TaskTonight("other", "c", frozenset([4]))}, {"film": make_record()}, same_backbone=True
+        {"film": TaskInputs("other", "c", frozenset([4]))}, {"film": make_record()}, same_backbone=True
     )
     again = without_incumbent(planned, "its blob is damaged")
     assert (again.decision, again.incumbent) == ("cold", None)

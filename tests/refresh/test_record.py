@@ -6,8 +6,8 @@ import math
 import pytest
 
 from pipeline.errors import LeaseError
-from pipeline.refresh.chronicle import Chronicle
 from pipeline.refresh.record import Condition, NightRecord, TaskRecord, read_record, write_record
+from pipeline.refresh.record_writer import NightRecordWriter
 
 RECORD = NightRecord(
     run="small-n1",
@@ -38,10 +38,10 @@ def test_what_is_no_record_of_ours_is_none(tmp_path, text):
 
 
 def test_a_night_started_again_counts_its_attempts_and_adds_up_its_seconds(tmp_path):
-    first = Chronicle(tmp_path, RECORD)
+    first = NightRecordWriter(tmp_path, RECORD)
     with first.stage("check"):
         pass
-    again = Chronicle(tmp_path, NightRecord("small-n1", "n1", 99.0, "bank", "latest"))
+    again = NightRecordWriter(tmp_path, NightRecord("small-n1", "n1", 99.0, "bank", "latest"))
     with again.stage("check"):
         pass
     record = read_record(tmp_path)
@@ -55,7 +55,7 @@ def test_a_stage_that_fails_is_timed_and_a_record_of_another_night_is_not_touche
     def lost():
         raise LeaseError("another night")
 
-    chronicle = Chronicle(tmp_path, RECORD, lost)
+    chronicle = NightRecordWriter(tmp_path, RECORD, lost)
     with pytest.raises(LeaseError), chronicle.stage("corpus"):
         pass
     assert "corpus" in chronicle.record.stages

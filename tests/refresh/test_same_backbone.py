@@ -1,7 +1,7 @@
 """A night with a model that the bank states to be the one that its prompts were tuned on."""
 
 from pipeline.bank import PromptBank
-from pipeline.refresh.look import see_bank
+from pipeline.refresh.inputs import read_bank_state
 from pipeline.settings import Settings
 from tests.bank.conftest import make_prompt, publish
 from tests.bank.test_sameness import GGUF, OTHER, stated
@@ -19,6 +19,6 @@ def test_a_night_on_the_same_backbone_reuses_what_the_bank_has(tmp_path):
             "bank": {"uri": str(tmp_path)},
         }
     )
-    assert not see_bank(settings, GGUF).same_backbone
+    assert not read_bank_state(settings, GGUF).same_backbone
     stated(bank)
-    assert see_bank(settings, GGUF).same_backbone and not see_bank(settings, OTHER).same_backbone
+    assert read_bank_state(settings, GGUF).same_backbone and not read_bank_state(settings, OTHER).same_backbone

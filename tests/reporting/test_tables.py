@@ -4,7 +4,7 @@ from io import StringIO
 
 from rich.console import Console
 
-from pipeline.reporting.plan import PlannedTask, memory_table, plan_table
+from pipeline.reporting.plan import PlanRow, memory_table, plan_table
 from pipeline.reporting.table import TrialResult, print_results
 
 TUNED = TrialResult("sst2", "sst2", 100, "accuracy", 0.5, 0.875, None, "tuned")
@@ -58,15 +58,15 @@ def test_long_names_are_folded_and_never_cut() -> None:
     assert name in "".join(line[:40].strip().split(" ")[0] for line in text.splitlines())
 
 
-def plan(tasks: list[PlannedTask], memory: dict[str, int], ranks: int) -> str:
+def plan(tasks: list[PlanRow], memory: dict[str, int], ranks: int) -> str:
     console = Console(file=(out := StringIO()), width=100)
     console.print(plan_table(tasks))
     console.print(memory_table(memory, ranks))
     return out.getvalue()
 
 
-SST2 = PlannedTask("sst2", 6920, 872, None, 2, 100, 16, "accuracy")
-TREC = PlannedTask("trec", 5452, None, 500, 1, 50, 32, "accuracy", dev_fraction=0.1)
+SST2 = PlanRow("sst2", 6920, 872, None, 2, 100, 16, "accuracy")
+TREC = PlanRow("trec", 5452, None, 500, 1, 50, 32, "accuracy", dev_fraction=0.1)
 
 
 def test_a_plan_sums_rows_trials_and_the_steps_of_all_trials() -> None:

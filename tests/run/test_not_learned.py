@@ -13,7 +13,7 @@ from pipeline.bank import Metrics, PromptBank, manifest
 from pipeline.reporting.watched import read_run
 from pipeline.run.checks import check_run
 from pipeline.run.job import run_job
-from pipeline.run.results import Entry
+from pipeline.run.results import TaskResult
 from pipeline.settings import parse_settings
 from pipeline.tuning.state import Evaluation
 from pipeline.tuning.worker import work
@@ -75,7 +75,7 @@ def entry_of(make, metric, values, constant, init="random"):
     state = make(metric, init)
     state.history = [Evaluation(step, value, 1.0) for step, value in enumerate(values)]
     state.best_at, state.status = len(values) - 1, "tuned"
-    return Entry([state], state, {} if constant is None else {"dev": constant}, withholds=True)
+    return TaskResult([state], state, {} if constant is None else {"dev": constant}, withholds=True)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.tuning.batches import PASS_TOKENS, Load, plan_rows, rows_of_step
+from pipeline.tuning.batches import PASS_TOKENS, RowCost, plan_rows, rows_of_step
 from pipeline.tuning.trials import make_trial
 from tests.corpora import make_task
 
@@ -38,9 +38,9 @@ def test_trials_of_other_names_or_seeds_take_other_rows():
     assert list(first) != list(rows_of_step(trial_of("a", 16, seed=1), 1000, 0))
 
 
-def loads_of(rows) -> list[Load]:
+def loads_of(rows) -> list[RowCost]:
     """Rows of five trials with prompts of 1, 21, 41, … tokens."""
-    return [Load(slot, 1 + 20 * slot, own) for slot, own in rows]
+    return [RowCost(slot, 1 + 20 * slot, own) for slot, own in rows]
 
 
 def tokens_run(loads, share) -> int:
@@ -69,7 +69,7 @@ def test_every_row_is_run_once_on_one_rank_within_the_token_budget(rows, world, 
 @given(st.integers(2, 8), st.integers(1, 4), st.integers(5, 200))
 def test_packed_prompts_run_once_where_trials_can_be_dealt_whole(trials, world, prompt):
     """The cost of a step hardly depends on the prompts' length only if no rank runs another's prompts."""
-    loads = [Load(slot, prompt, 10) for slot in range(trials * world) for _ in range(8)]
+    loads = [RowCost(slot, prompt, 10) for slot in range(trials * world) for _ in range(8)]
     (shares,) = plan_rows(loads, world, 10**6, padded=False)
     assert sum(tokens_run(loads, share) for share in shares) == trials * world * (prompt + 80)
     assert len({tokens_run(loads, share) for share in shares}) == 1
@@ -80,5 +80,5 @@ def test_padded_rows_are_cut_no_worse_than_one_row_a_pass(lengths, world, budget
     def cost(plan) -> int:
         return sum(len(shares[0]) * max(lengths[row] for row in shares[0]) + PASS_TOKENS for shares in plan)
 
-    loads = [Load(0, 0, length) for length in lengths]
+    loads = [RowCost(0, 0, length) for length in lengths]
     assert cost(plan_rows(loads, world, budget, padded=True)) <= cost(plan_rows(loads, world, 1, padded=True))

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.backbone import prompted
 from pipeline.corpus.reader import open_split
-from pipeline.tuning.evaluate import Exam, answer, evaluate
+from pipeline.tuning.evaluate import EvalRequest, answer, evaluate
 from pipeline.tuning.metrics import goodness, label_metric, text_metric
 from tests.corpora import make_corpus, reviews, task_corpus
 
@@ -21,7 +21,7 @@ def exams(model, tmp_path):
         corpus = make_corpus(tmp_path, tokenizer, backbone.architecture, metric, seed=i, rows=15 + i)
         prompt = torch.randn(3 + 2 * i, 32, generator=torch.Generator().manual_seed(i))
         split = open_split(corpus.splits["dev"])
-        out.append(Exam(prompt, split, metric, corpus.labels, corpus.label_ids, 4))
+        out.append(EvalRequest(prompt, split, metric, corpus.labels, corpus.label_ids, 4))
     return out
 
 
@@ -73,7 +73,7 @@ def test_a_target_behind_a_special_token_is_met_by_what_the_service_would_show(m
     def exam_with(name, targets):
         pairs = [(text, target) for (text, _), target in zip(rows, targets, strict=True)]
         corpus = task_corpus(tmp_path, tokenizer, backbone.architecture, name, {"train": pairs, "dev": pairs})
-        return Exam(prompt, open_split(corpus.splits["dev"]), "exact_match", None, None, 4)
+        return EvalRequest(prompt, open_split(corpus.splits["dev"]), "exact_match", None, None, 4)
 
     plain = exam_with("plain", ["good"] * len(rows))
     (first,) = answer(backbone, tokenizer, [plain], 1000)

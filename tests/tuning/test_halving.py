@@ -5,7 +5,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.tuning.halving import Entrant, rungs, verdicts
+from pipeline.tuning.halving import SweepTrial, rungs, verdicts
 from tests.corpora import make_task
 
 
@@ -28,7 +28,7 @@ def sweeps(draw):
 
 def run(levels, of_rungs, factor, slots):
     """A sweep run to its end, an evaluation a round; who was judged out, and how full each round was."""
-    entrants = [Entrant((), "waiting") for _ in levels]
+    entrants = [SweepTrial((), "waiting") for _ in levels]
     out, rounds = set(), []
     while True:
         judged = verdicts(entrants, of_rungs, factor)
@@ -49,7 +49,7 @@ def run(levels, of_rungs, factor, slots):
         for place in live:
             scores = tuple((score, 0.0) for score in levels[place][: len(entrants[place].scores) + 1])
             status = "ended" if len(scores) == len(levels[place]) else "paused" if len(scores) in of_rungs else "live"
-            entrants[place] = Entrant(scores, status)
+            entrants[place] = SweepTrial(scores, status)
 
 
 @given(sweeps())
@@ -82,13 +82,13 @@ def test_the_best_of_a_rung_goes_on_however_few_slots_there_are(sweep):
 
 
 def test_equal_scores_fall_to_the_earlier_trial():
-    paused = [Entrant(((0.5, -1.0),), "paused")] * 3
+    paused = [SweepTrial(((0.5, -1.0),), "paused")] * 3
     assert verdicts(paused, (1,), 3) == {0: "go on", 1: "out", 2: "out"}
 
 
 def test_a_decision_waits_as_long_as_a_trial_may_still_come():
     scores = [((0.9, 0.0),), ((0.8, 0.0),)]
-    paused = [Entrant(own, "paused") for own in scores]
-    assert verdicts([*paused, Entrant((), "waiting")], (1,), 3) == {0: "wait", 1: "wait"}
-    assert verdicts([*paused, Entrant(((0.1, 0.0),), "paused"), Entrant((), "live")], (1,), 3)[0] == "go on"
-    assert verdicts([*paused, Entrant((), "ended")], (1,), 3) == {0: "go on", 1: "out"}, "one failed before the rung"
+    paused = [SweepTrial(own, "paused") for own in scores]
+    assert verdicts([*paused, SweepTrial((), "waiting")], (1,), 3) == {0: "wait", 1: "wait"}
+    assert verdicts([*paused, SweepTrial(((0.1, 0.0),), "paused"), SweepTrial((), "live")], (1,), 3)[0] == "go on"
+    assert verdicts([*paused, SweepTrial((), "ended")], (1,), 3) == {0: "go on", 1: "out"}, "one failed before the rung"

@@ -13,7 +13,7 @@ from pipeline.backbone.host import host_backbone
 from pipeline.corpus.reader import open_split
 from pipeline.refresh.gate import compare
 from pipeline.tuning import incumbents
-from pipeline.tuning.evaluate import Exam, evaluate
+from pipeline.tuning.evaluate import EvalRequest, evaluate
 from pipeline.tuning.incumbents import Incumbents, best_states, measure, pair_keys, read_pairs
 from pipeline.tuning.loop import TuningRun, tune
 from tests.corpora import make_corpus, trial
@@ -50,7 +50,7 @@ def test_both_sides_answer_the_same_rows_and_their_metrics_are_those_of_an_evalu
         metric, corpus = state.trial.task, run.corpora[state.trial.task]
         rows = open_split(corpus.splits["dev"], state.trial.settings.eval_rows)
         incumbent = torch.as_tensor(old.prompts[metric])
-        exam = Exam(incumbent, rows, metric, corpus.labels, corpus.label_ids, 6)
+        exam = EvalRequest(incumbent, rows, metric, corpus.labels, corpus.label_ids, 6)
         (score,) = evaluate(backbone, tokenizer, [exam], 10_000)
         values = compare(metric, pairs[metric])[:2]
         best = state.history[state.best_at].value

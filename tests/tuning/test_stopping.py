@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from pipeline.backbone.files import find_model, read_config, read_tokenizer
-from pipeline.tuning import loop, notices
+from pipeline.tuning import loop, stop_signal
 from pipeline.tuning.checkpoint import load_checkpoint
 from pipeline.tuning.loop import tune
-from pipeline.tuning.notices import Notices, allow_to_run, ask_to_stop
 from pipeline.tuning.signals import heed_sigterm
+from pipeline.tuning.stop_signal import StopSignal, allow_to_run, ask_to_stop
 from tests.ranks import run_ranks
 from tests.tuning.test_loop import make_run, prompts_of
 
@@ -33,7 +33,7 @@ def undisturbed(model, tmp_path_factory):
 @pytest.mark.parametrize("at", [1, 4, 7, 10, 13, 20])
 def test_a_run_told_to_stop_at_any_step_goes_on_from_it_bit_by_bit(model, undisturbed, tmp_path, monkeypatch, at):
     backbone, tokenizer, _ = model
-    monkeypatch.setattr(notices, "_LOOK_S", 0.0)
+    monkeypatch.setattr(stop_signal, "_LOOK_S", 0.0)
     run = make_run(tmp_path, tokenizer, backbone.architecture)
     allow_to_run(run.folder)
     real = loop.losses_and_gradients
@@ -44,13 +44,13 @@ def test_a_run_told_to_stop_at_any_step_goes_on_from_it_bit_by_bit(model, undist
         return real(backbone, work, budget)
 
     monkeypatch.setattr(loop, "losses_and_gradients", told)
-    tune(run, backbone, tokenizer, Notices(run.folder))
+    tune(run, backbone, tokenizer, StopSignal(run.folder))
     monkeypatch.setattr(loop, "losses_and_gradients", real)
     checkpoint = load_checkpoint(run.folder / "checkpoints")
     assert checkpoint.step == at
-    assert tune(run, backbone, tokenizer, Notices(run.folder)) and checkpoint.step == at, "the request still stands"
+    assert tune(run, backbone, tokenizer, StopSignal(run.folder)) and checkpoint.step == at, "the request still stands"
     allow_to_run(run.folder)
-    for name, prompt in prompts_of(tune(run, backbone, tokenizer, Notices(run.folder))).items():
+    for name, prompt in prompts_of(tune(run, backbone, tokenizer, StopSignal(run.folder))).items():
         np.testing.assert_array_equal(prompt, undisturbed[name])
     series = (run.folder / "metrics/first.jsonl").read_text().splitlines()
     assert len([line for line in series if "dev_metric" in line]) == 3, "an evaluation is there twice, or never"
@@ -61,12 +61,12 @@ def test_a_run_told_to_stop_before_its_first_step_takes_none(model, tmp_path):
     run = make_run(tmp_path, tokenizer, backbone.architecture)
     allow_to_run(run.folder)
     ask_to_stop(run.folder)
-    assert tune(run, backbone, tokenizer, Notices(run.folder)) == []
+    assert tune(run, backbone, tokenizer, StopSignal(run.folder)) == []
 
 
 def test_a_node_about_to_leave_has_one_checkpoint_written_and_stops_nothing(model, undisturbed, tmp_path, monkeypatch):
     backbone, tokenizer, _ = model
-    monkeypatch.setattr(notices, "_NODES_S", 0.0)
+    monkeypatch.setattr(stop_signal, "_NODES_S", 0.0)
     run = make_run(tmp_path, tokenizer, backbone.architecture, checkpoint_every=1000)
     saved = []
     real = loop.save_checkpoint
@@ -77,7 +77,7 @@ def test_a_node_about_to_leave_has_one_checkpoint_written_and_stops_nothing(mode
 
     monkeypatch.setattr(loop, "save_checkpoint", watched)
     asked = iter([False, False, False, *[True] * 100])
-    states = tune(run, backbone, tokenizer, Notices(run.folder, lambda: next(asked)))
+    states = tune(run, backbone, tokenizer, StopSignal(run.folder, lambda: next(asked)))
     assert 3 in saved and saved.count(3) == 1 and 4 not in saved
     for name, prompt in prompts_of(states).items():
         np.testing.assert_array_equal(prompt, undisturbed[name])
@@ -103,7 +103,7 @@ def tune_until_one_rank_is_told(folder, model_folder):
         return real(backbone, work, budget)
 
     loop.losses_and_gradients = told
-    return [state.step for state in tune(run, backbone, read_tokenizer(files), Notices(run.folder))]
+    return [state.step for state in tune(run, backbone, read_tokenizer(files), StopSignal(run.folder))]
 
 
 def test_a_sigterm_of_one_rank_stops_all_after_the_same_step(model, tmp_path):

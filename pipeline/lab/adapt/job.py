@@ -14,14 +14,14 @@ from pipeline.bank import BackboneId
 from pipeline.corpus.encoding import TokenizerSpec
 from pipeline.corpus.plain_text import TextCorpus, TextPlan, check_text, prepare_text
 from pipeline.errors import SettingsError, StorageError, TuningError
-from pipeline.lab.adapt.order import AdaptationOrder, Adapted, read_adapted
+from pipeline.lab.adapt.rank_job import AdaptationJob, Adapted, read_adapted
 from pipeline.lab.adapt.start import Start, open_start
 from pipeline.lab.full_weights.on_rank import TrainingPlace
 from pipeline.reporting.events import EventLog, telling_why
 from pipeline.reporting.progress import follow
 from pipeline.run.checks import check_storage
 from pipeline.run.lease import run_lease
-from pipeline.run.patience import patiently
+from pipeline.run.patience import retry_while_unreachable
 from pipeline.run.stages import make_folder_of
 from pipeline.sealed_files import DamagedError, open_json, sealed_json
 from pipeline.settings import AdaptationSettings
@@ -84,9 +84,7 @@ def run_adaptation(checked: CheckedAdaptation, console: Console) -> Adapted:
         return adapted
 
 
-def _order(
-    settings: AdaptationSettings, start: Start, folder: Path, log: EventLog, connect: Connect
-) -> AdaptationOrder:
+def _order(settings: AdaptationSettings, start: Start, folder: Path, log: EventLog, connect: Connect) -> AdaptationJob:
     identity = _identify(start)
     description = folder / "model"
     try:
@@ -96,7 +94,9 @@ def _order(
     short = short_table(start.config, start.tokenizer)
     spec = TokenizerSpec(str(description), identity.tokenizer, "encoder-decoder", short)
     storage = Path(settings.run.storage).expanduser().resolve()
-    corpus: TextCorpus = patiently(partial(prepare_text, settings.corpus, spec, storage, connect), "corpus", log)
+    corpus: TextCorpus = retry_while_unreachable(
+        partial(prepare_text, settings.corpus, spec, storage, connect), "corpus", log
+    )
     log.write("stage", name="corpus", text=f"{corpus.counts['ok']} documents ({corpus.left_out} left out)")
     run, cluster = settings.run, settings.cluster
     place = TrainingPlace(
@@ -110,7 +110,7 @@ def _order(
         checkpoint_every=run.checkpoint_every,
         hang_timeout=run.hang_timeout,
     )
-    order = AdaptationOrder(place, settings.model_dump(mode="json"), asdict(corpus), identity.fingerprint)
+    order = AdaptationJob(place, settings.model_dump(mode="json"), asdict(corpus), identity.fingerprint)
     _claim(folder, order.digest, run.name)
     return order
 

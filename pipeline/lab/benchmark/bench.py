@@ -17,10 +17,10 @@ from pipeline.backbone.files import architecture_of, find_model, read_config, re
 from pipeline.backbone.host import Backbone, compute_dtype, held_bytes, host_backbone
 from pipeline.backbone.nearest import read_input_embeddings
 from pipeline.backbone.offload import keep_by
-from pipeline.lab.benchmark.comparison import Side
 from pipeline.lab.benchmark.ours import tune_together
 from pipeline.lab.benchmark.peft_trainer import PeerOptions, load_peer_model, tune_one_by_one
 from pipeline.lab.benchmark.ranks import run_ranks
+from pipeline.lab.benchmark.side_by_side import Side
 from pipeline.lab.benchmark.work import TaskWork, WorkOptions, load_work
 from pipeline.tuning.placement import agreed_products, partitions
 

@@ -26,9 +26,9 @@ from pipeline.corpus.rows import Recipe, row_identities
 from pipeline.corpus.task_corpus import prepare_task
 from pipeline.corpus.template import parse_template
 from pipeline.lab.benchmark.bare_tokenizer import BareWay, Run, bare_ways, run_bare
-from pipeline.lab.benchmark.comparison import write_json
 from pipeline.lab.benchmark.corpus_files import read_sentences, write_corpus
 from pipeline.lab.benchmark.ranks import end_with_parent
+from pipeline.lab.benchmark.side_by_side import write_json
 from pipeline.settings import ClusterSettings, TaskSettings
 from pipeline.tuning.connection import connected_ray
 from pipeline.tuning.device import device_name

@@ -12,11 +12,11 @@ from transformers import PretrainedConfig
 from pipeline.backbone.int8 import Int8Embedding
 from pipeline.backbone.loading import build_skeleton
 from pipeline.lab.benchmark.bench import Bench, OurOptions, host_for
-from pipeline.lab.benchmark.comparison import write_json
 from pipeline.lab.benchmark.ours import tune_together
 from pipeline.lab.benchmark.peak import useful_operations
 from pipeline.lab.benchmark.ranks import run_ranks
 from pipeline.lab.benchmark.shapes import published_config
+from pipeline.lab.benchmark.side_by_side import write_json
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,11 @@ from pipeline.backbone.memory import gathered_together
 from pipeline.backbone.weights import open_weights
 from pipeline.corpus.reader import TokenSet
 from pipeline.lab.benchmark.bench import OurOptions, host_model
-from pipeline.lab.benchmark.comparison import write_json
 from pipeline.lab.benchmark.ours import tune_together
 from pipeline.lab.benchmark.ranks import run_ranks
 from pipeline.lab.benchmark.resident import Resident, Watch, resident
 from pipeline.lab.benchmark.shapes import published_config
+from pipeline.lab.benchmark.side_by_side import write_json
 from pipeline.lab.benchmark.synthetic import write_checkpoint
 from pipeline.lab.benchmark.work import TaskWork
 from pipeline.settings import TaskSettings

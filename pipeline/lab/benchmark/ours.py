@@ -10,11 +10,11 @@ from torch.nn import Parameter
 
 from pipeline.backbone import prompted
 from pipeline.backbone.host import Backbone
-from pipeline.lab.benchmark.comparison import Side
+from pipeline.lab.benchmark.side_by_side import Side
 from pipeline.lab.benchmark.work import TaskWork
 from pipeline.tuning.optimise import make_optimizer, update
 from pipeline.tuning.peak_memory import peak_bytes
-from pipeline.tuning.step import Work, losses_and_gradients
+from pipeline.tuning.step import TrialStep, losses_and_gradients
 
 
 def tune_together(
@@ -31,7 +31,7 @@ def tune_together(
     seconds, losses = [], []
     for step in range(steps):
         start = time.perf_counter()
-        work = [Work(task.trial, prompt, step, task.train) for task, prompt in zip(tasks, tuned, strict=True)]
+        work = [TrialStep(task.trial, prompt, step, task.train) for task, prompt in zip(tasks, tuned, strict=True)]
         loss, _ = losses_and_gradients(backbone, work, token_budget, nll)
         for optimizer, task in zip(optimizers, tasks, strict=True):
             update(optimizer, task.trial.settings.optimizer, step, steps)

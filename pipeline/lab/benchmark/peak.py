@@ -8,7 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 from pipeline.backbone.loading import build_skeleton
-from pipeline.lab.benchmark.comparison import Result
+from pipeline.lab.benchmark.side_by_side import Result
 
 _SHAPES = ((1024, 1024, 1024), (2048, 2048, 2048), (1536, 576, 1536))
 _SECONDS = 1.0

@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from pipeline.lab.benchmark.comparison import Side
+from pipeline.lab.benchmark.side_by_side import Side
 from pipeline.lab.benchmark.work import TaskWork
 from pipeline.tuning.optimise import make_optimizer
 from pipeline.tuning.peak_memory import peak_bytes

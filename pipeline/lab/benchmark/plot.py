@@ -5,7 +5,7 @@ from pathlib import Path
 
 import matplotlib
 
-from pipeline.lab.benchmark.comparison import Result
+from pipeline.lab.benchmark.side_by_side import Result
 
 matplotlib.use("svg")
 

@@ -10,12 +10,12 @@ import torch
 from pipeline.backbone.files import find_model, read_tokenizer
 from pipeline.backbone.host import Backbone
 from pipeline.lab.benchmark.bench import Bench, OurOptions, host_for
-from pipeline.lab.benchmark.comparison import write_json
 from pipeline.lab.benchmark.ours import tune_together
 from pipeline.lab.benchmark.peft_trainer import PeerOptions
 from pipeline.lab.benchmark.ranks import run_ranks
+from pipeline.lab.benchmark.side_by_side import write_json
 from pipeline.tuning.device import device_name
-from pipeline.tuning.evaluate import Exam, evaluate
+from pipeline.tuning.evaluate import EvalRequest, evaluate
 
 _Scores = dict[str, list[float]]
 """By task, over its seeds."""
@@ -98,7 +98,7 @@ def _scores(
     for task, prompt in zip(bench.tasks, prompts, strict=True):
         assert task.dev is not None
         tensor = torch.from_numpy(np.ascontiguousarray(prompt)).to(backbone.device)
-        exams.append(Exam(tensor, task.dev, "accuracy", task.labels, task.label_ids, 8))
+        exams.append(EvalRequest(tensor, task.dev, "accuracy", task.labels, task.label_ids, 8))
     tokenizer = read_tokenizer(find_model(bench.model))
     accuracies: _Scores = {}
     losses: _Scores = {}

@@ -15,9 +15,9 @@ from pipeline.backbone.host import Backbone
 from pipeline.corpus.reader import open_split
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.lab.benchmark.bench import OurOptions, host_model
-from pipeline.lab.benchmark.comparison import write_json
 from pipeline.lab.benchmark.corpora import write_corpus
 from pipeline.lab.benchmark.ranks import run_ranks
+from pipeline.lab.benchmark.side_by_side import write_json
 from pipeline.settings import Settings, parse_settings
 from pipeline.tuning.batches import rows_of_step
 from pipeline.tuning.device import device_name

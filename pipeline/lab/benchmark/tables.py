@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from rich.table import Table
 
-from pipeline.lab.benchmark.comparison import Result
 from pipeline.lab.benchmark.corpus import CorpusFigures
 from pipeline.lab.benchmark.cost import StepCost
 from pipeline.lab.benchmark.quality import Quality
+from pipeline.lab.benchmark.side_by_side import Result
 from pipeline.lab.benchmark.sweep import SweepResult
 
 

@@ -19,12 +19,12 @@ from pipeline.corpus.reader import TokenSet, open_split
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import SettingsError
 from pipeline.settings import LoraSettings
-from pipeline.tuning.batches import Load, plan_rows
-from pipeline.tuning.evaluate import Exam, Score, evaluate, exam_of
+from pipeline.tuning.batches import RowCost, plan_rows
+from pipeline.tuning.evaluate import EvalRequest, Score, eval_request, evaluate
 from pipeline.tuning.optimise import update
 from pipeline.tuning.ranks import alone
 from pipeline.tuning.state import Evaluation
-from pipeline.tuning.step import Work, batch_of_step
+from pipeline.tuning.step import TrialStep, batch_of_step
 from pipeline.tuning.trials import Trial
 
 _ADAPTER = "default"
@@ -120,7 +120,7 @@ def train_adapter(
     start_anew(model, trial.seed)
     optimizer = AdamW(parameters, lr=settings.optimizer.lr, weight_decay=settings.optimizer.weight_decay)
     train, dev = open_split(corpus.splits["train"]), open_split(corpus.splits["dev"], settings.eval_rows)
-    exam = exam_of(settings, no_prompt(backbone), dev, corpus)
+    exam = eval_request(settings, no_prompt(backbone), dev, corpus)
     trained, begun = Trained(), time.monotonic()
     for step in range(settings.max_steps + 1):
         if told_to_stop():
@@ -144,11 +144,11 @@ def train_adapter(
 def loss_and_gradients(backbone: Backbone, trial: Trial, train: TokenSet, step: int, token_budget: int) -> float:
     """The loss of a step's rows (nats a target token); gradients are left in the adapter's parameters."""
     empty = no_prompt(backbone)
-    rows = batch_of_step([Work(trial, empty, step, train)])
+    rows = batch_of_step([TrialStep(trial, empty, step, train)])
     for parameter in _model(backbone).parameters():
         parameter.grad = None
     total = 0.0
-    for (share,) in plan_rows([Load(0, 0, row.length) for row in rows], 1, token_budget, backbone.pads_rows):
+    for (share,) in plan_rows([RowCost(0, 0, row.length) for row in rows], 1, token_budget, backbone.pads_rows):
         own = [rows[place] for place in share]
         run = prompted.Rows([empty], [0] * len(own), [train.input_ids(row.number) for row in own])
         nll = backbone.run(prompted.target_nll, run, [train.target_ids(row.number) for row in own])  # [B]
@@ -158,7 +158,7 @@ def loss_and_gradients(backbone: Backbone, trial: Trial, train: TokenSet, step: 
     return total
 
 
-def measure(backbone: Backbone, tokenizer: Any, exams: Sequence[Exam], token_budget: int) -> list[Score]:
+def measure(backbone: Backbone, tokenizer: Any, exams: Sequence[EvalRequest], token_budget: int) -> list[Score]:
     """Scores by this rank alone."""
     with alone():
         return evaluate(backbone, tokenizer, exams, token_budget)

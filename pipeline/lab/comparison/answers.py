@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pipeline.lab.comparison.candidates import Measured
-from pipeline.lab.comparison.exam import PHASE, ask
+from pipeline.lab.comparison.eval_job import PHASE, ask
 from pipeline.lab.comparison.fine_tuning import ask_models
 from pipeline.lab.comparison.lora import ask_adapters
 from pipeline.lab.comparison.questions import Answered, Question, Split, keep_prompt

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pipeline.backbone.files import from_anywhere
 from pipeline.errors import TuningError
 from pipeline.lab.comparison.candidates import Candidate, Cost, Measured
-from pipeline.lab.comparison.exam import OtherWeights, answered_before, ask
+from pipeline.lab.comparison.eval_job import OtherWeights, answered_before, ask
 from pipeline.lab.comparison.questions import Answered, Question
 from pipeline.lab.comparison.study import Study, seen_while_tuning
 from pipeline.lab.comparison.training import jobs_of, trained_task
-from pipeline.lab.full_weights.fine_tuning import RESULT, Diverged, FineTuned, FineTuningOrder, read_result
+from pipeline.lab.full_weights.fine_tuning import RESULT, Diverged, FineTuned, FineTuningJob, read_result
 from pipeline.lab.full_weights.on_rank import TrainingPlace
 from pipeline.settings import FineTuningSettings
 from pipeline.whole_files import remove
@@ -84,7 +84,7 @@ def _jobs(study: Study, settings: FineTuningSettings) -> list[_Job]:
     return jobs
 
 
-def _order(study: Study, settings: FineTuningSettings, job: _Job) -> FineTuningOrder:
+def _order(study: Study, settings: FineTuningSettings, job: _Job) -> FineTuningJob:
     run = study.settings
     task = job.candidate.task
     place = TrainingPlace(
@@ -98,7 +98,7 @@ def _order(study: Study, settings: FineTuningSettings, job: _Job) -> FineTuningO
         checkpoint_every=settings.checkpoint_every,
         hang_timeout=run.run.hang_timeout,
     )
-    return FineTuningOrder(
+    return FineTuningJob(
         place,
         task=task,
         settings=trained_task(run.tasks[task], settings, job.rate, settings.optimizer).model_dump(mode="json"),

@@ -40,7 +40,7 @@ from pipeline.whole_files import write_atomically
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ComparisonResult:
     results: Results
     folder: Path
 
@@ -58,7 +58,7 @@ class _Made:
     askable: Askable
 
 
-def run_comparison(checked: CheckedRun, console: Console) -> Outcome:
+def run_comparison(checked: CheckedRun, console: Console) -> ComparisonResult:
     """Compare what the settings name, which are `compared_settings`; leaves `results.json` and its pages.
 
     Raises: PromptBankError for everything that a user can mend.
@@ -89,7 +89,7 @@ def run_comparison(checked: CheckedRun, console: Console) -> Outcome:
         write_atomically(folder / "report.md", to_markdown(results).encode())
         write_atomically(folder / "report.html", render(results).encode())
         log.write("end", version=None, exit=0)
-    return Outcome(results, folder)
+    return ComparisonResult(results, folder)
 
 
 def _make(study: Study) -> _Made:

@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.lab.comparison.adapter_files import KeptAdapter, load_adapter
 from pipeline.lab.comparison.candidates import Candidate, Cost, Measured
-from pipeline.lab.comparison.lora_order import PHASE, LoraJob, LoraOrder, lora_trial
+from pipeline.lab.comparison.lora_job import PHASE, LoraJob, LoraRankJob, lora_trial
 from pipeline.lab.comparison.questions import Answered, Question, all_answers, load_answers
 from pipeline.lab.comparison.study import Study, seen_while_tuning
 from pipeline.lab.comparison.training import jobs_of
@@ -76,8 +76,8 @@ def _asked(study: Study, job: LoraJob, questions: tuple[Question, ...]) -> LoraJ
     return replace(job, questions=questions, digests=digests)
 
 
-def _order(study: Study, corpora: dict[str, TaskCorpus], folder: Path, jobs: Sequence[LoraJob]) -> LoraOrder:
-    return LoraOrder(
+def _order(study: Study, corpora: dict[str, TaskCorpus], folder: Path, jobs: Sequence[LoraJob]) -> LoraRankJob:
+    return LoraRankJob(
         settings=settings_for_ranks(study.settings),
         corpora={task: corpus.to_dict() for task, corpus in corpora.items()},
         fingerprint=study.checked.identity.fingerprint,

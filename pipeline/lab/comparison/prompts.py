@@ -16,10 +16,10 @@ from pipeline.reporting.events import Event
 from pipeline.reporting.html.run_files import stages_of
 from pipeline.reporting.watched import read_events
 from pipeline.run.checks import CheckedRun
-from pipeline.run.patience import patiently
+from pipeline.run.patience import retry_while_unreachable
 from pipeline.run.publishing import publish_prompts
-from pipeline.run.results import Entry, write_trials
-from pipeline.run.stages import announce, finished_states, make_order
+from pipeline.run.results import TaskResult, write_trials
+from pipeline.run.stages import announce, finished_states, make_rank_job
 from pipeline.settings import TaskSettings
 from pipeline.tuning.state import TrialState, by_task
 
@@ -45,7 +45,7 @@ def tune_prompts(study: Study, checked: CheckedRun, phase: str, method: Method) 
     with study.phase(phase) as (folder, log):
         save_description(checked.config, checked.tokenizer, folder / "model")
         log.write("begin", tasks=len(corpora))
-        order = make_order(checked, corpora, folder, starts_anew=not own)
+        order = make_rank_job(checked, corpora, folder, starts_anew=not own)
         announce(order, settings, log)
         states = finished_states(order, settings)
         if states is None:
@@ -62,7 +62,7 @@ def tune_prompts(study: Study, checked: CheckedRun, phase: str, method: Method) 
         if own:
             bank = with_own_bank(settings, study.folder)
             put = partial(publish_prompts, bank, checked.identity, entries, corpora)
-            version = patiently(put, "publish", log)
+            version = retry_while_unreachable(put, "publish", log)
         log.write("end", version=version, exit=0)
     names = [one.candidate.name for one in measured]
     return TunedPrompts(
@@ -72,13 +72,15 @@ def tune_prompts(study: Study, checked: CheckedRun, phase: str, method: Method) 
     )
 
 
-def _entries(states: Sequence[TrialState], measured: Sequence[Measured], metrics: Mapping[str, str]) -> list[Entry]:
+def _entries(
+    states: Sequence[TrialState], measured: Sequence[Measured], metrics: Mapping[str, str]
+) -> list[TaskResult]:
     """The tasks' trials, the best seed of each task's best choice as the chosen one: as the report has it."""
     best = {task: group.best(metrics[task]) for (_, task), group in choose(grouped(measured), metrics).items()}
     entries = []
     for task, trials in by_task(states).items():
         own = [state for state, one in zip(states, measured, strict=True) if one is best.get(task)]
-        entries.append(Entry(trials, own[0] if own else trials[0]))
+        entries.append(TaskResult(trials, own[0] if own else trials[0]))
     return entries
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load, save
 
 from pipeline.errors import StorageError
 from pipeline.lab.comparison.told_tensors import load_told, save_told
-from pipeline.tuning.evaluate import Answers, Exam, score_texts
+from pipeline.tuning.evaluate import Answers, EvalRequest, score_texts
 from pipeline.whole_files import write_atomically
 
 Split = Literal["dev", "test"]
@@ -77,7 +77,7 @@ class Answered:
         return self.loss if self.texts is None else score_texts(metric, self.texts, self.targets)
 
 
-def as_answered(exam: Exam, answers: Answers) -> Answered:
+def as_answered(exam: EvalRequest, answers: Answers) -> Answered:
     """What is kept of an exam's answers."""
     lengths = exam.split.target_lengths
     return Answered(answers.nll, lengths, answers.wanted, answers.texts, answers.label_scores, exam.labels)

@@ -19,7 +19,7 @@ from pipeline.run.checks import CheckedRun
 from pipeline.run.tracking import followed
 from pipeline.settings import BankSettings, Settings, TaskSettings, changed_settings
 from pipeline.tuning.connection import Connect
-from pipeline.tuning.launch import RankOrder, launch
+from pipeline.tuning.launch import RankPayload, launch
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Study:
         with EventLog(folder / "events.jsonl") as log, telling_why(log), followed(self.settings, folder, self.console):
             yield folder, log
 
-    def on_ranks(self, order: RankOrder, log: EventLog) -> None:
+    def on_ranks(self, order: RankPayload, log: EventLog) -> None:
         """Raises: the PromptBankError that a rank ended with; TuningError when ranks were lost too often."""
         self.connect()
         launch(order, self.settings.cluster, self.settings.run, log)

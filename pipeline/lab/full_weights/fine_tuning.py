@@ -28,7 +28,7 @@ from pipeline.lab.full_weights.training import Course, train
 from pipeline.sealed_files import DamagedError, file_digest, open_json, sealed_json
 from pipeline.settings import TaskSettings
 from pipeline.tuning.batches import rows_of_step
-from pipeline.tuning.evaluate import Score, evaluate, exam_of
+from pipeline.tuning.evaluate import Score, eval_request, evaluate
 from pipeline.tuning.ranks import rank
 from pipeline.tuning.state import Evaluation
 from pipeline.tuning.trials import Trial, make_trial
@@ -92,7 +92,7 @@ class Diverged:
 
 
 @dataclass(frozen=True)
-class FineTuningOrder:
+class FineTuningJob:
     """A fine-tuning as sent to its ranks: plain values only. Its result is `result.json` in the run's folder."""
 
     place: TrainingPlace
@@ -145,7 +145,7 @@ def _write_result(run_folder: str, result: FineTuned | Diverged) -> None:
 
 @dataclass
 class _Run:
-    order: FineTuningOrder
+    order: FineTuningJob
     here: TrainingRank
     trial: Trial = field(init=False)
     corpus: TaskCorpus = field(init=False)
@@ -162,7 +162,7 @@ class _Run:
     def measure(self, split: str) -> Score:
         settings, model = self.trial.settings, self.here.model
         rows = open_split(self.corpus.splits[split], settings.eval_rows)
-        exam = exam_of(settings, no_prompt(model), rows, self.corpus)
+        exam = eval_request(settings, no_prompt(model), rows, self.corpus)
         (score,) = evaluate(model.backbone, self.here.tokenizer, [exam], self.order.place.tokens_per_microbatch)
         return score
 
@@ -187,7 +187,7 @@ class _Run:
         return settings.patience is None or stale < settings.patience
 
 
-def _fine_tune(order: FineTuningOrder, here: TrainingRank, device: torch.device) -> None:
+def _fine_tune(order: FineTuningJob, here: TrainingRank, device: torch.device) -> None:
     run = _Run(order, here)
     settings = run.trial.settings
     course = Course(

@@ -11,15 +11,15 @@ from transformers import AutoConfig, AutoTokenizer
 
 from pipeline.backbone.files import find_model
 from pipeline.backbone.host import compute_dtype
-from pipeline.lab.full_weights.journal import Journal
 from pipeline.lab.full_weights.loading import load_trained
 from pipeline.lab.full_weights.pieces import TrainedModel, trained_parameters
+from pipeline.lab.full_weights.training_log import TrainingLog
 from pipeline.reporting.words import millions
 from pipeline.settings import OptimizerSettings
-from pipeline.tuning.notices import Notices
 from pipeline.tuning.peak_memory import peak_bytes
 from pipeline.tuning.rank_process import rank_process
 from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
+from pipeline.tuning.stop_signal import StopSignal
 from pipeline.tuning.watchdog import call_at_every_layer, hang_reports, hang_sentence, hangs_of
 
 
@@ -55,19 +55,19 @@ class TrainingPlace:
 class TrainingRank:
     model: TrainedModel
     tokenizer: Any
-    journal: Journal
-    notices: Notices
+    journal: TrainingLog
+    notices: StopSignal
 
 
 @contextmanager
 def training_rank(
     place: TrainingPlace, optimizer: OptimizerSettings, device: torch.device, node_leaves: Callable[[], bool]
 ) -> Iterator[TrainingRank]:
-    """This rank with its part of the model loaded, watched until the block ends. `node_leaves`: see `Notices`.
+    """This rank with its part of the model loaded, watched until the block ends. `node_leaves`: see `StopSignal`.
 
     Raises: BackboneError when weights are damaged or missing.
     """
-    journal = Journal(place.folder, place.name, silent=rank() != 0)
+    journal = TrainingLog(place.folder, place.name, silent=rank() != 0)
     if hung := hang_reports(hangs_of(place.folder)):
         journal.event("stage", name="tuning", text=f"starting again: {hang_sentence(hung, place.hang_timeout)}")
     with rank_process(place.folder, place.hang_timeout, place.cpus_per_worker, device) as alive:
@@ -80,7 +80,7 @@ def training_rank(
         journal.event("stage", name="tuning", text=f"{millions(count)} parameters are trained in {dtype}")
         journal.memory("backbone")
         tokenizer = AutoTokenizer.from_pretrained(place.description, trust_remote_code=False)
-        yield TrainingRank(model, tokenizer, journal, Notices(place.folder, node_leaves))
+        yield TrainingRank(model, tokenizer, journal, StopSignal(place.folder, node_leaves))
         journal.memory("tuning")
 
 

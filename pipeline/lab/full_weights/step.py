@@ -7,7 +7,7 @@ import torch
 from pipeline.backbone import prompted
 from pipeline.backbone.rows import TokenRows
 from pipeline.lab.full_weights.pieces import TrainedModel
-from pipeline.tuning.batches import Load, plan_rows
+from pipeline.tuning.batches import RowCost, plan_rows
 from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
 
 
@@ -31,7 +31,7 @@ def loss_and_gradient(model: TrainedModel, examples: Examples, token_budget: int
     """
     backbone = model.backbone
     weight = 1.0 / sum(map(len, examples.targets))
-    loads = [Load(0, 0, len(x) + len(y)) for x, y in zip(examples.inputs, examples.targets, strict=True)]
+    loads = [RowCost(0, 0, len(x) + len(y)) for x, y in zip(examples.inputs, examples.targets, strict=True)]
     plan = plan_rows(loads, world_size(), token_budget, backbone.pads_rows)
     loss = torch.zeros(1, device=backbone.device)
     for place, shares in enumerate(plan):

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from pipeline.errors import DivergedError
 from pipeline.lab.full_weights.checkpoint import Progress, load_progress, save_progress
-from pipeline.lab.full_weights.journal import Journal
 from pipeline.lab.full_weights.pieces import TrainedModel
 from pipeline.lab.full_weights.step import Examples, loss_and_gradient
+from pipeline.lab.full_weights.training_log import TrainingLog
 from pipeline.settings import OptimizerSettings
-from pipeline.tuning.notices import Notices
 from pipeline.tuning.optimise import schedule_factor
+from pipeline.tuning.stop_signal import StopSignal
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Course:
 def train(
     model: TrainedModel,
     course: Course,
-    journal: Journal,
+    journal: TrainingLog,
     pause: Callable[[Progress], bool],
-    notices: Notices | None = None,
+    notices: StopSignal | None = None,
 ) -> Progress | None:
     """Train from the newest checkpoint to the last step; None where it was told to stop, with a checkpoint, before.
 
@@ -65,7 +65,7 @@ def train(
             save_progress(course.checkpoints, course.digest, model, progress)
 
 
-def _step(model: TrainedModel, course: Course, progress: Progress, journal: Journal) -> None:
+def _step(model: TrainedModel, course: Course, progress: Progress, journal: TrainingLog) -> None:
     examples = course.examples(progress.step)
     loss = loss_and_gradient(model, examples, course.token_budget)
     if not math.isfinite(loss):

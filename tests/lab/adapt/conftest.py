@@ -8,7 +8,7 @@ from pipeline.backbone.files import save_description
 from pipeline.corpus.plain_text import TextCorpus
 from pipeline.corpus.rows import Recipe, tokenise_rows
 from pipeline.corpus.template import parse_template
-from pipeline.lab.adapt.order import AdaptationOrder
+from pipeline.lab.adapt.rank_job import AdaptationJob
 from pipeline.lab.adapt.start import open_start
 from pipeline.lab.full_weights.on_rank import TrainingPlace
 from pipeline.settings import AdaptationSettings
@@ -27,7 +27,7 @@ def make_order(tmp_path):
     make_model(tmp_path / "t5", "t5", scale=1.0)
     make_tokenizer(eos_template=True).save_pretrained(tmp_path / "tokenizer")
 
-    def order(run, /, **changes) -> AdaptationOrder:
+    def order(run, /, **changes) -> AdaptationJob:
         usual = {
             "model": {"path": str(tmp_path / "t5")}, "corpus": {"train": "unused"}, "optimizer": {"lr": 0.02},
             "tokens": 12, "batch_size": 5, "steps": 12, "save_at": [0, 8],
@@ -40,7 +40,7 @@ def make_order(tmp_path):
             str(run), "adapted", start.path, str(run / "model"), checkpoint_every=5, tokens_per_microbatch=48
         )
         corpus = asdict(_text_corpus(run / "shards", start.tokenizer))
-        return AdaptationOrder(place, settings.model_dump(mode="json"), corpus, "model")
+        return AdaptationJob(place, settings.model_dump(mode="json"), corpus, "model")
 
     return order
 

@@ -11,9 +11,9 @@ from pipeline.backbone.files import architecture_of, find_model, read_config, re
 from pipeline.backbone.host import host_backbone
 from pipeline.errors import CorpusError
 from pipeline.lab.benchmark import ablation
-from pipeline.lab.benchmark.comparison import Side, compare
 from pipeline.lab.benchmark.ours import tune_together
 from pipeline.lab.benchmark.peft_trainer import PeerOptions, load_peer_model, tune_one_by_one
+from pipeline.lab.benchmark.side_by_side import Side, compare
 from pipeline.lab.benchmark.work import WorkOptions, load_work
 from tests.corpora import reviews
 from tests.tiny import make_model

@@ -27,7 +27,7 @@ from pipeline.lab.comparison.adapter_files import load_adapter, save_adapter
 from pipeline.lab.comparison.training import trained_task
 from pipeline.settings import LoraSettings
 from pipeline.tuning.batches import rows_of_step
-from pipeline.tuning.evaluate import exam_of
+from pipeline.tuning.evaluate import eval_request
 from pipeline.tuning.optimise import update
 from pipeline.tuning.trials import make_trial
 from tests.corpora import make_corpus, make_task
@@ -101,7 +101,7 @@ def test_losses_and_adapters_are_those_of_a_plain_peft_loop(tuned):
 
 def test_a_new_adapter_changes_nothing_and_depends_on_its_seed_alone(tuned):
     backbone, tokenizer, _, corpus, trial, folder = tuned
-    exam = exam_of(trial.settings, no_prompt(backbone), open_split(corpus.splits["dev"]), corpus)
+    exam = eval_request(trial.settings, no_prompt(backbone), open_split(corpus.splits["dev"]), corpus)
     start_anew(backbone.hosted.model, 3)
     first, (before,) = adapter_weights(backbone.hosted.model), measure(backbone, tokenizer, [exam], 300)
     files = find_model(str(folder))
@@ -126,7 +126,7 @@ def test_training_keeps_the_adapter_of_its_best_evaluation_and_the_model_as_it_w
     assert (kept.history, kept.best_at) == (tuple(trained.history), trained.best_at) and kept.peak_bytes > 2**20
     start_anew(backbone.hosted.model, 9)
     put_weights(backbone.hosted.model, kept.weights)
-    exam = exam_of(trial.settings, no_prompt(backbone), open_split(corpus.splits["dev"], 12), corpus)
+    exam = eval_request(trial.settings, no_prompt(backbone), open_split(corpus.splits["dev"], 12), corpus)
     (score,) = measure(backbone, tokenizer, [exam], 300)
     assert (score.value, score.loss) == pytest.approx((trained.best.value, trained.best.loss), rel=1e-5)
     for name, parameter in backbone.hosted.model.named_parameters():

@@ -21,7 +21,7 @@ from pipeline.lab.comparison.hard_prompts import (
     solved_rows,
 )
 from pipeline.settings import HardPromptSettings
-from pipeline.tuning.evaluate import answer, exam_of
+from pipeline.tuning.evaluate import answer, eval_request
 from tests.corpora import make_corpus, make_task, reviews, task_corpus
 from tests.tiny import make_tokenizer
 
@@ -125,7 +125,7 @@ def test_a_hard_prompt_scores_as_the_whole_text_does_in_transformers(model, tmp_
     split = open_split(corpus.splits["dev"])
     ids, behind = behind_text(text, split, tokenizer, backbone.architecture)
     prompt = backbone.embed(torch.as_tensor(ids, dtype=torch.long))
-    (given,) = answer(backbone, tokenizer, [exam_of(make_task(), prompt, behind, corpus)], 500)
+    (given,) = answer(backbone, tokenizer, [eval_request(make_task(), prompt, behind, corpus)], 500)
     reference = AutoModelForCausalLM.from_pretrained(folder).eval()
     for row in range(len(split)):
         own = tokenizer.decode(split.input_ids(row))
@@ -141,7 +141,9 @@ def test_a_hard_prompt_scores_as_the_whole_text_does_in_transformers(model, tmp_
 def test_answers_tell_each_label_s_log_likelihood(model, tmp_path):
     backbone, tokenizer, _ = model
     corpora = [make_corpus(tmp_path, tokenizer, backbone.architecture, name, seed) for seed, name in enumerate("ab")]
-    exams = [exam_of(make_task(), torch.randn(3, 32), open_split(corpus.splits["dev"]), corpus) for corpus in corpora]
+    exams = [
+        eval_request(make_task(), torch.randn(3, 32), open_split(corpus.splits["dev"]), corpus) for corpus in corpora
+    ]
     for exam, given in zip(exams, answer(backbone, tokenizer, exams, 300), strict=True):
         assert given.label_scores.shape == (len(exam.split), 2)
         chosen = [exam.labels[place] for place in given.label_scores.argmax(axis=1)]

@@ -8,11 +8,11 @@ import torch
 
 from pipeline.backbone.files import find_model, read_config, read_tokenizer
 from pipeline.lab.full_weights.checkpoint import Progress
-from pipeline.lab.full_weights.journal import Journal
 from pipeline.lab.full_weights.loading import load_trained
 from pipeline.lab.full_weights.model_folder import save_model_folder
 from pipeline.lab.full_weights.step import Examples
 from pipeline.lab.full_weights.training import Course, train
+from pipeline.lab.full_weights.training_log import TrainingLog
 from pipeline.settings import OptimizerSettings
 from pipeline.tuning.ranks import rank
 from tests.tiny import VOCAB
@@ -40,7 +40,7 @@ def trained(model_folder: Path, what: Course, pause=lambda progress: True, dtype
     files = find_model(str(model_folder))
     model = load_trained(files, read_config(files), what.optimizer, dtype=dtype, device=CPU)
     run = what.checkpoints.parent
-    progress = train(model, what, Journal(run, "course", silent=rank() != 0), pause)
+    progress = train(model, what, TrainingLog(run, "course", silent=rank() != 0), pause)
     if save is not None:
         save_model_folder(model, read_tokenizer(files), save)
     weights = {name: weight.float().numpy().copy() for name, weight in model.weights()}

@@ -13,10 +13,10 @@ from pipeline.backbone.files import find_model, read_config, read_tokenizer, sav
 from pipeline.backbone.host import host_backbone
 from pipeline.corpus.reader import open_split
 from pipeline.lab.full_weights import training
-from pipeline.lab.full_weights.fine_tuning import Diverged, FineTuningOrder, read_result
+from pipeline.lab.full_weights.fine_tuning import Diverged, FineTuningJob, read_result
 from pipeline.lab.full_weights.on_rank import TrainingPlace
 from pipeline.tuning.batches import rows_of_step
-from pipeline.tuning.evaluate import evaluate, exam_of
+from pipeline.tuning.evaluate import eval_request, evaluate
 from pipeline.tuning.peak_memory import peak_bytes
 from tests.corpora import make_corpus, make_task
 from tests.ranks import run_ranks
@@ -43,7 +43,7 @@ def ready(request, tmp_path_factory):
         )  # fmt: skip
         usual = {"optimizer": {"lr": 0.02, "weight_decay": 0}, "max_steps": 30, "eval_every": 10, "eval_rows": 60}
         settings = make_task(**{**usual, **changes}).model_dump(mode="json")
-        return FineTuningOrder(place, "film", settings, corpus.to_dict(), seed=3, fingerprint="model")
+        return FineTuningJob(place, "film", settings, corpus.to_dict(), seed=3, fingerprint="model")
 
     return order, corpus
 
@@ -98,7 +98,7 @@ def test_the_result_is_what_the_prompts_evaluator_measures_of_the_saved_folder(r
     backbone = host_backbone(files, read_config(files), int8=False, dtype=torch.float32, device=CPU, sharded=False)
     nothing = torch.zeros(0, backbone.hidden_size)
     exams = [
-        exam_of(order.trial().settings, nothing, open_split(corpus.splits[split], 60), corpus)
+        eval_request(order.trial().settings, nothing, open_split(corpus.splits[split], 60), corpus)
         for split in ("dev", "test")
     ]
     dev, test = evaluate(backbone, read_tokenizer(files), exams, 256)

@@ -4,7 +4,7 @@ import pytest
 import ray
 
 from pipeline.backbone.files import find_model, read_config, read_tokenizer, save_description
-from pipeline.lab.full_weights.fine_tuning import FineTuningOrder, read_result
+from pipeline.lab.full_weights.fine_tuning import FineTuningJob, read_result
 from pipeline.lab.full_weights.on_rank import TrainingPlace
 from pipeline.reporting.events import EventLog
 from pipeline.settings import ClusterSettings, RunSettings
@@ -31,7 +31,7 @@ def test_two_ranks_of_ray_train_carry_an_order_out_and_leave_its_result(family, 
     run.mkdir()
     place = TrainingPlace(str(run), "film", str(tmp_path / "model"), str(tmp_path / "description"))
     settings = make_task(optimizer={"lr": 0.02}, max_steps=10, eval_every=5).model_dump(mode="json")
-    order = FineTuningOrder(place, "film", settings, corpus.to_dict(), seed=0)
+    order = FineTuningJob(place, "film", settings, corpus.to_dict(), seed=0)
     with EventLog(run / "events.jsonl") as log:
         launch(order, ClusterSettings(num_workers=2), RunSettings(name="run", storage=str(tmp_path)), log)
     result = read_result(run)

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.refresh.record import NightRecord, read_record, write_record
 
 
-class Chronicle:
+class NightRecordWriter:
     """Holds the record of a night that began or goes on."""
 
     def __init__(self, folder: Path, record: NightRecord, guard: Callable[[], None] = lambda: None) -> None:

@@ -9,10 +9,10 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from pipeline.errors import DivergedError, SettingsError
-from pipeline.lab.adapt.order import read_adapted
+from pipeline.lab.adapt.rank_job import read_adapted
 from pipeline.lab.full_weights import training
-from pipeline.tuning import notices
-from pipeline.tuning.notices import allow_to_run, ask_to_stop
+from pipeline.tuning import stop_signal
+from pipeline.tuning.stop_signal import allow_to_run, ask_to_stop
 from tests.lab.adapt.conftest import CONFIG
 from tests.ranks import run_ranks
 
@@ -108,7 +108,7 @@ def test_killed_and_started_again_it_keeps_the_models_of_one_left_alone(make_ord
 
 
 def test_told_to_stop_it_leaves_a_checkpoint_of_that_very_step_and_goes_on_from_it(make_order, tmp_path, monkeypatch):
-    monkeypatch.setattr(notices, "_LOOK_S", 0.0)
+    monkeypatch.setattr(stop_signal, "_LOOK_S", 0.0)
     undisturbed = make_order(tmp_path / "whole")
     carry_out(undisturbed)
     order, real, seen = make_order(tmp_path / "stopped"), training.loss_and_gradient, []

@@ -13,7 +13,7 @@ from pipeline.whole_files import write_atomically
 _SECONDS_BETWEEN_STEP_EVENTS = 2.0
 
 
-class Journal:
+class TrainingLog:
     """Written by rank 0 alone; the other ranks hold one that is silent."""
 
     def __init__(self, run_folder: Path, name: str, silent: bool) -> None:

@@ -20,11 +20,11 @@ from pipeline.lab.comparison.adapter_files import load_adapter, save_adapter
 from pipeline.lab.comparison.questions import Question, answer_paths, as_answered, load_answers, save_answers
 from pipeline.lab.comparison.training import trained_task
 from pipeline.settings import LoraSettings, Settings
-from pipeline.tuning.evaluate import answer, exam_of
-from pipeline.tuning.journal import Journal
-from pipeline.tuning.notices import told_to_stop
+from pipeline.tuning.evaluate import answer, eval_request
 from pipeline.tuning.rank_process import rank_process
 from pipeline.tuning.ranks import alone, rank, world_size
+from pipeline.tuning.run_log import RunLog
+from pipeline.tuning.stop_signal import told_to_stop
 from pipeline.tuning.trials import Trial, make_trial
 from pipeline.tuning.watchdog import call_at_every_layer
 
@@ -47,7 +47,7 @@ class LoraJob:
 
 
 @dataclass(frozen=True)
-class LoraOrder:
+class LoraRankJob:
     """Jobs as sent to the ranks: plain values only."""
 
     settings: dict[str, Any]
@@ -79,11 +79,11 @@ def lora_trial(
     return make_trial(task, trained_task(settings.tasks[task], lora, rate), seed, corpus, fingerprint)
 
 
-def _work(order: LoraOrder, settings: Settings, device: torch.device, alive: Callable[[], None]) -> None:
+def _work(order: LoraRankJob, settings: Settings, device: torch.device, alive: Callable[[], None]) -> None:
     lora = settings.compare.lora
     assert lora is not None
     folder = Path(order.run_folder)
-    journal, mine = Journal(folder, silent=rank() != 0), order.jobs[rank() :: world_size()]
+    journal, mine = RunLog(folder, silent=rank() != 0), order.jobs[rank() :: world_size()]
     config = AutoConfig.from_pretrained(order.model_folder, trust_remote_code=False)
     dtype = compute_dtype(settings.model.dtype, device)
     files = find_model(settings.model.path)
@@ -113,7 +113,7 @@ def _work(order: LoraOrder, settings: Settings, device: torch.device, alive: Cal
 
 
 def _answer(
-    order: LoraOrder,
+    order: LoraRankJob,
     settings: Settings,
     job: LoraJob,
     backbone: Backbone,
@@ -126,7 +126,7 @@ def _answer(
     for question in asked:
         corpus = corpora[question.task]
         split = open_split(corpus.splits[question.split], question.rows)
-        exams.append(exam_of(settings.tasks[question.task], no_prompt(backbone), split, corpus))
+        exams.append(eval_request(settings.tasks[question.task], no_prompt(backbone), split, corpus))
     with alone():
         answers = answer(backbone, tokenizer, exams, settings.cluster.tokens_per_microbatch) if exams else []
     for question, exam, given in zip(asked, exams, answers, strict=True):

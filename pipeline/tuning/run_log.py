@@ -10,19 +10,19 @@ from pipeline.reporting.events import EventLog
 from pipeline.reporting.series import read_series
 from pipeline.tuning.peak_memory import peak_bytes
 from pipeline.tuning.state import TrialState
-from pipeline.tuning.step import Tokens
+from pipeline.tuning.step import TokenCounts
 from pipeline.whole_files import write_atomically
 
 _SECONDS_BETWEEN_STEP_EVENTS = 2.0
 
 
-class Journal:
+class RunLog:
     """Written by rank 0 alone; the other ranks hold one that is silent."""
 
     def __init__(self, run_folder: Path, silent: bool) -> None:
         self._events = None if silent else EventLog(run_folder / "events.jsonl")
         self._metrics = run_folder / "metrics"
-        self._since, self._tokens = time.monotonic(), Tokens()
+        self._since, self._tokens = time.monotonic(), TokenCounts()
 
     def event(self, event: str, **fields: object) -> None:
         if self._events:
@@ -45,7 +45,7 @@ class Journal:
             write_atomically(self._path(state.trial.name), b"")
 
     def stepped(
-        self, step: int, live: Sequence[TrialState], losses: Mapping[str, float], tokens: Tokens, gathered: int
+        self, step: int, live: Sequence[TrialState], losses: Mapping[str, float], tokens: TokenCounts, gathered: int
     ) -> None:
         """`gathered`: bytes of weights that this rank gathered since it loaded them."""
         if self._events is None:
@@ -82,7 +82,7 @@ class Journal:
 
     def paused(self) -> None:
         """Time since the last step went elsewhere (an evaluation), and is no part of the rate."""
-        self._since, self._tokens = time.monotonic(), Tokens()
+        self._since, self._tokens = time.monotonic(), TokenCounts()
 
     def _path(self, trial: str) -> Path:
         return self._metrics / f"{trial}.jsonl"

@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.bank import BackboneId, PromptBank, PromptRecord
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import PromptBankError
-from pipeline.refresh.plan import PlannedTask, TaskTonight, plan_night
+from pipeline.refresh.plan import PlannedTask, TaskInputs, plan_night
 from pipeline.reporting.events import EventLog
 from pipeline.run.checks import CheckedRun, find_bank
 from pipeline.run.stages import prepare_corpora, save_model_description
@@ -17,7 +17,7 @@ from pipeline.tuning.trials import inputs_digest
 
 
 @dataclass(frozen=True)
-class BankTonight:
+class BankState:
     """The version that the alias names, and the names in the newest one."""
 
     version: int | None = None
@@ -31,10 +31,10 @@ class BankTonight:
 
 
 @dataclass(frozen=True)
-class Look:
+class NightInputs:
     corpora: Mapping[str, TaskCorpus]
     refused: Mapping[str, PromptBankError]
-    bank: BankTonight
+    bank: BankState
     plan: tuple[PlannedTask, ...]
 
     @property
@@ -42,31 +42,31 @@ class Look:
         return [planned for planned in self.plan if planned.trains]
 
 
-def look(checked: CheckedRun, folder: Path, log: EventLog, connect: Connect) -> Look:
+def read_inputs(checked: CheckedRun, folder: Path, log: EventLog, connect: Connect) -> NightInputs:
     """Prepare the corpora (shards that are there are not made again, and need no Ray) and plan.
 
     folder: where the model's description is kept. Raises: PromptBankError.
     """
     tokenizer = save_model_description(checked, folder)
     corpora, refused = prepare_corpora(checked, tokenizer, log, connect)
-    bank = see_bank(checked.settings, checked.identity)
+    bank = read_bank_state(checked.settings, checked.identity)
     tasks = {name: _tonight(checked.settings, name, corpora, refused) for name in checked.settings.tasks}
     plan = plan_night(tasks, bank.records, bank.same_backbone, bank.newest, bank.foreign)
-    return Look(corpora, refused, bank, plan)
+    return NightInputs(corpora, refused, bank, plan)
 
 
-def see_bank(settings: Settings, identity: BackboneId) -> BankTonight:
+def read_bank_state(settings: Settings, identity: BackboneId) -> BankState:
     """Raises: BankError, StorageError."""
     bank = find_bank(settings)
     if bank is None:
-        return BankTonight()
+        return BankState()
     newest = _newest_names(bank)
     if bank.current is None:
-        return BankTonight(newest=newest)
+        return BankState(newest=newest)
     snapshot = bank.current
     records = {record.name: record for record in snapshot.records()}
     foreign = (r.name for r in records.values() if r.tuned_on and not snapshot.is_of(identity, r.name))
-    return BankTonight(bank.version, snapshot.is_of(identity), records, tuple(foreign), newest)
+    return BankState(bank.version, snapshot.is_of(identity), records, tuple(foreign), newest)
 
 
 def _newest_names(bank: PromptBank) -> tuple[str, ...]:
@@ -76,9 +76,9 @@ def _newest_names(bank: PromptBank) -> tuple[str, ...]:
 
 def _tonight(
     settings: Settings, name: str, corpora: Mapping[str, TaskCorpus], refused: Mapping[str, PromptBankError]
-) -> TaskTonight | str:
+) -> TaskInputs | str:
     if name in refused:
         return str(refused[name])
     digest = corpora[name].digest
     lengths = frozenset(trial.prompt.length for trial in settings.tasks[name].trials(name).values())
-    return TaskTonight(inputs_digest(settings, name, digest), digest, lengths)
+    return TaskInputs(inputs_digest(settings, name, digest), digest, lengths)

@@ -43,7 +43,7 @@ class Adapted:
 
 
 @dataclass(frozen=True)
-class AdaptationOrder:
+class AdaptationJob:
     """Plain values only."""
 
     place: TrainingPlace
@@ -79,7 +79,7 @@ class AdaptationOrder:
             _adapt(self, settings, here, device)
 
 
-def read_adapted(order: AdaptationOrder) -> Adapted | None:
+def read_adapted(order: AdaptationJob) -> Adapted | None:
     """What came of this order; None while it has not ended, or where the file is damaged."""
     try:
         data = (order.place.folder / RESULT).read_bytes()
@@ -92,7 +92,7 @@ def read_adapted(order: AdaptationOrder) -> Adapted | None:
     return adapted
 
 
-def _adapt(order: AdaptationOrder, settings: AdaptationSettings, here: TrainingRank, device: torch.device) -> None:
+def _adapt(order: AdaptationJob, settings: AdaptationSettings, here: TrainingRank, device: torch.device) -> None:
     markers = markers_of(here.tokenizer)
     batches = TextBatches(
         read_text(TextCorpus(**order.corpus), markers.eos),
@@ -147,5 +147,5 @@ def _adapt(order: AdaptationOrder, settings: AdaptationSettings, here: TrainingR
     here.journal.finished("tuned")
 
 
-def _kept(order: AdaptationOrder) -> list[int]:
+def _kept(order: AdaptationJob) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in (order.place.folder / "models").glob("step-*"))

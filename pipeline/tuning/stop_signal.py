@@ -63,7 +63,7 @@ def _is_asked(run_folder: Path) -> bool:
         return False
 
 
-class Notices:
+class StopSignal:
     """What a rank looks at between steps; every rank gets the same answer.
 
     `node_leaves` tells whether a node with a rank is about to be taken away. It is called by all ranks together.

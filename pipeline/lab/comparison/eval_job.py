@@ -25,12 +25,12 @@ from pipeline.lab.comparison.questions import (
 from pipeline.lab.comparison.study import Study
 from pipeline.run.stages import settings_for_ranks
 from pipeline.settings import Settings
-from pipeline.tuning.evaluate import Exam, answer, exam_of
+from pipeline.tuning.evaluate import EvalRequest, answer, eval_request
 from pipeline.tuning.hosting import host_on_rank
-from pipeline.tuning.journal import Journal
-from pipeline.tuning.notices import Notices
 from pipeline.tuning.rank_process import rank_process
 from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
+from pipeline.tuning.run_log import RunLog
+from pipeline.tuning.stop_signal import StopSignal
 from pipeline.tuning.watchdog import call_at_every_layer
 
 _AT_ONCE = 8
@@ -39,7 +39,7 @@ PHASE = "answers"
 
 
 @dataclass(frozen=True)
-class ExamOrder:
+class EvalJob:
     """Questions as sent to the ranks: plain values only."""
 
     settings: dict[str, Any]
@@ -58,12 +58,12 @@ class ExamOrder:
     def carry_out(self, device: torch.device, node_leaves: Callable[[], bool]) -> None:
         """Raises: StorageError, BackboneError."""
         settings = Settings.model_validate(self.settings)
-        journal = Journal(Path(self.run_folder), silent=rank() != 0)
+        journal = RunLog(Path(self.run_folder), silent=rank() != 0)
         timeout, threads = settings.run.hang_timeout, settings.cluster.cpus_per_worker
         with rank_process(self.run_folder, timeout, threads, device) as alive:
             backbone = host_on_rank(settings, Path(self.model_folder), device, journal)
             call_at_every_layer(backbone.hosted, alive)
-            _answer_all(self, settings, backbone, journal, Notices(Path(self.run_folder), node_leaves))
+            _answer_all(self, settings, backbone, journal, StopSignal(Path(self.run_folder), node_leaves))
             journal.memory(PHASE)
 
 
@@ -100,12 +100,12 @@ def answered_before(
     return all_answers(_order(study, questions, phase, weights).paths) is not None
 
 
-def _order(study: Study, questions: Sequence[Question], phase: str, weights: OtherWeights | None) -> ExamOrder:
+def _order(study: Study, questions: Sequence[Question], phase: str, weights: OtherWeights | None) -> EvalJob:
     asked = tuple(dict.fromkeys(questions))
     settings = settings_for_ranks(study.settings)
     if weights is not None:
         settings["model"] |= {"path": weights.path, "weights": "full"}
-    return ExamOrder(
+    return EvalJob(
         settings=settings,
         corpora={task: corpus.to_dict() for task, corpus in study.corpora.items()},
         run_folder=str(study.folder / phase),
@@ -121,7 +121,7 @@ def _deciding(study: Study, task: str, weights: OtherWeights | None) -> tuple[st
     return *study.deciding(task), model, study.settings.model.products
 
 
-def _answer_all(order: ExamOrder, settings: Settings, backbone: Backbone, journal: Journal, notices: Notices) -> None:
+def _answer_all(order: EvalJob, settings: Settings, backbone: Backbone, journal: RunLog, notices: StopSignal) -> None:
     tokenizer = AutoTokenizer.from_pretrained(order.model_folder, trust_remote_code=False)
     corpora = {task: TaskCorpus.from_dict(corpus) for task, corpus in order.corpora.items()}
     paths = order.paths
@@ -147,18 +147,18 @@ def _missing(paths: Mapping[Question, Path], device: torch.device) -> list[Quest
 
 
 def _exam(
-    order: ExamOrder,
+    order: EvalJob,
     settings: Settings,
     corpora: dict[str, TaskCorpus],
     question: Question,
     backbone: Backbone,
     tokenizer: Any,
-) -> Exam:
+) -> EvalRequest:
     task, corpus = settings.tasks[question.task], corpora[question.task]
     split = open_split(corpus.splits[question.split], question.rows)
     if question.prompt is not None:
         array = kept_prompt(Path(order.run_folder), question.prompt)
-        return exam_of(task, torch.as_tensor(array, device=backbone.device), split, corpus)
+        return eval_request(task, torch.as_tensor(array, device=backbone.device), split, corpus)
     ids, split = behind_text(question.text or "", split, tokenizer, backbone.architecture)
     prompt = backbone.embed(torch.as_tensor(ids, dtype=torch.long))  # [P, H]
-    return exam_of(task, prompt, split, corpus)
+    return eval_request(task, prompt, split, corpus)
