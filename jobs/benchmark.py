@@ -31,7 +31,7 @@ from pipeline.errors import PromptBankError
 
 if TYPE_CHECKING:
     from pipeline.lab.benchmark.bench import Bench
-    from pipeline.lab.benchmark.side_by_side import Result, Side
+    from pipeline.lab.benchmark.side_by_side import Side, SidesResult
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None, pretty_exceptions_enable=False
@@ -385,12 +385,12 @@ def _bench(
 
 def _run(
     name: str, sides: "Mapping[str, Callable[[], Side]]", rounds: int, out: Path, bench: "Bench | None" = None
-) -> "Result":
+) -> "SidesResult":
     from pipeline.lab.benchmark.peak import shares_of_peak
-    from pipeline.lab.benchmark.side_by_side import compare, save_results
+    from pipeline.lab.benchmark.side_by_side import compare_sides, save_results
     from pipeline.lab.benchmark.tables import comparison_table
 
-    result = compare(name, sides, rounds)
+    result = compare_sides(name, sides, rounds)
     facts = shares_of_peak(result, bench.config, bench.needed_tokens, bench.threads) if bench else {}
     console.print(comparison_table(result, facts.get("share_of_peak")))
     save_results(out, [result], **facts)

@@ -61,11 +61,11 @@ def _run(settings: Settings, console: Console, plan_only: bool) -> int:
     from pipeline.lab.comparison.checks import check_model
     from pipeline.lab.comparison.job import run_comparison
     from pipeline.lab.comparison.planning import print_compared
-    from pipeline.lab.comparison.study import compared_settings
+    from pipeline.lab.comparison.study import comparison_settings
     from pipeline.lab.comparison.summary import print_summary
     from pipeline.run.checks import check_run
 
-    checked = check_run(compared_settings(settings), publishes=False)
+    checked = check_run(comparison_settings(settings), publishes=False)
     check_model(checked)
     if plan_only:
         print_compared(checked, console)
@@ -79,12 +79,12 @@ def _run(settings: Settings, console: Console, plan_only: bool) -> int:
 
 
 def _join(path: Path, out: Path, console: Console) -> int:
-    from pipeline.lab.comparison.joined import join
+    from pipeline.lab.comparison.joined import join_panels
     from pipeline.lab.comparison.page.joined import joined_markdown, render_joined
     from pipeline.whole_files import write_atomically
 
     settings = load_joined(path)
-    plots = join(settings)
+    plots = join_panels(settings)
     write_atomically(out / "report.html", render_joined(settings.title, plots).encode())
     write_atomically(out / "report.md", joined_markdown(settings.title, plots).encode())
     console.print(f"{out / 'report.html'}", markup=False, highlight=False)

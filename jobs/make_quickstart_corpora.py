@@ -31,7 +31,7 @@ LANGUAGES = ("dutch", "english", "german", "italian", "portuguese", "spanish")  
 NOT_SENTENCES = {"coding", "humor"}
 
 
-class Example(NamedTuple):
+class CorpusRow(NamedTuple):
     group: str
     """Rows of one group are near copies of each other, and all go to the same split."""
     row: dict[str, str]
@@ -60,7 +60,7 @@ def make_corpora(folder: Path) -> None:
             raise StorageError(f"cannot write the quickstart's corpora to {folder}: {error}") from error
 
 
-def sentiment() -> Iterator[Example]:
+def sentiment() -> Iterator[CorpusRow]:
     """Plain words whose mean rating (-4 to 4) is clear. The first five letters stand for the stem:
     `abandon` in train must not give `abandoned` in dev away."""
     lexicon = _package_folder("vaderSentiment") / "vader_lexicon.txt"
@@ -68,10 +68,10 @@ def sentiment() -> Iterator[Example]:
         word, rating = line.split("\t")[:2]
         if re.fullmatch(r"[a-z]{3,}", word) and abs(float(rating)) >= 1:
             label = "positive" if float(rating) > 0 else "negative"
-            yield Example(word[:5], {"word": word, "label": label})
+            yield CorpusRow(word[:5], {"word": word, "label": label})
 
 
-def language() -> Iterator[Example]:
+def language() -> Iterator[CorpusRow]:
     spoken_in = defaultdict(set)
     text_of: dict[str, str] = {}
     for name in LANGUAGES:
@@ -80,10 +80,10 @@ def language() -> Iterator[Example]:
             text_of.setdefault(_letters(text), text)
     for key, names in spoken_in.items():
         if len(names) == 1:  # a title or a name said in two languages is neither
-            yield Example(key, {"text": text_of[key], "label": names.pop()})
+            yield CorpusRow(key, {"text": text_of[key], "label": names.pop()})
 
 
-def punctuation() -> Iterator[Example]:
+def punctuation() -> Iterator[CorpusRow]:
     """`do you mean isaac or janet` -> `Do you mean Isaac or Janet?`: single sentences of up to 15 words."""
     written = defaultdict(set)
     for text in _utterances("english"):
@@ -92,10 +92,10 @@ def punctuation() -> Iterator[Example]:
             written[re.sub(r"[,.?]", "", text).lower()].add(text)
     for bare, texts in written.items():
         if len(texts) == 1:  # otherwise the same words were both asked and said
-            yield Example(_letters(bare), {"bare": bare, "text": texts.pop()})
+            yield CorpusRow(_letters(bare), {"bare": bare, "text": texts.pop()})
 
 
-CORPORA: dict[str, Callable[[], Iterable[Example]]] = {
+CORPORA: dict[str, Callable[[], Iterable[CorpusRow]]] = {
     "sentiment": sentiment,
     "language": language,
     "punctuation": punctuation,

@@ -43,7 +43,7 @@ class NightlyError(Exception):
 
 
 @dataclass(frozen=True)
-class Night:
+class NightlySubmission:
     """What is submitted, and how often and how long at most."""
 
     submission: str
@@ -77,8 +77,8 @@ def main(
         date = _date(night)
         command = shlex.join(word.replace("{night}", date) for word in entrypoint)
         runtime_env = {"working_dir": str(working_dir)} if working_dir else {}
-        plan = Night(f"{name}-{date}", command, runtime_env, attempts, pause, deadline_hours * 3600)
-        code = run_night(Cluster(address, patience), plan)
+        plan = NightlySubmission(f"{name}-{date}", command, runtime_env, attempts, pause, deadline_hours * 3600)
+        code = run_submission(Cluster(address, patience), plan)
     except NightlyError as error:
         typer.echo(f"error: {error}", err=True)
         code = error.code
@@ -88,7 +88,7 @@ def main(
     raise typer.Exit(code)
 
 
-def run_night(cluster: "Cluster", night: Night) -> int:
+def run_submission(cluster: "Cluster", night: NightlySubmission) -> int:
     """The exit code of the night's last attempt; attempts that ran already are not run again."""
     deadline = None
     for attempt in range(1, night.attempts + 1):
@@ -149,7 +149,7 @@ class Cluster:
         self._address, self._patience = address, patience
         self._client = self._ask(lambda: JobSubmissionClient(address))
 
-    def submit_once(self, name: str, night: Night) -> None:
+    def submit_once(self, name: str, night: NightlySubmission) -> None:
         """Submit a job unless one of this name is there."""
 
         def submit() -> None:

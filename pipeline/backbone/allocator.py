@@ -12,7 +12,7 @@ _LARGE_TENSOR = 2**20
 _PIECE_OF_A_MATRIX = 2**17
 
 
-def suit_allocator(held_bytes: int) -> None:
+def configure_allocator(held_bytes: int) -> None:
     """Choose between speed and memory by what a rank holds of the model.
 
     By default every large tensor comes as fresh pages, which the system clears one by one: a tenth of a step on a CPU
@@ -25,7 +25,7 @@ def suit_allocator(held_bytes: int) -> None:
         _give_back(_LARGE_TENSOR)
 
 
-def suit_allocator_to_loading() -> None:
+def configure_allocator_for_loading() -> None:
     """Give what is free back to the system, and from now on every piece of a matrix as it is freed.
 
     The little that is kept of each matrix would hold the memory around it: 10 to 30 MB beside an 80 MB model.

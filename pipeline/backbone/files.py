@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
-from pipeline.backbone.gguf_metadata import check_metadata, complete_config, remark_on_split
+from pipeline.backbone.gguf_metadata import check_metadata, complete_config, warn_of_unknown_split
 from pipeline.backbone.weight_files import weight_files, weights_to_fetch
 from pipeline.errors import BackboneError
 
@@ -69,7 +69,7 @@ def find_model(path: str) -> ModelFiles:
     return _checked_folder(path, local.resolve())
 
 
-def from_anywhere(path: str) -> str:
+def absolute_model_path(path: str) -> str:
     """The same model for a process with another working directory (Ray gives each worker its own)."""
     local = Path(path).expanduser()
     return path if path in PACKAGED or not local.exists() else str(local.resolve())
@@ -186,7 +186,7 @@ def read_tokenizer(files: ModelFiles) -> Any:
     if not tokenizer.is_fast:
         raise BackboneError(f"model.path {files.name}: it has no fast tokenizer (tokenizer.json)")
     if files.gguf:
-        remark_on_split(str(files.folder / files.gguf))
+        warn_of_unknown_split(str(files.folder / files.gguf))
     return tokenizer
 
 
@@ -195,7 +195,7 @@ def embedding_rows(config: PretrainedConfig) -> int:
     return int(config.get_text_config().vocab_size)
 
 
-def short_table(config: PretrainedConfig, tokenizer: Any) -> int | None:
+def short_embedding_table(config: PretrainedConfig, tokenizer: Any) -> int | None:
     """Rows of the table of embeddings if the tokenizer has ids beyond them, else None.
 
     Such models are common (a padding token that was added and is never met): only a text with such a token is refused.
@@ -215,7 +215,7 @@ def check_eos(name: str, config: PretrainedConfig, tokenizer: Any) -> None:
         )
 
 
-def save_description(config: PretrainedConfig, tokenizer: Any, folder: Path) -> None:
+def save_config_and_tokenizer(config: PretrainedConfig, tokenizer: Any, folder: Path) -> None:
     """Write config and tokenizer where every worker reads them, whatever the weights' format."""
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -29,8 +29,8 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., H]` -> `[..., H]`."""
-        if self.kernels and native.serves(x, self.weight):
-            y: Tensor = native.RmsNorm.apply(x, self.weight, self.epsilon)
+        if self.kernels and native.supports(x, self.weight):
+            y: Tensor = native.RmsNormFunction.apply(x, self.weight, self.epsilon)
             return y
         wide = x.to(torch.float32)
         normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.epsilon)
@@ -48,8 +48,8 @@ class GatedMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., H]` -> `[..., H]`."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if self.kernels and native.serves(gate, up):
-            inner = native.SiluProduct.apply(gate, up)
+        if self.kernels and native.supports(gate, up):
+            inner = native.SiluProductFunction.apply(gate, up)
         else:
             inner = functional.silu(gate) * up
         y: Tensor = self.down_proj(inner)
@@ -67,7 +67,7 @@ class RotaryAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **rest: Any) -> Any:
         """`[1, N, H]` -> `[1, N, H]`, and no attention weights."""
-        if not self.kernels or "layout" not in rest or not native.serves(hidden_states):
+        if not self.kernels or "layout" not in rest or not native.supports(hidden_states):
             return self._usual[0](hidden_states, position_embeddings=position_embeddings, **rest)
         usual = self._usual[0]
         q, k, v = (

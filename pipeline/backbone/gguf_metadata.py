@@ -107,7 +107,7 @@ def complete_config(config: Any, path: str) -> None:
         _apply_rope(config, family, values, tensors, path)
 
 
-def remark_on_split(path: str) -> None:
+def warn_of_unknown_split(path: str) -> None:
     """Warn of a byte-level vocabulary whose own split of text is not known, and is replaced by GPT-2's."""
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 

@@ -17,11 +17,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from pipeline.backbone.allocator import suit_allocator_to_loading
+from pipeline.backbone.allocator import configure_allocator_for_loading
 from pipeline.backbone.files import Architecture, ModelFiles, architecture_of, embedding_rows
 from pipeline.backbone.fused import use_kernels
 from pipeline.backbone.int8 import set_products
-from pipeline.backbone.loading import Placement, Share, build_skeleton, load_weights, untie_what_is_stored_apart
+from pipeline.backbone.loading import Partition, Placement, build_skeleton, load_weights, untie_separate_weights
 from pipeline.backbone.node_memory import NodeMemory, join_node_memory
 from pipeline.backbone.offload import Keep, on_device
 from pipeline.backbone.weights import open_weights
@@ -124,20 +124,20 @@ def host_backbone(
     set_products(model, products, device)
     use_kernels(model, kernels)
     source = open_weights(files, model)
-    untie_what_is_stored_apart(model, source)
+    untie_separate_weights(model, source)
     if not sharded:
-        load_weights(model, source, dtype, placed_whole(device, keep or on_device(device)))
+        load_weights(model, source, dtype, whole_placement(device, keep or on_device(device)))
         return Backbone(config, Hosted(model), device, dtype)
     start_deepspeed(device)
     import deepspeed
 
     zero = zero_settings(int(config.hidden_size))
-    suit_allocator_to_loading()
+    configure_allocator_for_loading()
     node = join_node_memory() if share_memory and keep is None and device.type == "cpu" else None
     keep = keep or (node.keep if node else on_device(device))
     traffic = Traffic()
-    gather_by(node, traffic)
-    load_weights(model, source, dtype, placed_in_parts(zero, dtype, device, keep))
+    set_gather(node, traffic)
+    load_weights(model, source, dtype, zero3_placement(zero, dtype, device, keep))
     dist.barrier()  # what others hold may be read from here on
     hosted = Hosted(model)
     # One gather for a whole transformer layer instead of one for each of its matrices.
@@ -146,14 +146,14 @@ def host_backbone(
     return Backbone(config, engine.module, device, dtype, traffic)
 
 
-def placed_whole(device: torch.device, keep: Keep) -> Placement:
+def whole_placement(device: torch.device, keep: Keep) -> Placement:
     def parameter(piece: Tensor, shape: torch.Size) -> nn.Parameter:
         return nn.Parameter(keep(piece).view(shape), requires_grad=False)
 
-    return Placement(Share(), parameter, lambda scale: scale, lambda module: _move_buffers(module, device))
+    return Placement(Partition(), parameter, lambda scale: scale, lambda module: _move_buffers(module, device))
 
 
-def placed_in_parts(zero: dict[str, Any], dtype: torch.dtype, device: torch.device, keep: Keep) -> Placement:
+def zero3_placement(zero: dict[str, Any], dtype: torch.dtype, device: torch.device, keep: Keep) -> Placement:
     """Give DeepSpeed each rank's partition as it is.
 
     Its own way, `zero.Init(module=…)`, takes the whole tensor on every rank and broadcasts it first.
@@ -162,7 +162,7 @@ def placed_in_parts(zero: dict[str, Any], dtype: torch.dtype, device: torch.devi
     from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, free_param
 
     init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=zero, dtype=dtype)
-    share = Share(dist.get_rank(), dist.get_world_size())
+    share = Partition(dist.get_rank(), dist.get_world_size())
 
     def parameter(piece: Tensor, shape: torch.Size) -> nn.Parameter:
         # DeepSpeed asks for the whole shape; one entry of memory stands behind it.
@@ -183,7 +183,7 @@ def placed_in_parts(zero: dict[str, Any], dtype: torch.dtype, device: torch.devi
     return Placement(share, parameter, sum_over_ranks, lambda module: _move_buffers(module, device))
 
 
-def gather_by(node: NodeMemory | None, traffic: Traffic) -> None:
+def set_gather(node: NodeMemory | None, traffic: Traffic) -> None:
     """Set how DeepSpeed gathers in this process, and count it."""
     import deepspeed
     from deepspeed.runtime.zero import partition_parameters

@@ -67,7 +67,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., I]` of any float type -> `[..., O]` of the same type."""
         if self.int8_products:
-            kernels = self.kernels and native.serves(x, self.scale)
+            kernels = self.kernels and native.supports(x, self.scale)
             y = _Int8Product.apply(x, *_quantized(x, kernels), self.weight, self.scale, kernels, self.exact_backward)
         else:
             y = _ExactProduct.apply(x, self.weight, self.scale)
@@ -148,7 +148,7 @@ def _unknown_scale(weight: nn.Parameter) -> Tensor:
     return torch.empty(weight.shape[0], dtype=torch.float32, device="meta")
 
 
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_matrix(weight: Tensor) -> tuple[Tensor, Tensor]:
     """W `[O, I]` of any float type -> (int8 `[O, I]`, float32 scale `[O]`) with W ≈ int8 x scale, row by row."""
     quantized = native.quantize_weights(weight)
     if quantized is not None:
@@ -220,7 +220,7 @@ class _Int8Product(torch.autograd.Function):
         (grad,), others = grads, (None,) * 6
         if ctx.exact_backward:
             return _exact_gradient(grad, ctx.weight, ctx.scale), *others
-        kernels = ctx.kernels and native.serves(grad)
+        kernels = ctx.kernels and native.supports(grad)
         rows, row_scale = _quantize(grad.flatten(0, -2), kernels, ctx.scale)
         dx = _rescale(_multiply(rows, ctx.weight), row_scale, None, kernels)
         return dx.view(*grad.shape[:-1], -1).to(grad.dtype), *others
@@ -252,7 +252,7 @@ def _quantize(x: Tensor, kernels: bool, columns: Tensor | None = None) -> tuple[
     A row that is not finite stays so by its scale.
     """
     if kernels:
-        return native.quantize_rows(x, columns)
+        return native.quantize_activations(x, columns)
     x = x.float() if columns is None else x * columns
     scale = x.abs().amax(-1, keepdim=True).clamp_min_(_SMALLEST) / _LEVELS
     return (x / scale).round_().to(torch.int8), scale

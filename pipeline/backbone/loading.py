@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.backbone.files import FAMILIES
 from pipeline.backbone.fused import fuse
-from pipeline.backbone.int8 import Int8Embedding, Int8Linear, empty_int8, quantize_rows
-from pipeline.backbone.weights import WeightSource, first_name, stored_alike, stored_name
+from pipeline.backbone.int8 import Int8Embedding, Int8Linear, empty_int8, quantize_matrix
+from pipeline.backbone.weights import WeightSource, require_stored_name, same_bytes, stored_name
 from pipeline.errors import BackboneError
 
 _CHUNK = 2**18
@@ -22,7 +22,7 @@ _CHUNK = 2**18
 
 
 @dataclass(frozen=True)
-class Share:
+class Partition:
     """What a rank holds of every tensor: one of `ranks` equal pieces of it, flattened, as ZeRO-3 partitions it."""
 
     rank: int = 0
@@ -42,7 +42,7 @@ class Share:
 class Placement:
     """Where weights go as they come."""
 
-    share: Share
+    share: Partition
     parameter: Callable[[Tensor, torch.Size], nn.Parameter]
     """This rank's piece of a tensor, and the tensor's shape -> what stands for the tensor in its module."""
     sum_over_ranks: Callable[[Tensor], Tensor]
@@ -68,7 +68,7 @@ def build_skeleton(config: PretrainedConfig, int8: bool, dtype: torch.dtype = to
     return model
 
 
-def untie_what_is_stored_apart(model: nn.Module, source: WeightSource) -> None:
+def untie_separate_weights(model: nn.Module, source: WeightSource) -> None:
     """Give a tied parameter that the source stores under two names, with different values, one for each.
 
     transformers ties T5's output layer to its embedding whatever the checkpoint says, and unties them in
@@ -79,7 +79,7 @@ def untie_what_is_stored_apart(model: nn.Module, source: WeightSource) -> None:
         there = {name: stored for name in names if (stored := stored_name(source, name, prefix)) is not None}
         first, *others = there or [""]
         for name in others:
-            if not stored_alike(source, there[name], there[first]):
+            if not same_bytes(source, there[name], there[first]):
                 module_name, _, key = name.rpartition(".")
                 module = model.get_submodule(module_name)
                 module._parameters[key] = nn.Parameter(torch.empty_like(model.get_parameter(name)), requires_grad=False)
@@ -102,7 +102,7 @@ def load_weights(model: nn.Module, source: WeightSource, dtype: torch.dtype, pla
             if parameter is None:
                 continue
             if id(parameter) not in loaded:
-                rows = _rows_of(module, parameter, source, first_name(source, names[id(parameter)], prefix))
+                rows = _rows_of(module, parameter, source, require_stored_name(source, names[id(parameter)], prefix))
                 piece, scale = _read_share(rows, parameter, dtype, placement)
                 loaded[id(parameter)] = _Loaded(placement.parameter(piece, parameter.shape), scale, parameter)
             # A tied parameter stays one object; each of its layers has the scale.
@@ -165,7 +165,7 @@ def _read_share(
         last = min(first + rows.at_a_time, last_row)
         part = rows.read(first, last)
         if int8:
-            part, scale[first:last] = quantize_rows(part)
+            part, scale[first:last] = quantize_matrix(part)
         into, out_of = max(start, first * width), min(stop, last * width)
         piece[into - start : out_of - start] = part.reshape(-1)[into - first * width : out_of - first * width]
     if not int8:
@@ -213,7 +213,7 @@ def _load_buffers(model: Any, source: WeightSource) -> None:
             stored_name(source, name, model.base_model_prefix) is None
         ):
             continue
-        stored, buffer = source.read(first_name(source, [name], model.base_model_prefix)), module._buffers[key]
+        stored, buffer = source.read(require_stored_name(source, [name], model.base_model_prefix)), module._buffers[key]
         assert buffer is not None
         if stored.shape != buffer.shape:
             raise _other_shape(source, name, stored.shape, buffer.shape)

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from pipeline.backbone.int8 import CONVERTED_AT_ONCE
-from pipeline.backbone.loading import build_skeleton, untie_what_is_stored_apart
+from pipeline.backbone.loading import build_skeleton, untie_separate_weights
 from pipeline.backbone.weights import WeightSource
 
 # Imported libraries and the allocator, as measured on an idle rank.
@@ -51,7 +51,7 @@ def estimate_memory(
     """
     skeleton = build_skeleton(config, int8)
     if source is not None:
-        untie_what_is_stored_apart(skeleton, source)
+        untie_separate_weights(skeleton, source)
     size = dtype.itemsize
     whole = 2 * int(config.hidden_size)  # up to here a parameter stays on every rank, see host.py
     parameters = list(skeleton.parameters())

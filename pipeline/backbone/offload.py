@@ -44,8 +44,8 @@ def in_files(folder: Path) -> Keep:
             mapped = torch.from_file(str(path), shared=False, size=piece.numel(), dtype=piece.dtype)
         except (OSError, RuntimeError) as error:
             full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-            mend = "make room there, or name a folder on a larger disk" if full else str(error)
-            raise StorageError(f"model.offload_folder {folder}: cannot keep weights there: {mend}") from error
+            fix = "make room there, or name a folder on a larger disk" if full else str(error)
+            raise StorageError(f"model.offload_folder {folder}: cannot keep weights there: {fix}") from error
         finally:
             with suppress(OSError):
                 path.unlink()
@@ -54,7 +54,7 @@ def in_files(folder: Path) -> Keep:
     return keep
 
 
-def keep_by(offload: str, folder: str | os.PathLike[str] | None) -> Keep | None:
+def offload_of_settings(offload: str, folder: str | os.PathLike[str] | None) -> Keep | None:
     """By the settings `model.offload` and `model.offload_folder`; None where weights stay on their device."""
     if offload == "nvme":
         assert folder is not None

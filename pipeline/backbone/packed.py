@@ -113,7 +113,7 @@ def _attend(
         k = torch.cat([*(state.keys[module.layer_idx] for state in given), k])
         v = torch.cat([*(state.values[module.layer_idx] for state in given), v])
     scaling = scaling or q.shape[-1] ** -0.5
-    if kernels and native_attention.serves(q, k, v):
+    if kernels and native_attention.supports(q, k, v):
         return native_attention.attend(q, k, v, scaling, layout.forest)[None], None
     return packed_attention.attend(q * scaling, k, v, layout.levels)[None], None
 

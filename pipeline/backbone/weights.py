@@ -74,12 +74,12 @@ def _digest(pieces: Iterator[Any]) -> bytes:
     return digest.digest()
 
 
-def stored_alike(source: WeightSource, name: str, other: str) -> bool:
+def same_bytes(source: WeightSource, name: str, other: str) -> bool:
     """Whether two tensors' bytes are the same."""
     return _digest(source.stored(name)) == _digest(source.stored(other))
 
 
-def first_name(source: WeightSource, candidates: Iterable[str], prefix: str) -> str:
+def require_stored_name(source: WeightSource, candidates: Iterable[str], prefix: str) -> str:
     """The first candidate that the source has; see `stored_name`.
 
     Raises: BackboneError naming what is missing.

@@ -16,7 +16,7 @@ Architecture = Literal["decoder-only", "encoder-decoder"]
 _CALL_ROWS = 64
 # Words whose tokens a tokenizer keeps; it comes with room for 10,000. On English and code 8 to 18 % of the time, for
 # some 20 MB (`docs/benchmarks.md`); four times as many brought nothing more.
-KEPT_WORDS = 2**16
+WORD_CACHE_SIZE = 2**16
 # Texts to put before a target, of which one at least ends in a token of its own.
 _BEFORE = ("a", ":", ".", "?", "\n", "0")
 
@@ -51,11 +51,11 @@ class TokenizerContent:
 @lru_cache(maxsize=2)
 def _parsed(content: str) -> Tokenizer:
     tokenizer = Tokenizer.from_str(content)
-    keep_words(tokenizer, KEPT_WORDS)
+    resize_word_cache(tokenizer, WORD_CACHE_SIZE)
     return tokenizer
 
 
-def keep_words(tokenizer: Tokenizer, words: int) -> None:
+def resize_word_cache(tokenizer: Tokenizer, words: int) -> None:
     """Let a tokenizer keep the tokens of so many words; no id changes. BPE and Unigram keep any, others need none."""
     resize = getattr(tokenizer.model, "_resize_cache", None)  # not public: where it is gone, only time is lost
     if resize is not None:
@@ -98,7 +98,7 @@ def tokenizer_content(tokenizer: FastTokenizer) -> TokenizerContent:
     )
 
 
-def without_embedding(tokenizer: Any, ids: Iterable[int], rows: int | None) -> str | None:
+def missing_embedding(tokenizer: Any, ids: Iterable[int], rows: int | None) -> str | None:
     """What is wrong with a text whose token `ids` are not all below the model's `rows` of embeddings; else None."""
     beyond = next((int(token) for token in ids if rows is not None and token >= rows), None)
     if beyond is None:
@@ -151,21 +151,23 @@ def encode_targets(
         )
     if architecture == "decoder-only":
         texts = [separator + target for target in targets]
-        behind = marks_beginnings(tokenizer, separator)
-        return [[*row, eos] for row in (_encode_behind(tokenizer, texts) if behind else encode_plain(tokenizer, texts))]
+        behind = encodes_beginnings_differently(tokenizer, separator)
+        return [
+            [*row, eos] for row in (_encode_after_text(tokenizer, texts) if behind else encode_plain(tokenizer, texts))
+        ]
     return [row if row[-1:] == [eos] else [*row, eos] for row in _encode(tokenizer, targets, special=True)]
 
 
-def marks_beginnings(tokenizer: FastTokenizer, separator: str) -> bool:
+def encodes_beginnings_differently(tokenizer: FastTokenizer, separator: str) -> bool:
     """Whether a text that begins with the separator is read otherwise alone than behind another.
 
     Llama 2's normalizer puts a word's mark before every text, others take white space away there.
     """
-    first, alone, whole = (_pieces(tokenizer, text) for text in ("a", f"{separator}a", f"a{separator}a"))
+    first, alone, whole = (_pre_tokenized(tokenizer, text) for text in ("a", f"{separator}a", f"a{separator}a"))
     return whole.removeprefix(first) != alone
 
 
-def _pieces(tokenizer: FastTokenizer, text: str) -> str:
+def _pre_tokenized(tokenizer: FastTokenizer, text: str) -> str:
     """What the model below the tokenizer gets to see of a text."""
     backend = tokenizer.backend_tokenizer
     text = backend.normalizer.normalize_str(text) if backend.normalizer else text
@@ -174,7 +176,7 @@ def _pieces(tokenizer: FastTokenizer, text: str) -> str:
     return "".join(piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text))
 
 
-def _encode_behind(tokenizer: FastTokenizer, texts: Sequence[str]) -> list[list[int]]:
+def _encode_after_text(tokenizer: FastTokenizer, texts: Sequence[str]) -> list[list[int]]:
     """[B] texts -> [B][T] the ids that they have behind another text: the first one below that does not melt in."""
     ids: list[list[int] | None] = [None] * len(texts)
     for before in _BEFORE:
@@ -188,25 +190,27 @@ def _encode_behind(tokenizer: FastTokenizer, texts: Sequence[str]) -> list[list[
     return [alone[place] if of_text is None else of_text for place, of_text in enumerate(ids)]
 
 
-def can_fail(tokenizer: FastTokenizer) -> bool:
+def can_lose_text(tokenizer: FastTokenizer) -> bool:
     """Whether there are texts that the tokenizer has no tokens for: it says an unknown one for them, or none."""
     backend = tokenizer.backend_tokenizer
-    if _says_bytes(backend):
+    if _has_byte_fallback(backend):
         return not all(backend.token_to_id(f"<0x{byte:02X}>") is not None for byte in range(256))
     return not all(backend.token_to_id(letter) is not None for letter in ByteLevel.alphabet())
 
 
-def unsayable(
+def unencodable(
     tokenizer: FastTokenizer, architecture: Architecture, separator: str, targets: Sequence[str]
 ) -> list[bool]:
     """[B] whether a target's own text, separator and specials aside, is lost in its tokens."""
-    if not targets or not can_fail(tokenizer):
+    if not targets or not can_lose_text(tokenizer):
         return [False] * len(targets)
     backend = tokenizer.backend_tokenizer
     unknown = _unknown_token(backend)
     if unknown is None:
         # What a BPE without an unknown token has no letter for is left out without a word.
-        return [any(backend.token_to_id(letter) is None for letter in _pieces(tokenizer, one)) for one in targets]
+        return [
+            any(backend.token_to_id(letter) is None for letter in _pre_tokenized(tokenizer, one)) for one in targets
+        ]
     own = encode_plain(tokenizer, targets)
     joined = encode_targets(tokenizer, architecture, separator, targets)
     (alone,) = encode_plain(tokenizer, [separator])
@@ -217,7 +221,7 @@ def unsayable(
     ]
 
 
-def _says_bytes(backend: Tokenizer) -> bool:
+def _has_byte_fallback(backend: Tokenizer) -> bool:
     if isinstance(backend.model, models.Unigram):
         return bool(_unigram(backend)[1])
     return bool(getattr(backend.model, "byte_fallback", False))

@@ -16,7 +16,7 @@ from pipeline.corpus.class_names import footer_class_names
 from pipeline.corpus.formats import conversion, looks_like_data, parquet_among
 from pipeline.corpus.lakes import LakeTable, is_below, refuse_table, table_above, table_behind_links, tables_below
 from pipeline.corpus.mixed_splits import check_one_split
-from pipeline.corpus.places import locate, matches, parts_below
+from pipeline.corpus.paths import locate, matches, parts_below
 from pipeline.errors import CorpusError, PromptBankError, UnreachableError
 
 _FOOTER_READERS = 16
@@ -56,7 +56,7 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
-class Source:
+class ParquetSource:
     """All the files of one setting such as `train`, in the order of their paths."""
 
     where: str
@@ -88,7 +88,7 @@ class _Found:
     tables: list[LakeTable]
 
 
-def inspect_files(paths: str | Sequence[str], where: str) -> Source:
+def inspect_files(paths: str | Sequence[str], where: str) -> ParquetSource:
     """Find the files behind `paths` and read their footers; no data page is touched.
 
     paths: file, folder, glob or URI of a pyarrow file system, or a list of them.
@@ -112,14 +112,14 @@ def inspect_files(paths: str | Sequence[str], where: str) -> Source:
     footers_of = [listed[path] for path in sorted(listed)]
     with ThreadPoolExecutor(_FOOTER_READERS) as readers:
         files_read = tuple(readers.map(lambda file: _read_footer(filesystem, file, where), footers_of))
-    return Source(where, filesystem, files_read, tuple(sorted(left_out - listed.keys())))
+    return ParquetSource(where, filesystem, files_read, tuple(sorted(left_out - listed.keys())))
 
 
-def unreadable(error: BaseException, what: str, mend: str) -> PromptBankError:
+def unreadable(error: BaseException, what: str, fix: str) -> PromptBankError:
     """The error to raise for `error`: one of the corpus, or of a store that may answer later."""
     if _AWAY.search(str(error)):
         return UnreachableError(f"{what} ({one_line(error)}); its store is away, so try again later")
-    return CorpusError(f"{what} ({one_line(error)}); {mend}")
+    return CorpusError(f"{what} ({one_line(error)}); {fix}")
 
 
 def one_line(error: BaseException) -> str:
@@ -137,14 +137,14 @@ def _find(path: str, where: str) -> tuple[fs.FileSystem, list[_Listed], list[str
     try:
         filesystem, fixed, pattern = locate(path)
     except (pa.ArrowException, OSError, ValueError, ImportError) as error:
-        raise unreadable(error, f"{where}: cannot look up {path}", "mend the path or its access") from error
+        raise unreadable(error, f"{where}: cannot look up {path}", "fix the path or its access") from error
     try:
         found = _look(filesystem, fixed, pattern)
         kind = filesystem.get_file_info(fixed).type
     except Exception as error:
         if not of_its_store(error, filesystem):
             raise
-        raise unreadable(error, f"{where}: cannot look up {path}", "mend the path or its access") from error
+        raise unreadable(error, f"{where}: cannot look up {path}", "fix the path or its access") from error
     if found.tables:
         raise refuse_table(found.tables[0], path, where)
     files = found.files
@@ -153,13 +153,13 @@ def _find(path: str, where: str) -> tuple[fs.FileSystem, list[_Listed], list[str
             check_one_split(path, fixed, [file.path for file in files], where)
         return filesystem, files, found.others
     if pattern is not None and kind != fs.FileType.NotFound:
-        raise CorpusError(f"{where}: no Parquet file matches {path}; mend the pattern")
+        raise CorpusError(f"{where}: no Parquet file matches {path}; fix the pattern")
     if kind == fs.FileType.Directory:
         other = next(((file, how) for file in found.others if (how := conversion(file))), None)
         if other is not None:
             raise CorpusError(f"{where}: the folder {path} holds no Parquet file but {other[0]}; {other[1]}")
-        raise CorpusError(f"{where}: the folder {path} holds no .parquet file; put the corpus there or mend the path")
-    raise CorpusError(f"{where}: there is no file or folder {path}; mend the path")
+        raise CorpusError(f"{where}: the folder {path} holds no .parquet file; put the corpus there or fix the path")
+    raise CorpusError(f"{where}: there is no file or folder {path}; fix the path")
 
 
 def _look(filesystem: fs.FileSystem, fixed: str, pattern: str | None) -> _Found:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 from pyarrow import fs
 
-from pipeline.corpus.places import parts_below
+from pipeline.corpus.paths import parts_below
 from pipeline.errors import CorpusError
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from pipeline.corpus.places import matches, parts_below, writable
+from pipeline.corpus.paths import as_written, matches, parts_below
 from pipeline.errors import CorpusError
 
 # The words and their separators are those of `datasets.data_files`.
@@ -29,9 +29,9 @@ def check_one_split(path: str, root: str, files: Sequence[str], where: str) -> N
     if len(found) > 1:
         splits = [split for split in _WORDS if split in found]
         held = ", ".join(f"{len(found[split])} of {split}" for split in splits)
-        mends = ", ".join(f"{split}: {writable(path, _glob(found[split], below))}" for split in splits)
+        fixes = ", ".join(f"{split}: {as_written(path, _glob(found[split], below))}" for split in splits)
         raise CorpusError(
-            f"{where}: {path} mixes the files of several splits ({held}); give each its own: {mends}; or list these "
+            f"{where}: {path} mixes the files of several splits ({held}); give each its own: {fixes}; or list these "
             "paths to mean them together"
         )
 

@@ -30,7 +30,7 @@ class Page:
     is_dictionary: bool
 
 
-def pages(file: pa.NativeFile, chunk: pq.ColumnChunkMetaData, rows: int) -> Iterator[Page]:
+def page_headers(file: pa.NativeFile, chunk: pq.ColumnChunkMetaData, rows: int) -> Iterator[Page]:
     """The pages of a column chunk up to that of its row `rows`, each for a look at a few bytes of the file.
 
     Raises: PageHeaderError.

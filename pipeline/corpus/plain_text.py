@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.corpus.encoding import TokenizerSpec
-from pipeline.corpus.files import Source, inspect_files
+from pipeline.corpus.files import ParquetSource, inspect_files
 from pipeline.corpus.reader import Int32, SplitRef, open_split, summarise_split
 from pipeline.corpus.rows import Recipe
-from pipeline.corpus.template import Template, check_class_names, check_columns, parse_template
-from pipeline.corpus.values import whole_columns
+from pipeline.corpus.template import TextTemplate, check_class_names, check_columns, parse_template
+from pipeline.corpus.values import find_integer_columns
 from pipeline.errors import CorpusError
 from pipeline.settings import TextSettings
 
@@ -24,10 +24,10 @@ _LEFT_OUT = {"input_long": "over 16 MiB", "no_embedding": "with a token without 
 class TextPlan:
     """What is known of the corpus before a token is made."""
 
-    source: Source
-    text: Template
-    whole: Mapping[str, str]
-    """Columns whose floats are written as integers: see `whole_columns`."""
+    source: ParquetSource
+    text: TextTemplate
+    integer_columns: Mapping[str, str]
+    """Columns whose floats are written as integers: see `find_integer_columns`."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class TextCorpus:
 def check_text(settings: TextSettings) -> TextPlan:
     """Find the files, read their footers, and check the template against them; no Ray, no tokenizer.
 
-    Raises: CorpusError naming the file and the mend.
+    Raises: CorpusError naming the file and the fix.
     """
     text = parse_template(settings.text, f"{_WHERE}, text")
     if not text.columns:
@@ -61,7 +61,7 @@ def check_text(settings: TextSettings) -> TextPlan:
     check_class_names([source], [text])
     if not source.rows:
         raise CorpusError(f"{source.where}: {source.files[0].path} holds no row; give a file that does")
-    return TextPlan(source, text, whole_columns({"train": source}, text.columns))
+    return TextPlan(source, text, find_integer_columns({"train": source}, text.columns))
 
 
 def prepare_text(
@@ -69,7 +69,7 @@ def prepare_text(
 ) -> TextCorpus:
     """Tokenise the documents, unless their shards are there. `connect`: see `build_shards`.
 
-    Raises: CorpusError naming the mend; StorageError when `storage` cannot be written.
+    Raises: CorpusError naming the fix; StorageError when `storage` cannot be written.
     """
     from pipeline.corpus.shards import build_shards  # here, so that reading a corpus never imports ray
 
@@ -82,7 +82,7 @@ def prepare_text(
         max_target_tokens=_NO_LIMIT,
         architecture=tokenizer.architecture,
         embedding_rows=tokenizer.embedding_rows,
-        whole=plan.whole,
+        integer_columns=plan.integer_columns,
     )
     folder = str(build_shards(plan.source, recipe, tokenizer, storage, connect))
     summary = summarise_split(SplitRef(folder))
@@ -92,7 +92,7 @@ def prepare_text(
     if share > settings.max_bad_rows or not summary.counts["ok"]:
         raise CorpusError(
             f"{plan.source.where}: {share:.1%} of {summary.rows} rows are null or empty{over}{unembedded}, "
-            f"more than max_bad_rows {settings.max_bad_rows:.1%}; mend the rows or raise it"
+            f"more than max_bad_rows {settings.max_bad_rows:.1%}; fix the rows or raise it"
         )
     # A run's identity holds them: one without such documents stays what it was.
     counts = {key: count for key, count in summary.counts.items() if key in ("ok", "null", "empty") or count}

@@ -143,7 +143,7 @@ def unique_targets(ref: SplitRef) -> Iterator[str]:
                 yield target
 
 
-def unsayable_targets(ref: SplitRef) -> Iterator[str]:
+def unencodable_targets(ref: SplitRef) -> Iterator[str]:
     """The targets of a whole folder's rows that the tokenizer has no tokens for, as they come."""
     if not summarise_split(ref).counts.get("target_unsayable"):
         return

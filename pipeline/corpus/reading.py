@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from pipeline.corpus.class_names import UnnamedClassError, named_texts
-from pipeline.corpus.files import Source, SourceFile, of_its_store, one_line, unreadable
+from pipeline.corpus.files import ParquetSource, SourceFile, of_its_store, one_line, unreadable
 from pipeline.corpus.pages import PageHeaderError
-from pipeline.corpus.steps import STREAM_BUFFER, OversizedPageError, step_within
-from pipeline.corpus.values import column_texts, not_whole
+from pipeline.corpus.read_steps import STREAM_BUFFER, OversizedPageError, rows_per_step
+from pipeline.corpus.values import column_texts, fraction_error
 from pipeline.errors import CorpusError
 
 _UNITS = 64
@@ -47,7 +47,7 @@ class ReadUnit:
         return max(1, int(min(_BATCH_ROWS, _BATCH_BYTES / max(self.row_bytes, 1))))
 
 
-def read_units(source: Source) -> tuple[ReadUnit, ...]:
+def read_units(source: ParquetSource) -> tuple[ReadUnit, ...]:
     """Cut the files into units of like size, enough of them to keep many cores busy to the end.
 
     A unit is some neighbouring row groups, or a slice of a large one.
@@ -57,7 +57,7 @@ def read_units(source: Source) -> tuple[ReadUnit, ...]:
     return tuple(unit for file in source.files for unit in _cut(file, unit_bytes))
 
 
-def gathered(units: Iterable[ReadUnit]) -> tuple[tuple[ReadUnit, ...], ...]:
+def group_units(units: Iterable[ReadUnit]) -> tuple[tuple[ReadUnit, ...], ...]:
     """Neighbouring units together until they are worth a Ray task: a corpus may be thousands of small files."""
     tasks: list[tuple[ReadUnit, ...]] = []
     waiting: list[ReadUnit] = []
@@ -99,13 +99,13 @@ def read_texts(
     unit: ReadUnit,
     columns: Sequence[str],
     where: str,
-    whole: Mapping[str, str] = MappingProxyType({}),
+    integer_columns: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[tuple[int, dict[str, list[str | None]]]]:
     """Yield (rows B, column -> [B] texts) until the unit is read; `OverLong` stands for a cell beyond the bound.
 
-    whole: columns whose floats are to be written as integers, each with a file that holds integers there.
+    integer_columns: columns whose floats are to be written as integers, each with a file that holds integers there.
     Raises: CorpusError naming the file when its pages are damaged or too large, its text is not UTF-8, a column of
-    `whole` holds a fraction, or the memory does not suffice.
+    `integer_columns` holds a fraction, or the memory does not suffice.
     """
     own = [name for name in columns if name in dict(unit.file.columns)]
     fixed = {name: value for name, value in unit.file.partitions if name in columns and name not in own}
@@ -120,7 +120,9 @@ def read_texts(
         ) as file:
             step = _safe_step(filesystem, unit, file.metadata, own, where)
             batches = file.iter_batches(step, list(unit.row_groups), own, use_threads=False)
-            for rows, texts in _gathered_texts(_between(batches, unit.first, unit.end), unit, where, own, whole):
+            for rows, texts in _gathered_texts(
+                _between(batches, unit.first, unit.end), unit, where, own, integer_columns
+            ):
                 yield rows, texts | {name: [value] * rows for name, value in fixed.items()}
     except UnicodeDecodeError as error:
         raise CorpusError(f"{where}: {unit.file.path} holds text that is not UTF-8; write it again as UTF-8") from error
@@ -149,7 +151,7 @@ def _safe_step(
                 if chunk.path_in_schema not in columns:
                     continue
                 try:
-                    step = step_within(file, footer, chunk, group, step, unit.end)
+                    step = rows_per_step(file, footer, chunk, group, step, unit.end)
                 except (OversizedPageError, PageHeaderError) as error:
                     place = f"{unit.file.path}, row group {group}, column {chunk.path_in_schema!r}"
                     raise CorpusError(f"{where}: {place} {error}") from error
@@ -157,14 +159,18 @@ def _safe_step(
 
 
 def _gathered_texts(
-    batches: Iterable[pa.RecordBatch], unit: ReadUnit, where: str, columns: Sequence[str], whole: Mapping[str, str]
+    batches: Iterable[pa.RecordBatch],
+    unit: ReadUnit,
+    where: str,
+    columns: Sequence[str],
+    integer_columns: Mapping[str, str],
 ) -> Iterator[tuple[int, dict[str, list[str | None]]]]:
     """The texts of small steps together, until they are rows enough or a mebibyte."""
     rows, size = 0, 0
     waiting: dict[str, list[str | None]] = {name: [] for name in columns}
     for batch in batches:
         for name in columns:
-            waiting[name].extend(_texts(batch[name], unit.file, name, whole.get(name), where))
+            waiting[name].extend(_texts(batch[name], unit.file, name, integer_columns.get(name), where))
             size += batch[name].nbytes
         rows += batch.num_rows
         if rows >= unit.batch_rows or size >= _BATCH_BYTES:
@@ -177,13 +183,15 @@ def _gathered_texts(
 def _texts(column: pa.Array, file: SourceFile, name: str, of_integers: str | None, where: str) -> list[str | None]:
     names = dict(file.class_names).get(name)
     try:
-        return column_texts(column, whole=of_integers is not None) if names is None else named_texts(column, names)
+        return (
+            column_texts(column, as_integers=of_integers is not None) if names is None else named_texts(column, names)
+        )
     except UnicodeDecodeError:
         raise
     except UnnamedClassError as error:
-        raise CorpusError(f"{where}: {file.path} holds {error}; mend the rows or the names") from error
+        raise CorpusError(f"{where}: {file.path} holds {error}; fix the rows or the names") from error
     except ValueError as error:
-        raise not_whole(where, file.path, name, error, of_integers or "") from error
+        raise fraction_error(where, file.path, name, error, of_integers or "") from error
 
 
 def _between(batches: Iterable[pa.RecordBatch], first: int, end: int) -> Iterator[pa.RecordBatch]:

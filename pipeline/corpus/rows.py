@@ -10,8 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.corpus.encoding import Architecture, FastTokenizer, encode_inputs, encode_plain, encode_targets, unsayable
-from pipeline.corpus.template import Rendered, Template, render_rows
+from pipeline.corpus.encoding import (
+    Architecture,
+    FastTokenizer,
+    encode_inputs,
+    encode_plain,
+    encode_targets,
+    unencodable,
+)
+from pipeline.corpus.template import RenderedRows, TextTemplate, render_rows
 from pipeline.corpus.values import OverLong
 
 # No text of so many characters, a thousand for each token, has tokens few enough.
@@ -47,8 +54,8 @@ SHARD_SCHEMA = pa.schema(
 class Recipe:
     """All that decides a row's tokens besides the tokenizer."""
 
-    input: Template
-    target: Template | None
+    input: TextTemplate
+    target: TextTemplate | None
     """None for plain text, to be cut into examples later: its rows have no target and no special tokens."""
     separator: str
     max_input_tokens: int
@@ -57,12 +64,12 @@ class Recipe:
     architecture: Architecture
     embedding_rows: int | None = None
     """Token ids from here on have no embedding; None where the tokenizer gives no such id."""
-    whole: Mapping[str, str] = field(default_factory=dict)
-    """Columns whose floats are written as integers: see `whole_columns`."""
-    targets_behind_text: bool = False
-    """The tokenizer marks beginnings (`marks_beginnings`), which a target is not."""
-    names_unsayable: bool = False
-    """The tokenizer can fail (`can_fail`), and such targets have a status of their own."""
+    integer_columns: Mapping[str, str] = field(default_factory=dict)
+    """Columns whose floats are written as integers: see `find_integer_columns`."""
+    targets_encoded_after_text: bool = False
+    """The tokenizer encodes beginnings differently (`encodes_beginnings_differently`), and a target is none."""
+    counts_unencodable: bool = False
+    """The tokenizer loses some text (`can_lose_text`), and targets that it loses have a status of their own."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -88,7 +95,7 @@ def tokenise_rows(
 ) -> pa.Table:
     """Columns of B texts -> a table of B rows with SHARD_SCHEMA; unusable rows keep a status and no tokens."""
     inputs = render_rows(recipe.input, columns, rows)
-    targets = render_rows(recipe.target, columns, rows) if recipe.target else Rendered([""] * rows, [False] * rows)
+    targets = render_rows(recipe.target, columns, rows) if recipe.target else RenderedRows([""] * rows, [False] * rows)
     statuses = _text_statuses(inputs, targets)
     _mark_oversized(statuses, recipe, columns, inputs, targets)
     kept = np.flatnonzero(statuses == RowStatus.OK)
@@ -142,17 +149,17 @@ def _target_ids(recipe: Recipe, tokenizer: FastTokenizer, texts: Sequence[str]) 
 
 
 def _unsayable(recipe: Recipe, tokenizer: FastTokenizer, texts: Sequence[str]) -> list[bool]:
-    if recipe.target is None or not recipe.names_unsayable:
+    if recipe.target is None or not recipe.counts_unencodable:
         return [False] * len(texts)
-    return unsayable(tokenizer, recipe.architecture, recipe.separator, texts)
+    return unencodable(tokenizer, recipe.architecture, recipe.separator, texts)
 
 
 def _mark_oversized(
     statuses: npt.NDArray[np.int8],
     recipe: Recipe,
     columns: Mapping[str, Sequence[str | None]],
-    inputs: Rendered,
-    targets: Rendered,
+    inputs: RenderedRows,
+    targets: RenderedRows,
 ) -> None:
     """Give rows that are beyond any doubt over-long that status, so that they are not tokenised to be counted."""
     sides = (
@@ -168,7 +175,7 @@ def _mark_oversized(
         statuses[open_rows & long] = status
 
 
-def _text_statuses(inputs: Rendered, targets: Rendered) -> npt.NDArray[np.int8]:
+def _text_statuses(inputs: RenderedRows, targets: RenderedRows) -> npt.NDArray[np.int8]:
     """[B] statuses as far as the texts alone decide them."""
     statuses = np.full(len(inputs.texts), RowStatus.OK, np.int8)
     for side in (inputs, targets):
@@ -179,7 +186,7 @@ def _text_statuses(inputs: Rendered, targets: Rendered) -> npt.NDArray[np.int8]:
     return statuses
 
 
-def _texts(rendered: Rendered, statuses: npt.NDArray[np.int8]) -> list[str]:
+def _texts(rendered: RenderedRows, statuses: npt.NDArray[np.int8]) -> list[str]:
     """The texts of the rows that are OK so far."""
     return [text or "" for text in compress(rendered.texts, (statuses == RowStatus.OK).tolist())]
 

@@ -25,13 +25,13 @@ import ray
 import ray.data
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
-from pipeline.corpus.builds import being_built, finished, remove_abandoned
 from pipeline.corpus.encoding import TokenizerContent, TokenizerSpec, load_tokenizer, tokenizer_content
-from pipeline.corpus.files import Source
+from pipeline.corpus.files import ParquetSource
 from pipeline.corpus.reader import MANIFEST, is_whole
-from pipeline.corpus.reading import ReadUnit, gathered, read_texts, read_units
+from pipeline.corpus.reading import ReadUnit, group_units, read_texts, read_units
 from pipeline.corpus.rows import Recipe, tokenise_rows
-from pipeline.corpus.tally import EMPTY, ShardTally, manifest_figures
+from pipeline.corpus.shard_folders import being_built, mark_finished, remove_abandoned
+from pipeline.corpus.tally import EMPTY_TALLY, ShardTally, manifest_figures
 from pipeline.corpus.values import changed_texts
 from pipeline.corpus.writing import write_shard
 from pipeline.errors import CorpusError, PromptBankError, StorageError, TuningError
@@ -48,19 +48,19 @@ _HOLDING_BACK = "backpressure_policies.enabled"
 
 
 @dataclass(frozen=True)
-class _Work:
-    source: Source
+class _BuildJob:
+    source: ParquetSource
     tasks: tuple[tuple[ReadUnit, ...], ...]
     recipe: Recipe
     tokenizer: TokenizerContent
     folder: Path
 
-    def packed(self) -> "_PackedWork":
-        return _PackedWork(str(self.folder), ray.put(self))
+    def packed(self) -> "_BuildJobRef":
+        return _BuildJobRef(str(self.folder), ray.put(self))
 
 
 @dataclass(frozen=True)
-class _PackedWork:
+class _BuildJobRef:
     """For a worker, which unpacks it once and not once a task: of thousands of files that takes as long as a task."""
 
     folder: str
@@ -70,12 +70,12 @@ class _PackedWork:
 
 
 @lru_cache(maxsize=1)
-def _unpacked(packed: _PackedWork) -> _Work:
-    work: _Work = ray.get(packed.content)
+def _fetch_job(packed: _BuildJobRef) -> _BuildJob:
+    work: _BuildJob = ray.get(packed.content)
     return work
 
 
-def shard_key(source: Source, recipe: Recipe, tokenizer: TokenizerSpec) -> tuple[str, dict[str, Any]]:
+def shard_key(source: ParquetSource, recipe: Recipe, tokenizer: TokenizerSpec) -> tuple[str, dict[str, Any]]:
     """The name of a shard folder and the inputs that it is the digest of."""
     inputs = {
         "format_version": FORMAT_VERSION,
@@ -95,18 +95,18 @@ def shard_key(source: Source, recipe: Recipe, tokenizer: TokenizerSpec) -> tuple
     named = [[pair for pair in file.class_names if pair[0] in recipe.columns] for file in source.files]
     if any(named):
         inputs["class_names"] = named
-    texts = changed_texts(source, recipe.columns, recipe.whole)
+    texts = changed_texts(source, recipe.columns, recipe.integer_columns)
     if texts:
-        inputs["texts"] = [f"{name} as integers" if name in recipe.whole else name for name in texts]
-    if recipe.targets_behind_text:
+        inputs["texts"] = [f"{name} as integers" if name in recipe.integer_columns else name for name in texts]
+    if recipe.targets_encoded_after_text:
         inputs["targets"] = "behind a text"
-    if recipe.names_unsayable:
+    if recipe.counts_unencodable:
         inputs["unsayable"] = "counted"
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(), inputs
 
 
 def build_shards(
-    source: Source, recipe: Recipe, tokenizer: TokenizerSpec, storage: Path, connect: Callable[[], None]
+    source: ParquetSource, recipe: Recipe, tokenizer: TokenizerSpec, storage: Path, connect: Callable[[], None]
 ) -> Path:
     """The folder with the token shards of `source`, built unless it is there already.
 
@@ -123,14 +123,14 @@ def build_shards(
         remove_abandoned(final.parent)
         with being_built(fresh):
             content = tokenizer_content(load_tokenizer(tokenizer.dir))
-            digests, whole = _write_shards(_Work(source, gathered(read_units(source)), recipe, content, fresh))
-            if whole.rows.summary.rows != source.rows:
+            digests, total = _write_shards(_BuildJob(source, group_units(read_units(source)), recipe, content, fresh))
+            if total.rows.summary.rows != source.rows:
                 raise CorpusError(
-                    f"{source.where}: {whole.rows.summary.rows} rows were read where the files' footers promise "
+                    f"{source.where}: {total.rows.summary.rows} rows were read where the files' footers promise "
                     f"{source.rows}; the files changed meanwhile, so run the job again"
                 )
-            _write_manifest(fresh, {"key": key, "made_from": inputs}, digests, manifest_figures(whole))
-            finished(fresh)
+            _write_manifest(fresh, {"key": key, "made_from": inputs}, digests, manifest_figures(total))
+            mark_finished(fresh)
             _publish(fresh, final)
     except OSError as error:
         if isinstance(error, PromptBankError):
@@ -139,9 +139,9 @@ def build_shards(
     return final
 
 
-def _write_shards(work: _Work) -> tuple[dict[str, str], ShardTally]:
+def _write_shards(work: _BuildJob) -> tuple[dict[str, str], ShardTally]:
     """-> digests of the shards by file name, and what was counted of all together."""
-    digests, whole = {}, EMPTY
+    digests, total = {}, EMPTY_TALLY
     blocks = min(len(work.tasks), _MAX_BLOCKS)
     try:
         with _ray_data_settings():
@@ -154,16 +154,16 @@ def _write_shards(work: _Work) -> tuple[dict[str, str], ShardTally]:
             )
             for row in written.iter_rows():
                 digests[row["shard"]] = row["digest"]
-                whole += ShardTally.from_dict(json.loads(row["tally"]))
+                total += ShardTally.from_dict(json.loads(row["tally"]))
     except Exception as error:
-        raise _translated(error, work.source.where, work.folder.parent) from None
-    return dict(sorted(digests.items())), whole
+        raise _without_ray(error, work.source.where, work.folder.parent) from None
+    return dict(sorted(digests.items())), total
 
 
-def _tokenise_units(batch: dict[str, np.ndarray], packed: _PackedWork) -> Iterator[dict[str, list[str]]]:
+def _tokenise_units(batch: dict[str, np.ndarray], packed: _BuildJobRef) -> Iterator[dict[str, list[str]]]:
     """Runs in a Ray worker: stream the rows of each task's units through the tokenizer into a shard."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # Ray runs one task per core already
-    work = _unpacked(packed)
+    work = _fetch_job(packed)
     for index in batch["id"]:
         # A name of its own for each attempt: Ray runs a task again whose worker died.
         shard = f"{index:06d}-{uuid.uuid4().hex}.parquet"
@@ -172,10 +172,10 @@ def _tokenise_units(batch: dict[str, np.ndarray], packed: _PackedWork) -> Iterat
         yield {"shard": [shard], "digest": [digest], "tally": [json.dumps(tally.to_dict())]}
 
 
-def _token_tables(work: _Work, units: tuple[ReadUnit, ...]) -> Iterator[pa.Table]:
+def _token_tables(work: _BuildJob, units: tuple[ReadUnit, ...]) -> Iterator[pa.Table]:
     for unit in units:
         source, recipe = work.source, work.recipe
-        for rows, columns in read_texts(source.filesystem, unit, recipe.columns, source.where, recipe.whole):
+        for rows, columns in read_texts(source.filesystem, unit, recipe.columns, source.where, recipe.integer_columns):
             yield tokenise_rows(recipe, work.tokenizer, columns, rows)
 
 
@@ -225,7 +225,7 @@ def _ray_data_settings() -> Iterator[None]:
             handler.setLevel(level)
 
 
-def _translated(error: Exception, where: str, storage: Path) -> Exception:
+def _without_ray(error: Exception, where: str, storage: Path) -> Exception:
     """The error to show for one that came out of Ray; an unknown one stays as it is."""
     cause: BaseException | None = error
     while cause is not None:
@@ -250,4 +250,4 @@ def _translated(error: Exception, where: str, storage: Path) -> Exception:
 
 def _storage_error(folder: Path, error: OSError) -> StorageError:
     reason = error.strerror or str(error).partition("\n")[0]
-    return StorageError(f"cannot write token shards to {folder} ({reason}); free space or mend its access")
+    return StorageError(f"cannot write token shards to {folder} ({reason}); free space or fix its access")

@@ -95,7 +95,7 @@ class ShardTally:
         return ShardTally(**{**plain, **read})
 
 
-EMPTY = ShardTally(NO_ROWS, 0, 0, 0, 0, {})
+EMPTY_TALLY = ShardTally(NO_ROWS, 0, 0, 0, 0, {})
 
 
 def tally_table(table: pa.Table) -> ShardTally:
@@ -111,18 +111,18 @@ def tally_table(table: pa.Table) -> ShardTally:
     )
 
 
-def manifest_figures(whole: ShardTally) -> dict[str, Any]:
+def manifest_figures(total: ShardTally) -> dict[str, Any]:
     """What a shard folder's manifest tells of its rows, so that nobody has to read them for it."""
-    summary = whole.rows.summary
-    targets = None if whole.targets is None else dict(sorted(whole.targets.items()))
+    summary = total.rows.summary
+    targets = None if total.targets is None else dict(sorted(total.targets.items()))
     return {
         "rows": summary.rows,
         "counts": summary.counts,
         "corpus_digest": summary.digest,
-        "input_tokens": whole.input_tokens,
-        "target_tokens": whole.target_tokens,
-        "longest_input": whole.longest_input,
-        "longest_target": whole.longest_target,
+        "input_tokens": total.input_tokens,
+        "target_tokens": total.target_tokens,
+        "longest_input": total.longest_input,
+        "longest_target": total.longest_target,
         "distinct_targets": None if targets is None else list(targets),
         "target_ids": targets,
     }

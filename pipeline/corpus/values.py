@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.corpus.files import Source, SourceFile
+from pipeline.corpus.files import ParquetSource, SourceFile
 from pipeline.errors import CorpusError
 
 MOST_CELL_BYTES = 16 * 2**20
@@ -45,17 +45,17 @@ def value_text(value: Any) -> str:
     return format(value, "f") if isinstance(value, Decimal) else str(value)
 
 
-def column_texts(column: pa.Array, whole: bool = False) -> list[str | None]:
+def column_texts(column: pa.Array, as_integers: bool = False) -> list[str | None]:
     """[B] values -> [B] texts: strings as they are, floats as short as their width allows; null and NaN are None.
 
-    whole: write floats as integers.
-    Raises: UnicodeDecodeError when a string is not UTF-8; ValueError for a fraction where `whole` is asked.
+    as_integers: write floats as integers.
+    Raises: UnicodeDecodeError when a string is not UTF-8; ValueError for a fraction where `as_integers` is asked.
     """
     kind = plain_type(column.type)
     if is_text(kind):
         return _strings(column)
     values = column.to_pylist()
-    write = _whole_text if whole and pa.types.is_floating(kind) else _narrow_text(kind)
+    write = _whole_text if as_integers and pa.types.is_floating(kind) else _narrow_text(kind)
     return [None if value is None or value != value else write(value) for value in values]
 
 
@@ -78,7 +78,7 @@ def _strings(column: pa.Array) -> list[str | None]:
     return [None if place is None else texts[place] for place in column.indices.to_pylist()]
 
 
-def whole_columns(sources: Mapping[str, Source], columns: Iterable[str]) -> dict[str, str]:
+def find_integer_columns(sources: Mapping[str, ParquetSource], columns: Iterable[str]) -> dict[str, str]:
     """The columns whose floats are to be written as integers -> a file of the task that holds integers there.
 
     Raises: CorpusError naming two files whose types of a column would give one value two texts.
@@ -94,11 +94,11 @@ def whole_columns(sources: Mapping[str, Source], columns: Iterable[str]) -> dict
         if {"integer", "float"} == set(files):
             found[name] = files["integer"][1].path
         elif not _agree(set(files)):
-            raise _apart(name, files)
+            raise _type_clash(name, files)
     return found
 
 
-def not_whole(where: str, path: str, name: str, error: ValueError, of_integers: str) -> CorpusError:
+def fraction_error(where: str, path: str, name: str, error: ValueError, of_integers: str) -> CorpusError:
     """The error for a fraction in a column that holds integers in another file of the task, `of_integers`."""
     return CorpusError(
         f"{where}: the column {name!r} of {path} holds {error}, while {of_integers} holds integers there; "
@@ -106,10 +106,10 @@ def not_whole(where: str, path: str, name: str, error: ValueError, of_integers: 
     )
 
 
-def changed_texts(source: Source, columns: Sequence[str], whole: Container[str]) -> list[str]:
+def changed_texts(source: ParquetSource, columns: Sequence[str], integer_columns: Container[str]) -> list[str]:
     """The columns whose texts differ from what `str` gives, as tokens made of them before did; see `shard_key`."""
     kinds = [(name, plain_type(kind)) for file in source.files for name, kind in file.columns if name in columns]
-    return sorted({name for name, kind in kinds if _was_written_otherwise(kind) or (name in whole)})
+    return sorted({name for name, kind in kinds if _was_written_otherwise(kind) or (name in integer_columns)})
 
 
 def _was_written_otherwise(kind: pa.DataType) -> bool:
@@ -161,7 +161,7 @@ def _agree(kinds: set[str]) -> bool:
     return len(kinds) < 2 or kinds in ({"text", "integer"}, {"text", "class names"})
 
 
-def _apart(name: str, files: Mapping[str, tuple[str, SourceFile]]) -> CorpusError:
+def _type_clash(name: str, files: Mapping[str, tuple[str, SourceFile]]) -> CorpusError:
     (one, (where, first)), (other, (_, second)), *_ = ((k, files[k]) for k in _clash(list(files)))
     return CorpusError(
         f"{where}: the column {name!r} is of the type {one} in {first.path} and {other} in {second.path}, which would "

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.corpus.rows import SHARD_SCHEMA
-from pipeline.corpus.tally import EMPTY, ShardTally, tally_table
+from pipeline.corpus.tally import EMPTY_TALLY, ShardTally, tally_table
 
 _ROW_GROUP_BYTES = 8 * 2**20
 # Ids as four streams of bytes, the upper ones nearly all zero: half the time and four fifths of the size of a
@@ -23,7 +23,7 @@ _OPTIONS = {
 
 def write_shard(path: Path, tables: Iterable[pa.Table]) -> ShardTally:
     """Write tables of SHARD_SCHEMA to one Parquet file as they come, and count what was written."""
-    tally, waiting, size = EMPTY, [], 0
+    tally, waiting, size = EMPTY_TALLY, [], 0
     with pq.ParquetWriter(path, SHARD_SCHEMA, **_OPTIONS) as shard:
         for table in tables:
             waiting.append(table)

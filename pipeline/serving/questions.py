@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.bank import Prompt, PromptRecord
-from pipeline.corpus.encoding import encode_inputs, encode_targets, without_embedding
-from pipeline.corpus.template import parse_template, render
+from pipeline.corpus.encoding import encode_inputs, encode_targets, missing_embedding
+from pipeline.corpus.template import parse_template, render_row
 from pipeline.corpus.values import value_text
 from pipeline.errors import BankError, CorpusError
 from pipeline.serving.served_backbone import ServedBackbone
@@ -76,7 +76,7 @@ def make_questions(
     for ids, task, of_row in zip(inputs, request.tasks, where, strict=True):
         question = Question(prompts[task], np.array(ids, dtype=np.int64), request.max_new_tokens, labels[task])
         _check_length(question, of_row, longest)
-        if (reason := without_embedding(served.tokenizer, ids, served.backbone.embedding_rows)) is not None:
+        if (reason := missing_embedding(served.tokenizer, ids, served.backbone.embedding_rows)) is not None:
             raise CorpusError(f"{of_row} {reason}")
         questions.append(question)
     return questions
@@ -92,7 +92,7 @@ def _rendered(row: Text, record: PromptRecord, where: str) -> str:
     missing = [column for column in template.columns if row.get(column) is None]
     if missing:
         raise CorpusError(f"{where} needs the column(s) {', '.join(missing)}")
-    text = render(template, {column: value_text(row[column]) for column in template.columns})
+    text = render_row(template, {column: value_text(row[column]) for column in template.columns})
     if not _is_unicode(text):
         raise CorpusError(f"{where} holds half a character (a lone surrogate); send whole Unicode text")
     return text
@@ -111,7 +111,7 @@ def _label_ids(record: PromptRecord, served: ServedBackbone) -> Mapping[str, np.
         raise NoLabelsError(f"prompt '{record.name}' was tuned without a label set; use generate")
     ids = encode_targets(served.tokenizer, served.architecture, record.template.separator, record.labels)
     for label, of_label in zip(record.labels, ids, strict=True):
-        if (reason := without_embedding(served.tokenizer, of_label, served.backbone.embedding_rows)) is not None:
+        if (reason := missing_embedding(served.tokenizer, of_label, served.backbone.embedding_rows)) is not None:
             raise CorpusError(f"prompt '{record.name}': its label {label!r} {reason}")
     return {label: np.array(of_label, dtype=np.int64) for label, of_label in zip(record.labels, ids, strict=True)}
 

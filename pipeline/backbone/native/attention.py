@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.backbone.native.build import library
-from pipeline.backbone.native.rows import serves
+from pipeline.backbone.native.build import load_kernels
+from pipeline.backbone.native.rows import supports
 from pipeline.backbone.segments import Segments
 
-__all__ = ["Forest", "attend", "make_forest", "serves"]
+__all__ = ["Forest", "attend", "make_forest", "supports"]
 
 _P = ctypes.c_void_p
 _SIGNATURE = [_P, ctypes.c_float, *[_P] * 15]
@@ -90,7 +90,7 @@ def _run(
     dk: Tensor | None = None,
     dv: Tensor | None = None,
 ) -> None:
-    kernels = library()
+    kernels = load_kernels()
     assert kernels is not None
     function = kernels.packed_attention
     if function.argtypes is None:

@@ -24,7 +24,7 @@ _WISHES = (
 
 
 @lru_cache(maxsize=1)
-def library() -> ctypes.CDLL | None:
+def load_kernels() -> ctypes.CDLL | None:
     """The compiled kernels; None where they cannot be compiled, and PyTorch's own operators have to do."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "promptbank" / "kernels"

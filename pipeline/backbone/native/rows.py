@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.backbone.native.build import library
+from pipeline.backbone.native.build import load_kernels
 
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, list[Any]] = {
@@ -24,12 +24,12 @@ _SIGNATURES: dict[str, list[Any]] = {
 }
 
 
-def serves(*tensors: Tensor) -> bool:
+def supports(*tensors: Tensor) -> bool:
     """Whether these kernels can take the tensors."""
-    return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors) and library() is not None
+    return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors) and load_kernels() is not None
 
 
-def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_activations(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """X `[N, X]`, times `columns` `[X]` if given -> (int8 `[N, X]`, scale `[N, 1]`)."""
     x = x.contiguous()
     rows, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), 1)
@@ -43,7 +43,7 @@ def quantize_weights(weight: Tensor) -> tuple[Tensor, Tensor] | None:
     None for another type or device, or without a compiler.
     """
     kernel = {torch.float32: "quantize_float32_weights", torch.bfloat16: "quantize_bfloat16_weights"}.get(weight.dtype)
-    if kernel is None or weight.device.type != "cpu" or library() is None:
+    if kernel is None or weight.device.type != "cpu" or load_kernels() is None:
         return None
     weight = weight.contiguous()
     rows, largest = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
@@ -58,7 +58,7 @@ def rescale(product: Tensor, scale: Tensor, columns: Tensor | None = None) -> Te
     return out
 
 
-class RmsNorm(torch.autograd.Function):
+class RmsNormFunction(torch.autograd.Function):
     """`x / rms(x) * weight` of x `[..., X]`, with a frozen weight `[X]`."""
 
     @staticmethod
@@ -79,7 +79,7 @@ class RmsNorm(torch.autograd.Function):
         return dx.view(grad.shape), None, None
 
 
-class SiluProduct(torch.autograd.Function):
+class SiluProductFunction(torch.autograd.Function):
     """`silu(gate) * up`, both `[..., X]`."""
 
     @staticmethod
@@ -104,7 +104,7 @@ def _rows(x: Tensor) -> tuple[int, int]:
 
 
 def _call(name: str, *args: Tensor | int | float | None) -> None:
-    kernels = library()
+    kernels = load_kernels()
     assert kernels is not None
     function = getattr(kernels, name)
     if function.argtypes is None:

@@ -24,14 +24,16 @@ class Markers:
 
 
 @dataclass(frozen=True)
-class Example:
+class TrainingExample:
     input: Ids
     """Ends with eos, like the input of a task."""
     target: Ids
     """Ends with eos."""
 
 
-def make_example(objective: ObjectiveSettings, tokens: Ids, markers: Markers, random: np.random.Generator) -> Example:
+def make_example(
+    objective: ObjectiveSettings, tokens: Ids, markers: Markers, random: np.random.Generator
+) -> TrainingExample:
     """One example of `[T]` tokens, T at least 2."""
     if objective.name == "prefix_lm":
         return prefix_lm(tokens, int(random.integers(1, len(tokens))), markers)
@@ -39,15 +41,17 @@ def make_example(objective: ObjectiveSettings, tokens: Ids, markers: Markers, ra
     return span_corruption(tokens, noise, markers, objective.sentinels_in_targets)
 
 
-def prefix_lm(tokens: Ids, prefix: int, markers: Markers) -> Example:
+def prefix_lm(tokens: Ids, prefix: int, markers: Markers) -> TrainingExample:
     """The first `prefix` tokens go in, the others come out: what Lester et al. (2021, section 3.2) adapt T5 with.
 
     The split is uniform, as in Raffel et al. (2020, section 3.3.1).
     """
-    return Example(_ended(tokens[:prefix], markers), _ended(tokens[prefix:], markers))
+    return TrainingExample(_ended(tokens[:prefix], markers), _ended(tokens[prefix:], markers))
 
 
-def span_corruption(tokens: Ids, noise: npt.NDArray[np.bool_], markers: Markers, sentinels_in_targets: bool) -> Example:
+def span_corruption(
+    tokens: Ids, noise: npt.NDArray[np.bool_], markers: Markers, sentinels_in_targets: bool
+) -> TrainingExample:
     """Each span of noise gives way to a sentinel, and comes out behind that sentinel (Raffel et al. 2020, 3.1.4).
 
     `noise` `[T]` begins without and ends with noise, as in T5's own code, so that no last sentinel follows.
@@ -60,7 +64,7 @@ def span_corruption(tokens: Ids, noise: npt.NDArray[np.bool_], markers: Markers,
     said = tokens[noise].astype(np.int64)
     if sentinels_in_targets:
         said = np.insert(said, np.flatnonzero(begins[noise]), sentinels)
-    return Example(_ended(shown, markers), _ended(said, markers))
+    return TrainingExample(_ended(shown, markers), _ended(said, markers))
 
 
 def noise_mask(length: int, density: float, mean_span: float, random: np.random.Generator) -> npt.NDArray[np.bool_]:

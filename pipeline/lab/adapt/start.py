@@ -28,7 +28,7 @@ from pipeline.whole_files import put_in_place
 
 
 @dataclass(frozen=True)
-class Start:
+class StartModel:
     """A checked model, and where its weights are."""
 
     path: str
@@ -40,7 +40,7 @@ class Start:
         return markers_of(self.tokenizer)
 
 
-def open_start(settings: AdaptationSettings, run_folder: Path | None) -> Start:
+def open_start_model(settings: AdaptationSettings, run_folder: Path | None) -> StartModel:
     """Find the model to train, or make a fresh one in the run's folder (None: only check it).
 
     Raises: BackboneError for a model that cannot be adapted; SettingsError; StorageError.
@@ -49,11 +49,11 @@ def open_start(settings: AdaptationSettings, run_folder: Path | None) -> Start:
     if model.is_fresh:
         config, tokenizer = _fresh_config(model)
         path = "" if run_folder is None else str(_make_fresh(run_folder, config, tokenizer, settings.run.seed))
-        start = Start(path, config, tokenizer)
+        start = StartModel(path, config, tokenizer)
     else:
         assert model.path is not None
         files = find_model(model.path)
-        start = Start(model.path, read_config(files), read_tokenizer(files))
+        start = StartModel(model.path, read_config(files), read_tokenizer(files))
     _check(start, settings)
     return start
 
@@ -71,7 +71,7 @@ def _sentinel(number: int) -> str:
     return f"<extra_id_{number}>"
 
 
-def _check(start: Start, settings: AdaptationSettings) -> None:
+def _check(start: StartModel, settings: AdaptationSettings) -> None:
     where, objective = f"model {settings.model.path or 'config'}", settings.objective
     if architecture_of(start.config, where) != "encoder-decoder":
         raise BackboneError(

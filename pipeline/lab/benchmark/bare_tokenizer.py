@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
-from pipeline.corpus.encoding import TokenizerContent, keep_words
+from pipeline.corpus.encoding import TokenizerContent, resize_word_cache
 from pipeline.lab.benchmark.ranks import end_with_parent
 
 
@@ -34,7 +34,7 @@ def bare_ways(cores: int) -> tuple[BareWay, ...]:
 
 
 @dataclass(frozen=True)
-class Run:
+class TokenizingRun:
     """A file's texts, tokenised once by either side."""
 
     tokens: int
@@ -54,21 +54,21 @@ class Run:
         return self.tokens / self.cpu_seconds
 
 
-def run_bare(tokenizer: TokenizerContent, file: Path, way: BareWay) -> Run:
+def run_bare(tokenizer: TokenizerContent, file: Path, way: BareWay) -> TokenizingRun:
     """Timed from the first call's start to the last one's end."""
     context = get_context("spawn")
     start = context.Barrier(way.processes)
     calls = [(tokenizer, file, way, rank) for rank in range(way.processes)]
-    with context.Pool(way.processes, initializer=_keep, initargs=(start,)) as pool:
+    with context.Pool(way.processes, initializer=_join_barrier, initargs=(start,)) as pool:
         done = pool.starmap(_tokenise, calls, chunksize=1)
     tokens, begun, ended, cpu_seconds = zip(*done, strict=True)
-    return Run(sum(tokens), max(ended) - min(begun), sum(cpu_seconds))
+    return TokenizingRun(sum(tokens), max(ended) - min(begun), sum(cpu_seconds))
 
 
 _start: Barrier
 
 
-def _keep(start: Barrier) -> None:
+def _join_barrier(start: Barrier) -> None:
     global _start
     _start = start
     end_with_parent()
@@ -79,8 +79,8 @@ def _tokenise(content: TokenizerContent, file: Path, way: BareWay, rank: int) ->
     os.environ["RAYON_NUM_THREADS"] = str(way.threads)
     tokenizer = Tokenizer.from_str(content.json)
     if way.kept_words is not None:
-        keep_words(tokenizer, way.kept_words)
-    texts = _share(file, rank, way.processes)
+        resize_word_cache(tokenizer, way.kept_words)
+    texts = _texts_of_rank(file, rank, way.processes)
     calls = [texts[first : first + way.call_rows] for first in range(0, len(texts), way.call_rows)]
     _start.wait()
     # One clock for all processes of a machine.
@@ -89,7 +89,7 @@ def _tokenise(content: TokenizerContent, file: Path, way: BareWay, rank: int) ->
     return tokens, begin, time.monotonic(), time.process_time() - cpu_begin
 
 
-def _share(file: Path, rank: int, processes: int) -> Sequence[str]:
+def _texts_of_rank(file: Path, rank: int, processes: int) -> Sequence[str]:
     column = pq.read_table(file, columns=["text"])["text"]
     rows = len(column)
     first, end = rows * rank // processes, rows * (rank + 1) // processes

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from pipeline.backbone import prompted
-from pipeline.backbone.allocator import suit_allocator
+from pipeline.backbone.allocator import configure_allocator
 from pipeline.backbone.files import architecture_of, find_model, read_config, read_tokenizer
 from pipeline.backbone.host import Backbone, compute_dtype, held_bytes, host_backbone
 from pipeline.backbone.nearest import read_input_embeddings
-from pipeline.backbone.offload import keep_by
+from pipeline.backbone.offload import offload_of_settings
 from pipeline.lab.benchmark.ours import tune_together
 from pipeline.lab.benchmark.peft_trainer import PeerOptions, load_peer_model, tune_one_by_one
 from pipeline.lab.benchmark.ranks import run_ranks
@@ -57,11 +57,11 @@ class Bench:
 
     def ours(self, options: OurOptions | None = None) -> Callable[[], Side]:
         """All tasks together on `ranks` fresh processes; ZeRO-3 where there are several."""
-        return lambda: _of_all(run_ranks(self.ranks, tune_on_rank, self, options or OurOptions()))
+        return lambda: _merged(run_ranks(self.ranks, tune_on_rank, self, options or OurOptions()))
 
     def peer(self, options: PeerOptions) -> Callable[[], Side]:
         """One task after another, in one fresh process."""
-        return lambda: _of_all(run_ranks(1, _tune_as_peer, self, options))
+        return lambda: _merged(run_ranks(1, _tune_as_peer, self, options))
 
     @property
     def config(self) -> PretrainedConfig:
@@ -109,11 +109,11 @@ def host_model(model: str, threads: int, options: OurOptions) -> Backbone:
         device=device,
         sharded=partitions(options.partition, config, options.int8, dtype, device),
         products=agreed_products(options.products, device),
-        keep=keep_by("nvme" if options.offload_folder else "none", options.offload_folder),
+        keep=offload_of_settings("nvme" if options.offload_folder else "none", options.offload_folder),
         kernels=options.kernels,
         share_memory=options.share_memory,
     )
-    suit_allocator(sum(held_bytes(backbone).values()))
+    configure_allocator(sum(held_bytes(backbone).values()))
     return backbone
 
 
@@ -130,7 +130,7 @@ def _tune_as_peer(bench: Bench, options: PeerOptions) -> Side:
         return tune_one_by_one(model, bench.tasks, bench.prompts, bench.steps, options, Path(folder))
 
 
-def _of_all(ranks: Sequence[Side]) -> Side:
+def _merged(ranks: Sequence[Side]) -> Side:
     return replace(ranks[0], peak_bytes=sum(rank.peak_bytes for rank in ranks))
 
 

@@ -17,7 +17,7 @@ _ROWS = 1_000
 _SEPARATOR = " "
 
 
-def write_corpus(
+def write_token_shards(
     folder: Path, data: Path, name: str, tokenizer: Any, architecture: Any, dev_rows: int, rows: int = _ROWS
 ) -> TaskCorpus:
     """The first rows of `data/<name>/{train,dev}.parquet`, columns text and label. Raises: CorpusError."""

@@ -18,17 +18,17 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 
-from pipeline.backbone.files import architecture_of, find_model, read_config, read_tokenizer, save_description
-from pipeline.corpus.encoding import KEPT_WORDS, TokenizerSpec, load_tokenizer, tokenizer_content
+from pipeline.backbone.files import architecture_of, find_model, read_config, read_tokenizer, save_config_and_tokenizer
+from pipeline.corpus.encoding import WORD_CACHE_SIZE, TokenizerSpec, load_tokenizer, tokenizer_content
 from pipeline.corpus.files import inspect_files
 from pipeline.corpus.reader import SplitRef, open_split
 from pipeline.corpus.rows import Recipe, row_identities
 from pipeline.corpus.task_corpus import prepare_task
 from pipeline.corpus.template import parse_template
-from pipeline.lab.benchmark.bare_tokenizer import BareWay, Run, bare_ways, run_bare
+from pipeline.lab.benchmark.bare_tokenizer import BareWay, TokenizingRun, bare_ways, run_bare
 from pipeline.lab.benchmark.corpus_files import read_sentences, write_corpus
 from pipeline.lab.benchmark.ranks import end_with_parent
-from pipeline.lab.benchmark.side_by_side import write_json
+from pipeline.lab.benchmark.side_by_side import write_figures
 from pipeline.settings import ClusterSettings, TaskSettings
 from pipeline.tuning.connection import connected_ray
 from pipeline.tuning.device import device_name
@@ -42,7 +42,7 @@ _TEXTS = {"rows": 3, "documents": 60}
 
 
 @dataclass(frozen=True)
-class Bare:
+class BareRates:
     """The bare tokenizer in one way, round by round."""
 
     rates: Sequence[float]
@@ -62,16 +62,16 @@ class Speed:
     megabytes: float
     way: BareWay
     """The fastest one of the bare tokenizer."""
-    bare: Bare
+    bare: BareRates
     """As it comes."""
-    keeping: Bare
+    keeping: BareRates
     """Keeping the tokens of as many words as ours does."""
     ours: Sequence[float]
     """Input tokens a second from Parquet files to a published shard folder; Ray's workers run already."""
 
 
 @dataclass(frozen=True)
-class Night:
+class NightFigures:
     """One corpus size: its first night in a fresh process on a fresh Ray, and the next one with nothing changed.
 
     Only making the shards: a rank that tunes holds a whole split's tokens in memory (`TokenSet`).
@@ -94,7 +94,7 @@ class CorpusFigures:
     device: str
     cores: int
     speed: Sequence[Speed]
-    nights: Sequence[Night]
+    nights: Sequence[NightFigures]
 
 
 def measure_corpus(
@@ -124,13 +124,13 @@ def measure_corpus(
 
 
 def save_figures(path: Path, figures: CorpusFigures) -> None:
-    write_json(path, asdict(figures))
+    write_figures(path, asdict(figures))
 
 
 def _save_tokenizer(model: str, folder: Path) -> TokenizerSpec:
     files = find_model(model)
     config = read_config(files)
-    save_description(config, read_tokenizer(files), folder)
+    save_config_and_tokenizer(config, read_tokenizer(files), folder)
     return TokenizerSpec(str(folder), "of the benchmark", architecture_of(config))
 
 
@@ -151,7 +151,7 @@ def _measure_speed(
     _build(small, spec, place)
     rates = {way: run_bare(content, small, way).rate for way in bare_ways(cores)}
     way = max(rates, key=rates.__getitem__)
-    keeping_way = replace(way, kept_words=KEPT_WORDS)
+    keeping_way = replace(way, kept_words=WORD_CACHE_SIZE)
     bare, keeping, ours = [], [], []
     for round_ in range(rounds):
         bare.append(run_bare(content, file, way))
@@ -170,8 +170,8 @@ def _measure_speed(
     )
 
 
-def _compared(bare: Sequence[Run], ours: Sequence[Run]) -> Bare:
-    return Bare(
+def _compared(bare: Sequence[TokenizingRun], ours: Sequence[TokenizingRun]) -> BareRates:
+    return BareRates(
         rates=[round(run.rate) for run in bare],
         ratio=_spread([mine.rate / theirs.rate for mine, theirs in zip(ours, bare, strict=True)]),
         cpu_ratio=_spread([mine.cpu_rate / theirs.cpu_rate for mine, theirs in zip(ours, bare, strict=True)]),
@@ -182,7 +182,7 @@ def _spread(ratios: Sequence[float]) -> tuple[float, float, float]:
     return min(ratios), statistics.median(ratios), max(ratios)
 
 
-def _build(file: Path, spec: TokenizerSpec, place: Path, check: bool = False) -> Run:
+def _build(file: Path, spec: TokenizerSpec, place: Path, check: bool = False) -> TokenizingRun:
     """Build the shards, look at them, and delete them."""
     from pipeline.corpus.shards import build_shards  # imports ray
 
@@ -196,7 +196,7 @@ def _build(file: Path, spec: TokenizerSpec, place: Path, check: bool = False) ->
         _check_ids(file, folder, spec)
     tokens = json.loads((folder / "manifest.json").read_text())["input_tokens"]
     shutil.rmtree(storage)
-    return Run(tokens, seconds, cpu_seconds)
+    return TokenizingRun(tokens, seconds, cpu_seconds)
 
 
 def _cpu_seconds() -> float:
@@ -215,7 +215,7 @@ def _check_ids(file: Path, folder: Path, spec: TokenizerSpec) -> None:
         assert tokens.input_ids(place).tolist() == expected, "other ids than the tokenizer's own"
 
 
-def _measure_nights(place: Path, megabytes: float, sentences: Sequence[str], spec: TokenizerSpec) -> Night:
+def _measure_nights(place: Path, megabytes: float, sentences: Sequence[str], spec: TokenizerSpec) -> NightFigures:
     file, storage = place / "nights.parquet", place / "storage"
     rows = write_corpus(file, megabytes, sentences)
     first = _in_fresh_process(_prepare, file, spec, storage)
@@ -225,7 +225,7 @@ def _measure_nights(place: Path, megabytes: float, sentences: Sequence[str], spe
     file.unlink()
     shutil.rmtree(storage)
     memory = {name: first[name] for name in ("driver_mib", "worker_mib", "workers_mib")}
-    return Night(size, rows, first["seconds"], second["seconds"], **memory)
+    return NightFigures(size, rows, first["seconds"], second["seconds"], **memory)
 
 
 def _in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:

@@ -16,7 +16,7 @@ from pipeline.lab.benchmark.ours import tune_together
 from pipeline.lab.benchmark.peak import useful_operations
 from pipeline.lab.benchmark.ranks import run_ranks
 from pipeline.lab.benchmark.shapes import published_config
-from pipeline.lab.benchmark.side_by_side import write_json
+from pipeline.lab.benchmark.side_by_side import write_figures
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def gathered_bytes(config: PretrainedConfig) -> int:
     return total
 
 
-class CountedTraffic(TorchDispatchMode):
+class TrafficCounter(TorchDispatchMode):
     """Counts bytes of what is gathered and reduced while it is on."""
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ class CountedTraffic(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class Traffic:
+class StepTraffic:
     """Of one rank in one step."""
 
     gathered: float
@@ -118,17 +118,17 @@ class Traffic:
     """How often `gathered_bytes` were walked over: the step's micro-batches."""
 
 
-def measure_traffic(bench: Bench) -> Traffic:
+def measure_traffic(bench: Bench) -> StepTraffic:
     """Bytes of the last step of a bench, counted at the collectives themselves."""
     gathered, reduced = run_ranks(bench.ranks, _count_on_rank, bench)[0]
     others = (bench.ranks - 1) / bench.ranks
-    return Traffic(gathered * others, reduced, gathered / gathered_bytes(bench.config))
+    return StepTraffic(gathered * others, reduced, gathered / gathered_bytes(bench.config))
 
 
 def _count_on_rank(bench: Bench) -> tuple[int, int]:
     backbone = host_for(bench, OurOptions(partition="always", share_memory=False))  # as between machines
     tune_together(backbone, bench.tasks, bench.prompts, bench.steps - 1, OurOptions().token_budget)
-    with CountedTraffic() as traffic:
+    with TrafficCounter() as traffic:
         tune_together(backbone, bench.tasks, bench.prompts, 1, OurOptions().token_budget)
     return traffic.gathered, traffic.reduced
 
@@ -145,8 +145,10 @@ def costs_of(
     return costs
 
 
-def save_costs(path: Path, traffic: Traffic, tokens: int, trials: int, costs: Mapping[str, Sequence[StepCost]]) -> None:
+def save_costs(
+    path: Path, traffic: StepTraffic, tokens: int, trials: int, costs: Mapping[str, Sequence[StepCost]]
+) -> None:
     """Write everything as JSON, with what was assumed."""
     plain = {shape: [{**asdict(cost), "share": cost.share} for cost in row] for shape, row in costs.items()}
     facts = {"tokens_a_rank": tokens, "trials": trials, "assumed": asdict(H100_NODES)}
-    write_json(path, {"measured_here": asdict(traffic), **facts, "costs": plain})
+    write_figures(path, {"measured_here": asdict(traffic), **facts, "costs": plain})

@@ -21,16 +21,16 @@ from torch import nn
 
 from pipeline.backbone.files import find_model, read_config
 from pipeline.backbone.host import held_bytes, start_deepspeed
-from pipeline.backbone.loading import build_skeleton, untie_what_is_stored_apart
+from pipeline.backbone.loading import build_skeleton, untie_separate_weights
 from pipeline.backbone.memory import gathered_together
 from pipeline.backbone.weights import open_weights
 from pipeline.corpus.reader import TokenSet
 from pipeline.lab.benchmark.bench import OurOptions, host_model
 from pipeline.lab.benchmark.ours import tune_together
 from pipeline.lab.benchmark.ranks import run_ranks
-from pipeline.lab.benchmark.resident import Resident, Watch, resident
+from pipeline.lab.benchmark.resident import MemoryWatch, Resident, resident
 from pipeline.lab.benchmark.shapes import published_config
-from pipeline.lab.benchmark.side_by_side import write_json
+from pipeline.lab.benchmark.side_by_side import write_figures
 from pipeline.lab.benchmark.synthetic import write_checkpoint
 from pipeline.lab.benchmark.work import TaskWork
 from pipeline.settings import TaskSettings
@@ -59,7 +59,7 @@ class FitOptions:
 
 
 @dataclass(frozen=True)
-class Size:
+class ModelSize:
     """Of a model in int8."""
 
     parameters: int
@@ -89,7 +89,7 @@ class Fit:
     shape: str
     device: str
     options: FitOptions
-    size: Size
+    size: ModelSize
     checkpoint_bytes: int
     cold: bool
     """Whether files were dropped from the page cache before each reading."""
@@ -159,15 +159,15 @@ def save_fits(path: Path, fits: Sequence[Fit]) -> None:
     shapes = {fit.shape for fit in fits}
     derived = ("bound", "peaks", "holds", "load_rate", "plain_rates", "ranks_agree")
     new = [{**asdict(fit), **{key: getattr(fit, key) for key in derived}} for fit in fits]
-    write_json(path, [*(fit for fit in kept if fit["shape"] not in shapes), *new])
+    write_figures(path, [*(fit for fit in kept if fit["shape"] not in shapes), *new])
 
 
-def size_of(folder: Path) -> Size:
+def size_of(folder: Path) -> ModelSize:
     """Count a model's int8 bytes as hosted: what its checkpoint stores apart is apart."""
     files = find_model(str(folder))
     model = build_skeleton(read_config(files), int8=True)
-    untie_what_is_stored_apart(model, open_weights(files, model))
-    return Size(
+    untie_separate_weights(model, open_weights(files, model))
+    return ModelSize(
         parameters=sum(p.numel() for p in model.parameters()),
         int8_bytes=_int8_bytes(model.parameters()),
         layer_bytes=max(map(_int8_bytes, gathered_together(model))),
@@ -186,7 +186,7 @@ def _on_rank(folder: Path, options: FitOptions) -> RankFit:
     plain = [_plain_read(weights)]
     _start_together(weights)
     start = time.perf_counter()
-    with Watch() as loading:
+    with MemoryWatch() as loading:
         hosted = OurOptions(partition="always", offload_folder=options.offload_folder)
         backbone = host_model(str(folder), options.threads // options.ranks, hosted)
     seconds = time.perf_counter() - start
@@ -194,7 +194,7 @@ def _on_rank(folder: Path, options: FitOptions) -> RankFit:
     tasks = [_random_task(place, backbone.config.vocab_size, options) for place in range(options.prompts)]
     rng = np.random.default_rng(0)
     prompts = [rng.normal(size=(options.length, backbone.hidden_size)).astype(np.float32) for _ in tasks]
-    with Watch() as training:
+    with MemoryWatch() as training:
         side = tune_together(backbone, tasks, prompts, options.steps, _TOKEN_BUDGET)
     return RankFit(before, loading.peak, held_bytes(backbone), training.peak, plain, seconds, side.seconds, side.losses)
 

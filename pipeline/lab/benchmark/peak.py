@@ -8,13 +8,13 @@ import torch
 from transformers import PretrainedConfig
 
 from pipeline.backbone.loading import build_skeleton
-from pipeline.lab.benchmark.side_by_side import Result
+from pipeline.lab.benchmark.side_by_side import SidesResult
 
 _SHAPES = ((1024, 1024, 1024), (2048, 2048, 2048), (1536, 576, 1536))
 _SECONDS = 1.0
 
 
-def shares_of_peak(result: Result, config: PretrainedConfig, tokens: float, threads: int) -> dict[str, Any]:
+def shares_of_peak(result: SidesResult, config: PretrainedConfig, tokens: float, threads: int) -> dict[str, Any]:
     """For every side of a result, the share of the machine's int8 peak that its useful work comes to.
 
     `tokens` is how many a step has to compute at the least.

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import matplotlib
 
-from pipeline.lab.benchmark.side_by_side import Result
+from pipeline.lab.benchmark.side_by_side import SidesResult
 
 matplotlib.use("svg")
 
 
-def plot_growth(counts: Sequence[int], result: Result, path: Path) -> None:
+def plot_growth(counts: Sequence[int], result: SidesResult, path: Path) -> None:
     """Tokens a second and memory by the number of trials in one run."""
     from matplotlib import pyplot
 

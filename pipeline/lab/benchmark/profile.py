@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from pipeline.lab.benchmark.bench import Bench, OurOptions, host_for
 from pipeline.lab.benchmark.ours import tune_together
 from pipeline.lab.benchmark.ranks import run_ranks
-from pipeline.lab.benchmark.side_by_side import write_json
+from pipeline.lab.benchmark.side_by_side import write_figures
 from pipeline.tuning.device import device_name
 
 # What is done -> beginnings of the names under which PyTorch's profiler knows it.
@@ -31,7 +31,7 @@ def profile_step(bench: Bench, options: OurOptions) -> dict[str, float]:
 
 
 def save_shares(path: Path, shares: Mapping[str, float]) -> None:
-    write_json(path, {"device": device_name(), "shares": shares})
+    write_figures(path, {"device": device_name(), "shares": shares})
 
 
 def _on_rank(bench: Bench, options: OurOptions) -> dict[str, float]:

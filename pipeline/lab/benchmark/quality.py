@@ -13,7 +13,7 @@ from pipeline.lab.benchmark.bench import Bench, OurOptions, host_for
 from pipeline.lab.benchmark.ours import tune_together
 from pipeline.lab.benchmark.peft_trainer import PeerOptions
 from pipeline.lab.benchmark.ranks import run_ranks
-from pipeline.lab.benchmark.side_by_side import write_json
+from pipeline.lab.benchmark.side_by_side import write_figures
 from pipeline.tuning.device import device_name
 from pipeline.tuning.evaluate import EvalRequest, evaluate
 
@@ -56,7 +56,7 @@ def compare_quality(bench: Bench, with_peer: bool, out: Path) -> dict[str, Quali
         _save(out, bench.steps, sides)  # each takes minutes: what is known is kept
     if with_peer:
         peer = bench.peer(PeerOptions())()
-        after, losses = score(bench, peer.prompts, OurOptions(int8=False))
+        after, losses = score_prompts(bench, peer.prompts, OurOptions(int8=False))
         sides["PEFT + Trainer"] = Quality(sides["float32 weights"].before, after, losses, sum(peer.seconds))
         _save(out, bench.steps, sides)
     return sides
@@ -67,7 +67,7 @@ def _save(out: Path, steps: int, sides: Mapping[str, Quality]) -> None:
         side: {**asdict(quality), "mean": quality.mean, "mean_loss": quality.mean_loss}
         for side, quality in sides.items()
     }
-    write_json(out, {"device": device_name(), "steps": steps, "sides": plain})
+    write_figures(out, {"device": device_name(), "steps": steps, "sides": plain})
 
 
 def tune_and_score(bench: Bench, options: OurOptions) -> Quality:
@@ -75,7 +75,7 @@ def tune_and_score(bench: Bench, options: OurOptions) -> Quality:
     return run_ranks(bench.ranks, _on_rank, bench, options)[0]
 
 
-def score(bench: Bench, prompts: Sequence[np.ndarray], options: OurOptions) -> tuple[_Scores, _Scores]:
+def score_prompts(bench: Bench, prompts: Sequence[np.ndarray], options: OurOptions) -> tuple[_Scores, _Scores]:
     """Dev accuracies and losses of prompts that were tuned elsewhere."""
     return run_ranks(bench.ranks, _score_on_rank, bench, prompts, options)[0]
 
@@ -94,15 +94,15 @@ def _score_on_rank(bench: Bench, prompts: Sequence[np.ndarray], options: OurOpti
 def _scores(
     bench: Bench, backbone: Backbone, prompts: Sequence[np.ndarray], options: OurOptions
 ) -> tuple[_Scores, _Scores]:
-    exams = []
+    requests = []
     for task, prompt in zip(bench.tasks, prompts, strict=True):
         assert task.dev is not None
         tensor = torch.from_numpy(np.ascontiguousarray(prompt)).to(backbone.device)
-        exams.append(EvalRequest(tensor, task.dev, "accuracy", task.labels, task.label_ids, 8))
+        requests.append(EvalRequest(tensor, task.dev, "accuracy", task.labels, task.label_ids, 8))
     tokenizer = read_tokenizer(find_model(bench.model))
     accuracies: _Scores = {}
     losses: _Scores = {}
-    for task, result in zip(bench.tasks, evaluate(backbone, tokenizer, exams, options.token_budget), strict=True):
+    for task, result in zip(bench.tasks, evaluate(backbone, tokenizer, requests, options.token_budget), strict=True):
         accuracies.setdefault(task.trial.name, []).append(result.value)
         losses.setdefault(task.trial.name, []).append(result.loss)
     return accuracies, losses

@@ -31,12 +31,12 @@ def resident() -> Resident:
     return Resident(kinds["VmRSS"], kinds["RssAnon"], kinds["RssShmem"], kinds["RssFile"])
 
 
-class Watch:
+class MemoryWatch:
     """`with Watch() as watch: …`, then `watch.peak`. Linux only."""
 
     peak: Resident
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "MemoryWatch":
         _CLEAR.write_text("5")  # the system's own peak starts anew
         self._most = _read()
         self._done = threading.Event()

@@ -40,7 +40,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Result:
+class SidesResult:
     """What every side did in every round, and how many times faster the first side is than each other."""
 
     name: str
@@ -57,7 +57,7 @@ class Result:
     """Greatest relative difference of any of them from the first side's, over the tasks that both have."""
 
 
-def compare(name: str, sides: Mapping[str, Callable[[], Side]], rounds: int) -> Result:
+def compare_sides(name: str, sides: Mapping[str, Callable[[], Side]], rounds: int) -> SidesResult:
     """Run all sides in turn, round after round; the first is the one that the others are compared with."""
     done: dict[str, list[Side]] = {side: [] for side in sides}
     for _ in range(rounds):
@@ -68,7 +68,7 @@ def compare(name: str, sides: Mapping[str, Callable[[], Side]], rounds: int) -> 
     for other in others:
         each = [mine.rate / theirs.rate for mine, theirs in zip(done[first], done[other], strict=True)]
         ratios[other] = (min(each), statistics.median(each), max(each))
-    return Result(
+    return SidesResult(
         name=name,
         device=device_name(),
         rates={side: [round(run.rate, 1) for run in runs] for side, runs in done.items()},
@@ -80,12 +80,12 @@ def compare(name: str, sides: Mapping[str, Callable[[], Side]], rounds: int) -> 
     )
 
 
-def save_results(path: Path, results: Sequence[Result], **facts: object) -> None:
+def save_results(path: Path, results: Sequence[SidesResult], **facts: object) -> None:
     """Write results as JSON, each with the facts given."""
-    write_json(path, [{**asdict(result), **facts} for result in results])
+    write_figures(path, [{**asdict(result), **facts} for result in results])
 
 
-def write_json(path: Path, figures: object) -> None:
+def write_figures(path: Path, figures: object) -> None:
     """Write figures where the documentation keeps them; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(figures, indent=1) + "\n")

@@ -15,9 +15,9 @@ from pipeline.backbone.host import Backbone
 from pipeline.corpus.reader import open_split
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.lab.benchmark.bench import OurOptions, host_model
-from pipeline.lab.benchmark.corpora import write_corpus
+from pipeline.lab.benchmark.corpora import write_token_shards
 from pipeline.lab.benchmark.ranks import run_ranks
-from pipeline.lab.benchmark.side_by_side import write_json
+from pipeline.lab.benchmark.side_by_side import write_figures
 from pipeline.settings import Settings, parse_settings
 from pipeline.tuning.batches import rows_of_step
 from pipeline.tuning.device import device_name
@@ -72,7 +72,7 @@ class SweepSide:
 
 
 @dataclass(frozen=True)
-class Apart:
+class Distance:
     """Greatest relative distance of any trial from itself on another side."""
 
     prompt: float
@@ -90,9 +90,9 @@ class SweepResult:
     """Of the sample alone, one after another."""
     alone_seconds: list[float]
     """Of every round, scaled from the sample's trials to all."""
-    alone_apart: dict[float, Apart]
+    alone_apart: dict[float, Distance]
     """By learning rate: the sampled trials tuned together, from the same tuned alone."""
-    survivors_apart: dict[float, Apart]
+    survivors_apart: dict[float, Distance]
     """By learning rate: the trials that halving let finish, from the same without halving."""
 
     @property
@@ -115,7 +115,7 @@ def compare_sweeps(options: SweepOptions, out: Path) -> SweepResult:
     tokenizer, architecture = _describe(options.model)
     with tempfile.TemporaryDirectory() as folder:
         corpora = [
-            write_corpus(Path(folder) / "corpora", options.data, name, tokenizer, architecture, options.dev_rows)
+            write_token_shards(Path(folder) / "corpora", options.data, name, tokenizer, architecture, options.dev_rows)
             for name in options.tasks
         ]
         result: SweepResult = run_ranks(options.ranks, _on_rank, options, corpora, folder)[0]
@@ -126,7 +126,7 @@ def compare_sweeps(options: SweepOptions, out: Path) -> SweepResult:
         "steps_saved_by_halving": result.steps_saved,
         "ratios": result.ratios,
     }
-    write_json(out, {**facts, **asdict(result)})
+    write_figures(out, {**facts, **asdict(result)})
     return result
 
 
@@ -174,8 +174,8 @@ def _on_rank(options: SweepOptions, corpora: Sequence[TaskCorpus], folder: str) 
         halving=halving,
         alone=alone,
         alone_seconds=[seconds * len(every) / len(sample) for seconds in alone.seconds],
-        alone_apart=_apart(all_states, by_itself),
-        survivors_apart=_apart(all_states, [state for state in left if state.status not in ("halved", "failed")]),
+        alone_apart=_distances(all_states, by_itself),
+        survivors_apart=_distances(all_states, [state for state in left if state.status not in ("halved", "failed")]),
     )
 
 
@@ -227,13 +227,13 @@ def _of_two_steps(trial: Trial) -> Trial:
     return replace(trial, settings=trial.settings.model_copy(update={"max_steps": 2}))
 
 
-def _apart(ours: Sequence[TrialState], others: Sequence[TrialState]) -> dict[float, Apart]:
+def _distances(ours: Sequence[TrialState], others: Sequence[TrialState]) -> dict[float, Distance]:
     by_name = {state.trial.name: state for state in ours}
     of_rate: dict[float, list[tuple[TrialState, TrialState]]] = {}
     for state in others:
         of_rate.setdefault(state.trial.settings.optimizer.lr, []).append((by_name[state.trial.name], state))
     return {
-        rate: Apart(
+        rate: Distance(
             prompt=max(float(((a.prompt - b.prompt).norm() / b.prompt.norm()).detach()) for a, b in pairs),
             first_loss=max(abs(a.history[1].loss / b.history[1].loss - 1) for a, b in pairs),
             last_loss=max(abs(a.history[-1].loss / b.history[-1].loss - 1) for a, b in pairs),

@@ -8,11 +8,11 @@ from rich.table import Table
 from pipeline.lab.benchmark.corpus import CorpusFigures
 from pipeline.lab.benchmark.cost import StepCost
 from pipeline.lab.benchmark.quality import Quality
-from pipeline.lab.benchmark.side_by_side import Result
+from pipeline.lab.benchmark.side_by_side import SidesResult
 from pipeline.lab.benchmark.sweep import SweepResult
 
 
-def comparison_table(result: Result, shares: Mapping[str, float] | None = None) -> Table:
+def comparison_table(result: SidesResult, shares: Mapping[str, float] | None = None) -> Table:
     """One row a side."""
     first = next(iter(result.rates))
     table = Table(title=f"{result.name} ({result.device})", title_justify="left")

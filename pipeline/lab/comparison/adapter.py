@@ -31,7 +31,7 @@ _ADAPTER = "default"
 
 
 @dataclass
-class Trained:
+class TrainedAdapter:
     """An adapter at its best evaluation on dev, and how it got there."""
 
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -79,7 +79,7 @@ def add_adapter(model: nn.Module, settings: LoraSettings) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def start_anew(model: nn.Module, seed: int) -> None:
+def reset_adapter(model: nn.Module, seed: int) -> None:
     """The adapter as a new one with this seed: the model's outputs are those of the model alone."""
     from peft.tuners.lora import LoraLayer
 
@@ -97,7 +97,7 @@ def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: weight.detach().cpu().clone().contiguous() for name, weight in weights.items()}
 
 
-def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def load_adapter_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """The inverse of `adapter_weights`."""
     own = {name.replace(f".{_ADAPTER}", ""): p for name, p in model.named_parameters() if "lora_" in name}
     assert set(own) == set(weights), "an adapter of other layers"
@@ -114,19 +114,21 @@ def train_adapter(
     parameters: Sequence[nn.Parameter],
     token_budget: int,
     told_to_stop: Callable[[], bool] = lambda: False,
-) -> Trained | None:
+) -> TrainedAdapter | None:
     """Train an adapter from its start to the trial's last step, or until its patience ends; None if told to stop."""
     settings, model = trial.settings, _model(backbone)
-    start_anew(model, trial.seed)
+    reset_adapter(model, trial.seed)
     optimizer = AdamW(parameters, lr=settings.optimizer.lr, weight_decay=settings.optimizer.weight_decay)
     train, dev = open_split(corpus.splits["train"]), open_split(corpus.splits["dev"], settings.eval_rows)
-    exam = eval_request(settings, no_prompt(backbone), dev, corpus)
-    trained, begun = Trained(), time.monotonic()
+    request = eval_request(settings, no_prompt(backbone), dev, corpus)
+    trained, begun = TrainedAdapter(), time.monotonic()
     for step in range(settings.max_steps + 1):
         if told_to_stop():
             return None
         if step % settings.eval_every == 0 or step == settings.max_steps:
-            _judge(trained, trial, step, measure(backbone, tokenizer, [exam], token_budget)[0], model)
+            _record_evaluation(
+                trained, trial, step, score_alone(backbone, tokenizer, [request], token_budget)[0], model
+            )
             stale = len(trained.history) - 1 - trained.best_at
             if trained.failed or (settings.patience is not None and stale >= settings.patience):
                 break
@@ -158,10 +160,10 @@ def loss_and_gradients(backbone: Backbone, trial: Trial, train: TokenSet, step: 
     return total
 
 
-def measure(backbone: Backbone, tokenizer: Any, exams: Sequence[EvalRequest], token_budget: int) -> list[Score]:
+def score_alone(backbone: Backbone, tokenizer: Any, requests: Sequence[EvalRequest], token_budget: int) -> list[Score]:
     """Scores by this rank alone."""
     with alone():
-        return evaluate(backbone, tokenizer, exams, token_budget)
+        return evaluate(backbone, tokenizer, requests, token_budget)
 
 
 def no_prompt(backbone: Backbone) -> Tensor:
@@ -185,7 +187,7 @@ def _is_matrix(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear | Conv1D)
 
 
-def _judge(trained: Trained, trial: Trial, step: int, score: Score, model: nn.Module) -> None:
+def _record_evaluation(trained: TrainedAdapter, trial: Trial, step: int, score: Score, model: nn.Module) -> None:
     trained.history.append(Evaluation(step, score.value, score.loss))
     if len(trained.history) == 1 or trained.history[-1].better(trial.settings.metric, trained.best):
         trained.best_at, trained.weights = len(trained.history) - 1, adapter_weights(model)

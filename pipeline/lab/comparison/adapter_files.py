@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors.torch import load, save
 from torch import Tensor
 
-from pipeline.lab.comparison.adapter import Trained
+from pipeline.lab.comparison.adapter import TrainedAdapter
 from pipeline.lab.comparison.told_tensors import load_told, save_told
 from pipeline.tuning.peak_memory import peak_bytes
 from pipeline.tuning.state import Evaluation
@@ -24,7 +24,7 @@ class KeptAdapter:
     failed: str | None
 
 
-def save_adapter(path: Path, trained: Trained) -> None:
+def save_adapter(path: Path, trained: TrainedAdapter) -> None:
     """Raises: StorageError."""
     values = {
         "history": [asdict(evaluation) for evaluation in trained.history],

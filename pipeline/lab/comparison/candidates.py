@@ -26,7 +26,7 @@ class Candidate:
     @property
     def group(self) -> tuple[str, str, str]:
         """The same for candidates that differ in nothing but the seed."""
-        return self.method, self.task, written(self.choice)
+        return self.method, self.task, choice_text(self.choice)
 
     @property
     def trained_on(self) -> tuple[str, ...]:
@@ -50,7 +50,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredCandidate:
     """A candidate with its dev metric: all that may be known when choices are made."""
 
     candidate: Candidate
@@ -63,7 +63,7 @@ class Measured:
     """Why there is nothing to answer with, in one sentence."""
 
 
-def written(choice: Mapping[str, Any]) -> str:
+def choice_text(choice: Mapping[str, Any]) -> str:
     """`length 20, init class_labels`; the empty choice is `as set`."""
     parts = [f"{key.rpartition('.')[2]} {'none' if value is None else value}" for key, value in choice.items()]
     return ", ".join(parts) or "as set"

@@ -1,6 +1,6 @@
 """Choosing: on the mean dev metric over seeds, and on nothing else.
 
-What is chosen from (`Measured`) has no test metric to look at, and tuning ranks are not given the test split
+What is chosen from (`MeasuredCandidate`) has no test metric to look at, and tuning ranks are not given the test split
 (`study`): that a choice follows from test rows is not forbidden, but impossible.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.lab.comparison.candidates import Measured
+from pipeline.lab.comparison.candidates import MeasuredCandidate
 from pipeline.tuning.metrics import goodness
 
 
@@ -24,10 +24,10 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Group:
+class SeedGroup:
     """Candidates that differ in their seed alone."""
 
-    members: tuple[Measured, ...]
+    members: tuple[MeasuredCandidate, ...]
 
     @property
     def method(self) -> str:
@@ -42,11 +42,11 @@ class Group:
         return self.members[0].candidate.choice
 
     @property
-    def whole(self) -> tuple[Measured, ...]:
+    def whole(self) -> tuple[MeasuredCandidate, ...]:
         """The members that did not fail."""
         return tuple(member for member in self.members if member.failed is None)
 
-    def best(self, metric: str) -> Measured | None:
+    def best(self, metric: str) -> MeasuredCandidate | None:
         """The member with the best dev metric, the first of equals."""
         return max(self.whole, key=lambda m: goodness(metric, m.value, m.loss), default=None)
 
@@ -59,20 +59,20 @@ def spread(values: Sequence[float]) -> Spread | None:
     return Spread(statistics.fmean(values), deviation)
 
 
-def grouped(measured: Iterable[Measured]) -> list[Group]:
+def group_by_seed(measured: Iterable[MeasuredCandidate]) -> list[SeedGroup]:
     """In the order in which the groups' first members come."""
-    found: dict[tuple[str, str, str], list[Measured]] = {}
+    found: dict[tuple[str, str, str], list[MeasuredCandidate]] = {}
     for one in measured:
         found.setdefault(one.candidate.group, []).append(one)
-    return [Group(tuple(members)) for members in found.values()]
+    return [SeedGroup(tuple(members)) for members in found.values()]
 
 
-def choose(groups: Iterable[Group], metrics: Mapping[str, str]) -> dict[tuple[str, str], Group]:
+def choose_best(groups: Iterable[SeedGroup], metrics: Mapping[str, str]) -> dict[tuple[str, str], SeedGroup]:
     """By (method, task), the group with the best mean dev metric, the first of equals.
 
     metrics: of each task. A group of which a seed failed is taken only where every group has one.
     """
-    chosen: dict[tuple[str, str], Group] = {}
+    chosen: dict[tuple[str, str], SeedGroup] = {}
     for group in groups:
         if not group.whole:
             continue
@@ -82,7 +82,7 @@ def choose(groups: Iterable[Group], metrics: Mapping[str, str]) -> dict[tuple[st
     return chosen
 
 
-def _rank(group: Group, metric: str) -> tuple[bool, tuple[float, float]]:
+def _rank(group: SeedGroup, metric: str) -> tuple[bool, tuple[float, float]]:
     value, loss = (statistics.fmean(figures) for figures in zip(*((m.value, m.loss) for m in group.whole), strict=True))
     best = goodness(metric, value, loss)
     return len(group.whole) == len(group.members), best if math.isfinite(value) else (-math.inf, -math.inf)

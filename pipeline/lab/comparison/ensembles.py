@@ -8,16 +8,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.lab.comparison.questions import Answered
+from pipeline.lab.comparison.questions import SplitAnswers
 
 
-def average(members: Sequence[Answered]) -> list[str] | None:
+def average(members: Sequence[SplitAnswers]) -> list[str] | None:
     """The label with the highest mean probability over the prompts, row by row; None where answers are texts."""
     shares = _probabilities(members)
     return None if shares is None else _labels(members, shares.mean(axis=0))
 
 
-def majority(members: Sequence[Answered]) -> list[str] | None:
+def majority(members: Sequence[SplitAnswers]) -> list[str] | None:
     """The answer of most prompts, row by row; None for the metric `loss`.
 
     Of equal votes, the label with the higher mean probability; of texts, that of the foremost prompt.
@@ -34,7 +34,7 @@ def majority(members: Sequence[Answered]) -> list[str] | None:
     return [Counter(of_row).most_common(1)[0][0] for of_row in zip(*texts, strict=True)]
 
 
-def _probabilities(members: Sequence[Answered]) -> np.ndarray | None:
+def _probabilities(members: Sequence[SplitAnswers]) -> np.ndarray | None:
     """`[E, N, L]`, summing to 1 over the labels."""
     scores = [member.label_scores for member in members if member.label_scores is not None]
     if len(scores) < len(members):
@@ -45,7 +45,7 @@ def _probabilities(members: Sequence[Answered]) -> np.ndarray | None:
     return shares
 
 
-def _labels(members: Sequence[Answered], table: np.ndarray) -> list[str]:
+def _labels(members: Sequence[SplitAnswers], table: np.ndarray) -> list[str]:
     labels = members[0].labels
     assert labels is not None
     return [labels[place] for place in table.argmax(axis=1)]

@@ -1,7 +1,8 @@
-"""Prompts of words through the same evaluator: their tokens' embeddings are the prompt, and nothing is tuned.
+"""Hard prompts, which are made of words: the embeddings of their tokens are the prompt, and nothing is tuned.
 
-A row behind such a prompt has exactly the tokens that the tokenizer gives for the whole text (`behind_text`), special
-tokens at its ends included; what all rows begin with is the prompt, and runs once for all of them.
+They go through the same evaluator as soft prompts. A row behind a hard prompt has exactly the tokens that the tokenizer
+gives for the whole text, special tokens included (`with_shared_prefix`). The tokens that all rows begin with are the
+prompt, and they run once for all rows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.corpus.encoding import Architecture, decode_inputs, encode_inputs, without_embedding
+from pipeline.corpus.encoding import Architecture, decode_inputs, encode_inputs, missing_embedding
 from pipeline.corpus.reader import TokenSet, open_split
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import SettingsError
@@ -68,7 +69,9 @@ def joined(parts: Sequence[str], between: str) -> str:
     return "".join(part + between for part in parts)
 
 
-def behind_text(text: str, split: TokenSet, tokenizer: Any, architecture: Architecture) -> tuple[np.ndarray, TokenSet]:
+def with_shared_prefix(
+    text: str, split: TokenSet, tokenizer: Any, architecture: Architecture
+) -> tuple[np.ndarray, TokenSet]:
     """The tokens `[P]` with which every row begins behind the text, and the split with what follows them in each.
 
     Prompt and rest of a row together are what the tokenizer gives for the text and the row's own as one.
@@ -81,7 +84,7 @@ def behind_text(text: str, split: TokenSet, tokenizer: Any, architecture: Archit
     return whole[0][:shared], replace(split, input_tokens=np.concatenate(rest), input_offsets=offsets)
 
 
-def check_context(
+def check_hard_prompt(
     prompt: HardPrompt,
     task: TaskSettings,
     tokenizer: Any,
@@ -95,7 +98,7 @@ def check_context(
     `rows` of embeddings.
     """
     ids = encode_inputs(tokenizer, architecture, [prompt.text])[0]
-    if (reason := without_embedding(tokenizer, ids, rows)) is not None:
+    if (reason := missing_embedding(tokenizer, ids, rows)) is not None:
         raise SettingsError(f"task '{prompt.candidate.task}': its hard prompt ({prompt.candidate.name}) {reason}")
     tokens = len(ids)
     most = tokens + task.max_input_tokens + task.max_target_tokens

@@ -14,16 +14,16 @@ from rich.console import Console
 from pipeline.backbone.files import context_length, embedding_rows
 from pipeline.errors import PromptBankError
 from pipeline.lab.comparison import tables, transfer
-from pipeline.lab.comparison.answers import Answers, Askable, Wanted
-from pipeline.lab.comparison.candidates import Cost, Measured
+from pipeline.lab.comparison.answers import AnswersByKey, CandidatePrompts, QuestionList
+from pipeline.lab.comparison.candidates import Cost, MeasuredCandidate
 from pipeline.lab.comparison.checks import check_corpora
-from pipeline.lab.comparison.choice import Group, choose, grouped
+from pipeline.lab.comparison.choice import SeedGroup, choose_best, group_by_seed
 from pipeline.lab.comparison.fine_tuning import fine_tune
-from pipeline.lab.comparison.hard_prompts import HardPrompt, check_context, hard_prompts
+from pipeline.lab.comparison.hard_prompts import HardPrompt, check_hard_prompt, hard_prompts
 from pipeline.lab.comparison.lora import train_adapters
-from pipeline.lab.comparison.overlap import seen_rows_of
+from pipeline.lab.comparison.overlap import find_seen_rows
 from pipeline.lab.comparison.page.markdown import to_markdown
-from pipeline.lab.comparison.page.render import render
+from pipeline.lab.comparison.page.render import render_comparison
 from pipeline.lab.comparison.prompts import tune_prompts
 from pipeline.lab.comparison.results import Results, TaskFacts, write_results
 from pipeline.lab.comparison.study import Study, with_own_bank
@@ -51,17 +51,17 @@ class ComparisonResult:
 
 
 @dataclass(frozen=True)
-class _Made:
+class _Candidates:
     """All candidates with their dev metrics."""
 
-    measured: Sequence[Measured]
-    askable: Askable
+    measured: Sequence[MeasuredCandidate]
+    askable: CandidatePrompts
 
 
 def run_comparison(checked: CheckedRun, console: Console) -> ComparisonResult:
-    """Compare what the settings name, which are `compared_settings`; leaves `results.json` and its pages.
+    """Compare what the settings name, which are `comparison_settings`; leaves `results.json` and its pages.
 
-    Raises: PromptBankError for everything that a user can mend.
+    Raises: PromptBankError for everything that a user can fix.
     """
     settings, started = checked.settings, time.time()
     folder = make_run_folder(settings)
@@ -78,28 +78,28 @@ def run_comparison(checked: CheckedRun, console: Console) -> ComparisonResult:
             corpora, refused = prepare_corpora(checked, tokenizer, log, connect)
         study = Study(checked, folder, corpora, console, connect)
         check_corpora(study)
-        made = _make(study)
-        groups = grouped(made.measured)
-        chosen = choose(groups, study.metrics)
+        made = _make_candidates(study)
+        groups = group_by_seed(made.measured)
+        chosen = choose_best(groups, study.metrics)
         _write_choices(folder / "chosen.json", chosen)
-        answers = _look_at_test_rows(study, made, chosen)
+        answers = _answer_test_rows(study, made, chosen)
         results = _results(study, groups, chosen, answers, made, refused, started)
         lease.check()
         write_results(folder / "results.json", results)
         write_atomically(folder / "report.md", to_markdown(results).encode())
-        write_atomically(folder / "report.html", render(results).encode())
+        write_atomically(folder / "report.html", render_comparison(results).encode())
         log.write("end", version=None, exit=0)
     return ComparisonResult(results, folder)
 
 
-def _make(study: Study) -> _Made:
+def _make_candidates(study: Study) -> _Candidates:
     compare = study.settings.compare
     hard = _hard_prompts(study)
     tuned = tune_prompts(study, study.checked, "prompts", "prompt tuning")
     measured = [*_measured_hard(study, hard), *tuned.measured]
     prompts = dict(tuned.arrays)
     if compare.transfer is not None and compare.transfer.starts:
-        best = choose(grouped(tuned.measured), study.metrics)
+        best = choose_best(group_by_seed(tuned.measured), study.metrics)
         of_task = {task: group for (_, task), group in best.items()}
         moved = transfer.tune_from_others(study, compare.transfer.starts, tuned, of_task)
         if moved is not None:
@@ -109,7 +109,7 @@ def _make(study: Study) -> _Made:
         measured += train_adapters(study, compare.lora)
     if compare.fine_tuning is not None:
         measured += fine_tune(study, compare.fine_tuning)
-    return _Made(measured, Askable(prompts, {prompt.candidate.name: prompt.text for prompt in hard}))
+    return _Candidates(measured, CandidatePrompts(prompts, {prompt.candidate.name: prompt.text for prompt in hard}))
 
 
 def _hard_prompts(study: Study) -> list[HardPrompt]:
@@ -123,15 +123,15 @@ def _hard_prompts(study: Study) -> list[HardPrompt]:
     for prompt in found:
         task = tasks[prompt.candidate.task]
         context, rows = context_length(checked.config), embedding_rows(checked.config)
-        check_context(prompt, task, tokenizer, architecture, context, rows)
+        check_hard_prompt(prompt, task, tokenizer, architecture, context, rows)
     return found
 
 
-def _measured_hard(study: Study, prompts: Sequence[HardPrompt]) -> list[Measured]:
+def _measured_hard(study: Study, prompts: Sequence[HardPrompt]) -> list[MeasuredCandidate]:
     """Hard prompts with their dev metric: nothing is tuned, they are only asked."""
     checked = study.checked
-    unmeasured = [Measured(prompt.candidate, float("nan"), float("nan")) for prompt in prompts]
-    wanted = Wanted(study, Askable({}, {prompt.candidate.name: prompt.text for prompt in prompts}))
+    unmeasured = [MeasuredCandidate(prompt.candidate, float("nan"), float("nan")) for prompt in prompts]
+    wanted = QuestionList(study, CandidatePrompts({}, {prompt.candidate.name: prompt.text for prompt in prompts}))
     wanted.add_all(unmeasured, "dev")
     answers = wanted.answers()
     found = []
@@ -139,16 +139,16 @@ def _measured_hard(study: Study, prompts: Sequence[HardPrompt]) -> list[Measured
         task = prompt.candidate.task
         answered = answers[prompt.candidate.name, task, "dev"]
         context = None  # checked before
-        tokens = check_context(prompt, study.settings.tasks[task], checked.tokenizer, checked.architecture, context)
+        tokens = check_hard_prompt(prompt, study.settings.tasks[task], checked.tokenizer, checked.architecture, context)
         cost = Cost(stored_bytes=len(prompt.text.encode()), prompt_tokens=tokens if prompt.text else 0)
-        found.append(Measured(prompt.candidate, answered.value(study.metrics[task]), answered.loss, cost))
+        found.append(MeasuredCandidate(prompt.candidate, answered.value(study.metrics[task]), answered.loss, cost))
     return found
 
 
-def _look_at_test_rows(study: Study, made: _Made, chosen: tables.Chosen) -> Answers:
+def _answer_test_rows(study: Study, made: _Candidates, chosen: tables.Chosen) -> AnswersByKey:
     """Every candidate on its task's test rows; the chosen ones on whatever else is asked of them."""
     compare = study.settings.compare
-    wanted = Wanted(study, made.askable)
+    wanted = QuestionList(study, made.askable)
     wanted.add_all(made.measured, "test")
     for (method, task), group in chosen.items():
         if compare.ensembles and method == "prompt tuning" and len(group.whole) > 1:
@@ -163,7 +163,7 @@ def _look_at_test_rows(study: Study, made: _Made, chosen: tables.Chosen) -> Answ
     return wanted.answers()
 
 
-def _best_prompts(study: Study, chosen: tables.Chosen) -> dict[str, Measured]:
+def _best_prompts(study: Study, chosen: tables.Chosen) -> dict[str, MeasuredCandidate]:
     """By task, the tuned prompt that is best on dev."""
     found = {task: g.best(study.metrics[task]) for (method, task), g in chosen.items() if method == "prompt tuning"}
     return {task: one for task, one in found.items() if one is not None}
@@ -171,15 +171,15 @@ def _best_prompts(study: Study, chosen: tables.Chosen) -> dict[str, Measured]:
 
 def _results(
     study: Study,
-    groups: Sequence[Group],
+    groups: Sequence[SeedGroup],
     chosen: tables.Chosen,
-    answers: Answers,
-    made: _Made,
+    answers: AnswersByKey,
+    made: _Candidates,
     refused: Mapping[str, PromptBankError],
     started: float,
 ) -> Results:
     settings, checked = study.settings, study.checked
-    compare, judged = settings.compare, tables.Judged(answers, study.metrics, seen_rows_of(study))
+    compare, judged = settings.compare, tables.CountedAnswers(answers, study.metrics, find_seen_rows(study))
     best = _best_prompts(study, chosen)
     matrix = compare.transfer is not None and compare.transfer.matrix
     return Results(
@@ -193,11 +193,13 @@ def _results(
         started=started,
         ended=time.time(),
         tasks=tuple(_facts(study, task, judged) for task in study.corpora),
-        numbers=tuple(tables.numbers(groups, chosen, judged)),
-        rows=tuple(tables.rows(groups, chosen, judged)),
+        numbers=tuple(tables.candidate_rows(groups, chosen, judged)),
+        rows=tuple(tables.method_rows(groups, chosen, judged)),
         ensembles=tuple(tables.ensemble_rows(chosen, judged)) if compare.ensembles else (),
         transfer=tuple(tables.transfer_cells(best, judged, study)) if matrix else (),
-        likeness=transfer.likeness({task: made.askable.prompts[one.candidate.name] for task, one in best.items()}),
+        likeness=transfer.prompt_similarities(
+            {task: made.askable.prompts[one.candidate.name] for task, one in best.items()}
+        ),
         starts=tuple(tables.start_rows(groups, chosen, judged)),
         shifts=tuple(tables.shift_rows(compare.domain_shift, chosen, judged)),
         panels=tuple(tables.panel(key, groups, judged) for key in compare.panels),
@@ -207,7 +209,7 @@ def _results(
     )
 
 
-def _facts(study: Study, task: str, judged: tables.Judged) -> TaskFacts:
+def _facts(study: Study, task: str, judged: tables.CountedAnswers) -> TaskFacts:
     corpus = study.corpora[task]
     answered: dict[str, int] = {split: len(given.nll) for (_, on, split), given in judged.answers.items() if on == task}
     rows = {split: counts["ok"] for split, counts in corpus.counts.items()}

@@ -37,7 +37,7 @@ class JoinedPlot:
         return point.test if self.split == "test" and point.test is not None else point.dev
 
 
-def join(settings: JoinSettings) -> list[JoinedPlot]:
+def join_panels(settings: JoinSettings) -> list[JoinedPlot]:
     """Read what the panels ask for. Raises: SettingsError when a run has no such task or panel, StorageError."""
     return [_joined(panel) for panel in settings.panels]
 

@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from pipeline.lab.comparison.training import jobs_of
+from pipeline.lab.comparison.training import training_grid
 from pipeline.run.checks import CheckedRun
 from pipeline.run.planning import print_plan
 
@@ -18,7 +18,7 @@ def print_compared(checked: CheckedRun, console: Console) -> None:
         lines.append(f"hard prompts: {', '.join(map(str, shots))} solved rows, {len(hard.text)} task(s) with a text")
     for method, training in (("LoRA", compare.lora), ("fine-tuning", compare.fine_tuning)):
         if training is not None:
-            count = len(list(jobs_of(training, list(tasks), compare.seeds)))
+            count = len(list(training_grid(training, list(tasks), compare.seeds)))
             lines.append(f"{method}: lr {' or '.join(f'{rate:g}' for rate in training.lr)}, {count} training(s) in all")
     if compare.transfer is not None:
         starts = sum(map(len, compare.transfer.starts.values()))

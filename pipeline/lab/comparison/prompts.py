@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.backbone.files import save_description
-from pipeline.lab.comparison.candidates import Candidate, Cost, Measured, Method
-from pipeline.lab.comparison.choice import choose, grouped
-from pipeline.lab.comparison.study import Study, seen_while_tuning, with_own_bank
+from pipeline.backbone.files import save_config_and_tokenizer
+from pipeline.lab.comparison.candidates import Candidate, Cost, MeasuredCandidate, Method
+from pipeline.lab.comparison.choice import choose_best, group_by_seed
+from pipeline.lab.comparison.study import Study, with_own_bank, without_test_splits
 from pipeline.reporting.events import Event
 from pipeline.reporting.html.run_files import stages_of
 from pipeline.reporting.watched import read_events
@@ -26,7 +26,7 @@ from pipeline.tuning.state import TrialState, by_task
 
 @dataclass(frozen=True)
 class TunedPrompts:
-    measured: tuple[Measured, ...]
+    measured: tuple[MeasuredCandidate, ...]
     """In the trials' order."""
     arrays: Mapping[str, np.ndarray]
     """By candidate, the prompt at its best evaluation, `[P, H]` float32."""
@@ -41,16 +41,16 @@ def tune_prompts(study: Study, checked: CheckedRun, phase: str, method: Method) 
     """
     own = method == "prompt tuning"
     settings = checked.settings
-    corpora = {name: corpus for name, corpus in seen_while_tuning(study.corpora).items() if name in settings.tasks}
+    corpora = {name: corpus for name, corpus in without_test_splits(study.corpora).items() if name in settings.tasks}
     with study.phase(phase) as (folder, log):
-        save_description(checked.config, checked.tokenizer, folder / "model")
+        save_config_and_tokenizer(checked.config, checked.tokenizer, folder / "model")
         log.write("begin", tasks=len(corpora))
-        order = make_rank_job(checked, corpora, folder, starts_anew=not own)
-        announce(order, settings, log)
-        states = finished_states(order, settings)
+        rank_job = make_rank_job(checked, corpora, folder, starts_anew=not own)
+        announce(rank_job, settings, log)
+        states = finished_states(rank_job, settings)
         if states is None:
-            study.on_ranks(order, log)
-            states = finished_states(order, settings)
+            study.run_on_ranks(rank_job, log)
+            states = finished_states(rank_job, settings)
         if states is None:
             raise study.told_to_stop(phase)
         log.write("stage", name="publish", text=f"{len(states)} trials")
@@ -73,10 +73,12 @@ def tune_prompts(study: Study, checked: CheckedRun, phase: str, method: Method) 
 
 
 def _entries(
-    states: Sequence[TrialState], measured: Sequence[Measured], metrics: Mapping[str, str]
+    states: Sequence[TrialState], measured: Sequence[MeasuredCandidate], metrics: Mapping[str, str]
 ) -> list[TaskResult]:
     """The tasks' trials, the best seed of each task's best choice as the chosen one: as the report has it."""
-    best = {task: group.best(metrics[task]) for (_, task), group in choose(grouped(measured), metrics).items()}
+    best = {
+        task: group.best(metrics[task]) for (_, task), group in choose_best(group_by_seed(measured), metrics).items()
+    }
     entries = []
     for task, trials in by_task(states).items():
         own = [state for state, one in zip(states, measured, strict=True) if one is best.get(task)]
@@ -84,12 +86,12 @@ def _entries(
     return entries
 
 
-def _measured(state: TrialState, method: Method, task: TaskSettings, costs: Mapping[str, Cost]) -> Measured:
+def _measured(state: TrialState, method: Method, task: TaskSettings, costs: Mapping[str, Cost]) -> MeasuredCandidate:
     name, best = state.trial.name, state.history[state.best_at]
     failed = state.reason or "it failed" if state.status == "failed" else None
     short = "" if method == "prompt tuning" else "transferred."
     candidate = Candidate(short + name, method, state.trial.task, _choice(task, state.trial.settings), state.trial.seed)
-    return Measured(candidate, best.value, best.loss, costs[name], failed)
+    return MeasuredCandidate(candidate, best.value, best.loss, costs[name], failed)
 
 
 def _choice(task: TaskSettings, trial: TaskSettings) -> dict[str, Any]:

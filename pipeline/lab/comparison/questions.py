@@ -22,7 +22,7 @@ Split = Literal["dev", "test"]
 
 
 @dataclass(frozen=True)
-class Question:
+class SplitQuestion:
     """Plain values, for ranks."""
 
     task: str
@@ -31,7 +31,7 @@ class Question:
     rows: int | None
     """At most so many, a fixed random subset."""
     prompt: str | None = None
-    """Digest of a prompt that `keep_prompt` keeps."""
+    """Digest of a prompt that `save_prompt` keeps."""
     text: str | None = None
     """Or the words that stand before every row."""
 
@@ -42,7 +42,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answered:
+class SplitAnswers:
     """A split's answers, N rows in their order."""
 
     nll: np.ndarray
@@ -60,10 +60,10 @@ class Answered:
     def loss(self) -> float:
         return float(self.nll.sum() / self.lengths.sum())
 
-    def only(self, rows: np.ndarray) -> "Answered":
+    def only(self, rows: np.ndarray) -> "SplitAnswers":
         """Of some rows; rows: `[N]`, whether a row stays."""
         places = np.flatnonzero(rows)
-        return Answered(
+        return SplitAnswers(
             nll=self.nll[places],
             lengths=self.lengths[places],
             targets=[self.targets[place] for place in places],
@@ -77,13 +77,13 @@ class Answered:
         return self.loss if self.texts is None else score_texts(metric, self.texts, self.targets)
 
 
-def as_answered(exam: EvalRequest, answers: Answers) -> Answered:
+def to_split_answers(request: EvalRequest, answers: Answers) -> SplitAnswers:
     """What is kept of an exam's answers."""
-    lengths = exam.split.target_lengths
-    return Answered(answers.nll, lengths, answers.wanted, answers.texts, answers.label_scores, exam.labels)
+    lengths = request.split.target_lengths
+    return SplitAnswers(answers.nll, lengths, answers.wanted, answers.texts, answers.label_scores, request.labels)
 
 
-def keep_prompt(folder: Path, prompt: np.ndarray) -> str:
+def save_prompt(folder: Path, prompt: np.ndarray) -> str:
     """Write a prompt `[P, H]` to where the ranks read it; its digest. Raises: StorageError."""
     data = save({"prompt": np.ascontiguousarray(prompt, np.float32)})
     digest = hashlib.sha256(data).hexdigest()[:32]
@@ -93,7 +93,7 @@ def keep_prompt(folder: Path, prompt: np.ndarray) -> str:
     return digest
 
 
-def kept_prompt(folder: Path, digest: str) -> np.ndarray:
+def load_prompt(folder: Path, digest: str) -> np.ndarray:
     """Raises: StorageError."""
     path = folder / "prompts" / f"{digest}.safetensors"
     try:
@@ -106,13 +106,15 @@ def kept_prompt(folder: Path, digest: str) -> np.ndarray:
     return prompt
 
 
-def answer_paths(run_folder: str, questions: Sequence[Question], digests: Sequence[str]) -> dict[Question, Path]:
+def answer_paths(
+    run_folder: str, questions: Sequence[SplitQuestion], digests: Sequence[str]
+) -> dict[SplitQuestion, Path]:
     """Where a phase keeps the answers to each question; digests: by question."""
     files = Path(run_folder) / "files"
     return {q: files / f"{digest}.safetensors" for q, digest in zip(questions, digests, strict=True)}
 
 
-def save_answers(path: Path, answered: Answered) -> None:
+def save_answers(path: Path, answered: SplitAnswers) -> None:
     """Raises: StorageError."""
     arrays = {"nll": answered.nll, "lengths": answered.lengths}
     if answered.label_scores is not None:
@@ -121,19 +123,19 @@ def save_answers(path: Path, answered: Answered) -> None:
     save_told(path, arrays, values, save)
 
 
-def load_answers(path: Path) -> Answered | None:
+def load_answers(path: Path) -> SplitAnswers | None:
     """None where they are not there, or damaged."""
     found = load_told(path, load)
     if found is None:
         return None
     values, arrays = found
     labels = None if values["labels"] is None else tuple(values["labels"])
-    return Answered(
+    return SplitAnswers(
         arrays["nll"], arrays["lengths"], values["targets"], values["texts"], arrays.get("label_scores"), labels
     )
 
 
-def all_answers(paths: Mapping[Question, Path]) -> dict[Question, Answered] | None:
+def all_answers(paths: Mapping[SplitQuestion, Path]) -> dict[SplitQuestion, SplitAnswers] | None:
     """None while one is missing."""
     found = {}
     for question, path in paths.items():

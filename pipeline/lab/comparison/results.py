@@ -18,7 +18,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Number:
+class CandidateRow:
     """One candidate: a method on a task with one choice and one seed."""
 
     name: str
@@ -61,7 +61,7 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodRow:
     """A method with one choice on a task, over its seeds."""
 
     method: str
@@ -124,7 +124,7 @@ class TransferCell:
 
 
 @dataclass(frozen=True)
-class Likeness:
+class PromptSimilarity:
     """Cosine similarity of two tasks' best prompts: of the mean over their tokens, and the mean over all pairs."""
 
     a: str
@@ -205,11 +205,11 @@ class Results:
     ended: float
     """Unix seconds, of the attempt that finished."""
     tasks: tuple[TaskFacts, ...]
-    numbers: tuple[Number, ...]
-    rows: tuple[Row, ...]
+    numbers: tuple[CandidateRow, ...]
+    rows: tuple[MethodRow, ...]
     ensembles: tuple[EnsembleRow, ...] = ()
     transfer: tuple[TransferCell, ...] = ()
-    likeness: tuple[Likeness, ...] = ()
+    likeness: tuple[PromptSimilarity, ...] = ()
     starts: tuple[StartRow, ...] = ()
     shifts: tuple[ShiftRow, ...] = ()
     panels: tuple[Panel, ...] = ()
@@ -250,9 +250,9 @@ def read_results(path: Path) -> Mapping[str, Any]:
     return plain
 
 
-def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def by_method(rows: Sequence[MethodRow]) -> dict[str, list[MethodRow]]:
     """The chosen rows of each method, in the order in which methods come."""
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[MethodRow]] = {}
     for row in rows:
         if row.chosen:
             found.setdefault(row.method, []).append(row)

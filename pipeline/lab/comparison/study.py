@@ -25,10 +25,10 @@ from pipeline.tuning.launch import RankPayload, launch
 @dataclass(frozen=True)
 class Study:
     checked: CheckedRun
-    """With the comparison's own settings (`compared_settings`)."""
+    """With the comparison's own settings (`comparison_settings`)."""
     folder: Path
     corpora: Mapping[str, TaskCorpus]
-    """By task, test splits included: never given to ranks that tune (`seen_while_tuning`)."""
+    """By task, test splits included: never given to ranks that tune (`without_test_splits`)."""
     console: Console
     connect: Connect
 
@@ -63,10 +63,10 @@ class Study:
         with EventLog(folder / "events.jsonl") as log, telling_why(log), followed(self.settings, folder, self.console):
             yield folder, log
 
-    def on_ranks(self, order: RankPayload, log: EventLog) -> None:
+    def run_on_ranks(self, job: RankPayload, log: EventLog) -> None:
         """Raises: the PromptBankError that a rank ended with; TuningError when ranks were lost too often."""
         self.connect()
-        launch(order, self.settings.cluster, self.settings.run, log)
+        launch(job, self.settings.cluster, self.settings.run, log)
 
     def told_to_stop(self, phase: str) -> TuningError:
         """For a phase whose ranks ended before it was done."""
@@ -74,7 +74,7 @@ class Study:
         return TuningError(f"comparison '{name}' was told to stop in its phase '{phase}'; start it again to go on")
 
 
-def seen_while_tuning(corpora: Mapping[str, TaskCorpus]) -> dict[str, TaskCorpus]:
+def without_test_splits(corpora: Mapping[str, TaskCorpus]) -> dict[str, TaskCorpus]:
     """The corpora without their test splits: nothing that is tuned or chosen can depend on what it is not given."""
     return {
         task: replace(corpus, splits={name: ref for name, ref in corpus.splits.items() if name != "test"})
@@ -82,7 +82,7 @@ def seen_while_tuning(corpora: Mapping[str, TaskCorpus]) -> dict[str, TaskCorpus
     }
 
 
-def compared_settings(settings: Settings) -> Settings:
+def comparison_settings(settings: Settings) -> Settings:
     """The settings with the comparison's seeds in every sweep that names none, and every trial tuned to its end.
 
     Raises: SettingsError when a method is asked for that is not installed, or there would be too many trials.

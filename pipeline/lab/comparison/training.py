@@ -7,7 +7,7 @@ from typing import Literal
 from pipeline.settings import OptimizerSettings, TaskSettings, TrainingSettings
 
 
-def trained_task(
+def training_settings(
     task: TaskSettings, training: TrainingSettings, rate: float, name: Literal["adamw", "adafactor"] = "adamw"
 ) -> TaskSettings:
     """The task's settings with the method's own in place of the prompts'; its rows, metric and patience stay."""
@@ -23,7 +23,7 @@ def trained_task(
     return task.model_copy(update={**kept, "optimizer": optimizer, "sweep": None, "seed": None})
 
 
-def jobs_of(training: TrainingSettings, tasks: list[str], seeds: int) -> Iterator[tuple[str, float, int]]:
+def training_grid(training: TrainingSettings, tasks: list[str], seeds: int) -> Iterator[tuple[str, float, int]]:
     """(task, rate, seed) of everything that is trained."""
     own = [task for task in tasks if training.tasks is None or task in training.tasks]
     yield from product(own, training.lr, range(seeds))

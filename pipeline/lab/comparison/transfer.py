@@ -7,9 +7,9 @@ from itertools import combinations
 import numpy as np
 
 from pipeline.backbone.files import embedding_rows
-from pipeline.lab.comparison.choice import Group
+from pipeline.lab.comparison.choice import SeedGroup
 from pipeline.lab.comparison.prompts import TunedPrompts, tune_prompts
-from pipeline.lab.comparison.results import Likeness
+from pipeline.lab.comparison.results import PromptSimilarity
 from pipeline.lab.comparison.study import Study, with_own_bank
 from pipeline.run.checks import check_start, find_bank
 from pipeline.settings import TaskSettings, changed_settings
@@ -17,7 +17,7 @@ from pipeline.settings.comparing import parts
 
 
 def tune_from_others(
-    study: Study, starts: Mapping[str, tuple[str, ...]], tuned: TunedPrompts, chosen: Mapping[str, Group]
+    study: Study, starts: Mapping[str, tuple[str, ...]], tuned: TunedPrompts, chosen: Mapping[str, SeedGroup]
 ) -> TunedPrompts | None:
     """Tune tasks anew from the best prompts of others, with all else as in each task's best choice.
 
@@ -50,7 +50,7 @@ def _from_others(trial: TaskSettings, sources: list[str], seeds: list[int | None
     return trial.model_copy(update={"prompt": prompt, "sweep": sweep, "seed": None})
 
 
-def likeness(prompts: Mapping[str, np.ndarray]) -> tuple[Likeness, ...]:
+def prompt_similarities(prompts: Mapping[str, np.ndarray]) -> tuple[PromptSimilarity, ...]:
     """How alike the tasks' prompts `[P, H]` are, two by two (Vu et al. 2022, section 5).
 
     Lengths may differ: of one the cosine of the mean tokens, of the other the mean cosine over all pairs of tokens.
@@ -59,7 +59,7 @@ def likeness(prompts: Mapping[str, np.ndarray]) -> tuple[Likeness, ...]:
     for a, b in combinations(prompts, 2):
         pairs = _unit(prompts[a]) @ _unit(prompts[b]).T  # [P_a, P_b]
         means = _unit(prompts[a].mean(0, keepdims=True)) @ _unit(prompts[b].mean(0, keepdims=True)).T
-        found.append(Likeness(a, b, float(means[0, 0]), float(pairs.mean())))
+        found.append(PromptSimilarity(a, b, float(means[0, 0]), float(pairs.mean())))
     return tuple(found)
 
 

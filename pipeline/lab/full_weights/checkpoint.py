@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.backbone.loading import Share
+from pipeline.backbone.loading import Partition
 from pipeline.errors import StorageError
 from pipeline.lab.full_weights.optimise import CUT_STATE
 from pipeline.lab.full_weights.pieces import Piece, TrainedModel
@@ -90,7 +90,7 @@ def load_progress(folder: Path, digest: str, model: TrainedModel) -> Progress | 
         if _is_unharmed(found, record, model):
             break
     try:
-        best = _take_up(model, _Files(found, list(record["files"])), record["has_best"])
+        best = _restore(model, _CheckpointFiles(found, list(record["files"])), record["has_best"])
     except (SafetensorError, OSError, KeyError) as error:
         raise StorageError(f"the checkpoint {found} cannot be read ({error}); remove it to go on before it") from error
     return Progress(record["step"], record["seconds"], record["notes"], best)
@@ -117,7 +117,7 @@ def _tensors_of(model: TrainedModel, progress: Progress) -> dict[str, Tensor]:
     return {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
 
 
-def _take_up(model: TrainedModel, files: "_Files", has_best: bool) -> list[Tensor] | None:
+def _restore(model: TrainedModel, files: "_CheckpointFiles", has_best: bool) -> list[Tensor] | None:
     device, best = model.backbone.device, []
     for piece in model.pieces:
         padding = piece.values.numel() - len(piece)
@@ -135,7 +135,7 @@ def _take_up(model: TrainedModel, files: "_Files", has_best: bool) -> list[Tenso
     return best if has_best else None
 
 
-class _Files:
+class _CheckpointFiles:
     """The files of a checkpoint, one for each rank that wrote it."""
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
@@ -156,7 +156,7 @@ class _Files:
         """Entries `start` to `stop`, from the files of the ranks that held them."""
         parts = []
         for writer, file in enumerate(self._open):
-            first, end = Share(writer, len(self._open)).span(piece.shape.numel())
+            first, end = Partition(writer, len(self._open)).span(piece.shape.numel())
             low, high = max(first, piece.start), min(end, piece.stop)
             if low < high:
                 parts.append(file.get_slice(f"{key}/{piece.name}")[low - first : high - first])

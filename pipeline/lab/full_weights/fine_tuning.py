@@ -21,10 +21,10 @@ from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import DivergedError
 from pipeline.lab.full_weights.checkpoint import Progress, remove_checkpoints
 from pipeline.lab.full_weights.model_folder import save_model_folder, stored_bytes
-from pipeline.lab.full_weights.on_rank import TrainingPlace, TrainingRank, most_memory, training_rank
 from pipeline.lab.full_weights.pieces import trained_parameters
+from pipeline.lab.full_weights.rank_setup import TrainingPlace, TrainingRank, max_peak_memory, training_rank
 from pipeline.lab.full_weights.step import Examples, no_prompt
-from pipeline.lab.full_weights.training import Course, train
+from pipeline.lab.full_weights.training import TrainingPlan, train
 from pipeline.sealed_files import DamagedError, file_digest, open_json, sealed_json
 from pipeline.settings import TaskSettings
 from pipeline.tuning.batches import rows_of_step
@@ -38,7 +38,7 @@ RESULT = "result.json"
 
 
 @dataclass(frozen=True)
-class FineTuned:
+class FineTuningResult:
     """What came of a fine-tuning. Metrics as the task's settings name them; losses in nats a target token."""
 
     task: str
@@ -129,30 +129,30 @@ class FineTuningJob:
             _fine_tune(self, here, device)
 
 
-def read_result(run_folder: str | Path) -> FineTuned | Diverged | None:
+def read_result(run_folder: str | Path) -> FineTuningResult | Diverged | None:
     """What came of the fine-tuning of this folder; None while it has not ended, or where the file is damaged."""
-    names = [known.name for kind in (FineTuned, Diverged) for known in fields(kind)]
+    names = [known.name for kind in (FineTuningResult, Diverged) for known in fields(kind)]
     try:
         plain = open_json((Path(run_folder) / RESULT).read_bytes(), names)
-        return Diverged(**plain) if "reason" in plain else FineTuned(**plain)
+        return Diverged(**plain) if "reason" in plain else FineTuningResult(**plain)
     except (FileNotFoundError, DamagedError, TypeError):
         return None
 
 
-def _write_result(run_folder: str, result: FineTuned | Diverged) -> None:
+def _write_result(run_folder: str, result: FineTuningResult | Diverged) -> None:
     write_atomically(Path(run_folder) / RESULT, sealed_json(asdict(result)))
 
 
 @dataclass
 class _Run:
-    order: FineTuningJob
+    job: FineTuningJob
     here: TrainingRank
     trial: Trial = field(init=False)
     corpus: TaskCorpus = field(init=False)
     train: TokenSet = field(init=False)
 
     def __post_init__(self) -> None:
-        self.trial, self.corpus = self.order.trial(), TaskCorpus.from_dict(self.order.corpus)
+        self.trial, self.corpus = self.job.trial(), TaskCorpus.from_dict(self.job.corpus)
         self.train = open_split(self.corpus.splits["train"])
 
     def examples(self, step: int) -> Examples:
@@ -162,8 +162,8 @@ class _Run:
     def measure(self, split: str) -> Score:
         settings, model = self.trial.settings, self.here.model
         rows = open_split(self.corpus.splits[split], settings.eval_rows)
-        exam = eval_request(settings, no_prompt(model), rows, self.corpus)
-        (score,) = evaluate(model.backbone, self.here.tokenizer, [exam], self.order.place.tokens_per_microbatch)
+        request = eval_request(settings, no_prompt(model), rows, self.corpus)
+        (score,) = evaluate(model.backbone, self.here.tokenizer, [request], self.job.place.tokens_per_microbatch)
         return score
 
     def evaluate_if_due(self, progress: Progress) -> bool:
@@ -181,35 +181,35 @@ class _Run:
             dtype = model.backbone.dtype
             progress.best = [p.values.detach()[: len(p)].to(dtype, copy=True) for p in model.pieces]
         progress.notes = {"history": [[e.step, e.value, e.loss] for e in history], "best_at": best}
-        self.here.journal.evaluated(progress.step, settings.metric, score.value, score.loss)
-        self.here.journal.paused()
+        self.here.log.evaluated(progress.step, settings.metric, score.value, score.loss)
+        self.here.log.paused()
         stale = len(history) - 1 - best
         return settings.patience is None or stale < settings.patience
 
 
-def _fine_tune(order: FineTuningJob, here: TrainingRank, device: torch.device) -> None:
-    run = _Run(order, here)
+def _fine_tune(job: FineTuningJob, here: TrainingRank, device: torch.device) -> None:
+    run = _Run(job, here)
     settings = run.trial.settings
-    course = Course(
-        digest=order.digest,
-        checkpoints=order.place.checkpoints,
+    plan = TrainingPlan(
+        digest=job.digest,
+        checkpoints=job.place.checkpoints,
         examples=run.examples,
         steps=settings.max_steps,
         optimizer=settings.optimizer,
-        checkpoint_every=order.place.checkpoint_every,
-        token_budget=order.place.tokens_per_microbatch,
+        checkpoint_every=job.place.checkpoint_every,
+        token_budget=job.place.tokens_per_microbatch,
     )
     try:
-        progress = train(here.model, course, here.journal, run.evaluate_if_due, here.notices)
+        progress = train(here.model, plan, here.log, run.evaluate_if_due, here.stop_signal)
     except DivergedError as error:
         if rank() == 0:
-            _write_result(order.run_folder, Diverged(str(error), order.digest))
-        here.journal.finished("failed", str(error))
-        remove_checkpoints(order.place.checkpoints)
+            _write_result(job.run_folder, Diverged(str(error), job.digest))
+        here.log.finished("failed", str(error))
+        remove_checkpoints(job.place.checkpoints)
         return
     if progress is None:
         return
-    peak = most_memory(device)
+    peak = max_peak_memory(device)
     assert progress.best is not None
     for piece, best in zip(here.model.pieces, progress.best, strict=True):
         piece.values.data[: len(piece)] = best
@@ -217,20 +217,20 @@ def _fine_tune(order: FineTuningJob, here: TrainingRank, device: torch.device) -
     test = run.measure("test") if "test" in run.corpus.splits else None
     result = _result(run, progress, test, peak)
     if rank() == 0:
-        _write_result(order.run_folder, result)
-    here.journal.finished(result.status)
-    remove_checkpoints(order.place.checkpoints)
+        _write_result(job.run_folder, result)
+    here.log.finished(result.status)
+    remove_checkpoints(job.place.checkpoints)
 
 
-def _result(run: _Run, progress: Progress, test: Score | None, peak: int) -> FineTuned:
-    order, settings, model = run.order, run.trial.settings, run.here.model
+def _result(run: _Run, progress: Progress, test: Score | None, peak: int) -> FineTuningResult:
+    job, settings, model = run.job, run.trial.settings, run.here.model
     history = [Evaluation(*past) for past in progress.notes["history"]]
     best = history[progress.notes["best_at"]]
     parameters = trained_parameters(model)
     files: dict[str, str] = {}
     folder, stored = None, 0
     if best.step:
-        folder = Path(order.run_folder) / "tuned"
+        folder = Path(job.run_folder) / "tuned"
         if rank() == 0:
             remove(folder)  # of a start that was killed right here, or of other settings
         save_model_folder(model, run.here.tokenizer, folder)
@@ -238,9 +238,9 @@ def _result(run: _Run, progress: Progress, test: Score | None, peak: int) -> Fin
         if rank() == 0:  # who writes the result
             files = {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
     early = "tuned" if progress.step >= settings.max_steps else "stopped early"
-    return FineTuned(
-        task=order.task,
-        seed=order.seed,
+    return FineTuningResult(
+        task=job.task,
+        seed=job.seed,
         metric=settings.metric,
         status=early if best.step else "no gain",
         before=history[0].value,
@@ -255,6 +255,6 @@ def _result(run: _Run, progress: Progress, test: Score | None, peak: int) -> Fin
         seconds=progress.seconds,
         peak_memory_bytes=peak,
         model=None if folder is None else str(folder),
-        digest=order.digest,
+        digest=job.digest,
         files=files,
     )

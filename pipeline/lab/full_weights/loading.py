@@ -6,7 +6,7 @@ from transformers import PretrainedConfig
 
 from pipeline.backbone.files import ModelFiles
 from pipeline.backbone.fused import RmsNorm, use_kernels
-from pipeline.backbone.loading import build_skeleton, untie_what_is_stored_apart
+from pipeline.backbone.loading import build_skeleton, untie_separate_weights
 from pipeline.backbone.weights import open_weights
 from pipeline.lab.full_weights.pieces import TrainedModel
 from pipeline.lab.full_weights.whole import load_whole
@@ -30,7 +30,7 @@ def load_trained(
     model = build_skeleton(config, int8=False, dtype=dtype)
     _use_kernels_that_train(model)
     source = open_weights(files, model)
-    untie_what_is_stored_apart(model, source)
+    untie_separate_weights(model, source)
     if world_size() == 1:
         return load_whole(model, source, config, optimizer, dtype, device)
     from pipeline.lab.full_weights.partitioned import load_partitioned  # imports DeepSpeed

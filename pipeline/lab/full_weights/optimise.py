@@ -63,12 +63,12 @@ class PartitionedAdafactor(Optimizer):
         decay = 1.0 - float(state["step"]) ** -_DECAY
         squares = gradient**2 + _EPSILON
         if len(span.shape) == 2:
-            inverse_root, size = _of_matrix(state, squares, values, span, decay)
+            inverse_root, size = _factored_inverse_root(state, squares, values, span, decay)
         else:
             size = sum_over_ranks(values.pow(2).sum())
             # As long as the padded piece, which differs between numbers of ranks.
             squares = torch.nn.functional.pad(squares, (0, len(padded) - count))
-            state["square"] = _mixed(state.get("square"), squares, decay)
+            state["square"] = _moving_average(state.get("square"), squares, decay)
             inverse_root = state["square"][:count].rsqrt()
         update = inverse_root * gradient
         entries = span.shape.numel()
@@ -79,7 +79,7 @@ class PartitionedAdafactor(Optimizer):
         values.sub_(update.mul_(rate / (update_rms / _CLIP).clamp_(min=1.0)))
 
 
-def _of_matrix(
+def _factored_inverse_root(
     state: dict[str, Tensor], squares: Tensor, values: Tensor, span: Span, decay: float
 ) -> tuple[Tensor, Tensor]:
     """1 / root of a matrix' factored mean squared gradient `[n]`, and the sum of the matrix' own squares."""
@@ -93,18 +93,18 @@ def _of_matrix(
     row_sums[first:last] = table.sum(1)
     sums = torch.cat([row_sums, table.sum(0), values.pow(2).sum()[None]])
     by_row, by_column, size = sum_over_ranks(sums).split([rows, columns, 1])
-    state["row"] = _mixed(state.get("row"), by_row / columns, decay)
-    state["column"] = _mixed(state.get("column"), by_column / rows, decay)
+    state["row"] = _moving_average(state.get("row"), by_row / columns, decay)
+    state["column"] = _moving_average(state.get("column"), by_column / rows, decay)
     factors = (state["row"][first:last] / state["row"].mean()).rsqrt()
     table = factors[:, None] * state["column"].rsqrt()
     return table.view(-1)[offset : offset + len(squares)], size[0]
 
 
-def _mixed(before: Tensor | None, new: Tensor, decay: float) -> Tensor:
+def _moving_average(before: Tensor | None, new: Tensor, decay: float) -> Tensor:
     return new * (1.0 - decay) if before is None else before.mul_(decay).add_(new, alpha=1.0 - decay)
 
 
-def make_optimizer(pieces: Iterable[Tensor], settings: OptimizerSettings) -> Optimizer:
+def make_weight_optimizer(pieces: Iterable[Tensor], settings: OptimizerSettings) -> Optimizer:
     """Adafactor relative to each parameter's size, as T5 was trained (Raffel et al. 2020), or AdamW."""
     if settings.name == "adamw":
         return AdamW(pieces, lr=settings.lr, weight_decay=settings.weight_decay)

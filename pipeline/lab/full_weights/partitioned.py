@@ -18,16 +18,16 @@ from pipeline.backbone.host import (
     Backbone,
     Hosted,
     Traffic,
-    gather_by,
     layer_types,
-    placed_in_parts,
+    set_gather,
     start_deepspeed,
+    zero3_placement,
     zero_settings,
 )
-from pipeline.backbone.loading import Share, load_weights
+from pipeline.backbone.loading import Partition, load_weights
 from pipeline.backbone.offload import on_device
 from pipeline.backbone.weights import WeightSource
-from pipeline.lab.full_weights.optimise import PartitionedAdafactor, Span, make_optimizer
+from pipeline.lab.full_weights.optimise import PartitionedAdafactor, Span, make_weight_optimizer
 from pipeline.lab.full_weights.pieces import Piece
 from pipeline.settings import OptimizerSettings
 
@@ -87,13 +87,13 @@ def load_partitioned(
 
     zero = _settings(int(config.hidden_size), settings.clip_norm, dtype)
     traffic = Traffic()
-    gather_by(None, traffic)
-    load_weights(model, source, dtype, placed_in_parts(zero, dtype, device, on_device(device)))
+    set_gather(None, traffic)
+    load_weights(model, source, dtype, zero3_placement(zero, dtype, device, on_device(device)))
     model.requires_grad_(True)
     hosted = Hosted(model)
     deepspeed.utils.set_z3_leaf_modules(hosted, layer_types(model))
     named = {id(parameter): name for name, parameter in model.named_parameters()}
-    optimizer = make_optimizer(model.parameters(), settings)
+    optimizer = make_weight_optimizer(model.parameters(), settings)
     engine, *_ = deepspeed.initialize(model=hosted, optimizer=optimizer, config=zero)
     parameters = [group[0] for group in engine.optimizer.fp16_groups]
     assert all(len(group) == 1 for group in engine.optimizer.fp16_groups)
@@ -107,7 +107,7 @@ def load_partitioned(
 
 
 def _piece(name: str, parameter: Any, values: Tensor) -> Piece:
-    start, stop = Share(dist.get_rank(), dist.get_world_size()).span(parameter.ds_numel)
+    start, stop = Partition(dist.get_rank(), dist.get_world_size()).span(parameter.ds_numel)
     return Piece(name, parameter.ds_shape, start, stop, values)
 
 

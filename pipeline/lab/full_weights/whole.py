@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PretrainedConfig
 
-from pipeline.backbone.host import Backbone, Hosted, placed_whole
+from pipeline.backbone.host import Backbone, Hosted, whole_placement
 from pipeline.backbone.loading import load_weights
 from pipeline.backbone.offload import on_device
 from pipeline.backbone.weights import WeightSource
-from pipeline.lab.full_weights.optimise import PartitionedAdafactor, Span, make_optimizer
+from pipeline.lab.full_weights.optimise import PartitionedAdafactor, Span, make_weight_optimizer
 from pipeline.lab.full_weights.pieces import Piece
 from pipeline.settings import OptimizerSettings
 
@@ -63,14 +63,14 @@ def load_whole(
     device: torch.device,
 ) -> WholeModel:
     """Fill a skeleton on this rank. Raises: BackboneError."""
-    load_weights(model, source, dtype, placed_whole(device, on_device(device)))
+    load_weights(model, source, dtype, whole_placement(device, on_device(device)))
     model.requires_grad_(True)
     named = list(model.named_parameters())
     pieces = [
         Piece(name, weight.shape, 0, weight.numel(), weight.detach().view(-1).float().requires_grad_())
         for name, weight in named
     ]
-    optimizer = make_optimizer([piece.values for piece in pieces], settings)
+    optimizer = make_weight_optimizer([piece.values for piece in pieces], settings)
     if isinstance(optimizer, PartitionedAdafactor):
         optimizer.describe({piece.values: Span(piece.shape, piece.start, piece.stop) for piece in pieces})
     backbone = Backbone(config, Hosted(model), device, dtype)

@@ -63,19 +63,20 @@ class Drawing:
 
 def mark(kind: str, shape: str, x: float, y: float, size: float, text: str) -> Mark:
     """size: half its width."""
-    s, w = number(size), number(2 * size)
+    s, w = coordinate(size), coordinate(2 * size)
     paths = {
-        "circle": f"M{number(x - size)},{number(y)}a{s},{s} 0 1,0 {w},0a{s},{s} 0 1,0 -{w},0z",
-        "square": f"M{number(x - size)},{number(y - size)}h{w}v{w}h-{w}z",
-        "diamond": f"M{number(x)},{number(y - 1.3 * size)}l{number(1.3 * size)},{number(1.3 * size)}"
-        f"l-{number(1.3 * size)},{number(1.3 * size)}l-{number(1.3 * size)},-{number(1.3 * size)}z",
-        "up": f"M{number(x)},{number(y - 1.2 * size)}l{number(1.2 * size)},{number(2.2 * size)}h-{number(2.4 * size)}z",
-        "down": f"M{number(x)},{number(y + 1.2 * size)}l{number(1.2 * size)},-{number(2.2 * size)}"
-        f"h-{number(2.4 * size)}z",
+        "circle": f"M{coordinate(x - size)},{coordinate(y)}a{s},{s} 0 1,0 {w},0a{s},{s} 0 1,0 -{w},0z",
+        "square": f"M{coordinate(x - size)},{coordinate(y - size)}h{w}v{w}h-{w}z",
+        "diamond": f"M{coordinate(x)},{coordinate(y - 1.3 * size)}l{coordinate(1.3 * size)},{coordinate(1.3 * size)}"
+        f"l-{coordinate(1.3 * size)},{coordinate(1.3 * size)}l-{coordinate(1.3 * size)},-{coordinate(1.3 * size)}z",
+        "up": f"M{coordinate(x)},{coordinate(y - 1.2 * size)}l{coordinate(1.2 * size)},{coordinate(2.2 * size)}"
+        f"h-{coordinate(2.4 * size)}z",
+        "down": f"M{coordinate(x)},{coordinate(y + 1.2 * size)}l{coordinate(1.2 * size)},-{coordinate(2.2 * size)}"
+        f"h-{coordinate(2.4 * size)}z",
     }
     return Mark(kind, paths[shape], text)
 
 
-def number(place: float) -> str:
+def coordinate(place: float) -> str:
     """With one digit, which is a fifth of a pixel on the finest screen."""
     return f"{place:.1f}".removesuffix(".0")

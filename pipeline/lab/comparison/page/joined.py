@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import chain
 
 from pipeline.lab.comparison.joined import JoinedPlot, JoinedPoint
-from pipeline.lab.comparison.page.drawing import SHAPES, Drawing, Label, Line, Mark, mark, number
+from pipeline.lab.comparison.page.drawing import SHAPES, Drawing, Label, Line, Mark, coordinate, mark
 from pipeline.lab.comparison.page.markdown import table
 from pipeline.lab.comparison.page.plots import ends, is_number, short, tick_text
 from pipeline.lab.comparison.page.render import OWN_TEMPLATES, seeds
@@ -51,7 +51,7 @@ def joined_plot(plot: JoinedPlot) -> Drawing:
     y = axis_of([value for mean in means for value in (*ends(mean), *mean.values)], _BOTTOM, _TOP)
     step = (_WIDTH - 12 - _LEFT) / len(values)
     middle = {repr(value): _LEFT + step * (i + 0.5) for i, value in enumerate(values)}
-    lines = [Line("grid", f"M{_LEFT},{number(y.place(tick))}H{_WIDTH - 12}") for tick in y.ticks]
+    lines = [Line("grid", f"M{_LEFT},{coordinate(y.place(tick))}H{_WIDTH - 12}") for tick in y.ticks]
     labels = [Label(_LEFT - 5, y.place(tick) + 4, tick_text(y, tick), "end") for tick in y.ticks]
     labels += [
         Label(at, _BOTTOM + 17, short(str(v), step), "middle") for v, at in zip(values, middle.values(), strict=True)
@@ -62,11 +62,11 @@ def joined_plot(plot: JoinedPlot) -> Drawing:
         aside = (place - (len(plot.lines) - 1) / 2) * min(10.0, step / (len(plot.lines) + 1))
         places = [(middle[repr(point.value)] + aside, plot.shown(point)) for point in _sorted(own, values)]
         if len(places) > 1 and all(map(is_number, values)):
-            path = "M" + "L".join(f"{number(x)},{number(y.place(mean.mean))}" for x, mean in places)
+            path = "M" + "L".join(f"{coordinate(x)},{coordinate(y.place(mean.mean))}" for x, mean in places)
             lines.append(Line(f"through {colour}", path))
         for x, mean in places:
-            low, high = (number(y.place(end)) for end in ends(mean))
-            lines.append(Line(f"whisker {colour}", f"M{number(x)},{low}V{high}"))
+            low, high = (coordinate(y.place(end)) for end in ends(mean))
+            lines.append(Line(f"whisker {colour}", f"M{coordinate(x)},{low}V{high}"))
             marks += [mark(f"seed {colour}", "circle", x, y.place(v), 2.4, f"seed {s}: {v:.3f}") for s, v in mean.each]
             marks.append(mark(f"mean {colour}", shape, x, y.place(mean.mean), 4.2, f"{line}: {with_spread(mean)}"))
         at = _LEFT + 6 + place * (_WIDTH - _LEFT) / max(2, len(plot.lines))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from pipeline.lab.comparison.candidates import METHODS
-from pipeline.lab.comparison.page.drawing import SHAPES, Drawing, Label, Line, Mark, mark, number
+from pipeline.lab.comparison.page.drawing import SHAPES, Drawing, Label, Line, Mark, coordinate, mark
 from pipeline.lab.comparison.results import EnsembleRow, Mean, Panel, PanelPoint, Results, ShiftRow, with_spread
 from pipeline.reporting.html.scale import Axis, axis_of
 from pipeline.reporting.words import figure
@@ -73,7 +73,7 @@ def _strips(title: str, strips: Sequence[Strip]) -> Drawing:
     values = [value for *_, mean in strips for value in (*ends(mean), *mean.values)]
     x = axis_of(values, _LEFT, _RIGHT)
     bottom = 10 + _ROW * len(strips)
-    lines = [Line("grid", f"M{number(x.place(tick))},6V{bottom}") for tick in x.ticks]
+    lines = [Line("grid", f"M{coordinate(x.place(tick))},6V{bottom}") for tick in x.ticks]
     labels = [Label(x.place(tick), bottom + 15, tick_text(x, tick), "middle") for tick in x.ticks]
     marks: list[Mark] = []
     for place, (label, kind, shape, mean) in enumerate(strips):
@@ -81,7 +81,7 @@ def _strips(title: str, strips: Sequence[Strip]) -> Drawing:
         labels.append(Label(_LEFT - 10, y + 4, label, "end", "name"))
         if mean.deviation is not None:
             low, high = (x.place(value) for value in ends(mean))
-            lines.append(Line(f"whisker {kind}", f"M{number(low)},{number(y)}H{number(high)}"))
+            lines.append(Line(f"whisker {kind}", f"M{coordinate(low)},{coordinate(y)}H{coordinate(high)}"))
         marks += [mark(f"seed {kind}", "circle", x.place(v), y, 2.4, f"seed {s}: {figure(v)}") for s, v in mean.each]
         marks.append(mark(f"mean {kind}", shape, x.place(mean.mean), y, 4.6, f"{label}: {with_spread(mean)}"))
     return Drawing(title, WIDTH, bottom + 22, lines, marks, labels)
@@ -98,15 +98,17 @@ def panel_plot(panel: Panel, task: str, results: Results) -> Drawing | None:
     y = axis_of(values, _PANEL_BOTTOM, _PANEL_TOP)
     step = (WIDTH - 10 - _PANEL_LEFT) / len(points)
     places = [_PANEL_LEFT + step * (i + 0.5) for i in range(len(points))]
-    lines = [Line("grid", f"M{_PANEL_LEFT},{number(y.place(tick))}H{WIDTH - 10}") for tick in y.ticks]
+    lines = [Line("grid", f"M{_PANEL_LEFT},{coordinate(y.place(tick))}H{WIDTH - 10}") for tick in y.ticks]
     labels = [Label(_PANEL_LEFT - 5, y.place(tick) + 4, tick_text(y, tick), "end") for tick in y.ticks]
     if all(is_number(point.value) for point in points) and len(points) > 1:
-        path = "M" + "L".join(f"{number(at)},{number(y.place(m.mean))}" for at, m in zip(places, means, strict=True))
+        path = "M" + "L".join(
+            f"{coordinate(at)},{coordinate(y.place(m.mean))}" for at, m in zip(places, means, strict=True)
+        )
         lines.append(Line("through m1", path))
     marks: list[Mark] = []
     for at, point, mean in zip(places, points, means, strict=True):
         low, high = (y.place(value) for value in ends(mean))
-        lines.append(Line("whisker m1", f"M{number(at)},{number(low)}V{number(high)}"))
+        lines.append(Line("whisker m1", f"M{coordinate(at)},{coordinate(low)}V{coordinate(high)}"))
         marks += [mark("seed m1", "circle", at + 7, y.place(v), 2.4, f"seed {s}: {figure(v)}") for s, v in mean.each]
         marks.append(
             mark("mean m1", "circle", at, y.place(mean.mean), 4.2, f"{point.written_choice}: {with_spread(mean)}")

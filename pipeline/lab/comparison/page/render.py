@@ -7,7 +7,7 @@ import yaml
 from jinja2 import ChoiceLoader, PackageLoader
 
 from pipeline.lab.comparison.page import heat, plots
-from pipeline.lab.comparison.results import Mean, Results, Row, ShiftRow, by_method, with_spread
+from pipeline.lab.comparison.results import Mean, MethodRow, Results, ShiftRow, by_method, with_spread
 from pipeline.reporting import words
 from pipeline.reporting.html.pages import TEMPLATES, environment, own_texts
 
@@ -20,7 +20,7 @@ class MethodLine:
     """A method's best choices, task by task, and what they cost."""
 
     method: str
-    cells: Sequence[Row | None]
+    cells: Sequence[MethodRow | None]
     """In the order of the tasks."""
     best: Sequence[bool]
     """Whether no other method has a better mean."""
@@ -33,10 +33,14 @@ class MethodLine:
     prompt_tokens: str
 
 
-def render(results: Results) -> str:
+def render_comparison(results: Results) -> str:
     """The page, as HTML that needs nothing else. All texts are escaped; no script runs on it."""
     page = environment(OWN_TEMPLATES)
-    page.filters |= {word.__name__: word for word in _FILTERS} | {"spread": with_spread, "seeds": seeds, "share": share}
+    page.filters |= {word.__name__: word for word in _FILTERS} | {
+        "spread": with_spread,
+        "seeds": seeds,
+        "share": percentage,
+    }
     metrics = {facts.name: facts.metric for facts in results.tasks}
     return page.get_template("comparison.html.jinja").render(
         found=results,
@@ -50,11 +54,11 @@ def render(results: Results) -> str:
         transfer_map=heat.transfer_map(results.transfer, metrics),
         likeness_maps=[
             (
-                heat.likeness_map(results.likeness, lambda pair: pair.mean_token, "of their mean tokens"),
+                heat.similarity_map(results.likeness, lambda pair: pair.mean_token, "of their mean tokens"),
                 "of the mean token",
             ),
             (
-                heat.likeness_map(results.likeness, lambda pair: pair.token_pairs, "mean over all pairs of tokens"),
+                heat.similarity_map(results.likeness, lambda pair: pair.token_pairs, "mean over all pairs of tokens"),
                 "mean over all pairs of tokens",
             ),
         ],
@@ -109,12 +113,12 @@ def seeds(mean: Mean | None) -> str:
     return f"seed{'s' * (len(known) > 1)} {', '.join(known)}" if known else "no seed"
 
 
-def share(value: float, whole: float) -> str:
+def percentage(value: float, whole: float) -> str:
     """`0.006 %`"""
     return f"{100 * value / whole:.2g} %" if whole else words.ABSENT
 
 
-def _is_best(method: str, task: str, table: Mapping[str, Mapping[str, Row]], metric: str) -> bool:
+def _is_best(method: str, task: str, table: Mapping[str, Mapping[str, MethodRow]], metric: str) -> bool:
     shown = {
         other: mean.mean * (-1 if metric == "loss" else 1)
         for other, of_task in table.items()

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.corpus.pages import Page, pages
+from pipeline.corpus.pages import Page, page_headers
 
 MOST_PAGE_BYTES = 256 * 2**20
 """Unpacked; DuckDB's largest are 100 MB, most writers' 1 MiB."""
@@ -23,7 +23,7 @@ class OversizedPageError(ValueError):
     """A page is larger, unpacked, than any that is read."""
 
 
-def step_within(
+def rows_per_step(
     file: pa.NativeFile, footer: pq.FileMetaData, chunk: pq.ColumnChunkMetaData, group: int, rows: int, end: int
 ) -> int:
     """At most `rows`, and fewer where so many neighbours before row `end` of the chunk may exceed `STEP_BYTES`.
@@ -34,7 +34,7 @@ def step_within(
     size = chunk.total_uncompressed_size
     if size <= MOST_PAGE_BYTES and size * rows <= STEP_BYTES:
         return rows
-    found = pages(file, chunk, end)
+    found = page_headers(file, chunk, end)
     first = next(found, None)
     if first is None:
         return rows

@@ -47,7 +47,7 @@ def matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     return fnmatch.fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])
 
 
-def writable(path: str, below: str) -> str:
+def as_written(path: str, below: str) -> str:
     """How a user writes the file or glob `below` the fixed part of his `path`."""
     address, question, query = path.partition("?") if "://" in path else (path, "", "")
     first = min((address.index(mark) for mark in "*[?" if mark in address), default=None)

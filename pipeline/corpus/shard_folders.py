@@ -35,7 +35,7 @@ def being_built(folder: Path) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def finished(folder: Path) -> None:
+def mark_finished(folder: Path) -> None:
     """Take the lock out, before the folder gets its final name. Raises: OSError."""
     (folder / _LOCK).unlink()
 
