@@ -173,7 +173,7 @@ def growth(
     out: Out = Path("docs/benchmarks/growth.json"),
 ) -> None:
     """Tokens a second and memory with 1, 4, 16, 64 and 256 trials in one run; also as a plot beside the JSON file."""
-    from pipeline.lab.benchmark.plot import plot_growth
+    from pipeline.lab.benchmark.tables import plot_growth
 
     counts = [count for count in (1, 4, 16, 64, 256, 1024) if count <= most]
     names = tasks.split(",") * most
@@ -355,7 +355,7 @@ def fit(
 ) -> None:
     """Large models of random weights in int8: every rank's peak memory against its bound, and loading's speed."""
     from pipeline.lab.benchmark.fit import FitOptions, measure_fit, save_fits
-    from pipeline.lab.benchmark.fit_table import fit_table
+    from pipeline.lab.benchmark.tables import fit_table
 
     offload = None if offload_folder is None else str(offload_folder)
     options = FitOptions(ranks, threads, prompts, length, batch, steps, offload)

@@ -59,10 +59,9 @@ def main(
 def _run(settings: Settings, console: Console, plan_only: bool) -> int:
     # Imported late: torch, transformers and Ray take seconds, and a mistyped setting should not wait.
     from pipeline.lab.comparison.checks import check_model
+    from pipeline.lab.comparison.derived_settings import comparison_settings
     from pipeline.lab.comparison.job import run_comparison
-    from pipeline.lab.comparison.planning import print_compared
-    from pipeline.lab.comparison.study import comparison_settings
-    from pipeline.lab.comparison.summary import print_summary
+    from pipeline.lab.comparison.terminal import print_compared, print_summary
     from pipeline.run.checks import check_run
 
     checked = check_run(comparison_settings(settings), publishes=False)

@@ -43,14 +43,10 @@ def main(
     """Write plain text, its tokenizer and a task, from the inputs of labelled corpora."""
     if out.exists():
         return
-    texts = _texts(data, column)
+    train, test = (dict.fromkeys(_column(data, split, column)) for split in ("train", "test"))
+    texts = [text for text in train if text not in test]
     origins = _origins(data, column)
     put_in_place(out, lambda folder: _write(folder, texts, origins, vocabulary))
-
-
-def _texts(data: Path, column: str) -> list[str]:
-    train, test = (dict.fromkeys(_column(data, split, column)) for split in ("train", "test"))
-    return [text for text in train if text not in test]
 
 
 def _origins(data: Path, column: str) -> dict[str, list[tuple[str, str]]]:

@@ -49,7 +49,8 @@ def make_corpora(folder: Path) -> None:
             continue
         rows_of: dict[str, list[dict[str, str]]] = {"train": [], "dev": []}
         for example in examples():
-            rows_of[_split(example.group)].append(example.row)
+            held_out = int(_digest(example.group)[:8], 16) % 5 == 0
+            rows_of["dev" if held_out else "train"].append(example.row)
         unfinished = folder / f".{task}.{os.getpid()}"
         try:
             unfinished.mkdir(parents=True, exist_ok=True)
@@ -120,10 +121,6 @@ def _letters(text: str) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _split(group: str) -> str:
-    return "dev" if int(_digest(group)[:8], 16) % 5 == 0 else "train"
 
 
 def _balanced(rows: list[dict[str, str]]) -> list[dict[str, str]]:

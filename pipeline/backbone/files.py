@@ -172,7 +172,7 @@ def context_length(config: PretrainedConfig) -> int | None:
     """Most positions that a sequence may have, prompt included; None where positions are relative (T5)."""
     if FAMILIES[config.model_type] == "encoder-decoder":
         return None
-    # Within its window a sliding attention is an ordinary one, which is all that packed.py does.
+    # Within its window sliding attention is ordinary attention, which is all that packed.py does.
     window = getattr(config, "sliding_window", None) or config.max_position_embeddings
     return int(min(window, config.max_position_embeddings))
 
@@ -198,10 +198,10 @@ def embedding_rows(config: PretrainedConfig) -> int:
 def short_embedding_table(config: PretrainedConfig, tokenizer: Any) -> int | None:
     """Rows of the table of embeddings if the tokenizer has ids beyond them, else None.
 
-    Such models are common (a padding token that was added and is never met): only a text with such a token is refused.
+    Such models are common (a padding token was added and never occurs), so only a text with such a token is refused.
     """
     rows = embedding_rows(config)
-    added = tokenizer("a").input_ids  # what a template adds need not be in the vocabulary
+    added = tokenizer("a").input_ids  # tokens that a template adds need not be in the vocabulary
     return rows if max([*tokenizer.get_vocab().values(), *added], default=-1) >= rows else None
 
 

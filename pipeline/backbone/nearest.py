@@ -1,4 +1,4 @@
-"""What a prompt says, in words: the vocabulary's tokens nearest to each row (Lester et al. 2021, section 7).
+"""Tokens of the vocabulary that are nearest to each row of a prompt (Lester et al. 2021, section 7).
 
 Shapes: P prompt tokens, H hidden, V vocabulary.
 """
@@ -19,8 +19,8 @@ _ROWS_AT_ONCE = 2**14
 def nearest_tokens(model: str, prompt: np.ndarray, count: int = 5) -> list[list[tuple[str, float]]]:
     """For each row of a prompt `[P, H]` the `count` nearest tokens, as the vocabulary writes them, nearest first.
 
-    The number beside a token is the cosine of its input embedding and the row, in [-1, 1]. The model (a
-    folder, hub name, .gguf file or packaged name) is not loaded: one tensor of it is read.
+    The number beside a token is the cosine similarity of its input embedding and the row, in [-1, 1]. The model (a
+    folder, hub name, .gguf file or packaged name) is not loaded: only one tensor of it is read.
     Raises: BankError when the prompt's rows do not have the model's hidden size, BackboneError.
     """
     files = find_model(model)

@@ -1,4 +1,4 @@
-"""A corpus of plain text: Parquet -> token shards, by the way of a task's corpus -> one long row of tokens."""
+"""A corpus of plain text: Parquet -> token shards, as for a task's corpus -> one long array of tokens."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ _LEFT_OUT = {"input_long": "over 16 MiB", "no_embedding": "with a token without 
 
 @dataclass(frozen=True)
 class TextPlan:
-    """What is known of the corpus before a token is made."""
+    """What is known of the corpus before anything is tokenised."""
 
     source: ParquetSource
     text: TextTemplate
@@ -38,11 +38,11 @@ class TextCorpus:
     counts: Mapping[str, int]
     """Documents by status: ok, null, empty; input_long and no_embedding if there are any."""
     digest: str
-    """Of the documents: the same in other files give the same digest."""
+    """Digest of the documents: the same documents in other files give the same digest."""
 
     @property
     def left_out(self) -> str:
-        """What was left out and why, in words."""
+        """What was left out, and why, for people."""
         return f"{self.counts['null'] + self.counts['empty']} null or empty ones" + "".join(
             f", {self.counts[status]} {why}" for status, why in _LEFT_OUT.items() if self.counts.get(status)
         )
@@ -69,7 +69,7 @@ def prepare_text(
 ) -> TextCorpus:
     """Tokenise the documents, unless their shards are there. `connect`: see `build_shards`.
 
-    Raises: CorpusError naming the fix; StorageError when `storage` cannot be written.
+    Raises: CorpusError with advice; StorageError when `storage` cannot be written.
     """
     from pipeline.corpus.shards import build_shards  # here, so that reading a corpus never imports ray
 
@@ -94,16 +94,16 @@ def prepare_text(
             f"{plan.source.where}: {share:.1%} of {summary.rows} rows are null or empty{over}{unembedded}, "
             f"more than max_bad_rows {settings.max_bad_rows:.1%}; fix the rows or raise it"
         )
-    # A run's identity holds them: one without such documents stays what it was.
+    # Counts enter a run's identity, so zeros of the newer statuses are left out: older runs keep their identity.
     counts = {key: count for key, count in summary.counts.items() if key in ("ok", "null", "empty") or count}
     return TextCorpus(folder, counts, summary.digest)
 
 
 def read_text(corpus: TextCorpus, eos: int) -> Int32:
-    """All documents `[N]`, in the order of their ids, each with an `eos` behind it; in memory, four bytes a token.
+    """The tokens `[N]` of all documents, in the order of their ids, each followed by `eos`. Takes four bytes a token.
 
     Raises: CorpusError when the shards are missing.
     """
     documents = open_split(SplitRef(corpus.dir))
-    # Behind the last token of each document.
+    # `insert` puts an eos before each of these indices, which is behind a document's last token.
     return np.insert(documents.input_tokens, documents.input_offsets[1:], np.int32(eos))

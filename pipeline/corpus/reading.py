@@ -1,4 +1,4 @@
-"""One read unit (some rows of one file) -> batches of column texts, in a memory that no file can raise."""
+"""One read unit (some rows of one file) -> batches of column texts, in bounded memory for any file."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from pipeline.errors import CorpusError
 
 _UNITS = 64
 _LEAST_UNIT_BYTES, _MOST_UNIT_BYTES = 2 * 2**20, 16 * 2**20
-# Ray takes some 20 ms of several processes' time for a task, as much as half a mebibyte of text takes.
+# A task costs Ray some 20 ms of several processes' time, which is what half a mebibyte of text takes.
 _LEAST_TASK_BYTES = 2**20
-# A slice reads and drops the rows before it, which costs each about a hundredth of what tokenising it does.
+# A slice reads and drops the rows before it. That costs about a hundredth of tokenising them.
 _MOST_SLICES = 16
 _BATCH_BYTES = 2**20
 _BATCH_ROWS = 1024
@@ -28,7 +28,7 @@ _BATCH_ROWS = 1024
 
 @dataclass(frozen=True)
 class ReadUnit:
-    """What is read at a time: rows `first` to `end` (not included) of some row groups of one file."""
+    """Rows `first` to `end` (not included) of some row groups of one file."""
 
     file: SourceFile
     row_groups: tuple[int, ...]
@@ -37,18 +37,18 @@ class ReadUnit:
 
     @property
     def row_bytes(self) -> float:
-        """Of a row, uncompressed: the mean of the row groups."""
+        """Mean uncompressed bytes of a row in these row groups."""
         rows, size = map(sum, zip(*(self.file.row_groups[group] for group in self.row_groups), strict=True))
         return size / rows
 
     @property
     def batch_rows(self) -> int:
-        """Rows that come to about a mebibyte: a tokenizer needs many times its text."""
+        """Rows of about a mebibyte together; a tokenizer needs many times the memory of its text."""
         return max(1, int(min(_BATCH_ROWS, _BATCH_BYTES / max(self.row_bytes, 1))))
 
 
 def read_units(source: ParquetSource) -> tuple[ReadUnit, ...]:
-    """Cut the files into units of like size, enough of them to keep many cores busy to the end.
+    """Cut the files into units of similar size, enough of them to keep many cores busy to the end.
 
     A unit is some neighbouring row groups, or a slice of a large one.
     """
@@ -58,7 +58,7 @@ def read_units(source: ParquetSource) -> tuple[ReadUnit, ...]:
 
 
 def group_units(units: Iterable[ReadUnit]) -> tuple[tuple[ReadUnit, ...], ...]:
-    """Neighbouring units together until they are worth a Ray task: a corpus may be thousands of small files."""
+    """Group neighbouring units until they are worth a Ray task: a corpus may be thousands of small files."""
     tasks: list[tuple[ReadUnit, ...]] = []
     waiting: list[ReadUnit] = []
     size = 0.0
@@ -101,7 +101,7 @@ def read_texts(
     where: str,
     integer_columns: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[tuple[int, dict[str, list[str | None]]]]:
-    """Yield (rows B, column -> [B] texts) until the unit is read; `OverLong` stands for a cell beyond the bound.
+    """Yield (B, column -> [B] texts) until the unit is read; `OverLong` stands for a cell that is too long.
 
     integer_columns: columns whose floats are to be written as integers, each with a file that holds integers there.
     Raises: CorpusError naming the file when its pages are damaged or too large, its text is not UTF-8, a column of
@@ -128,7 +128,7 @@ def read_texts(
         raise CorpusError(f"{where}: {unit.file.path} holds text that is not UTF-8; write it again as UTF-8") from error
     except CorpusError:
         raise
-    except MemoryError as error:  # Arrow's own, too
+    except MemoryError as error:  # Arrow's own memory error is one, too
         raise CorpusError(
             f"{where}: the memory did not suffice to read {unit.file.path} ({one_line(error) or 'no more was given'}); "
             "give the job more, or write the file with smaller pages and row groups"
@@ -165,7 +165,7 @@ def _gathered_texts(
     columns: Sequence[str],
     integer_columns: Mapping[str, str],
 ) -> Iterator[tuple[int, dict[str, list[str | None]]]]:
-    """The texts of small steps together, until they are rows enough or a mebibyte."""
+    """Join the texts of small steps until they are a full batch or a mebibyte."""
     rows, size = 0, 0
     waiting: dict[str, list[str | None]] = {name: [] for name in columns}
     for batch in batches:
@@ -195,7 +195,7 @@ def _texts(column: pa.Array, file: SourceFile, name: str, of_integers: str | Non
 
 
 def _between(batches: Iterable[pa.RecordBatch], first: int, end: int) -> Iterator[pa.RecordBatch]:
-    """The rows `first` to `end` of what `batches` hold together."""
+    """The rows `first` to `end` (not included) of the concatenated `batches`."""
     start = 0
     for batch in batches:
         low, high = max(first - start, 0), min(end - start, batch.num_rows)

@@ -1,4 +1,4 @@
-"""One batch of corpus rows -> the rows of a token shard. Pure: no Ray, no files."""
+"""One batch of corpus rows -> the rows of a token shard: a pure function, without Ray and files."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -21,12 +21,12 @@ from pipeline.corpus.encoding import (
 from pipeline.corpus.template import RenderedRows, TextTemplate, render_rows
 from pipeline.corpus.values import OverLong
 
-# No text of so many characters, a thousand for each token, has tokens few enough.
+# A text of more characters than both of these, a thousand for each token, has too many tokens for certain.
 _SURE_TEXT, _SURE_TEXT_OF_A_TOKEN = 2**20, 2**10
 
 
 class RowStatus(IntEnum):
-    """Why a row is used or not; the first that holds, in this order."""
+    """Why a row is used or not. Where several hold, the first in this order counts."""
 
     OK = 0
     NULL = 1
@@ -34,9 +34,9 @@ class RowStatus(IntEnum):
     INPUT_LONG = 3
     TARGET_LONG = 4
     NO_EMBEDDING = 5
-    """It has a token for which the model's table of embeddings has no row."""
+    """It has a token without a row in the model's table of embeddings."""
     TARGET_UNSAYABLE = 6
-    """The tokenizer has no tokens for it; the row keeps its text."""
+    """The tokenizer cannot encode it; the row keeps its text."""
 
 
 SHARD_SCHEMA = pa.schema(
@@ -56,14 +56,14 @@ class Recipe:
 
     input: TextTemplate
     target: TextTemplate | None
-    """None for plain text, to be cut into examples later: its rows have no target and no special tokens."""
+    """None for plain text, which is cut into examples later: its rows have no target and no special tokens."""
     separator: str
     max_input_tokens: int
     max_target_tokens: int
     """Separator and eos included."""
     architecture: Architecture
     embedding_rows: int | None = None
-    """Token ids from here on have no embedding; None where the tokenizer gives no such id."""
+    """Token ids from here on have no embedding; None where the tokenizer has no such id."""
     integer_columns: Mapping[str, str] = field(default_factory=dict)
     """Columns whose floats are written as integers: see `find_integer_columns`."""
     targets_encoded_after_text: bool = False
@@ -77,7 +77,7 @@ class Recipe:
 
 
 def row_identities(inputs: Sequence[str | None], targets: Sequence[str | None]) -> npt.NDArray[np.uint64]:
-    """[B] pairs -> [B] 64-bit names of them: order and splits derive from these and from nothing else."""
+    """[B] pairs -> [B] 64-bit ids. The order of rows and their splits follow from these and from nothing else."""
     digests = (
         hashlib.blake2b((_canonical(one) + _canonical(other)).encode(), digest_size=8).digest()
         for one, other in zip(inputs, targets, strict=True)
@@ -86,14 +86,14 @@ def row_identities(inputs: Sequence[str | None], targets: Sequence[str | None]) 
 
 
 def _canonical(text: str | None) -> str:
-    # With its length in front, no text and its neighbour can be read as another pair.
+    # The length in front makes pairs unambiguous: "ab" and "c" differ from "a" and "bc".
     return "-" if text is None else f"{len(text)}:{text}"
 
 
 def tokenise_rows(
     recipe: Recipe, tokenizer: FastTokenizer, columns: Mapping[str, Sequence[str | None]], rows: int
 ) -> pa.Table:
-    """Columns of B texts -> a table of B rows with SHARD_SCHEMA; unusable rows keep a status and no tokens."""
+    """Columns of B texts -> a table of B rows with SHARD_SCHEMA; unusable rows have a status and no tokens."""
     inputs = render_rows(recipe.input, columns, rows)
     targets = render_rows(recipe.target, columns, rows) if recipe.target else RenderedRows([""] * rows, [False] * rows)
     statuses = _text_statuses(inputs, targets)
@@ -101,8 +101,12 @@ def tokenise_rows(
     kept = np.flatnonzero(statuses == RowStatus.OK)
     kept_targets = _texts(targets, statuses)
 
-    input_ids = _input_ids(recipe, tokenizer, _texts(inputs, statuses))
-    # A task's targets are often a few labels: each different one is encoded once.
+    kept_inputs = _texts(inputs, statuses)
+    if recipe.target is None:  # plain text, which has no special tokens
+        input_ids = encode_plain(tokenizer, kept_inputs)
+    else:
+        input_ids = encode_inputs(tokenizer, recipe.architecture, kept_inputs)
+    # A task's targets are often a few labels, so each different one is encoded once.
     place_of = {target: place for place, target in enumerate(dict.fromkeys(kept_targets))}
     target_ids = _target_ids(recipe, tokenizer, list(place_of))
     places = np.fromiter(map(place_of.__getitem__, kept_targets), np.int64, len(kept))
@@ -111,6 +115,7 @@ def tokenise_rows(
     target_long = (_lengths(target_ids) > recipe.max_target_tokens)[places]
     no_embedding = _any_from(recipe.embedding_rows, input_ids) | _any_from(recipe.embedding_rows, target_ids)[places]
     lost = np.asarray(_unsayable(recipe, tokenizer, list(place_of)), bool)[places]
+    # In reverse order of precedence: a later assignment wins.
     statuses[kept[lost]] = RowStatus.TARGET_UNSAYABLE
     statuses[kept[no_embedding]] = RowStatus.NO_EMBEDDING
     statuses[kept[target_long]] = RowStatus.TARGET_LONG
@@ -120,7 +125,7 @@ def tokenise_rows(
     row_inputs: list[Sequence[int]] = [()] * rows
     for row, ids in zip(used_rows.tolist(), compress(input_ids, used.tolist()), strict=True):
         row_inputs[row] = ids
-    # Behind the last target is an empty one, for the rows that are not used.
+    # An empty target stands behind the last one, for rows that are not used.
     target_of = np.full(rows, len(place_of))
     target_of[used_rows] = places[used]
     shown = np.full(rows, len(place_of))
@@ -136,10 +141,6 @@ def tokenise_rows(
         },
         schema=SHARD_SCHEMA,
     )
-
-
-def _input_ids(recipe: Recipe, tokenizer: FastTokenizer, texts: Sequence[str]) -> list[list[int]]:
-    return encode_inputs(tokenizer, recipe.architecture, texts) if recipe.target else encode_plain(tokenizer, texts)
 
 
 def _target_ids(recipe: Recipe, tokenizer: FastTokenizer, texts: Sequence[str]) -> list[list[int]]:
@@ -161,7 +162,7 @@ def _mark_oversized(
     inputs: RenderedRows,
     targets: RenderedRows,
 ) -> None:
-    """Give rows that are beyond any doubt over-long that status, so that they are not tokenised to be counted."""
+    """Mark rows that are certainly over-long, so that they are not tokenised only to count their tokens."""
     sides = (
         (targets, recipe.target, recipe.max_target_tokens, RowStatus.TARGET_LONG),
         (inputs, recipe.input, recipe.max_input_tokens, RowStatus.INPUT_LONG),
@@ -196,14 +197,14 @@ def _lengths(ids: Sequence[Sequence[int]]) -> npt.NDArray[np.int32]:
 
 
 def _any_from(first: int | None, ids: Sequence[Sequence[int]]) -> npt.NDArray[np.bool_]:
-    """[B][T] ids -> for each row whether it has one that is at least `first`."""
+    """[B][T] ids -> [B] whether a row has an id of at least `first`."""
     if first is None:
         return np.zeros(len(ids), bool)
     return np.fromiter((max(row, default=-1) >= first for row in ids), bool, len(ids))
 
 
 def _token_lists(ids: Sequence[Sequence[int]]) -> pa.ListArray:
-    """[B][T] ids as one array of lists; from flat arrays, not row by row."""
+    """[B][T] ids as one array of lists, made from flat arrays, which is faster than row by row."""
     offsets = np.zeros(len(ids) + 1, np.int32)
     np.cumsum(_lengths(ids), out=offsets[1:])
     tokens = np.fromiter(chain.from_iterable(ids), np.int32, offsets[-1])

@@ -1,4 +1,4 @@
-"""One task's corpus put together: what can be checked beforehand, then its splits, counts and label set."""
+"""A task's corpus: first what can be checked without tokenising, then its splits, counts and label set."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ _MOST_LABELS = 64
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """What is known of a task's corpus before a token is made."""
+    """What is known of a task's corpus before anything is tokenised."""
 
     task: str
     sources: Mapping[str, ParquetSource]
@@ -48,7 +48,7 @@ class TaskPlan:
 
     @property
     def rows(self) -> dict[str, int]:
-        """Rows per split, unusable ones included; a dev split by fraction and the rest of its train are estimates."""
+        """Rows per split, unusable ones included. With `dev_fraction`, dev and train are estimates."""
         rows = {split: source.rows for split, source in self.sources.items()}
         if self.dev_fraction is not None:
             dev = round(rows["train"] * self.dev_fraction)
@@ -57,9 +57,9 @@ class TaskPlan:
 
     @property
     def left_out(self) -> list[str]:
-        """A sentence for each setting whose folders hold files of data that are not read."""
+        """A sentence for each setting whose folders hold data files that are not read."""
         return [
-            f"{source.where}: not read are {len(source.left_out)} other files of data, such as {source.left_out[0]}"
+            f"{source.where}: {len(source.left_out)} other data files are not read, such as {source.left_out[0]}"
             for source in self.sources.values()
             if source.left_out
         ]
@@ -78,7 +78,7 @@ class TaskCorpus:
     counts: Mapping[str, Mapping[str, int]]
     """Rows per split by status: ok, null, empty, input_long, target_long."""
     digest: str
-    """Of all splits' rows: the same rows in other files give the same digest."""
+    """Digest of all splits' rows: the same rows in other files give the same digest."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` gives the same corpus back."""
@@ -136,7 +136,7 @@ def _check_labels_are_names(here: str, task: TaskSettings, target: TextTemplate,
 def prepare_task(
     name: str, task: TaskSettings, tokenizer: TokenizerSpec, storage: Path, connect: Callable[[], None] = lambda: None
 ) -> TaskCorpus:
-    """Build the token shards that are not there yet, and check what only the rows can tell.
+    """Build the token shards that are not there yet, and check what can be known only from the rows.
 
     connect: called when shards must be built, which needs a connection to Ray; by default there is one already.
     Raises: CorpusError naming the task and the fix; StorageError when `storage` cannot be written.
@@ -158,7 +158,10 @@ def prepare_task(
     summaries = {split: summarise_split(ref) for split, ref in splits.items()}
     for split, summary in summaries.items():
         if not summary.counts["ok"]:
-            raise CorpusError(f"task '{name}', {split}: no usable row is left ({_counted(summary)}); {_refill(plan)}")
+            fraction = "" if plan.dev_fraction is None else f" or fix dev_fraction {plan.dev_fraction}"
+            raise CorpusError(
+                f"task '{name}', {split}: no usable row is left ({_counted(summary)}); give more rows{fraction}"
+            )
     labels = _label_set(name, task, splits)
     return TaskCorpus(
         task=name,
@@ -226,10 +229,6 @@ def _counted(summary: SplitSummary) -> str:
     return ", ".join(f"{count} {word}" for key, word in words.items() if (count := summary.counts.get(key))) or "0 rows"
 
 
-def _refill(plan: TaskPlan) -> str:
-    return "give more rows" if plan.dev_fraction is None else f"give more rows or fix dev_fraction {plan.dev_fraction}"
-
-
 def _label_set(name: str, task: TaskSettings, splits: Mapping[str, SplitRef]) -> tuple[str, ...] | None:
     """The task's labels where its metric or initialisation needs them; every split's targets must be among them."""
     class_labels_asked = any(trial.prompt.init == "class_labels" for trial in task.trials(name).values())
@@ -277,7 +276,7 @@ def _label_ids(
 
 
 def _digest(summaries: Mapping[str, SplitSummary], recipe: Recipe) -> str:
-    # What is not in the rows' texts and decides their tokens stands beside them, only where it tells something.
+    # What decides the tokens but is not in the rows' texts is added, only where it matters: others keep their digest.
     told: dict[str, Any] = {split: summary.digest for split, summary in summaries.items()}
     if recipe.targets_encoded_after_text:
         told["targets"] = "behind a text"

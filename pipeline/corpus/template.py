@@ -1,4 +1,4 @@
-"""Templates: `"{column}"` placeholders that turn a row into text, as in `str.format` but by plain name only."""
+"""Templates, which turn a row into text by `"{column}"` placeholders, as in `str.format` but with plain names only."""
 
 import difflib
 import string
@@ -38,7 +38,7 @@ def parse_template(text: str, where: str) -> TextTemplate:
         ) from error
     pieces: list[tuple[str, str | None]] = []
     for literal, column, spec, conversion in parsed:
-        # A digit alone would be a position in str.format; here it can only be a column's name.
+        # In str.format a digit alone is a position; here it can only be a column's name.
         if column is not None and (not column or spec or conversion or any(mark in column for mark in ".[]{}")):
             raise CorpusError(
                 f"{where}: the template {text!r} may hold plain column names only, such as {{text}}; "
@@ -49,7 +49,7 @@ def parse_template(text: str, where: str) -> TextTemplate:
 
 
 def render_row(template: TextTemplate, values: Mapping[str, str]) -> str:
-    """Fill one row's values in; every column of the template must be there."""
+    """Fill in one row's values; every column of the template must be there."""
     return "".join(literal + (values[column] if column is not None else "") for literal, column in template.pieces)
 
 
@@ -58,11 +58,11 @@ class RenderedRows:
     texts: Sequence[str | None]
     """[B]; None where a column of the template is null."""
     blank: Sequence[bool]
-    """[B]: nothing but white space came out of the columns, or in all; False where the text is None."""
+    """[B]: whether the columns gave nothing but white space; False where the text is None."""
 
 
 def render_rows(template: TextTemplate, columns: Mapping[str, Sequence[str | None]], rows: int) -> RenderedRows:
-    """Fill the values of `rows` rows in, a column at a time: as `render_row` does for each."""
+    """Fill in the values of `rows` rows, column by column; the texts are those of `render_row`."""
     names = [column for _, column in template.pieces if column is not None]
     if not names:
         text = render_row(template, {})
@@ -94,7 +94,7 @@ def check_columns(source: ParquetSource, templates: Sequence[TextTemplate]) -> N
 
 
 def check_class_names(sources: Sequence[ParquetSource], templates: Sequence[TextTemplate]) -> None:
-    """Raises: CorpusError when files, of one split or of two, name the numbers of a column differently, or one not."""
+    """Raises: CorpusError when two files, of any splits, have different class names for a column's numbers."""
     for name in dict.fromkeys(name for template in templates for name in template.columns):
         numbered = [(source.where, file) for source in sources for file in source.files if _is_number(file, name)]
         for (_, one), (where, other) in pairwise(numbered):

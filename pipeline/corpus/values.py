@@ -1,8 +1,9 @@
-"""A column's values -> texts, the same in every file and split of a task: what the types of the files must agree on."""
+"""A column's values -> texts, which must be the same in every file and split of a task, whatever type stores them."""
 
 import hashlib
 from collections.abc import Container, Iterable, Mapping, Sequence
 from decimal import Decimal
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ _PLAIN_SCALE = 6
 
 
 class OverLong(str):
-    """Stands for a cell beyond the bound: its size and digest, in the place of a text that nobody holds."""
+    """Stands for a cell that is too long to be held: its size and digest in place of its text."""
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -36,12 +37,12 @@ def is_printable(kind: pa.DataType) -> bool:
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
-    """Of a column with a dictionary, the type of its values."""
+    """The type of a column's values; for a dictionary column, the type of the dictionary's values."""
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def value_text(value: Any) -> str:
-    """The text of one value as a column of its own type shows it: decimals without exponent, others by `str`."""
+    """The text of one value: decimals without an exponent, others by `str`."""
     return format(value, "f") if isinstance(value, Decimal) else str(value)
 
 
@@ -64,7 +65,7 @@ def _strings(column: pa.Array) -> list[str | None]:
         strings: list[str | None] = column.to_pylist()
         return strings
     cells = column.dictionary if pa.types.is_dictionary(column.type) else column
-    # Of views Arrow has no lengths; those of a dictionary are looked at once for all its rows.
+    # Arrow has no lengths of string views. A dictionary's words are checked once for all rows.
     sizes = pc.binary_length(cells.cast(pa.large_string()) if pa.types.is_string_view(cells.type) else cells)
     long = pc.fill_null(pc.greater(sizes, MOST_CELL_BYTES), False)
     if not pc.any(long).as_py():
@@ -79,7 +80,7 @@ def _strings(column: pa.Array) -> list[str | None]:
 
 
 def find_integer_columns(sources: Mapping[str, ParquetSource], columns: Iterable[str]) -> dict[str, str]:
-    """The columns whose floats are to be written as integers -> a file of the task that holds integers there.
+    """The columns whose floats are to be written as integers, each with a file of the task that holds integers there.
 
     Raises: CorpusError naming two files whose types of a column would give one value two texts.
     """
@@ -107,7 +108,7 @@ def fraction_error(where: str, path: str, name: str, error: ValueError, of_integ
 
 
 def changed_texts(source: ParquetSource, columns: Sequence[str], integer_columns: Container[str]) -> list[str]:
-    """The columns whose texts differ from what `str` gives, as tokens made of them before did; see `shard_key`."""
+    """The columns whose texts differ from those of `str`, which earlier versions tokenised; see `shard_key`."""
     kinds = [(name, plain_type(kind)) for file in source.files for name, kind in file.columns if name in columns]
     return sorted({name for name, kind in kinds if _was_written_otherwise(kind) or (name in integer_columns)})
 
@@ -124,7 +125,7 @@ def _narrow_text(kind: pa.DataType) -> Any:
         return value_text
 
     def text(value: float) -> str:
-        # Of a whole number every digit is its own, and "65504.0" is not shortened to "65500.0".
+        # A whole number keeps every digit: "65504.0" is not shortened to "65500.0".
         is_whole = float(value).is_integer() and abs(value) < _PLAIN_FLOATS
         return str(float(value)) if is_whole else str(width(value))
 
@@ -138,7 +139,7 @@ def _whole_text(value: float) -> str:
 
 
 def _kind(file: SourceFile, name: str) -> str | None:
-    """What a column's texts look like; None where the file has no value there. A folder's name is text."""
+    """How a column's texts are written; None where the file has no value there. A Hive folder's name is text."""
     kind = dict(file.columns).get(name)
     if kind is None:
         return "text" if name in file.column_names else None
@@ -157,20 +158,16 @@ def _kind(file: SourceFile, name: str) -> str | None:
 
 
 def _agree(kinds: set[str]) -> bool:
-    # An integer is written alike as a number and as a text; a float or a boolean need not be.
+    # An integer has the same text as a number and as a string; a float or a boolean may not.
     return len(kinds) < 2 or kinds in ({"text", "integer"}, {"text", "class names"})
 
 
 def _type_clash(name: str, files: Mapping[str, tuple[str, SourceFile]]) -> CorpusError:
-    (one, (where, first)), (other, (_, second)), *_ = ((k, files[k]) for k in _clash(list(files)))
+    pairs = list(combinations(files, 2))
+    # The pair to name: integers and floats alone would agree, so any other pair explains more.
+    one, other = next((pair for pair in pairs if not _agree({*pair}) and {*pair} != {"integer", "float"}), pairs[0])
+    (where, first), (_, second) = files[one], files[other]
     return CorpusError(
         f"{where}: the column {name!r} is of the type {one} in {first.path} and {other} in {second.path}, which would "
         "give one value two texts; write it with one type in all of the task's files"
-    )
-
-
-def _clash(kinds: Sequence[str]) -> tuple[str, str]:
-    pairs = ((a, b) for place, a in enumerate(kinds) for b in kinds[place + 1 :])
-    return next(
-        ((a, b) for a, b in pairs if not _agree({a, b}) and {a, b} != {"integer", "float"}), (kinds[0], kinds[1])
     )

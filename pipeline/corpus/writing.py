@@ -1,4 +1,4 @@
-"""Token rows -> one token shard, in a memory that its size does not raise."""
+"""Token rows -> one token shard, in memory that does not grow with the shard."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,8 +10,8 @@ from pipeline.corpus.rows import SHARD_SCHEMA
 from pipeline.corpus.tally import EMPTY_TALLY, ShardTally, tally_table
 
 _ROW_GROUP_BYTES = 8 * 2**20
-# Ids as four streams of bytes, the upper ones nearly all zero: half the time and four fifths of the size of a
-# dictionary's pages. Statistics would be of no use to a reader that takes all rows.
+# Ids are written as four streams of bytes, of which the upper ones are nearly all zero. That takes half the time and
+# four fifths of the size of dictionary pages. Statistics are of no use to a reader that takes all rows.
 _OPTIONS = {
     "compression": "zstd",
     "compression_level": 1,

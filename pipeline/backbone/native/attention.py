@@ -1,4 +1,4 @@
-"""Attention of packed segments without gathering, padding or keeping scores.
+"""Attention of packed segments in one kernel, which neither gathers nor pads, and keeps no scores.
 
 Shapes: N tokens that run, G tokens that are given. A heads, A' heads of keys, D head size.
 """
@@ -24,18 +24,22 @@ _SIGNATURE = [_P, ctypes.c_float, *[_P] * 15]
 
 @dataclass(frozen=True, eq=False)
 class Forest:
-    """Segments as the kernel walks them: tree by tree, brothers and sisters beside each other."""
+    """Segments in the order in which the kernel walks them: tree by tree, siblings beside each other.
+
+    A tree is a prompt with all that follows it. Siblings share their ancestors' keys, which stay in the cache.
+    """
 
     segments: Segments
     order: np.ndarray
     """Segments that run."""
     trees: np.ndarray
-    """First place in `order` of each tree, and the end of the last."""
+    """Index in `order` of each tree's first segment, and the end of the last tree."""
     most_before: int
     """Tokens of the longest chain of ancestors."""
 
 
 def make_forest(segments: Segments) -> Forest:
+    # Threads share the work by trees and heads: one thread sums the gradients of a tree's keys, in a fixed order.
     roots = np.array([chain[0] for chain in segments.chains()])
     run = np.array(segments.run)
     order = run[np.lexsort((run, segments.parents[run], roots[run]))].astype(np.int64)
@@ -62,6 +66,7 @@ class _PackedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scaling: float, forest: Forest, rotation: Rotation | None
     ) -> Tensor:
+        # No scores: kept for every layer they would outgrow all else, so the backward pass computes them again.
         ctx.save_for_backward(q, k, v)
         ctx.run = partial(_run, scaling=scaling, forest=forest, rotation=rotation)
         out = torch.empty_like(q)
@@ -72,6 +77,7 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         (grad,) = grads
         q, k, v = ctx.saved_tensors
+        # Keys and values collect gradients from many segments, so these start at zero; each query has one.
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         ctx.run(q, k, v, grad=grad.contiguous(), dq=dq, dk=dk, dv=dv)
         return dq, dk, dv, None, None, None
@@ -90,6 +96,7 @@ def _run(
     dk: Tensor | None = None,
     dv: Tensor | None = None,
 ) -> None:
+    """Call the kernel: forward if `out` is given, else backward. Pointers carry no types: `supports` checks them."""
     kernels = load_kernels()
     assert kernels is not None
     function = kernels.packed_attention

@@ -1,4 +1,6 @@
-"""Token by token: what happens around the int8 products, each in one walk over memory.
+"""Kernels that treat each token by itself: what surrounds the int8 products, each in one pass over memory.
+
+PyTorch's operators would take several passes, and memory is the limit for these.
 
 Shapes: N tokens, X the width of a row. Everything is float32 on the CPU unless said otherwise.
 """
@@ -25,7 +27,7 @@ _SIGNATURES: dict[str, list[Any]] = {
 
 
 def supports(*tensors: Tensor) -> bool:
-    """Whether these kernels can take the tensors."""
+    """Whether these kernels can be used for the tensors."""
     return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors) and load_kernels() is not None
 
 
@@ -38,7 +40,7 @@ def quantize_activations(x: Tensor, columns: Tensor | None = None) -> tuple[Tens
 
 
 def quantize_weights(weight: Tensor) -> tuple[Tensor, Tensor] | None:
-    """W `[N, X]`, float32 or bfloat16 -> (int8 `[N, X]`, the largest entry of each row `[N]`), as bitsandbytes.
+    """W `[N, X]`, float32 or bfloat16 -> (int8 `[N, X]`, absolute maximum of each row `[N]`), as bitsandbytes does it.
 
     None for another type or device, or without a compiler.
     """
@@ -107,6 +109,6 @@ def _call(name: str, *args: Tensor | int | float | None) -> None:
     kernels = load_kernels()
     assert kernels is not None
     function = getattr(kernels, name)
-    if function.argtypes is None:
+    if function.argtypes is None:  # once: without a signature ctypes would pass 64-bit pointers as 32-bit integers
         function.argtypes, function.restype = _SIGNATURES[name], None
     function(*(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args))

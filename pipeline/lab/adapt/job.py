@@ -10,7 +10,6 @@ from pipeline.backbone.files import absolute_model_path, find_model, save_config
 from pipeline.backbone.fingerprint import identify
 from pipeline.backbone.loading import build_skeleton
 from pipeline.backbone.weights import open_weights
-from pipeline.bank import BackboneId
 from pipeline.corpus.encoding import TokenizerSpec
 from pipeline.corpus.plain_text import TextCorpus, TextPlan, check_text, prepare_text
 from pipeline.errors import SettingsError, StorageError, TuningError
@@ -34,7 +33,7 @@ _ORIGIN = "adapted_from.json"
 
 @dataclass(frozen=True)
 class CheckedAdaptation:
-    """Settings that can be carried out, as far as looking tells."""
+    """Settings that passed all checks that need no training."""
 
     settings: AdaptationSettings
     start: StartModel
@@ -42,7 +41,7 @@ class CheckedAdaptation:
 
 
 def check_adaptation(settings: AdaptationSettings) -> CheckedAdaptation:
-    """Look at the model and the corpus; nothing is written. Raises: the PromptBankError that stops the run."""
+    """Check the model and the corpus; nothing is written. Raises: the PromptBankError that stops the run."""
     check_storage(settings.run)
     return CheckedAdaptation(settings, open_start_model(settings, None), check_text(settings.corpus))
 
@@ -87,11 +86,12 @@ def run_adaptation(checked: CheckedAdaptation, console: Console) -> AdaptationRe
 def _rank_job(
     settings: AdaptationSettings, start: StartModel, folder: Path, log: EventLog, connect: Connect
 ) -> AdaptationJob:
-    identity = _identify(start)
+    weights = open_weights(find_model(start.path), build_skeleton(start.config, int8=False))
+    identity = identify(start.path, start.config, start.tokenizer, weights, "full")
     description = folder / "model"
     try:
         save_config_and_tokenizer(start.config, start.tokenizer, description)
-    except Exception as error:  # tokenizers raises nothing more special on a full disk
+    except Exception as error:  # tokenizers has no class of its own for a full disk
         raise StorageError(f"cannot write {description}: {error}; make room and start the run again") from error
     short = short_embedding_table(start.config, start.tokenizer)
     spec = TokenizerSpec(str(description), identity.tokenizer, "encoder-decoder", short)
@@ -117,13 +117,8 @@ def _rank_job(
     return rank_job
 
 
-def _identify(start: StartModel) -> BackboneId:
-    weights = open_weights(find_model(start.path), build_skeleton(start.config, int8=False))
-    return identify(start.path, start.config, start.tokenizer, weights, "full")
-
-
 def _claim(folder: Path, digest: str, name: str) -> None:
-    """A folder's models are all of one adaptation. Raises: SettingsError where they would not be."""
+    """Claim the folder for one adaptation. Raises: SettingsError if it holds models of another one."""
     path = folder / _ORIGIN
     if not path.exists():
         write_atomically(path, sealed_json({"digest": digest}))
@@ -132,8 +127,8 @@ def _claim(folder: Path, digest: str, name: str) -> None:
         origin = open_json(path.read_bytes(), ("digest",))
     except DamagedError as error:
         raise SettingsError(
-            f"{path} is damaged ({error}): of what adaptation the models in its folder are is not known; give this run "
-            "another name, or remove the folder"
+            f"{path} is damaged ({error}), so nothing tells which adaptation made the models in its folder; give this "
+            "run another name, or remove the folder"
         ) from error
     if origin.get("digest") != digest:
         raise SettingsError(

@@ -1,4 +1,4 @@
-"""An adaptation as sent to its ranks, and what comes of it: a model folder at each step that is to be kept."""
+"""An adaptation as sent to its ranks, and its result: a model folder for each step that is to be kept."""
 
 import hashlib
 import json
@@ -28,23 +28,23 @@ RESULT = "adaptation.json"
 
 @dataclass(frozen=True)
 class AdaptationResult:
-    """What came of an adaptation."""
+    """The result of an adaptation."""
 
     digest: str
-    """Of everything that decides the weights but the number of steps, where the schedule does not depend on that."""
+    """Digest of all that decides the weights. The number of steps is part of it only if the schedule depends on it."""
     steps: int
     models: dict[str, str]
-    """The model folder of each step that was kept."""
+    """By step that was kept, its model folder."""
     trained_parameters: int
     seconds: float
-    """Spent on steps and on keeping models, over all starts; without loading."""
+    """Time of steps and of writing models, over all starts; without loading."""
     peak_memory_bytes: int
-    """Of the rank that had most."""
+    """Peak memory of the rank that had most."""
 
 
 @dataclass(frozen=True)
 class AdaptationJob:
-    """Plain values only."""
+    """An adaptation as sent to its ranks; plain values only."""
 
     place: TrainingPlace
     settings: dict[str, Any]
@@ -52,7 +52,7 @@ class AdaptationJob:
     corpus: dict[str, Any]
     """`TextCorpus` as a mapping."""
     fingerprint: str
-    """Of the model that is started from."""
+    """Fingerprint of the model to start from."""
 
     @property
     def run_folder(self) -> str:
@@ -73,14 +73,14 @@ class AdaptationJob:
         return self.place.folder / "models" / f"step-{step:06d}"
 
     def carry_out(self, device: torch.device, node_leaves: Callable[[], bool]) -> None:
-        """On a rank; returns early where it was told to stop. Raises: StorageError, BackboneError, TuningError."""
+        """Train on this rank; returns early if told to stop. Raises: StorageError, BackboneError, TuningError."""
         settings = AdaptationSettings.model_validate(self.settings)
         with training_rank(self.place, settings.optimizer, device, node_leaves) as here:
             _adapt(self, settings, here, device)
 
 
 def read_adaptation(job: AdaptationJob) -> AdaptationResult | None:
-    """What came of this order; None while it has not ended, or where the file is damaged."""
+    """The result of this job; None while it has not ended, or where the file is damaged."""
     try:
         data = (job.place.folder / RESULT).read_bytes()
         adapted = AdaptationResult(**open_json(data, [known.name for known in fields(AdaptationResult)]))
@@ -132,12 +132,13 @@ def _adapt(job: AdaptationJob, settings: AdaptationSettings, here: TrainingRank,
         ) from error
     if progress is None:
         return
-    # Kept, so that a run with more steps goes on from here.
+    # The last checkpoint is kept, so that a run with more steps can go on from here.
     save_progress(plan.checkpoints, plan.digest, here.model, progress)
+    kept = sorted(int(path.name.removeprefix("step-")) for path in (job.place.folder / "models").glob("step-*"))
     adapted = AdaptationResult(
         digest=job.digest,
         steps=progress.step,
-        models={str(step): str(job.model_at(step)) for step in _kept(job)},
+        models={str(step): str(job.model_at(step)) for step in kept},
         trained_parameters=trained_parameters(here.model),
         seconds=progress.seconds,
         peak_memory_bytes=max_peak_memory(device),
@@ -145,7 +146,3 @@ def _adapt(job: AdaptationJob, settings: AdaptationSettings, here: TrainingRank,
     if rank() == 0:
         write_atomically(job.place.folder / RESULT, sealed_json(asdict(adapted)))
     here.log.finished("tuned")
-
-
-def _kept(job: AdaptationJob) -> list[int]:
-    return sorted(int(path.name.removeprefix("step-")) for path in (job.place.folder / "models").glob("step-*"))

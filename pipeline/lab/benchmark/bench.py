@@ -29,7 +29,7 @@ _COMMON_TOKENS = 5_000
 
 @dataclass(frozen=True)
 class OurOptions:
-    """How our side runs; the defaults are how it runs for users."""
+    """How our side runs; the defaults are what users get."""
 
     products: str = "auto"
     kernels: bool = True
@@ -49,18 +49,18 @@ class Bench:
     model: str
     tasks: Sequence[TaskWork]
     prompts: Sequence[np.ndarray]
-    """`[P, H]` each, sampled from the vocabulary: where both sides start from."""
+    """`[P, H]` each, sampled from the vocabulary; both sides start from them."""
     steps: int
     ranks: int
     threads: int
-    """Of all ranks together."""
+    """Threads of all ranks together."""
 
     def ours(self, options: OurOptions | None = None) -> Callable[[], Side]:
-        """All tasks together on `ranks` fresh processes; ZeRO-3 where there are several."""
+        """Our side: all tasks together on `ranks` fresh processes, with ZeRO-3 if there are several."""
         return lambda: _merged(run_ranks(self.ranks, tune_on_rank, self, options or OurOptions()))
 
     def peer(self, options: PeerOptions) -> Callable[[], Side]:
-        """One task after another, in one fresh process."""
+        """The other side: one task after another, in one fresh process."""
         return lambda: _merged(run_ranks(1, _tune_as_peer, self, options))
 
     @property
@@ -69,8 +69,9 @@ class Bench:
 
     @property
     def needed_tokens(self) -> float:
-        """Tokens that a step has to compute at the least: each row's text once, and each prompt once, or with each row
-        where an encoder reads it."""
+        """Tokens that a step must compute at least: each row's text once, and each prompt once. An encoder reads the
+        prompt again with each row.
+        """
         text = sum(task.text_tokens(step) for task in self.tasks for step in range(self.steps)) / self.steps
         with_each_row = bool(self.config.is_encoder_decoder)
         rows = [task.trial.settings.batch_size if with_each_row else 1 for task in self.tasks]
@@ -135,7 +136,7 @@ def _merged(ranks: Sequence[Side]) -> Side:
 
 
 def _as_safetensors(model: str, folder: Path) -> Path:
-    """The model as a folder that `from_pretrained` takes, whatever it came as."""
+    """The model as a folder for `from_pretrained`, whatever its own format is."""
     from transformers import AutoModelForCausalLM
 
     files = find_model(model)

@@ -1,4 +1,4 @@
-"""Tokenising through Ray Data: rate against the bare fast tokenizer, memory by corpus size, the second night."""
+"""Benchmark of tokenising with Ray Data: its rate against the bare tokenizer, its memory, and a second night."""
 
 import json
 import shutil
@@ -37,44 +37,44 @@ from pipeline.tuning.peak_memory import peak_bytes
 _CHECKED_ROWS = 2000
 _SAMPLE_SECONDS = 0.5
 _WARM_UP_MEGABYTES = 4.0
-# Name -> halves of sentences a text (see write_corpus): a sentence's length, and a document's.
+# Kind of texts -> half sentences in a text (see write_corpus): as long as a sentence, and as long as a document.
 _TEXTS = {"rows": 3, "documents": 60}
 
 
 @dataclass(frozen=True)
 class BareRates:
-    """The bare tokenizer in one way, round by round."""
+    """Rates of the bare tokenizer used in one way, round by round."""
 
     rates: Sequence[float]
     """Input tokens a second."""
     ratio: tuple[float, float, float]
-    """Of our rate to its: least, median and greatest over the rounds."""
+    """Our rate divided by its rate: least, median and greatest over the rounds."""
     cpu_ratio: tuple[float, float, float]
-    """The same of tokens a second of one core, all of Ray's processes included: steadier on a busy machine."""
+    """The same for tokens a CPU second, with all of Ray's processes counted; steadier on a busy machine."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one kind of text in one size."""
+    """Rates for one kind of text in one size."""
 
     texts: str
     tokens_a_text: float
     megabytes: float
     way: BareWay
-    """The fastest one of the bare tokenizer."""
+    """The fastest way to use the bare tokenizer."""
     bare: BareRates
-    """As it comes."""
+    """With the bare tokenizer's default cache."""
     keeping: BareRates
-    """Keeping the tokens of as many words as ours does."""
+    """With a cache for as many words as ours has."""
     ours: Sequence[float]
-    """Input tokens a second from Parquet files to a published shard folder; Ray's workers run already."""
+    """Input tokens a second from Parquet files to a published shard folder; Ray's workers are running already."""
 
 
 @dataclass(frozen=True)
 class NightFigures:
     """One corpus size: its first night in a fresh process on a fresh Ray, and the next one with nothing changed.
 
-    Only making the shards: a rank that tunes holds a whole split's tokens in memory (`TokenSet`).
+    It measures only the making of shards: a rank that tunes holds a whole split's tokens in memory (`TokenSet`).
     """
 
     megabytes: float
@@ -82,11 +82,11 @@ class NightFigures:
     first_seconds: float
     second_seconds: float
     driver_mib: int
-    """Most resident memory of the process that calls: nearly all of it libraries, torch among them."""
+    """Peak resident memory of the calling process, nearly all of which is libraries such as torch."""
     worker_mib: int
-    """Of the greatest worker of Ray."""
+    """Peak of Ray's largest worker."""
     workers_mib: int
-    """Of all workers, each at its greatest."""
+    """Sum of the peaks of all workers."""
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,17 @@ def measure_corpus(
     speed_megabytes: Sequence[float],
     scratch: Path | None,
 ) -> CorpusFigures:
-    """Generate corpora below `scratch` (deleted after), and measure. Raises: CorpusError, BackboneError.
+    """Generate corpora below `scratch`, measure, and delete them. Raises: CorpusError, BackboneError.
 
-    megabytes: of Parquet, one size a night. speed_megabytes: the same of the rounds against the bare tokenizer.
+    megabytes: sizes of the Parquet files of the nights. speed_megabytes: those of the rounds against the tokenizer.
     """
     sentences, cores = read_sentences(data), psutil.cpu_count() or 1
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         place = Path(folder)
-        spec = _save_tokenizer(model, place / "model")
+        files = find_model(model)
+        config = read_config(files)
+        save_config_and_tokenizer(config, read_tokenizer(files), place / "model")
+        spec = TokenizerSpec(str(place / "model"), "of the benchmark", architecture_of(config))
         nights = [_measure_nights(place, size, sentences, spec) for size in megabytes]
         with connected_ray(ClusterSettings()):
             speed = [
@@ -125,13 +128,6 @@ def measure_corpus(
 
 def save_figures(path: Path, figures: CorpusFigures) -> None:
     write_figures(path, asdict(figures))
-
-
-def _save_tokenizer(model: str, folder: Path) -> TokenizerSpec:
-    files = find_model(model)
-    config = read_config(files)
-    save_config_and_tokenizer(config, read_tokenizer(files), folder)
-    return TokenizerSpec(str(folder), "of the benchmark", architecture_of(config))
 
 
 def _measure_speed(
@@ -183,7 +179,7 @@ def _spread(ratios: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _build(file: Path, spec: TokenizerSpec, place: Path, check: bool = False) -> TokenizingRun:
-    """Build the shards, look at them, and delete them."""
+    """Build the shards, check them if asked to, and delete them."""
     from pipeline.corpus.shards import build_shards  # imports ray
 
     source, storage = inspect_files(str(file), "benchmark"), place / "storage"
@@ -200,14 +196,14 @@ def _build(file: Path, spec: TokenizerSpec, place: Path, check: bool = False) ->
 
 
 def _cpu_seconds() -> float:
-    """Of this process and all that it started, Ray's servers and workers among them."""
+    """CPU time of this process and all that it started, which includes Ray's servers and workers."""
     here = psutil.Process()
     times = [process.cpu_times() for process in (here, *here.children(recursive=True))]
     return sum(time_.user + time_.system for time_ in times)
 
 
 def _check_ids(file: Path, folder: Path, spec: TokenizerSpec) -> None:
-    """The shards hold what transformers' own call gives for the file's first rows."""
+    """Check that the shards hold what transformers' own call gives for the file's first rows."""
     first = next(pq.ParquetFile(file).iter_batches(_CHECKED_ROWS)).to_pydict()
     tokens, tokenizer = open_split(SplitRef(str(folder))), load_tokenizer(spec.dir)
     places = np.searchsorted(tokens.row_ids, row_identities(first["text"], first["label"]))
@@ -250,7 +246,7 @@ def _prepare(file: Path, spec: TokenizerSpec, storage: Path) -> dict[str, Any]:
 
 @contextmanager
 def _worker_peaks() -> Iterator[dict[int, int]]:
-    """Most resident MiB of each of this process' Ray workers, by process id; complete after the block."""
+    """Peak resident MiB of each of this process's Ray workers, by process id; complete after the block."""
     peaks: dict[int, int] = {}
     ended = threading.Event()
 
@@ -272,12 +268,12 @@ def _worker_peaks() -> Iterator[dict[int, int]]:
 
 
 def _worker_peak(pid: int) -> int | None:
-    """MiB; None for a process that is gone, is no worker of Ray, or has not had a task yet."""
+    """Peak MiB of a worker; None for a process that is gone, is no worker of Ray, or has had no task yet."""
     try:
         name = Path(f"/proc/{pid}/cmdline").read_text()
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return None
-    # The kernel keeps the peak itself, so that nothing between two looks is missed.
+    # The kernel keeps the peak, so nothing between two samples is missed.
     peak = next((line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")), None)
     return int(peak) // 1024 if peak is not None and name.startswith("ray::") else None

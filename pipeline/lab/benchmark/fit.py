@@ -1,7 +1,7 @@
-"""Models that one rank could not hold: memory of every rank while it loads and trains, and how fast it loads.
+"""Benchmark of models that one rank could not hold: each rank's memory in loading and training, and loading's speed.
 
-The bound: int8 bytes / ranks + the largest layer gathered + 1 GiB, for everything that a rank's process has resident
-(where weights are kept in files, without the pages of these, which the system drops when memory is needed).
+The bound is int8 bytes / ranks + the largest layer gathered + 1 GiB. It holds for all resident memory of a rank's
+process. Where weights are kept in files, their pages do not count, since the system drops them when it needs memory.
 """
 
 import json
@@ -47,10 +47,10 @@ _TOKEN_BUDGET = 256
 class FitOptions:
     ranks: int = 2
     threads: int = 2
-    """Of all ranks together."""
+    """Threads of all ranks together."""
     prompts: int = 4
     length: int = 10
-    """Of every prompt."""
+    """Length of every prompt."""
     batch_size: int = 1
     """Rows a step of every prompt, of up to 16 random tokens."""
     steps: int = 3
@@ -60,25 +60,25 @@ class FitOptions:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Of a model in int8."""
+    """Size of a model in int8."""
 
     parameters: int
     int8_bytes: int
     layer_bytes: int
-    """Of what is gathered at once: the largest transformer layer, or the table of a vocabulary."""
+    """The most that is gathered at once: the largest transformer layer, or the embedding table."""
 
 
 @dataclass(frozen=True)
 class RankFit:
-    """What one rank had resident, and how long it took."""
+    """Resident memory of one rank, and its times."""
 
     before: Resident
-    """Libraries imported, nothing loaded."""
+    """With libraries imported and nothing loaded."""
     loading: Resident
     held: dict[str, int]
     training: Resident
     plain_seconds: Sequence[float]
-    """To read its share of the same files and forget it, before and after loading."""
+    """Seconds to read its share of the same files without keeping it, before and after loading."""
     load_seconds: float
     step_seconds: Sequence[float]
     losses: Sequence[Sequence[float]]
@@ -101,14 +101,10 @@ class Fit:
 
     @property
     def peaks(self) -> tuple[int, int]:
-        """Of any rank: while loading, while training. Where weights are in files, what no file backs."""
+        """Largest peaks of any rank, in loading and in training. Pages of weights in files do not count."""
         kind = "total" if self.options.offload_folder is None else "own"
-        loading, training = ([getattr(peak, kind) for peak in peaks] for peaks in self._watched)
-        return max(loading), max(training)
-
-    @property
-    def _watched(self) -> tuple[list[Resident], list[Resident]]:
-        return [rank.loading for rank in self.ranks], [rank.training for rank in self.ranks]
+        loading = max(getattr(rank.loading, kind) for rank in self.ranks)
+        return loading, max(getattr(rank.training, kind) for rank in self.ranks)
 
     @property
     def holds(self) -> bool:
@@ -134,7 +130,7 @@ class Fit:
 def measure_fit(shape: str, layers: int | None, folder: Path, options: FitOptions, keep: bool) -> Fit:
     """Write the checkpoint if it is not there, load it in int8 over the ranks, and train random prompts some steps.
 
-    The folder is deleted again, unless it was there or is to be kept.
+    The folder is deleted afterwards, unless it was there before or is to be kept.
     Raises: BackboneError, StorageError.
     """
     name = Path(shape).stem
@@ -154,7 +150,7 @@ def measure_fit(shape: str, layers: int | None, folder: Path, options: FitOption
 
 
 def save_fits(path: Path, fits: Sequence[Fit]) -> None:
-    """Write as JSON, in place of earlier results of the same shapes."""
+    """Write results as JSON; they replace earlier results of the same shapes."""
     kept = json.loads(path.read_text()) if path.exists() else []
     shapes = {fit.shape for fit in fits}
     derived = ("bound", "peaks", "holds", "load_rate", "plain_rates", "ranks_agree")
@@ -163,7 +159,7 @@ def save_fits(path: Path, fits: Sequence[Fit]) -> None:
 
 
 def size_of(folder: Path) -> ModelSize:
-    """Count a model's int8 bytes as hosted: what its checkpoint stores apart is apart."""
+    """Count a model's int8 bytes as hosted; weights that its checkpoint stores separately are not tied."""
     files = find_model(str(folder))
     model = build_skeleton(read_config(files), int8=True)
     untie_separate_weights(model, open_weights(files, model))
@@ -244,7 +240,7 @@ def _start_together(files: Sequence[Path]) -> None:
 
 
 def _drop_from_cache(files: Sequence[Path]) -> bool:
-    """Have the files read from disk again, as far as the system does what it is asked; whether it can be asked."""
+    """Ask the system to drop the files from its page cache; returns whether it can be asked."""
     if not hasattr(os, "posix_fadvise"):
         return False
     for path in files:

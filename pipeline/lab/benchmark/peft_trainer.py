@@ -36,7 +36,7 @@ class PeerOptions:
 
 
 def load_peer_model(folder: Path, options: PeerOptions) -> Any:
-    """Without dropout, so that both sides compute the same."""
+    """The model for PEFT, without dropout, so that both sides compute the same."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config.update({key: 0.0 for key in config.to_dict() if key.endswith(("dropout", "dropout_rate", "pdrop"))})
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -52,7 +52,7 @@ def tune_one_by_one(
 ) -> Side:
     """Tune each task's prompt `[P, H]` in a run of its own."""
     runs = [_tune(model, task, prompt, steps, options, folder) for task, prompt in zip(tasks, prompts, strict=True)]
-    # Step by step, as if the runs had gone on beside each other.
+    # Summed step by step, as if the runs had taken place side by side.
     return Side(
         [sum(run.tokens[step] for run in runs) for step in range(steps)],
         [sum(run.seconds[step] for run in runs) for step in range(steps)],

@@ -1,4 +1,4 @@
-"""Whether what makes a step fast costs the tuned prompts anything: dev metrics of several tasks and seeds."""
+"""Measure whether a fast step makes prompts worse: dev metrics over several tasks and seeds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,15 +23,15 @@ _Scores = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Quality:
-    """Of every task over its seeds, on dev."""
+    """Dev figures of every task, over its seeds."""
 
     before: dict[str, list[float]] = field(default_factory=dict)
     """Accuracies."""
     after: dict[str, list[float]] = field(default_factory=dict)
     losses: dict[str, list[float]] = field(default_factory=dict)
-    """After, in nats a target token."""
+    """After tuning, in nats a target token."""
     seconds: float = 0.0
-    """Of the tuning alone."""
+    """Time of tuning alone."""
 
     @property
     def mean(self) -> float:
@@ -43,7 +43,7 @@ class Quality:
 
 
 def compare_quality(bench: Bench, with_peer: bool, out: Path) -> dict[str, Quality]:
-    """Every way to tune the same trials, from the same prompts, on the same rows; written to `out` as JSON."""
+    """Tune the same trials in each way, from the same prompts, on the same rows; results go to `out` as JSON."""
     ways = {
         "int8 products": OurOptions(products="int8"),
         "exact products": OurOptions(products="exact"),
@@ -53,7 +53,7 @@ def compare_quality(bench: Bench, with_peer: bool, out: Path) -> dict[str, Quali
     sides: dict[str, Quality] = {}
     for side, options in ways.items():
         sides[side] = tune_and_score(bench, options)
-        _save(out, bench.steps, sides)  # each takes minutes: what is known is kept
+        _save(out, bench.steps, sides)  # each way takes minutes, so results are written as they come
     if with_peer:
         peer = bench.peer(PeerOptions())()
         after, losses = score_prompts(bench, peer.prompts, OurOptions(int8=False))

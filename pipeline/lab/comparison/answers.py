@@ -1,4 +1,4 @@
-"""Which answers a comparison needs of which candidate, and how it gets them: by the ranks that host its weights."""
+"""Collect the questions to each candidate, and get the answers from the ranks that host its weights."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,27 +19,27 @@ AnswersByKey = Mapping[AnswerKey, SplitAnswers]
 
 @dataclass(frozen=True)
 class CandidatePrompts:
-    """What the candidates answer with."""
+    """The prompts that candidates answer with."""
 
-    prompts: Mapping[str, np.ndarray]
+    soft: Mapping[str, np.ndarray]
     """Soft prompts `[P, H]`, by candidate."""
-    texts: Mapping[str, str]
-    """Hard prompts, by candidate."""
+    hard: Mapping[str, str]
+    """Texts of hard prompts, by candidate."""
 
 
 @dataclass
 class QuestionList:
-    """Questions as they come together; each once."""
+    """Questions to candidates, collected before any is answered; each is asked once."""
 
     study: Study
-    askable: CandidatePrompts
+    prompts: CandidatePrompts
     of_model: dict[AnswerKey, SplitQuestion] = field(default_factory=dict)
     of_adapters: dict[AnswerKey, SplitQuestion] = field(default_factory=dict)
     of_tuned: dict[AnswerKey, SplitQuestion] = field(default_factory=dict)
-    """To models that were fine-tuned."""
+    """Questions to fine-tuned models."""
 
     def add(self, measured: MeasuredCandidate, on: str, split: Split) -> None:
-        """A candidate on a task's rows; nothing where it failed, or there are no such rows."""
+        """Add a candidate's question on a task's rows, unless it failed or there are no such rows."""
         name, corpus = measured.candidate.name, self.study.corpora.get(on)
         if measured.failed is not None or corpus is None or split not in corpus.splits:
             return
@@ -48,19 +48,19 @@ class QuestionList:
             self.of_adapters[key] = SplitQuestion(on, split, rows)
         elif measured.candidate.method == "fine-tuning":
             self.of_tuned[key] = SplitQuestion(on, split, rows)
-        elif name in self.askable.texts:
-            self.of_model[key] = SplitQuestion(on, split, rows, text=self.askable.texts[name])
+        elif name in self.prompts.hard:
+            self.of_model[key] = SplitQuestion(on, split, rows, text=self.prompts.hard[name])
         else:
-            prompt = save_prompt(self.study.folder / PHASE, self.askable.prompts[name])
+            prompt = save_prompt(self.study.folder / PHASE, self.prompts.soft[name])
             self.of_model[key] = SplitQuestion(on, split, rows, prompt=prompt)
 
     def add_all(self, candidates: Iterable[MeasuredCandidate], split: Split) -> None:
-        """Each on its own task's rows."""
+        """Add each candidate's question on its own task's rows."""
         for measured in candidates:
             self.add(measured, measured.candidate.task, split)
 
     def answers(self) -> AnswersByKey:
-        """Raises: PromptBankError."""
+        """Have all questions answered. Raises: PromptBankError."""
         found: dict[AnswerKey, SplitAnswers] = {}
         if self.of_model:
             answered = answer_on_ranks(self.study, list(self.of_model.values()))

@@ -1,4 +1,4 @@
-"""Questions answered on the ranks, many prompts in the same batches, each kept as soon as it is there."""
+"""Answer questions on the ranks, with many prompts in the same batches. Each answer is kept as soon as it is there."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,13 +34,13 @@ from pipeline.tuning.stop_signal import StopSignal
 from pipeline.tuning.watchdog import call_at_every_layer
 
 _AT_ONCE = 8
-"""Questions whose rows share batches, and are lost together where a rank is."""
+"""Questions whose rows share batches; when a rank is lost, their answers are lost together."""
 PHASE = "answers"
 
 
 @dataclass(frozen=True)
 class EvalJob:
-    """Questions as sent to the ranks: plain values only."""
+    """Questions as sent to the ranks; plain values only."""
 
     settings: dict[str, Any]
     corpora: dict[str, dict[str, Any]]
@@ -48,15 +48,15 @@ class EvalJob:
     model_folder: str
     questions: tuple[SplitQuestion, ...]
     digests: tuple[str, ...]
-    """By question, the name of its answers' file."""
+    """By question, the name of the file with its answers."""
 
     @property
     def paths(self) -> dict[SplitQuestion, Path]:
-        """Where the answers to each question are kept."""
+        """The file with the answers to each question."""
         return answer_paths(self.run_folder, self.questions, self.digests)
 
     def carry_out(self, device: torch.device, node_leaves: Callable[[], bool]) -> None:
-        """Raises: StorageError, BackboneError."""
+        """Answer what is missing, on a rank. Raises: StorageError, BackboneError."""
         settings = Settings.model_validate(self.settings)
         run_log = RunLog(Path(self.run_folder), silent=rank() != 0)
         timeout, threads = settings.run.hang_timeout, settings.cluster.cpus_per_worker
@@ -69,17 +69,17 @@ class EvalJob:
 
 @dataclass(frozen=True)
 class OtherWeights:
-    """A model folder to be asked in place of the frozen model, of the same architecture and tokenizer."""
+    """A model folder to use in place of the frozen model, with the same architecture and tokenizer."""
 
     path: str
     digest: str
-    """Of all that decided the weights."""
+    """Digest of all that decided the weights."""
 
 
 def answer_on_ranks(
     study: Study, questions: Sequence[SplitQuestion], phase: str = PHASE, weights: OtherWeights | None = None
 ) -> dict[SplitQuestion, SplitAnswers]:
-    """Have the ranks answer what was not answered before. Raises: PromptBankError."""
+    """Have the ranks answer the questions that have no answers yet. Raises: PromptBankError."""
     job = _eval_job(study, questions, phase, weights)
     with study.phase(phase) as (_, log):
         log.write("begin", tasks=len(job.questions))
@@ -96,13 +96,15 @@ def answer_on_ranks(
 def all_answered(
     study: Study, questions: Sequence[SplitQuestion], phase: str = PHASE, weights: OtherWeights | None = None
 ) -> bool:
-    """Whether `answer_on_ranks` need not ask."""
+    """Whether all questions have answers already, so that `answer_on_ranks` starts no rank."""
     return all_answers(_eval_job(study, questions, phase, weights).paths) is not None
 
 
 def _eval_job(study: Study, questions: Sequence[SplitQuestion], phase: str, weights: OtherWeights | None) -> EvalJob:
     asked = tuple(dict.fromkeys(questions))
     settings = settings_for_ranks(study.settings)
+    model = study.checked.identity.fingerprint if weights is None else weights.digest
+    products = study.settings.model.products
     if weights is not None:
         settings["model"] |= {"path": weights.path, "weights": "full"}
     return EvalJob(
@@ -111,14 +113,8 @@ def _eval_job(study: Study, questions: Sequence[SplitQuestion], phase: str, weig
         run_folder=str(study.folder / phase),
         model_folder=str(study.model_folder),
         questions=asked,
-        digests=tuple(question.digest(*_digest_parts(study, question.task, weights)) for question in asked),
+        digests=tuple(question.digest(*study.deciding(question.task), model, products) for question in asked),
     )
-
-
-def _digest_parts(study: Study, task: str, weights: OtherWeights | None) -> tuple[str, ...]:
-    """What answers depend on beside the question."""
-    model = study.checked.identity.fingerprint if weights is None else weights.digest
-    return *study.deciding(task), model, study.settings.model.products
 
 
 def _answer_all(job: EvalJob, settings: Settings, backbone: Backbone, run_log: RunLog, stop_signal: StopSignal) -> None:
@@ -140,7 +136,7 @@ def _answer_all(job: EvalJob, settings: Settings, backbone: Backbone, run_log: R
 
 
 def _missing(paths: Mapping[SplitQuestion, Path], device: torch.device) -> list[SplitQuestion]:
-    """The questions that a rank sees no answers to: the same on all ranks, whenever each looks."""
+    """The questions to which some rank sees no answers; all ranks get the same list, whenever each looks."""
     seen = [load_answers(path) is not None for path in paths.values()]
     counts = sum_over_ranks(torch.tensor(seen, dtype=torch.float32, device=device)).tolist()
     return [question for question, count in zip(paths, counts, strict=True) if count < world_size()]

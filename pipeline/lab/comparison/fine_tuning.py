@@ -1,6 +1,6 @@
-"""Full fine-tuning in a comparison: all weights, one (task, rate, seed) after the other on all ranks together.
+"""Full fine-tuning in a comparison: all ranks together train all weights, one (task, rate, seed) after the other.
 
-A tuned model stays until it has answered; it is asked without a prompt, in place of the frozen one.
+A tuned model is kept until it has answered. It answers without a prompt, in place of the frozen model.
 """
 
 from collections.abc import Mapping
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pipeline.backbone.files import absolute_model_path
 from pipeline.errors import TuningError
 from pipeline.lab.comparison.candidates import Candidate, Cost, MeasuredCandidate
+from pipeline.lab.comparison.derived_settings import training_grid, training_settings
 from pipeline.lab.comparison.eval_job import OtherWeights, all_answered, answer_on_ranks
 from pipeline.lab.comparison.questions import SplitAnswers, SplitQuestion
 from pipeline.lab.comparison.study import Study, without_test_splits
-from pipeline.lab.comparison.training import training_grid, training_settings
 from pipeline.lab.full_weights.fine_tuning import RESULT, Diverged, FineTuningJob, FineTuningResult, read_result
 from pipeline.lab.full_weights.rank_setup import TrainingPlace
 from pipeline.settings import FineTuningSettings
@@ -40,9 +40,9 @@ def fine_tune(study: Study, settings: FineTuningSettings) -> list[MeasuredCandid
 def answers_of_models(
     study: Study, settings: FineTuningSettings, questions: Mapping[str, tuple[SplitQuestion, ...]]
 ) -> dict[tuple[str, SplitQuestion], SplitAnswers]:
-    """Answers of tuned models, by candidate and question; then they are removed, unless they are to stay.
+    """Answers of tuned models, by candidate and question. Models are removed afterwards, unless they are to be kept.
 
-    A model that was removed, or has rotted, and is asked something new, is trained again. Raises: PromptBankError.
+    A model that was removed or damaged is trained again when a new question needs it. Raises: PromptBankError.
     """
     found: dict[tuple[str, SplitQuestion], SplitAnswers] = {}
     for job in _jobs(study, settings):
@@ -71,8 +71,8 @@ def _answers(
 
 def _weights(study: Study, result: FineTuningResult | Diverged) -> OtherWeights:
     if isinstance(result, Diverged):
-        raise TuningError(f"a training that had ended well did not when it was repeated: {result.reason}")
-    # Where no step was better than the start, the model as it was is the best there is.
+        raise TuningError(f"a training that succeeded before failed when it was repeated: {result.reason}")
+    # Where no step was better than the start, the untrained model is the best one.
     return OtherWeights(result.model or absolute_model_path(study.settings.model.path), result.digest)
 
 
@@ -114,7 +114,7 @@ def _result(study: Study, settings: FineTuningSettings, job: _Training) -> FineT
 
 
 def _trained(study: Study, settings: FineTuningSettings, job: _Training) -> FineTuningResult | Diverged:
-    """Train, unless that was done. Raises: PromptBankError."""
+    """The result of training, which is run unless it is there. Raises: PromptBankError."""
     result = _result(study, settings, job)
     if result is not None:
         return result

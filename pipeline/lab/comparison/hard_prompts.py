@@ -24,7 +24,7 @@ from pipeline.tuning.trials import random_numbers
 class HardPrompt:
     candidate: Candidate
     text: str
-    """All that stands before a row."""
+    """The text before every row."""
 
 
 def hard_prompts(
@@ -35,7 +35,7 @@ def hard_prompts(
     tokenizer: Any,
     architecture: Architecture,
 ) -> Iterator[HardPrompt]:
-    """Of every task: without solved rows, and with each number of them for each seed."""
+    """Every task's hard prompts: one without solved rows, and one for each number of them and each seed."""
     for task, corpus in corpora.items():
         own = settings.text.get(task)
         if settings.zero_shot:
@@ -53,14 +53,14 @@ def hard_prompts(
 
 
 def drawn_rows(task: str, seed: int, shots: int, total: int) -> np.ndarray:
-    """Row numbers `[shots]` of the train split; fewer shots of a seed are the first of more."""
+    """Row numbers `[shots]` of the train split. Fewer shots of a seed are the first ones of more shots."""
     return random_numbers(seed, task, "shots").permutation(total)[:shots]
 
 
 def solved_rows(
     train: TokenSet, rows: Sequence[int] | np.ndarray, separator: str, tokenizer: Any, architecture: Architecture
 ) -> list[str]:
-    """Inputs with their targets behind them, as texts."""
+    """Texts of inputs, each with its target behind it."""
     inputs = decode_inputs(tokenizer, architecture, [train.input_ids(int(row)).tolist() for row in rows])
     return [text + separator + train.target(int(row)) for text, row in zip(inputs, rows, strict=True)]
 
@@ -72,9 +72,9 @@ def joined(parts: Sequence[str], between: str) -> str:
 def with_shared_prefix(
     text: str, split: TokenSet, tokenizer: Any, architecture: Architecture
 ) -> tuple[np.ndarray, TokenSet]:
-    """The tokens `[P]` with which every row begins behind the text, and the split with what follows them in each.
+    """The tokens `[P]` that all rows begin with when the text stands before them, and the split of their remainders.
 
-    Prompt and rest of a row together are what the tokenizer gives for the text and the row's own as one.
+    Those tokens and a row's remainder together are the tokenizer's ids for the joined texts.
     """
     inputs = decode_inputs(tokenizer, architecture, [split.input_ids(row).tolist() for row in range(len(split))])
     whole = [np.array(ids, np.int32) for ids in encode_inputs(tokenizer, architecture, [text + own for own in inputs])]
@@ -92,10 +92,10 @@ def check_hard_prompt(
     context: int | None,
     rows: int | None = None,
 ) -> int:
-    """How many tokens the text has.
+    """The number of tokens of the text.
 
-    Raises: SettingsError when text, row and target may not fit the model's context, or the text has a token beyond its
-    `rows` of embeddings.
+    Raises: SettingsError when text, row and target may not fit into the model's context, or the text has a token beyond
+    the model's `rows` of embeddings.
     """
     ids = encode_inputs(tokenizer, architecture, [prompt.text])[0]
     if (reason := missing_embedding(tokenizer, ids, rows)) is not None:
@@ -112,7 +112,7 @@ def check_hard_prompt(
 
 
 def _shared(rows: Sequence[np.ndarray]) -> int:
-    """How many tokens all rows begin with; at least one is left of each."""
+    """How many tokens all rows begin with; each row keeps at least one of its own."""
     most = min(map(len, rows)) - 1
     table = np.stack([row[:most] for row in rows])
     differs = (table != table[0]).any(axis=0)

@@ -1,6 +1,6 @@
-"""A whole comparison, phase after phase: tune, choose on dev, and only then look at test rows; then the tables.
+"""A whole comparison, phase after phase: tune, choose on dev, and only then answer test rows and make the tables.
 
-Started again, it goes on: each phase keeps what it has done, and what is done is read.
+When it is started again, it resumes: each phase keeps what it has done, and reads it back.
 """
 
 import json
@@ -17,7 +17,8 @@ from pipeline.lab.comparison import tables, transfer
 from pipeline.lab.comparison.answers import AnswersByKey, CandidatePrompts, QuestionList
 from pipeline.lab.comparison.candidates import Cost, MeasuredCandidate
 from pipeline.lab.comparison.checks import check_corpora
-from pipeline.lab.comparison.choice import SeedGroup, choose_best, group_by_seed
+from pipeline.lab.comparison.choice import SeedGroup, choose_best, group_over_seeds
+from pipeline.lab.comparison.derived_settings import with_own_bank
 from pipeline.lab.comparison.fine_tuning import fine_tune
 from pipeline.lab.comparison.hard_prompts import HardPrompt, check_hard_prompt, hard_prompts
 from pipeline.lab.comparison.lora import train_adapters
@@ -26,7 +27,7 @@ from pipeline.lab.comparison.page.markdown import to_markdown
 from pipeline.lab.comparison.page.render import render_comparison
 from pipeline.lab.comparison.prompts import tune_prompts
 from pipeline.lab.comparison.results import Results, TaskFacts, write_results
-from pipeline.lab.comparison.study import Study, with_own_bank
+from pipeline.lab.comparison.study import Study
 from pipeline.reporting.events import EventLog, telling_why
 from pipeline.run.bank import check_fit
 from pipeline.run.checks import CheckedRun
@@ -55,11 +56,11 @@ class _Candidates:
     """All candidates with their dev metrics."""
 
     measured: Sequence[MeasuredCandidate]
-    askable: CandidatePrompts
+    prompts: CandidatePrompts
 
 
 def run_comparison(checked: CheckedRun, console: Console) -> ComparisonResult:
-    """Compare what the settings name, which are `comparison_settings`; leaves `results.json` and its pages.
+    """Compare what the settings name; they come from `comparison_settings`. Leaves `results.json` and its pages.
 
     Raises: PromptBankError for everything that a user can fix.
     """
@@ -78,12 +79,12 @@ def run_comparison(checked: CheckedRun, console: Console) -> ComparisonResult:
             corpora, refused = prepare_corpora(checked, tokenizer, log, connect)
         study = Study(checked, folder, corpora, console, connect)
         check_corpora(study)
-        made = _make_candidates(study)
-        groups = group_by_seed(made.measured)
+        candidates = _make_candidates(study)
+        groups = group_over_seeds(candidates.measured)
         chosen = choose_best(groups, study.metrics)
         _write_choices(folder / "chosen.json", chosen)
-        answers = _answer_test_rows(study, made, chosen)
-        results = _results(study, groups, chosen, answers, made, refused, started)
+        answers = _answer_test_rows(study, candidates, chosen)
+        results = _results(study, groups, chosen, answers, candidates, refused, started)
         lease.check()
         write_results(folder / "results.json", results)
         write_atomically(folder / "report.md", to_markdown(results).encode())
@@ -99,7 +100,7 @@ def _make_candidates(study: Study) -> _Candidates:
     measured = [*_measured_hard(study, hard), *tuned.measured]
     prompts = dict(tuned.arrays)
     if compare.transfer is not None and compare.transfer.starts:
-        best = choose_best(group_by_seed(tuned.measured), study.metrics)
+        best = choose_best(group_over_seeds(tuned.measured), study.metrics)
         of_task = {task: group for (_, task), group in best.items()}
         moved = transfer.tune_from_others(study, compare.transfer.starts, tuned, of_task)
         if moved is not None:
@@ -118,8 +119,7 @@ def _hard_prompts(study: Study) -> list[HardPrompt]:
     if compare.hard_prompts is None:
         return []
     tasks, tokenizer, architecture = study.settings.tasks, checked.tokenizer, checked.architecture
-    made = hard_prompts(compare.hard_prompts, tasks, study.corpora, compare.seeds, tokenizer, architecture)
-    found = list(made)
+    found = list(hard_prompts(compare.hard_prompts, tasks, study.corpora, compare.seeds, tokenizer, architecture))
     for prompt in found:
         task = tasks[prompt.candidate.task]
         context, rows = context_length(checked.config), embedding_rows(checked.config)
@@ -128,12 +128,12 @@ def _hard_prompts(study: Study) -> list[HardPrompt]:
 
 
 def _measured_hard(study: Study, prompts: Sequence[HardPrompt]) -> list[MeasuredCandidate]:
-    """Hard prompts with their dev metric: nothing is tuned, they are only asked."""
+    """Hard prompts with their dev metric; nothing is tuned."""
     checked = study.checked
     unmeasured = [MeasuredCandidate(prompt.candidate, float("nan"), float("nan")) for prompt in prompts]
-    wanted = QuestionList(study, CandidatePrompts({}, {prompt.candidate.name: prompt.text for prompt in prompts}))
-    wanted.add_all(unmeasured, "dev")
-    answers = wanted.answers()
+    questions = QuestionList(study, CandidatePrompts({}, {prompt.candidate.name: prompt.text for prompt in prompts}))
+    questions.add_all(unmeasured, "dev")
+    answers = questions.answers()
     found = []
     for prompt in prompts:
         task = prompt.candidate.task
@@ -145,22 +145,22 @@ def _measured_hard(study: Study, prompts: Sequence[HardPrompt]) -> list[Measured
     return found
 
 
-def _answer_test_rows(study: Study, made: _Candidates, chosen: tables.Chosen) -> AnswersByKey:
-    """Every candidate on its task's test rows; the chosen ones on whatever else is asked of them."""
+def _answer_test_rows(study: Study, candidates: _Candidates, chosen: tables.Chosen) -> AnswersByKey:
+    """Every candidate's answers on its task's test rows, and the chosen ones' answers for the other tables."""
     compare = study.settings.compare
-    wanted = QuestionList(study, made.askable)
-    wanted.add_all(made.measured, "test")
+    questions = QuestionList(study, candidates.prompts)
+    questions.add_all(candidates.measured, "test")
     for (method, task), group in chosen.items():
-        if compare.ensembles and method == "prompt tuning" and len(group.whole) > 1:
-            wanted.add_all(group.whole, "dev")
+        if compare.ensembles and method == "prompt tuning" and len(group.succeeded) > 1:
+            questions.add_all(group.succeeded, "dev")
         for on in compare.domain_shift.get(task, ()):
-            for one in group.whole:
-                wanted.add(one, on, "test")
+            for one in group.succeeded:
+                questions.add(one, on, "test")
     if compare.transfer is not None and compare.transfer.matrix:
         for one in _best_prompts(study, chosen).values():
             for on in study.corpora:
-                wanted.add(one, on, tables.last_split(study, on))
-    return wanted.answers()
+                questions.add(one, on, tables.last_split(study, on))
+    return questions.answers()
 
 
 def _best_prompts(study: Study, chosen: tables.Chosen) -> dict[str, MeasuredCandidate]:
@@ -174,7 +174,7 @@ def _results(
     groups: Sequence[SeedGroup],
     chosen: tables.Chosen,
     answers: AnswersByKey,
-    made: _Candidates,
+    candidates: _Candidates,
     refused: Mapping[str, PromptBankError],
     started: float,
 ) -> Results:
@@ -198,7 +198,7 @@ def _results(
         ensembles=tuple(tables.ensemble_rows(chosen, judged)) if compare.ensembles else (),
         transfer=tuple(tables.transfer_cells(best, judged, study)) if matrix else (),
         likeness=transfer.prompt_similarities(
-            {task: made.askable.prompts[one.candidate.name] for task, one in best.items()}
+            {task: candidates.prompts.soft[one.candidate.name] for task, one in best.items()}
         ),
         starts=tuple(tables.start_rows(groups, chosen, judged)),
         shifts=tuple(tables.shift_rows(compare.domain_shift, chosen, judged)),
@@ -219,14 +219,14 @@ def _facts(study: Study, task: str, judged: tables.CountedAnswers) -> TaskFacts:
 
 
 def _write_choices(path: Path, chosen: tables.Chosen) -> None:
-    """What was chosen, written down before a test row is looked at. Raises: StorageError."""
+    """Write down what was chosen, before any test row is answered. Raises: StorageError."""
     plain = [
         {
             "method": method,
             "task": task,
             "choice": dict(group.choice),
-            "seeds": [one.candidate.seed for one in group.whole],
-            "dev": [one.value for one in group.whole],
+            "seeds": [one.candidate.seed for one in group.succeeded],
+            "dev": [one.value for one in group.succeeded],
         }
         for (method, task), group in chosen.items()
     ]

@@ -1,4 +1,4 @@
-"""LoRA in a comparison: every (task, rate, seed) is one rank's job, and jobs are dealt over the ranks.
+"""LoRA in a comparison: every (task, rate, seed) is a job for one rank, and jobs are dealt to the ranks in turn.
 
 Test rows are answered in a second launch, when all adapters are there and every choice is made.
 """
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.corpus.task_corpus import TaskCorpus
-from pipeline.lab.comparison.adapter_files import KeptAdapter, load_adapter
 from pipeline.lab.comparison.candidates import Candidate, Cost, MeasuredCandidate
+from pipeline.lab.comparison.derived_settings import training_grid
 from pipeline.lab.comparison.lora_job import PHASE, LoraJob, LoraRankJob, lora_trial
 from pipeline.lab.comparison.questions import SplitAnswers, SplitQuestion, all_answers, load_answers
 from pipeline.lab.comparison.study import Study, without_test_splits
-from pipeline.lab.comparison.training import training_grid
+from pipeline.lab.comparison.tensor_files import KeptAdapter, load_adapter
 from pipeline.run.stages import settings_for_ranks
 from pipeline.settings import LoraSettings
 

@@ -1,6 +1,6 @@
-"""LoRA on one rank: its share of the jobs, one after the other, each trained and kept, or asked.
+"""LoRA on one rank: it trains the adapters of its jobs one after the other, or has them answer.
 
-A job that was cut short begins anew.
+A job that was interrupted begins anew.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from pipeline.backbone.files import find_model
 from pipeline.backbone.host import Backbone, compute_dtype, host_backbone
 from pipeline.corpus.reader import open_split
 from pipeline.corpus.task_corpus import TaskCorpus
-from pipeline.lab.comparison.adapter import add_adapter, load_adapter_weights, no_prompt, train_adapter
-from pipeline.lab.comparison.adapter_files import load_adapter, save_adapter
+from pipeline.lab.comparison.adapter import add_adapter, load_adapter_weights, train_adapter
+from pipeline.lab.comparison.derived_settings import training_settings
 from pipeline.lab.comparison.questions import SplitQuestion, answer_paths, load_answers, save_answers, to_split_answers
-from pipeline.lab.comparison.training import training_settings
+from pipeline.lab.comparison.tensor_files import load_adapter, save_adapter
 from pipeline.settings import LoraSettings, Settings
 from pipeline.tuning.evaluate import answer, eval_request
 from pipeline.tuning.rank_process import rank_process
@@ -33,22 +33,22 @@ PHASE = "lora"
 
 @dataclass(frozen=True)
 class LoraJob:
-    """An adapter to be trained, and the questions to it once it is."""
+    """An adapter to be trained, and the questions for it afterwards."""
 
     name: str
     task: str
     rate: float
     seed: int
     file: str
-    """Name of the adapter's file: the digest of all that decides it."""
+    """Name of the adapter's file: the digest of all that decides its weights."""
     questions: tuple[SplitQuestion, ...] = ()
     digests: tuple[str, ...] = ()
-    """By question, the name of its answers' file."""
+    """By question, the name of the file with its answers."""
 
 
 @dataclass(frozen=True)
 class LoraRankJob:
-    """Jobs as sent to the ranks: plain values only."""
+    """Jobs as sent to the ranks; plain values only."""
 
     settings: dict[str, Any]
     corpora: dict[str, dict[str, Any]]
@@ -61,11 +61,11 @@ class LoraRankJob:
         return Path(self.run_folder) / "adapters" / f"{job.file}.safetensors"
 
     def answers(self, job: LoraJob) -> dict[SplitQuestion, Path]:
-        """Where the answers to each of a job's questions are kept."""
+        """The file with the answers to each of a job's questions."""
         return answer_paths(self.run_folder, job.questions, job.digests)
 
     def carry_out(self, device: torch.device, node_leaves: Callable[[], bool]) -> None:
-        """Raises: StorageError, BackboneError, SettingsError."""
+        """Train or ask this rank's adapters. Raises: StorageError, BackboneError, SettingsError."""
         settings = Settings.model_validate(self.settings)
         timeout, threads = settings.run.hang_timeout, settings.cluster.cpus_per_worker
         with rank_process(self.run_folder, timeout, threads, device) as alive:
@@ -75,7 +75,7 @@ class LoraRankJob:
 def lora_trial(
     settings: Settings, lora: LoraSettings, task: str, rate: float, seed: int, corpus: str, fingerprint: str
 ) -> Trial:
-    # Of the task's name, so that it takes the rows that the task's prompts take.
+    # Named as the task, so that its batches have the rows that the task's prompts have.
     return make_trial(task, training_settings(settings.tasks[task], lora, rate), seed, corpus, fingerprint)
 
 
@@ -126,7 +126,7 @@ def _answer(
     for question in asked:
         corpus = corpora[question.task]
         split = open_split(corpus.splits[question.split], question.rows)
-        requests.append(eval_request(settings.tasks[question.task], no_prompt(backbone), split, corpus))
+        requests.append(eval_request(settings.tasks[question.task], backbone.no_prompt(), split, corpus))
     with alone():
         answers = answer(backbone, tokenizer, requests, settings.cluster.tokens_per_microbatch) if requests else []
     for question, request, given in zip(asked, requests, answers, strict=True):

@@ -1,6 +1,6 @@
-"""Rows of one task that the training of another has seen: corpora of one origin share their texts.
+"""Find rows of one task that another task's training has seen: corpora of one origin share texts.
 
-What was trained on a row may know its answer by heart; judged on another task, that would pass for transfer.
+What was trained on a row may have memorised its answer. Counted on another task, that would look like transfer.
 """
 
 import re
@@ -25,7 +25,7 @@ _NEITHER_LETTER_NOR_DIGIT = re.compile(r"[\W_]+")
 
 
 def find_seen_rows(study: Study) -> SeenRows:
-    """Of a comparison's rows as they are answered; two texts are one if their letters are."""
+    """A function that tells the seen rows of a comparison. Two texts count as one if their letters are equal."""
 
     def letters(task: str, ref: SplitRef, limit: int | None = None) -> Iterator[str]:
         split, tokenizer = open_split(ref, limit), study.checked.tokenizer
@@ -51,7 +51,7 @@ def find_seen_rows(study: Study) -> SeenRows:
 
 
 def row_letters(template: str) -> Callable[[str], str]:
-    """What tells the letters of a row from those that its template puts around and between them."""
+    """A function that returns a row's own letters, without those that its template puts around and between them."""
     pieces = parse_template(template, "input").pieces
     parts = (re.escape(_letters(literal)) + ("(.*?)" if column is not None else "") for literal, column in pieces)
     pattern = re.compile("".join(parts))
@@ -65,7 +65,7 @@ def row_letters(template: str) -> Callable[[str], str]:
 
 
 def _letters(text: str) -> str:
-    """Letters and digits alone, without case and accents: `is n't` is `isn't`, and `-lrb- a -rrb-` is `(a)`."""
+    """Letters and digits only, without case and accents: `is n't` equals `isn't`, and `-lrb- a -rrb-` equals `(a)`."""
     plain = unicodedata.normalize("NFKD", _BRACKET.sub(" ", text.casefold()))
     plain = "".join(letter for letter in plain if not unicodedata.combining(letter))
     return _NEITHER_LETTER_NOR_DIGIT.sub("", plain)
@@ -74,7 +74,7 @@ def _letters(text: str) -> str:
 def unseen_answers(
     answered: SplitAnswers, sources: Collection[str], on: str, split: Split, seen: SeenRows
 ) -> SplitAnswers | None:
-    """The answers to rows that no task of `sources` other than `on` was trained on; None where none is left."""
+    """The answers to rows that no task of `sources` except `on` was trained on; None if no row is left."""
     held = [seen(source, on, split) for source in sources if source != on]
     if not held:
         return answered
@@ -84,5 +84,5 @@ def unseen_answers(
 
 
 def _digests(texts: Iterable[str]) -> np.ndarray:
-    """Eight bytes a text, whatever its length; of this process alone."""
+    """Eight bytes for each text. They differ from process to process, so they are never stored."""
     return np.fromiter(map(hash, texts), np.int64)

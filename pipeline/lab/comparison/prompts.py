@@ -1,4 +1,4 @@
-"""The prompts of a comparison: the main job's own tuning, of every trial of every sweep."""
+"""The prompts of a comparison: every trial of every sweep, tuned as the main job tunes them."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +10,9 @@ import numpy as np
 
 from pipeline.backbone.files import save_config_and_tokenizer
 from pipeline.lab.comparison.candidates import Candidate, Cost, MeasuredCandidate, Method
-from pipeline.lab.comparison.choice import choose_best, group_by_seed
-from pipeline.lab.comparison.study import Study, with_own_bank, without_test_splits
+from pipeline.lab.comparison.choice import choose_best, group_over_seeds
+from pipeline.lab.comparison.derived_settings import with_own_bank
+from pipeline.lab.comparison.study import Study, without_test_splits
 from pipeline.reporting.events import Event
 from pipeline.reporting.html.run_files import stages_of
 from pipeline.reporting.watched import read_events
@@ -35,9 +36,10 @@ class TunedPrompts:
 
 
 def tune_prompts(study: Study, checked: CheckedRun, phase: str, method: Method) -> TunedPrompts:
-    """Tune every trial of the settings in `checked`, going on where an attempt before was stopped.
+    """Tune every trial of the settings in `checked`, and resume where an earlier attempt was stopped.
 
-    Tuned prompts are published into the comparison's own bank, transferred ones start from it. Raises: PromptBankError.
+    Tuned prompts are published into the comparison's own bank, and transferred prompts start from it.
+    Raises: PromptBankError.
     """
     own = method == "prompt tuning"
     settings = checked.settings
@@ -75,9 +77,9 @@ def tune_prompts(study: Study, checked: CheckedRun, phase: str, method: Method) 
 def _entries(
     states: Sequence[TrialState], measured: Sequence[MeasuredCandidate], metrics: Mapping[str, str]
 ) -> list[TaskResult]:
-    """The tasks' trials, the best seed of each task's best choice as the chosen one: as the report has it."""
+    """The tasks' trials for the report; the chosen one is the best seed of the task's best choice."""
     best = {
-        task: group.best(metrics[task]) for (_, task), group in choose_best(group_by_seed(measured), metrics).items()
+        task: group.best(metrics[task]) for (_, task), group in choose_best(group_over_seeds(measured), metrics).items()
     }
     entries = []
     for task, trials in by_task(states).items():
@@ -95,7 +97,7 @@ def _measured(state: TrialState, method: Method, task: TaskSettings, costs: Mapp
 
 
 def _choice(task: TaskSettings, trial: TaskSettings) -> dict[str, Any]:
-    """The trial's value of every key that its task sweeps, but for the seed."""
+    """The trial's value of every key that its task sweeps, without the seed."""
     whole = trial.model_dump(mode="json")
     choice = {}
     for key in task.sweep or {}:
@@ -106,7 +108,7 @@ def _choice(task: TaskSettings, trial: TaskSettings) -> dict[str, Any]:
 
 
 def _costs(folder: Path, states: Sequence[TrialState], ranks: int) -> dict[str, Cost]:
-    """Trials tuned side by side share the phase's time by the rows that each trained."""
+    """The trials' costs. Trials tuned together share the phase's time in proportion to the rows that each trained."""
     seconds, peak = _spent(read_events(folder / "events.jsonl"), {state.trial.digest for state in states})
     rows = [state.step * state.trial.settings.batch_size for state in states]
     return {
@@ -122,8 +124,10 @@ def _costs(folder: Path, states: Sequence[TrialState], ranks: int) -> dict[str, 
 
 
 def _spent(events: Iterable[Event], digests: Collection[str]) -> tuple[float, int | None]:
-    """Seconds of tuning these trials, and the most bytes meanwhile, over all attempts: settings may have been changed
-    between two, and of an attempt that tuned others, too, they have their share by steps."""
+    """Seconds of tuning these trials and the peak bytes meanwhile, over all attempts.
+
+    Settings may change between attempts. Of an attempt that tuned other trials, too, these get a share by their steps.
+    """
     attempts: list[list[Event]] = []
     for event in events:
         if event["event"] == "begin" or not attempts:

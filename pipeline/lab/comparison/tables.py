@@ -1,4 +1,4 @@
-"""From measured candidates, choices and answers to the tables of a comparison."""
+"""Make the tables of a comparison from measured candidates, choices and answers."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ Chosen = Mapping[tuple[str, str], SeedGroup]
 
 @dataclass(frozen=True)
 class CountedAnswers:
-    """Answers as they count: not those to rows of another task that the training has seen."""
+    """The answers that count: not those to rows of another task that the training has seen."""
 
     answers: AnswersByKey
     metrics: Mapping[str, str]
@@ -41,7 +41,7 @@ class CountedAnswers:
     def of(
         self, one: MeasuredCandidate, on: str, split: Split, sources: Collection[str] | None = None
     ) -> SplitAnswers | None:
-        """sources: the tasks whose training counts as its own; by default those that it was trained on."""
+        """The counted answers. sources: tasks whose rows count as seen; by default those that it was trained on."""
         given = self.answers.get((one.candidate.name, on, split))
         if given is None:
             return None
@@ -50,32 +50,32 @@ class CountedAnswers:
     def rows(
         self, one: MeasuredCandidate, on: str, split: Split, sources: Collection[str] | None = None
     ) -> tuple[int, int]:
-        """How many rows count, and how many were left out because the training has seen them."""
+        """How many rows count, and how many do not because the training has seen them."""
         asked, counted = self.answers.get((one.candidate.name, on, split)), self.of(one, on, split, sources)
         left = 0 if counted is None else len(counted.nll)
         return left, (0 if asked is None else len(asked.nll)) - left
 
 
 def candidate_rows(groups: Sequence[SeedGroup], chosen: Chosen, judged: CountedAnswers) -> list[CandidateRow]:
-    """Every candidate on its own task."""
+    """A row for every candidate, on its own task."""
     return [_number(one, _is_chosen(group, chosen), judged) for group in _in_order(groups) for one in group.members]
 
 
 def method_rows(groups: Sequence[SeedGroup], chosen: Chosen, judged: CountedAnswers) -> list[MethodRow]:
-    """Every choice of every method on every task."""
+    """A row for every choice of every method, on every task."""
     return [_row(group, _is_chosen(group, chosen), judged) for group in _in_order(groups)]
 
 
 def start_rows(groups: Sequence[SeedGroup], chosen: Chosen, judged: CountedAnswers) -> list[StartRow]:
-    """What a start from other tasks' prompts brings, on the same test rows as without it."""
+    """What starting from other tasks' prompts gains, on the same test rows."""
     found = []
     for group in groups:
         plain = chosen.get(("prompt tuning", group.task))
-        if group.method != "transferred prompt" or plain is None or not group.whole:
+        if group.method != "transferred prompt" or plain is None or not group.succeeded:
             continue
-        first = group.whole[0]
-        started = _test(group.whole, group.task, judged)
-        without = _test(plain.whole, group.task, judged, first.candidate.trained_on)
+        first = group.succeeded[0]
+        started = _test(group.succeeded, group.task, judged)
+        without = _test(plain.succeeded, group.task, judged, first.candidate.trained_on)
         if started is not None and without is not None:
             source = str(group.choice["prompt.source"])
             found.append(StartRow(group.task, source, without, started, *judged.rows(first, group.task, "test")))
@@ -83,19 +83,19 @@ def start_rows(groups: Sequence[SeedGroup], chosen: Chosen, judged: CountedAnswe
 
 
 def ensemble_rows(chosen: Chosen, judged: CountedAnswers) -> list[EnsembleRow]:
-    """The seeds of every task's best choice together, on dev and on test."""
+    """Ensembles of the seeds of every task's best choice, on dev and on test."""
     found = []
     for (method, task), group in chosen.items():
-        if method != "prompt tuning" or len(group.whole) < 2:
+        if method != "prompt tuning" or len(group.succeeded) < 2:
             continue
         best = group.best(judged.metrics[task])
         assert best is not None
         splits: tuple[Split, ...] = ("dev", "test")
         for split in splits:
-            members = [judged.of(one, task, split) for one in group.whole]
+            members = [judged.of(one, task, split) for one in group.succeeded]
             there = [member for member in members if member is not None]
             if len(there) == len(members):
-                place = group.whole.index(best)
+                place = group.succeeded.index(best)
                 found.append(_ensemble(task, split, group, there, place, judged.metrics[task]))
     return found
 
@@ -116,7 +116,7 @@ def transfer_cells(best: Mapping[str, MeasuredCandidate], judged: CountedAnswers
 
 
 def shift_rows(shifts: Mapping[str, Sequence[str]], chosen: Chosen, judged: CountedAnswers) -> list[ShiftRow]:
-    """What each method's best choice of a task makes of the test rows of that task and of others: all of the same."""
+    """Each method's best choice on a task, on test rows of that task and of others; the same rows for all methods."""
     found = []
     for task, others in shifts.items():
         of_method = {method: chosen[method, task] for method in METHODS if (method, task) in chosen}
@@ -125,15 +125,15 @@ def shift_rows(shifts: Mapping[str, Sequence[str]], chosen: Chosen, judged: Coun
             for on in (task, *others):
                 if on not in judged.metrics:
                     continue
-                test = _test(group.whole, on, judged, sources)
+                test = _test(group.succeeded, on, judged, sources)
                 if test is not None:
-                    counted = judged.rows(group.whole[0], on, "test", sources)
+                    counted = judged.rows(group.succeeded[0], on, "test", sources)
                     found.append(ShiftRow(method, task, on, choice_text(group.choice), test, *counted))
     return found
 
 
 def panel(key: SweptKey, groups: Sequence[SeedGroup], judged: CountedAnswers) -> Panel:
-    """The test metric over a swept key; of the others, at each of its values, the best by the mean dev metric."""
+    """The test metric over a swept key. At each of its values, other keys are those with the best mean dev metric."""
     of_value: dict[tuple[str, str], list[SeedGroup]] = {}
     for group in groups:
         if group.method == "prompt tuning" and key in group.choice:
@@ -145,7 +145,7 @@ def panel(key: SweptKey, groups: Sequence[SeedGroup], judged: CountedAnswers) ->
             continue
         dev = _dev(best)
         assert dev is not None
-        test = _test(best.whole, task, judged)
+        test = _test(best.succeeded, task, judged)
         points.append(PanelPoint(task, best.choice[key], choice_text(best.choice), dev, test))
     return Panel(key, tuple(points))
 
@@ -184,7 +184,7 @@ def _number(one: MeasuredCandidate, is_chosen: bool, judged: CountedAnswers) -> 
 
 
 def _row(group: SeedGroup, is_chosen: bool, judged: CountedAnswers) -> MethodRow:
-    counted = group.whole or group.members
+    counted = group.succeeded or group.members
     costs = [_costs(one) for one in counted]
     peaks = [cost["peak_bytes"] for cost in costs if cost["peak_bytes"] is not None]
     return MethodRow(
@@ -194,14 +194,14 @@ def _row(group: SeedGroup, is_chosen: bool, judged: CountedAnswers) -> MethodRow
         written_choice=choice_text(group.choice),
         chosen=is_chosen,
         dev=_dev(group),
-        test=_test(group.whole, group.task, judged),
+        test=_test(group.succeeded, group.task, judged),
         seen=judged.rows(counted[0], group.task, "test")[1],
         trained_parameters=costs[0]["trained_parameters"],
         stored_bytes=max(cost["stored_bytes"] for cost in costs),
         rank_seconds=sum(cost["rank_seconds"] for cost in costs) / len(costs),
         peak_bytes=max(peaks) if peaks else None,
         prompt_tokens=max(cost["prompt_tokens"] for cost in costs),
-        failed=len(group.members) - len(group.whole),
+        failed=len(group.members) - len(group.succeeded),
     )
 
 
@@ -210,7 +210,7 @@ def _costs(one: MeasuredCandidate) -> dict[str, Any]:
 
 
 def _dev(group: SeedGroup) -> Mean | None:
-    return _mean([member.value for member in group.whole], group.whole)
+    return _mean([member.value for member in group.succeeded], group.succeeded)
 
 
 def _test(
@@ -232,7 +232,7 @@ def _ensemble(
     task: str, split: str, group: SeedGroup, members: Sequence[SplitAnswers], best: int, metric: str
 ) -> EnsembleRow:
     values = [member.value(metric) for member in members]
-    alone = _mean(values, group.whole)
+    alone = _mean(values, group.succeeded)
     assert alone is not None
     average, most = ensembles.average(members), ensembles.majority(members)
     targets = members[0].targets

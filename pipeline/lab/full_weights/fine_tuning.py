@@ -1,9 +1,11 @@
-"""Full fine-tuning of a model on one task: the baseline that prompts are compared with (Lester et al. 2021, "model
-tuning"). The same rows in the same order as a prompt of that task and seed, the same evaluator, the best on dev kept.
+"""Full fine-tuning of a model on one task: the baseline for prompts, called "model tuning" in Lester et al. (2021).
 
-    order = FineTuningOrder(place, task="sst2", settings=task.model_dump(mode="json"), corpus=corpus.to_dict(), seed=0)
-    launch(order, cluster, run, log)   # or order.carry_out(device, lambda: False) in this process
-    result = read_result(order.run_folder)
+It takes the same rows in the same order as a prompt of that task and seed, uses the same evaluator, and keeps the
+weights that are best on dev.
+
+    job = FineTuningJob(place, task="sst2", settings=task.model_dump(mode="json"), corpus=corpus.to_dict(), seed=0)
+    launch(job, cluster, run, log)   # or job.carry_out(device, lambda: False) in this process
+    result = read_result(job.run_folder)
 """
 
 import hashlib
@@ -23,7 +25,7 @@ from pipeline.lab.full_weights.checkpoint import Progress, remove_checkpoints
 from pipeline.lab.full_weights.model_folder import save_model_folder, stored_bytes
 from pipeline.lab.full_weights.pieces import trained_parameters
 from pipeline.lab.full_weights.rank_setup import TrainingPlace, TrainingRank, max_peak_memory, training_rank
-from pipeline.lab.full_weights.step import Examples, no_prompt
+from pipeline.lab.full_weights.step import Examples
 from pipeline.lab.full_weights.training import TrainingPlan, train
 from pipeline.sealed_files import DamagedError, file_digest, open_json, sealed_json
 from pipeline.settings import TaskSettings
@@ -39,44 +41,44 @@ RESULT = "result.json"
 
 @dataclass(frozen=True)
 class FineTuningResult:
-    """What came of a fine-tuning. Metrics as the task's settings name them; losses in nats a target token."""
+    """The result of a fine-tuning. The metric is the task's own; losses are in nats a target token."""
 
     task: str
     seed: int
     metric: str
     status: str
-    """`tuned`, `stopped early` (for want of progress), or `no gain`: nothing was better than the start."""
+    """`tuned`, `stopped early` (no progress), or `no gain` (nothing was better than the start)."""
     before: float
-    """The dev metric of the model as it was."""
+    """The dev metric before training."""
     dev: float
     dev_loss: float
     test: float | None
-    """Measured once, with the weights that were best on dev; None without a test split."""
+    """Measured once, with the weights that are best on dev; None without a test split."""
     test_loss: float | None
     best_step: int
     steps: int
-    """Taken in all."""
+    """Steps taken in all."""
     trained_parameters: int
     stored_bytes: int
-    """Of the fine-tuned weights, for this one task; 0 where nothing was better than the start."""
+    """Bytes of the fine-tuned weights for this one task; 0 where nothing was better than the start."""
     seconds: float
-    """Steps and evaluations, over all starts; without loading."""
+    """Time of steps and evaluations, over all starts; without loading."""
     peak_memory_bytes: int
-    """Of the rank that had most."""
+    """Peak memory of the rank that had most."""
     model: str | None
     """The folder of the best weights; None where nothing was better than the start."""
     digest: str
-    """Of the order that this came of."""
+    """Digest of the job that it is the result of."""
     files: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of each file of the model's folder; versions before wrote none."""
+    """SHA-256 of each file of the model's folder; earlier versions wrote none."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether the best weights are where they were left, as they were left; so where none were."""
+        """Whether the best weights are where they were stored, and unchanged; True if none were stored."""
         folder = Path(self.model) if self.model is not None else None
         try:
             return folder is None or (
-                folder.exists() and all(file_digest(folder / name) == told for name, told in self.files.items())
+                folder.exists() and all(file_digest(folder / name) == digest for name, digest in self.files.items())
             )
         except OSError:
             return False
@@ -84,16 +86,16 @@ class FineTuningResult:
 
 @dataclass(frozen=True)
 class Diverged:
-    """A fine-tuning whose loss left the range of numbers, as it would again."""
+    """A fine-tuning whose loss became infinite or NaN, as it would again."""
 
     reason: str
     digest: str
-    """Of the order that this came of."""
+    """Digest of the job that it is the result of."""
 
 
 @dataclass(frozen=True)
 class FineTuningJob:
-    """A fine-tuning as sent to its ranks: plain values only. Its result is `result.json` in the run's folder."""
+    """A fine-tuning as sent to its ranks; plain values only. Its result is `result.json` in the run's folder."""
 
     place: TrainingPlace
     task: str
@@ -103,7 +105,7 @@ class FineTuningJob:
     """`TaskCorpus.to_dict()`."""
     seed: int
     fingerprint: str = ""
-    """Of the model started from."""
+    """Fingerprint of the model to start from."""
 
     @property
     def run_folder(self) -> str:
@@ -111,17 +113,17 @@ class FineTuningJob:
 
     @property
     def digest(self) -> str:
-        """Of everything that decides the weights."""
+        """Digest of all that decides the weights."""
         parts = [self.trial().digest, self.place.model, self.place.dtype]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def trial(self) -> Trial:
-        """The prompt trial whose rows these weights are trained on."""
+        """The prompt trial that has the same rows as this training."""
         settings = TaskSettings.model_validate(self.settings)
         return make_trial(self.task, settings, self.seed, self.corpus["digest"], self.fingerprint)
 
     def carry_out(self, device: torch.device, node_leaves: Callable[[], bool]) -> None:
-        """On a rank; returns early where it was told to stop. Raises: StorageError, BackboneError, TuningError."""
+        """Train on this rank; returns early if told to stop. Raises: StorageError, BackboneError, TuningError."""
         done = read_result(self.run_folder)
         if done is not None and done.digest == self.digest:
             return
@@ -130,7 +132,7 @@ class FineTuningJob:
 
 
 def read_result(run_folder: str | Path) -> FineTuningResult | Diverged | None:
-    """What came of the fine-tuning of this folder; None while it has not ended, or where the file is damaged."""
+    """The result of the fine-tuning in this folder; None while it has not ended, or where the file is damaged."""
     names = [known.name for kind in (FineTuningResult, Diverged) for known in fields(kind)]
     try:
         plain = open_json((Path(run_folder) / RESULT).read_bytes(), names)
@@ -162,12 +164,12 @@ class _Run:
     def measure(self, split: str) -> Score:
         settings, model = self.trial.settings, self.here.model
         rows = open_split(self.corpus.splits[split], settings.eval_rows)
-        request = eval_request(settings, no_prompt(model), rows, self.corpus)
+        request = eval_request(settings, model.backbone.no_prompt(), rows, self.corpus)
         (score,) = evaluate(model.backbone, self.here.tokenizer, [request], self.job.place.tokens_per_microbatch)
         return score
 
     def evaluate_if_due(self, progress: Progress) -> bool:
-        """Measure dev where it is due, keep the best weights, and tell whether to go on."""
+        """Measure dev if it is due, keep the best weights, and return whether to go on."""
         settings, history = self.trial.settings, [Evaluation(*past) for past in progress.notes.get("history", [])]
         due = progress.step % settings.eval_every == 0 or progress.step >= settings.max_steps
         if not due or (history and history[-1].step == progress.step):
@@ -232,10 +234,10 @@ def _result(run: _Run, progress: Progress, test: Score | None, peak: int) -> Fin
     if best.step:
         folder = Path(job.run_folder) / "tuned"
         if rank() == 0:
-            remove(folder)  # of a start that was killed right here, or of other settings
+            remove(folder)  # from a start that was killed right here, or from other settings
         save_model_folder(model, run.here.tokenizer, folder)
         stored = stored_bytes(folder)
-        if rank() == 0:  # who writes the result
+        if rank() == 0:  # which writes the result
             files = {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
     early = "tuned" if progress.step >= settings.max_steps else "stopped early"
     return FineTuningResult(

@@ -1,4 +1,4 @@
-"""What a rank that trains all weights does before and after: threads, device, watchdog, journal, the model loaded."""
+"""Set up a rank that trains all weights: threads, device, watchdog, log and the loaded model."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,14 +25,14 @@ from pipeline.tuning.watchdog import call_at_every_layer, hang_reports, hang_sen
 
 @dataclass(frozen=True)
 class TrainingPlace:
-    """Where and how an order's training runs; plain values."""
+    """Where and how a training runs; plain values."""
 
     run_folder: str
-    """Seen by every rank. All resumable state is here, and what comes of it."""
+    """A folder that every rank sees. It holds all state to resume from, and the result."""
     name: str
-    """Of what is trained, in the run's events."""
+    """Name of what is trained, in the run's events."""
     model: str
-    """Whose weights to start from: a folder, a .gguf file or a packaged model's name."""
+    """The model to start from: a folder, a .gguf file or a packaged model's name."""
     description: str
     """A folder with the model's config and tokenizer (`save_config_and_tokenizer`)."""
     dtype: str = "auto"
@@ -85,7 +85,7 @@ def training_rank(
 
 
 def max_peak_memory(device: torch.device) -> int:
-    """Peak bytes of the rank that had most. Every rank must call this."""
+    """Peak bytes of the rank with the most. Every rank must call this."""
     peaks = torch.zeros(world_size(), dtype=torch.float64, device=device)
     peaks[rank()] = peak_bytes()
     return int(sum_over_ranks(peaks).max())

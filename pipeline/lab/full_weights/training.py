@@ -1,4 +1,4 @@
-"""The training of all weights from its newest checkpoint to its end. Every rank runs this loop alike."""
+"""Train all weights from the newest checkpoint to the last step. Every rank runs this loop."""
 
 import math
 import time
@@ -18,14 +18,14 @@ from pipeline.tuning.stop_signal import StopSignal
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What is trained on, and how."""
+    """What a training runs on, and how."""
 
     digest: str
-    """Of everything that decides the weights; a checkpoint is taken up under the same alone."""
+    """Digest of all that decides the weights; a training resumes only from checkpoints with the same one."""
     checkpoints: Path
     """A folder that every rank sees."""
     examples: Callable[[int], Examples]
-    """Of a step (from 0): a pure function, so that ranks need not talk, and a resumed training takes the same."""
+    """The examples of a step (from 0). A pure function, so that all ranks and a resumed training take the same."""
     steps: int
     optimizer: OptimizerSettings
     checkpoint_every: int
@@ -44,7 +44,7 @@ def train(
 
     `between_steps` is called before each step and after the last one, and returns whether to go on. It may be called
     twice at a step, since a training that was killed repeats the steps after its last checkpoint.
-    Raises: DivergedError when the loss leaves the range of numbers; StorageError when a checkpoint cannot be written.
+    Raises: DivergedError when the loss becomes infinite or NaN; StorageError when a checkpoint cannot be written.
     """
     progress = load_progress(plan.checkpoints, plan.digest, model) or Progress()
     log.begins(progress.step)

@@ -1,4 +1,4 @@
-"""Training of all weights on one rank, with PyTorch alone."""
+"""Train all weights on one rank, with PyTorch alone."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class WholeModel:
     backbone: Backbone
     pieces: Sequence[Piece]
     parameters: Sequence[nn.Parameter]
-    """What the model runs; of float32 ones the pieces are views."""
+    """The parameters that the model runs; pieces of float32 parameters are views of them."""
     optimizer: Optimizer
     clip_norm: float | None
 
@@ -62,7 +62,7 @@ def load_whole(
     dtype: torch.dtype,
     device: torch.device,
 ) -> WholeModel:
-    """Fill a skeleton on this rank. Raises: BackboneError."""
+    """Load weights into a skeleton on this rank. Raises: BackboneError."""
     load_weights(model, source, dtype, whole_placement(device, on_device(device)))
     model.requires_grad_(True)
     named = list(model.named_parameters())

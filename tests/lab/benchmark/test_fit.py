@@ -6,9 +6,9 @@ import mmap
 import numpy as np
 
 from pipeline.lab.benchmark.fit import FitOptions, measure_fit, save_fits, size_of
-from pipeline.lab.benchmark.fit_table import fit_table
 from pipeline.lab.benchmark.resident import MemoryWatch
 from pipeline.lab.benchmark.synthetic import write_checkpoint
+from pipeline.lab.benchmark.tables import fit_table
 from tests.lab.benchmark.test_synthetic import tiny_config
 
 

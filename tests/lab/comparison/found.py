@@ -7,7 +7,7 @@ import numpy as np
 
 from pipeline.lab.comparison import tables
 from pipeline.lab.comparison.candidates import Candidate, Cost, MeasuredCandidate
-from pipeline.lab.comparison.choice import choose_best, group_by_seed
+from pipeline.lab.comparison.choice import choose_best, group_over_seeds
 from pipeline.lab.comparison.questions import SplitAnswers
 from pipeline.lab.comparison.results import PromptSimilarity, Results, TaskFacts, TransferCell
 
@@ -63,7 +63,7 @@ def results(
     answers |= {
         (m.candidate.name, "trec", "test"): answered(m.value - 0.1) for m in measured if m.candidate.task == "sst2"
     }
-    groups = group_by_seed(measured)
+    groups = group_over_seeds(measured)
     chosen = choose_best(groups, METRICS)
     judged = tables.CountedAnswers(answers, METRICS, nothing_seen)
     pairs = [(a, b) for i, a in enumerate(TASKS) for b in TASKS[i + 1 :]]

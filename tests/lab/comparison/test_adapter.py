@@ -18,13 +18,12 @@ from pipeline.lab.comparison.adapter import (
     add_adapter,
     load_adapter_weights,
     loss_and_gradients,
-    no_prompt,
     reset_adapter,
     score_alone,
     train_adapter,
 )
-from pipeline.lab.comparison.adapter_files import load_adapter, save_adapter
-from pipeline.lab.comparison.training import training_settings
+from pipeline.lab.comparison.derived_settings import training_settings
+from pipeline.lab.comparison.tensor_files import load_adapter, save_adapter
 from pipeline.settings import LoraSettings
 from pipeline.tuning.batches import rows_of_step
 from pipeline.tuning.evaluate import eval_request
@@ -101,7 +100,7 @@ def test_losses_and_adapters_are_those_of_a_plain_peft_loop(tuned):
 
 def test_a_new_adapter_changes_nothing_and_depends_on_its_seed_alone(tuned):
     backbone, tokenizer, _, corpus, trial, folder = tuned
-    request = eval_request(trial.settings, no_prompt(backbone), open_split(corpus.splits["dev"]), corpus)
+    request = eval_request(trial.settings, backbone.no_prompt(), open_split(corpus.splits["dev"]), corpus)
     reset_adapter(backbone.hosted.model, 3)
     first, (before,) = adapter_weights(backbone.hosted.model), score_alone(backbone, tokenizer, [request], 300)
     files = find_model(str(folder))
@@ -126,7 +125,7 @@ def test_training_keeps_the_adapter_of_its_best_evaluation_and_the_model_as_it_w
     assert (kept.history, kept.best_at) == (tuple(trained.history), trained.best_at) and kept.peak_bytes > 2**20
     reset_adapter(backbone.hosted.model, 9)
     load_adapter_weights(backbone.hosted.model, kept.weights)
-    request = eval_request(trial.settings, no_prompt(backbone), open_split(corpus.splits["dev"], 12), corpus)
+    request = eval_request(trial.settings, backbone.no_prompt(), open_split(corpus.splits["dev"], 12), corpus)
     (score,) = score_alone(backbone, tokenizer, [request], 300)
     assert (score.value, score.loss) == pytest.approx((trained.best.value, trained.best.loss), rel=1e-5)
     for name, parameter in backbone.hosted.model.named_parameters():

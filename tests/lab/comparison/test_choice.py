@@ -9,8 +9,9 @@ from pipeline.corpus.reader import SplitRef
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import SettingsError
 from pipeline.lab.comparison.candidates import Candidate, MeasuredCandidate
-from pipeline.lab.comparison.choice import choose_best, group_by_seed, spread
-from pipeline.lab.comparison.study import comparison_settings, without_test_splits
+from pipeline.lab.comparison.choice import choose_best, group_over_seeds, spread
+from pipeline.lab.comparison.derived_settings import comparison_settings
+from pipeline.lab.comparison.study import without_test_splits
 from pipeline.settings import parse_settings
 from tests.lab.comparison.found import candidates, results
 
@@ -21,7 +22,7 @@ def measured(length: int, seed: int, value: float, loss: float = 1.0, failed: st
 
 
 def chosen_length(*members: MeasuredCandidate, metric: str = "accuracy") -> int:
-    (group,) = choose_best(group_by_seed(members), {"a": metric}).values()
+    (group,) = choose_best(group_over_seeds(members), {"a": metric}).values()
     return group.choice["prompt.length"]
 
 
@@ -63,7 +64,7 @@ def test_a_choice_of_which_a_seed_failed_is_taken_only_where_every_choice_has_on
     broken = [measured(1, 0, 0.9), measured(1, 1, 0.0, failed="NaN")]
     assert chosen_length(*broken, measured(2, 0, 0.5)) == 2
     assert chosen_length(*broken, measured(2, 0, 0.5, failed="NaN")) == 1
-    assert choose_best(group_by_seed([measured(1, 0, 0.9, failed="NaN")]), {"a": "accuracy"}) == {}
+    assert choose_best(group_over_seeds([measured(1, 0, 0.9, failed="NaN")]), {"a": "accuracy"}) == {}
 
 
 def test_spread_is_the_samples_and_of_one_seed_there_is_none():

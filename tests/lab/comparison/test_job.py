@@ -9,9 +9,10 @@ from rich.console import Console
 
 from pipeline.bank import PromptBank
 from pipeline.errors import BankError, SettingsError
+from pipeline.lab.comparison.derived_settings import comparison_settings
 from pipeline.lab.comparison.job import run_comparison
 from pipeline.lab.comparison.results import read_results
-from pipeline.lab.comparison.study import Study, comparison_settings
+from pipeline.lab.comparison.study import Study
 from pipeline.run.checks import check_run
 from pipeline.settings import parse_settings
 from tests.corpora import reviews

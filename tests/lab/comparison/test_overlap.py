@@ -8,7 +8,7 @@ import pytest
 from pipeline.corpus.reader import open_split
 from pipeline.lab.comparison import tables
 from pipeline.lab.comparison.candidates import Candidate, MeasuredCandidate
-from pipeline.lab.comparison.choice import choose_best, group_by_seed
+from pipeline.lab.comparison.choice import choose_best, group_over_seeds
 from pipeline.lab.comparison.overlap import find_seen_rows, row_letters
 from pipeline.lab.comparison.questions import SplitAnswers
 from tests.corpora import make_task, reviews, task_corpus
@@ -100,7 +100,7 @@ def learnt_by_heart(seen):
     right = {(one.candidate.name, "other", "test"): answered(SEEN) for one in (*made, *moved)}
     right |= {(one.candidate.name, "other", "test"): answered(~SEEN) for one in plain}
     right |= {(one.candidate.name, "own", "test"): answered(np.ones(ROWS, bool)) for one in made}
-    groups = group_by_seed([*made, *plain, *moved])
+    groups = group_over_seeds([*made, *plain, *moved])
     metrics = {"own": "accuracy", "other": "accuracy"}
     return groups, choose_best(groups, metrics), tables.CountedAnswers(right, metrics, seen)
 
@@ -144,7 +144,7 @@ def test_all_methods_of_a_shift_table_are_judged_on_the_same_rows():
     def of_own(source, on, split):
         return SEEN if source == "own" else np.zeros(ROWS, bool)
 
-    chosen = choose_best(group_by_seed([started, plain]), {"other": "accuracy"})
+    chosen = choose_best(group_over_seeds([started, plain]), {"other": "accuracy"})
     judged = tables.CountedAnswers(answers, {"other": "accuracy", "third": "accuracy"}, of_own)
     rows = tables.shift_rows({"other": ("third",)}, chosen, judged)
     assert {(row.method, row.test.mean, row.rows, row.seen) for row in rows} == {

@@ -1,11 +1,11 @@
-"""Drawings as geometry: `drawing.svg.jinja` only writes them down. Places are in units of the viewBox."""
+"""Drawings as geometry, which `drawing.svg.jinja` only writes down. Coordinates are in units of the viewBox."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 SHAPES = ("circle", "square", "diamond", "up", "down")
-"""Of marks: what tells methods apart beside their colour."""
+"""Shapes of marks, which tell methods apart beside their colours."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Mark:
     kind: str
     path: str
     text: str
-    """What it says under the pointer."""
+    """Its tooltip."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Cell:
-    """Of a heat map."""
+    """A cell of a heat map."""
 
     x: float
     y: float
@@ -45,24 +45,24 @@ class Cell:
     strength: float
     """0 to 1"""
     text: str
-    """What it says under the pointer."""
+    """Its tooltip."""
 
 
 @dataclass(frozen=True)
 class Drawing:
     title: str
-    """All that a reader needs who does not see it."""
+    """A text alternative, for readers who cannot see the drawing."""
     width: float
     height: float
     lines: Sequence[Line] = ()
-    """The first lie behind."""
+    """Earlier ones are drawn below later ones."""
     marks: Sequence[Mark] = ()
     labels: Sequence[Label] = ()
     cells: Sequence[Cell] = ()
 
 
 def mark(kind: str, shape: str, x: float, y: float, size: float, text: str) -> Mark:
-    """size: half its width."""
+    """A mark around a point; size: half of its width."""
     s, w = coordinate(size), coordinate(2 * size)
     paths = {
         "circle": f"M{coordinate(x - size)},{coordinate(y)}a{s},{s} 0 1,0 {w},0a{s},{s} 0 1,0 -{w},0z",
@@ -78,5 +78,5 @@ def mark(kind: str, shape: str, x: float, y: float, size: float, text: str) -> M
 
 
 def coordinate(place: float) -> str:
-    """With one digit, which is a fifth of a pixel on the finest screen."""
+    """A coordinate with one digit, which is a fifth of a pixel on the finest screen."""
     return f"{place:.1f}".removesuffix(".0")

@@ -1,4 +1,4 @@
-"""Heat maps of pairs of tasks."""
+"""Heat maps over pairs of tasks."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ class HeatValue:
     kind: str
     strength: float
     text: str
-    told: str
+    tooltip: str
 
 
 def transfer_map(cells: Sequence[TransferCell], metrics: Mapping[str, str]) -> Drawing | None:
-    """Prompts in rows, tasks in columns, each with a scale of its own: tasks are unlike in what is good."""
+    """Prompts in rows and tasks in columns. Each column has its own scale, since metrics of tasks differ."""
     of_pair, tasks = {(cell.prompt_of, cell.on): cell for cell in cells}, list(metrics)
     ranges: dict[str, tuple[float, float]] = {}
     for on in tasks:
@@ -34,13 +34,13 @@ def transfer_map(cells: Sequence[TransferCell], metrics: Mapping[str, str]) -> D
         cell = of_pair.get((row, on))
         if cell is None:
             return None
-        told = f"prompt of {row} on {on}: {metrics[on]} {figure(cell.value)}, loss {figure(cell.loss)}"
-        told += f"; {counted(cell.rows, 'row')}, {cell.seen} seen in training left out" if cell.seen else ""
-        told += "" if cell.same_labels else "; the tasks' labels differ"
+        tooltip = f"prompt of {row} on {on}: {metrics[on]} {figure(cell.value)}, loss {figure(cell.loss)}"
+        tooltip += f"; {counted(cell.rows, 'row')}, {cell.seen} seen in training left out" if cell.seen else ""
+        tooltip += "" if cell.same_labels else "; the tasks' labels differ"
         low, high = ranges[on]
         place = (cell.value - low) / (high - low) if high > low else 1.0
         share = 1 - place if metrics[on] == "loss" else place
-        return HeatValue("more", _FULL * share, figure(cell.value), told)
+        return HeatValue("more", _FULL * share, figure(cell.value), tooltip)
 
     rows = [task for task in tasks if any(cell.prompt_of == task for cell in cells)]
     title = "The metric of every task's prompt (rows) on every task's rows (columns)"
@@ -81,7 +81,7 @@ def _map(
             if shown is None:
                 continue
             x = _LEFT + _CELL_WIDTH * j
-            cells.append(Cell(x, y, _CELL_WIDTH - 2, _CELL_HEIGHT - 2, shown.kind, shown.strength, shown.told))
+            cells.append(Cell(x, y, _CELL_WIDTH - 2, _CELL_HEIGHT - 2, shown.kind, shown.strength, shown.tooltip))
             kind = "value light" if shown.strength >= _LIGHT_TEXT_FROM else f"value {shown.kind}"
             middle = x + _CELL_WIDTH / 2 - 1, y + _CELL_HEIGHT / 2 + 3
             labels.append(Label(*middle, shown.text, "middle", kind))

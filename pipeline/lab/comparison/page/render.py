@@ -1,4 +1,4 @@
-"""From what a comparison found to its page."""
+"""Make the page of a comparison from its results."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class MethodLine:
     best: Sequence[bool]
     """Whether no other method has a better mean."""
     mean: float | None
-    """Over the tasks, where it has all of them and their metric is the same."""
+    """Mean over the tasks, if the method has all of them and they share a metric."""
     trained_parameters: str
     stored_bytes: int
     rank_seconds: float
@@ -34,7 +34,7 @@ class MethodLine:
 
 
 def render_comparison(results: Results) -> str:
-    """The page, as HTML that needs nothing else. All texts are escaped; no script runs on it."""
+    """The page as HTML that needs no other file. All texts are escaped, and it has no script."""
     page = environment(OWN_TEMPLATES)
     page.filters |= {word.__name__: word for word in _FILTERS} | {
         "spread": with_spread,
@@ -97,7 +97,7 @@ def method_lines(results: Results) -> list[MethodLine]:
 
 
 def shift_groups(rows: Sequence[ShiftRow]) -> dict[str, tuple[list[str], dict[str, dict[str, ShiftRow]]]]:
-    """By the task trained on: the tasks tested on, and by method what each made of them."""
+    """By the task trained on: the tasks tested on, and each method's rows by task."""
     found: dict[str, tuple[list[str], dict[str, dict[str, ShiftRow]]]] = {}
     for row in rows:
         tasks, methods = found.setdefault(row.trained_on, ([], {}))
@@ -108,7 +108,7 @@ def shift_groups(rows: Sequence[ShiftRow]) -> dict[str, tuple[list[str], dict[st
 
 
 def seeds(mean: Mean | None) -> str:
-    """`seeds 0, 1, 2`; nothing where there is no chance in it."""
+    """`seeds 0, 1, 2`; `no seed` where nothing is random."""
     known = [str(seed) for seed in mean.seeds if seed is not None] if mean is not None else []
     return f"seed{'s' * (len(known) > 1)} {', '.join(known)}" if known else "no seed"
 
@@ -123,7 +123,7 @@ def _is_best(method: str, task: str, table: Mapping[str, Mapping[str, MethodRow]
         other: mean.mean * (-1 if metric == "loss" else 1)
         for other, of_task in table.items()
         if task in of_task
-        and not of_task[task].seen  # figures of the same rows alone
+        and not of_task[task].seen  # only figures over the same rows can be compared
         and (mean := of_task[task].shown) is not None
     }
     return method in shown and shown[method] == max(shown.values())
