@@ -33,12 +33,12 @@ NOT_SENTENCES = {"coding", "humor"}
 
 class CorpusRow(NamedTuple):
     group: str
-    """Rows of one group are near copies of each other, and all go to the same split."""
+    """Rows of one group are near copies of each other, so all of them go to the same split."""
     row: dict[str, str]
 
 
 def make_corpora(folder: Path) -> None:
-    """Write the corpora that are not yet there; one that is there was written whole and is left as it is.
+    """Write the corpora that are not there yet. One that is there is complete, and is left as it is.
 
     Raises: CorpusError when a package with the raw data is not installed; StorageError when
     the folder cannot be written.
@@ -62,8 +62,10 @@ def make_corpora(folder: Path) -> None:
 
 
 def sentiment() -> Iterator[CorpusRow]:
-    """Plain words whose mean rating (-4 to 4) is clear. The first five letters stand for the stem:
-    `abandon` in train must not give `abandoned` in dev away."""
+    """Plain words with a clear mean rating (-4 to 4).
+
+    The first five letters stand for the stem: `abandon` in train must not reveal the label of `abandoned` in dev.
+    """
     lexicon = _package_folder("vaderSentiment") / "vader_lexicon.txt"
     for line in lexicon.read_text(encoding="utf-8").splitlines():
         word, rating = line.split("\t")[:2]
@@ -73,14 +75,14 @@ def sentiment() -> Iterator[CorpusRow]:
 
 
 def language() -> Iterator[CorpusRow]:
-    spoken_in = defaultdict(set)
+    languages_of = defaultdict(set)
     text_of: dict[str, str] = {}
     for name in LANGUAGES:
         for text in _utterances(name):
-            spoken_in[_letters(text)].add(name)
+            languages_of[_letters(text)].add(name)
             text_of.setdefault(_letters(text), text)
-    for key, names in spoken_in.items():
-        if len(names) == 1:  # a title or a name said in two languages is neither
+    for key, names in languages_of.items():
+        if len(names) == 1:  # a title or a name that occurs in two languages tells neither
             yield CorpusRow(key, {"text": text_of[key], "label": names.pop()})
 
 
@@ -109,8 +111,8 @@ def _utterances(name: str) -> Iterator[str]:
         if file.stem in NOT_SENTENCES:
             continue
         for conversation in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
-            for spoken in conversation:
-                text = " ".join(str(spoken).split())
+            for utterance in conversation:
+                text = " ".join(str(utterance).split())
                 if 3 <= len(text.split()) <= 25:
                     yield text
 
@@ -124,7 +126,7 @@ def _digest(text: str) -> str:
 
 
 def _balanced(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Rows without copies, ordered by their content alone; of every label as many as of the rarest."""
+    """Rows without copies, ordered by a digest of their content; every label has as many rows as the rarest one."""
     distinct = {_digest("\t".join(row.values())): row for row in rows}
     ordered = [distinct[key] for key in sorted(distinct)]
     count = Counter(row.get("label") for row in ordered)
@@ -141,7 +143,7 @@ def _balanced(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 def _move(unfinished: Path, target: Path) -> None:
     try:
         unfinished.rename(target)
-    except OSError:  # the folder is there by now: whole, from another process, or with a file deleted since
+    except OSError:  # the folder is there by now: complete, from another process, or with a file deleted since
         if not _whole(target):
             shutil.rmtree(target)
             unfinished.rename(target)

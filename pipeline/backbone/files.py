@@ -140,14 +140,16 @@ def _refuse_quantised(config: PretrainedConfig, name: str) -> None:
     found = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
     if not found:
         return
-    told: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
-    method = str(told.get("quant_method") or "").lower() or ("bitsandbytes" if "load_in_4bit" in told else "")
+    quantization: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+    method = str(quantization.get("quant_method") or "").lower() or (
+        "bitsandbytes" if "load_in_4bit" in quantization else ""
+    )
     if method == "gguf":  # saved from a GGUF file; its weights are floats again
         return
     bits = (
-        told.get("bits")
-        or told.get("w_bit")
-        or (8 if told.get("load_in_8bit") else 4 if told.get("load_in_4bit") else "")
+        quantization.get("bits")
+        or quantization.get("w_bit")
+        or (8 if quantization.get("load_in_8bit") else 4 if quantization.get("load_in_4bit") else "")
     )
     kind = f"{_QUANTISATIONS.get(method, method) or 'of an unnamed kind'}{f', {bits} bit' if bits else ''}"
     raise BackboneError(f"model.path {name}: its weights are quantised ({kind}: quantization_config); {UNQUANTISED}")

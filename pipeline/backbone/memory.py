@@ -47,7 +47,7 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """An upper estimate, within a factor of about two, of what a rank needs in training.
 
-    `source` tells whether a checkpoint stores apart what transformers would tie.
+    `source` says whether a checkpoint stores separately what transformers would tie.
     """
     skeleton = build_skeleton(config, int8)
     if source is not None:

@@ -31,6 +31,7 @@ class NodeMemory:
 
     def keep(self, piece: Tensor) -> Tensor:
         """Put a flat piece of a matrix into this rank's file; every rank must keep one of the same size now."""
+        # Mapped areas begin at whole pages.
         offset, size = os.fstat(self.own.fileno()).st_size, piece.nbytes
         self.own.truncate(offset + -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
         kept = torch.frombuffer(mmap.mmap(self.own.fileno(), size, offset=offset), dtype=piece.dtype).copy_(piece)

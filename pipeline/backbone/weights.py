@@ -88,6 +88,7 @@ def require_stored_name(source: WeightSource, candidates: Iterable[str], prefix:
     for name in candidates:
         if (stored := stored_name(source, name, prefix)) is not None:
             return stored
+    # A quantised checkpoint has its matrices under other names; say so, and not only that one is missing.
     packed = next((name for name in sorted(source.names) if name.endswith(_OF_QUANTISED)), None)
     reason = f"it has '{packed}', so it is quantised; {UNQUANTISED}" if packed else "the checkpoint is incomplete"
     raise BackboneError(f"{source.origin}: the weights lack '{candidates[0]}'; {reason}")

@@ -115,7 +115,7 @@ def missing_embedding(tokenizer: Any, ids: Iterable[int], rows: int | None) -> s
 def encode_inputs(tokenizer: FastTokenizer, architecture: Architecture, inputs: Sequence[str]) -> list[list[int]]:
     """[B] texts -> [B][T] ids with the special tokens that the tokenizer adds.
 
-    Decoder-only inputs lose the eos that some tokenizers put at the end, since the target goes on from there.
+    Decoder-only inputs lose the eos that some tokenizers put at the end, since the target continues them.
     """
     ids = _encode(tokenizer, inputs, special=True)
     # Whether eos is added is tested with a word, not with the row: where bos is eos, an empty row is one bos that must

@@ -118,7 +118,7 @@ def inspect_files(paths: str | Sequence[str], where: str) -> ParquetSource:
 def unreadable(error: BaseException, what: str, fix: str) -> PromptBankError:
     """The error to raise for `error`: of the corpus, or of a store that may answer later."""
     if _AWAY.search(str(error)):
-        return UnreachableError(f"{what} ({one_line(error)}); its store is away, so try again later")
+        return UnreachableError(f"{what} ({one_line(error)}); its store does not answer, so try again later")
     return CorpusError(f"{what} ({one_line(error)}); {fix}")
 
 

@@ -55,13 +55,14 @@ def refuse_table(table: LakeTable, path: str, where: str) -> CorpusError:
 
 
 def tables_below(entries: Iterable[str], root: str) -> list[LakeTable]:
-    """The tables below `root`, outermost first, told from `entries`, the paths of everything there. Asks no store."""
+    """The tables below `root`, outermost first, found in `entries`, the paths of all that is there. Asks no store."""
     found: dict[str, LakeTable] = {}
     for path in entries:
         parts = parts_below(path, root)
         for depth, part in enumerate(parts):
             kind = _BY_FOLDER.get(part)
-            if kind is not None and (kind.inside is None or _is_marked(kind.inside, parts[depth + 1 :])):
+            rest = parts[depth + 1 :]
+            if kind is not None and (kind.inside is None or (len(rest) == 1 and kind.inside.fullmatch(rest[0]))):
                 table = "/".join((root.rstrip("/"), *parts[:depth]))
                 found.setdefault(table, LakeTable(table, kind))
     return sorted(found.values(), key=lambda table: (len(table.root), table.root))
@@ -110,7 +111,3 @@ def _is_table(filesystem: fs.FileSystem, folder: str, kind: _Kind) -> bool:
         return any(kind.inside.fullmatch(entry.base_name) for entry in below)
     except (pa.ArrowException, OSError):
         return False  # often a path is readable and folders above it are not; reading the path will say what is wrong
-
-
-def _is_marked(inside: re.Pattern[str], rest: Sequence[str]) -> bool:
-    return len(rest) == 1 and inside.fullmatch(rest[0]) is not None

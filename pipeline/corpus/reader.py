@@ -255,13 +255,13 @@ def _batches(ref: SplitRef, columns: Sequence[str], rows: int = _BATCH_ROWS) -> 
     manifest = _manifest(ref)
     for name in manifest["files"]:
         if _is_damaged(Path(ref.dir) / name, manifest):
-            raise CorpusError(f"the token shard {Path(ref.dir) / name} is damaged; run the job again to build it anew")
+            raise CorpusError(f"the token shard {Path(ref.dir) / name} is damaged; run the job again to rebuild it")
         try:
             with pq.ParquetFile(Path(ref.dir) / name, pre_buffer=False, buffer_size=2**20) as shard:
                 yield from shard.iter_batches(rows, columns=list(columns), use_threads=False)
         except pa.ArrowInvalid as error:  # damage in shards without digests is found only here
             damaged = f"the token shard {Path(ref.dir) / name} is damaged"
-            raise CorpusError(f"{damaged}; remove the folder and run the job again to build it anew") from error
+            raise CorpusError(f"{damaged}; remove the folder and run the job again to rebuild it") from error
 
 
 def _flat(lists: pa.LargeListArray) -> tuple[Int32, Int64]:

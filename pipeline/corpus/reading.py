@@ -118,6 +118,7 @@ def read_texts(
             buffer_size=STREAM_BUFFER,
             page_checksum_verification=True,
         ) as file:
+            # One thread, so that the memory is that of one batch; Ray runs a task on every core.
             step = _safe_step(filesystem, unit, file.metadata, own, where)
             batches = file.iter_batches(step, list(unit.row_groups), own, use_threads=False)
             for rows, texts in _gathered_texts(

@@ -101,20 +101,15 @@ def tokenise_rows(
     kept = np.flatnonzero(statuses == RowStatus.OK)
     kept_targets = _texts(targets, statuses)
 
-    kept_inputs = _texts(inputs, statuses)
-    if recipe.target is None:  # plain text, which has no special tokens
-        input_ids = encode_plain(tokenizer, kept_inputs)
-    else:
-        input_ids = encode_inputs(tokenizer, recipe.architecture, kept_inputs)
     # A task's targets are often a few labels, so each different one is encoded once.
     place_of = {target: place for place, target in enumerate(dict.fromkeys(kept_targets))}
-    target_ids = _target_ids(recipe, tokenizer, list(place_of))
     places = np.fromiter(map(place_of.__getitem__, kept_targets), np.int64, len(kept))
+    input_ids, target_ids, unencoded = _encode(recipe, tokenizer, _texts(inputs, statuses), list(place_of))
 
     input_long = _lengths(input_ids) > recipe.max_input_tokens
     target_long = (_lengths(target_ids) > recipe.max_target_tokens)[places]
     no_embedding = _any_from(recipe.embedding_rows, input_ids) | _any_from(recipe.embedding_rows, target_ids)[places]
-    lost = np.asarray(_unsayable(recipe, tokenizer, list(place_of)), bool)[places]
+    lost = np.asarray(unencoded, bool)[places]
     # In reverse order of precedence: a later assignment wins.
     statuses[kept[lost]] = RowStatus.TARGET_UNSAYABLE
     statuses[kept[no_embedding]] = RowStatus.NO_EMBEDDING
@@ -143,16 +138,18 @@ def tokenise_rows(
     )
 
 
-def _target_ids(recipe: Recipe, tokenizer: FastTokenizer, texts: Sequence[str]) -> list[list[int]]:
-    if recipe.target is None:
-        return [[] for _ in texts]
-    return encode_targets(tokenizer, recipe.architecture, recipe.separator, texts)
-
-
-def _unsayable(recipe: Recipe, tokenizer: FastTokenizer, texts: Sequence[str]) -> list[bool]:
-    if recipe.target is None or not recipe.counts_unencodable:
-        return [False] * len(texts)
-    return unencodable(tokenizer, recipe.architecture, recipe.separator, texts)
+def _encode(
+    recipe: Recipe, tokenizer: FastTokenizer, inputs: Sequence[str], targets: Sequence[str]
+) -> tuple[list[list[int]], list[list[int]], list[bool]]:
+    """-> ids of the inputs, ids of the targets, and for each target whether it is lost in its tokens."""
+    if recipe.target is None:  # plain text, which has no special tokens and no targets
+        return encode_plain(tokenizer, inputs), [[] for _ in targets], [False] * len(targets)
+    input_ids = encode_inputs(tokenizer, recipe.architecture, inputs)
+    target_ids = encode_targets(tokenizer, recipe.architecture, recipe.separator, targets)
+    lost = [False] * len(targets)
+    if recipe.counts_unencodable:
+        lost = unencodable(tokenizer, recipe.architecture, recipe.separator, targets)
+    return input_ids, target_ids, lost
 
 
 def _mark_oversized(

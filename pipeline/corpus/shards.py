@@ -246,7 +246,7 @@ def _without_ray(error: Exception, where: str, storage: Path) -> Exception:
             return type(inner)(str(inner).partition("\n")[0])
         if isinstance(cause, OutOfMemoryError):
             return TuningError(
-                f"{where}: tokenising was given up, since its worker was killed again and again when the node's memory "
+                f"{where}: tokenising stopped, since its worker was killed again and again when the node's memory "
                 "ran low; give the node more, run less beside it, or write the files with shorter cells, then start "
                 "the same run again"
             )
@@ -255,7 +255,7 @@ def _without_ray(error: Exception, where: str, storage: Path) -> Exception:
         cause = inner if isinstance(inner, RayTaskError) else cause.__cause__
     if isinstance(error, RayError) and not isinstance(error, RayTaskError):  # workers, nodes or the cluster were lost
         reason = memory_kill(str(error)) or str(error).strip().partition("\n")[0]
-        return TuningError(f"tokenising was given up ({reason}); start the same run again to resume it")
+        return TuningError(f"tokenising stopped ({reason}); start the same run again to resume it")
     return error
 
 

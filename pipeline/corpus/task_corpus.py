@@ -150,11 +150,17 @@ def prepare_task(
     check_encodable(name, task, task.labels or (), recipe.architecture, loaded)
     build = partial(build_shards, recipe=recipe, tokenizer=tokenizer, storage=storage, connect=connect)
     built = {split: SplitRef(str(build(source))) for split, source in plan.sources.items()}
+    # Labels must be encodable; of other targets a few may be lost, which `max_bad_rows` bounds.
     for split, ref in built.items():
         if task.labels is not None or task.metric in ("accuracy", "f1"):
             check_encodable(name, task, tuple(islice(unencodable_targets(ref), 1)), recipe.architecture, loaded)
         _check_bad_rows(plan.sources[split].where, task, summarise_split(ref), next(unencodable_targets(ref), None))
-    splits = _cut(built, plan.dev_fraction)
+    # Both splits by fraction are ranges of ids in one shard folder: no row is written twice.
+    splits = dict(built)
+    if plan.dev_fraction is not None:
+        folder, share = built["train"].dir, plan.dev_fraction
+        splits |= {"train": SplitRef(folder, share, 1.0), "dev": SplitRef(folder, 0.0, share)}
+    splits = {split: splits[split] for split in SPLITS if split in splits}
     summaries = {split: summarise_split(ref) for split, ref in splits.items()}
     for split, summary in summaries.items():
         if not summary.counts["ok"]:
@@ -201,14 +207,6 @@ def check_encodable(
             f"task '{name}': the tokenizer cannot encode the label {label!r} (its tokens are {tokens or 'none'}); "
             "word it in characters that the model's vocabulary has"
         )
-
-
-def _cut(built: Mapping[str, SplitRef], dev_fraction: float | None) -> dict[str, SplitRef]:
-    splits = dict(built)
-    if dev_fraction is not None:
-        folder = built["train"].dir
-        splits |= {"train": SplitRef(folder, dev_fraction, 1.0), "dev": SplitRef(folder, 0.0, dev_fraction)}
-    return {split: splits[split] for split in SPLITS if split in splits}
 
 
 def _check_bad_rows(where: str, task: TaskSettings, summary: SplitSummary, unsaid: str | None) -> None:
@@ -277,10 +275,10 @@ def _label_ids(
 
 def _digest(summaries: Mapping[str, SplitSummary], recipe: Recipe) -> str:
     # What decides the tokens but is not in the rows' texts is added, only where it matters: others keep their digest.
-    told: dict[str, Any] = {split: summary.digest for split, summary in summaries.items()}
+    parts: dict[str, Any] = {split: summary.digest for split, summary in summaries.items()}
     if recipe.targets_encoded_after_text:
-        told["targets"] = "behind a text"
+        parts["targets"] = "behind a text"
     lost = {split: count for split, s in summaries.items() if (count := s.counts.get("target_unsayable"))}
     if lost:
-        told["unsayable"] = lost
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        parts["unsayable"] = lost
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -96,20 +96,22 @@ def check_columns(source: ParquetSource, templates: Sequence[TextTemplate]) -> N
 def check_class_names(sources: Sequence[ParquetSource], templates: Sequence[TextTemplate]) -> None:
     """Raises: CorpusError when two files, of any splits, have different class names for a column's numbers."""
     for name in dict.fromkeys(name for template in templates for name in template.columns):
-        numbered = [(source.where, file) for source in sources for file in source.files if _is_number(file, name)]
+        files = [(source.where, file, dict(file.columns).get(name)) for source in sources for file in source.files]
+        numbered = [
+            (where, file)
+            for where, file, kind in files
+            if kind is not None and (pa.types.is_integer(kind) or pa.types.is_floating(kind))
+        ]
         for (_, one), (where, other) in pairwise(numbered):
             names = [dict(file.class_names).get(name) for file in (one, other)]
             if names[0] != names[1]:
-                told = ["no names" if these is None else f"the names {', '.join(map(repr, these))}" for these in names]
+                described = [
+                    "no names" if these is None else f"the names {', '.join(map(repr, these))}" for these in names
+                ]
                 raise CorpusError(
-                    f"{where}: the numbers of the column {name!r} have {told[1]} in {other.path} and {told[0]} in "
-                    f"{one.path}; write both with the same ClassLabel, or the column as text"
+                    f"{where}: the numbers of the column {name!r} have {described[1]} in {other.path} and "
+                    f"{described[0]} in {one.path}; write both with the same ClassLabel, or the column as text"
                 )
-
-
-def _is_number(file: SourceFile, column: str) -> bool:
-    kind = dict(file.columns).get(column)
-    return kind is not None and (pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
 def _check_column(where: str, template: TextTemplate, name: str, file: SourceFile) -> None:

@@ -52,6 +52,7 @@ def column_texts(column: pa.Array, as_integers: bool = False) -> list[str | None
     as_integers: write floats as integers.
     Raises: UnicodeDecodeError when a string is not UTF-8; ValueError for a fraction where `as_integers` is asked.
     """
+    # NaN is no value, as in pandas, which writes missing numbers so: it fails its own comparison below.
     kind = plain_type(column.type)
     if is_text(kind):
         return _strings(column)
@@ -109,14 +110,14 @@ def fraction_error(where: str, path: str, name: str, error: ValueError, of_integ
 
 def changed_texts(source: ParquetSource, columns: Sequence[str], integer_columns: Container[str]) -> list[str]:
     """The columns whose texts differ from those of `str`, which earlier versions tokenised; see `shard_key`."""
+
+    def differs(kind: pa.DataType) -> bool:
+        if pa.types.is_decimal(kind):
+            return kind.scale > _PLAIN_SCALE or kind.scale < 0
+        return pa.types.is_float16(kind) or pa.types.is_float32(kind)
+
     kinds = [(name, plain_type(kind)) for file in source.files for name, kind in file.columns if name in columns]
-    return sorted({name for name, kind in kinds if _was_written_otherwise(kind) or (name in integer_columns)})
-
-
-def _was_written_otherwise(kind: pa.DataType) -> bool:
-    if pa.types.is_decimal(kind):
-        return kind.scale > _PLAIN_SCALE or kind.scale < 0
-    return pa.types.is_float16(kind) or pa.types.is_float32(kind)
+    return sorted({name for name, kind in kinds if differs(kind) or (name in integer_columns)})
 
 
 def _narrow_text(kind: pa.DataType) -> Any:

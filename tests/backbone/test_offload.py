@@ -1,4 +1,4 @@
-"""Weights kept in files: the same numbers, and a sentence where there is no room for them."""
+"""Weights kept in files give the same numbers, and a clear sentence when the disk is full."""
 
 import pytest
 import torch

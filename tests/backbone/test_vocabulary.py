@@ -1,4 +1,4 @@
-"""A tokenizer with ids that the model's table of embeddings has no row for: what has one is refused, alone."""
+"""A tokenizer with ids beyond the model's embedding table: only texts with such ids are refused."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Model folders of all kinds against transformers' own loading: the same answers, or one sentence."""
+"""Model folders of all kinds, compared with transformers' own loading: the same answers, or one sentence."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A corpus keeps its rows under the packaged model's tokenizer, and its shards' name under one that says every text."""
+"""Rows stay the same with the packaged model's tokenizer, and the shards' name with one that encodes every text."""
 
 import hashlib
 import json

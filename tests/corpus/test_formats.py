@@ -1,4 +1,4 @@
-"""Parquet files under other names are found, what is set aside is not, and other formats are told how to convert."""
+"""Parquet files are found whatever their names, except those set aside; other formats get advice on converting."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Every kind of tokenizer there is, trained here: what a target's tokens are behind an input, and what is lost."""
+"""Every kind of tokenizer, trained here: the tokens of a target behind an input, and texts that are lost."""
 
 import json
 from collections.abc import Callable

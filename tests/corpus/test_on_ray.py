@@ -1,4 +1,4 @@
-"""The room as the job uses it: Parquet in, splits out, on a real Ray."""
+"""The corpus room as the job uses it, on a real Ray: Parquet in, splits out."""
 
 import dataclasses
 import json

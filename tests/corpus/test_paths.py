@@ -1,4 +1,4 @@
-"""Addresses of corpora: a bank's schemes, Hadoop's names for them, and a sentence for what is none."""
+"""Addresses of corpora: a bank's schemes, Hadoop's names for them, and a clear sentence for any other."""
 
 import pytest
 from pyarrow import fs

@@ -1,4 +1,4 @@
-"""An ordinary file is read in full batches; one whose rows may be huge, in steps that a bounded memory holds."""
+"""An ordinary file is read in full batches; one whose rows may be huge is read in steps of bounded memory."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Folders being built, and what becomes of those whose builder died."""
+"""Folders that are being built, and the removal of those whose builder died."""
 
 import errno
 import fcntl

@@ -55,7 +55,7 @@ Rotation = tuple[Tensor, Tensor]
 def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, forest: Forest, rotation: Rotation | None = None) -> Tensor:
     """Q `[N, A, D]`, k and v `[G + N, A', D]`, all float32 -> `[N, A, D]`.
 
-    With a rotation, q and k are rotated first, but for the keys that are given.
+    With a rotation, q and k are rotated first, except for given keys, which are rotated already.
     """
     out: Tensor = _PackedAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), scaling, forest, rotation)
     return out
@@ -104,12 +104,14 @@ def _run(
         function.argtypes, function.restype = _SIGNATURE, None
     segments = forest.segments
     longest = int(segments.lengths[segments.given :].max())
+    # Sizes in the order in which the C function reads them; int64, as its `const int64_t *`.
     sides = np.array(
         [q.shape[1], k.shape[1], q.shape[2], segments.given_tokens, len(forest.trees) - 1, forest.most_before, longest],
         dtype=np.int64,
     )
     arrays = (sides, segments.starts, segments.lengths, segments.parents, forest.order, forest.trees)
     cosine, sine = (None, None) if rotation is None else (part.data_ptr() for part in rotation)
+    # `arrays` stays alive until the call returns, so the addresses stay valid.
     first, *others = (array.ctypes.data for array in arrays)
     tensors = (q, k, v, out, grad, dq, dk, dv)
     function(first, scaling, cosine, sine, *others, *(None if t is None else t.data_ptr() for t in tensors))

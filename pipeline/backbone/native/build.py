@@ -16,6 +16,7 @@ from pathlib import Path
 
 _SOURCES = ("rows.c", "attention.c", "weights.c")
 _HEADERS = ("vectors.h",)
+# No `-ffast-math`: it would let the compiler assume that there is no NaN, and a trial gone NaN must show it.
 _FLAGS = "-O3 -std=gnu11 -shared -fPIC -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-unknown-pragmas"
 _WISHES = (
     "-march=native -mprefer-vector-width=512 -fopenmp",
@@ -42,7 +43,7 @@ def load_kernels() -> ctypes.CDLL | None:
                 if not path.exists():
                     _compile(compiler, wish, path)
                 return ctypes.CDLL(str(path))
-            except (OSError, subprocess.SubprocessError):
+            except (OSError, subprocess.SubprocessError):  # an option that this compiler does not know, say
                 continue
     return None
 
@@ -55,7 +56,7 @@ def _compile(compiler: list[str], wish: str, path: Path) -> None:
         sources = [str(here / name) for name in _SOURCES]
         command = [*compiler, *_FLAGS.split(), *wish.split(), *sources, "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
-        made.replace(path)
+        made.replace(path)  # atomic: another rank loads a whole library or none
 
 
 def _digest(compiler: list[str], wish: str) -> str:

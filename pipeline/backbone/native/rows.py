@@ -33,7 +33,7 @@ def supports(*tensors: Tensor) -> bool:
 
 def quantize_activations(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """X `[N, X]`, times `columns` `[X]` if given -> (int8 `[N, X]`, scale `[N, 1]`)."""
-    x = x.contiguous()
+    x = x.contiguous()  # the kernels know no strides
     rows, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), 1)
     _call("quantize_rows", x, columns, rows, scale, *x.shape)
     return rows, scale
@@ -68,6 +68,7 @@ class RmsNormFunction(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         y, inverse = torch.empty_like(flat), torch.empty(len(flat))
         _call("rms_norm", flat, weight, epsilon, y, inverse, *flat.shape)
+        # 1 / rms of each row is kept: a number a token, which saves the backward pass a walk over x.
         ctx.save_for_backward(flat, inverse)
         ctx.weight = weight  # a reference: under ZeRO-3 its data comes and goes
         return y.view(x.shape)

@@ -75,8 +75,7 @@ def run_adaptation(checked: CheckedAdaptation, console: Console) -> AdaptationRe
             adapted = read_adaptation(rank_job)
         if adapted is None:
             raise TuningError(
-                f"run '{settings.run.name}' was told to stop and did, with a checkpoint; start it again to go on from "
-                "there"
+                f"run '{settings.run.name}' was told to stop, and stopped with a checkpoint; start it again to resume"
             )
         lease.check()
         log.write("end", version=None, exit=0)

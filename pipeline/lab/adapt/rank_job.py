@@ -128,7 +128,7 @@ def _adapt(job: AdaptationJob, settings: AdaptationSettings, here: TrainingRank,
         progress = train(here.model, plan, here.log, keep_if_wanted, here.stop_signal)
     except DivergedError as error:
         raise DivergedError(
-            f"{error}; lower optimizer.lr or set optimizer.clip_norm, and start anew under another run.name"
+            f"{error}; lower optimizer.lr or set optimizer.clip_norm, and start again under another run.name"
         ) from error
     if progress is None:
         return

@@ -46,16 +46,21 @@ def answers_of_adapters(
     with study.phase(PHASE) as (folder, log):
         log.write("begin", tasks=len(study.corpora))
         trained = _jobs(study, lora, without_test_splits(study.corpora))
-        jobs = [_with_questions(study, job, questions[job.name]) for job in trained if questions.get(job.name)]
+        jobs = []
+        for job in trained:
+            own = questions.get(job.name, ())
+            if own:
+                digests = tuple(question.digest(*study.deciding(question.task), job.file) for question in own)
+                jobs.append(replace(job, questions=own, digests=digests))
         rank_job = _rank_job(study, dict(study.corpora), folder, jobs)
         if any(load_answers(path) is None for job in jobs for path in rank_job.answers(job).values()):
             study.run_on_ranks(rank_job, log)
         answered: dict[tuple[str, SplitQuestion], SplitAnswers] = {}
         for job in jobs:
-            own = all_answers(rank_job.answers(job))
-            if own is None:
+            found = all_answers(rank_job.answers(job))
+            if found is None:
                 raise study.told_to_stop(PHASE)
-            answered |= {(job.name, question): given for question, given in own.items()}
+            answered |= {(job.name, question): given for question, given in found.items()}
         log.write("end", version=None, exit=0)
     return answered
 
@@ -69,11 +74,6 @@ def _jobs(study: Study, lora: LoraSettings, corpora: dict[str, TaskCorpus]) -> l
         file = hashlib.sha256(parts.encode()).hexdigest()[:32]
         jobs.append(LoraJob(f"lora.{task}.lr-{rate:g}.seed-{seed}", task, rate, seed, file))
     return jobs
-
-
-def _with_questions(study: Study, job: LoraJob, questions: tuple[SplitQuestion, ...]) -> LoraJob:
-    digests = tuple(question.digest(*study.deciding(question.task), job.file) for question in questions)
-    return replace(job, questions=questions, digests=digests)
 
 
 def _rank_job(study: Study, corpora: dict[str, TaskCorpus], folder: Path, jobs: Sequence[LoraJob]) -> LoraRankJob:

@@ -1,6 +1,6 @@
 """LoRA on one rank: it trains the adapters of its jobs one after the other, or has them answer.
 
-A job that was interrupted begins anew.
+A job that was interrupted starts from its beginning.
 """
 
 from collections.abc import Callable

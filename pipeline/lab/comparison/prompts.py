@@ -126,7 +126,7 @@ def _costs(folder: Path, states: Sequence[TrialState], ranks: int) -> dict[str, 
 def _spent(events: Iterable[Event], digests: Collection[str]) -> tuple[float, int | None]:
     """Seconds of tuning these trials and the peak bytes meanwhile, over all attempts.
 
-    Settings may change between attempts. Of an attempt that tuned other trials, too, these get a share by their steps.
+    Settings may change between attempts. If an attempt tuned other trials as well, these get a share by their steps.
     """
     attempts: list[list[Event]] = []
     for event in events:

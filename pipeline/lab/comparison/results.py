@@ -244,9 +244,9 @@ def read_results(path: Path) -> Mapping[str, Any]:
     try:
         plain: Mapping[str, Any] = open_json(path.read_bytes(), ["format", *(known.name for known in fields(Results))])
     except (OSError, DamagedError) as error:
-        raise StorageError(f"cannot read {path}: {error}; make it anew") from error
+        raise StorageError(f"cannot read {path}: {error}; make it again") from error
     if plain.get("format") != FORMAT:
-        raise StorageError(f"{path} is no comparison's results.json of this version; make it anew")
+        raise StorageError(f"{path} is no comparison's results.json of this version; make it again")
     return plain
 
 

@@ -70,7 +70,7 @@ class Study:
     def told_to_stop(self, phase: str) -> TuningError:
         """The error for a phase whose ranks ended before it was done."""
         name = self.settings.run.name
-        return TuningError(f"comparison '{name}' was told to stop in its phase '{phase}'; start it again to go on")
+        return TuningError(f"comparison '{name}' was told to stop in its phase '{phase}'; start it again to resume")
 
 
 def without_test_splits(corpora: Mapping[str, TaskCorpus]) -> dict[str, TaskCorpus]:

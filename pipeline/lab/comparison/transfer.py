@@ -13,7 +13,7 @@ from pipeline.lab.comparison.prompts import TunedPrompts, tune_prompts
 from pipeline.lab.comparison.results import PromptSimilarity
 from pipeline.lab.comparison.study import Study
 from pipeline.run.checks import check_start, find_bank
-from pipeline.settings import TaskSettings, changed_settings
+from pipeline.settings import changed_settings
 from pipeline.settings.comparing import parts
 
 
@@ -28,8 +28,11 @@ def tune_from_others(
     for task, sources in starts.items():
         there = [source for source in sources if all(part in chosen for part in parts(source))]
         if task in chosen and there:
-            first = chosen[task].members[0].candidate.name
-            tasks[task] = _from_others(tuned.trials[first], there, [m.candidate.seed for m in chosen[task].members])
+            members = chosen[task].members
+            trial = tuned.trials[members[0].candidate.name]
+            prompt = trial.prompt.model_copy(update={"init": "bank", "source": there[0]})
+            sweep = {"prompt.source": there, "seed": [member.candidate.seed for member in members]}
+            tasks[task] = trial.model_copy(update={"prompt": prompt, "sweep": sweep, "seed": None})
     if not tasks:
         return None
     settings = with_own_bank(study.settings, study.folder)
@@ -43,12 +46,6 @@ def tune_from_others(
             task, settings, study.checked.tokenizer, embedding_rows(study.checked.config), bank, study.checked.identity
         )
     return tune_prompts(study, replace(study.checked, settings=settings), "transfer", "transferred prompt")
-
-
-def _from_others(trial: TaskSettings, sources: list[str], seeds: list[int | None]) -> TaskSettings:
-    prompt = trial.prompt.model_copy(update={"init": "bank", "source": sources[0]})
-    sweep = {"prompt.source": sources, "seed": seeds}
-    return trial.model_copy(update={"prompt": prompt, "sweep": sweep, "seed": None})
 
 
 def prompt_similarities(prompts: Mapping[str, np.ndarray]) -> tuple[PromptSimilarity, ...]:

@@ -94,7 +94,9 @@ def load_progress(folder: Path, digest: str, model: TrainedModel) -> Progress | 
     try:
         best = _restore(model, _CheckpointFiles(found, list(record["files"])), record["has_best"])
     except (SafetensorError, OSError, KeyError) as error:
-        raise StorageError(f"the checkpoint {found} cannot be read ({error}); remove it to go on before it") from error
+        raise StorageError(
+            f"the checkpoint {found} cannot be read ({error}); remove it to resume from an earlier one"
+        ) from error
     return Progress(record["step"], record["seconds"], record["notes"], best)
 
 

@@ -76,5 +76,5 @@ class TrainingLog:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         except OSError as error:
             raise StorageError(
-                f"cannot write {self._series}: {error.strerror}; make room, and the same run started again goes on"
+                f"cannot write {self._series}: {error.strerror}; make room, then start the same run again to resume"
             ) from error

@@ -1,4 +1,4 @@
-"""An adaptation on its ranks: it learns, keeps ordinary model folders, and goes on after any end as if left alone."""
+"""An adaptation on its ranks: it learns, leaves ordinary model folders, and resumes as if it had never stopped."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What cannot be adapted is refused with the fix, before anything is trained."""
+"""A model that cannot be adapted is refused with advice, before anything is trained."""
 
 import pytest
 

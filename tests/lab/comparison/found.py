@@ -1,4 +1,4 @@
-"""What a comparison might have found: three tasks, every method, three seeds."""
+"""Results of an imagined comparison: three tasks, every method, three seeds."""
 
 from collections.abc import Callable
 from itertools import product

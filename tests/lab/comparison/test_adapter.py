@@ -1,4 +1,4 @@
-"""LoRA: the losses and the adapters of a plain PEFT loop over the same rows, kept at their best on dev."""
+"""LoRA has the losses and adapters of a plain PEFT loop over the same rows, and keeps the best on dev."""
 
 import numpy as np
 import pytest

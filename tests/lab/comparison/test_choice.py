@@ -1,4 +1,4 @@
-"""Choices are made on dev alone: nothing that is chosen from, or tuned with, knows a test row."""
+"""Choices are made on dev alone: nothing that is tuned or chosen has seen a test row."""
 
 from dataclasses import fields, replace
 

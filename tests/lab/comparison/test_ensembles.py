@@ -1,4 +1,4 @@
-"""Ensembles against plain numpy, row by row, and against the service's."""
+"""Ensembles compared with plain numpy, row by row, and with the service's."""
 
 import numpy as np
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Hard prompts: rows behind one have the tokens that the tokenizer gives for the whole text, and score as it does."""
+"""Rows behind a hard prompt have the tokenizer's tokens for the whole text, and score accordingly."""
 
 import numpy as np
 import pytest

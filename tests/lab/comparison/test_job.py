@@ -1,4 +1,4 @@
-"""A whole small comparison in one process with its real ranks: what it leaves, and that it goes on where it stopped."""
+"""A whole small comparison in one process with real ranks: its files, and that it resumes where it stopped."""
 
 import json
 

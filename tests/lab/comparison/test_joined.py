@@ -1,4 +1,4 @@
-"""Panels over finished comparisons: their own figures, one line a size, refused where a run has no such panel."""
+"""Panels over finished comparisons: the runs' own figures, one line for each size, refused without such a panel."""
 
 import re
 from dataclasses import replace

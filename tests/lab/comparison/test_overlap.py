@@ -1,4 +1,4 @@
-"""What a task's training has seen of another's rows is found whatever stands around it, and counts for no method."""
+"""Rows of a task that another task's training has seen are found in any template, and count for no method."""
 
 from types import SimpleNamespace
 

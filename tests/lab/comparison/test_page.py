@@ -1,4 +1,4 @@
-"""The report: one file that needs nothing from elsewhere, shows every mean with its spread and names every seed."""
+"""The report: one file without outside resources, with the spread of every mean and the name of every seed."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Of a comparison's prompts: which one is a task's best, and what time and memory its trials took."""
+"""A comparison's prompts: which one is a task's best, and the time and memory of its trials."""
 
 from types import SimpleNamespace
 

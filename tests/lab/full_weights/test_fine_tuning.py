@@ -1,4 +1,4 @@
-"""Full fine-tuning of a task: its prompts' rows, its prompts' evaluator, the best on dev kept and tested."""
+"""Full fine-tuning of a task: its prompts' rows and evaluator, with the best weights on dev kept and tested."""
 
 import json
 from dataclasses import replace

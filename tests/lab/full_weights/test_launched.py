@@ -1,4 +1,4 @@
-"""A fine-tuning sent to the ranks of a real Ray, as a comparison of methods sends it."""
+"""A fine-tuning launched on the ranks of a real Ray, as a comparison of methods does it."""
 
 import pytest
 import ray

@@ -1,4 +1,4 @@
-"""Adafactor of pieces against transformers' of whole parameters."""
+"""Adafactor on pieces, compared with transformers' Adafactor on whole parameters."""
 
 import numpy as np
 import pytest

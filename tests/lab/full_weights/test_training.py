@@ -1,4 +1,4 @@
-"""All weights trained: as plain PyTorch does it, alike on one rank and two, killed and not, and saved for others."""
+"""Training of all weights: as plain PyTorch does it, the same on one rank and two, killed or not."""
 
 import random
 import shutil

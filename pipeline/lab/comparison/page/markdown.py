@@ -6,7 +6,7 @@ from pipeline.lab.comparison.page.render import MethodLine, method_lines, seeds,
 from pipeline.lab.comparison.results import MethodRow, Results, TransferCell, with_spread
 from pipeline.reporting.words import ABSENT, duration, figure, millions, size
 
-_UNSEEN = "Rows of another task that the task trained on has, too, are left out; how many are left stands in brackets."
+_UNSEEN = "Rows that the task trained on shares with another task are left out; brackets show how many are left."
 
 
 def to_markdown(results: Results) -> str:
