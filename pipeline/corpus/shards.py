@@ -246,9 +246,9 @@ def _without_ray(error: Exception, where: str, storage: Path) -> Exception:
             return type(inner)(str(inner).partition("\n")[0])
         if isinstance(cause, OutOfMemoryError):
             return TuningError(
-                f"{where}: tokenising stopped, since its worker was killed again and again when the node's memory "
-                "ran low; give the node more, run less beside it, or write the files with shorter cells, then start "
-                "the same run again"
+                f"{where}: tokenising stopped after several tries, and the last one ended like this: "
+                f"{memory_kill(str(cause)) or 'its worker was killed when the memory of its node ran low'}; "
+                "or write the files with shorter cells; then start the same run again"
             )
         if isinstance(inner, OSError):  # it came from writing, since reading raises CorpusError
             return _storage_error(storage, inner)
