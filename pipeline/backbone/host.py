@@ -167,17 +167,17 @@ def zero3_placement(zero: dict[str, Any], dtype: torch.dtype, device: torch.devi
     from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, free_param
 
     init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=zero, dtype=dtype)
-    share = Partition(dist.get_rank(), dist.get_world_size())
+    partition = Partition(dist.get_rank(), dist.get_world_size())
 
     def parameter(piece: Tensor, shape: torch.Size) -> nn.Parameter:
         # DeepSpeed asks for a tensor of the whole shape; `expand` gives one with a single entry of memory.
         whole = nn.Parameter(piece.new_empty(1, device=device).expand(shape), requires_grad=False)
         init._convert_to_deepspeed_param(whole)
         # From here on these are the fields that DeepSpeed's own partitioning would have set.
-        partition: Any = keep(piece)
-        partition.ds_numel, partition.final_location = len(piece), None
-        partition.status = PartitionedParamStatus.AVAILABLE
-        whole.ds_tensor, whole.ds_numel_aligned = partition, len(piece) * share.ranks  # type: ignore[attr-defined]
+        held: Any = keep(piece)
+        held.ds_numel, held.final_location = len(piece), None
+        held.status = PartitionedParamStatus.AVAILABLE
+        whole.ds_tensor, whole.ds_numel_aligned = held, len(piece) * partition.ranks  # type: ignore[attr-defined]
         free_param(whole)
         return whole
 
@@ -186,7 +186,7 @@ def zero3_placement(zero: dict[str, Any], dtype: torch.dtype, device: torch.devi
         dist.all_reduce(scale)
         return scale
 
-    return Placement(share, parameter, sum_over_ranks, lambda module: _move_buffers(module, device))
+    return Placement(partition, parameter, sum_over_ranks, lambda module: _move_buffers(module, device))
 
 
 def set_gather(node: NodeMemory | None, traffic: Traffic) -> None:

@@ -45,7 +45,7 @@ class Partition:
 class Placement:
     """Where weights go as they are read: the choice between one process and ZeRO-3."""
 
-    share: Partition
+    partition: Partition
     parameter: Callable[[Tensor, torch.Size], nn.Parameter]
     """This rank's piece of a tensor, and the tensor's shape -> what stands for the tensor in its module."""
     sum_over_ranks: Callable[[Tensor], Tensor]
@@ -108,7 +108,7 @@ def load_weights(model: nn.Module, source: WeightSource, dtype: torch.dtype, pla
                 continue
             if id(parameter) not in loaded:
                 rows = _rows_of(module, parameter, source, require_stored_name(source, names[id(parameter)], prefix))
-                piece, scale = _read_share(rows, parameter, dtype, placement)
+                piece, scale = _read_partition(rows, parameter, dtype, placement)
                 loaded[id(parameter)] = _Loaded(placement.parameter(piece, parameter.shape), scale, parameter)
             # A tied parameter stays one object; each of its layers has the scale.
             entry = loaded[id(parameter)]
@@ -155,15 +155,15 @@ def _other_shape(source: WeightSource, name: str, stored: Sequence[int], wanted:
     )
 
 
-def _read_share(
+def _read_partition(
     rows: _Rows, parameter: nn.Parameter, dtype: torch.dtype, placement: Placement
 ) -> tuple[Tensor, Tensor | None]:
     """This rank's piece, flat and padded with zeros, and the scales of all rows if the parameter is int8."""
     # A piece may begin and end within a row; a row is quantised as a whole by each rank that holds some of it.
     int8 = parameter.dtype == torch.int8
-    share, numel, width = placement.share, parameter.numel(), parameter.numel() // len(parameter)
-    start, stop = share.span(numel)
-    size = share.size(numel)
+    partition, numel, width = placement.partition, parameter.numel(), parameter.numel() // len(parameter)
+    start, stop = partition.span(numel)
+    size = partition.size(numel)
     piece = torch.empty(size, dtype=torch.int8 if int8 else dtype)
     piece[stop - start :] = 0
     scale = torch.zeros(len(parameter))
