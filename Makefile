@@ -64,6 +64,7 @@ schema: $(STAMP)
 	$(PRINT_SCHEMA) > $(SCHEMA)
 
 docs: $(DOCS_STAMP) docs/settings.md
+	rm -rf $(SITE)
 	.venv-docs/bin/sphinx-build -c docs -b html -d $(SITE)/.doctrees -n -W --keep-going -q . $(SITE)
 	@echo "$(SITE)/index.html"
 
