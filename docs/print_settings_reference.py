@@ -20,17 +20,6 @@ every key with its type, its default and its meaning. A job refuses an unknown k
 [`settings.schema.json`](settings.schema.json), a JSON Schema of the file. `jobs/adapt_backbone.py` has
 [settings of its own](adaptation.md).
 """
-# What the schema does not say of a block.
-SUMMARIES = {
-    "run": "What the run is called, where it keeps its files, and how it treats faults.",
-    "model": "The frozen model.",
-    "cluster": "Ranks, GPUs and memory.",
-    "defaults.prompt": "The prompt's length and where it starts.",
-    "defaults.optimizer": "How the prompt is updated.",
-    "tasks": "The tasks by name. Each names its corpora, and may override every key of `defaults`.",
-    "bank": "Where the prompts are published.",
-}
-
 LARGE = 10**6
 """Bounds from here on only catch mistakes, and are left out."""
 
@@ -41,7 +30,7 @@ def reference(schema: Json) -> str:
     """The page: a section a block, in the order of the file, each followed by the blocks inside it."""
     definitions = schema["$defs"]
     waiting = [(name, definitions[_block(field)]) for name, field in schema["properties"].items()]
-    listed = [f"- [`{name}`](#{name}): {_summary(name, block)}" for name, block in waiting]
+    listed = [f"- [`{name}`](#{name}): {_one_line(block['description'])}" for name, block in waiting]
     sections, told = [HEAD, "\n".join(listed) + "\n"], set()
     while waiting:
         place, block = waiting.pop(0)
@@ -60,11 +49,10 @@ def _without(block: Json, told: Json) -> Json:
 
 
 def _section(place: str, block: Json) -> str:
-    summary, required = _summary(place, block), block.get("required", ())
+    required = block.get("required", ())
     keys = [_key(key, field, key in required) for key, field in block["properties"].items()]
-    return "\n".join(
-        [f"{'###' if '.' in place else '##'} `{place}`", "", *([summary, ""] if summary else []), *keys, ""]
-    )
+    heading = "###" if "." in place else "##"
+    return "\n".join([f"{heading} `{place}`", "", _one_line(block["description"]), "", *keys, ""])
 
 
 def _key(key: str, field: Json, required: bool) -> str:
@@ -77,10 +65,6 @@ def _key(key: str, field: Json, required: bool) -> str:
         last = f"default `{json.dumps(default, ensure_ascii=False)}`"
     meaning = _one_line(field.get("description", ""))
     return f"- **`{key}`** ({_type(field)}; {last})" + (f": {meaning}" if meaning else "")
-
-
-def _summary(place: str, block: Json) -> str:
-    return SUMMARIES.get(place) or _one_line(block.get("description", ""))
 
 
 def _block(field: Json) -> str | None:
