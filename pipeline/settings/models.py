@@ -12,7 +12,7 @@ from pydantic import (
 )
 
 from pipeline.settings.comparing import CompareSettings, parts
-from pipeline.settings.frozen import LARGEST, Address, Count, Frozen, Name, Paths, Seed, Tokens
+from pipeline.settings.fields import LARGEST, Address, Count, Name, Paths, Seed, SettingsModel, Tokens
 from pipeline.settings.sweeps import (
     MOST_TRIALS,
     SweptKey,
@@ -34,7 +34,7 @@ MOST_SECONDS = 10**9
 """Some thirty years."""
 
 
-class RunSettings(Frozen):
+class RunSettings(SettingsModel):
     name: Name = "prompts"
     """The run's folder under `storage`; the same name again resumes it."""
     storage: Address = "./runs"
@@ -55,7 +55,7 @@ class RunSettings(Frozen):
     always goes on with the others."""
 
 
-class ModelSettings(Frozen):
+class ModelSettings(SettingsModel):
     path: Address
     """A folder, a hub name, a .gguf file, or the name of a packaged model (`smollm2-135m`)."""
     weights: Literal["int8", "full"] = "int8"
@@ -79,7 +79,7 @@ class ModelSettings(Frozen):
         return self
 
 
-class ClusterSettings(Frozen):
+class ClusterSettings(SettingsModel):
     num_workers: int = Field(1, ge=1, le=10_000)
     """Ranks: they share the rows of every step, and the model where it is partitioned."""
     partition: Literal["auto", "always", "never"] = "auto"
@@ -95,7 +95,7 @@ class ClusterSettings(Frozen):
     """What an hour of a rank costs, in your currency; the report then tells what the run cost."""
 
 
-class PromptSettings(Frozen):
+class PromptSettings(SettingsModel):
     length: Tokens = 100
     init: Literal["random", "sampled_vocab", "class_labels", "text", "bank"] = "sampled_vocab"
     text: str | None = None
@@ -117,7 +117,7 @@ class PromptSettings(Frozen):
         return self
 
 
-class OptimizerSettings(Frozen):
+class OptimizerSettings(SettingsModel):
     name: Literal["adafactor", "adamw"] = "adafactor"
     lr: float = Field(0.3, gt=0)
     weight_decay: float = Field(1e-5, ge=0)
@@ -127,7 +127,7 @@ class OptimizerSettings(Frozen):
     """Largest norm of this prompt's own gradient; without it only Adafactor's update clipping acts."""
 
 
-class HalvingSettings(Frozen):
+class HalvingSettings(SettingsModel):
     """Successive halving (Jamieson & Talwalkar 2016): of a sweep's trials that reach a rung, the best go on."""
 
     first: Count = 1
@@ -136,7 +136,7 @@ class HalvingSettings(Frozen):
     """One in so many goes on from a rung, and at least one."""
 
 
-class TaskDefaults(Frozen):
+class TaskDefaults(SettingsModel):
     """What every task may set. The defaults are Lester et al. (2021), section 3 and appendix A."""
 
     input: str = "{text}"
@@ -228,7 +228,7 @@ class TaskSettings(TaskDefaults):
         return self
 
 
-class BankSettings(Frozen):
+class BankSettings(SettingsModel):
     uri: Address = "./bank"
     """A folder, or an object store such as s3://bucket/prefix."""
     alias: Name = "latest"
@@ -245,7 +245,7 @@ class BankSettings(Frozen):
     """The private key (PEM file) that signs what this run publishes."""
 
 
-class TrackingSettings(Frozen):
+class TrackingSettings(SettingsModel):
     """Who else hears how a run is going; none of them can stop it. Ray's metrics tell it always."""
 
     tensorboard: bool = False
@@ -259,7 +259,7 @@ class TrackingSettings(Frozen):
     """What the job prints while it runs: bars or lines for people, or every event as a line of JSON."""
 
 
-class RefreshSettings(Frozen):
+class RefreshSettings(SettingsModel):
     """What `jobs/refresh_prompts.py` does every night; the other jobs pass over it."""
 
     alpha: float = Field(0.05, gt=0, lt=1)
@@ -280,7 +280,7 @@ class RefreshSettings(Frozen):
     """Seconds without a sign of life after which a night counts as dead, and another may begin."""
 
 
-class Settings(Frozen):
+class Settings(SettingsModel):
     run: RunSettings = RunSettings()
     model: ModelSettings
     cluster: ClusterSettings = ClusterSettings()
