@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from pipeline.settings.frozen import LARGEST, Count, Frozen, Name
+from pipeline.settings.fields import LARGEST, Count, Name, SettingsModel
 from pipeline.settings.sweeps import SweptKey
 
 PANEL_KEYS = tuple(key for key in get_args(SweptKey) if key != "seed")
@@ -32,7 +32,7 @@ Rates = Annotated[
 ]
 
 
-class HardPromptSettings(Frozen):
+class HardPromptSettings(SettingsModel):
     """Prompts of words: what people write instead of tuning."""
 
     zero_shot: bool = True
@@ -45,7 +45,7 @@ class HardPromptSettings(Frozen):
     """Put between the text, the solved rows and the row itself."""
 
 
-class TrainingSettings(Frozen):
+class TrainingSettings(SettingsModel):
     """How a method that changes weights is trained; what is null is as the task's prompts have it."""
 
     lr: Rates
@@ -92,7 +92,7 @@ class FineTuningSettings(TrainingSettings):
     """Whether the tuned models stay in the run's folder when they have answered; each is as large as the model."""
 
 
-class TransferSettings(Frozen):
+class TransferSettings(SettingsModel):
     """What a prompt of one task is worth to another (SPoT, Vu et al. 2022)."""
 
     matrix: bool = True
@@ -102,7 +102,7 @@ class TransferSettings(Frozen):
     Everything else is as in the task's best choice."""
 
 
-class CompareSettings(Frozen):
+class CompareSettings(SettingsModel):
     """What `jobs/compare_methods.py` compares. Other jobs do not read it."""
 
     seeds: int = Field(3, ge=1, le=100)

@@ -12,7 +12,7 @@ from pydantic import (
 )
 
 from pipeline.settings.comparing import CompareSettings, parts
-from pipeline.settings.frozen import LARGEST, Address, Count, Frozen, Name, Paths, Seed, Tokens
+from pipeline.settings.fields import LARGEST, Address, Count, Name, Paths, Seed, SettingsModel, Tokens
 from pipeline.settings.sweeps import (
     MOST_TRIALS,
     SweptKey,
@@ -34,7 +34,7 @@ MOST_SECONDS = 10**9
 """Some thirty years."""
 
 
-class RunSettings(Frozen):
+class RunSettings(SettingsModel):
     """What the run is called, where it keeps its files, and how it treats faults."""
 
     name: Name = "prompts"
@@ -58,7 +58,7 @@ class RunSettings(Frozen):
     the others go on. A nightly refresh always goes on."""
 
 
-class ModelSettings(Frozen):
+class ModelSettings(SettingsModel):
     """The frozen model."""
 
     path: Address
@@ -84,7 +84,7 @@ class ModelSettings(Frozen):
         return self
 
 
-class ClusterSettings(Frozen):
+class ClusterSettings(SettingsModel):
     """Ranks, GPUs and memory."""
 
     num_workers: int = Field(1, ge=1, le=10_000)
@@ -104,7 +104,7 @@ class ClusterSettings(Frozen):
     """What an hour of a rank costs, in your currency; the report then tells what the run cost."""
 
 
-class PromptSettings(Frozen):
+class PromptSettings(SettingsModel):
     """The length of a prompt, and where it starts."""
 
     length: Tokens = 100
@@ -132,7 +132,7 @@ class PromptSettings(Frozen):
         return self
 
 
-class OptimizerSettings(Frozen):
+class OptimizerSettings(SettingsModel):
     """How a prompt is updated."""
 
     name: Literal["adafactor", "adamw"] = "adafactor"
@@ -149,7 +149,7 @@ class OptimizerSettings(Frozen):
     """Largest norm of this prompt's own gradient; without it only Adafactor's update clipping acts."""
 
 
-class HalvingSettings(Frozen):
+class HalvingSettings(SettingsModel):
     """Successive halving (Jamieson & Talwalkar 2016): of a sweep's trials that reach a rung, the best go on."""
 
     first: Count = 1
@@ -158,7 +158,7 @@ class HalvingSettings(Frozen):
     """One in so many goes on from a rung, and at least one."""
 
 
-class TaskDefaults(Frozen):
+class TaskDefaults(SettingsModel):
     """What every task may set. The defaults are Lester et al. (2021), section 3 and appendix A."""
 
     input: str = "{text}"
@@ -262,7 +262,7 @@ class TaskSettings(TaskDefaults):
         return self
 
 
-class BankSettings(Frozen):
+class BankSettings(SettingsModel):
     """Where the prompts are published."""
 
     uri: Address = "./bank"
@@ -282,7 +282,7 @@ class BankSettings(Frozen):
     """The private key (PEM file) that signs what this run publishes."""
 
 
-class TrackingSettings(Frozen):
+class TrackingSettings(SettingsModel):
     """Tools that get a run's figures. None of them can stop the run. Ray's metrics have the figures always."""
 
     tensorboard: bool = False
@@ -296,7 +296,7 @@ class TrackingSettings(Frozen):
     """What the job prints while it runs: bars or lines for people, or every event as a line of JSON."""
 
 
-class RefreshSettings(Frozen):
+class RefreshSettings(SettingsModel):
     """What `jobs/refresh_prompts.py` does every night. Other jobs do not read it."""
 
     alpha: float = Field(0.05, gt=0, lt=1)
@@ -317,7 +317,7 @@ class RefreshSettings(Frozen):
     """Seconds without a sign of life after which a night counts as dead, and another may begin."""
 
 
-class Settings(Frozen):
+class Settings(SettingsModel):
     """A settings file."""
 
     run: RunSettings = RunSettings()
