@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from rich.console import Console
 
-from pipeline.bank import NewPrompt, PromptBank, Standing
+from pipeline.bank import CarriedPrompt, NewPrompt, PromptBank
 from pipeline.errors import LeaseError, SettingsError, StorageError
 from pipeline.refresh.conditions import check_conditions
 from pipeline.refresh.exits import exit_of, verdict
@@ -166,7 +166,7 @@ def _publish_once(checked: CheckedRun, outcomes: Sequence[NightDecision], may_mo
         settings.run.name,
         library_versions(),
         alias,
-        standing=[prompt for prompt in prompts if isinstance(prompt, Standing)],
+        standing=[prompt for prompt in prompts if isinstance(prompt, CarriedPrompt)],
         removed={record.task: record.why for record in records if record.result == "removed"},
         new_backbone=True,
     )

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.bank import NewPrompt, Standing
+from pipeline.bank import CarriedPrompt, NewPrompt
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.refresh.gate import judge
 from pipeline.refresh.inputs import NightInputs
@@ -25,7 +25,7 @@ _NO_BETTER = "no step was better than the bank's prompt, which it started from"
 @dataclass(frozen=True)
 class NightDecision:
     record: TaskRecord
-    prompt: NewPrompt | Standing | None = None
+    prompt: NewPrompt | CarriedPrompt | None = None
     """What the new version has of the task; None for nothing."""
 
 
@@ -50,7 +50,7 @@ def _decide(planned: PlannedTask, settings: Settings, found: NightInputs, tuned:
         return NightDecision(replace(record, result="removed"))
     if planned.decision == "carried":
         assert planned.incumbent is not None
-        return NightDecision(replace(record, result="carried", stays=True), Standing(planned.incumbent))
+        return NightDecision(replace(record, result="carried", stays=True), CarriedPrompt(planned.incumbent))
     if planned.decision == "unusable":
         return _failed(record, planned, planned.why)
     entry, corpus = tuned.entries[planned.task], found.corpora[planned.task]
@@ -74,7 +74,7 @@ def _failed(record: TaskRecord, planned: PlannedTask, reason: str, failed: NewPr
     record = replace(record, result="failed", reason=reason)
     if planned.incumbent is None:
         return NightDecision(record, failed)
-    return NightDecision(replace(record, stays=True), Standing(planned.incumbent, "kept", reason))
+    return NightDecision(replace(record, stays=True), CarriedPrompt(planned.incumbent, "kept", reason))
 
 
 def _compared(
@@ -105,7 +105,7 @@ def _compared(
         )
     inputs = inputs_digest(settings, planned.task, corpus.digest)
     record = replace(record, result="kept", reason=reason, worse=not same, stays=True)
-    return NightDecision(record, Standing(planned.incumbent, "kept", reason, inputs))
+    return NightDecision(record, CarriedPrompt(planned.incumbent, "kept", reason, inputs))
 
 
 def _with_figures(record: TaskRecord, entry: TaskResult, version: int | None) -> TaskRecord:
