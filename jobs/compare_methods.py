@@ -28,10 +28,10 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from pipeline.errors import SettingsError  # noqa: E402
-from pipeline.run.supervision import supervised  # noqa: E402
 from pipeline.run.terminal import ending_in_a_sentence, told_on, warn_of_rays_copy  # noqa: E402
 from pipeline.settings import Settings, load_joined, load_settings  # noqa: E402
-from pipeline.tuning.signals import sigterm_is_ctrl_c  # noqa: E402
+from pipeline.tuning.interruption.signals import sigterm_is_ctrl_c  # noqa: E402
+from pipeline.tuning.interruption.supervision import supervised  # noqa: E402
 
 
 def main(

@@ -9,7 +9,8 @@ from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import PromptBankError
 from pipeline.refresh.plan import PlannedTask, TaskInputs, plan_night
 from pipeline.reporting.events import EventLog
-from pipeline.run.checks import CheckedRun, find_bank
+from pipeline.run.bank import find_bank
+from pipeline.run.checks import CheckedRun
 from pipeline.run.stages import prepare_corpora, save_model_description
 from pipeline.settings import Settings
 from pipeline.tuning.connection import Connect

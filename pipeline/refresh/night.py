@@ -12,12 +12,10 @@ from rich.console import Console
 
 from pipeline.bank import NewPrompt, PromptBank, Standing
 from pipeline.errors import LeaseError, SettingsError, StorageError
-from pipeline.refresh.conditions import check_conditions
-from pipeline.refresh.exits import exit_of, verdict
+from pipeline.refresh.ending import check_conditions, exit_of, verdict
 from pipeline.refresh.inputs import NightInputs, read_inputs
 from pipeline.refresh.outcomes import NightDecision, decide, planned_record
-from pipeline.refresh.record import NightRecord, read_record
-from pipeline.refresh.record_writer import NightRecordWriter
+from pipeline.refresh.record import NightRecord, NightRecordWriter, read_record
 from pipeline.refresh.tuned import tune, with_readable_incumbents
 from pipeline.reporting.events import EventLog, telling_why
 from pipeline.reporting.html.from_record import night_of_record
@@ -25,10 +23,9 @@ from pipeline.reporting.progress import follow
 from pipeline.run.bank import check_fit, open_bank, readable_bank
 from pipeline.run.checks import CheckedRun, check_run
 from pipeline.run.lease import Lease, held
-from pipeline.run.page import write_report
-from pipeline.run.patience import retry_while_unreachable
 from pipeline.run.publishing import library_versions
-from pipeline.run.stages import make_run_folder
+from pipeline.run.report import write_report
+from pipeline.run.stages import make_run_folder, retry_while_unreachable
 from pipeline.run.tracking import followed
 from pipeline.settings import RunSettings, Settings
 from pipeline.tuning.connection import ray_on_demand

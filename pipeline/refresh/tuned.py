@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from pipeline.settings import Settings
 from pipeline.tuning.connection import Connect
 from pipeline.tuning.incumbents import Pair, best_states, pair_keys, prompt_digest, read_pairs
 from pipeline.tuning.launch import launch
-from pipeline.tuning.worker import RankJob
+from pipeline.tuning.loop import tune_on_rank
+from pipeline.tuning.rank_job import RankJob
 from pipeline.whole_files import write_atomically
 
 
@@ -78,7 +80,7 @@ def tune(
     done = _done(order, settings, incumbents, checked.tokenizer)
     if done is None:
         connect()
-        launch(order, settings.cluster, settings.run, log)
+        launch(partial(tune_on_rank, order), folder, settings.cluster, settings.run, log)
         done = _done(order, settings, incumbents, checked.tokenizer)
     if done is None:
         raise TuningError(stopped_sentence(order, settings))

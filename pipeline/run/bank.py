@@ -1,10 +1,11 @@
 """The bank that a run's settings name."""
 
 from contextlib import suppress
+from pathlib import Path
 
 from pipeline.bank import PromptBank
 from pipeline.errors import BankError
-from pipeline.settings import BankSettings
+from pipeline.settings import BankSettings, Settings
 
 
 def open_bank(settings: BankSettings, create: bool = False) -> PromptBank:
@@ -16,6 +17,14 @@ def open_bank(settings: BankSettings, create: bool = False) -> PromptBank:
         trusted_keys=settings.trusted_keys,
         signing_key=settings.signing_key,
     )
+
+
+def find_bank(settings: Settings) -> PromptBank | None:
+    """The bank, if it is there already. Raises: BankError when it is damaged, StorageError."""
+    uri = settings.bank.uri
+    if "://" not in uri and not Path(uri).expanduser().is_dir():  # a check makes no folder
+        return None
+    return open_bank(settings.bank, create=True)
 
 
 def check_fit(settings: BankSettings) -> None:

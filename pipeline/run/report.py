@@ -1,12 +1,14 @@
-"""What the page of a finished run tells."""
+"""`report.html` in the folder of a run or a night, and what that of a run tells."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from rich.console import Console
+
 from pipeline.bank import BackboneId, PromptBank
 from pipeline.corpus.task_corpus import TaskCorpus
-from pipeline.reporting.html import Curve, NightReport, PastVersion, TaskNight, Verdict
+from pipeline.reporting.html import Curve, NightReport, PastVersion, TaskNight, Verdict, render
 from pipeline.reporting.html.history import past_versions
 from pipeline.reporting.html.run_files import faults_of, read_curve, stages_of
 from pipeline.reporting.table import TrialResult
@@ -16,6 +18,18 @@ from pipeline.run.publishing import library_versions
 from pipeline.run.results import NO_GAIN, TaskResult, result_of
 from pipeline.settings import Settings
 from pipeline.tuning.state import TrialState
+from pipeline.whole_files import write_atomically
+
+
+def write_report(folder: Path, report: Callable[[], NightReport], console: Console, whose: str) -> Path | None:
+    """Write the page and say where it is; where that cannot be done, a warning is all."""
+    path = folder / "report.html"
+    try:
+        write_atomically(path, render(report()).encode())
+    except Exception as error:  # not even a defect of ours in making it changes how a run or a night has ended
+        console.print(f"warning: the {whose}'s report was not written: {error}", markup=False, highlight=False)
+        return None
+    return path
 
 
 def report_of(

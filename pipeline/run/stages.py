@@ -1,32 +1,37 @@
 """The stages of a run, up to what the bank is given: its folder, the corpora, the order to the ranks, their results."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
 from pipeline.backbone.files import from_anywhere, save_description, short_table
 from pipeline.corpus.encoding import TokenizerSpec
 from pipeline.corpus.task_corpus import TaskCorpus, prepare_task
-from pipeline.errors import PromptBankError, SettingsError, StorageError, TuningError
+from pipeline.errors import PromptBankError, SettingsError, StorageError, TuningError, UnreachableError
 from pipeline.reporting.events import EventLog
 from pipeline.run.bank import open_bank
 from pipeline.run.checks import CheckedRun, check_storage, refuse_or_skip
-from pipeline.run.patience import retry_while_unreachable
 from pipeline.sealed_files import DamagedError, open_tensors, sealed_tensors
 from pipeline.settings import RunSettings, Settings
 from pipeline.tuning.checkpoint import load_checkpoint
 from pipeline.tuning.connection import Connect
 from pipeline.tuning.incumbents import prompt_digest
 from pipeline.tuning.initialise import mean_prompt
+from pipeline.tuning.rank_job import RankJob
 from pipeline.tuning.state import TrialState
-from pipeline.tuning.worker import RankJob
 from pipeline.whole_files import write_atomically
+
+PATIENCE_S = 240.0
+"""Each try of an object store waits up to half a minute by itself."""
+
+T = TypeVar("T")
 
 
 def make_rank_job(
@@ -89,6 +94,26 @@ def save_model_description(checked: CheckedRun, folder: Path) -> TokenizerSpec:
         raise StorageError(f"cannot write {folder / 'model'}: {error}; make room and start the run again") from error
     short = short_table(checked.config, checked.tokenizer)
     return TokenizerSpec(str(folder / "model"), checked.identity.tokenizer, checked.architecture, short)
+
+
+def retry_while_unreachable(action: Callable[[], T], stage: str, log: EventLog) -> T:
+    """`action()`, again and again for some minutes while the store that it needs cannot be reached.
+
+    It must be safe to repeat. Raises: what `action` raises, the last UnreachableError in the end.
+    """
+
+    def tell(state: RetryCallState) -> None:
+        assert state.outcome is not None
+        log.write("stage", name=stage, text=f"trying again soon: {state.outcome.exception()}")
+
+    retrying = Retrying(
+        retry=retry_if_exception_type(UnreachableError),
+        wait=wait_exponential(multiplier=1, max=15),
+        stop=stop_after_delay(PATIENCE_S),
+        before_sleep=tell,
+        reraise=True,
+    )
+    return retrying(action)
 
 
 def prepare_corpora(

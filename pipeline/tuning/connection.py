@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 
 from pipeline.errors import PromptBankError, SettingsError, TuningError
 from pipeline.settings import ClusterSettings
-from pipeline.tuning.signals import held_back
+from pipeline.tuning.interruption.signals import held_back
 
 _OBJECT_STORE_BYTES = 512 * 2**20
 _SHUTDOWN_TIMEOUT_S = 5

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from pipeline.tuning.evaluate import Score
 from pipeline.tuning.halving import rungs
 from pipeline.tuning.metrics import goodness
-from pipeline.tuning.optimise import make_optimizer
+from pipeline.tuning.optimise import make_optimizer, update
 from pipeline.tuning.trials import Trial
 
 Status = Literal["live", "paused", "tuned", "stopped early", "halved", "no gain", "failed"]
@@ -69,6 +69,16 @@ class TrialState:
         settings = self.trial.settings
         measured = self.history[-1].step == self.step
         return not measured and (self.step % settings.eval_every == 0 or self.step >= settings.max_steps)
+
+    def update(self, loss: float) -> None:
+        """Take one step with the gradient that is in the prompt; where it or the loss is not finite, end the trial."""
+        settings = self.trial.settings
+        assert self.prompt.grad is not None
+        if not np.isfinite(loss) or not bool(self.prompt.grad.isfinite().all()):
+            self.fail_at("loss", loss)
+            return
+        update(self.optimizer, settings.optimizer, self.step, settings.max_steps)
+        self.step += 1
 
     def judge(self, score: Score) -> None:
         """Take in an evaluation: keep the best prompt, and stop when done or without progress."""

@@ -6,8 +6,7 @@ import math
 import pytest
 
 from pipeline.errors import LeaseError
-from pipeline.refresh.record import Condition, NightRecord, TaskRecord, read_record, write_record
-from pipeline.refresh.record_writer import NightRecordWriter
+from pipeline.refresh.record import Condition, NightRecord, NightRecordWriter, TaskRecord, read_record, write_record
 
 RECORD = NightRecord(
     run="small-n1",

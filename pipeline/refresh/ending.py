@@ -1,12 +1,11 @@
-"""How a night ends: its exit code, for a scheduler, and one sentence, for people."""
+"""How a night ends: whether the alias may move, the exit code for a scheduler, and one sentence for people."""
 
+from collections.abc import Sequence
 from enum import IntEnum
-from typing import TYPE_CHECKING
 
 from pipeline.errors import LeaseError, PromptBankError, StorageError, TuningError
-
-if TYPE_CHECKING:  # the job asks for a code before it has imported anything heavy
-    from pipeline.refresh.record import NightRecord
+from pipeline.refresh.record import Condition, NightRecord, TaskRecord
+from pipeline.settings import RefreshSettings
 
 
 class Exit(IntEnum):
@@ -34,7 +33,35 @@ def exit_of(error: BaseException) -> int:
     return Exit.BAD_INPUT if isinstance(error, PromptBankError) else DEFECT
 
 
-def verdict(record: "NightRecord", version: int | None) -> tuple[Exit, str]:
+def check_conditions(tasks: Sequence[TaskRecord], settings: RefreshSettings) -> tuple[Condition, ...]:
+    """The run's own conditions for moving the alias, over what became of its tasks: each with what was found."""
+    due = [task for task in tasks if task.decision not in ("carried", "removed")]
+    # One whose new prompt was refused counts: the gate did its work, and a version in which the old one stays is good.
+    refreshed = [task for task in due if task.result != "failed"]
+    share = len(refreshed) / len(due) if due else 1.0
+    enough = Condition(
+        "share of tasks refreshed",
+        share >= settings.min_refreshed,
+        f"{len(refreshed)} of {len(due)} tasks that had to be tuned did not fail; "
+        f"min_refreshed is {settings.min_refreshed:g}",
+    )
+    of_name = {task.task: task for task in tasks}
+    bad = [f"'{name}' {_harm(of_name.get(name))}" for name in settings.canaries if _harm(of_name.get(name))]
+    canaries = Condition(
+        "no canary worse",
+        not bad,
+        "; ".join(bad) or f"none of {len(settings.canaries)} canary task(s) failed or came out worse",
+    )
+    return (enough, canaries) if settings.canaries else (enough,)
+
+
+def _harm(task: TaskRecord | None) -> str:
+    if task is None or task.result == "failed":
+        return "failed"
+    return "came out worse" if task.worse else ""
+
+
+def verdict(record: NightRecord, version: int | None) -> tuple[Exit, str]:
     """Of a night that came to its end; `version` is the one that it published, if it did."""
     failed = sum(task.result == "failed" for task in record.tasks)
     worse = sum(task.worse for task in record.tasks)

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 
 from pipeline.errors import StorageError
+from pipeline.tuning.interruption.signals import was_told_to_stop
 from pipeline.tuning.ranks import rank, sum_over_ranks
-from pipeline.tuning.signals import was_told_to_stop
 from pipeline.whole_files import write_atomically
 
 Notice = Literal["go on", "save", "stop"]

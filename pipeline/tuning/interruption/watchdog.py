@@ -6,17 +6,36 @@ health check, set to the same time (`launch`), finds that one and kills it.
 """
 
 import faulthandler
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import nn
+
+from pipeline.tuning.ranks import rank
 
 LOADING = 4
 """How many times as long a rank may be silent before it has run its first layer: it loads the model."""
 
 _MOST_OFTEN_S = 1.0  # to set the timer anew starts a thread
+
+
+@contextmanager
+def rank_process(
+    run_folder: str | Path, hang_timeout: float, threads: int, device: torch.device
+) -> Iterator[Callable[[], None]]:
+    """This process as a rank of a run: its threads and device set, and ended where the function given is not called.
+
+    hang_timeout: seconds that a rank may be silent (`watched`).
+    """
+    torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with watched(hang_timeout, hangs_of(run_folder) / f"rank-{rank()}.{os.getpid()}.txt") as alive:
+        yield alive
 
 
 @contextmanager
