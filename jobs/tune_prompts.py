@@ -68,7 +68,7 @@ def main(
 
 def _tell(result: "RunResult", settings: Settings, console: Console) -> None:
     """The table of results, where the report and the bank are, and what to do next."""
-    from pipeline.reporting.table import print_results
+    from pipeline.run.table import print_results
 
     print_results(console, result.results)
     if result.report is not None:

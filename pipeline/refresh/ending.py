@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from enum import IntEnum
 
 from pipeline.errors import LeaseError, PromptBankError, StorageError, TuningError
-from pipeline.refresh.record import Condition, NightRecord, TaskRecord
+from pipeline.refresh.record import NightRecord, TaskRecord
+from pipeline.reporting.html import Condition
 from pipeline.settings import RefreshSettings
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pipeline.refresh.plan import Decision
 from pipeline.reporting.events import finite
+from pipeline.reporting.html import Condition
 from pipeline.whole_files import write_atomically
 
 FILE = "night.json"
@@ -76,16 +77,6 @@ class TaskRecord:
     """Taken by all trials together."""
     rows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Split -> status (ok, null, empty, input_long, target_long) -> rows."""
-
-
-@dataclass(frozen=True)
-class Condition:
-    """One of the run's own conditions for moving the alias."""
-
-    name: str
-    held: bool
-    found: str
-    """What was asked for and what was found, in one sentence."""
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,12 @@ from rich.console import Console
 
 from pipeline.errors import TuningError
 from pipeline.reporting.events import EventLog, telling_why
-from pipeline.reporting.table import TrialResult
 from pipeline.run.bank import check_fit
 from pipeline.run.checks import CheckedRun
 from pipeline.run.lease import run_lease
 from pipeline.run.publishing import publish_prompts
 from pipeline.run.report import report_of, write_report
-from pipeline.run.results import choose, result_of, write_trials
+from pipeline.run.results import RefusedTask, TaskResult, choose, write_trials
 from pipeline.run.stages import (
     announce,
     finished_states,
@@ -45,7 +44,7 @@ class Exit(IntEnum):
 
 @dataclass(frozen=True)
 class RunResult:
-    results: tuple[TrialResult, ...]
+    results: tuple[TaskResult | RefusedTask, ...]
     version: int | None
     """Of the bank; None when nothing was published."""
     report: Path | None = None
@@ -96,12 +95,9 @@ def run_job(checked: CheckedRun, console: Console) -> RunResult:
             return publish_prompts(settings, checked.identity, results, corpora)
 
         version = retry_while_unreachable(publish, "publish", log)
-        left_out = [
-            TrialResult(name, name, 0, settings.tasks[name].metric, None, None, None, "failed", str(error))
-            for name, error in refused.items()
-        ]
-        result = RunResult((*map(result_of, results), *left_out), version)
-        not_learned = {result.chosen.trial.name: result.reason for result in results if result.learned is False}
-        log.write("end", version=version, exit=int(result.exit), not_learned=not_learned)
+        left_out = [RefusedTask(name, settings.tasks[name].metric, str(error)) for name, error in refused.items()]
+        run_result = RunResult((*results, *left_out), version)
+        not_learned = {result.trial: result.reason for result in results if result.learned is False}
+        log.write("end", version=version, exit=int(run_result.exit), not_learned=not_learned)
         report = partial(report_of, folder, settings, checked.identity, results, left_out, corpora, version)
-        return replace(result, report=write_report(folder, report, console, "run"))
+        return replace(run_result, report=write_report(folder, report, console, "run"))

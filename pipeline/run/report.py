@@ -11,11 +11,10 @@ from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.reporting.html import Curve, NightReport, PastVersion, TaskNight, Verdict, render
 from pipeline.reporting.html.history import past_versions
 from pipeline.reporting.html.run_files import faults_of, read_curve, stages_of
-from pipeline.reporting.table import TrialResult
 from pipeline.reporting.watched import read_events
 from pipeline.run.bank import readable_bank
 from pipeline.run.publishing import library_versions
-from pipeline.run.results import NO_GAIN, TaskResult, result_of
+from pipeline.run.results import NO_GAIN, RefusedTask, TaskResult
 from pipeline.settings import Settings
 from pipeline.tuning.state import TrialState
 from pipeline.whole_files import write_atomically
@@ -36,8 +35,8 @@ def report_of(
     folder: Path,
     settings: Settings,
     identity: BackboneId,
-    entries: Sequence[TaskResult],
-    refused: Sequence[TrialResult],
+    results: Sequence[TaskResult],
+    refused: Sequence[RefusedTask],
     corpora: Mapping[str, TaskCorpus],
     version: int | None,
 ) -> NightReport:
@@ -49,9 +48,9 @@ def report_of(
     bank = readable_bank(settings.bank)
     past: dict[str, list[PastVersion]] = {}
     if bank is not None:
-        past = past_versions(bank, {entry.task: entry.chosen.trial.settings.metric for entry in entries}, version)
-    tasks = [_task(folder, entry, corpora[entry.task], past.get(entry.task, [])) for entry in entries]
-    tasks += [TaskNight(result.task, "failed", result.reason or "", result.metric) for result in refused]
+        past = past_versions(bank, {result.task: result.metric for result in results}, version)
+    tasks = [_task(folder, result, corpora[result.task], past.get(result.task, [])) for result in results]
+    tasks += [TaskNight(result.task, "failed", result.reason, result.metric) for result in refused]
     failed = sum(task.decision == "failed" for task in tasks)
     alias = settings.bank.alias
     verdict: Verdict = "bad" if version is None else "partial" if failed else "good"
@@ -85,36 +84,35 @@ def report_of(
     )
 
 
-def _task(folder: Path, entry: TaskResult, corpus: TaskCorpus, history: Sequence[PastVersion]) -> TaskNight:
-    state, settings = entry.chosen, entry.chosen.trial.settings
-    result = result_of(entry)
+def _task(folder: Path, result: TaskResult, corpus: TaskCorpus, history: Sequence[PastVersion]) -> TaskNight:
+    start = result.chosen.trial.settings.prompt.init
     return TaskNight(
-        name=entry.task,
-        decision="failed" if entry.failed or entry.withheld else "warm" if settings.prompt.init == "bank" else "cold",
-        why=_why(entry, result),
-        metric=settings.metric,
-        tuned=None if entry.failed else result.dev_after,
+        name=result.task,
+        decision="failed" if result.failed or result.withheld else "warm" if start == "bank" else "cold",
+        why=_why(result),
+        metric=result.metric,
+        tuned=None if result.failed else result.dev_after,
         start=result.dev_before,
         constant=result.dev_constant,
-        learned=entry.learned,
-        steps=state.step,
+        learned=result.learned,
+        steps=result.steps,
         history=history,
-        curves=[_curve(folder, trial, trial is state) for trial in entry.trials],
+        curves=[_curve(folder, trial, trial is result.chosen) for trial in result.trials],
         rows=corpus.counts,
     )
 
 
-def _why(entry: TaskResult, result: TrialResult) -> str:
-    if entry.failed:
+def _why(result: TaskResult) -> str:
+    if result.failed:
         return result.reason or "no reason was recorded"
-    if entry.learned is False:
-        withheld = ", and withheld from the bank (bank.not_learned)" if entry.withheld else ""
-        return f"not learned{withheld}: {entry.reason}"
-    if entry.unjudged is not None:
-        return entry.unjudged
-    if not entry.chosen.best_at:
+    if result.learned is False:
+        withheld = ", and withheld from the bank (bank.not_learned)" if result.withheld else ""
+        return f"not learned{withheld}: {result.reason}"
+    if result.unjudged is not None:
+        return result.unjudged
+    if not result.chosen.best_at:
         return NO_GAIN
-    prompt = entry.chosen.trial.settings.prompt
+    prompt = result.chosen.trial.settings.prompt
     start = f"the bank's {prompt.source}" if prompt.init == "bank" else prompt.init.replace("_", " ")
     return f"{result.status}, from {start}" + (f"; {result.among}" if result.among else "")
 

@@ -35,11 +35,11 @@ class TrialState:
     """A trial that has started; changed in place, alike on every rank."""
 
     trial: Trial
-    prompt: Parameter
+    prompt: Parameter = field(compare=False)
     """The prompt now, `[P, H]` float32."""
-    optimizer: Optimizer
-    best: Tensor
-    """The prompt at its best evaluation."""
+    optimizer: Optimizer = field(compare=False)
+    best: Tensor = field(compare=False)
+    """The prompt at its best evaluation, `[P, H]` float32."""
     step: int = 0
     history: list[Evaluation] = field(default_factory=list)
     best_at: int = 0
