@@ -23,7 +23,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from pipeline.run.terminal import ending_in_a_sentence, in_rays_copy, told_on, warn_of_rays_copy  # noqa: E402
+from pipeline.run.terminal import console_for, ending_in_a_sentence, in_rays_copy, warn_of_rays_copy  # noqa: E402
 from pipeline.settings import Settings, load_settings  # noqa: E402
 from pipeline.tuning.interruption.signals import sigterm_is_ctrl_c  # noqa: E402
 from pipeline.tuning.interruption.supervision import supervised  # noqa: E402
@@ -51,7 +51,7 @@ def main(
                 os.chdir(Path.home())  # what is written into the copy is deleted with it
             _make_quickstart_corpora(settings)
         else:
-            warn_of_rays_copy(settings, told_on(settings, console))
+            warn_of_rays_copy(settings, console_for(settings, console))
         # Imported late: torch, transformers and Ray take seconds, and a mistyped setting should not wait.
         from pipeline.run.checks import check_run, print_plan
         from pipeline.run.job import run_job
@@ -60,7 +60,7 @@ def main(
         if plan:
             print_plan(checked, console)
             raise typer.Exit()
-        console = told_on(settings, console)
+        console = console_for(settings, console)
         result = run_job(checked, console)
         _tell(result, settings, console)
         raise typer.Exit(result.exit)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.bank import BackboneId, PromptBank, PromptRecord
+from pipeline.bank import BackboneId, PromptRecord
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import PromptBankError
 from pipeline.refresh.plan import PlannedTask, TaskInputs, plan_night
@@ -51,7 +51,7 @@ def read_inputs(checked: CheckedRun, folder: Path, log: EventLog, connect: Conne
     tokenizer = save_model_description(checked, folder)
     corpora, refused = prepare_corpora(checked, tokenizer, log, connect)
     bank = read_bank_state(checked.settings, checked.identity)
-    tasks = {name: _tonight(checked.settings, name, corpora, refused) for name in checked.settings.tasks}
+    tasks = {name: _task_inputs(checked.settings, name, corpora, refused) for name in checked.settings.tasks}
     plan = plan_night(tasks, bank.records, bank.same_backbone, bank.newest, bank.foreign)
     return NightInputs(corpora, refused, bank, plan)
 
@@ -61,7 +61,8 @@ def read_bank_state(settings: Settings, identity: BackboneId) -> BankState:
     bank = find_bank(settings)
     if bank is None:
         return BankState()
-    newest = _newest_names(bank)
+    numbers = bank.versions()
+    newest = bank.at(str(numbers[-1])).names() if numbers else ()
     if bank.current is None:
         return BankState(newest=newest)
     snapshot = bank.current
@@ -70,12 +71,7 @@ def read_bank_state(settings: Settings, identity: BackboneId) -> BankState:
     return BankState(bank.version, snapshot.is_of(identity), records, tuple(foreign), newest)
 
 
-def _newest_names(bank: PromptBank) -> tuple[str, ...]:
-    numbers = bank.versions()
-    return bank.at(str(numbers[-1])).names() if numbers else ()
-
-
-def _tonight(
+def _task_inputs(
     settings: Settings, name: str, corpora: Mapping[str, TaskCorpus], refused: Mapping[str, PromptBankError]
 ) -> TaskInputs | str:
     if name in refused:

@@ -61,7 +61,7 @@ class RunResult:
 def run_job(checked: CheckedRun, console: Console) -> RunResult:
     """Prepare corpora, tune every trial, publish; resumes a run of the same name.
 
-    Raises: PromptBankError for everything that a user can mend; nothing is then published.
+    Raises: PromptBankError for everything that a user can fix; nothing is then published.
     """
     settings = checked.settings
     folder = make_run_folder(settings)

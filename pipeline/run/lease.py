@@ -87,7 +87,7 @@ class Lease:
         try:
             self._renew()
         except OSError as error:
-            raise StorageError(f"cannot renew the lease {self._path}: {error.strerror}; mend its access") from error
+            raise StorageError(f"cannot renew the lease {self._path}: {error.strerror}; fix its access") from error
         if self._lost:
             raise LeaseError(f"{self._lost}; this one publishes nothing more")
 
@@ -203,7 +203,7 @@ def _take(folder: Path, run: str, watch: _Watch) -> Lease | None:
         for number in range(max(1, newest + 2 - _KEPT - 20), newest + 2 - _KEPT):
             (folder / f"{number}.json").unlink(missing_ok=True)
     except OSError as error:
-        raise StorageError(f"cannot write the lease in {folder}: {error.strerror}; mend its access") from error
+        raise StorageError(f"cannot write the lease in {folder}: {error.strerror}; fix its access") from error
     return Lease(folder, newest + 1, holder, watch.expiry)
 
 
@@ -286,12 +286,12 @@ def _read(path: Path) -> Holder | None:
 
 
 def _who_holds(folder: Path, wait: float, what: str) -> str:
-    mend = "or set refresh.wait_for_lease" if what == "night" else "or give this start another run.name"
+    advice = "or set refresh.wait_for_lease" if what == "night" else "or give this start another run.name"
     with suppress(OSError):
         holder = _read(folder / f"{_newest(folder)}.json")
         if holder is not None:
             since = time.strftime("%Y-%m-%d %H:%M", time.localtime(holder.taken))
             waited = f", also after {wait:g} seconds" if wait else ""
             who = f"{what} '{holder.run}' (process {holder.pid} on {holder.host}, since {since})"
-            return f"{who} holds the lease{waited}; let it end, {mend}"
-    return f"another {what} holds the lease in {folder}; let it end, {mend}"
+            return f"{who} holds the lease{waited}; let it end, {advice}"
+    return f"another {what} holds the lease in {folder}; let it end, {advice}"

@@ -40,7 +40,7 @@ def ending_in_a_sentence(what: str) -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from error
 
 
-def told_on(settings: Settings, console: Console) -> Console:
+def console_for(settings: Settings, console: Console) -> Console:
     """Where people are told of a run: stderr when stdout is for machines, every line of it JSON."""
     return Console(stderr=True, soft_wrap=True, width=120) if settings.tracking.log == "json" else console
 

@@ -31,7 +31,7 @@ _FIGURES = {
 def followed(settings: Settings, folder: Path, console: Console) -> AbstractContextManager[None]:
     """Within it, the events of the run in `folder` are shown on the console, and trackers hear them.
 
-    With `tracking.log=json` they are lines on stdout, and nothing else is there (`told_on`).
+    With `tracking.log=json` they are lines on stdout, and nothing else is there (`console_for`).
 
     Raises: SettingsError when a tracker is not installed.
     """

@@ -110,7 +110,7 @@ def _sentence(error: Exception, address: str | None) -> PromptBankError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     if address and isinstance(error, ConnectionError | RuntimeError | ValueError | RayError):
         return SettingsError(
-            f"cluster.address: no Ray cluster answers at {address} ({reason}); mend the address or its token "
+            f"cluster.address: no Ray cluster answers at {address} ({reason}); fix the address or its token "
             "(RAY_AUTH_TOKEN)"
         )
     if isinstance(error, OSError) and error.filename:

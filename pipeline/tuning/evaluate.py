@@ -21,7 +21,7 @@ from pipeline.tuning.batches import RowCost, plan_rows
 from pipeline.tuning.metrics import label_metric, text_metric
 from pipeline.tuning.ranks import rank, sum_over_ranks, true_on_all, world_size
 
-# Without gradients nothing is stored for a backward pass.
+# Without gradients nothing is stored for a backward pass, so more tokens fit.
 _BUDGET_FACTOR = 4
 LABELLED = ("accuracy", "f1")
 """Metrics of labels; of the others, all but `loss` are of texts."""

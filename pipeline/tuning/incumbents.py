@@ -1,8 +1,8 @@
-"""The prompts that the bank has now, measured against the new ones: what each makes of every dev row.
+"""The bank's prompts measured against the new ones: what each makes of every dev row.
 
-Measured once, after the last step, on all ranks together: a prompt of any length, tuned by whatever run, is put to
-exactly the rows that the new one is, with the same products. The file says what it was measured for, so that a run
-that is started again measures only what it has not.
+All ranks measure once, after the last step. A prompt of any length, tuned by whatever run, is measured on exactly the
+rows that the new one is measured on, with the same products. The file says what it was measured for, so that a run that
+is started again measures only what it has not.
 """
 
 import hashlib

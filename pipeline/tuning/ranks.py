@@ -1,4 +1,4 @@
-"""What ranks say to each other; in one plain process, or where each does work of its own, nothing."""
+"""Communication between ranks; a process that is the only one, or works for itself, communicates with none."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

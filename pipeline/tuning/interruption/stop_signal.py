@@ -1,4 +1,4 @@
-"""Notice to stop: between two steps every rank hears of it, and the run leaves with a checkpoint of that very step.
+"""A request to stop: all ranks learn of it between the same two steps, and the run leaves with a checkpoint of them.
 
 The driver's request is written into a file of the run, which rank 0 opens anew at each look: what was written before
 an opening is seen on network file systems, too, where a new file may stay hidden for a minute.

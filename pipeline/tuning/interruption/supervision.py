@@ -1,4 +1,4 @@
-"""A job whose process may be ended by what it cannot catch, and a small one above it that then says so.
+"""A small process above a job, which tells how the job ended where the job itself cannot.
 
 Ray ends the process of a driver whose cluster is gone, and the system one that takes too much memory: no code of ours
 runs then, the exit code is that of a defect or of a signal, and a scheduler would not start the job again. Needs only

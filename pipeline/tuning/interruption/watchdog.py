@@ -1,7 +1,7 @@
 """A watchdog on every rank: one that shows no sign of life for too long ends, and writes down where it hung.
 
-A sign of life is a layer of the model that begins to run. Who waits for a hung rank shows none either and ends, too;
-Ray Train then starts all of them again from the last checkpoint. A stopped process cannot end itself: Ray Train's
+A sign of life is a layer of the model that begins to run. A rank that waits for a hung one shows none either, and ends
+too; Ray Train then starts all of them again from the last checkpoint. A stopped process cannot end itself: Ray Train's
 health check, set to the same time (`launch`), finds that one and kills it.
 """
 
