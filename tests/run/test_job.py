@@ -18,6 +18,8 @@ from pipeline.run.job import run_job
 from pipeline.settings import parse_settings
 from tests.jobs_data import make_project
 
+pytestmark = pytest.mark.usefixtures("local_ray")
+
 
 def run(project, *overrides):
     return run_job(check_run(parse_settings(project, overrides)), Console(quiet=True))
