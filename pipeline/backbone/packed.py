@@ -69,7 +69,7 @@ def make_layout(lengths: Sequence[int], parents: Sequence[int | None], device: t
 
 def run_packed(model: Any, embeddings: Tensor, layout: Layout, given: Sequence[PromptState] = ()) -> Tensor:
     """Last hidden states `[N, H]` of packed input embeddings `[N, H]`, behind the layout's given segments."""
-    # Each segment counts on from where its parent ends, as if every row had its own prompt in front of it: a prompt that
+    # Each segment counts on from where its parent ends, as if every row had its prompt to itself: a prompt that
     # many rows share runs once, and autograd sums their gradients in its keys and values.
     positions = torch.as_tensor(layout.segments.positions()[None], dtype=torch.long, device=layout.device)
     with _packed_attention(model):
