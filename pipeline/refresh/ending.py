@@ -26,7 +26,7 @@ DEFECT = 1
 
 
 def exit_of(error: BaseException) -> int:
-    """The code that a night ends with that was stopped by this."""
+    """The exit code of a night that this error stopped."""
     if isinstance(error, LeaseError):
         return Exit.LEASE_HELD
     if isinstance(error, TuningError | StorageError | KeyboardInterrupt):
@@ -35,7 +35,7 @@ def exit_of(error: BaseException) -> int:
 
 
 def check_conditions(tasks: Sequence[TaskRecord], settings: RefreshSettings) -> tuple[Condition, ...]:
-    """The run's own conditions for moving the alias, over what became of its tasks: each with what was found."""
+    """The run's own conditions for moving the alias, each with what was found."""
     due = [task for task in tasks if task.decision not in ("carried", "removed")]
     # One whose new prompt was refused counts: the gate did its work, and a version in which the old one stays is good.
     refreshed = [task for task in due if task.result != "failed"]
@@ -63,7 +63,7 @@ def _harm(task: TaskRecord | None) -> str:
 
 
 def verdict(record: NightRecord, version: int | None) -> tuple[Exit, str]:
-    """Of a night that came to its end; `version` is the one that it published, if it did."""
+    """Exit code and sentence of a night that came to its end; `version` is the one that it published, if any."""
     failed = sum(task.result == "failed" for task in record.tasks)
     worse = sum(task.worse for task in record.tasks)
     promoted = sum(task.result == "promoted" for task in record.tasks)

@@ -1,4 +1,4 @@
-"""What a night finds before it does anything: tonight's corpora, the bank as it stands, and so the plan."""
+"""What a night starts from: tonight's corpora, the bank as it stands, and the plan that follows from both."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from pipeline.tuning.trials import inputs_digest
 
 @dataclass(frozen=True)
 class BankState:
-    """The version that the alias names, and the names in the newest one."""
+    """The bank as the night finds it: the alias' version, and the names in the newest one."""
 
     version: int | None = None
     """None before the alias was first set."""
@@ -28,7 +28,7 @@ class BankState:
     foreign: tuple[str, ...] = ()
     """Prompts that were tuned on a backbone that is no longer stated to be the version's."""
     newest: tuple[str, ...] = ()
-    """Of a version that was published without moving the alias, names too would be passed on."""
+    """Names in the newest version, which the next one passes on even where the alias stayed behind it."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A night from its lease to its record: plan, tune what changed, compare, publish a version, move the alias or not."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -77,7 +78,7 @@ def run_night(settings: Settings, date: str, console: Console) -> NightRecord:
 
 
 def plan_night_only(settings: Settings, date: str, folder: Path, console: Console) -> NightInputs:
-    """What a night would do, looked at from a folder that need not last. Trains nothing, takes no lease."""
+    """What a night would do. Trains nothing, takes no lease; `folder` may be a temporary one."""
     checked = check_run(night_settings(settings, date), new_backbone=True)
     events = folder / "events.jsonl"
     with EventLog(events) as log, ray_on_demand(settings.cluster) as connect, follow(events, console):
@@ -113,7 +114,8 @@ def _refresh(
             alias_before=inputs.bank.version,
             tasks=tuple(planned_record(planned, settings) for planned in inputs.plan),
         )
-        log.write("stage", name="plan", text=_counted(inputs))
+        kinds = Counter(planned.decision for planned in inputs.plan)
+        log.write("stage", name="plan", text=", ".join(f"{count} {kind}" for kind, count in kinds.items()))
         with writer.stage("tuning"):
             tuned = tune(checked, inputs, incumbents, folder, log, connect_timed)
         decisions = decide(settings, inputs, tuned)
@@ -147,7 +149,7 @@ def _publish(
 
 
 def _publish_once(checked: CheckedRun, decisions: Sequence[NightDecision], may_move: bool, lease: Lease) -> int:
-    """The night's version; where it is there already, since only the store's answer was lost, it gets its alias."""
+    """Publish the night's version, or only advance the alias to it: it may be there, and the store's answer was lost."""
     settings = checked.settings
     bank, alias = open_bank(settings.bank, create=True), settings.bank.alias if may_move else None
     number = _version_of(bank, settings.run.name)
@@ -170,7 +172,7 @@ def _publish_once(checked: CheckedRun, decisions: Sequence[NightDecision], may_m
 
 
 def _version_of(bank: PromptBank, run: str) -> int | None:
-    """The version that this very night published, if it is among the newest."""
+    """The version that this night published, if it is among the newest."""
     return next((n for n in bank.versions()[::-1][:_LOOK_BACK] if bank.at(str(n)).header.run == run), None)
 
 
@@ -224,11 +226,6 @@ def _blank(settings: Settings, date: str) -> NightRecord:
         alpha=settings.refresh.alpha,
         margin=settings.refresh.margin,
     )
-
-
-def _counted(inputs: NightInputs) -> str:
-    decisions = [planned.decision for planned in inputs.plan]
-    return ", ".join(f"{decisions.count(kind)} {kind}" for kind in dict.fromkeys(decisions))
 
 
 @contextmanager

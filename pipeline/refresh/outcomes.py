@@ -63,7 +63,7 @@ def _decide(planned: PlannedTask, settings: Settings, inputs: NightInputs, tuned
 
 
 def _failed(record: TaskRecord, planned: PlannedTask, reason: str, failed: NewPrompt | None = None) -> NightDecision:
-    """What it was tuned from is not noted with a prompt that stays: tomorrow it is tried again."""
+    """A task without a new prompt. The digest of its inputs is not written down, so that tomorrow it is tuned again."""
     record = replace(record, result="failed", reason=reason)
     if planned.incumbent is None:
         return NightDecision(record, failed)
@@ -78,7 +78,7 @@ def _compared(
     settings: Settings,
     tuned: NightResults,
 ) -> NightDecision:
-    """A task with a prompt in the bank: the gate."""
+    """A task with a prompt in the bank: the gate decides which of the two is published."""
     assert planned.incumbent is not None
     pair, gate, seed = tuned.pairs[planned.task], settings.refresh, settings.run.seed
     verdict = judge(settings.tasks[planned.task].metric, pair, gate.alpha, gate.margin, seed, result.dev_constant)
@@ -97,7 +97,7 @@ def _compared(
 
 
 def _with_figures(record: TaskRecord, result: TaskResult, version: int | None) -> TaskRecord:
-    """What the trials came to, and which start served better."""
+    """The record with the trials' figures, and which start served better."""
     warm = _best([state for state in result.trials if is_warm(state.trial, version)])
     cold = _best([state for state in result.trials if not is_warm(state.trial, version)])
     beat = warm.better(str(record.metric), cold) if warm and cold else None

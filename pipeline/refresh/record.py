@@ -142,7 +142,7 @@ def read_record(folder: Path) -> NightRecord | None:
 
 
 class NightRecordWriter:
-    """Holds the record of a night that began or goes on."""
+    """Holds the record of a night while it lasts: changed, timed, and written down at every stage."""
 
     def __init__(self, folder: Path, record: NightRecord, guard: Callable[[], None] = lambda: None) -> None:
         """`guard` is called before every writing: it raises when the record is another night's to write."""

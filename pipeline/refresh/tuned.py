@@ -66,7 +66,7 @@ def tune(
     log: EventLog,
     connect: Connect,
 ) -> NightResults:
-    """Tune what is to be tuned, going on where an attempt before was stopped; no rank starts where all is done.
+    """Tune what is to be tuned, resuming an attempt that was stopped; no rank starts when all is done.
 
     Raises: PromptBankError.
     """
@@ -75,7 +75,12 @@ def tune(
     settings = with_warm_starts(checked.settings, inputs.plan, inputs.bank.version)
     corpora = {planned.task: inputs.corpora[planned.task] for planned in inputs.trained}
     job = make_rank_job(replace(checked, settings=settings), corpora, folder)
-    job = replace(job, incumbents=_keep(job, incumbents))
+    digests = {}
+    for task, array in incumbents.items():  # to where the ranks read them
+        data = save({"prompt": array})
+        write_atomically(job.incumbent(task), data)
+        digests[task] = prompt_digest(data)
+    job = replace(job, incumbents=digests)
     announce(job, settings, log)
     done = _done(job, settings, incumbents, checked.tokenizer)
     if done is None:
@@ -86,16 +91,6 @@ def tune(
         raise TuningError(stopped_sentence(job, settings))
     write_trials(folder / "trials.json", list(done.results.values()))
     return done
-
-
-def _keep(job: RankJob, incumbents: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """Write the bank's prompts to where the ranks read them; their digests."""
-    digests = {}
-    for task, array in incumbents.items():
-        data = save({"prompt": array})
-        write_atomically(job.incumbent(task), data)
-        digests[task] = prompt_digest(data)
-    return digests
 
 
 def _done(

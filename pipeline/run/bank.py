@@ -20,7 +20,7 @@ def open_bank(settings: BankSettings, create: bool = False) -> PromptBank:
 
 
 def find_bank(settings: Settings) -> PromptBank | None:
-    """The bank, if it is there already. Raises: BankError when it is damaged, StorageError."""
+    """The bank of a run, None when there is none yet. Raises: BankError when it is damaged, StorageError."""
     uri = settings.bank.uri
     if "://" not in uri and not Path(uri).expanduser().is_dir():  # a check makes no folder
         return None
@@ -28,7 +28,7 @@ def find_bank(settings: Settings) -> PromptBank | None:
 
 
 def check_fit(settings: BankSettings) -> None:
-    """Whether the bank can be published to, before anything is trained; a local one's folder is made.
+    """Check, before anything is trained, that the bank can be published to; a local one's folder is made.
 
     Raises: BankError when its store cannot keep a bank, StorageError when nothing can be written.
     """
@@ -36,7 +36,7 @@ def check_fit(settings: BankSettings) -> None:
 
 
 def readable_bank(settings: BankSettings) -> PromptBank | None:
-    """None where there is none yet, or it cannot be read: what needs it says so itself. Raises: StorageError."""
+    """The bank for a report; None when there is none yet or it cannot be read. Raises: StorageError."""
     with suppress(BankError):
         return open_bank(settings)
     return None

@@ -39,7 +39,7 @@ from pipeline.whole_files import check_folder
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """Settings that can be carried out, and what was learnt by looking."""
+    """Settings that can be carried out, and what the checks found."""
 
     settings: Settings
     files: ModelFiles
@@ -57,8 +57,9 @@ class CheckedRun:
 
 
 def check_run(settings: Settings, new_backbone: bool = False, publishes: bool = True) -> CheckedRun:
-    """Look at files, columns, templates, the model folder and the bank, which may belong to a `new_backbone`'s past.
+    """Check files, columns, templates, the model folder and the bank.
 
+    new_backbone: the bank may belong to another one.
     publishes: to the bank that the settings name, which must then be one that can be written.
 
     Raises: the first PromptBankError that stops the run, or one that lists every task's mistake.
@@ -103,7 +104,7 @@ def check_run(settings: Settings, new_backbone: bool = False, publishes: bool = 
 
 
 def check_storage(run: RunSettings) -> None:
-    """Raises: SettingsError when the run's folder can be none, StorageError when it cannot be written now."""
+    """Raises: SettingsError when no folder can have that name, StorageError when it cannot be written now."""
     if "://" in run.storage:
         raise SettingsError(f"run.storage {run.storage}: must be a folder that every node sees, not a URI")
     folder = Path(run.storage).expanduser().resolve() / run.name
@@ -118,7 +119,7 @@ def _check_bank(uri: str, publishes: bool) -> None:
 
 
 def refuse_or_skip(settings: Settings, refused: Mapping[str, PromptBankError]) -> None:
-    """Raises: what is wrong with the tasks, unless `run.on_bad_task` says to go on with the others."""
+    """Raises: the errors of the refused tasks as one, unless `run.on_bad_task` says to go on with the others."""
     if refused and (settings.run.on_bad_task == "refuse" or len(refused) == len(settings.tasks)):
         first = next(iter(refused.values()))
         raise type(first)("\n".join(str(error) for error in refused.values()))
@@ -158,7 +159,7 @@ def check_start(
 
 
 def print_plan(checked: CheckedRun, console: Console) -> None:
-    """The tasks with their rows, trials and steps; the model; memory per rank."""
+    """Show the tasks with their rows, trials and steps, the model, and the memory that each rank needs."""
     settings = checked.settings
     rows = []
     for name, plan in checked.plans.items():

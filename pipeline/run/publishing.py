@@ -19,7 +19,7 @@ _LIBRARIES = ("torch", "transformers", "deepspeed", "bitsandbytes", "ray", "pyar
 def publish_prompts(
     settings: Settings, identity: BackboneId, results: Sequence[TaskResult], corpora: Mapping[str, TaskCorpus]
 ) -> int | None:
-    """Publish what `bank.publish` says and tell which version holds it; None when no trial succeeded.
+    """Publish what `bank.publish` says; the number of the version that holds it, None when no trial succeeded.
 
     A run that was published already, and is only started again, publishes nothing new.
     Raises: BankError, StorageError.
@@ -36,7 +36,7 @@ def publish_prompts(
 
 
 def _prompts(result: TaskResult, corpus: TaskCorpus, settings: Settings) -> list[NewPrompt]:
-    """What is published of a task: its best prompt, and where the settings ask for all, also that of each trial."""
+    """What is published of a task: its best prompt and, with `bank.publish: all`, also that of each trial."""
     best = new_prompt(result, corpus, settings)
     if settings.bank.publish == "best" or len(result.trials) == 1:
         return [best]
@@ -47,7 +47,7 @@ def _prompts(result: TaskResult, corpus: TaskCorpus, settings: Settings) -> list
 
 
 def library_versions() -> dict[str, str]:
-    """Of what decides a prompt's numbers, by name."""
+    """Versions of the libraries that decide a prompt's numbers, by name."""
     return {name: version(name) for name in _LIBRARIES}
 
 

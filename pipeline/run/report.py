@@ -8,7 +8,7 @@ from rich.console import Console
 
 from pipeline.bank import BackboneId, PromptBank
 from pipeline.corpus.task_corpus import TaskCorpus
-from pipeline.reporting.html import Curve, NightReport, PastVersion, TaskNight, Verdict, render
+from pipeline.reporting.html import NightReport, PastVersion, TaskNight, Verdict, render
 from pipeline.reporting.html.history import past_versions
 from pipeline.reporting.html.run_files import faults_of, read_curve, stages_of
 from pipeline.reporting.watched import read_events
@@ -16,12 +16,11 @@ from pipeline.run.bank import readable_bank
 from pipeline.run.publishing import library_versions
 from pipeline.run.results import NO_GAIN, RefusedTask, TaskResult
 from pipeline.settings import Settings
-from pipeline.tuning.state import TrialState
 from pipeline.whole_files import write_atomically
 
 
 def write_report(folder: Path, report: Callable[[], NightReport], console: Console, whose: str) -> Path | None:
-    """Write the page and say where it is; where that cannot be done, a warning is all."""
+    """Write the page and say where it is; where that fails, only warn."""
     path = folder / "report.html"
     try:
         write_atomically(path, render(report()).encode())
@@ -40,7 +39,7 @@ def report_of(
     corpora: Mapping[str, TaskCorpus],
     version: int | None,
 ) -> NightReport:
-    """Everything that the page shows, of a run that has come to its end. Raises: StorageError."""
+    """Everything that the page of a finished run shows. Raises: StorageError."""
     events = list(read_events(folder / "events.jsonl"))
     stages = stages_of(events)
     ranks = settings.cluster.num_workers
@@ -97,7 +96,15 @@ def _task(folder: Path, result: TaskResult, corpus: TaskCorpus, history: Sequenc
         learned=result.learned,
         steps=result.steps,
         history=history,
-        curves=[_curve(folder, trial, trial is result.chosen) for trial in result.trials],
+        curves=[
+            replace(
+                read_curve(folder, state.trial.name),
+                best=state is result.chosen,
+                status=state.status,
+                reason=state.reason,
+            )
+            for state in result.trials
+        ],
         rows=corpus.counts,
     )
 
@@ -115,11 +122,6 @@ def _why(result: TaskResult) -> str:
     prompt = result.chosen.trial.settings.prompt
     start = f"the bank's {prompt.source}" if prompt.init == "bank" else prompt.init.replace("_", " ")
     return f"{result.status}, from {start}" + (f"; {result.among}" if result.among else "")
-
-
-def _curve(folder: Path, state: TrialState, best: bool) -> Curve:
-    curve = read_curve(folder, state.trial.name)
-    return replace(curve, best=best, status=state.status, reason=state.reason)
 
 
 def _alias(bank: PromptBank | None, alias: str, run: str) -> tuple[int | None, int | None]:

@@ -45,7 +45,7 @@ class TaskResult:
 
     @property
     def steps(self) -> int:
-        """Taken by the chosen trial."""
+        """Steps that the chosen trial has taken."""
         return self.chosen.step
 
     @property
@@ -91,7 +91,7 @@ class TaskResult:
 
     @property
     def unlearned(self) -> str | None:
-        """Why the prompt is not `learned`, in one sentence; None of one that is, or has failed.
+        """Why the prompt is not `learned`, in one sentence; None for one that is, or has failed.
 
         A prompt has learned when its dev metric is above the constant answer's and above that of the prompt that it
         started from; a start from the bank may have been good already, and a perfect score cannot be exceeded. Where
@@ -113,7 +113,7 @@ class TaskResult:
 
     @property
     def unjudged(self) -> str | None:
-        """Why a perfect prompt may have learned nothing, in one sentence; None of any other."""
+        """Why a perfect prompt may have learned nothing, in one sentence; None for any other."""
         if self.failed or self.unlearned is not None or self.constant.get("dev", 0.0) < 1.0:
             return None
         return "nobody can tell whether it has learned: all its dev rows have the target that a constant answer gives"
@@ -135,7 +135,7 @@ class TaskResult:
 
     @property
     def reason(self) -> str | None:
-        """Why there is no prompt, or none that has learned or is known to have, in one sentence."""
+        """In one sentence, why the task failed, or why its prompt has not learned or cannot be judged; else None."""
         if not self.failed:
             return self.unlearned or self.unjudged
         if len(self.trials) == 1:
@@ -145,7 +145,7 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class RefusedTask:
-    """A task that cannot be used and is left out (`run.on_bad_task: skip`), told of as if it were a result."""
+    """A task that cannot be used and is left out (`run.on_bad_task: skip`), reported like a result."""
 
     task: str
     metric: str
@@ -167,7 +167,7 @@ class RefusedTask:
 
 
 def below_constant(metric: str, value: float, constant: float | None) -> str | None:
-    """Why a dev metric is none that a prompt learned, in one sentence; None where it is above the constant answer's."""
+    """Why a dev metric does not show that a prompt has learned, in one sentence; None where it does."""
     if constant is None or value >= 1.0 or value > constant:
         return None
     return f"its dev {metric} is {value:.3f} where always giving train's most frequent target has {constant:.3f}"

@@ -78,14 +78,14 @@ class Progress:
         return list(of_task.values())
 
     def measure(self, states: Sequence[TrialState]) -> None:
-        """Measure the trials' prompts on dev: keep the best, and end or pause the trials that have come to that."""
+        """Measure the trials' prompts on dev; each keeps its best one, and may end or pause here."""
         for state, score in zip(states, self._scores(states, "dev"), strict=True):
             state.judge(score)
             self.run_log.evaluated(state)
         self.run_log.paused()
 
     def save(self) -> None:
-        """Write a checkpoint, after the test of every task that has come to its end. Raises: StorageError."""
+        """Write a checkpoint, in which every finished task has its test metric. Raises: StorageError."""
         self._test_winners()  # first: a run killed after its last checkpoint is published as that one has it
         if rank() == 0:
             save_checkpoint(self.run.folder / "checkpoints", self.step, self.states.values())
@@ -106,7 +106,7 @@ class Progress:
             self.run_log.finished(state)
 
     def _test_winners(self) -> None:
-        """Measure on its test split, where it has one, the prompt that a task publishes, and no other."""
+        """Measure the prompt that a finished task publishes, and no other, on the test split."""
         of_task = [[self.states.get(trial.name) for trial in trials] for trials in self.sweeps()]
         winners = [winner(states) for states in of_task if all(state and state.ended for state in states)]
         corpora = self.run.corpora
@@ -115,7 +115,7 @@ class Progress:
             state.test = score
 
     def _scores(self, states: Sequence[TrialState], split: Literal["dev", "test"]) -> list[Score]:
-        """Of the prompts as they are, on dev; of the best ones, on test."""
+        """Scores of the current prompts on dev, or of the best ones on test."""
         if not states:
             return []
         requests = []

@@ -21,7 +21,7 @@ def world_size() -> int:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Within it this rank is the only one: what is computed together elsewhere is computed here for itself."""
+    """Within it this rank counts as the only one: it communicates with no other."""
     before = _alone.set(True)
     try:
         yield

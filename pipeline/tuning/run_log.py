@@ -83,11 +83,11 @@ class RunLog:
         self.event("finished", trial=state.trial.name, **_end(state))
 
     def memory(self, stage: str) -> None:
-        """How much this rank held at most, at the end of a stage."""
+        """Write down the most memory that this rank held, at the end of a stage."""
         self.event("memory", stage=stage, peak_bytes=peak_bytes())
 
     def paused(self) -> None:
-        """Time since the last step went elsewhere (an evaluation), and is no part of the rate."""
+        """Start measuring the rate anew: the time since the last step went elsewhere, to an evaluation."""
         self._since, self._tokens = time.monotonic(), TokenCounts()
 
     def _path(self, trial: str) -> Path:

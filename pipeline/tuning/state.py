@@ -59,7 +59,7 @@ class TrialState:
 
     @property
     def scores(self) -> list[tuple[float, float]]:
-        """Goodness at every evaluation after the start; one that was not finite ended the trial, and is no score."""
+        """Goodness at every evaluation after the start. One that was not finite ended the trial and is left out."""
         metric = self.trial.settings.metric
         return [goodness(metric, e.value, e.loss) for e in self.history[1:] if np.isfinite(e.loss)]
 
@@ -97,7 +97,7 @@ class TrialState:
             self.status = "paused"
 
     def halve(self, place: int, among: int) -> None:
-        """End the trial at its rung, where it is in this place among those that reached it."""
+        """End the trial at its rung, which it reached in this place among so many."""
         self.status = "halved"
         metric = self.trial.settings.metric
         self.reason = f"its dev {metric} at step {self.step} was in place {place} of {among} trials of its sweep"
@@ -109,7 +109,7 @@ class TrialState:
         self.status, self.reason = "failed", reason
 
     def fail_at(self, what: str, value: float) -> None:
-        """End the trial, which has left the range of numbers."""
+        """End the trial, one of whose numbers is not finite any more."""
         self.status = "failed"
         self.reason = f"the {what} was {value} at step {self.step}; lower optimizer.lr or set optimizer.clip_norm"
 

@@ -52,7 +52,7 @@ def _request(run_folder: Path) -> Path:
 
 
 def told_to_stop(run_folder: Path) -> bool:
-    """Of a rank that works for itself: whether the driver asks the ranks to stop, or this one got a SIGTERM."""
+    """Whether the driver asks the ranks to stop or this rank got a SIGTERM; for ranks that work each for itself."""
     return was_told_to_stop() or _is_asked(run_folder)
 
 

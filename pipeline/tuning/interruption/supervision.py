@@ -33,7 +33,7 @@ def supervised(job: Callable[[], None]) -> NoReturn:
 
 
 def _run(job: Callable[[], None], report: int) -> NoReturn:
-    """Tell the exit code before the process ends: whatever happens to it afterwards, the job has come to its end."""
+    """Run the job and report its exit code before the process ends: what happens to it afterwards changes nothing."""
     os.set_inheritable(report, False)
     code = 1  # Python's own, for a defect
     try:

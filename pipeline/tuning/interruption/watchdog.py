@@ -72,12 +72,12 @@ def call_at_every_layer(model: nn.Module, alive: Callable[[], None]) -> None:
 
 
 def hangs_of(run_folder: str | Path) -> Path:
-    """Where ranks of a run that the watchdog ends leave their stacks."""
+    """Where the ranks that the watchdog ends leave their stacks."""
     return Path(run_folder) / "hangs"
 
 
 def hang_reports(folder: Path) -> list[Path]:
-    """The reports of ranks that the watchdog ended; what a killed rank left is empty, and none."""
+    """The reports of ranks that the watchdog ended. A rank that was killed leaves an empty file, which is none."""
     return sorted(path for path in folder.glob("*.txt") if path.stat().st_size)
 
 
