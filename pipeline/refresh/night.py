@@ -149,7 +149,7 @@ def _publish(
 
 
 def _publish_once(checked: CheckedRun, decisions: Sequence[NightDecision], may_move: bool, lease: Lease) -> int:
-    """Publish the night's version, or only advance the alias to it: it may be there, and the store's answer was lost."""
+    """Publish the night's version, or only advance the alias to it: the store may have lost its answer alone."""
     settings = checked.settings
     bank, alias = open_bank(settings.bank, create=True), settings.bank.alias if may_move else None
     number = _version_of(bank, settings.run.name)
