@@ -63,7 +63,7 @@ def main(
         console = console_for(settings, console)
         result = run_job(checked, console)
         _tell(result, settings, console)
-        raise typer.Exit(result.exit)
+        raise typer.Exit(int(result.exit))
 
 
 def _tell(result: "RunResult", settings: Settings, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""Spread a run over ranks: Ray Train's worker group, and who waits for it."""
+"""Spread a run over ranks: start them with Ray Train, wait for them, and say in a sentence what went wrong."""
 
 import math
 import os
