@@ -40,7 +40,7 @@ class Layout:
         """First place of each segment; those that are given lie at -G to -1."""
         return self.segments.starts
 
-    # Each of these two is laid out once a batch, and serves every layer.
+    # Each of these is laid out once a batch, and serves every layer.
 
     @cached_property
     def levels(self) -> packed_attention.Levels:
@@ -69,6 +69,8 @@ def make_layout(lengths: Sequence[int], parents: Sequence[int | None], device: t
 
 def run_packed(model: Any, embeddings: Tensor, layout: Layout, given: Sequence[PromptState] = ()) -> Tensor:
     """Last hidden states `[N, H]` of packed input embeddings `[N, H]`, behind the layout's given segments."""
+    # Each segment counts on from where its parent ends, as if every row had its prompt to itself: a prompt that
+    # many rows share runs once, and autograd sums their gradients in its keys and values.
     positions = torch.as_tensor(layout.segments.positions()[None], dtype=torch.long, device=layout.device)
     with _packed_attention(model):
         output = model.base_model(
@@ -109,6 +111,8 @@ def _attend(
     """transformers' attention interface: q `[1, A, N, D]`, k and v `[1, A', N, D]` -> `[1, N, A, D]`."""
     assert attention_mask is None and dropout == 0.0
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, A, D]
+    # A prompt whose keys and values are given was run before, by itself: it attends to nothing but itself, so they are
+    # the same behind whatever input, and a service need not compute them again.
     if given:  # [G + N, A', D]
         k = torch.cat([*(state.keys[module.layer_idx] for state in given), k])
         v = torch.cat([*(state.values[module.layer_idx] for state in given), v])

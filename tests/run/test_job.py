@@ -16,7 +16,6 @@ from pipeline.reporting.watched import read_run
 from pipeline.run.checks import check_run
 from pipeline.run.job import run_job
 from pipeline.settings import parse_settings
-from pipeline.tuning.worker import work
 from tests.jobs_data import make_project
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -46,7 +45,7 @@ def test_a_finished_run_publishes_nothing_twice_whatever_came_after_it_or_where_
 
 
 def test_a_start_that_loses_its_lease_while_it_waits_for_the_store_publishes_nothing(project, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.run.job.launch", lambda order, *rest: work(order, torch.device("cpu"), lambda: False))
+    monkeypatch.setattr("pipeline.run.job.launch", lambda work, *rest: work(torch.device("cpu"), lambda: False))
     tries = []
 
     def away(*rest):

@@ -21,8 +21,7 @@ from pipeline.reporting.events import EventLog, telling_why
 from pipeline.reporting.progress import follow
 from pipeline.run.checks import check_storage
 from pipeline.run.lease import run_lease
-from pipeline.run.patience import retry_while_unreachable
-from pipeline.run.stages import make_folder_of
+from pipeline.run.stages import make_folder_of, retry_while_unreachable
 from pipeline.sealed_files import DamagedError, open_json, sealed_json
 from pipeline.settings import AdaptationSettings
 from pipeline.tuning.connection import Connect, ray_on_demand
@@ -72,7 +71,7 @@ def run_adaptation(checked: CheckedAdaptation, console: Console) -> Adapted:
         adapted = read_adapted(order)
         if adapted is None:
             connect()
-            launch(order, settings.cluster, settings.run, log)
+            launch(order.carry_out, folder, settings.cluster, settings.run, log)
             adapted = read_adapted(order)
         if adapted is None:
             raise TuningError(

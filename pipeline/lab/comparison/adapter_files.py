@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.lab.comparison.adapter import Trained
 from pipeline.lab.comparison.told_tensors import load_told, save_told
-from pipeline.tuning.peak_memory import peak_bytes
+from pipeline.tuning.machine import peak_bytes
 from pipeline.tuning.state import Evaluation
 
 

@@ -3,8 +3,7 @@
 from rich.console import Console
 
 from pipeline.lab.comparison.training import jobs_of
-from pipeline.run.checks import CheckedRun
-from pipeline.run.planning import print_plan
+from pipeline.run.checks import CheckedRun, print_plan
 
 
 def print_compared(checked: CheckedRun, console: Console) -> None:

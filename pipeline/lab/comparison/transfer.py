@@ -11,7 +11,8 @@ from pipeline.lab.comparison.choice import Group
 from pipeline.lab.comparison.prompts import TunedPrompts, tune_prompts
 from pipeline.lab.comparison.results import Likeness
 from pipeline.lab.comparison.study import Study, with_own_bank
-from pipeline.run.checks import check_start, find_bank
+from pipeline.run.bank import find_bank
+from pipeline.run.checks import check_start
 from pipeline.settings import TaskSettings, changed_settings
 from pipeline.settings.comparing import parts
 

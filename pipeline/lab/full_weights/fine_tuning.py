@@ -1,8 +1,9 @@
 """Full fine-tuning of a model on one task: the baseline that prompts are compared with (Lester et al. 2021, "model
 tuning"). The same rows in the same order as a prompt of that task and seed, the same evaluator, the best on dev kept.
 
-    order = FineTuningOrder(place, task="sst2", settings=task.model_dump(mode="json"), corpus=corpus.to_dict(), seed=0)
-    launch(order, cluster, run, log)   # or order.carry_out(device, lambda: False) in this process
+    order = FineTuningJob(place, task="sst2", settings=task.model_dump(mode="json"), corpus=corpus.to_dict(), seed=0)
+    launch(order.carry_out, Path(order.run_folder), cluster, run, log)
+    # or, in this process: order.carry_out(device, lambda: False)
     result = read_result(order.run_folder)
 """
 

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 from pipeline.backbone.files import find_model, read_config
-from pipeline.tuning import placement
+from pipeline.tuning import hosting
+from pipeline.tuning.machine import container_bytes
 from tests.ranks import run_ranks
 from tests.tiny import make_model
 
@@ -16,9 +17,9 @@ CPU = torch.device("cpu")
 
 def decide(folder: Path, setting: str, full_rank: int | None) -> bool:
     if full_rank == dist.get_rank():
-        placement.free_bytes = lambda device: 0
+        hosting.free_bytes = lambda device: 0
     config = read_config(find_model(str(folder)))
-    return placement.partitions(setting, config, True, torch.float32, CPU)
+    return hosting.partitions(setting, config, True, torch.float32, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +38,11 @@ def test_a_model_is_partitioned_on_all_ranks_as_soon_as_one_lacks_room(folder, s
 
 
 def test_a_containers_limit_counts_as_the_machines_memory(tmp_path):
-    assert placement._container_bytes(tmp_path) > 2**60
+    assert container_bytes(tmp_path) > 2**60
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("1000\n")
-    assert placement._container_bytes(tmp_path) > 2**60
+    assert container_bytes(tmp_path) > 2**60
     (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 700\n")
-    assert placement._container_bytes(tmp_path) > 2**60
+    assert container_bytes(tmp_path) > 2**60
     (tmp_path / "memory.max").write_text("5000\n")
-    assert placement._container_bytes(tmp_path) == 4700
+    assert container_bytes(tmp_path) == 4700

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import sys
 sys.path.insert(0, {root!r})
-from pipeline.run.supervision import supervised
+from pipeline.tuning.interruption.supervision import supervised
 
 def job():
     import atexit, os, signal, time

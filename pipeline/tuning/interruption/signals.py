@@ -31,7 +31,7 @@ def stop_by_signal(ask: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def held_back() -> Iterator[list[int]]:
-    """Neither signal interrupts what is within; a list of those that came, filled as they come."""
+    """Within it neither signal interrupts; those that come are added to the list."""
     came: list[int] = []
     with _handled_by(lambda number, frame: came.append(number)):
         yield came

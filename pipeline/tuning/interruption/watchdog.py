@@ -1,22 +1,41 @@
 """A watchdog on every rank: one that shows no sign of life for too long ends, and writes down where it hung.
 
-A sign of life is a layer of the model that begins to run. Who waits for a hung rank shows none either and ends, too;
-Ray Train then starts all of them again from the last checkpoint. A stopped process cannot end itself: Ray Train's
+A sign of life is a layer of the model that begins to run. A rank that waits for a hung one shows none either, and ends
+too; Ray Train then starts all of them again from the last checkpoint. A stopped process cannot end itself: Ray Train's
 health check, set to the same time (`launch`), finds that one and kills it.
 """
 
 import faulthandler
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import nn
+
+from pipeline.tuning.ranks import rank
 
 LOADING = 4
 """How many times as long a rank may be silent before it has run its first layer: it loads the model."""
 
 _MOST_OFTEN_S = 1.0  # to set the timer anew starts a thread
+
+
+@contextmanager
+def rank_process(
+    run_folder: str | Path, hang_timeout: float, threads: int, device: torch.device
+) -> Iterator[Callable[[], None]]:
+    """This process as a rank of a run: its threads and device set, and ended where the function given is not called.
+
+    hang_timeout: seconds that a rank may be silent (`watched`).
+    """
+    torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with watched(hang_timeout, hangs_of(run_folder) / f"rank-{rank()}.{os.getpid()}.txt") as alive:
+        yield alive
 
 
 @contextmanager
@@ -53,12 +72,12 @@ def call_at_every_layer(model: nn.Module, alive: Callable[[], None]) -> None:
 
 
 def hangs_of(run_folder: str | Path) -> Path:
-    """Where ranks of a run that the watchdog ends leave their stacks."""
+    """Where the ranks that the watchdog ends leave their stacks."""
     return Path(run_folder) / "hangs"
 
 
 def hang_reports(folder: Path) -> list[Path]:
-    """The reports of ranks that the watchdog ended; what a killed rank left is empty, and none."""
+    """The reports of ranks that the watchdog ended. A rank that was killed leaves an empty file, which is none."""
     return sorted(path for path in folder.glob("*.txt") if path.stat().st_size)
 
 

@@ -1,11 +1,32 @@
 """The plan before a run and the table after it."""
 
+from dataclasses import dataclass
 from io import StringIO
 
 from rich.console import Console
 
 from pipeline.reporting.plan import PlanRow, memory_table, plan_table
-from pipeline.reporting.table import TrialResult, print_results
+from pipeline.run.table import print_results
+
+
+@dataclass
+class TrialResult:
+    """What the table asks of a `TaskResult`."""
+
+    trial: str
+    task: str
+    steps: int
+    metric: str
+    dev_before: float | None
+    dev_after: float | None
+    test: float | None
+    status: str
+    reason: str | None = None
+    among: str | None = None
+    dev_constant: float | None = None
+    test_constant: float | None = None
+    withheld: bool = False
+
 
 TUNED = TrialResult("sst2", "sst2", 100, "accuracy", 0.5, 0.875, None, "tuned")
 FAILED = TrialResult("trec-lr0.3", "trec", 7, "accuracy", 0.2, None, None, "failed", "its loss is [not] a number")

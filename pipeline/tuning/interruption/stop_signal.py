@@ -1,4 +1,4 @@
-"""Notice to stop: between two steps every rank hears of it, and the run leaves with a checkpoint of that very step.
+"""A request to stop: all ranks learn of it between the same two steps, and the run leaves with a checkpoint of them.
 
 The driver's request is written into a file of the run, which rank 0 opens anew at each look: what was written before
 an opening is seen on network file systems, too, where a new file may stay hidden for a minute.
@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 
 from pipeline.errors import StorageError
+from pipeline.tuning.interruption.signals import was_told_to_stop
 from pipeline.tuning.ranks import rank, sum_over_ranks
-from pipeline.tuning.signals import was_told_to_stop
 from pipeline.whole_files import write_atomically
 
 Notice = Literal["go on", "save", "stop"]
@@ -52,7 +52,7 @@ def _request(run_folder: Path) -> Path:
 
 
 def told_to_stop(run_folder: Path) -> bool:
-    """Of a rank that works for itself: whether the driver asks the ranks to stop, or this one got a SIGTERM."""
+    """Whether the driver asks the ranks to stop or this rank got a SIGTERM; for ranks that work each for itself."""
     return was_told_to_stop() or _is_asked(run_folder)
 
 

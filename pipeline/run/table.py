@@ -1,12 +1,13 @@
 """The table at the end of a run."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from pipeline.run.results import RefusedTask, TaskResult
 
 _COLOUR = {
     "tuned": "green",
@@ -18,33 +19,9 @@ _COLOUR = {
 }
 
 
-@dataclass(frozen=True)
-class TrialResult:
-    trial: str
-    task: str
-    steps: int
-    metric: str
-    dev_before: float | None
-    """Dev metric of the prompt as it was initialised."""
-    dev_after: float | None
-    """Dev metric of the best prompt, the one published."""
-    test: float | None
-    status: str
-    """tuned | stopped early | halved | no gain | not learned | failed"""
-    reason: str | None = None
-    """Why the trial failed, or has not learned, in one sentence."""
-    among: str | None = None
-    """Which trials of its sweep it was chosen from: `best of 12 (8 halved)`."""
-    dev_constant: float | None = None
-    """Dev metric of always giving train's most frequent target."""
-    test_constant: float | None = None
-    withheld: bool = False
-    """Whether it has not learned, and so was not published."""
-
-
-def results_table(results: Sequence[TrialResult]) -> Table:
+def results_table(results: Sequence[TaskResult | RefusedTask]) -> Table:
     """One row per result, in the order given; a column of `test` or of a constant answer only if any result has one."""
-    columns: list[tuple[str, Callable[[TrialResult], float | None]]] = [
+    columns: list[tuple[str, Callable[[TaskResult | RefusedTask], float | None]]] = [
         ("dev before", lambda result: result.dev_before),
         ("constant", lambda result: result.dev_constant),
         ("dev after", lambda result: result.dev_after),
@@ -75,8 +52,8 @@ def results_table(results: Sequence[TrialResult]) -> Table:
     return table
 
 
-def print_results(console: Console, results: Sequence[TrialResult]) -> None:
-    """The table, then one sentence per trial that failed or has not learned."""
+def print_results(console: Console, results: Sequence[TaskResult | RefusedTask]) -> None:
+    """The table, then one sentence per task that failed or has not learned."""
     console.print(results_table(results))
     for result in results:
         if result.status == "failed":

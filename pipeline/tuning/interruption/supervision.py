@@ -1,4 +1,4 @@
-"""A job whose process may be ended by what it cannot catch, and a small one above it that then says so.
+"""A small process above a job, which tells how the job ended where the job itself cannot.
 
 Ray ends the process of a driver whose cluster is gone, and the system one that takes too much memory: no code of ours
 runs then, the exit code is that of a defect or of a signal, and a scheduler would not start the job again. Needs only
@@ -33,7 +33,7 @@ def supervised(job: Callable[[], None]) -> NoReturn:
 
 
 def _run(job: Callable[[], None], report: int) -> NoReturn:
-    """Tell the exit code before the process ends: whatever happens to it afterwards, the job has come to its end."""
+    """Run the job and report its exit code before the process ends: what happens to it afterwards changes nothing."""
     os.set_inheritable(report, False)
     code = 1  # Python's own, for a defect
     try:
