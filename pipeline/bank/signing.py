@@ -24,7 +24,7 @@ _MAX_KEY_BYTES = 2**16
 
 
 def load_signing_key(path: str | Path, trusted: Sequence[str] = ()) -> Callable[[str], Signature]:
-    """What signs digests with the private key in a PEM file.
+    """A function that signs digests with the private key in a PEM file.
 
     Raises: BankError for another kind of file, or when keys are trusted and this one is not among them.
     """
@@ -43,11 +43,11 @@ def load_signing_key(path: str | Path, trusted: Sequence[str] = ()) -> Callable[
 
 def load_trusted_keys(paths: Sequence[str | Path]) -> tuple[str, ...]:
     """Public keys in PEM files, as 64 hex digits each. Raises: BankError."""
-    return tuple(_load_public_key(path) for path in paths)
+    return tuple(map(_load_public_key, paths))
 
 
 def check_signature(seal: Seal, trusted: Sequence[str], where: str) -> None:
-    """Raises: BankError when none of the trusted keys signed."""
+    """Check that one of the trusted keys signed. Raises: BankError."""
     if seal.signature is None:
         raise BankError(f"{where} is refused: it is not signed, and this bank is opened with trusted keys")
     if seal.signature.key not in trusted:
@@ -79,4 +79,4 @@ def _read(path: str | Path) -> bytes:
         with Path(path).expanduser().open("rb") as file:
             return file.read(_MAX_KEY_BYTES)
     except OSError as error:
-        raise BankError(f"cannot read the key {path}: {error.strerror}; mend the path") from error
+        raise BankError(f"cannot read the key {path}: {error.strerror}; fix the path") from error
