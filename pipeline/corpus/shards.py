@@ -235,9 +235,9 @@ def _translated(error: Exception, where: str, storage: Path) -> Exception:
             return type(inner)(str(inner).partition("\n")[0])
         if isinstance(cause, OutOfMemoryError):
             return TuningError(
-                f"{where}: tokenising was given up, since its worker was killed again and again when the node's memory "
-                "ran low; give the node more, run less beside it, or write the files with shorter cells, then start "
-                "the same run again"
+                f"{where}: tokenising was given up after several tries, the last of which ended so: "
+                f"{memory_kill(str(cause)) or 'its worker was killed when the memory of its node ran low'}; "
+                "or write the files with shorter cells; then start the same run again"
             )
         if isinstance(inner, OSError):  # reading raises CorpusError, so this came from writing
             return _storage_error(storage, inner)

@@ -13,9 +13,11 @@ import ray
 from ray.exceptions import RayError
 
 from pipeline.errors import PromptBankError, SettingsError, TuningError
+from pipeline.reporting.memory_kill import memory_kill
 from pipeline.settings import ClusterSettings
 from pipeline.tuning.signals import held_back
 
+_log = logging.getLogger(__name__)
 _OBJECT_STORE_BYTES = 512 * 2**20
 _SHUTDOWN_TIMEOUT_S = 5
 _HEAD_PATIENCE_S = 20.0
@@ -80,7 +82,8 @@ def connected_ray(cluster: ClusterSettings) -> Iterator[None]:
     try:
         if interrupted:
             raise KeyboardInterrupt
-        yield
+        with _ray_speaks_in_sentences():
+            yield
     finally:
         if started:
             with held_back():
@@ -122,6 +125,30 @@ def _sentence(error: Exception, address: str | None) -> PromptBankError:
     return TuningError(
         f"the connection {where} ({reason}); look at memory, disk and processes there, and start the same run again"
     )
+
+
+@contextmanager
+def _ray_speaks_in_sentences() -> Iterator[None]:
+    """What Ray's nodes report goes to the log instead of stdout, which may hold a run's events as JSON.
+
+    A process that was killed for memory is one line there; Ray has some forty, with advice.
+    """
+    from ray._private import worker
+
+    rays = worker.print_to_stdstream
+
+    def speak(data: dict[str, Any], **options: Any) -> None:
+        if data.get("pid") != "raylet":
+            rays(data, **options)
+            return
+        text = "\n".join(data["lines"]).strip()
+        _log.warning("%s", memory_kill(text) or text)
+
+    worker.print_to_stdstream = speak
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = rays
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The whole job as its users start it: from the command line, killed and resumed, and submitted to a cluster."""
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -131,6 +132,20 @@ def test_a_mistyped_setting_is_one_sentence_and_exit_code_2(undisturbed):
     output = run(undisturbed[0] / "settings.yaml", "--set", "tasks.film.max_stepz=3", code=2)
     assert output.strip().endswith("unknown key 'tasks.film.max_stepz'; did you mean 'max_steps'?")
     assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_workers_killed_for_memory_are_a_sentence_each_and_code_5(tmp_path, monkeypatch):
+    """A real kill: more than a hundredth of any machine's memory is in use."""
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.01")
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
+    job = [sys.executable, str(ROOT / "jobs/tune_prompts.py"), "--config", str(project_in(tmp_path / "project"))]
+    done = subprocess.run([*job, "--set", "tracking.log=json"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 5, done.stderr
+    assert all(json.loads(line)["event"] for line in done.stdout.splitlines())
+    *kills, told = done.stderr.splitlines()
+    assert kills and all(re.match(r"Ray ended process \d+ .* GB were in use on node .*", line) for line in kills)
+    assert told.startswith("error: ") and "RAY_memory_usage_threshold" in told and "start the same run again" in told
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pipeline.tuning.worker import work
 from tests.jobs_data import make_project
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def rank_in_this_process():
     """What a worker of Ray Train is given to do, done here: nights take a second. tests/jobs goes the whole way."""
     with pytest.MonkeyPatch.context() as patch:
@@ -22,7 +22,7 @@ def rank_in_this_process():
         yield
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def local_ray():
     ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
     yield
@@ -34,7 +34,7 @@ def night(settings, date, *overrides):
     return run_night(parse_settings(settings, overrides), date, Console(quiet=True))
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def first_night(tmp_path_factory, local_ray):
     """A project after its first night: its folder, settings and record."""
     folder = tmp_path_factory.mktemp("first")

@@ -22,6 +22,8 @@ from tests.bank.test_object_store import Visit, serving
 from tests.jobs_data import write_parquet
 from tests.tiny import make_model
 
+pytestmark = pytest.mark.usefixtures("local_ray")
+
 pytest_plugins = ["tests.bank.s3_server"]
 
 

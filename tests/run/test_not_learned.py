@@ -19,6 +19,8 @@ from pipeline.tuning.state import Evaluation
 from pipeline.tuning.worker import work
 from tests.jobs_data import write_parquet
 
+pytestmark = pytest.mark.usefixtures("local_ray")
+
 
 def run(project, *overrides):
     return run_job(check_run(parse_settings(project, overrides)), Console(quiet=True))

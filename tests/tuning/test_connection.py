@@ -65,3 +65,18 @@ def test_a_head_that_does_not_answer_is_one_sentence_soon(address, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(SettingsError, match=rf"^cluster.address: no Ray cluster answers at {address} \("):
         connect()
+
+
+def test_what_a_node_reports_never_reaches_stdout_and_a_kill_for_memory_is_one_line(monkeypatch, capsys, caplog):
+    """Ray prints it to stdout itself, where `tracking.log: json` has events."""
+    from ray._private import worker
+
+    from tests.reporting.test_memory_kill import TOLD
+
+    monkeypatch.setattr(connection.ray, "init", lambda **_: None)
+    with connected_ray(ClusterSettings()):
+        for text in (TOLD, "a node was lost"):
+            worker.print_to_stdstream({"lines": [text], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    killed, lost = caplog.messages
+    assert killed.startswith("Ray ended process 4711") and "\n" not in killed
+    assert lost == "a node was lost" and capsys.readouterr().out == ""
