@@ -47,12 +47,12 @@ def check_folder(folder: Path, setting: str, fix: str) -> None:
     try:
         there = next(place for place in (folder, *folder.parents) if place.exists())
     except PermissionError as error:
-        raise StorageError(f"{setting}: {folder} may not be looked at ({error.strerror}); {fix}") from error
+        raise StorageError(f"{setting}: {folder} cannot be accessed ({error.strerror}); {fix}") from error
     except (OSError, ValueError) as error:  # the name is too long, or holds a character that no name may
         why = getattr(error, "strerror", None) or error
-        raise SettingsError(f"{setting}: it can be no folder ({why}); {fix}") from error
+        raise SettingsError(f"{setting}: it cannot be a folder ({why}); {fix}") from error
     if not there.is_dir():
-        raise SettingsError(f"{setting}: {there} is no folder; {fix}")
+        raise SettingsError(f"{setting}: {there} is not a folder; {fix}")
     try:
         with tempfile.TemporaryFile(dir=there):
             return

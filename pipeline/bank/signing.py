@@ -37,7 +37,7 @@ def load_signing_key(path: str | Path, trusted: Sequence[str] = ()) -> Callable[
         raise BankError(f"{path} is not an Ed25519 key; make one with: openssl genpkey -algorithm ed25519")
     public = key.public_key().public_bytes_raw().hex()
     if trusted and public not in trusted:
-        raise BankError(f"the signing key {path} is none of the trusted ones: nobody could read what it signs")
+        raise BankError(f"the signing key {path} is not among the trusted keys; readers would refuse what it signs")
     return lambda digest: Signature(base64.b64encode(key.sign(_message(digest))).decode(), public)
 
 

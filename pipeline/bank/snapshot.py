@@ -142,7 +142,8 @@ class Snapshot:
         where = self._version.where
         if record.digest is None or record.shape is None:
             raise UnknownNameError(f"{where} holds no blob of '{name}', which has failed: {record.reason}")
-        if record.shape[1] != self.backbone.hidden_size:
-            raise BankError(f"{where} is refused: '{name}' is {record.shape[1]} wide and its backbone is not")
+        if record.shape[1] != (size := self.backbone.hidden_size):
+            sizes = f"'{name}' has the hidden size {record.shape[1]} and its backbone {size}"
+            raise BankError(f"{where} is refused: {sizes}")
         array = read_blob(self._access, record.digest, record.shape)
         return Prompt(array, record, self.version, record.tuned_on or self.backbone)

@@ -72,8 +72,8 @@ def _verify_version(
         yield f"{version.where}: its parent, version {parent}, is not there"
     for record in version.records():
         if record.digest is not None and record.shape is not None:
-            if record.shape[1] != version.header.backbone.hidden_size:
-                yield f"{version.where}: '{record.name}' is {record.shape[1]} wide and its backbone is not"
+            if record.shape[1] != (size := version.header.backbone.hidden_size):
+                yield f"{version.where}: '{record.name}' has the hidden size {record.shape[1]} and its backbone {size}"
             blobs.add((record.digest, record.shape))
 
 

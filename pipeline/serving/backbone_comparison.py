@@ -54,8 +54,8 @@ def compare_models(first: str, second: str, weights: str = "int8", rows: Sequenc
     for row, ours, theirs in zip(rows, one.rows, other.rows, strict=True):
         if ours.ids != theirs.ids:
             raise BackboneError(
-                f"{first} and {second} are not the same: they cut {row!r} into {len(ours.ids)} and {len(theirs.ids)} "
-                "tokens that differ; compare rows of your own (--text FILE) if no such text is ever put to them"
+                f"{first} and {second} are not the same: they split {row!r} into {len(ours.ids)} and {len(theirs.ids)} "
+                "tokens that differ; compare rows of your own (--text FILE) if they never get such text"
             )
     for what, value in one.facts.items():
         if value != other.facts[what]:
@@ -66,7 +66,7 @@ def compare_models(first: str, second: str, weights: str = "int8", rows: Sequenc
     largest = 0.0
     for row, ours, theirs in zip(rows, one.rows, other.rows, strict=True):
         if ours.target != theirs.target:
-            raise BackboneError(f"{first} and {second} are not the same: they cut {row!r} differently as a target")
+            raise BackboneError(f"{first} and {second} are not the same: they split {row!r} differently as a target")
         difference = abs(ours.likelihood - theirs.likelihood)
         if not difference <= TOLERANCE:  # also refuses NaN
             raise BackboneError(

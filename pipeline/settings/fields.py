@@ -49,7 +49,7 @@ class SettingsModel(BaseModel):
         if bool not in kinds and kinds & {int, float}:
             for one in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(one, bool):
-                    raise ValueError(f"{str(one).lower()} (or yes, no, on, off) is no number; give one")
+                    raise ValueError(f"{str(one).lower()} (or yes, no, on, off) is not a number; give one")
         return value
 
 

@@ -190,7 +190,7 @@ def _sentence(detail: Any, root: Any = Settings, spelt: Spellings | None = None)
         case "string_pattern_mismatch":
             return f"'{where}': {_short(detail['input'])!r} may hold only letters, digits, '.', '_' and '-'"
         case "string_type" if text := _text_meant(detail["input"], place, spelt or {}):
-            return f"'{where}': {_short(text)} is no text to YAML; put it in quotes: {quoted(_short(text))}"
+            return f"'{where}': {_short(text)} is not text in YAML; put it in quotes: {quoted(_short(text))}"
         case _:
             return f"'{where or 'the file'}': {message[:1].lower()}{message[1:]}"
 

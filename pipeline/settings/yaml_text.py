@@ -112,7 +112,7 @@ class _Plain:
         if depth > DEEPEST:
             raise SettingsError(_TOO_DEEP)
         if self.values > _MOST_VALUES:
-            raise SettingsError(f"it stands for more than {_MOST_VALUES:,} values; use fewer aliases (*name)")
+            raise SettingsError(f"it expands to more than {_MOST_VALUES:,} values; use fewer aliases (*name)")
         if isinstance(value, dict):
             return {self.key(key, place): self.of(item, (*place, _bare(key)), depth + 1) for key, item in value.items()}
         if isinstance(value, list | tuple):
@@ -127,7 +127,7 @@ class _Plain:
         if isinstance(key, _Written) and not free:
             text = key.text or "null"
             read = "" if text == str(key.value) else f", which YAML reads as {_as_read(key.value)},"
-            raise SettingsError(f"line {key.line}: the key {text}{read} is no text; put it in quotes: {quoted(text)}")
+            raise SettingsError(f"line {key.line}: the key {text}{read} is not text; put it in quotes: {quoted(text)}")
         return _bare(key)
 
 
