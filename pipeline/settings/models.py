@@ -35,11 +35,14 @@ MOST_SECONDS = 10**9
 
 
 class RunSettings(SettingsModel):
+    """What the run is called, where it keeps its files, and how it treats faults."""
+
     name: Name = "prompts"
     """The run's folder under `storage`; the same name again resumes it."""
     storage: Address = "./runs"
     """A folder that every node sees. All resumable state of the job lives here."""
     seed: Seed = 0
+    """What every trial without a seed of its own draws its numbers from."""
     max_live_trials: int = Field(64, ge=1, le=1_000_000)
     """Most trials tuned at the same time; the others wait for a slot."""
     checkpoint_every: Count = 25
@@ -47,15 +50,17 @@ class RunSettings(SettingsModel):
     max_failures: int = Field(3, ge=0, le=1_000_000)
     """How often lost workers are restarted before the run gives up."""
     hang_timeout: float = Field(600.0, gt=0, le=MOST_SECONDS)
-    """Seconds after which a rank without a sign of life (no layer of the model begins to run) is killed and all ranks
-    restart from the last checkpoint, as after a lost rank; four times as long while they load. It must be longer than
-    the backward pass of `cluster.tokens_per_microbatch` tokens."""
+    """Seconds without a sign of life (no layer of the model begins to run) after which a rank is ended. All ranks then
+    start again from the last checkpoint, as after a loss. While ranks load, they have four times as long. It must be
+    longer than the backward pass of `cluster.tokens_per_microbatch` tokens."""
     on_bad_task: Literal["refuse", "skip"] = "refuse"
-    """Whether a task whose corpus cannot be used stops the run before training (`refuse`), or is reported as failed
-    (`skip`). A nightly refresh always skips it."""
+    """What a task does whose corpus cannot be used: it stops the run before training, or it is reported as failed while
+    the others go on. A nightly refresh always goes on."""
 
 
 class ModelSettings(SettingsModel):
+    """The frozen model."""
+
     path: Address
     """A folder, a hub name, a .gguf file, or the name of a packaged model (`smollm2-135m`)."""
     weights: Literal["int8", "full"] = "int8"
@@ -67,8 +72,8 @@ class ModelSettings(SettingsModel):
     activations only; `exact` neither; `auto` is int8 where every rank's hardware has instructions for it. Dev and test
     metrics are measured with the same products; the service uses exact ones."""
     offload: Literal["none", "cpu", "nvme"] = "none"
-    """Where a rank's part of the weights stays between uses: on its device, in main memory (`cpu`, for GPUs), or in
-    files under `offload_folder` (`nvme`), which the system caches in free memory."""
+    """Where a rank's part of the weights waits between uses: on its device, in main memory (`cpu`, for GPUs), or in
+    files under `offload_folder` (`nvme`). The system keeps as much of these files in memory as it has room for."""
     offload_folder: str | None = None
     """A folder on each node's own fast disk, for `offload: nvme`."""
 
@@ -80,15 +85,19 @@ class ModelSettings(SettingsModel):
 
 
 class ClusterSettings(SettingsModel):
+    """Ranks, GPUs and memory."""
+
     num_workers: int = Field(1, ge=1, le=10_000)
     """Number of ranks. They share the rows of every step, and the model when it is partitioned."""
     partition: Literal["auto", "always", "never"] = "auto"
     """Whether ZeRO-3 partitions the model over the ranks. `auto` does so unless the model takes less than a quarter of
-    every rank's free memory: a model that is whole on every rank need not be gathered."""
+    every rank's free memory. A model that is whole on every rank need not be gathered."""
     use_gpu: bool = False
+    """Whether each rank takes one GPU."""
     address: Address | None = None
     """Ray address; without it RAY_ADDRESS is used, and without that a local Ray is started."""
     cpus_per_worker: int = Field(1, ge=1, le=10_000)
+    """CPUs that each rank takes."""
     tokens_per_microbatch: int = Field(2048, ge=64, le=10**9)
     """Most prompt, input and target tokens, padding included, that one rank runs in one forward pass."""
     price_per_rank_hour: float | None = Field(None, ge=0)
@@ -96,8 +105,14 @@ class ClusterSettings(SettingsModel):
 
 
 class PromptSettings(SettingsModel):
+    """The length of a prompt, and where it starts."""
+
     length: Tokens = 100
+    """Vectors of the prompt."""
     init: Literal["random", "sampled_vocab", "class_labels", "text", "bank"] = "sampled_vocab"
+    """Where the prompt starts: at random vectors, at embeddings of tokens drawn from the vocabulary, at embeddings of
+    the labels (and drawn tokens behind them), at embeddings of your own words (`text`), or at a prompt of the bank
+    (`source`)."""
     text: str | None = None
     """The words to start from, with `init: text`."""
     source: str | None = None
@@ -118,17 +133,24 @@ class PromptSettings(SettingsModel):
 
 
 class OptimizerSettings(SettingsModel):
+    """How a prompt is updated."""
+
     name: Literal["adafactor", "adamw"] = "adafactor"
+    """Adafactor as in Lester et al. (2021), or AdamW."""
     lr: float = Field(0.3, gt=0)
+    """The learning rate."""
     weight_decay: float = Field(1e-5, ge=0)
+    """How strongly the prompt is drawn towards zero."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the rate does after the warm-up: it stays, or it falls to 0 at `max_steps`."""
     warmup_steps: int = Field(0, ge=0, le=LARGEST)
+    """Steps in which the rate rises to `lr`."""
     clip_norm: float | None = Field(None, gt=0)
     """Largest norm of this prompt's own gradient; without it, only Adafactor clips its updates."""
 
 
 class HalvingSettings(SettingsModel):
-    """Successive halving (Jamieson & Talwalkar 2016): of a sweep's trials that reach a rung, only the best go on."""
+    """Successive halving (Jamieson & Talwalkar 2016): of a sweep's trials that reach a rung, the best go on."""
 
     first: Count = 1
     """Evaluations of a trial before the first rung; each rung after it is `factor` times as far."""
@@ -137,19 +159,25 @@ class HalvingSettings(SettingsModel):
 
 
 class TaskDefaults(SettingsModel):
-    """Settings that every task may have. The defaults are those of Lester et al. (2021), section 3 and appendix A."""
+    """What every task may set. The defaults are Lester et al. (2021), section 3 and appendix A."""
 
     input: str = "{text}"
     """Template of the model's input; `{column}` stands for a column of the corpus."""
     target: str = "{label}"
+    """Template of what the model should answer."""
     metric: Literal["accuracy", "exact_match", "f1", "rouge_l", "loss"] = "accuracy"
+    """What chooses the best step and trial on dev. `accuracy` and `f1` are of labels, `exact_match` and `rouge_l` of
+    decoded texts."""
     labels: list[str] | None = None
     """The label set for accuracy and f1; without it, the distinct targets of the train split."""
     prompt: PromptSettings = PromptSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     batch_size: int = Field(32, ge=1, le=10**7)
+    """Rows that the task has in every step."""
     max_steps: Count = 30_000
+    """Steps after which a trial ends."""
     eval_every: Count = 500
+    """Steps between two evaluations on dev."""
     patience: Count | None = 10
     """Evaluations without a better dev metric after which a trial stops; null: it never stops early."""
     eval_rows: Count = 500
@@ -161,7 +189,9 @@ class TaskDefaults(SettingsModel):
     separator: str = " "
     """Put between input and target for decoder-only models."""
     max_input_tokens: Tokens = 256
+    """A row with a longer input is left out and counted."""
     max_target_tokens: Tokens = 64
+    """A row with a longer target is left out and counted. Decoded answers are no longer than this."""
     max_bad_rows: float = Field(0.05, ge=0, le=1)
     """Largest share of null, empty and over-long rows that is dropped without refusing the task."""
     sweep: Sweep | None = None
@@ -218,10 +248,14 @@ class TaskDefaults(SettingsModel):
 
 
 class TaskSettings(TaskDefaults):
+    """A task by name: its corpora, and what it sets differently from `defaults`."""
+
     train: Paths
     """Parquet files: a path, folder, glob or object-store URI, or a list of them."""
     dev: Paths | None = None
+    """The rows that choose the best step and trial; without them, `dev_fraction`."""
     test: Paths | None = None
+    """Rows that are measured once, for the prompt that is published."""
 
     @model_validator(mode="after")
     def _one_dev_split(self) -> "TaskSettings":
@@ -231,9 +265,12 @@ class TaskSettings(TaskDefaults):
 
 
 class BankSettings(SettingsModel):
+    """Where the prompts are published."""
+
     uri: Address = "./bank"
     """A folder, or an object store such as s3://bucket/prefix."""
     alias: Name = "latest"
+    """The alias that moves to the new version."""
     trusted_keys: tuple[str, ...] = ()
     """Public keys (PEM files); versions that none of them signed are refused."""
     publish: Literal["best", "all"] = "best"
@@ -248,7 +285,7 @@ class BankSettings(SettingsModel):
 
 
 class TrackingSettings(SettingsModel):
-    """Trackers of a run, none of which can stop it. Ray's metrics are always there."""
+    """Tools that get a run's figures. None of them can stop the run. Ray's metrics have the figures always."""
 
     tensorboard: bool = False
     """Scalars for TensorBoard, in the run's folder (`tensorboard/`)."""
@@ -256,26 +293,26 @@ class TrackingSettings(SettingsModel):
     """The URI of an MLflow tracking server, which gets the run's scalars and how it ended. Its password, if it needs
     one, comes from MLFLOW_TRACKING_PASSWORD."""
     experiment: str = "promptbank"
-    """The MLflow experiment of the runs."""
+    """The MLflow experiment that the runs belong to."""
     log: Literal["auto", "json"] = "auto"
     """What the job prints while it runs: bars or lines for people, or every event as a line of JSON."""
 
 
 class RefreshSettings(SettingsModel):
-    """The settings of `jobs/refresh_prompts.py`, the nightly job, which the other jobs ignore."""
+    """What `jobs/refresh_prompts.py` does every night. Other jobs do not read it."""
 
     alpha: float = Field(0.05, gt=0, lt=1)
-    """Significance level at which the gate refuses a new prompt as worse than the bank's, by a paired test on tonight's
-    dev rows: the largest share of equally good prompts that it refuses by chance."""
+    """The level of the gate's paired test on tonight's dev rows: the largest share of equally good new prompts that it
+    refuses by chance. A smaller level refuses less."""
     margin: float | None = Field(0.1, gt=0)
-    """A new prompt whose dev metric is worse by more than this is refused even where the rows are too few for the test;
-    for the metric `loss` a share of the old loss. Null leaves it to the test."""
+    """A new prompt whose dev metric is worse by more than this is refused even where the rows are too few for the test.
+    For the metric `loss` it is a share of the old loss. Null leaves the decision to the test."""
     cold_side: bool = True
     """Whether a task that is tuned from the bank's prompt is also tuned from a fresh start, to compare the two."""
     min_refreshed: float = Field(0.5, ge=0, le=1)
     """The alias moves only if at least this share of the tasks that had to be tuned did not fail."""
     canaries: tuple[Name, ...] = ()
-    """If one of these tasks fails or becomes worse, the alias stays where it is."""
+    """If one of these tasks fails or comes out worse, the alias stays where it is."""
     wait_for_lease: float = Field(0, ge=0, allow_inf_nan=True)
     """Seconds that a second night of the same `run.name` waits for the first to end before it gives up."""
     lease_expiry: float = Field(60, gt=0, le=MOST_SECONDS)
@@ -283,6 +320,8 @@ class RefreshSettings(SettingsModel):
 
 
 class Settings(SettingsModel):
+    """A settings file."""
+
     run: RunSettings = RunSettings()
     model: ModelSettings
     cluster: ClusterSettings = ClusterSettings()
