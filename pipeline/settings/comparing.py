@@ -143,13 +143,13 @@ class CompareSettings(SettingsModel):
         for where, method in (("lora", self.lora), ("fine_tuning", self.fine_tuning)):
             named += [(f"{where}.tasks", task) for task in (method.tasks or () if method else ())]
         for task, starts in (self.transfer.starts if self.transfer else {}).items():
-            sources = [name for start in starts for name in source_names(start)]
+            sources = [name for start in starts for name in parts(start)]
             named += [("transfer.starts", name) for name in (task, *sources)]
         for task, others in self.domain_shift.items():
             named += [("domain_shift", name) for name in (task, *others)]
         return named
 
 
-def source_names(start: str) -> tuple[str, ...]:
+def parts(start: str) -> tuple[str, ...]:
     """The prompts whose mean a start such as `sst2+mr` is."""
     return tuple(part.strip() for part in start.split("+"))

@@ -11,7 +11,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.settings.comparing import CompareSettings, source_names
+from pipeline.settings.comparing import CompareSettings, parts
 from pipeline.settings.fields import LARGEST, Address, Count, Name, Paths, Seed, SettingsModel, Tokens
 from pipeline.settings.sweeps import (
     MOST_TRIALS,
@@ -121,7 +121,7 @@ class PromptSettings(SettingsModel):
     @property
     def sources(self) -> tuple[str, ...]:
         """The prompts of a bank whose mean this one starts from, with `init: bank`."""
-        return source_names(self.source or "")
+        return parts(self.source or "")
 
     @model_validator(mode="after")
     def _init_has_its_source(self) -> "PromptSettings":

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pipeline.settings.comparing import source_names
+from pipeline.settings.comparing import parts
 
 Method = Literal["hard prompt", "prompt tuning", "transferred prompt", "LoRA", "fine-tuning"]
 METHODS: tuple[Method, ...] = ("hard prompt", "prompt tuning", "transferred prompt", "LoRA", "fine-tuning")
@@ -31,7 +31,7 @@ class Candidate:
     @property
     def trained_on(self) -> tuple[str, ...]:
         """The tasks whose rows made it what it is, its own first."""
-        return (self.task, *(source_names(self.choice["prompt.source"]) if self.method == "transferred prompt" else ()))
+        return (self.task, *(parts(self.choice["prompt.source"]) if self.method == "transferred prompt" else ()))
 
 
 @dataclass(frozen=True)
@@ -65,5 +65,5 @@ class Measured:
 
 def written(choice: Mapping[str, Any]) -> str:
     """`length 20, init class_labels`; the empty choice is `as set`."""
-    words = [f"{key.rpartition('.')[2]} {'none' if value is None else value}" for key, value in choice.items()]
-    return ", ".join(words) or "as set"
+    parts = [f"{key.rpartition('.')[2]} {'none' if value is None else value}" for key, value in choice.items()]
+    return ", ".join(parts) or "as set"

@@ -13,7 +13,7 @@ from pipeline.lab.comparison.results import Likeness
 from pipeline.lab.comparison.study import Study, with_own_bank
 from pipeline.run.checks import check_start, find_bank
 from pipeline.settings import TaskSettings, changed_settings
-from pipeline.settings.comparing import source_names
+from pipeline.settings.comparing import parts
 
 
 def tune_from_others(
@@ -25,7 +25,7 @@ def tune_from_others(
     """
     tasks = {}
     for task, sources in starts.items():
-        there = [source for source in sources if all(part in chosen for part in source_names(source))]
+        there = [source for source in sources if all(part in chosen for part in parts(source))]
         if task in chosen and there:
             first = chosen[task].members[0].candidate.name
             tasks[task] = _from_others(tuned.trials[first], there, [m.candidate.seed for m in chosen[task].members])
