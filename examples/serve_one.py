@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Answer rows of several tasks with one frozen model, each row behind its own task's soft prompt.
 
     make quickstart  # once: tunes three prompts into quickstart/bank
@@ -7,7 +8,11 @@ The same over HTTP is `jobs/serve_prompts.py`. Another bank and another model: `
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from promptbank import PromptBank, PromptedModel, load_backbone
 

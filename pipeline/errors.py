@@ -30,7 +30,7 @@ class MissingFileError(BankError):
 
 
 class UnknownNameError(BankError):
-    """The bank has no prompt, version or alias of this name, or none can have it."""
+    """The bank has no prompt, version or alias of this name, or the name is invalid."""
 
 
 class UnknownTaskError(BankError):
@@ -50,11 +50,11 @@ class OverloadedError(PromptBankError):
 
 
 class StorageError(PromptBankError, OSError):
-    """A place could not be written or read: the disk is full, permission is missing, a store is gone."""
+    """A file or store could not be written or read: the disk is full, permission is missing, a store is unreachable."""
 
 
 class UnreachableError(StorageError):
-    """A store does not answer, or says that it cannot now: the same may well succeed a little later."""
+    """A store does not answer, or is overloaded; the same operation may succeed a little later."""
 
 
 class LeaseError(PromptBankError, RuntimeError):
@@ -62,8 +62,8 @@ class LeaseError(PromptBankError, RuntimeError):
 
 
 class TuningError(PromptBankError, RuntimeError):
-    """The run itself could not go on: workers lost too often, or no trial left."""
+    """The run could not go on: its workers were lost too often, or no trial is left."""
 
 
 class DivergedError(TuningError):
-    """A training left the range of numbers; another rate may not."""
+    """Training diverged to values that are not finite; a lower learning rate may not."""

@@ -1,4 +1,4 @@
-"""What a bank is read through: its store, whom it trusts, and what is kept nearby."""
+"""How a bank is reached: its store, a local cache, and the keys for signatures. Everything that is read is verified."""
 
 import hashlib
 import os
@@ -38,12 +38,14 @@ def blob_key(digest: str) -> str:
 
 @dataclass(frozen=True)
 class BankAccess:
+    """A bank's store, with what verifies and caches what is read from it, and what signs what is written to it."""
+
     store: Store
     cache: Cache | None = None
     trusted: tuple[str, ...] = ()
-    """Public keys, 64 hex digits each; one of them must have signed every manifest. Empty: nobody is asked."""
+    """Public keys of 64 hex digits. One of them must have signed every manifest; empty, signatures are not checked."""
     sign: Callable[[str], Signature] | None = None
-    """What signs the manifests that are published."""
+    """Signs the digest of a manifest that is published."""
 
     def open_manifest(self, key: str, digest: str | None) -> tuple[VerifiedContent, Seal]:
         """A manifest that matches its seal, the digest that is expected of it, and a trusted key.
@@ -55,10 +57,14 @@ class BankAccess:
             try:
                 return self._checked(near, self.cache.where(digest), digest)
             except BankError:
-                self.cache.drop(digest)  # damaged: the store has it whole
+                self.cache.drop(digest)  # the cached copy is damaged; the store's is not
         verified, seal = self._checked(self.store.open(key, MAX_MANIFEST_BYTES), where, digest)
         if self.cache:
-            self.cache.keep(seal.digest, _whole(verified, where))
+            try:
+                whole = verified.read(0, verified.size)
+            except DamagedContentError as error:
+                raise BankError(f"{where} is damaged: its bytes changed while it was read") from error
+            self.cache.keep(seal.digest, whole)
             if near := self.cache.find(seal.digest):
                 verified.go_on_from(near)
         return verified, seal
@@ -76,7 +82,7 @@ class BankAccess:
         return data
 
     def read_stored_blob(self, digest: str, limit: int) -> bytes:
-        """As `read_blob`, past the cache."""
+        """As `read_blob`, but from the store and not from the cache."""
         data = self.store.read(blob_key(digest), limit)
         if hashlib.sha256(data).hexdigest() != digest:
             where = self.store.where(blob_key(digest))
@@ -92,10 +98,3 @@ class BankAccess:
 
             check_signature(seal, self.trusted, where)
         return verified, seal
-
-
-def _whole(verified: VerifiedContent, where: str) -> bytes:
-    try:
-        return verified.read(0, verified.size)
-    except DamagedContentError as error:
-        raise BankError(f"{where} is damaged: its bytes changed while it was read") from error

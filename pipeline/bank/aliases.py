@@ -1,6 +1,5 @@
 """Aliases: append-only moves `aliases/<name>/<seq>.json`; the highest seq is the current one."""
 
-from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -28,7 +27,7 @@ class AliasMove(StoredModel):
     action: Action
     time: UtcTime
     id: Id
-    """Random: tells two moves of the same kind, by the same person, in the same second, apart."""
+    """Random; it tells apart two moves of the same kind, by the same person, in the same second."""
     by: str
     """The run or person that moved it."""
 
@@ -43,9 +42,9 @@ def check_alias(alias: str) -> None:
 
 
 def alias_folders(store: Store) -> tuple[str, ...]:
-    """Names under which an alias' moves may lie, sorted; files beside them are let be. Raises: StorageError.
+    """Names under which an alias' moves may lie, sorted; files beside them are ignored. Raises: StorageError.
 
-    A folder without a move is no alias: a publisher whose disk was full, or a console, has made it.
+    A folder without a move is no alias: a publisher whose disk was full made it, or a cloud's console.
     """
     files = {entry.name for entry in store.list_files("aliases")}
     names = sorted(set(store.list_names("aliases")) - files)
@@ -53,7 +52,7 @@ def alias_folders(store: Store) -> tuple[str, ...]:
 
 
 def current_move(access: BankAccess, alias: str) -> AliasMove | None:
-    """The move in force, None when the alias was never set. Raises: BankError, StorageError."""
+    """The current move of an alias, None when it was never set. Raises: BankError, StorageError."""
     check_alias(alias)
     seqs = numbered(access.store, f"aliases/{alias}")
     if not seqs:
@@ -65,7 +64,7 @@ def current_move(access: BankAccess, alias: str) -> AliasMove | None:
 
 
 def cached_move(access: BankAccess, alias: str) -> AliasMove | None:
-    """Where the alias stood when this machine last saw it; None when it never did. Raises: BankError."""
+    """The last move that this machine read, None when it read none. Raises: BankError."""
     data = access.cache.last_move(access.store.uri, alias) if access.cache else None
     return None if data is None else _parsed(data, f"the cached alias '{alias}' of {access.store.uri}")
 
@@ -80,7 +79,7 @@ def advance_alias(access: BankAccess, alias: str, version: int, digest: str, by:
     """Move an alias to a new version, unless a later one overtook it. Raises: BankError, StorageError."""
     while True:
         current = current_move(access, alias)
-        # A later version descends from this one and holds its prompts: going back would hide the other's.
+        # A later version descends from this one and holds its prompts; going back would hide the later one's.
         if current is not None and current.version >= version:
             return
         if _move(access.store, alias, current, version, digest, "publish", by):
@@ -101,14 +100,19 @@ def rollback_alias(access: BankAccess, alias: str, by: str) -> AliasMove:
     moves = alias_moves(access, alias)
     if not moves:
         raise BankError(f"there is no alias '{alias}' in {access.store.uri}; promote a version to it first")
-    standing = _standing(moves)
-    if len(standing) < 2:
+    not_undone: list[AliasMove] = []
+    for move in moves:
+        if move.action != "rollback":
+            not_undone.append(move)
+        elif not_undone:
+            not_undone.pop()
+    if len(not_undone) < 2:
         raise BankError(f"the alias '{alias}' cannot be rolled back: no move is left before the current one")
-    target = standing[-2]
-    move = _move(access.store, alias, moves[-1], target.version, target.manifest, "rollback", by)
-    if move is None:
+    target = not_undone[-2]
+    undone = _move(access.store, alias, moves[-1], target.version, target.manifest, "rollback", by)
+    if undone is None:
         raise BankError(f"the alias '{alias}' was moved by someone else just now: look at it, then try again")
-    return move
+    return undone
 
 
 def _read(store: Store, alias: str, seq: int) -> tuple[AliasMove, bytes]:
@@ -121,21 +125,10 @@ def _read(store: Store, alias: str, seq: int) -> tuple[AliasMove, bytes]:
     return move, data
 
 
-def _standing(moves: Sequence[AliasMove]) -> list[AliasMove]:
-    """The moves that were not undone."""
-    standing: list[AliasMove] = []
-    for move in moves:
-        if move.action != "rollback":
-            standing.append(move)
-        elif standing:
-            standing.pop()
-    return standing
-
-
 def _move(
     store: Store, alias: str, current: AliasMove | None, version: int, digest: str, action: Action, by: str
 ) -> AliasMove | None:
-    """The new move, None when another one took its number."""
+    """The new move, None when another writer took its number first."""
     seq = current.seq + 1 if current else 1
     move = AliasMove(
         alias=alias, seq=seq, version=version, manifest=digest, action=action, time=utc_now(), id=new_id(), by=by

@@ -21,17 +21,17 @@ def encode_blob(array: np.ndarray) -> tuple[str, bytes]:
 
 
 def write_blob(access: BankAccess, digest: str, data: bytes, referenced: bool) -> None:
-    """Store a blob, or share the one that is there. Raises: BankError when that one is damaged, StorageError.
+    """Store a blob unless it is there already. Raises: BankError when the one that is there is damaged, StorageError.
 
-    One that no version refers to yet is made young again: otherwise the collector might take it
-    for one that was left behind, before the version that will refer to it is visible.
+    The modification time of a blob that no version refers to is renewed. Otherwise the collector might delete it as
+    a leftover before the version that will refer to it is visible.
     """
     key = blob_key(digest)
     while not access.store.create(key, data):
         try:
             access.read_stored_blob(digest, MAX_BLOB_BYTES)
         except MissingFileError:
-            continue  # the collector took it just now
+            continue  # the collector deleted it just now
         if not referenced:
             access.store.renew(key, data)
         return

@@ -1,9 +1,9 @@
 """The collector: deletes what killed publishers left behind, and nothing that anyone could need.
 
-Versions are never deleted, so whatever a version refers to stays, for readers of old versions too. A blob that
-none refers to may belong to a publisher at work: it makes such a blob young before it creates its version,
-so only what is older than the grace period goes. Should both meet all the same, the publisher looks after its
-blobs once its version is visible, and the collector puts back what a newer version turns out to need.
+Versions are never deleted, so that everything a version refers to stays, also for readers of old versions. A blob
+that no version refers to may belong to a publisher at work. The publisher renews the modification time of such a blob
+before it creates its version, and the collector deletes only blobs older than the grace period. If both still meet,
+the publisher restores its blobs once its version is visible, and the collector restores what a newer version needs.
 """
 
 import re
@@ -26,7 +26,7 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class CollectedFiles:
-    """What one collection deleted, or would delete."""
+    """The files that one collection deleted, or would delete."""
 
     keys: tuple[str, ...]
     bytes: int
@@ -56,14 +56,15 @@ def collect(access: BankAccess, grace: float = DEFAULT_GRACE, dry_run: bool = Fa
     if not dry_run:
         for key in leftovers:
             access.store.delete(key)
-        for batch in _batches(list(doomed)):
-            _delete(access, batch, before, max(seen, default=0))
+        keys = list(doomed)
+        for start in range(0, len(keys), _BATCH):
+            _delete(access, keys[start : start + _BATCH], before, max(seen, default=0))
     found = {**doomed, **leftovers}
     return CollectedFiles(tuple(sorted(found)), sum(entry.size for entry in found.values()))
 
 
 def is_blob(name: str) -> bool:
-    """Whether a file under `BLOBS` is a bank's; any other is let be."""
+    """Whether a file under `BLOBS` is a blob; other files are ignored."""
     return re.fullmatch(rf"[0-9a-f]{{64}}{re.escape(SUFFIX)}", name) is not None
 
 
@@ -73,17 +74,13 @@ def _delete(access: BankAccess, keys: Sequence[str], before: float, newest_seen:
     try:
         for key in keys:
             if key not in young:
-                with suppress(MissingFileError):  # another collector was first
+                with suppress(MissingFileError):  # another collector deleted it first
                     deleted[key] = access.store.read(key, MAX_BLOB_BYTES)
                     access.store.delete(key)
-    finally:  # also when one of many could not be deleted
+    finally:  # also when a deletion has failed
         newer = [number for number in version_numbers(access.store) if number > newest_seen]
         for key in deleted.keys() & set(map(blob_key, _referenced(access, newer))):
             access.store.create(key, deleted[key])
-
-
-def _batches(keys: list[str]) -> Iterator[list[str]]:
-    return (keys[start : start + _BATCH] for start in range(0, len(keys), _BATCH))
 
 
 def _referenced(access: BankAccess, numbers: Sequence[int]) -> Iterator[str]:

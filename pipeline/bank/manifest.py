@@ -26,7 +26,7 @@ NOT_LEARNED = "not_learned"
 
 
 class StoredModel(BaseModel):
-    # Unknown fields are ignored: `format` grows only when an old reader would go wrong.
+    # Unknown fields are ignored: `format` is raised only when old readers would misread a file.
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
 
@@ -167,14 +167,11 @@ def encode_manifest(manifest: Manifest, sign: Callable[[str], Signature] | None 
     """The bytes of `versions/<N>.json`: sealed JSON with one prompt per line, sorted by name."""
     left_out = {"prompts"} if manifest.removed else {"prompts", "removed"}
     header = canonical(manifest.model_dump(mode="json", exclude=left_out))
-    lines = [
-        b'"%s":%s' % (name.encode(), canonical(_written(manifest.prompts[name]))) for name in sorted(manifest.prompts)
-    ]
+    lines = []
+    for name, record in sorted(manifest.prompts.items()):
+        absent = set() if record.tuned_on else {"tuned_on"}
+        lines.append(b'"%s":%s' % (name.encode(), canonical(record.model_dump(mode="json", exclude=absent))))
     return seal(header[1:-1] + PROMPTS_OPEN + b",\n".join(lines) + PROMPTS_CLOSE, sign)
-
-
-def _written(record: PromptRecord) -> dict[str, Any]:
-    return record.model_dump(mode="json", exclude=set() if record.tuned_on else {"tuned_on"})
 
 
 def manifest_schema() -> str:

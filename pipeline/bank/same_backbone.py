@@ -1,7 +1,8 @@
 """Statements that two backbones are the same: append-only `backbones/<seq>.json`, signed as manifests are.
 
-The weights of a safetensors folder and of the GGUF file made from it have two fingerprints, whose answers are equal.
-A statement says so, by whom and on what evidence, and whoever compares fingerprints takes it for an equality.
+A safetensors folder and the GGUF file made from it have two fingerprints, although their answers are equal. A
+statement says that they are the same, who says so, and on what evidence. Where fingerprints are compared, backbones
+stated to be the same count as equal.
 """
 
 import logging
@@ -27,11 +28,11 @@ class SameBackbone(StoredModel):
 
     format: Literal[1] = 1
     kind: Literal["same backbone"] = "same backbone"
-    """Tells a statement from what else is signed in a bank."""
+    """Tells a statement apart from the other signed files of a bank."""
     seq: int = Field(ge=1)
     previous: Digest | None
-    """The digest of the statement before, so that none can be taken out between two or come from another bank;
-    None of the first."""
+    """The digest of the statement before, so that none can be removed in between or come from another bank. None for
+    the first."""
     same: bool
     """False takes an earlier statement back."""
     first: BackboneId
@@ -42,7 +43,7 @@ class SameBackbone(StoredModel):
     """Between the log-likelihoods of a row, in nats."""
     time: UtcTime
     id: Id
-    """Random: tells two statements of the same kind, by the same person, in the same second, apart."""
+    """Random; it tells apart two statements of the same kind, by the same person, in the same second."""
     by: str
 
     @model_validator(mode="after")
@@ -65,7 +66,7 @@ def statement_numbers(access: BankAccess) -> tuple[int, ...]:
 
 
 def read_statement(access: BankAccess, seq: int) -> SameBackbone:
-    """Raises: BankError when it is damaged, or not signed by a key that is trusted; StorageError."""
+    """One statement. Raises: BankError when it is damaged, or not signed by a trusted key; StorageError."""
     return read_with_digest(access, seq)[0]
 
 
@@ -77,14 +78,14 @@ def read_with_digest(access: BankAccess, seq: int) -> tuple[SameBackbone, str]:
 def read_statements(access: BankAccess) -> tuple[SameBackbone, ...]:
     """All statements, oldest first. Raises: as `read_statement`, and BankError where one does not follow the other."""
     found = {seq: _read(access, seq) for seq in statement_numbers(access)}
-    statements = _row(access, found)
+    statements = _chain(access, found)
     if access.cache and found:
         access.cache.keep_statements(access.store.uri, list(found.values()))
     return statements
 
 
 def _known_statements(access: BankAccess) -> tuple[SameBackbone, ...]:
-    """Those of the bank, or while its store is gone those that this machine saw last."""
+    """The bank's statements; while its store is unreachable, those that this machine read last."""
     try:
         return read_statements(access)
     except StorageError as error:
@@ -92,22 +93,22 @@ def _known_statements(access: BankAccess) -> tuple[SameBackbone, ...]:
         if not kept:
             raise
         _log.warning("%s; going on with the statements on backbones that were seen last", error)
-        return _row(access, dict(enumerate(kept, 1)))
+        return _chain(access, dict(enumerate(kept, 1)))
 
 
-def _row(access: BankAccess, found: Mapping[int, bytes]) -> tuple[SameBackbone, ...]:
+def _chain(access: BankAccess, found: Mapping[int, bytes]) -> tuple[SameBackbone, ...]:
     statements: list[SameBackbone] = []
     before: str | None = None
     for seq, data in found.items():
         statement, digest = _checked(access, seq, data, _where(access, seq))
         if statement.previous != before:
-            raise BankError(follows_no_other(_where(access, seq)))
+            raise BankError(broken_chain(_where(access, seq)))
         statements.append(statement)
         before = digest
     return tuple(statements)
 
 
-def follows_no_other(where: str) -> str:
+def broken_chain(where: str) -> str:
     return f"{where} is refused: it does not follow the statement before it, which was removed or replaced"
 
 

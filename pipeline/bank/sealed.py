@@ -1,7 +1,7 @@
 """Sealed JSON: a JSON file whose first line carries the SHA-256 of all the bytes after it.
 
-The digest is over bytes as they lie on disk, so that a reader in any language checks it
-without having to write numbers the way that Python does. The line may carry a signature of it too.
+The digest is of the bytes as they are on disk, so that a reader in any language can check it without writing numbers
+as Python does. The first line may carry a signature of the digest too.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class Signature:
 
 @dataclass(frozen=True)
 class Seal:
-    """A first line that was found to match what follows it."""
+    """A first line whose digest matches the bytes after it."""
 
     digest: str
     signature: Signature | None

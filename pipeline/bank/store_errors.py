@@ -1,4 +1,4 @@
-"""What object stores answer, and obstore's many lines about it, as one sentence: a cause and a mend."""
+"""The errors of object stores in one sentence each, a cause and a fix, from the many lines that obstore writes."""
 
 import re
 from dataclasses import dataclass
@@ -10,21 +10,21 @@ NO_CREDENTIALS = re.compile(
     r"source: Missing(AccessKeyId|SecretAccessKey)\b|/latest/api/token|/computeMetadata/|/metadata/identity/"
 )
 WEB_PAGE = re.compile(r"<!doctype html|<html", re.IGNORECASE)
-"""In the answer of what is no store but a web server: there, "not found" says nothing of an object."""
+"""A web server that is no object store answers with a page; its "not found" says nothing about an object."""
 _CREDENTIALS = (
     "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS or AZURE_STORAGE_ACCOUNT_KEY"
 )
 _HOST = re.compile(r"Error performing \w+ (https?://[^/\s]+)")
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
-_PASSING = (429, 500, 502, 503, 504)
+_TRANSIENT = (429, 500, 502, 503, 504)
 _NO_STORE = (404, 405, 501)
-"""What web servers answer to a store's requests, without a store's code."""
+"""What web servers that are no stores answer to a store's requests, without an error code."""
 
 
 @dataclass(frozen=True)
 class CloudNames:
-    """By which names a cloud's users know what they can mend."""
+    """What a user of this cloud can fix, by the names that the cloud's own tools use."""
 
     allow_http: str
     endpoint: str
@@ -39,7 +39,7 @@ AZURE = CloudNames(
     "AZURE_STORAGE_ENDPOINT (an emulator's ends with the account's name), the account and the container",
 )
 
-# Of obstore's debug output, the first that matches; `HttpError` is the transport's own verdict.
+# Patterns in obstore's debug output, of which the first that matches counts; `HttpError` comes from the transport.
 _TRANSPORT = (
     (r"InvalidPath", "there is an object whose name no bank can hold; delete it ({line})"),
     (r"BadScheme", "{host} is plain http; set {cloud.allow_http}=true to allow it, or name an https:// endpoint"),
@@ -53,29 +53,29 @@ _TRANSPORT = (
 
 
 def is_client_error(error: BaseException | None) -> bool:
-    """Whether the store said itself that it will not do it."""
+    """Whether the store itself refused the request (HTTP 4xx)."""
     status = _STATUS.search(str(error))
     return status is not None and status[1].startswith("4")
 
 
 def is_forbidden(error: BaseException | None) -> bool:
-    """Whether the store said that these credentials may not do it."""
+    """Whether the store refused these credentials (HTTP 401, 403)."""
     status = _STATUS.search(str(error))
     return status is not None and status[1] in ("401", "403")
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether the same request may succeed later: the store is overloaded, or nothing is heard of it."""
+    """Whether the same request may succeed later: the store is overloaded, or does not answer."""
     report = str(error)
     if NO_CREDENTIALS.search(report) or "BadScheme" in report:
         return False
     if status := _STATUS.search(report):
-        return int(status[1]) in _PASSING
+        return int(status[1]) in _TRANSIENT
     return any(re.search(pattern, report) for pattern in (r"dns error", r"HttpError \{"))
 
 
 def explain(error: Exception, cloud: CloudNames) -> str:
-    """A cause and a mend, out of the many lines that obstore writes."""
+    """A cause and a fix, in one sentence."""
     report = str(error)
     if NO_CREDENTIALS.search(report):
         return f"no credentials were found; set {_CREDENTIALS}, as the store needs"
@@ -96,7 +96,7 @@ def _why_answered(status: int, code: str, host: str, cloud: CloudNames) -> str:
     answer = f"the store answers {status} {code}".rstrip()
     match status:
         case _ if code in ("NoSuchBucket", "ContainerNotFound"):
-            return "there is no such bucket; make it, or mend the address"
+            return "there is no such bucket; make it, or fix the address"
         case 401 | 403:
             return f"{answer}; check the credentials, and what they are allowed to do there"
         case 409:
@@ -105,14 +105,14 @@ def _why_answered(status: int, code: str, host: str, cloud: CloudNames) -> str:
             return _no_store(host, status, cloud)
         case 501:
             return f"{answer}; a bank needs a store that can create an object only if it is absent"
-        case _ if status in _PASSING:
+        case _ if status in _TRANSIENT:
             return f"{answer}; try again later"
         case _:
             return f"{answer}; check {cloud.check}"
 
 
 def _no_store(host: str, status: int, cloud: CloudNames) -> str:
-    return f"{host} answers {status} as no object store does; mend the endpoint ({cloud.endpoint})"
+    return f"{host} answers {status} as no object store does; fix the endpoint ({cloud.endpoint})"
 
 
 def first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Reads a whole bank and tells what is wrong with it; repairs nothing."""
+"""Reads a whole bank and lists what is wrong with it; repairs nothing."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pipeline.bank.access import BankAccess
 from pipeline.bank.aliases import AliasMove, alias_folders, alias_moves
 from pipeline.bank.blobs import read_blob
 from pipeline.bank.collect import BLOBS, SUFFIX, is_blob
-from pipeline.bank.same_backbone import FOLDER, follows_no_other, read_with_digest, statement_numbers
+from pipeline.bank.same_backbone import FOLDER, broken_chain, read_with_digest, statement_numbers
 from pipeline.bank.versions import Version, numbered, read_version, version_numbers
 from pipeline.errors import BankError
 
@@ -17,16 +17,18 @@ Blob = tuple[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Verification:
+    """What a verification found wrong, and how much it checked."""
+
     problems: tuple[str, ...]
     """One sentence each; empty when the bank is whole."""
     versions: int
     aliases: int
     blobs: int
-    """Blobs that a version refers to."""
+    """Number of blobs that a version refers to."""
     unreferenced: tuple[str, ...]
-    """Digests of blobs that no version refers to: of a publisher at work, or for the collector."""
+    """Digests of blobs that no version refers to: those of a publisher at work, or leftovers for the collector."""
     statements: int = 0
-    """That two backbones are the same."""
+    """Number of statements that two backbones are the same."""
 
 
 def verify_bank(access: BankAccess, on_step: Callable[[str], None] = lambda place: None) -> Verification:
@@ -50,7 +52,10 @@ def verify_bank(access: BankAccess, on_step: Callable[[str], None] = lambda plac
     problems += _caught(_verify_statements(access, statements))
     for digest, shape in sorted(blobs):
         on_step(f"blob {digest}")
-        problems += _caught(_verify_blob(access, digest, shape))
+        try:
+            read_blob(access, digest, shape)
+        except BankError as error:
+            problems.append(str(error))
     there = {e.name.removesuffix(SUFFIX) for e in access.store.list_files(BLOBS) if is_blob(e.name)}
     referenced = {digest for digest, _ in blobs}
     spare = tuple(sorted(there - referenced))
@@ -67,8 +72,8 @@ def _verify_version(
         yield f"{version.where}: its parent, version {parent}, is not there"
     for record in version.records():
         if record.digest is not None and record.shape is not None:
-            if record.shape[1] != version.header.backbone.hidden_size:
-                yield f"{version.where}: '{record.name}' is {record.shape[1]} wide and its backbone is not"
+            if record.shape[1] != (size := version.header.backbone.hidden_size):
+                yield f"{version.where}: '{record.name}' has the hidden size {record.shape[1]} and its backbone {size}"
             blobs.add((record.digest, record.shape))
 
 
@@ -90,7 +95,7 @@ def _verify_alias(
 
 def _verify_statements(access: BankAccess, numbers: tuple[int, ...]) -> Iterator[str]:
     if numbers != tuple(range(1, len(numbers) + 1)):
-        yield f"{access.store.where(FOLDER)}: a statement is missing from their row"
+        yield f"{access.store.where(FOLDER)}: a statement is missing from the sequence"
     before: str | None = None
     for seq in numbers:
         try:
@@ -99,19 +104,14 @@ def _verify_statements(access: BankAccess, numbers: tuple[int, ...]) -> Iterator
             yield str(error)
             before = None
             continue
-        # Where the one before is missing or damaged, that was told.
+        # A statement before it that is missing or damaged was reported already.
         if before is not None and seq - 1 in numbers and statement.previous != before:
-            yield follows_no_other(access.store.where(f"{FOLDER}/{seq}.json"))
+            yield broken_chain(access.store.where(f"{FOLDER}/{seq}.json"))
         before = digest
 
 
-def _verify_blob(access: BankAccess, digest: str, shape: tuple[int, int]) -> Iterator[str]:
-    read_blob(access, digest, shape)
-    yield from ()
-
-
 def _caught(problems: Iterator[str]) -> list[str]:
-    """All problems, a refusal being the last one."""
+    """All problems; a BankError ends the check, and its sentence is the last one."""
     found = []
     try:
         for problem in problems:

@@ -49,7 +49,7 @@ class Version:
         return None if line is None else self._parsed(name, line)
 
     def manifest(self) -> Manifest:
-        """Everything, parsed and validated. Raises: BankError, StorageError."""
+        """The whole manifest, parsed and validated. Raises: BankError, StorageError."""
         records = {record.name: record for record in self.records()}
         return Manifest.model_validate({**dict(self.header), "prompts": records})
 
@@ -98,20 +98,13 @@ def version_numbers(store: Store) -> tuple[int, ...]:
 
 
 def read_version(access: BankAccess, number: int, digest: str | None = None) -> Version:
-    """Read and verify one manifest; `digest` is that of its seal, where an alias has told it.
+    """Read and verify one manifest; `digest` is the seal's digest that an alias names, if one does.
 
     Raises: BankError naming the file, StorageError.
     """
     key = f"versions/{number}.json"
     where = access.store.where(key)
     content, seal = access.open_manifest(key, digest)
-    version = _layout(content, seal, where)
-    if version.header.version != number:
-        raise BankError(f"{where} is refused: it says that it is version {version.header.version}")
-    return version
-
-
-def _layout(content: VerifiedContent, seal: Seal, where: str) -> Version:
     try:
         end = content.find(b"\n", seal.body, content.size)
         head = content.read(seal.body, end + 1)
@@ -122,6 +115,8 @@ def _layout(content: VerifiedContent, seal: Seal, where: str) -> Version:
     if not head.endswith(PROMPTS_OPEN) or end >= last or tail != PROMPTS_CLOSE:
         raise BankError(f"{where} is refused: it does not hold one prompt per line")
     header = parse(ManifestHeader, b"{" + head.removesuffix(PROMPTS_OPEN) + b"}", where)
+    if header.version != number:
+        raise BankError(f"{where} is refused: it says that it is version {header.version}")
     return Version(header, seal, where, content, end, last)
 
 

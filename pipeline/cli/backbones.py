@@ -1,4 +1,4 @@
-"""`same-backbone`: statements that two models are one backbone."""
+"""`same-backbone`: states that two models are one backbone."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,7 +47,7 @@ def same_backbone(
         int | None, typer.Option("--take-back", metavar="STATEMENT", min=1, help="Take a statement back.")
     ] = None,
     by: Annotated[
-        str | None, typer.Option("--by", metavar="NAME", help="Who says so. [default: your login name]")
+        str | None, typer.Option("--by", metavar="NAME", help="Who makes the statement. [default: your login name]")
     ] = None,
     bank: BankOption = None,
     trusted_key: TrustedKeysOption = None,
@@ -56,10 +56,10 @@ def same_backbone(
 ) -> None:
     """State that two models are one backbone.
 
-    A model's safetensors folder and the GGUF file made from it have two fingerprints, and prompts of one are refused
-    on the other. Here both are run over rows of text; only if all tokens are the same and all log-likelihoods equal,
-    a statement is added to the bank, signed with --signing-key, and prompts of either are loaded on both from then
-    on. Without models, the statements that there are are listed.
+    A model's safetensors folder and the GGUF file made from it have two fingerprints, so that prompts of one are
+    refused on the other. This command runs both models over rows of text. If all tokens are the same and all
+    log-likelihoods equal, it adds a statement to the bank, signed with --signing-key, and from then on prompts of
+    either model load on both. Without models, it lists the statements of the bank.
 
     Examples:
 
@@ -69,7 +69,7 @@ def same_backbone(
     promptbank same-backbone --take-back 1
     """
     if (first is None) != (second is None):
-        raise SettingsError("name two models, or none to list what is stated")
+        raise SettingsError("name two models, or none to list the statements")
     if first is not None and take_back is not None:
         raise SettingsError("--take-back names a statement, not models: leave the models out")
     opened = connect_bank(bank, "latest", trusted_key, signing_key=signing_key)

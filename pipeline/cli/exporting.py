@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.bank import Prompt
 from pipeline.bank.exports import export_npy, export_peft, export_vllm
 from pipeline.cli import output
 from pipeline.cli.options import (
@@ -39,7 +38,7 @@ def export_prompt(
 ) -> None:
     """Write a prompt as PEFT, NumPy or vLLM read it.
 
-    A prompt.json beside it tells the template, the labels and the backbone. Nothing is overwritten.
+    A prompt.json beside it holds the template, the labels and the backbone. Nothing is overwritten.
 
     Examples:
 
@@ -53,29 +52,18 @@ def export_prompt(
     name, at, revision = reference.partition("@")
     _, snapshot = bank_at(revision if at else None, bank, alias, trusted_key, cache)
     prompt = snapshot.load(name)
-    place = _exported(prompt, destination, to, model)
+    match to:
+        case "peft":
+            place = export_peft(prompt, destination, model or prompt.backbone.model)
+            read_it = f"peft.PeftModel.from_pretrained(model, {str(place)!r})"
+        case "npy":
+            place = export_npy(prompt, destination)
+            read_it = f"numpy.load({str(place)!r})"
+        case "vllm":
+            place = export_vllm(prompt, destination)
+            read_it = shlex.join(["python", str(place / "ask_vllm.py"), "COLUMN=TEXT"])
     if as_json:
         output.write_json({"prompt": name, "version": snapshot.version, "format": to, "path": str(place)})
         return
     output.write_line(f"wrote '{name}' of version {snapshot.version} to {place}")
-    output.note(f"read it: {_how_to_read(place, to)}")
-
-
-def _exported(prompt: Prompt, destination: Path, to: ExportFormat, model: str | None) -> Path:
-    match to:
-        case "peft":
-            return export_peft(prompt, destination, model or prompt.backbone.model)
-        case "npy":
-            return export_npy(prompt, destination)
-        case "vllm":
-            return export_vllm(prompt, destination)
-
-
-def _how_to_read(place: Path, to: ExportFormat) -> str:
-    match to:
-        case "peft":
-            return f"peft.PeftModel.from_pretrained(model, {str(place)!r})"
-        case "npy":
-            return f"numpy.load({str(place)!r})"
-        case "vllm":
-            return shlex.join(["python", str(place / "ask_vllm.py"), "COLUMN=TEXT"])
+    output.note(f"read it: {read_it}")

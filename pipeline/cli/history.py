@@ -1,4 +1,4 @@
-"""`log` and `diff`: what has changed from version to version."""
+"""`log` and `diff`: what changed from version to version."""
 
 from collections import Counter
 from typing import Annotated, Any
@@ -20,7 +20,7 @@ from pipeline.cli.options import (
     snapshot_at,
 )
 from pipeline.cli.output import Cell, Column
-from pipeline.cli.version_diff import FieldChange, PromptChange, VersionDiff, diff_versions
+from pipeline.cli.version_diff import FieldChange, VersionDiff, diff_versions
 from pipeline.errors import BankError
 
 _STATUSES: tuple[Status, ...] = ("tuned", "carried_forward", "kept", "failed")
@@ -81,7 +81,7 @@ def show_log(
     """Show the versions, newest first, or the moves of an alias.
 
     For every version: how many of its prompts were tuned, carried forward from its parent, kept because the new one
-    was worse, or failed. A version that is damaged or not to be trusted is told in its line; the exit code is then 1.
+    was worse, or failed. The line of a damaged or untrusted version says what is wrong; the exit code is then 1.
 
     Examples:
 
@@ -140,7 +140,10 @@ def show_differences(
                 "from": old.version,
                 "to": new.version,
                 "header": [_change_document(change) for change in found.header],
-                "prompts": [_prompt_document(prompt) for prompt in found.prompts],
+                "prompts": [
+                    {"name": prompt.name, "change": prompt.kind, "fields": list(map(_change_document, prompt.fields))}
+                    for prompt in found.prompts
+                ],
                 "unchanged": found.unchanged,
             }
         )
@@ -223,11 +226,3 @@ def _shown(field: str, value: Any) -> Cell:
 
 def _change_document(change: FieldChange) -> dict[str, Any]:
     return {"field": change.field, "from": change.before, "to": change.after}
-
-
-def _prompt_document(prompt: PromptChange) -> dict[str, Any]:
-    return {
-        "name": prompt.name,
-        "change": prompt.kind,
-        "fields": [_change_document(change) for change in prompt.fields],
-    }

@@ -1,4 +1,4 @@
-"""`import`: prompts that other people's tools have made."""
+"""`import`: publishes prompts that other people's tools have made."""
 
 import string
 from importlib.metadata import version as version_of
@@ -98,9 +98,9 @@ def import_prompt(
 ) -> None:
     """Publish a prompt that another tool has made.
 
-    It comes into a new version of the bank, beside the prompts that are there. The model that it was made on must
-    be named, for on any other it says nothing: --model computes which one that is, --backbone-of latest says that
-    it is the bank's own.
+    It comes into a new version of the bank, beside the prompts that are there. Name the model that it was made on,
+    for it works on no other: --model computes that model's identity, --backbone-of latest says that it is the bank's
+    own.
 
     Examples:
 
@@ -118,14 +118,18 @@ def import_prompt(
         raise SettingsError("--weights belongs to --model: leave it out")
     if half and form != "peft":
         raise SettingsError("--half belongs to --from peft: leave it out")
+    _check_template("--input", input_template)
+    _check_template("--target", target_template)
+    if metric in ("accuracy", "f1") and not labels:
+        raise SettingsError(f"--metric {metric} needs the answers to choose from: add --label for each")
     array = import_npy(source) if form == "npy" else import_peft(source, half)
     new = imported_prompt(
         name,
         array,
         task=task or name,
-        template=_template(input_template, target_template, separator),
+        template=Template(input=input_template, target=target_template, separator=separator),
         labels=labels or None,
-        metric=_checked_metric(metric, labels),
+        metric=metric or ("accuracy" if labels else "exact_match"),
         source=f"{form} {source.name}",
     )
     opened = connect_bank(bank, alias, trusted_key, signing_key=signing_key, create=create)
@@ -145,7 +149,7 @@ def _backbone(
 ) -> BackboneId:
     numbers = bank.versions()
     if not numbers and not create:
-        raise BankError(f"there is no prompt bank at {bank.uri}: mend the path, or add --create to make one")
+        raise BankError(f"there is no prompt bank at {bank.uri}: fix the path, or add --create to make one")
     if backbone_of is not None:
         return snapshot_at(bank, backbone_of).backbone
     own = bank.at(str(numbers[-1])).backbone if numbers else None
@@ -154,14 +158,8 @@ def _backbone(
         return identity_of(model, weights, own)
 
 
-def _template(input_template: str, target_template: str, separator: str) -> Template:
-    for option, template in (("--input", input_template), ("--target", target_template)):
-        _check_template(option, template)
-    return Template(input=input_template, target=target_template, separator=separator)
-
-
 def _check_template(option: str, template: str) -> None:
-    """Raises: SettingsError unless it holds plain `{column}` placeholders, one at least."""
+    """Check that a template has plain `{column}` placeholders, at least one. Raises: SettingsError."""
     try:
         pieces = [piece for piece in string.Formatter().parse(template) if piece[1] is not None]
         plain = bool(pieces) and all(
@@ -175,9 +173,3 @@ def _check_template(option: str, template: str) -> None:
             f"{option} {output.quoted(template)}: name at least one column, in braces such as {{text}}, "
             "and write {{ and }} for braces themselves"
         )
-
-
-def _checked_metric(metric: Metric | None, labels: list[str] | None) -> Metric:
-    if metric in ("accuracy", "f1") and not labels:
-        raise SettingsError(f"--metric {metric} needs the answers to choose from: add --label for each")
-    return metric or ("accuracy" if labels else "exact_match")

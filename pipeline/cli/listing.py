@@ -36,7 +36,7 @@ _COLUMNS = (
     Column("after", right=True),
     Column("test", right=True, optional=True),
     Column("reason"),
-    Column("constant", right=True, optional=True),  # last, so that scripts find the others where they were
+    Column("constant", right=True, optional=True),  # last, so that scripts find the other columns in their old places
 )
 _ON_TERMINAL = (0, 1, 2, 3, 4, 5, 9, 6, 7)
 
@@ -91,7 +91,7 @@ def list_prompts(
     if not output.on_terminal():
         output.write_table(_COLUMNS, rows)
         return
-    # A terminal is too narrow for sentences.
+    # A terminal is too narrow for a column of sentences.
     output.write_table([_COLUMNS[i] for i in _ON_TERMINAL], [[row[i] for i in _ON_TERMINAL] for row in rows])
     output.note()
     for record in records:
@@ -106,7 +106,7 @@ def show_prompt(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Say the prompt in words of this model: a folder, hub name, .gguf file or packaged name.",
+            help="Show the prompt in words of this model: a folder, hub name, .gguf file or packaged name.",
         ),
     ] = None,
     nearest: Annotated[int, typer.Option(metavar="COUNT", min=1, help="Words for each of its vectors.")] = 5,
@@ -154,7 +154,11 @@ def show_prompt(
     output.write_fields(_fields(opened, snapshot, record, pointing))
     if words is not None:
         output.write("\n")
-        _write_words(words)
+        columns = [Column("vector", right=True), *(Column(f"nearest {i + 1}") for i in range(len(words[0])))]
+        rows: list[list[Cell]] = [
+            [i + 1, *(f"{token} {cosine:.2f}" for token, cosine in row)] for i, row in enumerate(words)
+        ]
+        output.write_table(columns, rows)
     if warning:
         output.write_error(f"warning: {warning}")
 
@@ -233,14 +237,6 @@ def _from_to(before: float | None, after: float | None) -> str | None:
     if before is None and after is None:
         return None
     return " → ".join("-" if value is None else f"{value:.3f}" for value in (before, after))
-
-
-def _write_words(words: Words) -> None:
-    columns = [Column("vector", right=True), *(Column(f"nearest {i + 1}") for i in range(len(words[0])))]
-    rows: list[list[Cell]] = [
-        [i + 1, *(f"{token} {cosine:.2f}" for token, cosine in row)] for i, row in enumerate(words)
-    ]
-    output.write_table(columns, rows)
 
 
 def _title(bank: PromptBank, snapshot: Snapshot) -> str:

@@ -1,4 +1,4 @@
-"""`verify` and `gc`: whether a bank is whole, and what it does not need."""
+"""`verify` and `gc`: find damage in a bank, and delete files that it does not need."""
 
 import re
 from dataclasses import asdict
@@ -17,9 +17,9 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
 def verify(bank: BankOption = None, trusted_key: TrustedKeysOption = None, as_json: JsonOption = False) -> None:
-    """Read the whole bank and tell what is wrong with it.
+    """Read the whole bank and list what is wrong with it.
 
-    One problem a line, and exit code 1 if there is any. Every version, every move of an alias and every blob is
+    Prints one problem a line, with exit code 1 if there is any. Every version, every move of an alias and every blob is
     checked against its digest, and, with --trusted-key, every version's signature. Nothing is repaired.
 
     Examples:
@@ -32,7 +32,7 @@ def verify(bank: BankOption = None, trusted_key: TrustedKeysOption = None, as_js
     with output.progress("verifying") as step:
         found = opened.verify(step)
     if not found.versions and not found.aliases:
-        raise BankError(f"there is no prompt bank at {opened.uri}: publish to it first, or mend the path")
+        raise BankError(f"there is no prompt bank at {opened.uri}: publish to it first, or fix the path")
     if as_json:
         output.write_json({"bank": opened.uri, **asdict(found), "signatures_checked": bool(trusted_key)})
     else:
@@ -54,7 +54,7 @@ def collect_garbage(
 ) -> None:
     """Delete what killed publishers have left.
 
-    Blobs that no version refers to, and temporary files. Versions, and all that any of them refers to, stay.
+    These are blobs that no version refers to, and temporary files. Versions and all that they refer to stay.
 
     Examples:
 
@@ -64,7 +64,7 @@ def collect_garbage(
     """
     seconds = _seconds(grace)
     opened = connect_bank(bank, "latest", trusted_key)
-    existing_versions(opened)  # a wrong path, where other programs' files may lie
+    existing_versions(opened)  # refuses a wrong path, where other programs' files may be
     found = opened.collect(seconds, dry_run)
     if as_json:
         places = {"keys": list(found.keys), "bytes": found.bytes}

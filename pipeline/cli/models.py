@@ -1,4 +1,4 @@
-"""The model at hand. Its libraries are imported only when a command is given one, for that takes seconds."""
+"""Commands' questions to a model. Its libraries take seconds to import, so only these functions import them."""
 
 import hashlib
 import os
@@ -20,16 +20,16 @@ Weights = Literal["int8", "full"]
 
 
 def nearest_words(model: str, array: np.ndarray, count: int) -> Words:
-    """Raises: BankError when the prompt is of another width, BackboneError."""
+    """The `count` nearest tokens of each vector. Raises: BankError when the model has another width, BackboneError."""
     with _libraries():
         from pipeline.backbone.nearest import nearest_tokens
     return nearest_tokens(model, array, count)
 
 
 def mismatch_warning(model: str, prompt: Prompt, same: Callable[[], Sequence[BackboneId]]) -> str | None:
-    """Why the prompt is not of this model, as far as that can be told without reading its weights.
+    """A warning when the prompt was tuned on another model, as far as that shows without its weights; else None.
 
-    `same` gives the prompt's backbone and those that the bank states to be the same; asked only where parts differ.
+    `same` gives the prompt's backbone and those stated to be the same; it is called only when parts differ.
     Raises: BackboneError, and what `same` raises.
     """
     with _libraries():
@@ -52,7 +52,7 @@ def mismatch_warning(model: str, prompt: Prompt, same: Callable[[], Sequence[Bac
 def identity_of(model: str, weights: Weights | None, like: BackboneId | None) -> BackboneId:
     """The backbone that prompts made on this model belong to; reads all of its weights.
 
-    They are held as `weights` says, else as those of `like`, else in int8. Raises: BackboneError.
+    Weights are held as `weights` says, else as those of `like`, else in int8. Raises: BackboneError.
     """
     with _libraries():
         from pipeline.backbone.files import find_model, read_config, read_tokenizer

@@ -1,4 +1,4 @@
-"""`promote` and `rollback`: moves of an alias."""
+"""`promote` and `rollback`: move an alias."""
 
 import getpass
 import os
@@ -41,7 +41,7 @@ def promote(
 ) -> None:
     """Move an alias to a version, forward or back.
 
-    Services that follow the alias load that version's prompts from then on. An alias that is not there is made.
+    Services that follow the alias load that version's prompts from then on. A new alias is made.
 
     Examples:
 
@@ -52,7 +52,7 @@ def promote(
     opened = connect_bank(bank, alias, trusted_key, cache)
     target = snapshot_at(opened, version)
     before = opened.alias_move(alias)
-    # A move to where it stands would make the next rollback go nowhere.
+    # A move to the version where the alias is already would make the next rollback useless.
     stays = before is not None and before.manifest == target.digest
     move = before if before is not None and stays else opened.promote(target.version, alias, by or login_name())
     _tell(opened, before, move, not stays, as_json)
@@ -68,7 +68,7 @@ def rollback(
 ) -> None:
     """Undo the last move of an alias.
 
-    A second time, the move before it. Nothing is lost: a rollback is one more move.
+    A second rollback undoes the move before it. Nothing is lost: a rollback is one more move.
 
     Examples:
 
@@ -98,5 +98,5 @@ def _tell(bank: PromptBank, before: AliasMove | None, move: AliasMove, moved: bo
 def login_name() -> str:
     try:
         return getpass.getuser()
-    except (OSError, KeyError):  # a container's user without a name
+    except (OSError, KeyError):  # a user without a name, as in a container
         return f"user {os.getuid()}"

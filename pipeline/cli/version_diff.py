@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pipeline.bank import PromptRecord, Snapshot
 
 _ABOUT_THE_VERSION = {"name", "status", "reason", "tuned_in", "metrics_previous", "shape", "dtype"}
-"""Fields of a record that tell how it came into this version, or follow from others."""
+"""Fields of a record that say how it came into this version, or that follow from other fields."""
 
 
 @dataclass(frozen=True)
@@ -23,20 +23,20 @@ class PromptChange:
     name: str
     kind: Literal["added", "removed", "changed"]
     fields: tuple[FieldChange, ...]
-    """Of a prompt that was added or removed, all that it has."""
+    """All fields of a prompt that was added or removed."""
 
 
 @dataclass(frozen=True)
 class VersionDiff:
     header: tuple[FieldChange, ...]
-    """What differs in `backbone` and `libraries`."""
+    """Changes in `backbone` and `libraries`."""
     prompts: tuple[PromptChange, ...]
     """By name."""
     unchanged: int
 
 
 def diff_versions(before: Snapshot, after: Snapshot) -> VersionDiff:
-    """Raises: BankError when one of them is damaged, StorageError."""
+    """What changed from one version to another. Raises: BankError when one is damaged, StorageError."""
     old = {record.name: record for record in before.records()}
     new = {record.name: record for record in after.records()}
     changes = [_compare_prompts(name, old.get(name), new.get(name)) for name in sorted(old.keys() | new.keys())]
@@ -46,7 +46,7 @@ def diff_versions(before: Snapshot, after: Snapshot) -> VersionDiff:
 
 def _compare_prompts(name: str, old: PromptRecord | None, new: PromptRecord | None) -> PromptChange | None:
     if old is not None and new is not None:
-        # That a prompt is carried forward is no news; that it was kept, has failed, or no longer fails, is.
+        # A status counts as a change only when the prompt was kept, failed, or no longer fails; being carried is none.
         news = new.status in ("kept", "failed") or old.status == "failed"
         fields = _changes(_fields(old, news), _fields(new, news))
         return PromptChange(name, "changed", fields) if fields else None

@@ -165,7 +165,7 @@ def _publish_once(checked: CheckedRun, decisions: Sequence[NightDecision], may_m
         settings.run.name,
         library_versions(),
         alias,
-        standing=[prompt for prompt in prompts if isinstance(prompt, CarriedPrompt)],
+        carried=[prompt for prompt in prompts if isinstance(prompt, CarriedPrompt)],
         removed={record.task: record.why for record in records if record.result == "removed"},
         new_backbone=True,
     )

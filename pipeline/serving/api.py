@@ -1,4 +1,4 @@
-"""The HTTP side of a service: routes, and what a caller is told when something is wrong. Knows nothing of Ray."""
+"""The HTTP side of a service: its routes, and its answers when something is wrong. Imports no Ray."""
 
 import asyncio
 import time
@@ -34,27 +34,29 @@ from pipeline.serving.service_settings import ServiceSettings
 
 @dataclass(frozen=True)
 class VersionedAnswers(Generic[Answer]):
-    """Answers to one request, and the version of the bank that gave them."""
+    """Answers to one request, and the version of the bank that they come from."""
 
     version: int
     answers: Sequence[Answer]
 
 
 class Service(Protocol):
-    """What the routes need."""
+    """What the routes need of a service; `app.PromptService` is one on Ray Serve."""
 
     settings: ServiceSettings
     metrics: ServiceMetrics
 
     def snapshot(self) -> Snapshot:
-        """The version that is served. Raises: BankError when none can be."""
+        """The version that is served. Raises: BankError when none can be served."""
 
     def watch_error(self) -> str | None:
-        """Why the bank cannot be followed at present."""
+        """Why the bank cannot be followed at present, None while it can."""
 
-    async def generate(self, request: Request) -> VersionedAnswers[str]: ...
+    async def generate(self, request: Request) -> VersionedAnswers[str]:
+        """Text for each row. Raises: as `PromptedModel.generate`, OverloadedError."""
 
-    async def classify(self, request: Request) -> VersionedAnswers[dict[str, float]]: ...
+    async def classify(self, request: Request) -> VersionedAnswers[dict[str, float]]:
+        """Each row's log P(label | prompt, input) in nats. Raises: as `PromptedModel.classify`, OverloadedError."""
 
 
 _STATUS: dict[type[Exception], int] = {
@@ -120,13 +122,21 @@ def _check_size(body: bodies.ClassifyBody, settings: ServiceSettings) -> None:
 def _add_views(api: FastAPI, service: Service) -> None:
     @api.get("/v1/tasks", responses=_UNAVAILABLE)
     def tasks() -> bodies.TasksReply:
-        """Every task that can be asked, and what its rows must give."""
+        """Every task that can be asked, and the columns that its rows must have."""
         snapshot = service.snapshot()
-        return bodies.TasksReply(version=snapshot.version, tasks=[_task(snapshot, name) for name in snapshot.names()])
+        found = []
+        for name in snapshot.names():
+            record = snapshot.record(name)
+            assert record is not None
+            columns = parse_template(record.template.input, f"prompt '{name}'").columns
+            labels = list(record.labels) if record.labels else None
+            told = {"labels": labels, "metric": record.metric, "prompt_length": record.length}
+            found.append(bodies.TaskTold(name=name, columns=list(columns), **told))
+        return bodies.TasksReply(version=snapshot.version, tasks=found)
 
     @api.get("/healthz", responses=_UNAVAILABLE)
     async def healthz() -> bodies.Health:
-        """Whether questions can be answered; answers while the model runs."""
+        """Whether rows can be answered; it does not wait for the model."""
         return bodies.Health(version=service.snapshot().version, watch_error=service.watch_error())
 
     @api.get("/metrics", response_class=Response)
@@ -135,18 +145,8 @@ def _add_views(api: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _task(snapshot: Snapshot, name: str) -> bodies.TaskTold:
-    record = snapshot.record(name)
-    assert record is not None
-    columns = parse_template(record.template.input, f"prompt '{name}'").columns
-    labels = list(record.labels) if record.labels else None
-    return bodies.TaskTold(
-        name=name, columns=list(columns), labels=labels, metric=record.metric, prompt_length=record.length
-    )
-
-
 async def _error_reply(request: HttpRequest, error: Exception) -> JSONResponse:
-    """Every failure as one sentence; never a traceback."""
+    """Answer every failure with one sentence and never a traceback."""
     headers: Mapping[str, str] = {}
     match error:
         case PromptBankError():
@@ -174,7 +174,7 @@ def _first_mistake(error: RequestValidationError) -> str:
 
 @dataclass(frozen=True)
 class _BodyLimitMiddleware:
-    """Refuses a body above `limit` bytes, by what it says of its length or by what arrives, and one that takes long."""
+    """Refuses a body above `limit` bytes, by its Content-Length or by what arrives, and one slower than `seconds`."""
 
     app: ASGIApp
     limit: int
@@ -204,7 +204,7 @@ class _BodyLimitMiddleware:
 
 @dataclass(frozen=True)
 class _HeadMiddleware:
-    """Answers HEAD as GET, without the body."""
+    """Answers HEAD like GET, without the body."""
 
     app: ASGIApp
 
@@ -215,12 +215,12 @@ class _HeadMiddleware:
         async def bodiless(message: Message) -> None:
             await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
 
-        scope["method"] = "GET"  # in place: the route that is found is read from it
+        scope["method"] = "GET"  # in place, for the router reads the method from this scope
         await self.app(scope, receive, bodiless)
 
 
 _CLIENT_LEFT = 499
-"""As nginx counts requests whose client did not wait for the answer."""
+"""The status that nginx logs when the client did not wait for the answer."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The service on Ray Serve: rows of many requests and tasks in one batch, behind HTTP. The only user of Ray here.
+"""The service on Ray Serve: rows of many requests and tasks in one batch, behind HTTP.
 
 `serve run pipeline.serving.app:build bank=BANK model=MODEL`, or `jobs/serve_prompts.py`.
 """
@@ -34,12 +34,12 @@ from pipeline.serving.service_settings import ServiceSettings
 _log = logging.getLogger("ray.serve")
 _NAME = "prompts"
 _SPARE_REQUESTS = 64
-"""Room for /healthz and its like while as many questions wait as may wait."""
+"""Room for /healthz and other views while `max_waiting` requests wait."""
 
 
 def build(settings: ServiceSettings) -> serve.Application:
     """The application, for `serve.run` and `serve run`."""
-    # A replica has another working directory.
+    # A replica has another working directory than this process.
     places = {"bank": from_anywhere(settings.bank), "model": from_anywhere(settings.model)}
     settings = settings.model_copy(update=places | {"trusted_keys": tuple(map(from_anywhere, settings.trusted_keys))})
     deployment = serve.deployment(
@@ -58,22 +58,25 @@ def build(settings: ServiceSettings) -> serve.Application:
 
 @contextmanager
 def serving(settings: ServiceSettings, host: str, port: int) -> Iterator[None]:
-    """The application, ready at `http://host:port`; afterwards ended, with the requests that it has finished.
+    """Run the application at `http://host:port`; when the block ends, finish its requests and stop it.
 
-    Runs on the Ray cluster at RAY_ADDRESS, else on a Ray of its own, which it ends too.
-    Raises: SettingsError when the port is taken or no cluster answers; the PromptBankError that a replica
-    could not start for.
+    Runs on the Ray cluster at RAY_ADDRESS, else on a local Ray, which it stops too.
+    Raises: SettingsError when the port is taken or no cluster answers; PromptBankError with the reason why a replica
+    could not start.
     """
     address = os.environ.get("RAY_ADDRESS")
     if not address:
-        _check_port(host, port)
+        try:
+            socket.create_server((host, port)).close()
+        except OSError as error:
+            raise SettingsError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from error
     with ExitStack() as afterwards:
         token = secrets.token_urlsafe()
         _start_ray(settings, address, token)
         afterwards.callback(ray.shutdown)
         serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly")
-        afterwards.callback(serve.delete, _NAME)  # waits for the requests that are under way
-        if not address:  # a cluster's proxy is there for others too, and goes on
+        afterwards.callback(serve.delete, _NAME)  # waits for the requests under way
+        if not address:  # a cluster's proxy also serves other applications, and goes on
             afterwards.callback(proxy.drain, host, port, token, settings.shutdown_s)
         try:
             serve.run(build(settings), name=_NAME)
@@ -83,11 +86,11 @@ def serving(settings: ServiceSettings, host: str, port: int) -> Iterator[None]:
 
 
 def _start_ray(settings: ServiceSettings, address: str | None, token: str) -> None:
-    # Replicas must find this code, also when it was started as a script without being installed.
+    # Replicas must find this code also when it runs from a checkout without being installed.
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     variables = {"PYTHONPATH": path}
-    if not address:  # a cluster's proxy is there for others too, who must meet neither our middleware nor its token
+    if not address:  # a cluster's proxy also serves other applications, which must get neither middleware nor token
         variables |= proxy.environment(token, settings.request_s)
     options: dict[str, Any] = {"runtime_env": {"env_vars": variables}, "logging_level": logging.ERROR}
     if not address:
@@ -96,20 +99,12 @@ def _start_ray(settings: ServiceSettings, address: str | None, token: str) -> No
     try:
         ray.init(address=address or "local", log_to_driver=False, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise SettingsError(f"RAY_ADDRESS: no Ray cluster answers at {address}; mend or unset it") from error
+        raise SettingsError(f"RAY_ADDRESS: no Ray cluster answers at {address}; fix or unset it") from error
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
-def _check_port(host: str, port: int) -> None:
-    try:
-        with socket.create_server((host, port)):
-            pass
-    except OSError as error:
-        raise SettingsError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from error
-
-
 def _reason(error: RuntimeError) -> Exception:
-    """The sentence in what Serve tells of a replica that could not start."""
+    """The user's error in Serve's report on a replica that could not start, else Serve's own."""
     told = [d.message for app in serve.status().applications.values() for d in app.deployments.values()]
     for line in reversed("\n".join(told).splitlines()):
         name, _, sentence = line.strip().partition("Error: ")
@@ -123,7 +118,10 @@ def _rows(requests: Sequence[Request]) -> int:
 
 
 class PromptService:
-    """One replica: a copy of the model, and a view of the bank. Requests wait on the event loop, a thread runs."""
+    """One replica: a copy of the model and a view of the bank.
+
+    Requests wait on the event loop, and one thread runs the model.
+    """
 
     def __init__(self, settings: ServiceSettings) -> None:
         self.settings = settings
@@ -132,7 +130,7 @@ class PromptService:
         weights = weights_setting(self.bank.current.backbone)
         backbone = load_backbone(settings.model, weights, settings.device, settings.dtype)
         self.model = PromptedModel(backbone, self.bank, settings.cache_mib * 2**20, settings.token_budget)
-        self.snapshot()  # a bank of another backbone is refused before the first request
+        self.snapshot()  # so that a bank of another backbone is refused before the first request
         self.metrics = ServiceMetrics(serve.get_replica_context().replica_id.unique_id)
         self.metrics.watched(self.bank.version, None)
         self._watch_error: str | None = None
@@ -149,7 +147,7 @@ class PromptService:
         return make_api(self)
 
     def snapshot(self) -> Snapshot:
-        """Raises: BankError when the version that the bank names now is none for this model."""
+        """The version that is served. Raises: BankError when it belongs to another model than this replica's."""
         snapshot = self.bank.current
         if snapshot is None:
             raise BankError("the bank has no version")
@@ -183,8 +181,8 @@ class PromptService:
             raise OverloadedError(f"{self._waiting} requests wait for the model already; come back later")
         self._waiting += 1
         try:
-            # `serve.batch` collects for a fixed time, whether the model is busy or not. Who waits here
-            # until it is idle comes into the next batch together, however long the one before took.
+            # `serve.batch` collects for a fixed time, whether the model is busy or not. Requests that wait here
+            # until it is idle come into the next batch together, however long the previous batch took.
             await self._idle.wait()
             answered = await batch(request)
         finally:
@@ -213,7 +211,7 @@ class PromptService:
         ]
 
     def _on_event(self, event: WatchEvent) -> None:
-        """Called in the watch's thread."""
+        """Called in the watcher's thread."""
         self._watch_error = self._public(event.error) if event.error else None
         self.metrics.watched(event.version, self._watch_error)
         if event.error:
@@ -222,5 +220,5 @@ class PromptService:
             _log.info("serving version %d of the bank", event.version)
 
     def _public(self, error: Exception) -> str:
-        """Its sentence without where the bank lies."""
+        """The error's sentence without the bank's address, which is not for callers."""
         return str(error).replace(f"{self.bank.uri}/", "").replace(f"the bank {self.bank.uri}", "the bank")

@@ -1,4 +1,4 @@
-"""Whether two models are one backbone: the same tokens, limits and log-likelihoods of every row of text."""
+"""Finds out whether two models are one backbone: the same tokens, limits and log-likelihoods for every row of text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from pipeline.errors import BackboneError
 from pipeline.serving.served_backbone import ServedBackbone, load_backbone
 
 TOLERANCE = 0.01
-"""Nats by which the log-likelihood of a row may differ: rounding, and no other weights."""
+"""Largest difference of a row's log-likelihoods, in nats: rounding stays below it, other weights do not."""
 
-# Digits, spaces, marks and scripts are where tokenizers that are nearly the same differ.
+# Tokenizers that are nearly the same differ in digits, spaces, punctuation and scripts.
 ROWS = (
     "A fine film with a plain story, and two actors who carry it.",
     "The committee didn't meet on 14 March 2019; it met at 09:45 on the 21st.",
@@ -28,12 +28,12 @@ ROWS = (
 
 
 _SEPARATOR = " "
-"""Between input and target, as a template's is by default; a decoder's targets have none."""
+"""Between input and target, the default of a template; a decoder's targets have none."""
 
 
 @dataclass(frozen=True)
 class BackboneComparison:
-    """What two models made of the same rows."""
+    """Two models that agree on the same rows, and how closely."""
 
     first: BackboneId
     second: BackboneId
@@ -54,21 +54,21 @@ def compare_models(first: str, second: str, weights: str = "int8", rows: Sequenc
     for row, ours, theirs in zip(rows, one.rows, other.rows, strict=True):
         if ours.ids != theirs.ids:
             raise BackboneError(
-                f"{first} and {second} are not the same: they cut {row!r} into {len(ours.ids)} and {len(theirs.ids)} "
-                "tokens that differ; compare rows of your own (--text FILE) if no such text is ever put to them"
+                f"{first} and {second} are not the same: they split {row!r} into {len(ours.ids)} and {len(theirs.ids)} "
+                "tokens that differ; compare rows of your own (--text FILE) if they never get such text"
             )
     for what, value in one.facts.items():
         if value != other.facts[what]:
             raise BackboneError(
                 f"{first} and {second} are not the same: {what} is {value} of the first and {other.facts[what]} of "
-                "the second, so answers would differ; mend the configuration or tokenizer that is wrong"
+                "the second, so answers would differ; fix the configuration or tokenizer that is wrong"
             )
     largest = 0.0
     for row, ours, theirs in zip(rows, one.rows, other.rows, strict=True):
         if ours.target != theirs.target:
-            raise BackboneError(f"{first} and {second} are not the same: they cut {row!r} differently as a target")
+            raise BackboneError(f"{first} and {second} are not the same: they split {row!r} differently as a target")
         difference = abs(ours.likelihood - theirs.likelihood)
-        if not difference <= TOLERANCE:  # not-a-number is no likeness
+        if not difference <= TOLERANCE:  # also refuses NaN
             raise BackboneError(
                 f"{first} and {second} are not the same: the log-likelihood of {row!r} is {ours.likelihood:.4f} "
                 f"and {theirs.likelihood:.4f}, and {TOLERANCE} apart is allowed"
@@ -78,15 +78,15 @@ def compare_models(first: str, second: str, weights: str = "int8", rows: Sequenc
 
 
 @dataclass(frozen=True)
-class _Scored:
+class _ModelScores:
     identity: BackboneId
     facts: dict[str, int | None]
-    """What decides where answers begin and end, by its name."""
-    rows: list["_Row"]
+    """By name, what decides where answers begin and end."""
+    rows: list["_RowScore"]
 
 
 @dataclass(frozen=True)
-class _Row:
+class _RowScore:
     ids: list[int]
     """Tokens, as an input."""
     target: list[int]
@@ -94,34 +94,35 @@ class _Row:
     likelihood: float
 
 
-def _scored(model: str, weights: str, rows: Sequence[str]) -> _Scored:
+def _scored(model: str, weights: str, rows: Sequence[str]) -> _ModelScores:
     served = load_backbone(model, weights)
     facts = {
         "the tokenizer's end of a text (eos_token_id)": served.tokenizer.eos_token_id,
         "the decoder's first token (decoder_start_token_id)": _start(served),
         "the context in tokens": served.context,
     }
-    return _Scored(served.identity, facts, [_score(served, row) for row in rows])
+    return _ModelScores(served.identity, facts, [_score(served, row) for row in rows])
 
 
 def _start(served: ServedBackbone) -> int | None:
-    """The token that a decoder begins with; None where there is none but the prompt."""
+    """The decoder's first token; None for a decoder-only model."""
     decoder = served.architecture == "encoder-decoder"
     return served.backbone.config.decoder_start_token_id if decoder else None
 
 
-def _score(served: ServedBackbone, row: str) -> _Row:
+def _score(served: ServedBackbone, row: str) -> _RowScore:
     ids = served.tokenizer(row).input_ids[: served.context]
     if len(ids) < 2:
-        raise BackboneError(f"the row {row!r} has fewer than two tokens, and shows nothing; give longer ones")
+        raise BackboneError(f"the row {row!r} has fewer than two tokens, which shows nothing; give longer rows")
     (target,) = encode_targets(served.tokenizer, served.architecture, _SEPARATOR, [row])
     likelihood = served.backbone.run(_log_likelihood, torch.tensor([ids]), _start(served))
-    return _Row(ids, target, float(likelihood))
+    return _RowScore(ids, target, float(likelihood))
 
 
 @torch.no_grad()
 def _log_likelihood(model: nn.Module, ids: Tensor, start: int | None) -> Tensor:
-    """Of ids [1, T]: each token after those before it; of a decoder, after its first token and the whole row."""
+    """Log-likelihood of ids `[1, T]`, in nats: each token given those before it; for an encoder-decoder, as the
+    decoder's target for the same row."""
     if start is None:
         logits, told = model(input_ids=ids[:, :-1]).logits, ids[:, 1:]
     else:

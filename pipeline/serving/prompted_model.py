@@ -22,10 +22,10 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class BatchAnswers(Generic[Answer]):
-    """What became of each request of a batch."""
+    """The answers to each request of a batch, or why it was refused."""
 
     version: int
-    """Of the bank, for all tasks named without a revision of their own; 0 before its first."""
+    """Version of the bank for all tasks named without a revision; 0 before its first."""
     of_request: Sequence[list[Answer] | PromptBankError]
     """Answers in the order of the request's rows, or why it was refused."""
 
@@ -63,11 +63,16 @@ class PromptStateCache:
 
 
 class PromptedModel:
-    """One frozen model in this process, serving the prompts of a bank; may be called from many threads.
+    """One frozen model in this process, serving the prompts of a bank; many threads may call it.
+
+        from promptbank import PromptBank, PromptedModel, load_backbone
+
+        model = PromptedModel(load_backbone("smollm2-135m"), PromptBank.open("./bank"))
+        model.classify(["wonderful"], ["sentiment"])  # [{"negative": -7.1, "positive": -0.1}]
 
     `cache_bytes`: how much of the prompts' keys and values is kept (decoder-only models).
     `token_budget`: most tokens, padding included, that run at once; longer calls are split. No single
-    row may be longer, nor longer than the model's context.
+    row may be longer than this, nor longer than the model's context.
     """
 
     def __init__(
@@ -78,7 +83,7 @@ class PromptedModel:
         self.states = PromptStateCache(cache_bytes)
         self._token_budget = token_budget
         self._longest = min(backbone.context or token_budget, token_budget)
-        # One run at a time: how a model attends is a setting of the whole model (backbone/packed.py).
+        # One batch at a time: a model's attention is a setting of the whole model (backbone/packed.py).
         self._running = Lock()
 
     def generate(self, texts: Sequence[Text], tasks: Sequence[str], max_new_tokens: int = 64) -> list[str]:

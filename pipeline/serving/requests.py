@@ -1,4 +1,4 @@
-"""From what a caller gives, a task and a text, to token ids behind a prompt. Shapes: T tokens, P prompt tokens."""
+"""Turns what a caller gives, a task and a text, into token ids behind a prompt. Shapes: T tokens, P prompt tokens."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from pipeline.errors import CorpusError, NoLabelsError, RowTooLongError
 from pipeline.serving.served_backbone import ServedBackbone
 
 Text = str | Mapping[str, Any]
-"""A row: the columns that its task's template names, or the text of the one column."""
+"""A row: a mapping with the columns that its task's template names, or the text of its only column."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class EncodedRow:
 def encode_rows(
     request: Request, load: Callable[[str], Prompt], served: ServedBackbone, labelled: bool, longest: int
 ) -> list[EncodedRow]:
-    """Render and tokenise a request's rows; with its answer none may be above `longest` tokens.
+    """Render and tokenise a request's rows; prompt, input and answer together may be `longest` tokens.
 
     Raises: what `load` raises; NoLabelsError; CorpusError for a row that lacks a column, is empty or has a
     token without an embedding; RowTooLongError.

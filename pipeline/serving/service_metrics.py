@@ -1,4 +1,4 @@
-"""What a service counts, as Prometheus reads it."""
+"""The metrics of a service, in Prometheus' format."""
 
 from collections.abc import Iterator
 
@@ -10,9 +10,9 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 class ServiceMetrics(Collector):
-    """The counters of one replica, in a registry of its own.
+    """The metrics of one replica, in a registry of its own.
 
-    A proxy leads each look to any replica, so every sample carries its replica's name.
+    The proxy routes each scrape to any replica, so every sample carries its replica's name.
     """
 
     def __init__(self, replica: str) -> None:
@@ -42,7 +42,7 @@ class ServiceMetrics(Collector):
         )
 
     def watched(self, version: int, error: str | None) -> None:
-        """What the last look at the bank told."""
+        """Record what the last refresh of the bank gave."""
         self.version.set(version)
         self.watch_error.clear()
         if error is not None:

@@ -1,4 +1,4 @@
-"""What may be set for `jobs/adapt_backbone.py`, key by key: a root of its own, with the blocks of a run's settings."""
+"""The settings of `jobs/adapt_backbone.py`: a file of its own, which shares blocks with a run's settings."""
 
 from typing import Any, Literal, Self
 
@@ -16,10 +16,10 @@ class AdaptedModelSettings(SettingsModel):
     fresh: bool = False
     """Take only the configuration and the tokenizer from `path`; weights are drawn anew, by `run.seed`."""
     config: dict[str, Any] | None = None
-    """The configuration of a fresh model, such as `{model_type: t5, d_model: 64, num_layers: 2, …}`; its vocabulary is
-    that of `tokenizer`."""
+    """The configuration of a fresh model, such as `{model_type: t5, d_model: 64, num_layers: 2, …}`; `tokenizer` gives
+    its vocabulary."""
     tokenizer: Address | None = None
-    """The folder (or packaged model) whose tokenizer a model by `config` takes."""
+    """The folder (or packaged model) whose tokenizer a model from `config` gets."""
     sentinels: int = Field(100, ge=1, le=1_000_000)
     """Sentinel tokens (`<extra_id_0>`, …) that a fresh model's tokenizer has at least; missing ones are added."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -44,11 +44,11 @@ class TextSettings(SettingsModel):
     text: str = "{text}"
     """Template of a document; `{column}` stands for a column of the corpus."""
     max_bad_rows: float = Field(0.05, ge=0, le=1)
-    """Largest share of null and empty rows that is left out without refusing the corpus."""
+    """Largest share of null and empty rows that is dropped without refusing the corpus."""
 
 
 class ObjectiveSettings(SettingsModel):
-    """What is asked of a stretch of text: Lester et al. (2021), section 3.2; Raffel et al. (2020), section 3.3."""
+    """The training objective on a stretch of text: Lester et al. (2021), section 3.2; Raffel et al. (2020), 3.3."""
 
     name: Literal["prefix_lm", "span_corruption"] = "prefix_lm"
     """`prefix_lm` (LM adaptation): the beginning of a stretch goes in, the rest comes out. `span_corruption` (T5's own
@@ -75,7 +75,7 @@ class AdaptationSettings(SettingsModel):
     """Examples a step, over all ranks."""
     steps: Count
     save_at: tuple[int, ...] = ()
-    """Steps at which the model is kept as a folder; 0 is the start, and the last step is always kept."""
+    """Steps after which the model is saved as a folder; 0 is the start, and the last step is always saved."""
 
     @property
     def kept_steps(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What every group of settings is: frozen, without unknown keys, its keys explained below themselves."""
+"""The base class of all settings, and the types of fields that several of them share."""
 
 import os
 from typing import Annotated, Any, get_args
@@ -8,18 +8,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from pipeline.addresses import holds_credentials
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
-"""Of a run, a task, an alias: fit to be a file's name."""
+"""Name of a run, task or alias, which must be valid as a file's name."""
 LARGEST = 10**12
-"""Of what is counted: steps, rows, evaluations. More is a slip of the hand, and no array could be indexed by it."""
+"""Largest count of steps, rows or evaluations. A larger one is a typing error, and no array has such an index."""
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Tokens = Annotated[int, Field(ge=1, le=10**7)]
-"""Of one row, or of what a rank computes at once: no context of a model is as long."""
+"""Tokens of one row, or of one forward pass; no model's context is longer."""
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-"""As much as torch takes."""
+"""The range that torch accepts."""
 
 
-def _fit_to_be_written_down(value: str | list[str]) -> str | list[str]:
-    # pydantic puts no input into this message, and neither do we.
+def _check_address(value: str | list[str]) -> str | list[str]:
+    # Neither pydantic nor this message shows the input, which holds the password.
     if any(map(holds_credentials, [value] if isinstance(value, str) else value)):
         raise ValueError(
             "the address holds a password, which would end up in logs; take it out, and set it in the environment "
@@ -33,27 +33,28 @@ def _fit_to_be_written_down(value: str | list[str]) -> str | list[str]:
     return value
 
 
-Address = Annotated[str, AfterValidator(_fit_to_be_written_down)]
-Paths = Annotated[str | list[str], AfterValidator(_fit_to_be_written_down)]
+Address = Annotated[str, AfterValidator(_check_address)]
+Paths = Annotated[str | list[str], AfterValidator(_check_address)]
 
 
 class SettingsModel(BaseModel):
+    # Frozen, without unknown keys; the docstring below a key describes it in the JSON Schema.
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _a_number_is_no_yes(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic takes true for 1."""
+    def _refuse_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would read true as 1."""
         kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
         if bool not in kinds and kinds & {int, float}:
             for one in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(one, bool):
-                    raise ValueError(f"{str(one).lower()} (or yes, no, on, off) is no number; give one")
+                    raise ValueError(f"{str(one).lower()} (or yes, no, on, off) is not a number; give one")
         return value
 
 
 def _kinds(annotation: Any) -> set[Any]:
-    """The plain types that a field's annotation names, those in its lists too."""
+    """The plain types in a field's annotation, also those within lists."""
     inner = get_args(annotation)
     if not inner or getattr(annotation, "__origin__", None) is dict:
         return {annotation}

@@ -1,10 +1,10 @@
-"""What may be set, key by key, and what each key means."""
+"""The settings of a run, key by key; the docstring below a key says what it means."""
 
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     Field,
     ValidationError,
@@ -17,21 +17,21 @@ from pipeline.settings.sweeps import (
     MOST_TRIALS,
     SweptKey,
     WrittenSweep,
+    apply_choice,
     choices,
     count_choices,
-    spelled_out,
+    expand_seeds,
     trial_name,
-    with_choice,
 )
 
 Sweep = Annotated[
     dict[SweptKey, Annotated[list[Any], Field(min_length=1)]],
-    BeforeValidator(spelled_out, json_schema_input_type=WrittenSweep),
+    BeforeValidator(expand_seeds, json_schema_input_type=WrittenSweep),
 ]
 
 
 MOST_SECONDS = 10**9
-"""Some thirty years."""
+"""About thirty years."""
 
 
 class RunSettings(SettingsModel):
@@ -44,11 +44,11 @@ class RunSettings(SettingsModel):
     seed: Seed = 0
     """What every trial without a seed of its own draws its numbers from."""
     max_live_trials: int = Field(64, ge=1, le=1_000_000)
-    """Trials tuned at the same time; the others wait for a slot."""
+    """Most trials tuned at the same time; the others wait for a slot."""
     checkpoint_every: Count = 25
     """Steps between checkpoints of the prompts and their optimizers."""
     max_failures: int = Field(3, ge=0, le=1_000_000)
-    """How often lost workers are started again before the run gives up."""
+    """How often lost workers are restarted before the run gives up."""
     hang_timeout: float = Field(600.0, gt=0, le=MOST_SECONDS)
     """Seconds without a sign of life (no layer of the model begins to run) after which a rank is ended. All ranks then
     start again from the last checkpoint, as after a loss. While ranks load, they have four times as long. It must be
@@ -88,7 +88,7 @@ class ClusterSettings(SettingsModel):
     """Ranks, GPUs and memory."""
 
     num_workers: int = Field(1, ge=1, le=10_000)
-    """Ranks: they share the rows of every step, and the model where it is partitioned."""
+    """Number of ranks. They share the rows of every step, and the model when it is partitioned."""
     partition: Literal["auto", "always", "never"] = "auto"
     """Whether ZeRO-3 partitions the model over the ranks. `auto` does so unless the model takes less than a quarter of
     every rank's free memory. A model that is whole on every rank need not be gathered."""
@@ -99,9 +99,9 @@ class ClusterSettings(SettingsModel):
     cpus_per_worker: int = Field(1, ge=1, le=10_000)
     """CPUs that each rank takes."""
     tokens_per_microbatch: int = Field(2048, ge=64, le=10**9)
-    """Prompt, input and target tokens that one rank runs in one forward pass, padding included."""
+    """Most prompt, input and target tokens, padding included, that one rank runs in one forward pass."""
     price_per_rank_hour: float | None = Field(None, ge=0)
-    """What an hour of a rank costs, in your currency; the report then tells what the run cost."""
+    """The price of an hour of one rank, in your currency; the report then shows the cost of the run."""
 
 
 class PromptSettings(SettingsModel):
@@ -146,7 +146,7 @@ class OptimizerSettings(SettingsModel):
     warmup_steps: int = Field(0, ge=0, le=LARGEST)
     """Steps in which the rate rises to `lr`."""
     clip_norm: float | None = Field(None, gt=0)
-    """Largest norm of this prompt's own gradient; without it only Adafactor's update clipping acts."""
+    """Largest norm of this prompt's own gradient; without it, only Adafactor clips its updates."""
 
 
 class HalvingSettings(SettingsModel):
@@ -179,13 +179,13 @@ class TaskDefaults(SettingsModel):
     eval_every: Count = 500
     """Steps between two evaluations on dev."""
     patience: Count | None = 10
-    """Evaluations without a better dev metric after which the trial stops; null never stops early."""
+    """Evaluations without a better dev metric after which a trial stops; null: it never stops early."""
     eval_rows: Count = 500
-    """Dev (and test) rows that an evaluation uses at most: a fixed random subset."""
+    """Most dev (and test) rows that an evaluation uses, a fixed random subset."""
     seed: Seed | None = None
     """The trial's own seed; without it `run.seed`."""
     dev_fraction: float | None = Field(None, gt=0, lt=1)
-    """Share of the train rows held out as dev split, chosen by row content alone."""
+    """Share of the train rows held out as the dev split; the rows' content alone decides which."""
     separator: str = " "
     """Put between input and target for decoder-only models."""
     max_input_tokens: Tokens = 256
@@ -212,11 +212,13 @@ class TaskDefaults(SettingsModel):
         trials: dict[str, Self] = {}
         for choice in choices(self.sweep):
             try:
-                trial = type(self).model_validate(with_choice(whole, choice))
+                trial = type(self).model_validate(apply_choice(whole, choice))
             except ValidationError as error:
-                raise ValueError(f"sweep: with {_written(choice)}, {_first(error)}") from error
-            # As validated: 1 and 1.0 are one learning rate.
-            read = {key: _at(trial, key) for key in choice}
+                detail = error.errors()[0]
+                wrong = f"{'.'.join(map(str, detail['loc']))}: {detail['msg'].removeprefix('Value error, ')}"
+                raise ValueError(f"sweep: with {_written(choice)}, {wrong}") from error
+            # After validation, because 1 and 1.0 are one learning rate.
+            read = {key: attrgetter(key)(trial) for key in choice}
             if trial_name(name, read) in trials:
                 raise ValueError(f"sweep: {_written(read)} is there twice; give each value once")
             trials[trial_name(name, read)] = trial
@@ -270,14 +272,14 @@ class BankSettings(SettingsModel):
     alias: Name = "latest"
     """The alias that moves to the new version."""
     trusted_keys: tuple[str, ...] = ()
-    """Public keys (PEM files): versions that none of them signed are refused."""
+    """Public keys (PEM files); versions that none of them signed are refused."""
     publish: Literal["best", "all"] = "best"
     """Of a task's sweep, the best prompt under the task's name; `all` publishes beside it every trial's, each under the
     trial's own name (`sst2.length-20.seed-1`), which a nightly refresh drops again."""
     not_learned: Literal["publish", "withhold"] = "publish"
-    """What becomes of a prompt that has not learned: its dev metric is not above that of always giving the train
-    split's most frequent target, or not above that of the prompt that it started from (`init: bank` apart). It is
-    published and marked as such, or withheld as if its task had failed: the job then ends with code 3 or 4."""
+    """What happens to a prompt that has not learned: its dev metric is not above that of always giving the train
+    split's most frequent target, or not above that of the prompt that it started from (unless `init: bank`). It is
+    published and marked as such, or withheld as if its task had failed; the job then ends with code 3 or 4."""
     signing_key: str | None = None
     """The private key (PEM file) that signs what this run publishes."""
 
@@ -288,8 +290,8 @@ class TrackingSettings(SettingsModel):
     tensorboard: bool = False
     """Scalars for TensorBoard, in the run's folder (`tensorboard/`)."""
     mlflow: Address | None = None
-    """The URI of an MLflow tracking server, which gets the run's scalars and its end; its password, if it asks for one,
-    comes from MLFLOW_TRACKING_PASSWORD."""
+    """The URI of an MLflow tracking server, which gets the run's scalars and how it ended. Its password, if it needs
+    one, comes from MLFLOW_TRACKING_PASSWORD."""
     experiment: str = "promptbank"
     """The MLflow experiment that the runs belong to."""
     log: Literal["auto", "json"] = "auto"
@@ -306,15 +308,15 @@ class RefreshSettings(SettingsModel):
     """A new prompt whose dev metric is worse by more than this is refused even where the rows are too few for the test.
     For the metric `loss` it is a share of the old loss. Null leaves the decision to the test."""
     cold_side: bool = True
-    """Whether a task that is tuned from the bank's prompt is tuned from a fresh start beside it, to compare."""
+    """Whether a task that is tuned from the bank's prompt is also tuned from a fresh start, to compare the two."""
     min_refreshed: float = Field(0.5, ge=0, le=1)
     """The alias moves only if at least this share of the tasks that had to be tuned did not fail."""
     canaries: tuple[Name, ...] = ()
     """If one of these tasks fails or comes out worse, the alias stays where it is."""
     wait_for_lease: float = Field(0, ge=0, allow_inf_nan=True)
-    """Seconds that a second night waits for the first of the same `run.name` to end, before it leaves."""
+    """Seconds that a second night of the same `run.name` waits for the first to end before it gives up."""
     lease_expiry: float = Field(60, gt=0, le=MOST_SECONDS)
-    """Seconds without a sign of life after which a night counts as dead, and another may begin."""
+    """Seconds without a sign of life after which a night counts as dead and another may begin."""
 
 
 class Settings(SettingsModel):
@@ -385,16 +387,3 @@ class Settings(SettingsModel):
 
 def _written(choice: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in choice.items())
-
-
-def _at(settings: BaseModel, key: str) -> Any:
-    value: Any = settings
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _first(error: ValidationError) -> str:
-    """`optimizer.lr: Input should be greater than 0`"""
-    detail = error.errors()[0]
-    return f"{'.'.join(map(str, detail['loc']))}: {detail['msg'].removeprefix('Value error, ')}"

@@ -244,7 +244,7 @@ def test_a_prompt_of_an_older_version_stays_by_reference_whatever_the_newest_has
         CarriedPrompt(old["sst2"], inputs_digest="e" * 64),
         CarriedPrompt(old["cr"], "kept", "the new one was worse", "d" * 64),
     ]
-    assert bank.publish([], backbone_id(), "night", {}, "latest", standing=standing) == 3
+    assert bank.publish([], backbone_id(), "night", {}, "latest", carried=standing) == 3
     new = bank.manifest(3).prompts
     assert [new[name].digest for name in ("sst2", "cr")] == [old[name].digest for name in ("sst2", "cr")]
     assert (new["sst2"].status, new["sst2"].tuned_in, new["sst2"].inputs_digest) == ("carried_forward", 1, "e" * 64)

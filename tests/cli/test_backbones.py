@@ -74,7 +74,7 @@ def test_other_weights_or_another_tokenizer_are_refused_by_the_row_that_shows_it
     assert """the log-likelihood of 'AB!" 12' is""" in refusal(*words, bank=tuned.uri)
     make_model(tmp_path / "words", hidden_size=8, num_attention_heads=2)
     words = ("same-backbone", tmp_path / "words", path, "--text", text)
-    assert """they cut 'AB!" 12' into""" in refusal(*words, bank=tuned.uri)
+    assert """they split 'AB!" 12' into""" in refusal(*words, bank=tuned.uri)
     assert "have one fingerprint" in refusal("same-backbone", folder, folder, "--text", text, bank=tuned.uri)
     assert "name two models" in refusal("same-backbone", folder, bank=tuned.uri)
     assert not tuned.same_backbones()

@@ -91,7 +91,7 @@ def test_an_import_may_go_to_an_alias_that_was_never_set(document, uri, tmp_path
         ({"--metric": "bleu"}, "invalid value for '--metric': 'bleu' is not one of 'accuracy', "),
         ({"--weights": "int8"}, "--weights belongs to --model: leave it out"),
         ({"--half": "encoder"}, "--half belongs to --from peft: leave it out"),
-        ({"--from": "peft"}, "adapter_config.json is missing; mend the path"),
+        ({"--from": "peft"}, "adapter_config.json is missing; fix the path"),
         ({"--input": None}, "missing option '--input' (see promptbank import --help)"),
     ],
 )

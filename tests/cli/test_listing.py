@@ -98,7 +98,7 @@ def test_what_is_not_there_is_refused_with_what_is(refusal, uri, tmp_path):
     assert refusal("show", "sst2@").startswith("the alias name '' is refused")
     assert refusal("ls", "--alias", "nix").startswith(f"the bank {uri} has no alias 'nix'; known: latest, prod;")
     assert refusal("ls", bank=tmp_path / "x") == (
-        f"there is no prompt bank at {tmp_path}/x: publish to it first, or mend the path"
+        f"there is no prompt bank at {tmp_path}/x: publish to it first, or fix the path"
     )
     for arguments in (["ls"], ["ls", "--aliases"], ["log"], ["verify"], ["gc"], ["ls", "--version", "1"]):
         assert refusal(*arguments, bank=tmp_path).startswith(f"there is no prompt bank at {tmp_path}: ")
