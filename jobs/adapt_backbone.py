@@ -25,10 +25,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from pipeline.run.supervision import supervised  # noqa: E402
 from pipeline.run.terminal import ending_in_a_sentence  # noqa: E402
 from pipeline.settings import AdaptationSettings, load_adaptation  # noqa: E402
-from pipeline.tuning.signals import sigterm_is_ctrl_c  # noqa: E402
+from pipeline.tuning.interruption.signals import sigterm_is_ctrl_c  # noqa: E402
+from pipeline.tuning.interruption.supervision import supervised  # noqa: E402
 
 
 def main(

@@ -15,8 +15,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import typer
 from rich.console import Console
 
-from pipeline.bank import PromptBank
-from pipeline.errors import PromptBankError
+from promptbank import PromptBank, PromptBankError
 
 
 def main(
@@ -42,7 +41,7 @@ def main(
 def _answers(texts: list[str], task: str, bank: PromptBank, model: str, max_new_tokens: int) -> list[str]:
     from pipeline.backbone.fingerprint import weights_setting
     from pipeline.corpus.template import parse_template
-    from pipeline.serving import PromptedModel, load_backbone
+    from promptbank import PromptedModel, load_backbone
 
     prompt = bank.load(task)
     record = prompt.record

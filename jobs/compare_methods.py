@@ -28,10 +28,10 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from pipeline.errors import SettingsError  # noqa: E402
-from pipeline.run.supervision import supervised  # noqa: E402
-from pipeline.run.terminal import ending_in_a_sentence, told_on, warn_of_rays_copy  # noqa: E402
+from pipeline.run.terminal import console_for, ending_in_a_sentence, warn_of_rays_copy  # noqa: E402
 from pipeline.settings import Settings, load_joined, load_settings  # noqa: E402
-from pipeline.tuning.signals import sigterm_is_ctrl_c  # noqa: E402
+from pipeline.tuning.interruption.signals import sigterm_is_ctrl_c  # noqa: E402
+from pipeline.tuning.interruption.supervision import supervised  # noqa: E402
 
 
 def main(
@@ -52,7 +52,7 @@ def main(
         if config is None:
             raise SettingsError("give --config FILE (a comparison to run) or --join FILE (finished comparisons)")
         settings = load_settings(config, overrides or [])
-        warn_of_rays_copy(settings, told_on(settings, console))
+        warn_of_rays_copy(settings, console_for(settings, console))
         raise typer.Exit(_run(settings, console, plan))
 
 
@@ -69,7 +69,7 @@ def _run(settings: Settings, console: Console, plan_only: bool) -> int:
     if plan_only:
         print_compared(checked, console)
         return 0
-    console = told_on(settings, console)
+    console = console_for(settings, console)
     outcome = run_comparison(checked, console)
     print_summary(console, outcome.results)
     for name in ("report.html", "report.md", "results.json"):

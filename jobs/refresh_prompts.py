@@ -30,11 +30,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from pipeline.refresh.exits import exit_of  # noqa: E402
-from pipeline.run.supervision import supervised  # noqa: E402
-from pipeline.run.terminal import ending_in_a_sentence, told_on, warn_of_rays_copy  # noqa: E402
+from pipeline.run.terminal import console_for, ending_in_a_sentence, warn_of_rays_copy  # noqa: E402
 from pipeline.settings import Settings, load_settings  # noqa: E402
-from pipeline.tuning.signals import sigterm_is_ctrl_c  # noqa: E402
+from pipeline.tuning.interruption.signals import sigterm_is_ctrl_c  # noqa: E402
+from pipeline.tuning.interruption.supervision import supervised  # noqa: E402
 
 
 def main(
@@ -48,7 +47,7 @@ def main(
     """Tune again what changed since the bank's alias, publish what is not worse, and move the alias if all is well."""
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     sigterm_is_ctrl_c()
-    with ending_in_a_sentence("night", exit_of):
+    with ending_in_a_sentence("night"):
         settings = load_settings(config, overrides or [])
         night = date or datetime.date.today().isoformat()
         raise typer.Exit(_plan(settings, night, console) if plan else _run(settings, night, console))
@@ -69,7 +68,7 @@ def _run(settings: Settings, date: str, console: Console) -> int:
     from pipeline.refresh.night import run_night
     from pipeline.refresh.tables import print_night
 
-    console = told_on(settings, console)
+    console = console_for(settings, console)
     warn_of_rays_copy(settings, console)
     record = run_night(settings, date, console)
     print_night(console, record)

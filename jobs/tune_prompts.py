@@ -14,7 +14,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # Ray puts the script's own folder first, not the project's
@@ -23,10 +23,13 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from pipeline.run.supervision import supervised  # noqa: E402
-from pipeline.run.terminal import ending_in_a_sentence, in_rays_copy, told_on, warn_of_rays_copy  # noqa: E402
+from pipeline.run.terminal import console_for, ending_in_a_sentence, in_rays_copy, warn_of_rays_copy  # noqa: E402
 from pipeline.settings import Settings, load_settings  # noqa: E402
-from pipeline.tuning.signals import sigterm_is_ctrl_c  # noqa: E402
+from pipeline.tuning.interruption.signals import sigterm_is_ctrl_c  # noqa: E402
+from pipeline.tuning.interruption.supervision import supervised  # noqa: E402
+
+if TYPE_CHECKING:
+    from pipeline.run.job import RunResult
 
 QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
 
@@ -48,37 +51,40 @@ def main(
                 os.chdir(Path.home())  # what is written into the copy is deleted with it
             _make_quickstart_corpora(settings)
         else:
-            warn_of_rays_copy(settings, told_on(settings, console))
-        raise typer.Exit(_run(settings, console, plan))
+            warn_of_rays_copy(settings, console_for(settings, console))
+        # Imported late: torch, transformers and Ray take seconds, and a mistyped setting should not wait.
+        from pipeline.run.checks import check_run, print_plan
+        from pipeline.run.job import run_job
+
+        checked = check_run(settings)
+        if plan:
+            print_plan(checked, console)
+            raise typer.Exit()
+        console = console_for(settings, console)
+        result = run_job(checked, console)
+        _tell(result, settings, console)
+        raise typer.Exit(int(result.exit))
 
 
-def _run(settings: Settings, console: Console, plan_only: bool) -> int:
-    # Imported late: torch, transformers and Ray take seconds, and a mistyped setting should not wait.
-    from pipeline.reporting.table import print_results
-    from pipeline.run.checks import check_run
-    from pipeline.run.job import run_job
-    from pipeline.run.planning import print_plan
+def _tell(result: "RunResult", settings: Settings, console: Console) -> None:
+    """The table of results, where the report and the bank are, and what to do next."""
+    from pipeline.run.table import print_results
 
-    checked = check_run(settings)
-    if plan_only:
-        print_plan(checked, console)
-        return 0
-    console = told_on(settings, console)
-    outcome = run_job(checked, console)
-    print_results(console, outcome.results)
-    if outcome.report is not None:
-        console.print(f"Report: {outcome.report}", markup=False, highlight=False)
+    print_results(console, result.results)
+    if result.report is not None:
+        console.print(f"Report: {result.report}", markup=False, highlight=False)
     bank = Path(settings.bank.uri).expanduser()
-    if outcome.version is None:
+    if result.version is None:
         console.print(f"No prompt was published; the bank {bank} is as it was.")
-        return int(outcome.exit)
-    console.print(f"Published version {outcome.version} of the bank {bank.resolve()} (alias {settings.bank.alias}).")
-    published = [result.task for result in outcome.results if result.status != "failed" and not result.withheld]
+        return
+    console.print(f"Published version {result.version} of the bank {bank.resolve()} (alias {settings.bank.alias}).")
+    published = [task.task for task in result.results if task.status != "failed" and not task.withheld]
     alias = [] if settings.bank.alias == "latest" else ["--alias", settings.bank.alias]
-    words = [_python(), "jobs/ask.py", "--bank", str(bank), *alias, "--model", settings.model.path]
+    here = Path(sys.executable)
+    python = str(here.relative_to(Path.cwd())) if here.is_relative_to(Path.cwd()) else "python"
+    words = [python, "jobs/ask.py", "--bank", str(bank), *alias, "--model", settings.model.path]
     ask = shlex.join([*words, "--task", published[0], "your text"])
     console.print(f"Next, ask a prompt something:\n  {ask}", markup=False, highlight=False)
-    return int(outcome.exit)
 
 
 def _make_quickstart_corpora(settings: Settings) -> None:
@@ -87,11 +93,6 @@ def _make_quickstart_corpora(settings: Settings) -> None:
     train = next(iter(settings.tasks.values())).train
     assert isinstance(train, str)
     make_corpora(Path(train).parents[1])
-
-
-def _python() -> str:
-    here = Path(sys.executable)
-    return str(here.relative_to(Path.cwd())) if here.is_relative_to(Path.cwd()) else "python"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Addresses of stores, and what must not be in them: a password in a URI ends up in logs, reports and process lists."""
+"""Finds credentials in addresses of stores: a password in a URI would end up in logs, reports and process lists."""
 
 import re
 
-# A user before a host is no secret by itself (`abfs://container@account`), but these schemes have no other use for one,
-# except Arrow's spelling of access without an account (`gs://anonymous@bucket`).
+# A user before a host is not secret by itself (`abfs://container@account`). In these schemes it can only be a token,
+# except in Arrow's spelling of access without an account (`gs://anonymous@bucket`).
 _TOKEN_SCHEMES = "".join(f"(?<={scheme}://)|" for scheme in ("https", "http", "s3", "s3a", "s3n", "gs", "gcs"))
 _USER = re.compile(
     rf"(?<=://)[^/?#@\s]*:[^@?#\s]*(?=@)|(?:{_TOKEN_SCHEMES[:-1]})(?!(?<=gs://|cs://)anonymous@)[^/?#@\s]+(?=@)", re.I
@@ -12,7 +12,7 @@ _NAMES = (
     r"[\w.%-]*(?:secret|token|passw|passphrase|signature|credential|bearer|"
     r"(?:access|account|api|auth|private|shared|subscription)[_.-]?key)[\w.%-]*"
 )
-# Where a text begins, `token=…/` is a folder of a Hive column; only a connection string is none.
+# At the start of a text, `token=…/` is a folder of a Hive column, unless the text is a connection string.
 _CONNECTION = r"\A(?=account_?key=|shared_?access|\S*;\s*\w+=)"
 _QUERY = re.compile(
     rf"(?:(?<=[?&#;])|{_CONNECTION})({_NAMES})=[^&\s]*"

@@ -1,7 +1,7 @@
-"""Every error that a user can mend: one sentence that names the place and the mend.
+"""Every error that a user can fix. Its message is one sentence that names the place and the fix.
 
 Each takes a single message, so that it survives pickling between processes.
-Anything else that escapes (`AssertionError` first of all) is a defect of ours.
+Any other exception that escapes (`AssertionError` first of all) is a defect of this code.
 """
 
 
@@ -25,12 +25,36 @@ class BankError(PromptBankError, ValueError):
     """A prompt bank is missing, damaged, or belongs to another backbone."""
 
 
+class MissingFileError(BankError):
+    """A file that a bank refers to, or that a reader asks for, is not in its store."""
+
+
+class UnknownNameError(BankError):
+    """The bank has no prompt, version or alias of this name, or the name is invalid."""
+
+
+class UnknownTaskError(BankError):
+    """A service was asked for a prompt, version or alias that its bank does not hold."""
+
+
+class NoLabelsError(BankError):
+    """A prompt that was tuned without a label set was asked to classify."""
+
+
+class RowTooLongError(CorpusError):
+    """A row does not fit into the model's context, or into what the service allows."""
+
+
+class OverloadedError(PromptBankError):
+    """More requests wait than the service allows."""
+
+
 class StorageError(PromptBankError, OSError):
-    """A place could not be written or read: the disk is full, permission is missing, a store is gone."""
+    """A file or store could not be written or read: the disk is full, permission is missing, a store is unreachable."""
 
 
 class UnreachableError(StorageError):
-    """A store does not answer, or says that it cannot now: the same may well succeed a little later."""
+    """A store does not answer, or is overloaded; the same operation may succeed a little later."""
 
 
 class LeaseError(PromptBankError, RuntimeError):
@@ -38,8 +62,8 @@ class LeaseError(PromptBankError, RuntimeError):
 
 
 class TuningError(PromptBankError, RuntimeError):
-    """The run itself could not go on: workers lost too often, or no trial left."""
+    """The run could not go on: its workers were lost too often, or no trial is left."""
 
 
 class DivergedError(TuningError):
-    """A training left the range of numbers; another rate may not."""
+    """Training diverged to values that are not finite; a lower learning rate may not."""

@@ -1,8 +1,8 @@
-"""Files of a run that carry a SHA-256 of their own content: what has rotted on a disk is found, and not taken up.
+"""Files of a run that carry a SHA-256 of their own content, so that a file damaged on disk is found and not used.
 
-The digest is of all that a reader gets: a JSON object's values, or the header and the tensors of a safetensors file.
-Versions before this one wrote none. Their files are known by keys that those versions wrote and no other, so that one
-whose digest lost its name to a flipped bit does not pass for an old one.
+The digest covers everything that a reader gets: a JSON object's values, or the header and the tensors of a safetensors
+file. Old versions of this code wrote files without a digest. Such a file may hold only the keys that those versions
+wrote, so that a file whose digest key was hit by a flipped bit does not pass for an old one.
 """
 
 import hashlib
@@ -14,11 +14,11 @@ from typing import Any
 _SEAL = "sha256"
 _METADATA = "__metadata__"
 _LENGTH = 8
-"""Bytes of a safetensors file that say how long its header is; headers are padded to as many."""
+"""Bytes at the start of a safetensors file that hold its header's length; headers are padded to a multiple of it."""
 
 
 class DamagedError(ValueError):
-    """The content is not what was written; for readers, who know what to do without it."""
+    """The content is not what was written. Callers catch this and go on without the file, or report it."""
 
 
 def sealed_json(values: Mapping[str, Any]) -> bytes:
@@ -27,7 +27,7 @@ def sealed_json(values: Mapping[str, Any]) -> bytes:
 
 
 def open_json(data: bytes, unsealed: Collection[str]) -> dict[str, Any]:
-    """The values without their digest; `unsealed`: all keys that an object without one may have.
+    """The values, verified and without the digest; `unsealed`: all keys that an object without a digest may have.
 
     Raises: DamagedError.
     """
@@ -41,7 +41,7 @@ def open_json(data: bytes, unsealed: Collection[str]) -> dict[str, Any]:
 
 
 def sealed_tensors(data: bytes) -> bytes:
-    """A safetensors file as `save` made it, with its digest in its metadata; still a file that everybody reads."""
+    """A safetensors file with its digest added to its metadata; any safetensors reader can still read it."""
     header, body = _parts(data)
     metadata = header.setdefault(_METADATA, {})
     metadata[_SEAL] = _digest(header, body)
@@ -51,7 +51,7 @@ def sealed_tensors(data: bytes) -> bytes:
 
 
 def open_tensors(data: bytes, unsealed: Collection[str]) -> dict[str, str]:
-    """The metadata without the digest of a file whose content is whole; `unsealed` as for `open_json`, of the metadata.
+    """The metadata of a file, verified and without the digest; `unsealed`: as for `open_json`, keys of the metadata.
 
     Raises: DamagedError.
     """
@@ -89,7 +89,7 @@ def _parts(data: bytes) -> tuple[Any, bytes]:
 
 
 def _digest(values: Mapping[str, Any], body: bytes = b"") -> str:
-    # Through JSON once, so that a tuple is the list that a reader gets.
+    # Through JSON once, so that a tuple becomes the list that a reader gets.
     text = json.dumps(json.loads(json.dumps(values)), sort_keys=True)
     digest = hashlib.sha256(text.encode() + b"\0")
     digest.update(body)

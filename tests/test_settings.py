@@ -253,14 +253,14 @@ BASE = "model: {path: m}\ndefaults: {dev_fraction: 0.1}\ntasks:\n  a: {train: x}
 SLIPS = [
     ("  a: {train: y}", "line 5: the key 'a' is there twice (line 4); keep one"),
     ("  b: {train: y, prompt: {length: 3, 'length': 4}}", "the key 'length' is there twice"),
-    ("  no: {train: y}", 'the key no, which YAML reads as false, is no text; put it in quotes: "no"'),
+    ("  no: {train: y}", 'the key no, which YAML reads as false, is not text; put it in quotes: "no"'),
     ("  2026-02-20: {train: y}", 'put it in quotes: "2026-02-20"'),
     ("  2024: {train: y}", 'put it in quotes: "2024"'),
-    ("  b: {train: y, labels: [off, good]}", "'tasks.b.labels.0': off is no text to YAML; put it in quotes"),
+    ("  b: {train: y, labels: [off, good]}", "'tasks.b.labels.0': off is not text in YAML; put it in quotes"),
     ("  b: {train: y, labels: [good, 010]}", 'put it in quotes: "010"'),
     ("  b: {train: y, labels: [12:30, ~]}", 'put it in quotes: "12:30"'),
     ("  b: {train: y, labels: [null, good]}", 'put it in quotes: "null"'),
-    ("run: {name: 2026-02-20}", """'run.name': 2026-02-20 is no text to YAML; put it in quotes: "2026-02-20\""""),
+    ("run: {name: 2026-02-20}", """'run.name': 2026-02-20 is not text in YAML; put it in quotes: "2026-02-20\""""),
     ("run: {name: 2026-02-30}", "line 5: 2026-02-30 looks like a date and is not a valid one"),
     ("run: " + "[" * 3000 + "]" * 3000, "nested more than 50 levels deep"),
     ("run: &run [*run]", "nested more than 50 levels deep"),
@@ -361,13 +361,13 @@ def test_no_number_of_the_settings_takes_what_is_none_or_beyond_all_bounds(raw, 
 @pytest.mark.parametrize("value", ["true", "[true]", "[1, off]"])
 @pytest.mark.parametrize("place", ["compare.lora.lr", "compare.fine_tuning.lr", "compare.hard_prompts.shots"])
 def test_a_list_of_numbers_takes_no_yes_for_one(raw, place, value):
-    with pytest.raises(SettingsError, match=rf"{place}': .* is no number; give one"):
+    with pytest.raises(SettingsError, match=rf"{place}': .* is not a number; give one"):
         parse_settings(raw, [f"{place}={value}"])
 
 
 @pytest.mark.parametrize(
     ("value", "told"),
-    [("1", r"train': 1 is no text"), ("[1, x]", r"train\.0': 1 is no text"), ("{a: 1}", "train': input")],
+    [("1", r"train': 1 is not text"), ("[1, x]", r"train\.0': 1 is not text"), ("{a: 1}", "train': input")],
 )
 def test_a_path_that_is_none_is_told_in_one_sentence(raw, value, told):
     with pytest.raises(SettingsError, match=told) as caught:

@@ -72,7 +72,8 @@ def make_layout(lengths: Sequence[int], parents: Sequence[int | None], device: t
 
 def run_packed(model: Any, embeddings: Tensor, layout: Layout, given: Sequence[PromptState] = ()) -> Tensor:
     """Last hidden states `[N, H]` of packed input embeddings `[N, H]`, behind the layout's given segments."""
-    # A token's position counts its ancestors' tokens, not its neighbours in the packed row.
+    # A token's position counts its ancestors' tokens, not its neighbours in the packed row: every row has its prompt as
+    # if to itself. A prompt that many rows share runs once, and autograd sums their gradients in its keys and values.
     positions = torch.as_tensor(layout.segments.positions()[None], dtype=torch.long, device=layout.device)
     with _packed_attention(model):
         output = model.base_model(
@@ -114,6 +115,8 @@ def _attend(
     """transformers' attention interface: q `[1, A, N, D]`, k and v `[1, A', N, D]` -> `[1, N, A, D]`."""
     assert attention_mask is None and dropout == 0.0
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, A, D]
+    # A prompt whose keys and values are given was run before, by itself: it attends to nothing but itself, so they are
+    # the same behind whatever input, and a service need not compute them again.
     if given:  # [G + N, A', D]
         k = torch.cat([*(state.keys[module.layer_idx] for state in given), k])
         v = torch.cat([*(state.values[module.layer_idx] for state in given), v])

@@ -1,22 +1,21 @@
 """Aliases: append-only moves `aliases/<name>/<seq>.json`; the highest seq is the current one."""
 
-from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
 
-from pipeline.bank.manifest import NAME, Digest, Frozen, Id, Name, Unknown, UtcTime, check_name, new_id, utc_now
+from pipeline.bank.access import BankAccess
+from pipeline.bank.manifest import NAME, Digest, Id, Name, StoredModel, UtcTime, check_name, new_id, utc_now
 from pipeline.bank.sealed import canonical, check_sealed, parse, seal
-from pipeline.bank.source import Source
 from pipeline.bank.store import Store
 from pipeline.bank.versions import Version, numbered
-from pipeline.errors import BankError
+from pipeline.errors import BankError, UnknownNameError
 
 _MAX_MOVE_BYTES = 64 * 2**10
 Action = Literal["publish", "promote", "rollback"]
 
 
-class AliasMove(Frozen):
+class AliasMove(StoredModel):
     """One move of an alias to a version."""
 
     format: Literal[1] = 1
@@ -28,7 +27,7 @@ class AliasMove(Frozen):
     action: Action
     time: UtcTime
     id: Id
-    """Random: tells two moves of the same kind, by the same person, in the same second, apart."""
+    """Random; it tells apart two moves of the same kind, by the same person, in the same second."""
     by: str
     """The run or person that moved it."""
 
@@ -37,76 +36,83 @@ def check_alias(alias: str) -> None:
     """Raises: BankError when `name@alias` could not be told from `name@version`."""
     check_name("alias", alias)
     if alias.isdecimal():
-        raise Unknown(f"the alias name '{alias}' is refused: a number stands for a version; begin it with a letter")
+        raise UnknownNameError(
+            f"the alias name '{alias}' is refused: a number stands for a version; begin it with a letter"
+        )
 
 
 def alias_folders(store: Store) -> tuple[str, ...]:
-    """Names under which an alias' moves may lie, sorted; files beside them are let be. Raises: StorageError.
+    """Names under which an alias' moves may lie, sorted; files beside them are ignored. Raises: StorageError.
 
-    A folder without a move is no alias: a publisher whose disk was full, or a console, has made it.
+    A folder without a move is no alias: a publisher whose disk was full made it, or a cloud's console.
     """
     files = {entry.name for entry in store.list_files("aliases")}
     names = sorted(set(store.list_names("aliases")) - files)
     return tuple(name for name in names if NAME.fullmatch(name) and not name.isdecimal())
 
 
-def current_move(source: Source, alias: str) -> AliasMove | None:
-    """The move in force, None when the alias was never set. Raises: BankError, StorageError."""
+def current_move(access: BankAccess, alias: str) -> AliasMove | None:
+    """The current move of an alias, None when it was never set. Raises: BankError, StorageError."""
     check_alias(alias)
-    seqs = numbered(source.store, f"aliases/{alias}")
+    seqs = numbered(access.store, f"aliases/{alias}")
     if not seqs:
         return None
-    move, data = _read(source.store, alias, seqs[-1])
-    if source.cache:
-        source.cache.keep_move(source.store.uri, alias, data)
+    move, data = _read(access.store, alias, seqs[-1])
+    if access.cache:
+        access.cache.keep_move(access.store.uri, alias, data)
     return move
 
 
-def remembered_move(source: Source, alias: str) -> AliasMove | None:
-    """Where the alias stood when this machine last saw it; None when it never did. Raises: BankError."""
-    data = source.cache.last_move(source.store.uri, alias) if source.cache else None
-    return None if data is None else _parsed(data, f"the cached alias '{alias}' of {source.store.uri}")
+def cached_move(access: BankAccess, alias: str) -> AliasMove | None:
+    """The last move that this machine read, None when it read none. Raises: BankError."""
+    data = access.cache.last_move(access.store.uri, alias) if access.cache else None
+    return None if data is None else _parsed(data, f"the cached alias '{alias}' of {access.store.uri}")
 
 
-def alias_moves(source: Source, alias: str) -> tuple[AliasMove, ...]:
+def alias_moves(access: BankAccess, alias: str) -> tuple[AliasMove, ...]:
     """All moves, oldest first. Raises: BankError, StorageError."""
     check_alias(alias)
-    return tuple(_read(source.store, alias, seq)[0] for seq in numbered(source.store, f"aliases/{alias}"))
+    return tuple(_read(access.store, alias, seq)[0] for seq in numbered(access.store, f"aliases/{alias}"))
 
 
-def advance_alias(source: Source, alias: str, version: int, digest: str, by: str) -> None:
+def advance_alias(access: BankAccess, alias: str, version: int, digest: str, by: str) -> None:
     """Move an alias to a new version, unless a later one overtook it. Raises: BankError, StorageError."""
     while True:
-        current = current_move(source, alias)
-        # A later version descends from this one and holds its prompts: going back would hide the other's.
+        current = current_move(access, alias)
+        # A later version descends from this one and holds its prompts; going back would hide the later one's.
         if current is not None and current.version >= version:
             return
-        if _move(source.store, alias, current, version, digest, "publish", by):
+        if _move(access.store, alias, current, version, digest, "publish", by):
             return
 
 
-def promote_alias(source: Source, alias: str, version: Version, by: str) -> AliasMove:
+def promote_alias(access: BankAccess, alias: str, version: Version, by: str) -> AliasMove:
     """Move an alias to any version, forward or back. Raises: BankError, StorageError."""
     while True:
-        current = current_move(source, alias)
-        move = _move(source.store, alias, current, version.header.version, version.seal.digest, "promote", by)
+        current = current_move(access, alias)
+        move = _move(access.store, alias, current, version.header.version, version.seal.digest, "promote", by)
         if move is not None:
             return move
 
 
-def rollback_alias(source: Source, alias: str, by: str) -> AliasMove:
+def rollback_alias(access: BankAccess, alias: str, by: str) -> AliasMove:
     """Undo the alias' last move; undoing twice goes two back. Raises: BankError, StorageError."""
-    moves = alias_moves(source, alias)
+    moves = alias_moves(access, alias)
     if not moves:
-        raise BankError(f"there is no alias '{alias}' in {source.store.uri}; promote a version to it first")
-    standing = _standing(moves)
-    if len(standing) < 2:
+        raise BankError(f"there is no alias '{alias}' in {access.store.uri}; promote a version to it first")
+    not_undone: list[AliasMove] = []
+    for move in moves:
+        if move.action != "rollback":
+            not_undone.append(move)
+        elif not_undone:
+            not_undone.pop()
+    if len(not_undone) < 2:
         raise BankError(f"the alias '{alias}' cannot be rolled back: no move is left before the current one")
-    target = standing[-2]
-    move = _move(source.store, alias, moves[-1], target.version, target.manifest, "rollback", by)
-    if move is None:
+    target = not_undone[-2]
+    undone = _move(access.store, alias, moves[-1], target.version, target.manifest, "rollback", by)
+    if undone is None:
         raise BankError(f"the alias '{alias}' was moved by someone else just now: look at it, then try again")
-    return move
+    return undone
 
 
 def _read(store: Store, alias: str, seq: int) -> tuple[AliasMove, bytes]:
@@ -119,21 +125,10 @@ def _read(store: Store, alias: str, seq: int) -> tuple[AliasMove, bytes]:
     return move, data
 
 
-def _standing(moves: Sequence[AliasMove]) -> list[AliasMove]:
-    """The moves that were not undone."""
-    standing: list[AliasMove] = []
-    for move in moves:
-        if move.action != "rollback":
-            standing.append(move)
-        elif standing:
-            standing.pop()
-    return standing
-
-
 def _move(
     store: Store, alias: str, current: AliasMove | None, version: int, digest: str, action: Action, by: str
 ) -> AliasMove | None:
-    """The new move, None when another one took its number."""
+    """The new move, None when another writer took its number first."""
     seq = current.seq + 1 if current else 1
     move = AliasMove(
         alias=alias, seq=seq, version=version, manifest=digest, action=action, time=utc_now(), id=new_id(), by=by

@@ -1,6 +1,6 @@
-"""Files of banks kept on the local disk, by digest: shared by banks and processes, and there after a restart.
+"""Files of banks on the local disk, by digest: shared by banks and processes, and kept over restarts.
 
-What is read from here is verified like what comes from the store. A cache that cannot be written only costs time.
+What is read from here is verified like what comes from the store. A cache that cannot be written costs time only.
 """
 
 import hashlib
@@ -12,14 +12,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from pipeline.bank.content import OpenFile, open_file
+from pipeline.bank.content import FileContent, open_file
 from pipeline.errors import BankError, StorageError
 
 _log = logging.getLogger(__name__)
 DEFAULT_LIMIT = 4 * 2**30
 _DIGESTS, _MOVES, _STATEMENTS = "sha256", "moves", "statements"
-_LOOKS = 32
-"""How often the folder is looked through while as much as it may hold is written to it."""
+_SCANS = 32
+"""How often the folder is scanned while as many bytes as it may hold are written to it."""
 
 
 def default_cache() -> Path | None:
@@ -33,40 +33,40 @@ def default_cache() -> Path | None:
 
 
 class Cache:
-    """A folder of at most `limit` bytes, give or take a few percent; what was not used for longest leaves first."""
+    """A folder of about `limit` bytes at most; the least recently used files are deleted first."""
 
     def __init__(self, folder: str | Path, limit: int = DEFAULT_LIMIT) -> None:
         self._folder = Path(folder).expanduser()
         self._limit = limit
-        self._unchecked = limit  # bytes written since the folder was last looked through; at first unknown
+        self._unchecked = limit  # bytes written since the folder was last scanned; unknown at first
 
     def where(self, digest: str) -> str:
         return str(self._folder / _DIGESTS / digest)
 
-    def find(self, digest: str) -> OpenFile | None:
-        """The file that was kept under a digest, to be verified by the caller."""
+    def find(self, digest: str) -> FileContent | None:
+        """The cached file of this digest, which the caller must verify."""
         path = self.where(digest)
         try:
-            content = OpenFile(open_file(path), lambda error: StorageError(f"cannot read {path}: {error}"))
+            content = FileContent(open_file(path), lambda error: StorageError(f"cannot read {path}: {error}"))
         except (OSError, BankError):
             return None
         with suppress(OSError):
-            os.utime(path)  # used now
+            os.utime(path)  # so that it counts as used
         return content
 
     def keep(self, digest: str, data: bytes) -> None:
         self._write(self._folder / _DIGESTS / digest, data)
         self._unchecked += len(data)
-        if self._unchecked > self._limit / _LOOKS:  # looking through many files at every write would be slow
+        if self._unchecked > self._limit / _SCANS:  # scanning many files at every write would be slow
             self._unchecked = 0
-            self._forget_oldest()
+            self._delete_oldest()
 
     def drop(self, digest: str) -> None:
         with suppress(OSError):
             os.unlink(self.where(digest))
 
     def keep_move(self, uri: str, alias: str, data: bytes) -> None:
-        """Remember where an alias of a bank stood, for a start while the store is gone."""
+        """Remember the current move of an alias, so that a bank can be opened while its store is unreachable."""
         if self.last_move(uri, alias) != data:
             self._write(self._move_path(uri, alias), data)
 
@@ -76,13 +76,13 @@ class Cache:
         return None
 
     def keep_statements(self, uri: str, statements: Sequence[bytes]) -> None:
-        """Remember what a bank's statements on backbones were, for a start while the store is gone."""
+        """Remember a bank's statements on backbones, so that they are known while its store is unreachable."""
         if self.last_statements(uri) != list(statements):
             document = json.dumps([each.decode(errors="replace") for each in statements])
             self._write(self._statements_path(uri), document.encode())
 
     def last_statements(self, uri: str) -> list[bytes] | None:
-        """Oldest first, to be verified by the caller."""
+        """The remembered statements, oldest first, which the caller must verify."""
         with suppress(OSError, BankError, ValueError), open(open_file(self._statements_path(uri)), "rb") as file:
             return [str(each).encode() for each in json.load(file)]
         return None
@@ -103,7 +103,7 @@ class Cache:
             finally:
                 temporary.unlink(missing_ok=True)
 
-    def _forget_oldest(self) -> None:
+    def _delete_oldest(self) -> None:
         with self._only_a_warning():
             files = [(item.stat(), item.path) for item in os.scandir(self._folder / _DIGESTS) if item.is_file()]
             total = sum(stat.st_size for stat, _ in files)

@@ -1,4 +1,4 @@
-"""`PromptBank`: what a job or a service holds in its hand."""
+"""`PromptBank`: the object through which jobs and services use a bank."""
 
 import logging
 import re
@@ -9,30 +9,38 @@ from pathlib import Path
 
 from pipeline.bank import aliases
 from pipeline.bank import publish as publishing
+from pipeline.bank.access import BankAccess, open_store
 from pipeline.bank.aliases import AliasMove
 from pipeline.bank.cache import Cache, default_cache
-from pipeline.bank.collect import DEFAULT_GRACE, Collected, collect
-from pipeline.bank.manifest import BackboneId, Manifest, Unknown
-from pipeline.bank.publish import NewPrompt, Publication, Standing
-from pipeline.bank.sameness import SameBackbone, read_statement, read_statements, same_as, state
+from pipeline.bank.collect import DEFAULT_GRACE, CollectedFiles, collect
+from pipeline.bank.manifest import BackboneId, Manifest
+from pipeline.bank.publish import CarriedPrompt, NewPrompt, Publication
+from pipeline.bank.same_backbone import SameBackbone, append_statement, read_statement, read_statements, same_as
 from pipeline.bank.snapshot import Prompt, Snapshot
-from pipeline.bank.source import Source, open_store
 from pipeline.bank.verify import Verification, verify_bank
 from pipeline.bank.versions import Version, read_version, version_numbers
 from pipeline.bank.watch import Watcher, WatchEvent
-from pipeline.errors import BankError, StorageError
+from pipeline.errors import BankError, StorageError, UnknownNameError
 
 _log = logging.getLogger(__name__)
-_OTHERS = 4
-"""Versions beside the current one that stay open, for references such as `name@3`."""
+_MOST_OTHERS = 4
+"""Most versions beside the current one that stay open, for references such as `name@3`."""
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 
 
 class PromptBank:
-    """One bank, seen at the version that its alias named when it was opened or last refreshed."""
+    """One bank, seen at the version that its alias named when it was opened or last refreshed.
 
-    def __init__(self, source: Source, alias: str) -> None:
-        self._source = source
+    from promptbank import PromptBank
+
+    bank = PromptBank.open("s3://models/prompts", "prod")
+    prompt = bank.load("sentiment")
+    prompt.array  # [P, H] float32
+    prompt.record.template.input  # "{text}"
+    """
+
+    def __init__(self, access: BankAccess, alias: str) -> None:
+        self._access = access
         self._alias = alias
         self._current: Snapshot | None = None
         self._swap = threading.Lock()
@@ -54,7 +62,7 @@ class PromptBank:
 
         `create` makes the folder and accepts a bank in which the alias is not set yet (version 0).
         `cache` is a local folder that keeps what was read; an object store has one unless told otherwise
-        (`default_cache`). With it a bank opens even while its store is gone, at the version last seen there.
+        (`default_cache`). With it a bank opens even while its store is unreachable, at the version last seen there.
         `trusted_keys` are public keys in PEM files: a manifest that none of them signed is refused.
         `signing_key` is the private key in a PEM file that signs what this object publishes.
         Raises: BankError when there is no bank or alias, or it is damaged; StorageError.
@@ -78,56 +86,56 @@ class PromptBank:
         trusted_keys: Sequence[str | Path] = (),
         signing_key: str | Path | None = None,
     ) -> "PromptBank":
-        """As `open`, but nothing of the bank is read yet: for its upkeep, while an alias is unset or a file damaged.
+        """As `open`, but nothing of the bank is read yet, so that it works while an alias is unset or a file damaged.
 
         Raises: BankError when the folder or a key is missing, StorageError.
         """
         store = open_store(uri, create)
         if cache is None and "://" in store.uri:
             cache = default_cache()
-        source = Source(store, Cache(cache) if cache else None)
+        access = BankAccess(store, Cache(cache) if cache else None)
         if trusted_keys or signing_key:
             from pipeline.bank.signing import load_signing_key, load_trusted_keys
 
             trusted = load_trusted_keys(trusted_keys)
             sign = load_signing_key(signing_key, trusted) if signing_key else None
-            source = replace(source, trusted=trusted, sign=sign)
-        return cls(source, alias)
+            access = replace(access, trusted=trusted, sign=sign)
+        return cls(access, alias)
 
     @property
     def uri(self) -> str:
-        return self._source.store.uri
+        return self._access.store.uri
 
     @property
     def alias(self) -> str:
-        """What a bare name is looked up by."""
+        """The alias that a name without a revision is looked up by."""
         return self._alias
 
     @property
     def current(self) -> Snapshot | None:
-        """The version seen now, for several reads that must not see two; None while the alias was never set."""
+        """The version seen now, for several reads that must see one version; None while the alias was never set."""
         return self._current
 
     @property
     def version(self) -> int:
-        """The version that a bare name is loaded from; 0 while the alias was never set."""
+        """Number of the version that a name without a revision is loaded from; 0 while the alias was never set."""
         return self._current.version if self._current else 0
 
     def refresh(self) -> int:
         """Read the alias again and return the version seen from now on.
 
-        The prompts in use are read from the new version before it takes the old one's place: when one of
-        them is damaged, the store is gone, or they belong to another backbone now, the old version stays.
+        The prompts in use are read from the new version before it replaces the old one. When one of them is damaged,
+        the store is unreachable, or they belong to another backbone now, the old version stays.
         Raises: BankError, StorageError.
         """
         with self._swap:
-            move = aliases.current_move(self._source, self._alias)
+            move = aliases.current_move(self._access, self._alias)
             if move is not None and (self._current is None or move.manifest != self._current.digest):
                 self._current = self._successor(move)
         return self.version
 
     def watch(self, on_event: Callable[[WatchEvent], None] = lambda event: None, every: float = 10.0) -> Watcher:
-        """Refresh every so many seconds in the background, until the watcher is stopped."""
+        """Refresh every `every` seconds in the background, until the watcher is stopped."""
         return Watcher(self.refresh, self.version, every, on_event)
 
     def names(self) -> tuple[str, ...]:
@@ -157,8 +165,10 @@ class PromptBank:
             return self._snapshot(int(revision))
         if revision.isdecimal():
             rule = "from 1 on, of at most 18 digits and without a zero in front"
-            raise Unknown(f"the version '{revision}' is refused: a number stands for a version; give one {rule}")
-        move = aliases.current_move(self._source, revision)
+            raise UnknownNameError(
+                f"the version '{revision}' is refused: a number stands for a version; give one {rule}"
+            )
+        move = aliases.current_move(self._access, revision)
         if move is None:
             raise self._no_alias(revision)
         return self._snapshot(move.version, move.manifest)
@@ -169,53 +179,55 @@ class PromptBank:
 
     def versions(self) -> tuple[int, ...]:
         """All versions, ascending, whatever the aliases say. Raises: StorageError."""
-        return version_numbers(self._source.store)
+        return version_numbers(self._access.store)
 
     def aliases(self) -> dict[str, int]:
         """Every alias and its version now. Raises: BankError, StorageError."""
-        moves = (aliases.current_move(self._source, alias) for alias in aliases.alias_folders(self._source.store))
+        moves = (aliases.current_move(self._access, alias) for alias in aliases.alias_folders(self._access.store))
         return {move.alias: move.version for move in moves if move}
 
     def alias_move(self, alias: str) -> AliasMove | None:
-        """The move of an alias that is in force, None when it was never set. Raises: BankError, StorageError."""
-        return aliases.current_move(self._source, alias)
+        """The current move of an alias, None when it was never set. Raises: BankError, StorageError."""
+        return aliases.current_move(self._access, alias)
 
     def alias_history(self, alias: str) -> tuple[AliasMove, ...]:
         """All moves of an alias, oldest first. Raises: BankError, StorageError."""
-        return aliases.alias_moves(self._source, alias)
+        return aliases.alias_moves(self._access, alias)
 
     def check_backbone(self, backbone: BackboneId) -> None:
-        """What `publish` would refuse, before any work. Raises: BankError naming both backbones, StorageError."""
-        publishing.check_backbone(self._source, backbone)
+        """Refuse a backbone that `publish` would refuse. Raises: BankError naming both backbones, StorageError."""
+        publishing.check_backbone(self._access, backbone)
 
     def check_fit(self) -> None:
-        """Whether the store can be published to, before any work: asked by writing to it, which readers need not.
+        """Refuse a store that cannot be published to, found out by writing a probe to it, before any work is done.
 
         Raises: BankError when it cannot keep a bank, StorageError.
         """
-        self._source.store.check_fit()
+        self._access.store.check_fit()
 
     def same_backbones(self) -> tuple[SameBackbone, ...]:
         """All statements that two backbones are the same, oldest first. Raises: BankError, StorageError."""
-        return read_statements(self._source)
+        return read_statements(self._access)
 
     def same_as(self, backbone: BackboneId) -> tuple[BackboneId, ...]:
         """All backbones that are stated to be the same as this one, itself first. Raises: BankError, StorageError."""
-        return tuple(same_as(self._source, backbone).values())
+        return tuple(same_as(self._access, backbone).values())
 
     def state_same_backbone(
         self, first: BackboneId, second: BackboneId, *, rows: int, largest_difference: float, by: str
     ) -> SameBackbone:
-        """State that two backbones are the same, compared on so many rows of text; the largest difference is in nats.
+        """State that two backbones are the same.
+
+        rows: rows of text that they were compared on; largest_difference: between their log-likelihoods, in nats.
 
         Signed when this object has a signing key. Raises: BankError when that cannot be, StorageError.
         """
-        return state(self._source, first, second, rows, largest_difference, by, same=True)
+        return append_statement(self._access, first, second, rows, largest_difference, by, same=True)
 
     def take_back_same_backbone(self, seq: int, by: str) -> SameBackbone:
         """State that the two backbones of a statement are not the same after all. Raises: BankError, StorageError."""
-        old = read_statement(self._source, seq)
-        return state(self._source, old.first, old.second, 0, 0.0, by, same=False)
+        old = read_statement(self._access, seq)
+        return append_statement(self._access, old.first, old.second, 0, 0.0, by, same=False)
 
     def publish(
         self,
@@ -225,7 +237,7 @@ class PromptBank:
         libraries: Mapping[str, str],
         alias: str | None,
         *,
-        standing: Sequence[Standing] = (),
+        carried: Sequence[CarriedPrompt] = (),
         removed: Mapping[str, str] | None = None,
         new_backbone: bool = False,
     ) -> int:
@@ -233,61 +245,61 @@ class PromptBank:
 
         This object sees the new version when `alias` is its own. The parent is the newest version: its
         prompts that are not named here are carried forward by reference, and a kept or failed prompt keeps
-        the parent's blob when there is one. `standing` prompts stay as another version has them, `removed` ones
+        the parent's blob when there is one. `carried` prompts stay as another version has them, `removed` ones
         (name -> why) are not carried forward. `new_backbone` allows a parent of another backbone, and then carries
         nothing. Prompts that are not finite, wrongly shaped or wrongly named, and another backbone, are refused
         before anything is written.
         Raises: BankError, StorageError (full disk, no permission): readers then see the version before.
         """
-        new = Publication(prompts, backbone, run, libraries, standing, removed or {}, new_backbone)
-        number = publishing.publish(self._source, new, alias)
+        new = Publication(prompts, backbone, run, libraries, carried, removed or {}, new_backbone)
+        number = publishing.publish(self._access, new, alias)
         if alias is not None:
             self._follow(alias)
         return number
 
     def advance(self, alias: str, version: int, by: str) -> None:
-        """Move an alias to a later version; one that is at it or beyond stays. Raises: BankError, StorageError."""
+        """Move an alias to a later version, unless it is there or beyond already. Raises: BankError, StorageError."""
         aliases.check_alias(alias)
-        aliases.advance_alias(self._source, alias, version, self._read(version).seal.digest, by)
+        aliases.advance_alias(self._access, alias, version, self._read(version).seal.digest, by)
         self._follow(alias)
 
     def promote(self, version: int, alias: str, by: str) -> AliasMove:
         """Move an alias to any version, forward or back. Raises: BankError, StorageError."""
         aliases.check_alias(alias)
-        move = aliases.promote_alias(self._source, alias, self._read(version), by)
+        move = aliases.promote_alias(self._access, alias, self._read(version), by)
         self._follow(alias)
         return move
 
     def rollback(self, alias: str, by: str) -> AliasMove:
         """Undo an alias' last move; undoing twice goes two back. Raises: BankError, StorageError."""
-        move = aliases.rollback_alias(self._source, alias, by)
+        move = aliases.rollback_alias(self._access, alias, by)
         self._follow(alias)
         return move
 
     def verify(self, on_step: Callable[[str], None] = lambda place: None) -> Verification:
-        """Read everything and tell what is wrong; repairs nothing. Raises: StorageError."""
-        return verify_bank(replace(self._source, cache=None), on_step)
+        """Read the whole bank and list what is wrong; repairs nothing. Raises: StorageError."""
+        return verify_bank(replace(self._access, cache=None), on_step)
 
-    def collect(self, grace: float = DEFAULT_GRACE, dry_run: bool = False) -> Collected:
-        """Delete blobs that no version refers to and what killed publishers left, older than `grace` seconds.
+    def collect(self, grace: float = DEFAULT_GRACE, dry_run: bool = False) -> CollectedFiles:
+        """Delete blobs that no version refers to, and temporaries of killed publishers, older than `grace` seconds.
 
         Raises: BankError when a version is damaged (then nothing is deleted), StorageError.
         """
-        return collect(replace(self._source, cache=None), grace, dry_run)
+        return collect(replace(self._access, cache=None), grace, dry_run)
 
     def _follow(self, alias: str) -> None:
-        """See a move that was made: it stands even when a prompt in use cannot be read from its version."""
+        """Refresh after a move of this alias. The move holds even when a prompt in use cannot be read any more."""
         if alias == self._alias:
             try:
                 self.refresh()
             except (BankError, StorageError) as error:
-                _log.warning("'%s' was moved, and this reader stays at version %d: %s", alias, self.version, error)
+                _log.warning("'%s' was moved, but this reader stays at version %d: %s", alias, self.version, error)
 
     def _start(self) -> None:
         try:
             self.refresh()
         except StorageError as error:
-            move = aliases.remembered_move(self._source, self._alias)
+            move = aliases.cached_move(self._access, self._alias)
             if move is None:
                 raise
             self._current = self._snapshot(move.version, move.manifest)
@@ -296,15 +308,15 @@ class PromptBank:
     def _successor(self, move: AliasMove) -> Snapshot:
         successor = self._snapshot(move.version, move.manifest)
         seen: set[str] = set()
-        # Statements are read here, in the watch's thread, and not by whoever asks next.
+        # Statements are read here, in the watcher's thread, and not by the next caller of `load`.
         for backbone in self._current.readers if self._current else ():
             successor.check_backbone(backbone)
-        # Until no other prompt has come into use meanwhile.
+        # Again until no further prompt has come into use meanwhile.
         while self._current is not None and (fresh := set(self._current.used) - seen):
             successor.check_backbone(self._current.backbone)
             for name in fresh:
                 record = successor.record(name)
-                if record is not None and record.digest is not None:  # a task that has left is no damage
+                if record is not None and record.digest is not None:  # a task that has left the bank is no error
                     successor.load(name)
             seen |= fresh
         return successor
@@ -315,19 +327,21 @@ class PromptBank:
             return current  # a version never changes
         known = self._others.get(number)
         if known is None or digest not in (None, known.digest):
-            known = Snapshot(self._source, self._read(number, digest))
+            known = Snapshot(self._access, self._read(number, digest))
             with self._swap_others:
                 self._others[number] = known
-                while len(self._others) > _OTHERS:
+                while len(self._others) > _MOST_OTHERS:
                     del self._others[next(iter(self._others))]
         return known
 
     def _read(self, number: int, digest: str | None = None) -> Version:
-        return read_version(self._source, number, digest)
+        return read_version(self._access, number, digest)
 
     def _no_alias(self, alias: str) -> BankError:
         numbers = self.versions()
         if not numbers:
-            return BankError(f"there is no prompt bank at {self.uri}: publish to it first, or mend the path")
+            return BankError(f"there is no prompt bank at {self.uri}: publish to it first, or fix the path")
         known = ", ".join(sorted(self.aliases())) or "none"
-        return Unknown(f"the bank {self.uri} has no alias '{alias}'; known: {known}; newest version: {numbers[-1]}")
+        return UnknownNameError(
+            f"the bank {self.uri} has no alias '{alias}'; known: {known}; newest version: {numbers[-1]}"
+        )

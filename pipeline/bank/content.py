@@ -14,15 +14,15 @@ _BLOCK = 2**16
 
 
 class Content(Protocol):
-    """Bytes that lie somewhere. `read` gives fewer than asked for when they have become fewer."""
+    """Bytes in memory or in a file. `read` returns fewer than asked for when the file has become shorter."""
 
     size: int
 
     def read(self, start: int, end: int) -> bytes:
-        """Raises: StorageError."""
+        """The bytes from `start` to `end`. Raises: StorageError."""
 
 
-class Bytes:
+class MemoryContent:
     """Content in memory."""
 
     def __init__(self, data: bytes) -> None:
@@ -43,12 +43,12 @@ _KINDS = {
 
 
 def open_file(path: str | Path) -> int:
-    """A descriptor of a regular file, or of the one that a link leads to; nothing else is opened, or waited for.
+    """A descriptor of a regular file, or of the one that a link leads to; no other kind is opened or waited for.
 
     Raises: BankError when something else lies there, OSError.
     """
-    _refuse_other_kinds(path, os.stat(path).st_mode)  # before: to open a device can move it
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO that came in between has no writer to wait for
+    _refuse_other_kinds(path, os.stat(path).st_mode)  # before opening: to open a tape device can move it
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # returns at once from a FIFO put there in between
     try:
         _refuse_other_kinds(path, os.fstat(file).st_mode)
     except BankError:
@@ -63,8 +63,8 @@ def _refuse_other_kinds(path: str | Path, mode: int) -> None:
         raise BankError(f"{path} is refused: it is {kind} where a file belongs; remove it, or put the file back")
 
 
-class OpenFile:
-    """Content of a file that stays readable after its name is gone; closed when no longer referred to."""
+class FileContent:
+    """Content of an open file, readable even after the file is deleted; closed when no longer referred to."""
 
     def __init__(self, file: int, fail: Callable[[OSError], Exception]) -> None:
         self._file = file
@@ -81,15 +81,15 @@ class OpenFile:
         close(self._file)
 
 
-class Damaged(Exception):
-    """Content is not what it was or should be; the caller knows its name."""
+class DamagedContentError(Exception):
+    """The content is not what was verified. The caller knows the file's name and adds it."""
 
 
-class Verified:
+class VerifiedContent:
     """Content whose bytes were hashed once, and are checked again block by block when they are read later.
 
-    The second check tells a disk that changed under an open reader. It is Adler-32, a third of the cost of
-    SHA-256, so that a large manifest opens fast; against forgery stands the SHA-256 alone.
+    The second check finds a file that changed under an open reader. It is Adler-32, which costs a third of SHA-256,
+    so that a large manifest opens fast. Only the SHA-256 protects against forgery.
     """
 
     def __init__(self, content: Content, sha256_from: int = 0) -> None:
@@ -106,21 +106,21 @@ class Verified:
         self._checks = checks
 
     def go_on_from(self, content: Content) -> None:
-        """Read the same bytes from elsewhere from now on."""
+        """Read the same bytes from another place from now on."""
         self._content = content
 
     def read(self, start: int, end: int) -> bytes:
-        """Raises: Damaged when the bytes have changed since, StorageError."""
+        """The bytes from `start` to `end`. Raises: DamagedContentError when they have changed, StorageError."""
         first, last = start // _BLOCK, -(-min(end, self.size) // _BLOCK)
         data = self._content.read(first * _BLOCK, min(last * _BLOCK, self.size))
         for block in range(first, last):
             at = (block - first) * _BLOCK
             if zlib.adler32(data[at : at + _BLOCK]) != self._checks[block]:
-                raise Damaged
+                raise DamagedContentError
         return data[start - first * _BLOCK : end - first * _BLOCK]
 
     def find(self, byte: bytes, start: int, end: int) -> int:
-        """Offset of the first `byte` in `[start, end)`, -1 when there is none. Raises: Damaged, StorageError."""
+        """Offset of the first `byte` in `[start, end)`, else -1. Raises: DamagedContentError, StorageError."""
         while start < end:
             stop = min(start - start % _BLOCK + _BLOCK, end)
             if (found := self.read(start, stop).find(byte)) >= 0:
@@ -129,7 +129,7 @@ class Verified:
         return -1
 
     def rfind(self, byte: bytes, start: int, end: int) -> int:
-        """Offset of the last `byte` in `[start, end)`, -1 when there is none. Raises: Damaged, StorageError."""
+        """Offset of the last `byte` in `[start, end)`, else -1. Raises: DamagedContentError, StorageError."""
         while start < end:
             begin = max(start, (end - 1) // _BLOCK * _BLOCK)
             if (found := self.read(begin, end).rfind(byte)) >= 0:
@@ -138,7 +138,7 @@ class Verified:
         return -1
 
     def lines(self, start: int, end: int) -> Iterator[bytes]:
-        """Lines of `[start, end)` without their line breaks. Raises: Damaged, StorageError."""
+        """Lines of `[start, end)` without their line breaks. Raises: DamagedContentError, StorageError."""
         rest = b""
         for at in range(start - start % _BLOCK, end, _BLOCK):
             *whole, rest = (rest + self.read(max(at, start), min(at + _BLOCK, end))).split(b"\n")

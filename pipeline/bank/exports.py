@@ -1,7 +1,7 @@
 """Prompts as other people's tools read them: PEFT, google-research/prompt-tuning, vLLM. The way back: imports.py.
 
-Nothing is overwritten, and an export is there whole or not at all: its files are written into a temporary
-folder beside it, whose name begins with a dot, and then moved.
+Nothing is overwritten, and an export appears whole or not at all: its files are written into a temporary folder
+beside it, whose name begins with a dot, and are then moved.
 Shapes: P prompt tokens, T tokens, H hidden.
 """
 
@@ -28,7 +28,7 @@ DESCRIPTION = "prompt.json"
 def export_peft(prompt: Prompt, folder: str | Path, base_model: str) -> Path:
     """Write a PEFT adapter that `PeftModel.from_pretrained(model, folder)` loads; returns the folder.
 
-    `base_model` is a folder or hub name, noted for PEFT's users; nothing is looked up there. An
+    `base_model` is a folder or hub name that PEFT shows its users; nothing is read from it. An
     encoder-decoder prompt stands before the encoder alone, as it was tuned.
     Raises: BankError when the folder holds anything already, StorageError.
     """
@@ -50,7 +50,7 @@ def export_npy(prompt: Prompt, path: str | Path) -> Path:
         raise BankError(f"{path}: the name of a NumPy file must end in .npy")
     array = io.BytesIO()
     np.save(array, prompt.array, allow_pickle=False)
-    # The array last: where it is, its description is too.
+    # The array comes last: where it is, its description is too.
     files = {f"{place.stem}.{DESCRIPTION}": _description(prompt), place.name: array.getvalue()}
     linked: list[Path] = []
     with _staged(place, files) as staged:
@@ -163,7 +163,7 @@ def _peft_config(prompt: Prompt, base_model: str) -> dict[str, Any]:
 
 
 def _description(prompt: Prompt) -> bytes:
-    """What belongs to the array: without the template that it was tuned with, a prompt is of no use."""
+    """What a user of the array must know: a prompt works only with the template that it was tuned with."""
     record, backbone = prompt.record, prompt.backbone
     fields = {
         "name": record.name,
@@ -194,7 +194,7 @@ def _create_folder(folder: str | Path, prompt: Prompt, files: Mapping[str, bytes
 
 @contextmanager
 def _staged(place: Path, files: Mapping[str, bytes]) -> Iterator[Path]:
-    """A new folder beside `place` that holds the files; what is not moved away from it is removed again."""
+    """A temporary folder beside `place` that holds the files; it is removed with all that was not moved out of it."""
     staged = place.parent / f".{uuid4().hex}.tmp"
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -59,11 +59,11 @@ def import_npy(path: str | Path) -> np.ndarray:
     place = Path(path).expanduser()
     _check_file(place, MAX_FILE_BYTES)
     try:
-        # Mapped, a file is not believed when it says that it is larger than it is.
+        # A mapped file cannot claim to be larger than it is.
         mapped = np.lib.format.open_memmap(place, mode="r")
     except OSError as error:
         raise StorageError(f"cannot read {place}: {error.strerror or error}") from error
-    except Exception as error:  # NumPy parses the header as Python, and raises all that this may raise
+    except Exception as error:  # NumPy parses the header as Python, which may raise anything
         reason = str(error).partition("\n")[0].rstrip(".")
         raise BankError(f"{place} is damaged or not a NumPy file (.npy) of numbers: {reason}") from error
     return _as_prompt(mapped, str(place))
@@ -105,7 +105,7 @@ def imported_prompt(
 
 
 def _read_peft_config(file: Path) -> tuple[int, int]:
-    """Virtual tokens, and before how many parts of the model they stand."""
+    """Number of virtual tokens, and how many halves of the model (encoder, decoder) get them."""
     data = _read(file, MAX_CONFIG_BYTES)
     try:
         config = json.loads(data)
@@ -133,7 +133,7 @@ def _read_peft_tensor(file: Path) -> np.ndarray:
     except SafetensorError as error:
         raise BankError(f"{file} is damaged: not a valid safetensors file ({error})") from error
     if set(tensors) != {PEFT_KEY}:
-        # More would be layers tuned along with the prompt, without which it is another one.
+        # More tensors would be layers tuned together with the prompt, which does not work without them.
         raise BankError(f"{file} is refused: it must hold the one tensor '{PEFT_KEY}' and holds {sorted(tensors)[:3]}")
     tensor = tensors[PEFT_KEY]
     if tensor["dtype"] not in _SAFETENSORS:
@@ -171,7 +171,7 @@ def _check_file(file: Path, limit: int) -> None:
     try:
         status = file.stat()
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise BankError(f"{file} is missing; mend the path") from error
+        raise BankError(f"{file} is missing; fix the path") from error
     except OSError as error:
         raise StorageError(f"cannot read {file}: {error.strerror or error}") from error
     if not stat.S_ISREG(status.st_mode):

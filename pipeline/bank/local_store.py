@@ -8,14 +8,14 @@ from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
-from pipeline.bank.content import OpenFile, open_file
-from pipeline.bank.store import Missing, StoredFile, check_key
-from pipeline.errors import BankError, StorageError, UnreachableError
+from pipeline.bank.content import FileContent, open_file
+from pipeline.bank.store import StoredFile, check_key
+from pipeline.errors import BankError, MissingFileError, StorageError, UnreachableError
 
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 
-# What a network file system answers while its server is away.
-_PASSING = (
+# Errors of a network file system whose server does not answer for a while.
+_TRANSIENT = (
     errno.EIO,
     errno.ESTALE,
     errno.ENOTCONN,
@@ -28,7 +28,7 @@ _PASSING = (
 
 
 def open_local_store(root: Path, create: bool) -> "LocalStore":
-    """Raises: BankError when the folder is missing, StorageError when it cannot be made or read."""
+    """The store in a folder. Raises: BankError when it is missing, StorageError when it cannot be made or read."""
     try:
         if create:
             _make_folder(root)
@@ -36,7 +36,7 @@ def open_local_store(root: Path, create: bool) -> "LocalStore":
     except OSError as error:
         raise _storage_error("write" if create else "read", root)(error) from error
     if not found:
-        raise BankError(f"there is no prompt bank at {root}: publish to it first, or mend the path")
+        raise BankError(f"there is no prompt bank at {root}: publish to it first, or fix the path")
     return LocalStore(root)
 
 
@@ -50,10 +50,10 @@ class LocalStore:
     def where(self, key: str) -> str:
         return str(self._root / key)
 
-    def open(self, key: str, limit: int) -> OpenFile:
+    def open(self, key: str, limit: int) -> FileContent:
         path = self._path(key)
         try:
-            content = OpenFile(open_file(path), _storage_error("read", path))
+            content = FileContent(open_file(path), _storage_error("read", path))
         except OSError as error:
             raise _unread(path, error) from error
         if content.size > limit:
@@ -69,7 +69,7 @@ class LocalStore:
         try:
             _make_folder(path.parent)
             created = not os.path.lexists(path) and _link_new(path, data)
-            # Also when it existed: its creator may not have come as far as this line.
+            # Also when it existed already: its creator may have been killed before this line.
             _sync_folder(path.parent)
         except OSError as error:
             raise _storage_error("write", path)(error) from error
@@ -77,7 +77,7 @@ class LocalStore:
 
     def check_fit(self) -> None:
         """As `Store.check_fit`: whether the folder takes a file and a hard link."""
-        probe = self._root / f".{uuid4().hex}.tmp"  # the collector takes what a kill leaves
+        probe = self._root / f".{uuid4().hex}.tmp"  # after a kill, the collector deletes it
         try:
             _link_new(probe, b"")
             probe.unlink()
@@ -88,7 +88,12 @@ class LocalStore:
         path = self._path(key)
         try:
             _make_folder(path.parent)
-            _replace(path, data)  # not utime, which another user's file refuses
+            temporary = _write_temporary(path, data)
+            try:
+                os.replace(temporary, path)  # not utime, which fails on another user's file
+            except OSError:
+                os.unlink(temporary)
+                raise
             _sync_folder(path.parent)
         except OSError as error:
             raise _storage_error("write", path)(error) from error
@@ -117,7 +122,7 @@ class LocalStore:
             "versions",
             "backbones",
             "aliases",
-            *(f"aliases/{x}" for x in self._aliases()),
+            *(f"aliases/{name}" for name in self.list_names("aliases") if (self._root / "aliases" / name).is_dir()),
         ]
         return {
             str(Path(folder, entry.name)): entry
@@ -125,9 +130,6 @@ class LocalStore:
             for entry in _files(self._root / folder)
             if _TEMPORARY.fullmatch(entry.name)
         }
-
-    def _aliases(self) -> list[str]:
-        return [name for name in self.list_names("aliases") if (self._root / "aliases" / name).is_dir()]
 
     def delete(self, key: str) -> None:
         path = self._root / key if _TEMPORARY.fullmatch(key.rpartition("/")[2]) else self._path(key)
@@ -151,13 +153,13 @@ def _files(folder: Path) -> list[StoredFile]:
 
 
 def _stored_file(item: os.DirEntry[str]) -> StoredFile | None:
-    """None for what is no file."""
+    """The entry as a file, None when it is none."""
     try:
         if item.is_file():
             stat = item.stat()
             return StoredFile(item.name, stat.st_size, stat.st_mtime)
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ELOOP):  # gone while we looked, or a link in a circle
+        if error.errno not in (errno.ENOENT, errno.ELOOP):  # deleted meanwhile, or a link that leads back to itself
             raise
     return None
 
@@ -166,13 +168,13 @@ def _unread(path: Path, error: OSError) -> BankError | StorageError:
     if error.errno == errno.ELOOP or (path.is_symlink() and isinstance(error, FileNotFoundError)):
         return BankError(f"{path} is refused: it is a link that leads nowhere; remove it, or put the file back")
     if isinstance(error, FileNotFoundError):
-        return Missing(f"{path} is missing")
+        return MissingFileError(f"{path} is missing")
     return _storage_error("read", path)(error)
 
 
 def _unlisted(path: Path, error: OSError) -> BankError | StorageError:
-    if isinstance(error, NotADirectoryError) and os.path.lexists(path):  # else the bank's own folder is gone
-        return BankError(f"{path} is refused: it is none of the bank's folders but something else; remove it")
+    if isinstance(error, NotADirectoryError) and os.path.lexists(path):  # otherwise the bank's own folder is missing
+        return BankError(f"{path} is refused: it is not a folder; remove it")
     return _storage_error("read", path)(error)
 
 
@@ -185,15 +187,6 @@ def _link_new(path: Path, data: bytes) -> bool:
     finally:
         os.unlink(temporary)
     return True
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = _write_temporary(path, data)
-    try:
-        os.replace(temporary, path)
-    except OSError:
-        os.unlink(temporary)
-        raise
 
 
 def _write_temporary(path: Path, data: bytes) -> Path:
@@ -230,7 +223,7 @@ def _sync_folder(folder: Path) -> None:
 
 def _storage_error(action: str, path: Path) -> Callable[[OSError], StorageError]:
     def failure(error: OSError) -> StorageError:
-        kind = UnreachableError if error.errno in _PASSING else StorageError
+        kind = UnreachableError if error.errno in _TRANSIENT else StorageError
         return kind(f"cannot {action} {path}: {_why(action, error)}")
 
     return failure

@@ -12,19 +12,19 @@ from typing import Literal
 import numpy as np
 from pydantic import ValidationError
 
+from pipeline.bank.access import BankAccess, blob_key
 from pipeline.bank.aliases import advance_alias, current_move
 from pipeline.bank.blobs import MAX_BLOB_BYTES, encode_blob, write_blob
 from pipeline.bank.manifest import BackboneId, Manifest, Metrics, PromptRecord, Template, check_name, new_id, utc_now
-from pipeline.bank.sameness import is_same
+from pipeline.bank.same_backbone import is_same
 from pipeline.bank.sealed import first_problem
-from pipeline.bank.source import Source, blob_key
 from pipeline.bank.versions import create_version, read_version, version_numbers
 from pipeline.errors import BankError
 
 
 @dataclass(frozen=True, eq=False)
 class NewPrompt:
-    """One prompt of a publication: tuned (with an array), or kept or failed (without, and with a reason)."""
+    """One prompt to publish: tuned, with an array, or kept or failed, without one and with a reason."""
 
     name: str
     array: np.ndarray | None
@@ -47,15 +47,15 @@ class NewPrompt:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """A prompt of an earlier version that stays as it is, by reference, whatever the newest version has of its name."""
+class CarriedPrompt:
+    """A prompt of an earlier version that the new version refers to as it is, whatever the newest has of that name."""
 
     record: PromptRecord
-    """As that version has it."""
+    """The record as the earlier version has it."""
     status: Literal["carried_forward", "kept"] = "carried_forward"
     reason: str | None = None
     inputs_digest: str | None = None
-    """Replaces the record's, where a new prompt was tuned and refused."""
+    """Replaces the record's digest after a new prompt was tuned and refused."""
 
 
 @dataclass(frozen=True)
@@ -66,71 +66,71 @@ class Publication:
     backbone: BackboneId
     run: str
     libraries: Mapping[str, str]
-    standing: Sequence[Standing] = ()
+    carried: Sequence[CarriedPrompt] = ()
     removed: Mapping[str, str] = field(default_factory=dict)
-    """Prompts that leave, and why."""
+    """Prompts of the parent that the new version no longer has, and why."""
     new_backbone: bool = False
     """The newest version may belong to another backbone: nothing of it is then carried forward."""
 
 
-def publish(source: Source, new: Publication, alias: str | None) -> int:
+def publish(access: BankAccess, new: Publication, alias: str | None) -> int:
     """Publish a new version and return its number; without an alias, none moves.
 
     Raises: BankError before anything is written, StorageError.
     """
-    if source.trusted and source.sign is None:
-        raise BankError(f"cannot publish to {source.store.uri}: trusted keys are given, so a signing key is needed too")
+    if access.trusted and access.sign is None:
+        raise BankError(f"cannot publish to {access.store.uri}: trusted keys are given, so a signing key is needed too")
     if alias is not None:
-        current_move(source, alias)  # refuses a damaged alias before the first write
+        current_move(access, alias)  # a damaged alias is refused before the first write
     _check_prompts(new)
     blobs = {prompt.name: encode_blob(prompt.array) for prompt in new.prompts if prompt.array is not None}
     digests = {name: digest for name, (digest, _) in blobs.items()}
-    parent, usable = _parent(source, new)
-    manifest = _manifest(parent, usable, new, digests)  # what it refuses, too
+    parent, usable = _parent(access, new)
+    manifest = _manifest(parent, usable, new, digests)  # refused, if it must be, before the first write
     referenced = {record.digest for record in parent.prompts.values()} if parent else set()
     for digest, data in blobs.values():
-        write_blob(source, digest, data, digest in referenced)
-    while (seal := create_version(source, manifest)) is None:
-        parent, usable = _parent(source, new)  # another publisher was first: its version becomes the parent
+        write_blob(access, digest, data, digest in referenced)
+    while (seal := create_version(access, manifest)) is None:
+        parent, usable = _parent(access, new)  # another publisher was first: its version becomes the parent
         manifest = _manifest(parent, usable, new, digests)
-    # A collector that had looked before this version was visible may have taken an old blob of the same bytes.
+    # A collector that scanned before this version was visible may have deleted an old blob of the same bytes.
     for digest, data in blobs.values():
-        if not source.store.exists(blob_key(digest)):
-            source.store.create(blob_key(digest), data)
+        if not access.store.exists(blob_key(digest)):
+            access.store.create(blob_key(digest), data)
     if alias is not None:
-        advance_alias(source, alias, manifest.version, seal, by=f"run {new.run}")
+        advance_alias(access, alias, manifest.version, seal, by=f"run {new.run}")
     return manifest.version
 
 
-def check_backbone(source: Source, backbone: BackboneId) -> None:
-    """Raises: BankError when the bank's newest version belongs to another backbone."""
-    numbers = version_numbers(source.store)
+def check_backbone(access: BankAccess, backbone: BackboneId) -> None:
+    """Refuse a backbone other than that of the newest version. Raises: BankError."""
+    numbers = version_numbers(access.store)
     if numbers:
-        version = read_version(source, numbers[-1])
-        if not _is_same_now(source, version.header.backbone, backbone):
-            raise of_another_backbone(version.where, version.header.backbone, backbone)
+        version = read_version(access, numbers[-1])
+        if not _is_same_now(access, version.header.backbone, backbone):
+            raise wrong_backbone_error(version.where, version.header.backbone, backbone)
 
 
-def _is_same_now(source: Source, owner: BackboneId, other: BackboneId) -> bool:
-    """What was seen last is enough for readers alone."""
-    return is_same(replace(source, cache=None), owner, other)
+def _is_same_now(access: BankAccess, owner: BackboneId, other: BackboneId) -> bool:
+    """As `is_same`, by the store's statements alone: cached ones are enough for readers, not for a publisher."""
+    return is_same(replace(access, cache=None), owner, other)
 
 
-def of_another_backbone(where: str, owner: BackboneId, other: BackboneId) -> BankError:
-    """Why what lies at `where` is not used: names both backbones, and the parts in which they differ."""
+def wrong_backbone_error(where: str, owner: BackboneId, other: BackboneId) -> BankError:
+    """Why the file at `where` is refused: names both backbones, and the parts in which they differ."""
     return BankError(
-        f"{where} belongs to the backbone {_title(owner)} and not to {_title(other)}: "
+        f"{where} belongs to the backbone {_described(owner)} and not to {_described(other)}: "
         f"they differ in {', '.join(owner.differing_parts(other))}; use a bank of this backbone, or a new folder, "
         "or state that the two are the same: promptbank same-backbone MODEL MODEL"
     )
 
 
-def _title(backbone: BackboneId) -> str:
+def _described(backbone: BackboneId) -> str:
     return f"{backbone.model} (fingerprint {backbone.fingerprint}, {backbone.quantization})"
 
 
 def _check_prompts(new: Publication) -> None:
-    names = [prompt.name for prompt in new.prompts] + [standing.record.name for standing in new.standing]
+    names = [prompt.name for prompt in new.prompts] + [carried.record.name for carried in new.carried]
     if not names:
         raise BankError("there is nothing to publish: no prompt was given")
     for name, count in Counter(names).items():
@@ -156,36 +156,36 @@ def _check_array(name: str, array: np.ndarray, hidden_size: int) -> None:
         raise BankError(f"prompt '{name}' is refused: it holds values that are not finite (NaN or infinite)")
 
 
-def _parent(source: Source, new: Publication) -> tuple[Manifest | None, bool]:
-    """The newest version, and whether its prompts are of the publication's backbone.
+def _parent(access: BankAccess, new: Publication) -> tuple[Manifest | None, bool]:
+    """The newest version, and whether its prompts belong to the publication's backbone.
 
-    Raises: BankError when they are of another, which is not allowed, or the version is damaged, StorageError.
+    Raises: BankError when they belong to another one without `new_backbone`, or the version is damaged; StorageError.
     """
-    numbers = version_numbers(source.store)
+    numbers = version_numbers(access.store)
     if not numbers:
         return None, False
-    version = read_version(source, numbers[-1])
-    usable = _is_same_now(source, version.header.backbone, new.backbone)  # asked once: it may be taken back
+    version = read_version(access, numbers[-1])
+    usable = _is_same_now(access, version.header.backbone, new.backbone)  # once: a statement may be taken back
     if not usable and not new.new_backbone:
-        raise of_another_backbone(version.where, version.header.backbone, new.backbone)
+        raise wrong_backbone_error(version.where, version.header.backbone, new.backbone)
     return version.manifest(), usable
 
 
 def _manifest(parent: Manifest | None, usable: bool, new: Publication, digests: Mapping[str, str]) -> Manifest:
     """The manifest of the version after the parent: the publication's prompts, and the parent's others by reference."""
     before = parent.prompts if parent and usable else {}
-    # What is stated to be the parent's backbone goes by the parent's fingerprint: one bank has one.
+    # A backbone stated to be the parent's goes by the parent's fingerprint, so that a bank keeps one fingerprint.
     stated = parent is not None and usable and parent.backbone.fingerprint != new.backbone.fingerprint
     backbone, tuned_on = (parent.backbone, new.backbone) if parent and stated else (new.backbone, None)
     number = parent.version + 1 if parent else 1
-    # A failed record without a blob stays in the version that it failed in: there is nothing to carry.
+    # A failed record without a blob is not carried forward: there is nothing to refer to.
     records = {
         name: _by_reference(old, "carried_forward", None)
         for name, old in before.items()
         if old.digest and name not in new.removed
     }
-    for standing in new.standing:
-        old = _by_reference(standing.record, standing.status, standing.reason, standing.inputs_digest)
+    for carried in new.carried:
+        old = _by_reference(carried.record, carried.status, carried.reason, carried.inputs_digest)
         records[old.name] = old
     for prompt in new.prompts:
         records[prompt.name] = _record(prompt, before.get(prompt.name), digests.get(prompt.name), number, tuned_on)

@@ -1,7 +1,7 @@
 """Sealed JSON: a JSON file whose first line carries the SHA-256 of all the bytes after it.
 
-The digest is over bytes as they lie on disk, so that a reader in any language checks it
-without having to write numbers the way that Python does. The line may carry a signature of it too.
+The digest is of the bytes as they are on disk, so that a reader in any language can check it without writing numbers
+as Python does. The first line may carry a signature of the digest too.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.bank.content import Bytes, Content, Verified
+from pipeline.bank.content import Content, MemoryContent, VerifiedContent
 from pipeline.errors import BankError
 
 _FIRST_LINE = re.compile(
@@ -37,7 +37,7 @@ class Signature:
 
 @dataclass(frozen=True)
 class Seal:
-    """A first line that was found to match what follows it."""
+    """A first line whose digest matches the bytes after it."""
 
     digest: str
     signature: Signature | None
@@ -57,12 +57,12 @@ def seal(body: bytes, sign: Callable[[str], Signature] | None = None) -> bytes:
     return b'{"digest":"%s",%s\n%s' % (digest.encode(), signature, body)
 
 
-def open_sealed(content: Content, where: str) -> tuple[Seal, Verified]:
+def open_sealed(content: Content, where: str) -> tuple[Seal, VerifiedContent]:
     """Verify sealed content. Raises: BankError naming `where`, StorageError."""
     first = _FIRST_LINE.match(content.read(0, _LONGEST_FIRST_LINE))
     if first is None:
         raise BankError(f"{where} is damaged: its first line does not carry a digest")
-    verified = Verified(content, first.end())
+    verified = VerifiedContent(content, first.end())
     digest = first["digest"].decode()
     if verified.sha256 != digest:
         raise BankError(f"{where} is damaged: its bytes do not match its digest")
@@ -73,7 +73,7 @@ def open_sealed(content: Content, where: str) -> tuple[Seal, Verified]:
 
 def check_sealed(data: bytes, where: str) -> Seal:
     """Verify sealed bytes. Raises: BankError naming `where`."""
-    return open_sealed(Bytes(data), where)[0]
+    return open_sealed(MemoryContent(data), where)[0]
 
 
 def parse(model: type[Model], data: bytes, where: str) -> Model:

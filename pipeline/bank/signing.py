@@ -24,7 +24,7 @@ _MAX_KEY_BYTES = 2**16
 
 
 def load_signing_key(path: str | Path, trusted: Sequence[str] = ()) -> Callable[[str], Signature]:
-    """What signs digests with the private key in a PEM file.
+    """A function that signs digests with the private key in a PEM file.
 
     Raises: BankError for another kind of file, or when keys are trusted and this one is not among them.
     """
@@ -37,17 +37,17 @@ def load_signing_key(path: str | Path, trusted: Sequence[str] = ()) -> Callable[
         raise BankError(f"{path} is not an Ed25519 key; make one with: openssl genpkey -algorithm ed25519")
     public = key.public_key().public_bytes_raw().hex()
     if trusted and public not in trusted:
-        raise BankError(f"the signing key {path} is none of the trusted ones: nobody could read what it signs")
+        raise BankError(f"the signing key {path} is not among the trusted keys; readers would refuse what it signs")
     return lambda digest: Signature(base64.b64encode(key.sign(_message(digest))).decode(), public)
 
 
 def load_trusted_keys(paths: Sequence[str | Path]) -> tuple[str, ...]:
     """Public keys in PEM files, as 64 hex digits each. Raises: BankError."""
-    return tuple(_load_public_key(path) for path in paths)
+    return tuple(map(_load_public_key, paths))
 
 
 def check_signature(seal: Seal, trusted: Sequence[str], where: str) -> None:
-    """Raises: BankError when none of the trusted keys signed."""
+    """Check that one of the trusted keys signed. Raises: BankError."""
     if seal.signature is None:
         raise BankError(f"{where} is refused: it is not signed, and this bank is opened with trusted keys")
     if seal.signature.key not in trusted:
@@ -79,4 +79,4 @@ def _read(path: str | Path) -> bytes:
         with Path(path).expanduser().open("rb") as file:
             return file.read(_MAX_KEY_BYTES)
     except OSError as error:
-        raise BankError(f"cannot read the key {path}: {error.strerror}; mend the path") from error
+        raise BankError(f"cannot read the key {path}: {error.strerror}; fix the path") from error

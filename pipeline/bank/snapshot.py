@@ -1,4 +1,4 @@
-"""One version of a bank, and the prompts of it that were used so far."""
+"""One version of a bank, and those of its prompts that were loaded so far."""
 
 import difflib
 from collections.abc import Iterator
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.bank.access import BankAccess
 from pipeline.bank.blobs import read_blob
-from pipeline.bank.manifest import BackboneId, Header, PromptRecord, Unknown, check_name
-from pipeline.bank.publish import of_another_backbone
-from pipeline.bank.sameness import is_same
-from pipeline.bank.source import Source
+from pipeline.bank.manifest import BackboneId, ManifestHeader, PromptRecord, check_name
+from pipeline.bank.publish import wrong_backbone_error
+from pipeline.bank.same_backbone import is_same
 from pipeline.bank.versions import Version
-from pipeline.errors import BankError
+from pipeline.errors import BankError, UnknownNameError
 
 _COMPARED = 500
-"""Names that a misspelt one is compared with; all of a large bank's would take a tenth of a second."""
+"""Most names that a misspelt one is compared with; all names of a large bank would take a tenth of a second."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,14 +27,14 @@ class Prompt:
     record: PromptRecord
     version: int
     backbone: BackboneId
-    """The one that it was tuned on."""
+    """The backbone that it was tuned on."""
 
 
 class Snapshot:
-    """A version, which never changes; each of its prompts is read once, when first asked for."""
+    """A version, which never changes; each of its prompts is read once, when it is first loaded."""
 
-    def __init__(self, source: Source, version: Version) -> None:
-        self._source = source
+    def __init__(self, access: BankAccess, version: Version) -> None:
+        self._access = access
         self._version = version
         self._used: dict[str, Prompt] = {}
         self._same: dict[tuple[str, str], BackboneId] = {}
@@ -45,12 +45,12 @@ class Snapshot:
 
     @property
     def digest(self) -> str:
-        """That of the manifest's seal."""
+        """The digest in the manifest's seal."""
         return self._version.seal.digest
 
     @property
-    def header(self) -> Header:
-        """What the manifest tells of the version itself: parent, time, run, backbone, libraries."""
+    def header(self) -> ManifestHeader:
+        """What the manifest says about the version itself: parent, time, run, backbone, libraries."""
         return self._version.header
 
     @property
@@ -60,29 +60,30 @@ class Snapshot:
     def is_of(self, backbone: BackboneId, name: str | None = None) -> bool:
         """Whether the version, or one prompt of it, belongs to this backbone, by its fingerprint or by a statement.
 
-        A prompt may be tuned on another backbone than its version's, which was stated to be the same.
-        What was once found the same stays so for this object. Raises: BankError for a damaged statement, StorageError.
+        A prompt may have been tuned on another backbone than its version's, one that was stated to be the same.
+        Backbones once found to be the same stay so for this object.
+        Raises: BankError for a damaged statement, StorageError.
         """
         owner, _ = self._owner(name)
         pair = (owner.fingerprint, backbone.fingerprint)
-        if pair not in self._same and is_same(self._source, owner, backbone):
+        if pair not in self._same and is_same(self._access, owner, backbone):
             self._same[pair] = backbone
         return pair in self._same
 
     @property
     def readers(self) -> tuple[BackboneId, ...]:
-        """The backbones of which the version was found to be so far."""
+        """The backbones that the version was found to belong to so far."""
         own = self.backbone.fingerprint
         return tuple(other for (owner, _), other in dict(self._same).items() if owner == own)
 
     def check_backbone(self, backbone: BackboneId, name: str | None = None) -> None:
-        """Raises: as `is_of`, and BankError naming both backbones where that is False."""
+        """Refuse another backbone. Raises: BankError naming both backbones, and as `is_of`."""
         if not self.is_of(backbone, name):
             owner, where = self._owner(name)
-            raise of_another_backbone(where, owner, backbone)
+            raise wrong_backbone_error(where, owner, backbone)
 
     def _owner(self, name: str | None) -> tuple[BackboneId, str]:
-        """The backbone of the version or of a prompt, and the place that says so."""
+        """The backbone of the version or of a prompt, and the file that says so."""
         used = self._used.get(name) if name is not None else None
         record = used.record if used else self.record(name) if name is not None else None
         if record is not None and record.tuned_on is not None:
@@ -118,18 +119,18 @@ class Snapshot:
         return self._used[name]
 
     def record(self, name: str) -> PromptRecord | None:
-        """What the manifest tells of a name. Raises: BankError, StorageError."""
+        """What the manifest says about a prompt, None when it has none. Raises: BankError, StorageError."""
         check_name("prompt", name)
         return self._version.record(name)
 
     def known_record(self, name: str) -> PromptRecord:
-        """As `record`. Raises: Unknown for an unknown name, with one that is like it; StorageError."""
+        """As `record`. Raises: UnknownNameError, which suggests a similar name; StorageError."""
         record = self.record(name)
         if record is None:
             like = [other for other in self._version.names() if other[:1] == name[:1]][:_COMPARED]
             close = difflib.get_close_matches(name, like, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else ""
-            raise Unknown(f"{self._version.where} holds no prompt '{name}'{hint}")
+            raise UnknownNameError(f"{self._version.where} holds no prompt '{name}'{hint}")
         return record
 
     def records(self) -> Iterator[PromptRecord]:
@@ -140,8 +141,9 @@ class Snapshot:
         record = self.known_record(name)
         where = self._version.where
         if record.digest is None or record.shape is None:
-            raise Unknown(f"{where} holds no blob of '{name}', which has failed: {record.reason}")
-        if record.shape[1] != self.backbone.hidden_size:
-            raise BankError(f"{where} is refused: '{name}' is {record.shape[1]} wide and its backbone is not")
-        array = read_blob(self._source, record.digest, record.shape)
+            raise UnknownNameError(f"{where} holds no blob of '{name}', which has failed: {record.reason}")
+        if record.shape[1] != (size := self.backbone.hidden_size):
+            sizes = f"'{name}' has the hidden size {record.shape[1]} and its backbone {size}"
+            raise BankError(f"{where} is refused: {sizes}")
+        array = read_blob(self._access, record.digest, record.shape)
         return Prompt(array, record, self.version, record.tuned_on or self.backbone)

@@ -1,6 +1,6 @@
 """Where a bank's bytes live: a few operations on keys such as `versions/3.json`.
 
-`Store` is what the rest of the room knows; a local folder and an object store offer it alike.
+The rest of this package knows only `Store`, which a local folder and an object store implement.
 """
 
 import re
@@ -12,10 +12,6 @@ from pipeline.bank.content import Content
 from pipeline.errors import BankError
 
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-class Missing(BankError):
-    """There is nothing under the key."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,7 @@ class Store(Protocol):
         """The key's full location, for messages."""
 
     def open(self, key: str, limit: int) -> Content:
-        """Raises: Missing; BankError when above `limit` bytes; StorageError when unreadable."""
+        """Raises: MissingFileError; BankError when above `limit` bytes; StorageError when unreadable."""
 
     def read(self, key: str, limit: int) -> bytes:
         """Everything under the key. Raises: as `open`."""
@@ -46,18 +42,18 @@ class Store(Protocol):
     def create(self, key: str, data: bytes) -> bool:
         """Write durably and atomically; False when the key exists already.
 
-        Where an answer can get lost, equal bytes under the key count as one's own, and are True; not a blob's.
-        Raises: BankError when the store cannot keep to that, StorageError.
+        Where an answer can get lost, equal bytes under the key count as written by this call, except a blob's.
+        Raises: BankError when the store cannot do that, StorageError.
         """
 
     def check_fit(self) -> None:
-        """What `create` would refuse whatever it is given, before any work; leaves nothing behind.
+        """Check that the store can keep a bank, before any work is done; leaves nothing behind.
 
-        Raises: BankError when the store cannot keep what it must, StorageError when nothing can be written.
+        Raises: BankError when it cannot create a key only if it is absent, StorageError when nothing can be written.
         """
 
     def renew(self, key: str, data: bytes) -> None:
-        """Make a key that holds `data` as young as if it had just been created. Raises: StorageError."""
+        """Set the modification time of a key that holds `data` to now. Raises: StorageError."""
 
     def exists(self, key: str) -> bool:
         """Raises: StorageError."""
@@ -69,10 +65,10 @@ class Store(Protocol):
         """Files directly under `folder`, unsorted. Raises: StorageError."""
 
     def list_leftovers(self) -> dict[str, StoredFile]:
-        """What killed writers left that is no key, by a name that `delete` takes. Raises: StorageError."""
+        """Temporaries and probes of killed writers, by names that `delete` takes. Raises: StorageError."""
 
     def delete(self, key: str) -> None:
-        """Only the collector calls this. A key that is missing is no error. Raises: StorageError."""
+        """Delete a key, which only the collector does; a missing key is no error. Raises: StorageError."""
 
 
 def check_key(key: str, uri: str) -> list[str]:

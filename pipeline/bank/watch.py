@@ -1,4 +1,4 @@
-"""Following an alias in the background: a new version is swapped in whole, or not at all."""
+"""Follows an alias in the background: a new version is swapped in whole, or not at all."""
 
 import logging
 import threading
@@ -19,11 +19,11 @@ class WatchEvent:
     """The version that is served now."""
     previous: int
     error: Exception | None
-    """Why a new version is not served; the one before goes on."""
+    """Why no new version is served; the previous one is served on."""
 
 
 class Watcher:
-    """Calls `refresh` every so many seconds in a thread of its own until it is stopped.
+    """Calls `refresh` every `every` seconds in a thread of its own until it is stopped.
 
     `on_event` is called in that thread: for each new version, and when failure begins, changes or ends.
     """
@@ -39,7 +39,7 @@ class Watcher:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread; a look that is under way is waited for."""
+        """End the thread, after the refresh that is under way."""
         self._stopped.set()
         if self._thread is not threading.current_thread():
             self._thread.join()
@@ -52,25 +52,25 @@ class Watcher:
 
     def _run(self) -> None:
         while not self._stopped.wait(self._every):
-            self._look()
+            self._refresh_once()
 
-    def _look(self) -> None:
+    def _refresh_once(self) -> None:
         try:
             version = self._refresh()
-        except Exception as error:  # whatever it is: a watch that ended unseen would never swap again
+        except Exception as error:  # any exception: a thread that ended silently would never refresh again
             if not isinstance(error, BankError | StorageError):
-                _log.exception("the prompt bank's watch failed, and goes on")
+                _log.exception("the prompt bank's watcher failed, and goes on")
             if str(error) != self._failure:
                 self._failure = str(error)
-                self._tell(WatchEvent(self._served, self._served, error))
+                self._notify(WatchEvent(self._served, self._served, error))
             return
         if version != self._served or self._failure is not None:
             event = WatchEvent(version, self._served, None)
             self._served, self._failure = version, None
-            self._tell(event)
+            self._notify(event)
 
-    def _tell(self, event: WatchEvent) -> None:
+    def _notify(self, event: WatchEvent) -> None:
         try:
             self._on_event(event)
-        except Exception:  # the callback is the service's own: its fault must not end the watch
+        except Exception:  # the callback belongs to the service: its defects must not end the watcher
             _log.exception("the callback of the prompt bank's watch failed")

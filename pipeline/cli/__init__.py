@@ -1,1 +1,1 @@
-"""The command `promptbank`: look at a bank, move its aliases, look after it, exchange prompts with other tools."""
+"""The command `promptbank`: look at a bank and at runs, move aliases, maintain a bank, exchange prompts."""

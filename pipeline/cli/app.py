@@ -1,4 +1,4 @@
-"""All commands in one typer application, and what becomes of errors."""
+"""All commands in one typer application, which turns errors into one sentence each."""
 
 import sys
 from collections.abc import Callable
@@ -8,22 +8,25 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pipeline.cli import backbones, exporting, history, importing, listing, moves, output, upkeep
+from pipeline.cli import backbones, exporting, history, importing, listing, maintenance, moves, output
 from pipeline.cli.runs import runs
 from pipeline.errors import PromptBankError
 
 
 class Commands(TyperGroup):
-    """A user's mistake is one sentence and exit code 2, whoever starts the commands."""
+    """Ends with one sentence and exit code 2 on a user's mistake, also when a test starts the commands."""
 
     def main(self, *args: Any, **options: Any) -> Any:
-        output.accept_all_signs()
+        output.escape_unencodable()
         try:
             sys.exit(super().main(*args, **{**options, "standalone_mode": False}))
         except PromptBankError as error:
             _fail(str(error))
         except typer.TyperException as error:
-            _fail(f"{_as_sentence(error.format_message())} (see {_help_of(error)})")
+            message = error.format_message()
+            sentence = message[:1].lower() + message[1:].rstrip(".").replace("Value error, ", "")
+            context = getattr(error, "ctx", None)
+            _fail(f"{sentence} (see {context.command_path if context else 'promptbank'} --help)")
 
 
 def _fail(sentence: str) -> None:
@@ -31,21 +34,12 @@ def _fail(sentence: str) -> None:
     sys.exit(2)
 
 
-def _as_sentence(message: str) -> str:
-    return message[:1].lower() + message[1:].rstrip(".").replace("Value error, ", "")
-
-
-def _help_of(error: typer.TyperException) -> str:
-    context = getattr(error, "ctx", None)
-    return f"{context.command_path if context else 'promptbank'} --help"
-
-
 app = typer.Typer(
     cls=Commands,
     rich_markup_mode=None,  # plain help: it reads the same on a terminal, in a pipe and in a pager
     pretty_exceptions_enable=False,
     invoke_without_command=True,
-    epilog="""The bank is named by --bank, or once for all by the variable PROMPT_BANK_URI:
+    epilog="""Name the bank by --bank, or once for all commands by the variable PROMPT_BANK_URI:
 
 \b
 export PROMPT_BANK_URI=quickstart/bank
@@ -53,7 +47,7 @@ promptbank ls
 promptbank show sst2@prod
 promptbank promote 12 prod
 
-Exit codes: 0 fine; 1 something was found (verify, log); 2 a mistake, told in one sentence on stderr.""",
+Exit codes: 0 all is well; 1 a problem was found (verify, log); 2 a mistake, explained in one sentence on stderr.""",
 )
 
 
@@ -67,10 +61,10 @@ def _show_version(wanted: bool) -> None:
 def promptbank(
     context: typer.Context,
     _: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Tell the version, and exit.")
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Look at a prompt bank and at runs, move aliases, look after a bank, and exchange prompts with other tools."""
+    """Look at a prompt bank and at runs, move aliases, maintain a bank, and exchange prompts with other tools."""
     if context.invoked_subcommand is None:
         output.write(context.get_help() + "\n")
 
@@ -82,8 +76,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "diff": history.show_differences,
     "promote": moves.promote,
     "rollback": moves.rollback,
-    "verify": upkeep.verify,
-    "gc": upkeep.collect_garbage,
+    "verify": maintenance.verify,
+    "gc": maintenance.collect_garbage,
     "export": exporting.export_prompt,
     "import": importing.import_prompt,
     "same-backbone": backbones.same_backbone,

@@ -1,4 +1,4 @@
-"""`same-backbone`: statements that two models are one backbone."""
+"""`same-backbone`: states that two models are one backbone."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,9 +7,16 @@ import typer
 
 from pipeline.bank import PromptBank, SameBackbone
 from pipeline.cli import output
-from pipeline.cli.model import Weights, compared
+from pipeline.cli.models import Weights, compare_on_rows
 from pipeline.cli.moves import login_name
-from pipeline.cli.options import AsJson, Bank, SigningKey, TrustedKeys, connect_bank, existing_versions
+from pipeline.cli.options import (
+    BankOption,
+    JsonOption,
+    SigningKeyOption,
+    TrustedKeysOption,
+    connect_bank,
+    existing_versions,
+)
 from pipeline.cli.output import Cell, Column
 from pipeline.errors import BankError, SettingsError
 from pipeline.reporting.words import counted
@@ -40,19 +47,19 @@ def same_backbone(
         int | None, typer.Option("--take-back", metavar="STATEMENT", min=1, help="Take a statement back.")
     ] = None,
     by: Annotated[
-        str | None, typer.Option("--by", metavar="NAME", help="Who says so. [default: your login name]")
+        str | None, typer.Option("--by", metavar="NAME", help="Who makes the statement. [default: your login name]")
     ] = None,
-    bank: Bank = None,
-    trusted_key: TrustedKeys = None,
-    signing_key: SigningKey = None,
-    as_json: AsJson = False,
+    bank: BankOption = None,
+    trusted_key: TrustedKeysOption = None,
+    signing_key: SigningKeyOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """State that two models are one backbone.
 
-    A model's safetensors folder and the GGUF file made from it have two fingerprints, and prompts of one are refused
-    on the other. Here both are run over rows of text; only if all tokens are the same and all log-likelihoods equal,
-    a statement is added to the bank, signed with --signing-key, and prompts of either are loaded on both from then
-    on. Without models, the statements that there are are listed.
+    A model's safetensors folder and the GGUF file made from it have two fingerprints, so that prompts of one are
+    refused on the other. This command runs both models over rows of text. If all tokens are the same and all
+    log-likelihoods equal, it adds a statement to the bank, signed with --signing-key, and from then on prompts of
+    either model load on both. Without models, it lists the statements of the bank.
 
     Examples:
 
@@ -62,7 +69,7 @@ def same_backbone(
     promptbank same-backbone --take-back 1
     """
     if (first is None) != (second is None):
-        raise SettingsError("name two models, or none to list what is stated")
+        raise SettingsError("name two models, or none to list the statements")
     if first is not None and take_back is not None:
         raise SettingsError("--take-back names a statement, not models: leave the models out")
     opened = connect_bank(bank, "latest", trusted_key, signing_key=signing_key)
@@ -93,7 +100,7 @@ def _state(
 ) -> SameBackbone:
     like = bank.at(str(existing_versions(bank)[-1])).backbone
     with output.progress(f"comparing {first} and {second}"):
-        found = compared(first, second, weights, like, None if text is None else _lines(text))
+        found = compare_on_rows(first, second, weights, like, None if text is None else _lines(text))
     return bank.state_same_backbone(
         found.first,
         found.second,

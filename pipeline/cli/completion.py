@@ -1,4 +1,4 @@
-"""What a shell offers behind a command: names, versions and aliases of the bank that is named so far."""
+"""Completions in a shell: names, versions and aliases of the bank that the command line names so far."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ from pipeline.errors import PromptBankError
 
 
 def references(context: typer.Context, incomplete: str) -> list[str]:
-    """Names of prompts, and behind an @ the aliases and versions."""
+    """Names of prompts and, after an @, aliases and versions."""
     name, at, _ = incomplete.partition("@")
     if at:
         return [f"{name}@{revision}" for revision in revisions(context, "")]
@@ -32,7 +32,7 @@ def _names(bank: PromptBank) -> list[str]:
 
 
 def _offered(context: typer.Context, offer: Callable[[PromptBank], list[str]]) -> list[str]:
-    """Nothing, and no word, where the bank cannot be read: the command itself will say why."""
+    """No completions and no message when the bank cannot be read; the command itself will say why."""
     uri = context.params.get("bank") or os.environ.get("PROMPT_BANK_URI")
     alias = context.params.get("alias") or os.environ.get("PROMPT_BANK_ALIAS") or "latest"
     logging.disable()

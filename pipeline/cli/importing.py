@@ -1,4 +1,4 @@
-"""`import`: prompts that other people's tools have made."""
+"""`import`: publishes prompts that other people's tools have made."""
 
 import string
 from importlib.metadata import version as version_of
@@ -10,8 +10,16 @@ import typer
 from pipeline.bank import BackboneId, PromptBank, Template
 from pipeline.bank.imports import import_npy, import_peft, imported_prompt
 from pipeline.cli import completion, output
-from pipeline.cli.model import Weights, identity_of
-from pipeline.cli.options import AsJson, Bank, SigningKey, TrustedKeys, command_line, connect_bank, snapshot_at
+from pipeline.cli.models import Weights, identity_of
+from pipeline.cli.options import (
+    BankOption,
+    JsonOption,
+    SigningKeyOption,
+    TrustedKeysOption,
+    command_line,
+    connect_bank,
+    snapshot_at,
+)
 from pipeline.errors import BankError, SettingsError
 
 _LIBRARIES = ("numpy", "safetensors")
@@ -82,17 +90,17 @@ def import_prompt(
     weights: HeldAs = None,
     backbone_of: BackboneOf = None,
     create: Create = False,
-    bank: Bank = None,
+    bank: BankOption = None,
     alias: MovedAlias = "latest",
-    trusted_key: TrustedKeys = None,
-    signing_key: SigningKey = None,
-    as_json: AsJson = False,
+    trusted_key: TrustedKeysOption = None,
+    signing_key: SigningKeyOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Publish a prompt that another tool has made.
 
-    It comes into a new version of the bank, beside the prompts that are there. The model that it was made on must
-    be named, for on any other it says nothing: --model computes which one that is, --backbone-of latest says that
-    it is the bank's own.
+    It comes into a new version of the bank, beside the prompts that are there. Name the model that it was made on,
+    for it works on no other: --model computes that model's identity, --backbone-of latest says that it is the bank's
+    own.
 
     Examples:
 
@@ -110,14 +118,18 @@ def import_prompt(
         raise SettingsError("--weights belongs to --model: leave it out")
     if half and form != "peft":
         raise SettingsError("--half belongs to --from peft: leave it out")
+    _check_template("--input", input_template)
+    _check_template("--target", target_template)
+    if metric in ("accuracy", "f1") and not labels:
+        raise SettingsError(f"--metric {metric} needs the answers to choose from: add --label for each")
     array = import_npy(source) if form == "npy" else import_peft(source, half)
     new = imported_prompt(
         name,
         array,
         task=task or name,
-        template=_template(input_template, target_template, separator),
+        template=Template(input=input_template, target=target_template, separator=separator),
         labels=labels or None,
-        metric=_checked_metric(metric, labels),
+        metric=metric or ("accuracy" if labels else "exact_match"),
         source=f"{form} {source.name}",
     )
     opened = connect_bank(bank, alias, trusted_key, signing_key=signing_key, create=create)
@@ -129,7 +141,7 @@ def import_prompt(
         output.write_json({"bank": opened.uri, **fields, "backbone": backbone.model_dump(mode="json")})
         return
     output.write_line(f"published '{name}' {list(array.shape)} in version {number}, for the alias '{alias}'")
-    output.remark(f"look at it: {command_line(opened, 'show', f'{name}@{number}')}")
+    output.note(f"look at it: {command_line(opened, 'show', f'{name}@{number}')}")
 
 
 def _backbone(
@@ -137,7 +149,7 @@ def _backbone(
 ) -> BackboneId:
     numbers = bank.versions()
     if not numbers and not create:
-        raise BankError(f"there is no prompt bank at {bank.uri}: mend the path, or add --create to make one")
+        raise BankError(f"there is no prompt bank at {bank.uri}: fix the path, or add --create to make one")
     if backbone_of is not None:
         return snapshot_at(bank, backbone_of).backbone
     own = bank.at(str(numbers[-1])).backbone if numbers else None
@@ -146,14 +158,8 @@ def _backbone(
         return identity_of(model, weights, own)
 
 
-def _template(input_template: str, target_template: str, separator: str) -> Template:
-    for option, template in (("--input", input_template), ("--target", target_template)):
-        _check_template(option, template)
-    return Template(input=input_template, target=target_template, separator=separator)
-
-
 def _check_template(option: str, template: str) -> None:
-    """Raises: SettingsError unless it holds plain `{column}` placeholders, one at least."""
+    """Check that a template has plain `{column}` placeholders, at least one. Raises: SettingsError."""
     try:
         pieces = [piece for piece in string.Formatter().parse(template) if piece[1] is not None]
         plain = bool(pieces) and all(
@@ -167,9 +173,3 @@ def _check_template(option: str, template: str) -> None:
             f"{option} {output.quoted(template)}: name at least one column, in braces such as {{text}}, "
             "and write {{ and }} for braces themselves"
         )
-
-
-def _checked_metric(metric: Metric | None, labels: list[str] | None) -> Metric:
-    if metric in ("accuracy", "f1") and not labels:
-        raise SettingsError(f"--metric {metric} needs the answers to choose from: add --label for each")
-    return metric or ("accuracy" if labels else "exact_match")

@@ -8,14 +8,14 @@ import typer
 from pipeline.bank import Metrics, PromptBank, PromptRecord, Snapshot
 from pipeline.bank.manifest import NOT_LEARNED
 from pipeline.cli import completion, output
-from pipeline.cli.model import Words, nearest_words, why_not_of
+from pipeline.cli.models import Words, mismatch_warning, nearest_words
 from pipeline.cli.options import (
-    Alias,
-    AsJson,
-    Bank,
-    Cache,
-    Reference,
-    TrustedKeys,
+    AliasOption,
+    BankOption,
+    CacheOption,
+    JsonOption,
+    ReferenceArgument,
+    TrustedKeysOption,
     aliases_of,
     bank_at,
     command_line,
@@ -36,7 +36,7 @@ _COLUMNS = (
     Column("after", right=True),
     Column("test", right=True, optional=True),
     Column("reason"),
-    Column("constant", right=True, optional=True),  # last, so that scripts find the others where they were
+    Column("constant", right=True, optional=True),  # last, so that scripts find the other columns in their old places
 )
 _ON_TERMINAL = (0, 1, 2, 3, 4, 5, 9, 6, 7)
 
@@ -56,11 +56,11 @@ def list_prompts(
         typer.Option(help="Only prompts with this status; not_learned whatever their status."),
     ] = None,
     aliases: Annotated[bool, typer.Option("--aliases", help="List the aliases and their versions instead.")] = False,
-    bank: Bank = None,
-    alias: Alias = "latest",
-    trusted_key: TrustedKeys = None,
-    cache: Cache = None,
-    as_json: AsJson = False,
+    bank: BankOption = None,
+    alias: AliasOption = "latest",
+    trusted_key: TrustedKeysOption = None,
+    cache: CacheOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """List the prompts of a version, or the aliases.
 
@@ -91,30 +91,30 @@ def list_prompts(
     if not output.on_terminal():
         output.write_table(_COLUMNS, rows)
         return
-    # A terminal is too narrow for sentences.
+    # A terminal is too narrow for a column of sentences.
     output.write_table([_COLUMNS[i] for i in _ON_TERMINAL], [[row[i] for i in _ON_TERMINAL] for row in rows])
-    output.remark()
+    output.note()
     for record in records:
         if record.reason:
-            output.remark(f"{record.name} {record.state}: {record.reason}")
-    output.remark(f"{counted(len(records), 'prompt')} of {_title(opened, snapshot)}")
+            output.note(f"{record.name} {record.state}: {record.reason}")
+    output.note(f"{counted(len(records), 'prompt')} of {_title(opened, snapshot)}")
 
 
 def show_prompt(
-    reference: Reference,
+    reference: ReferenceArgument,
     model: Annotated[
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Say the prompt in words of this model: a folder, hub name, .gguf file or packaged name.",
+            help="Show the prompt in words of this model: a folder, hub name, .gguf file or packaged name.",
         ),
     ] = None,
     nearest: Annotated[int, typer.Option(metavar="COUNT", min=1, help="Words for each of its vectors.")] = 5,
-    bank: Bank = None,
-    alias: Alias = "latest",
-    trusted_key: TrustedKeys = None,
-    cache: Cache = None,
-    as_json: AsJson = False,
+    bank: BankOption = None,
+    alias: AliasOption = "latest",
+    trusted_key: TrustedKeysOption = None,
+    cache: CacheOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Show everything that is known about a prompt.
 
@@ -136,7 +136,7 @@ def show_prompt(
         prompt = snapshot.load(name)
         with output.progress(f"reading {model}"):
             words = nearest_words(model, prompt.array, nearest)
-            warning = why_not_of(model, prompt, lambda: opened.same_as(prompt.backbone))
+            warning = mismatch_warning(model, prompt, lambda: opened.same_as(prompt.backbone))
     pointing = aliases_of(opened).get(snapshot.version, [])
     if as_json:
         output.write_json(
@@ -154,7 +154,11 @@ def show_prompt(
     output.write_fields(_fields(opened, snapshot, record, pointing))
     if words is not None:
         output.write("\n")
-        _write_words(words)
+        columns = [Column("vector", right=True), *(Column(f"nearest {i + 1}") for i in range(len(words[0])))]
+        rows: list[list[Cell]] = [
+            [i + 1, *(f"{token} {cosine:.2f}" for token, cosine in row)] for i, row in enumerate(words)
+        ]
+        output.write_table(columns, rows)
     if warning:
         output.write_error(f"warning: {warning}")
 
@@ -167,7 +171,7 @@ def _list_aliases(bank: PromptBank, as_json: bool) -> None:
         output.write_json({"bank": bank.uri, "aliases": rows})
         return
     output.write_table((Column("alias"), Column("version", right=True)), list(found.items()))
-    output.remark(f"the moves of one: {command_line(bank, 'log', 'ALIAS')}")
+    output.note(f"the moves of one: {command_line(bank, 'log', 'ALIAS')}")
 
 
 def _row(record: PromptRecord) -> list[Cell]:
@@ -233,14 +237,6 @@ def _from_to(before: float | None, after: float | None) -> str | None:
     if before is None and after is None:
         return None
     return " → ".join("-" if value is None else f"{value:.3f}" for value in (before, after))
-
-
-def _write_words(words: Words) -> None:
-    columns = [Column("vector", right=True), *(Column(f"nearest {i + 1}") for i in range(len(words[0])))]
-    rows: list[list[Cell]] = [
-        [i + 1, *(f"{token} {cosine:.2f}" for token, cosine in row)] for i, row in enumerate(words)
-    ]
-    output.write_table(columns, rows)
 
 
 def _title(bank: PromptBank, snapshot: Snapshot) -> str:

@@ -5,7 +5,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command that `sys.argv` asks for, and exit. 0: fine; 1: something was found; 2: a mistake of the user."""
+    """Run the command in `sys.argv` and exit: 0 all is well, 1 a problem was found, 2 the user made a mistake."""
     logging.basicConfig(format="warning: %(message)s")
     try:
         from pipeline.cli.app import app

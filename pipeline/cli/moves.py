@@ -1,4 +1,4 @@
-"""`promote` and `rollback`: moves of an alias."""
+"""`promote` and `rollback`: move an alias."""
 
 import getpass
 import os
@@ -8,7 +8,16 @@ import typer
 
 from pipeline.bank import AliasMove, PromptBank
 from pipeline.cli import completion, output
-from pipeline.cli.options import AsJson, Bank, Cache, TrustedKeys, command_line, connect_bank, known_alias, snapshot_at
+from pipeline.cli.options import (
+    BankOption,
+    CacheOption,
+    JsonOption,
+    TrustedKeysOption,
+    command_line,
+    connect_bank,
+    known_alias,
+    snapshot_at,
+)
 
 By = Annotated[
     str | None, typer.Option("--by", metavar="NAME", help="Who moves it, for its history. [default: your login name]")
@@ -25,14 +34,14 @@ def promote(
     ],
     alias: AliasToMove,
     by: By = None,
-    bank: Bank = None,
-    trusted_key: TrustedKeys = None,
-    cache: Cache = None,
-    as_json: AsJson = False,
+    bank: BankOption = None,
+    trusted_key: TrustedKeysOption = None,
+    cache: CacheOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Move an alias to a version, forward or back.
 
-    Services that follow the alias load that version's prompts from then on. An alias that is not there is made.
+    Services that follow the alias load that version's prompts from then on. A new alias is made.
 
     Examples:
 
@@ -43,7 +52,7 @@ def promote(
     opened = connect_bank(bank, alias, trusted_key, cache)
     target = snapshot_at(opened, version)
     before = opened.alias_move(alias)
-    # A move to where it stands would make the next rollback go nowhere.
+    # A move to the version where the alias is already would make the next rollback useless.
     stays = before is not None and before.manifest == target.digest
     move = before if before is not None and stays else opened.promote(target.version, alias, by or login_name())
     _tell(opened, before, move, not stays, as_json)
@@ -52,14 +61,14 @@ def promote(
 def rollback(
     alias: AliasToMove,
     by: By = None,
-    bank: Bank = None,
-    trusted_key: TrustedKeys = None,
-    cache: Cache = None,
-    as_json: AsJson = False,
+    bank: BankOption = None,
+    trusted_key: TrustedKeysOption = None,
+    cache: CacheOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Undo the last move of an alias.
 
-    A second time, the move before it. Nothing is lost: a rollback is one more move.
+    A second rollback undoes the move before it. Nothing is lost: a rollback is one more move.
 
     Examples:
 
@@ -83,11 +92,11 @@ def _tell(bank: PromptBank, before: AliasMove | None, move: AliasMove, moved: bo
         place = f"version {before.version} → {move.version}" if before else f"new alias → version {move.version}"
         output.write_line(f"{move.alias}: {place} ({move.action}, move {move.seq}, by {move.by})")
         if before:
-            output.remark(f"undo: {command_line(bank, 'rollback', move.alias)}")
+            output.note(f"undo: {command_line(bank, 'rollback', move.alias)}")
 
 
 def login_name() -> str:
     try:
         return getpass.getuser()
-    except (OSError, KeyError):  # a container's user without a name
+    except (OSError, KeyError):  # a user without a name, as in a container
         return f"user {os.getuid()}"

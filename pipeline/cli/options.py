@@ -1,4 +1,4 @@
-"""The options that commands share, and the bank that they name."""
+"""Options that commands share, and how a command opens the bank that they name."""
 
 import os
 import shlex
@@ -15,23 +15,23 @@ from pipeline.errors import BankError
 
 BANK_VARIABLE = "PROMPT_BANK_URI"
 
-Bank = Annotated[
+BankOption = Annotated[
     str | None,
     typer.Option(
         "--bank", metavar="URI", envvar=BANK_VARIABLE, help="The bank: a folder, or a URI such as s3://bucket/prompts."
     ),
 ]
-Alias = Annotated[
+AliasOption = Annotated[
     str,
     typer.Option(
         "--alias",
         metavar="ALIAS",
         envvar="PROMPT_BANK_ALIAS",
         autocompletion=completion.aliases,
-        help="The version meant when none is named.",
+        help="The version to look at when none is named.",
     ),
 ]
-TrustedKeys = Annotated[
+TrustedKeysOption = Annotated[
     list[Path] | None,
     typer.Option(
         "--trusted-key",
@@ -40,7 +40,7 @@ TrustedKeys = Annotated[
         help="A public key (PEM); versions that none of these signed are refused. May be repeated.",
     ),
 ]
-SigningKey = Annotated[
+SigningKeyOption = Annotated[
     Path | None,
     typer.Option(
         "--signing-key",
@@ -49,7 +49,7 @@ SigningKey = Annotated[
         help="The private key (PEM) that signs the new version.",
     ),
 ]
-Cache = Annotated[
+CacheOption = Annotated[
     Path | None,
     typer.Option(
         "--cache",
@@ -57,8 +57,8 @@ Cache = Annotated[
         help="Keep what is read in this folder (for an object store that is done anyway, in ~/.cache/promptbank).",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, and nothing else.")]
-Reference = Annotated[
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, and nothing else.")]
+ReferenceArgument = Annotated[
     str,
     typer.Argument(
         metavar="NAME[@REV]", autocompletion=completion.references, help="A prompt; REV is a version or an alias."
@@ -74,7 +74,7 @@ def connect_bank(
     signing_key: Path | None = None,
     create: bool = False,
 ) -> PromptBank:
-    """The bank, whatever state its alias is in. Raises: BankError when it is not named or not there, StorageError."""
+    """The bank, also while its alias is unset. Raises: BankError when none is named or there, StorageError."""
     return PromptBank.connect(
         _named(uri), alias, create=create, cache=cache, trusted_keys=keys or (), signing_key=signing_key
     )
@@ -84,14 +84,14 @@ def existing_versions(bank: PromptBank) -> tuple[int, ...]:
     """All versions, ascending. Raises: BankError when there is none, StorageError."""
     numbers = bank.versions()
     if not numbers:
-        raise BankError(f"there is no prompt bank at {bank.uri}: publish to it first, or mend the path")
+        raise BankError(f"there is no prompt bank at {bank.uri}: publish to it first, or fix the path")
     return numbers
 
 
 def bank_at(
     revision: str | None, uri: str | None, alias: str, keys: Sequence[Path] | None, cache: Path | None
 ) -> tuple[PromptBank, Snapshot]:
-    """The bank and a version of it: the revision's, or without one the alias'. Raises: BankError, StorageError."""
+    """The bank and one version: that of the revision, else that of the alias. Raises: BankError, StorageError."""
     if revision is not None:
         bank = connect_bank(uri, alias, keys, cache)
         return bank, snapshot_at(bank, revision)
@@ -101,14 +101,14 @@ def bank_at(
 
 
 def snapshot_at(bank: PromptBank, revision: str) -> Snapshot:
-    """A version by number or alias. Raises: BankError that tells which there are, StorageError."""
+    """A version by number or alias. Raises: BankError that names the existing ones, StorageError."""
     if revision.isdecimal() and revision not in map(str, numbers := existing_versions(bank)):
         raise BankError(f"the bank {bank.uri} has no version {revision}; the newest is {numbers[-1]}")
     return bank.at(revision)
 
 
 def aliases_of(bank: PromptBank) -> dict[int, list[str]]:
-    """Version -> the aliases that point to it now; with a damaged one, a warning and none. Raises: StorageError."""
+    """Version -> the aliases at it; if one is damaged, none and a warning on stderr. Raises: StorageError."""
     found: dict[int, list[str]] = {}
     try:
         for alias, version in bank.aliases().items():
@@ -119,7 +119,7 @@ def aliases_of(bank: PromptBank) -> dict[int, list[str]]:
 
 
 def known_alias(bank: PromptBank, alias: str) -> AliasMove:
-    """The move of an alias that is in force. Raises: BankError when it was never set, StorageError."""
+    """The current move of an alias. Raises: BankError when it was never set, StorageError."""
     move = bank.alias_move(alias)
     if move is None:
         existing_versions(bank)
@@ -129,7 +129,7 @@ def known_alias(bank: PromptBank, alias: str) -> AliasMove:
 
 
 def command_line(bank: PromptBank, *words: str) -> str:
-    """What to type next on the same bank."""
+    """A command line for the same bank, to be typed next."""
     place = [] if os.environ.get(BANK_VARIABLE) == bank.uri else ["--bank", bank.uri]
     return shlex.join(["promptbank", *words, *place])
 

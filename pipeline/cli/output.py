@@ -14,10 +14,10 @@ import typer
 from pipeline.errors import StorageError
 
 Cell = str | int | float | None | tuple[str, str]
-"""A text with a style is a tuple; None is what was not measured or does not apply."""
-_MOST_FRAMED = 500  # rich takes seconds for thousands of rows, which nobody reads in a frame
+"""A tuple is a text with a style; None stands for a value that was not measured or does not apply."""
+_MOST_FRAMED = 500  # rich takes seconds for thousands of rows
 _LONGEST_PLACE = 32
-_READER_GONE = 141  # what a shell reports of a program that a closed pipe has ended
+_READER_GONE = 141  # a shell's exit status for a program ended by SIGPIPE
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Column:
     name: str
     right: bool = False
     free: bool = False
-    """May be folded on a terminal that is too narrow."""
+    """Its cells may be folded on a narrow terminal."""
     optional: bool = False
-    """Left out on a terminal when it is empty; a pipe always gets it."""
+    """Left out on a terminal when all its cells are empty; a pipe always gets it."""
 
 
-def accept_all_signs() -> None:
-    """A sign that the locale lacks is written as an escape, and ends no command."""
+def escape_unencodable() -> None:
+    """Write characters that the locale's encoding lacks as escapes, so that they end no command."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -41,12 +41,12 @@ def on_terminal() -> bool:
 
 
 def write(text: str) -> None:
-    """Raises: typer.Exit when nobody reads on, StorageError when it cannot be written."""
+    """Write to stdout at once. Raises: typer.Exit when its reader is gone, StorageError when writing fails."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
     except OSError as error:
-        # What is left in the buffer would be written once more when Python ends.
+        # Otherwise Python would try to write the rest of the buffer again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             raise typer.Exit(_READER_GONE) from error
@@ -59,7 +59,7 @@ def write_line(text: str) -> None:
 
 def write_json(document: Any) -> None:
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # what JSON is, whatever the locale
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # JSON is UTF-8 whatever the locale
     write(json.dumps(document, ensure_ascii=False, indent=2) + "\n")
 
 
@@ -68,24 +68,24 @@ def write_error(sentence: str) -> None:
     print(printable(" ".join(sentence.split())), file=sys.stderr)
 
 
-def remark(text: str = "") -> None:
-    """A line for people alone: neither a pipe nor a JSON document has it."""
+def note(text: str = "") -> None:
+    """A line for people, written only to a terminal."""
     if on_terminal():
         write_line(text)
 
 
 def printable(text: str) -> str:
-    """With control characters written as escapes, so that no text of a bank can steer a terminal."""
+    """The text with control characters as escapes, so that no text of a bank can control a terminal."""
     return text if text.isprintable() else "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
 
 
 def quoted(text: str) -> str:
-    """A text whose spaces and line breaks matter."""
+    """The text in quotes, for texts whose spaces and line breaks matter."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def moment(time: str) -> str:
-    """A time as the bank writes it; on a terminal, which is narrow, to the minute."""
+    """A time as the bank writes it; on a terminal, which is narrow, without seconds."""
     return time[:16].replace("T", " ") if on_terminal() else time
 
 
@@ -101,13 +101,13 @@ def write_table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> No
 
 
 def write_fields(fields: Sequence[tuple[str, Cell]]) -> None:
-    """One `name  value` a line, where there is a value."""
+    """One line `name  value` for each field that has a value."""
     write(_aligned([[name, _text(cell, "-")] for name, cell in fields if cell is not None], [False, False]))
 
 
 @contextmanager
 def progress(doing: str) -> Iterator[Callable[[str], None]]:
-    """Tell on stderr how far a long work has come, if that is a terminal."""
+    """Show on stderr, if that is a terminal, what a long operation is at."""
     if not sys.stderr.isatty():
         yield lambda place: None
         return

@@ -1,4 +1,4 @@
-"""What `promptbank runs` prints of a run and of its trials, in rows, fields and JSON documents."""
+"""Runs and their trials as `promptbank runs` prints them: table rows, fields and JSON documents."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -85,7 +85,9 @@ def _state(run: WatchedRun, now: float) -> str:
 
 def silence(run: WatchedRun, now: float) -> str:
     gap = run.pace.longest_gap
-    usual = "it has told too little to say what is usual" if gap is None else f"lately never for more than {about(gap)}"
+    usual = (
+        "there were too few events to say what is usual" if gap is None else f"lately never for more than {about(gap)}"
+    )
     return f"silent for {about(run.pace.quiet(now))}; {usual}"
 
 
@@ -158,5 +160,5 @@ def _status(trial: TrialProgress) -> str:
 def _moment(seconds: float) -> str:
     try:
         return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    except (ValueError, OverflowError, OSError):  # at a pace of centuries
+    except (ValueError, OverflowError, OSError):  # at a pace of centuries the year is out of range
         return "beyond the calendar"

@@ -1,4 +1,4 @@
-"""`runs ls`, `runs show` and `runs tail`: what is running, how far it is, and when it will be done."""
+"""`runs ls`, `runs show` and `runs tail`: which runs there are, how far they are, when they will be done."""
 
 import json
 import time
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli import output
-from pipeline.cli.options import AsJson
+from pipeline.cli.options import JsonOption
 from pipeline.cli.run_figures import (
     RUN_COLUMNS,
     TRIAL_COLUMNS,
@@ -63,13 +63,13 @@ def look_at_runs(context: typer.Context) -> None:
 
 
 @runs.command("ls")
-def list_runs(storage: Storage = Path("./runs"), as_json: AsJson = False) -> None:
+def list_runs(storage: Storage = Path("./runs"), as_json: JsonOption = False) -> None:
     """List the runs of a storage, the newest event first.
 
     A run is silent when its last event is older than a minute and than three times the longest time between its
-    recent events: its processes may be gone, which cannot be seen from here. "done in" is the longest that tuning
-    will take: the steps still to go (trials that wait take the slots that become free first) at the pace of the
-    last 60 events. Trials that stop early end it sooner.
+    recent events. Its processes may then be gone; this command reads only the run's files and cannot see processes.
+    "done in" is the longest that tuning will take: the steps still to go (waiting trials take the slots that become
+    free first) at the pace of the last 60 events. Trials that stop early end it sooner.
 
     Examples:
 
@@ -82,19 +82,19 @@ def list_runs(storage: Storage = Path("./runs"), as_json: AsJson = False) -> Non
     for folder in _known_runs(storage):
         try:
             found.append(read_run(folder, str(folder.relative_to(storage))))
-        except StorageError as error:  # of one run; the others are shown
+        except StorageError as error:  # this run is left out; the others are shown
             output.write_error(str(error))
     found.sort(key=lambda run: run.pace.last or 0.0, reverse=True)
     if as_json:
         output.write_json({"storage": str(storage), "runs": [run_document(run, now) for run in found]})
         return
     output.write_table(RUN_COLUMNS, [run_row(run, now) for run in found])
-    output.remark(f"{counted(len(found), 'run')} in {storage}; more of one: promptbank runs show RUN")
+    output.note(f"{counted(len(found), 'run')} in {storage}; more of one: promptbank runs show RUN")
 
 
 @runs.command("show")
-def show_run(run: Run, storage: Storage = Path("./runs"), as_json: AsJson = False) -> None:
-    """Show how far a run is, and each of its trials.
+def show_run(run: Run, storage: Storage = Path("./runs"), as_json: JsonOption = False) -> None:
+    """Show how far a run and each of its trials is.
 
     Examples:
 
@@ -103,7 +103,7 @@ def show_run(run: Run, storage: Storage = Path("./runs"), as_json: AsJson = Fals
     promptbank runs show /shared/runs/sentiment --json
     """
     now = time.time()
-    watched = _read(run, storage)
+    watched = read_run(_folder(run, storage), run)
     if as_json:
         trials = [trial_document(name, trial) for name, trial in watched.state.trials.items()]
         output.write_json({**run_document(watched, now), "trials": trials})
@@ -119,21 +119,21 @@ def show_run(run: Run, storage: Storage = Path("./runs"), as_json: AsJson = Fals
         output.write_table(TRIAL_COLUMNS[:reason], [row[:reason] for row in rows])
         for name, trial in watched.state.trials.items():
             if trial.reason:
-                output.remark(f"{name} {trial.status}: {trial.reason}")
+                output.note(f"{name} {trial.status}: {trial.reason}")
 
 
 @runs.command("tail")
 def tail_run(
     run: Run,
-    lines: Annotated[int, typer.Option("--lines", "-n", metavar="COUNT", min=0, help="Lines of what was before.")] = 10,
-    follow: Annotated[bool, typer.Option(help="Go on until the run has ended or stopped, or Ctrl-C.")] = True,
+    lines: Annotated[int, typer.Option("--lines", "-n", metavar="COUNT", min=0, help="Lines of earlier events.")] = 10,
+    follow: Annotated[bool, typer.Option(help="Go on until the run ends or stops, or Ctrl-C.")] = True,
     storage: Storage = Path("./runs"),
     as_json: Annotated[bool, typer.Option("--json", help="Every event as it is, one JSON object a line.")] = False,
 ) -> None:
-    """Follow what a run tells, until it ends.
+    """Follow a run's events until it ends.
 
-    Stages, evaluations, trials that finish, and a line of steps every ten seconds. When nothing comes for long, it
-    says for how long, and goes on.
+    Shows stages, evaluations, trials that finish, and every ten seconds a line about the steps. When no event comes
+    for long, it says for how long, and goes on.
 
     Examples:
 
@@ -175,13 +175,9 @@ def _known_runs(storage: Path) -> list[Path]:
 
 
 def _folder(run: str, storage: Path) -> Path:
-    """Raises: StorageError that tells which runs there are."""
+    """The folder of a run. Raises: StorageError that names the existing runs."""
     for folder in (storage / run, Path(run)):
         if (folder / "events.jsonl").is_file():
             return folder
     known = ", ".join(str(folder.relative_to(storage)) for folder in _known_runs(storage)) or "none"
     raise StorageError(f"there is no run '{run}' in {storage}; known: {known}")
-
-
-def _read(run: str, storage: Path) -> WatchedRun:
-    return read_run(_folder(run, storage), run)

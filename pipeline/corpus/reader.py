@@ -105,7 +105,11 @@ def open_split(ref: SplitRef, limit: int | None = None) -> TokenSet:
         # Rows beyond the limit are dropped batch by batch, so that a large split is not read whole for a few rows.
         high = min(high, _id_after(ref, limit))
     tables = [batch.filter(pa.array(_usable(batch, low, high))) for batch in _batches(ref, SHARD_SCHEMA.names)]
-    table = pa.Table.from_batches(tables, schema=SHARD_SCHEMA)
+    return token_set(pa.Table.from_batches(tables, schema=SHARD_SCHEMA), limit)
+
+
+def token_set(table: pa.Table, limit: int | None = None) -> TokenSet:
+    """Rows with SHARD_SCHEMA, all of them usable, sorted by row id; `limit` keeps the first ones."""
     # 64-bit offsets first: a whole split may hold more tokens than 32-bit offsets can address.
     wide = {
         "input_ids": pa.large_list(pa.int32()),

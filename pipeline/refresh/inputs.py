@@ -1,15 +1,16 @@
-"""What a night finds before it does anything: tonight's corpora, the bank as it stands, and so the plan."""
+"""What a night starts from: tonight's corpora, the bank as it stands, and the plan that follows from both."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.bank import BackboneId, PromptBank, PromptRecord
+from pipeline.bank import BackboneId, PromptRecord
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import PromptBankError
 from pipeline.refresh.plan import PlannedTask, TaskInputs, plan_night
 from pipeline.reporting.events import EventLog
-from pipeline.run.checks import CheckedRun, find_bank
+from pipeline.run.bank import find_bank
+from pipeline.run.checks import CheckedRun
 from pipeline.run.stages import prepare_corpora, save_model_description
 from pipeline.settings import Settings
 from pipeline.tuning.connection import Connect
@@ -18,7 +19,7 @@ from pipeline.tuning.trials import inputs_digest
 
 @dataclass(frozen=True)
 class BankState:
-    """The version that the alias names, and the names in the newest one."""
+    """The bank as the night finds it: the alias' version, and the names in the newest one."""
 
     version: int | None = None
     """None before the alias was first set."""
@@ -27,7 +28,7 @@ class BankState:
     foreign: tuple[str, ...] = ()
     """Prompts that were tuned on a backbone that is no longer stated to be the version's."""
     newest: tuple[str, ...] = ()
-    """Of a version that was published without moving the alias, names too would be passed on."""
+    """Names in the newest version, which the next one passes on even where the alias stayed behind it."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def read_inputs(checked: CheckedRun, folder: Path, log: EventLog, connect: Conne
     tokenizer = save_model_description(checked, folder)
     corpora, refused = prepare_corpora(checked, tokenizer, log, connect)
     bank = read_bank_state(checked.settings, checked.identity)
-    tasks = {name: _tonight(checked.settings, name, corpora, refused) for name in checked.settings.tasks}
+    tasks = {name: _task_inputs(checked.settings, name, corpora, refused) for name in checked.settings.tasks}
     plan = plan_night(tasks, bank.records, bank.same_backbone, bank.newest, bank.foreign)
     return NightInputs(corpora, refused, bank, plan)
 
@@ -60,7 +61,8 @@ def read_bank_state(settings: Settings, identity: BackboneId) -> BankState:
     bank = find_bank(settings)
     if bank is None:
         return BankState()
-    newest = _newest_names(bank)
+    numbers = bank.versions()
+    newest = bank.at(str(numbers[-1])).names() if numbers else ()
     if bank.current is None:
         return BankState(newest=newest)
     snapshot = bank.current
@@ -69,12 +71,7 @@ def read_bank_state(settings: Settings, identity: BackboneId) -> BankState:
     return BankState(bank.version, snapshot.is_of(identity), records, tuple(foreign), newest)
 
 
-def _newest_names(bank: PromptBank) -> tuple[str, ...]:
-    numbers = bank.versions()
-    return bank.at(str(numbers[-1])).names() if numbers else ()
-
-
-def _tonight(
+def _task_inputs(
     settings: Settings, name: str, corpora: Mapping[str, TaskCorpus], refused: Mapping[str, PromptBankError]
 ) -> TaskInputs | str:
     if name in refused:

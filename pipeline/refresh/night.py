@@ -1,6 +1,7 @@
 """A night from its lease to its record: plan, tune what changed, compare, publish a version, move the alias or not."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -10,14 +11,12 @@ from pathlib import Path
 from pydantic import ValidationError
 from rich.console import Console
 
-from pipeline.bank import NewPrompt, PromptBank, Standing
+from pipeline.bank import CarriedPrompt, NewPrompt, PromptBank
 from pipeline.errors import LeaseError, SettingsError, StorageError
-from pipeline.refresh.conditions import check_conditions
-from pipeline.refresh.exits import exit_of, verdict
+from pipeline.refresh.ending import check_conditions, exit_of, verdict
 from pipeline.refresh.inputs import NightInputs, read_inputs
 from pipeline.refresh.outcomes import NightDecision, decide, planned_record
-from pipeline.refresh.record import NightRecord, read_record
-from pipeline.refresh.record_writer import NightRecordWriter
+from pipeline.refresh.record import NightRecord, NightRecordWriter, read_record
 from pipeline.refresh.tuned import tune, with_readable_incumbents
 from pipeline.reporting.events import EventLog, telling_why
 from pipeline.reporting.html.from_record import night_of_record
@@ -25,10 +24,9 @@ from pipeline.reporting.progress import follow
 from pipeline.run.bank import check_fit, open_bank, readable_bank
 from pipeline.run.checks import CheckedRun, check_run
 from pipeline.run.lease import Lease, held
-from pipeline.run.page import write_report
-from pipeline.run.patience import retry_while_unreachable
 from pipeline.run.publishing import library_versions
-from pipeline.run.stages import make_run_folder
+from pipeline.run.report import write_report
+from pipeline.run.stages import make_run_folder, retry_while_unreachable
 from pipeline.run.tracking import followed
 from pipeline.settings import RunSettings, Settings
 from pipeline.tuning.connection import ray_on_demand
@@ -54,7 +52,7 @@ def night_settings(settings: Settings, date: str) -> Settings:
 def run_night(settings: Settings, date: str, console: Console) -> NightRecord:
     """Refresh the bank; its record, which says how it ended. A night that was stopped goes on where it was.
 
-    Raises: PromptBankError for everything that a user can mend; `night.json` then says so, too.
+    Raises: PromptBankError for everything that a user can fix; `night.json` then says so, too.
     """
     own = night_settings(settings, date)
     lease_folder = make_run_folder(own).parent / ".leases" / settings.run.name
@@ -64,14 +62,14 @@ def run_night(settings: Settings, date: str, console: Console) -> NightRecord:
         before = read_record(folder)
         if before is not None and before.state == "finished" and before.version is not None:
             return before
-        chronicle = NightRecordWriter(folder, _blank(own, date), lease.check)
+        writer = NightRecordWriter(folder, _blank(own, date), lease.check)
         try:
-            with _telling_failures(chronicle):
+            with _telling_failures(writer):
                 if before is not None and before.state == "publishing":
-                    completed = _complete(own, before, chronicle)
+                    completed = _complete(own, before, writer)
                     if completed is not None:
                         return completed
-                return _refresh(own, folder, lease, chronicle, console)
+                return _refresh(own, folder, lease, writer, console)
         finally:
             with suppress(LeaseError):  # the folder is another night's by now
                 lease.check()
@@ -80,7 +78,7 @@ def run_night(settings: Settings, date: str, console: Console) -> NightRecord:
 
 
 def plan_night_only(settings: Settings, date: str, folder: Path, console: Console) -> NightInputs:
-    """What a night would do, looked at from a folder that need not last. Trains nothing, takes no lease."""
+    """What a night would do. Trains nothing, takes no lease; `folder` may be a temporary one."""
     checked = check_run(night_settings(settings, date), new_backbone=True)
     events = folder / "events.jsonl"
     with EventLog(events) as log, ray_on_demand(settings.cluster) as connect, follow(events, console):
@@ -88,10 +86,10 @@ def plan_night_only(settings: Settings, date: str, folder: Path, console: Consol
 
 
 def _refresh(
-    settings: Settings, folder: Path, lease: Lease, chronicle: NightRecordWriter, console: Console
+    settings: Settings, folder: Path, lease: Lease, writer: NightRecordWriter, console: Console
 ) -> NightRecord:
-    chronicle.write()
-    with chronicle.stage("check"):
+    writer.write()
+    with writer.stage("check"):
         checked = check_run(settings, new_backbone=True)
         check_fit(settings.bank)
     with (
@@ -102,25 +100,26 @@ def _refresh(
     ):
 
         def connect_timed() -> None:
-            with chronicle.stage("cluster"):
+            with writer.stage("cluster"):
                 connect()
 
         log.write("begin", tasks=len(settings.tasks))
-        with chronicle.stage("corpus"):
-            found = read_inputs(checked, folder, log, connect_timed)
-        found, incumbents = with_readable_incumbents(checked, found)
-        chronicle.write(
+        with writer.stage("corpus"):
+            inputs = read_inputs(checked, folder, log, connect_timed)
+        inputs, incumbents = with_readable_incumbents(checked, inputs)
+        writer.write(
             model=settings.model.path,
             backbone=checked.identity.fingerprint,
-            new_backbone=not found.bank.same_backbone,
-            alias_before=found.bank.version,
-            tasks=tuple(planned_record(planned, settings) for planned in found.plan),
+            new_backbone=not inputs.bank.same_backbone,
+            alias_before=inputs.bank.version,
+            tasks=tuple(planned_record(planned, settings) for planned in inputs.plan),
         )
-        log.write("stage", name="plan", text=_counted(found))
-        with chronicle.stage("tuning"):
-            tuned = tune(checked, found, incumbents, folder, log, connect_timed)
-        outcomes = decide(settings, found, tuned)
-        record = _publish(checked, found, outcomes, lease, chronicle, log)
+        kinds = Counter(planned.decision for planned in inputs.plan)
+        log.write("stage", name="plan", text=", ".join(f"{count} {kind}" for kind, count in kinds.items()))
+        with writer.stage("tuning"):
+            tuned = tune(checked, inputs, incumbents, folder, log, connect_timed)
+        decisions = decide(settings, inputs, tuned)
+        record = _publish(checked, inputs, decisions, lease, writer, log)
         unlearned = {task.trial: task.reason for task in record.tasks if task.trial and task.learned is False}
         log.write("end", version=record.version, exit=record.exit_code, not_learned=unlearned)
         return record
@@ -128,29 +127,29 @@ def _refresh(
 
 def _publish(
     checked: CheckedRun,
-    found: NightInputs,
-    outcomes: Sequence[NightDecision],
+    inputs: NightInputs,
+    decisions: Sequence[NightDecision],
     lease: Lease,
-    chronicle: NightRecordWriter,
+    writer: NightRecordWriter,
     log: EventLog,
 ) -> NightRecord:
     settings = checked.settings
-    records = tuple(outcome.record for outcome in outcomes)
+    records = tuple(decision.record for decision in decisions)
     conditions = check_conditions(records, settings.refresh)
     may_move = all(condition.held for condition in conditions)
-    if not any(_is_news(outcome) for outcome in outcomes):
-        chronicle.write(tasks=records, conditions=conditions)
-        return _end(chronicle, None, found.bank.version)
+    if not any(_is_news(decision) for decision in decisions):
+        writer.write(tasks=records, conditions=conditions)
+        return _end(writer, None, inputs.bank.version)
     log.write("stage", name="publish", text=f"to {settings.bank.uri}")
-    chronicle.write(state="publishing", tasks=records, conditions=conditions, alias_may_move=may_move)
-    with chronicle.stage("publish"):
-        number = retry_while_unreachable(partial(_publish_once, checked, outcomes, may_move, lease), "publish", log)
+    writer.write(state="publishing", tasks=records, conditions=conditions, alias_may_move=may_move)
+    with writer.stage("publish"):
+        number = retry_while_unreachable(partial(_publish_once, checked, decisions, may_move, lease), "publish", log)
         stands_at = _alias_version(open_bank(settings.bank), settings)
-    return _end(chronicle, number, stands_at)
+    return _end(writer, number, stands_at)
 
 
-def _publish_once(checked: CheckedRun, outcomes: Sequence[NightDecision], may_move: bool, lease: Lease) -> int:
-    """The night's version; where it is there already, since only the store's answer was lost, it gets its alias."""
+def _publish_once(checked: CheckedRun, decisions: Sequence[NightDecision], may_move: bool, lease: Lease) -> int:
+    """Publish the night's version, or only advance the alias to it: the store may have lost its answer alone."""
     settings = checked.settings
     bank, alias = open_bank(settings.bank, create=True), settings.bank.alias if may_move else None
     number = _version_of(bank, settings.run.name)
@@ -159,48 +158,48 @@ def _publish_once(checked: CheckedRun, outcomes: Sequence[NightDecision], may_mo
             bank.advance(alias, number, by=f"run {settings.run.name}")
         return number
     lease.check()  # the last moment: a night that took over may have published
-    prompts, records = [outcome.prompt for outcome in outcomes], [outcome.record for outcome in outcomes]
+    prompts, records = [decision.prompt for decision in decisions], [decision.record for decision in decisions]
     return bank.publish(
         [prompt for prompt in prompts if isinstance(prompt, NewPrompt)],
         checked.identity,
         settings.run.name,
         library_versions(),
         alias,
-        standing=[prompt for prompt in prompts if isinstance(prompt, Standing)],
+        carried=[prompt for prompt in prompts if isinstance(prompt, CarriedPrompt)],
         removed={record.task: record.why for record in records if record.result == "removed"},
         new_backbone=True,
     )
 
 
 def _version_of(bank: PromptBank, run: str) -> int | None:
-    """The version that this very night published, if it is among the newest."""
+    """The version that this night published, if it is among the newest."""
     return next((n for n in bank.versions()[::-1][:_LOOK_BACK] if bank.at(str(n)).header.run == run), None)
 
 
-def _is_news(outcome: NightDecision) -> bool:
+def _is_news(decision: NightDecision) -> bool:
     """Whether the bank must be told: of a new prompt, one that left, or one that was tuned and not taken."""
-    prompt = outcome.prompt
+    prompt = decision.prompt
     if isinstance(prompt, NewPrompt):
         return prompt.array is not None
-    return outcome.record.result == "removed" or (prompt is not None and prompt.inputs_digest is not None)
+    return decision.record.result == "removed" or (prompt is not None and prompt.inputs_digest is not None)
 
 
-def _complete(settings: Settings, before: NightRecord, chronicle: NightRecordWriter) -> NightRecord | None:
+def _complete(settings: Settings, before: NightRecord, writer: NightRecordWriter) -> NightRecord | None:
     """Finish a night that was stopped while it published; None when its version is not there yet."""
     bank = open_bank(settings.bank, create=True)
     number = _version_of(bank, before.run)
     if number is None:
         return None
-    kept = {"attempts": chronicle.record.attempts, "stages": chronicle.record.stages}
-    chronicle.record = replace(before, **kept)  # type: ignore[arg-type]
+    kept = {"attempts": writer.record.attempts, "stages": writer.record.stages}
+    writer.record = replace(before, **kept)  # type: ignore[arg-type]
     if before.alias_may_move:
         bank.advance(settings.bank.alias, number, by=f"run {before.run}")
-    return _end(chronicle, number, _alias_version(bank, settings))
+    return _end(writer, number, _alias_version(bank, settings))
 
 
-def _end(chronicle: NightRecordWriter, version: int | None, alias: int | None) -> NightRecord:
-    code, outcome = verdict(chronicle.record, version)
-    return chronicle.write(
+def _end(writer: NightRecordWriter, version: int | None, alias: int | None) -> NightRecord:
+    code, outcome = verdict(writer.record, version)
+    return writer.write(
         state="finished",
         version=version,
         alias_after=alias,
@@ -229,13 +228,8 @@ def _blank(settings: Settings, date: str) -> NightRecord:
     )
 
 
-def _counted(found: NightInputs) -> str:
-    decisions = [planned.decision for planned in found.plan]
-    return ", ".join(f"{decisions.count(kind)} {kind}" for kind in dict.fromkeys(decisions))
-
-
 @contextmanager
-def _telling_failures(chronicle: NightRecordWriter) -> Iterator[None]:
+def _telling_failures(writer: NightRecordWriter) -> Iterator[None]:
     """A night that fails says so in its record, unless the disk refuses that too, or the lease was lost."""
     try:
         yield
@@ -243,9 +237,9 @@ def _telling_failures(chronicle: NightRecordWriter) -> Iterator[None]:
         interrupted = isinstance(error, KeyboardInterrupt)
         failure = "interrupted" if interrupted else str(error) or type(error).__name__
         # What was stopped while it published is looked for in the bank when it is started again.
-        state = "publishing" if chronicle.record.state == "publishing" else "failed"
+        state = "publishing" if writer.record.state == "publishing" else "failed"
         with suppress(StorageError, LeaseError):
-            chronicle.write(
+            writer.write(
                 state=state,
                 failure=failure,
                 exit_code=int(exit_of(error)),

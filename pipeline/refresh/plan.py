@@ -65,7 +65,7 @@ def plan_night(
 
 
 def without_incumbent(planned: PlannedTask, reason: str) -> PlannedTask:
-    """What is left to do for a task whose prompt cannot be read from the bank."""
+    """The plan of a task whose prompt cannot be read from the bank."""
     why = f"{planned.why}; tuned from the start, since its prompt cannot be read: {reason}"
     return replace(planned, decision="cold", why=why, incumbent=None)
 
@@ -81,19 +81,14 @@ def _planned(name: str, task: TaskInputs | str, record: PromptRecord | None, sam
     if incumbent is None:
         return PlannedTask(name, "retune", "the bank's prompt belongs to another backbone")
     if record.inputs_digest == task.inputs_digest:
-        return PlannedTask(name, "carried", _unchanged(record), incumbent)
+        refused = "unchanged since a new prompt was tuned and not taken"
+        return PlannedTask(name, "carried", refused if record.status == "kept" else "nothing changed", incumbent)
     why = _what_changed(record, task)
     if record.length not in task.lengths:
         lengths = ", ".join(map(str, sorted(task.lengths)))
         why += f"; prompt.length is {lengths} and was {record.length}, so tuned from the start"
         return PlannedTask(name, "cold", why, incumbent)
     return PlannedTask(name, "warm", why, incumbent)
-
-
-def _unchanged(record: PromptRecord) -> str:
-    if record.status == "kept":
-        return "unchanged since a new prompt was tuned and not taken"
-    return "nothing changed"
 
 
 def _what_changed(record: PromptRecord, task: TaskInputs) -> str:

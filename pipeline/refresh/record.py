@@ -5,13 +5,16 @@ split; what was not measured or is not finite is null.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.refresh.plan import Decision
 from pipeline.reporting.events import finite
+from pipeline.reporting.html import Condition
 from pipeline.whole_files import write_atomically
 
 FILE = "night.json"
@@ -77,16 +80,6 @@ class TaskRecord:
 
 
 @dataclass(frozen=True)
-class Condition:
-    """One of the run's own conditions for moving the alias."""
-
-    name: str
-    held: bool
-    found: str
-    """What was asked for and what was found, in one sentence."""
-
-
-@dataclass(frozen=True)
 class NightRecord:
     run: str
     """The night's run name: its folder under `run.storage`."""
@@ -146,3 +139,40 @@ def read_record(folder: Path) -> NightRecord | None:
         return NightRecord(**{**plain, "tasks": tasks, "conditions": conditions})
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+class NightRecordWriter:
+    """Holds the record of a night while it lasts: changed, timed, and written down at every stage."""
+
+    def __init__(self, folder: Path, record: NightRecord, guard: Callable[[], None] = lambda: None) -> None:
+        """`guard` is called before every writing: it raises when the record is another night's to write."""
+        self._folder = folder
+        self._guard = guard
+        before = read_record(folder)
+        if before is not None:  # an attempt that was stopped
+            record = replace(
+                record, started=before.started, attempts=before.attempts + 1, stages=before.stages
+            )  # fmt: skip
+        self.record = record
+        self._within = 0.0
+
+    def write(self, **changes: Any) -> NightRecord:
+        """Raises: StorageError, and what the guard raises."""
+        self._guard()
+        self.record = replace(self.record, **changes)
+        write_record(self._folder, self.record)
+        return self.record
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the seconds of a stage, also of one that fails, less those of stages within it. Raises: as `write`."""
+        outer, self._within = self._within, 0.0
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            took = time.monotonic() - began
+            seconds = self.record.stages.get(name, 0.0) + took - self._within
+            self._within = outer + took
+            self.record = replace(self.record, stages={**self.record.stages, name: round(seconds, 3)})
+        self.write()

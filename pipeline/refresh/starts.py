@@ -1,4 +1,4 @@
-"""How a warm start is written: as a sweep over where a task's trials start from, which every part of tuning knows.
+"""Warm starts, written as a sweep over where a task's trials start from: every part of tuning understands sweeps.
 
 A task without a sweep gets two trials, `sst2.init-bank` and, say, `sst2.init-sampled_vocab`: the same rows in the same
 order, from the bank's prompt and from where the settings have it start. A task that is swept gets both sides of every

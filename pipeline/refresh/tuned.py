@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from pipeline.settings import Settings
 from pipeline.tuning.connection import Connect
 from pipeline.tuning.incumbents import Pair, best_states, pair_keys, prompt_digest, read_pairs
 from pipeline.tuning.launch import launch
-from pipeline.tuning.worker import RankJob
+from pipeline.tuning.loop import tune_on_rank
+from pipeline.tuning.rank_job import RankJob
 from pipeline.whole_files import write_atomically
 
 
@@ -29,82 +31,77 @@ from pipeline.whole_files import write_atomically
 class NightResults:
     """By task, for the tasks that were trained."""
 
-    entries: Mapping[str, TaskResult]
+    results: Mapping[str, TaskResult]
     pairs: Mapping[str, Pair]
     """Of those that have a prompt in the bank and a trial that did not fail."""
     incumbents: Mapping[str, np.ndarray]
     """The bank's prompts, `[P, H]`."""
 
 
-def with_readable_incumbents(checked: CheckedRun, found: NightInputs) -> tuple[NightInputs, dict[str, np.ndarray]]:
+def with_readable_incumbents(checked: CheckedRun, inputs: NightInputs) -> tuple[NightInputs, dict[str, np.ndarray]]:
     """The bank's prompts of the tasks that will be trained; those whose prompt is damaged are planned anew.
 
     Raises: StorageError.
     """
     arrays: dict[str, np.ndarray] = {}
     plan, bank = [], None
-    for planned in found.plan:
+    for planned in inputs.plan:
         if planned.trains and planned.incumbent is not None:
-            assert found.bank.version is not None
+            assert inputs.bank.version is not None
             try:
-                prompt = reference(planned.task, found.bank.version)
+                prompt = reference(planned.task, inputs.bank.version)
                 bank = bank or open_bank(checked.settings.bank)
                 arrays[planned.task] = bank.load(prompt, checked.identity).array
             except BankError as error:
                 planned = without_incumbent(planned, str(error))
         plan.append(planned)
-    return replace(found, plan=tuple(plan)), arrays
+    return replace(inputs, plan=tuple(plan)), arrays
 
 
 def tune(
     checked: CheckedRun,
-    found: NightInputs,
+    inputs: NightInputs,
     incumbents: Mapping[str, np.ndarray],
     folder: Path,
     log: EventLog,
     connect: Connect,
 ) -> NightResults:
-    """Tune what is to be tuned, going on where an attempt before was stopped; no rank starts where all is done.
+    """Tune what is to be tuned, resuming an attempt that was stopped; no rank starts when all is done.
 
     Raises: PromptBankError.
     """
-    if not found.trained:
+    if not inputs.trained:
         return NightResults({}, {}, {})
-    settings = with_warm_starts(checked.settings, found.plan, found.bank.version)
-    corpora = {planned.task: found.corpora[planned.task] for planned in found.trained}
-    order = make_rank_job(replace(checked, settings=settings), corpora, folder)
-    order = replace(order, incumbents=_keep(order, incumbents))
-    announce(order, settings, log)
-    done = _done(order, settings, incumbents, checked.tokenizer)
+    settings = with_warm_starts(checked.settings, inputs.plan, inputs.bank.version)
+    corpora = {planned.task: inputs.corpora[planned.task] for planned in inputs.trained}
+    job = make_rank_job(replace(checked, settings=settings), corpora, folder)
+    digests = {}
+    for task, array in incumbents.items():  # to where the ranks read them
+        data = save({"prompt": array})
+        write_atomically(job.incumbent(task), data)
+        digests[task] = prompt_digest(data)
+    job = replace(job, incumbents=digests)
+    announce(job, settings, log)
+    done = _done(job, settings, incumbents, checked.tokenizer)
     if done is None:
         connect()
-        launch(order, settings.cluster, settings.run, log)
-        done = _done(order, settings, incumbents, checked.tokenizer)
+        launch(partial(tune_on_rank, job), folder, settings.cluster, settings.run, log)
+        done = _done(job, settings, incumbents, checked.tokenizer)
     if done is None:
-        raise TuningError(stopped_sentence(order, settings))
-    write_trials(folder / "trials.json", list(done.entries.values()))
+        raise TuningError(stopped_sentence(job, settings))
+    write_trials(folder / "trials.json", list(done.results.values()))
     return done
 
 
-def _keep(order: RankJob, incumbents: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """Write the bank's prompts to where the ranks read them; their digests."""
-    digests = {}
-    for task, array in incumbents.items():
-        data = save({"prompt": array})
-        write_atomically(order.incumbent(task), data)
-        digests[task] = prompt_digest(data)
-    return digests
-
-
 def _done(
-    order: RankJob, settings: Settings, incumbents: Mapping[str, np.ndarray], tokenizer: Any
+    job: RankJob, settings: Settings, incumbents: Mapping[str, np.ndarray], tokenizer: Any
 ) -> NightResults | None:
     """What the ranks have left, None while a trial or a comparison is missing."""
-    states = finished_states(order, settings)
+    states = finished_states(job, settings)
     if states is None:
         return None
-    pairs = read_pairs(Path(order.run_folder), pair_keys(best_states(states), order.incumbents))
+    pairs = read_pairs(Path(job.run_folder), pair_keys(best_states(states), job.incumbents))
     if pairs is None:
         return None
-    entries = choose(states, order.task_corpora(), tokenizer, settings.bank.not_learned == "withhold")
-    return NightResults({entry.task: entry for entry in entries}, pairs, incumbents)
+    results = choose(states, job.task_corpora(), tokenizer, settings.bank.not_learned == "withhold")
+    return NightResults({result.task: result for result in results}, pairs, incumbents)

@@ -1,1 +1,1 @@
-"""What happened, for people: the event log of a run, live progress, the plan and the table of results."""
+"""Reports for people: the event log of a run, live progress, the plan, the table of results, the HTML page."""

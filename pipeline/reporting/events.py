@@ -1,4 +1,4 @@
-"""`events.jsonl`: what a run tells the people who watch it, one JSON object per line, only ever appended.
+"""`events.jsonl`: the events of a run for those who watch it, one JSON object a line, only ever appended to.
 
 Every line has `time` (Unix seconds), `event` and, behind it, `run`:
 
@@ -11,10 +11,10 @@ Every line has `time` (Unix seconds), `event` and, behind it, `run`:
               were computed), gathered_bytes (of weights by rank 0, since it loaded them)
     eval      trial, step, metric, value, loss
     finished  trial, status, reason
-    end       version, exit, not_learned: {trial: reason}      it is done; version null: nothing was published
-    stopped   reason                                           it could not go on; started again, it resumes
+    end       version, exit, not_learned: {trial: reason}      the run is done; version null: nothing was published
+    stopped   reason                                           the run could not go on; started again, it resumes
 
-A number that is not finite is written as null, for JSON has no other way to say it.
+A number that is not finite is written as null, because JSON has no NaN.
 """
 
 import json
@@ -33,7 +33,7 @@ Event = dict[str, Any]
 
 
 class EventLog:
-    """Appends to an event log; a context manager. Each event is one write, so that a kill loses one line at most.
+    """Appends to an event log; a context manager. Each event is one write, so that a kill loses at most one line.
 
     Raises: StorageError when the file cannot be written.
     """
@@ -44,13 +44,13 @@ class EventLog:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
             size = os.fstat(self._file).st_size
-            if size and os.pread(self._file, 1, size - 1) != b"\n":  # a writer was killed within its line
+            if size and os.pread(self._file, 1, size - 1) != b"\n":  # the last writer was killed within a line
                 self._append(b"\n")
         except OSError as error:
             raise self._refused(error) from error
 
     def write(self, event: str, **fields: Any) -> None:
-        # The kind near the beginning, where `watched` looks for it: a run's name may be long.
+        # The kind stands near the beginning, where `watched` looks for it, because a run's name may be long.
         record = {"time": time.time(), "event": event, "run": self._path.parent.name, **finite(fields)}
         line = json.dumps(record, ensure_ascii=False, allow_nan=False)
         try:
@@ -77,14 +77,14 @@ class EventLog:
 
 @contextmanager
 def telling_why(log: EventLog) -> Iterator[None]:
-    """Whoever watches the log shall see that the block was stopped, and why."""
+    """Write to the log that the block was stopped, and why."""
     try:
         yield
-    except LeaseError:  # the log is another start's by now, and that one goes on
+    except LeaseError:  # the log belongs to another start by now, which goes on
         raise
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-        with suppress(StorageError):  # a full disk is the reason, perhaps
+        with suppress(StorageError):  # a full disk may be the reason
             log.write("stopped", reason="interrupted" if interrupted else str(error) or type(error).__name__)
         raise
 
@@ -92,7 +92,7 @@ def telling_why(log: EventLog) -> Iterator[None]:
 class EventTail:
     """Reads what is appended to an event log after this tail was made; the file need not exist yet.
 
-    `whole`: what was there before is read, too.
+    `whole`: also what was there before.
     """
 
     def __init__(self, path: Path, whole: bool = False) -> None:
@@ -102,14 +102,14 @@ class EventTail:
 
     def read(self) -> list[Event]:
         """The events completed since the last call. A line still being written waits for the next call;
-        one that holds no event (its writer was killed) is passed over."""
+        one that holds no event, because its writer was killed, is skipped."""
         try:
             with self._path.open("rb") as file:
-                if os.fstat(file.fileno()).st_size < self._offset:  # another file by the same name
+                if os.fstat(file.fileno()).st_size < self._offset:  # it was replaced by another file
                     self._offset, self._begun = 0, b""
                 file.seek(self._offset)
                 new = file.read()
-        except OSError:  # not there yet, or a network file system that stutters
+        except OSError:  # not there yet, or a network file system fails for a moment
             return []
         self._offset += len(new)
         *complete, self._begun = (self._begun + new).split(b"\n")
@@ -117,7 +117,7 @@ class EventTail:
 
 
 def parse_event(line: bytes) -> Event | None:
-    """None for a line that holds no event, as after a damage to the file."""
+    """The event in a line; None for a damaged line."""
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):
@@ -129,18 +129,24 @@ _COUNTS = ("time", "step", "max_steps", "version", "exit", "live")
 _NUMBERS = (*_COUNTS, "tokens_per_second", "padding", "value", "loss", "gathered_bytes", "peak_bytes")
 _TEXTS = ("trial", "task", "name", "text", "reason", "status", "metric", "run", "stage")
 _LAST_MOMENT = 10**11
-"""Unix seconds, in the year 5138; no step, version or exit code is as large, either."""
+"""Unix seconds, in the year 5138. No step, version or exit code is as large either."""
 
 
 def _is_sound(record: dict[str, Any]) -> bool:
-    """Whether the fields that are read later are of their kinds; absent ones and null are."""
+    """Whether the fields that are read later have their types; absent fields and null are allowed."""
     if not all(record.get(key) is None or isinstance(record[key], str) for key in _TEXTS):
         return False
     for key in _NUMBERS:
         value = record.get(key)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        try:
+            finite_value = math.isfinite(value)
+        except OverflowError:  # an integer too large for a float
+            finite_value = False
+        if not finite_value:
             return False
         if key in _COUNTS and not -_LAST_MOMENT < value < _LAST_MOMENT:
             return False
@@ -154,20 +160,11 @@ def _is_sound(record: dict[str, Any]) -> bool:
         )
     if record.get("event") in ("step", "resume") and trials:
         return isinstance(trials, dict) and all(isinstance(t, dict) and _is_sound(t) for t in trials.values())
-    if record.get("event") == "end":
-        reasons = record.get("not_learned") or {}
-        return isinstance(reasons, dict) and all(r is None or isinstance(r, str) for r in reasons.values())
     return True
 
 
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond every float
-        return False
-
-
 def finite(value: Any) -> Any:
+    """The value with None in place of each number that is not finite, within lists and dicts too."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What Ray says when its memory monitor ended a process, a paragraph with a table and advice, as one clause."""
+"""Ray's report that its memory monitor killed a process, a paragraph with a table and advice, as one clause."""
 
 import re
 
@@ -7,7 +7,7 @@ _PROCESS = re.compile(r"(?:task name=([^,\n]*),[^\n]*?)?pid=(\d+), actual memory
 
 
 def memory_kill(text: str) -> str | None:
-    """Which process was ended, how much was in use, and what to set; None where no lack of memory is told of."""
+    """Which process was killed, how much memory was in use, and what to set; None for a text on anything else."""
     if "running low on memory" not in text:
         return None
     process, node = _PROCESS.search(text), _NODE.search(text)

@@ -1,7 +1,7 @@
-"""How fast a run goes lately, when it will be done, and whether it has fallen silent. Times are Unix seconds.
+"""The recent pace of a run, when it will be done, and whether it has fallen silent. Times are Unix seconds.
 
-Whether the processes of a run are alive cannot be seen from its storage. What can be seen is its last event, and how
-long it usually takes until the next one.
+A run's storage does not show whether its processes are alive. It shows the last event, and how long the run usually
+takes until the next one.
 """
 
 import heapq
@@ -12,14 +12,14 @@ from pipeline.reporting.events import Event
 from pipeline.reporting.state import RunState
 
 RECENT = 60
-"""Events that the pace is taken from."""
+"""The pace is taken from so many newest events."""
 _SILENT_AFTER = 60.0
 _TIMES_THE_LONGEST_GAP = 3.0
 _FEWEST_GAPS = 5
 
 
 class Pace:
-    """Of the newest events since the ranks last started; evaluations between the steps count, as they take time."""
+    """Pace of the newest events since the ranks last started; evaluations between steps count, as they take time."""
 
     def __init__(self) -> None:
         self.last: float | None = None
@@ -39,7 +39,7 @@ class Pace:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """None until there were two step events."""
+        """Seconds that a step takes; None until there were two step events."""
         if len(self._steps) < 2:
             return None
         (first, at_first), (last, at_last) = self._steps[0], self._steps[-1]
@@ -56,7 +56,7 @@ class Pace:
         return max(0.0, now - self.last) if self.last is not None else 0.0
 
     def silent(self, now: float) -> bool:
-        """Whether it has been quiet for a minute, and three times as long as it ever was lately, as far as is known."""
+        """Whether it has been quiet for a minute, and for three times as long as the longest recent gap, if known."""
         return self.quiet(now) > max(_SILENT_AFTER, _TIMES_THE_LONGEST_GAP * (self.longest_gap or 0.0))
 
 
@@ -76,7 +76,7 @@ def steps_to_go(state: RunState) -> int | None:
 
 
 def done_at(state: RunState, pace: Pace) -> float | None:
-    """When tuning will be done at the latest; None where that cannot be told. Publishing comes after it."""
+    """When tuning will be done at the latest; None while that cannot be estimated. Publishing comes after it."""
     steps, seconds = steps_to_go(state), pace.seconds_per_step
     if steps is None or seconds is None or pace.last is None:
         return None

@@ -1,4 +1,4 @@
-"""What a run would do, printed before it is started."""
+"""The plan of a run, printed before the run starts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ def plan_table(tasks: Sequence[PlanRow]) -> Table:
 
 
 def memory_table(bytes_per_rank: Mapping[str, int], ranks: int) -> Table:
-    """What each rank holds, by part, and its sum; and the same over all ranks."""
+    """Bytes that each rank holds, by part and in total, and the same over all ranks."""
     total = sum(bytes_per_rank.values())
     table = Table(box=box.SIMPLE_HEAD, show_footer=True)
     table.add_column("memory (estimated)", footer="total")

@@ -18,7 +18,7 @@ from rich.text import Text
 from pipeline.reporting.events import Event, EventTail
 from pipeline.reporting.sentences import Narrator, sentence
 from pipeline.reporting.state import RunState, headline, number
-from pipeline.reporting.trackers import Audience, Tracker
+from pipeline.reporting.trackers import Tracker, TrackerGroup
 
 POLL_SECONDS = 0.25
 MOST_BARS = 12
@@ -28,16 +28,16 @@ MOST_BARS = 12
 def follow(
     events_file: Path, console: Console, trackers: Sequence[Tracker] = (), as_json: Console | None = None
 ) -> Iterator[None]:
-    """Show what is appended to `events_file` from now on, in a thread, until the block ends; trackers hear of it, too.
+    """Show what is appended to `events_file` from now on, in a thread, until the block ends; trackers get it too.
 
-    The file may not exist yet, and its workers may be killed and start again. What was written
-    before the block ended is shown before this returns, also when the block raises. On `as_json`, in
-    place of `console`, every event is printed as it is written, for machines that read logs.
+    The file need not exist yet, and its workers may be killed and start again. What was written before the block
+    ended is shown before this returns, also when the block raises. With `as_json`, every event is printed there as
+    it is written, in place of `console`, for machines that read logs.
     """
     tail = EventTail(events_file)
     ended = threading.Event()
     screen: Screen = JsonLines(as_json) if as_json else Bars(console) if console.is_terminal else Lines(console)
-    told = Audience(trackers, console)
+    told = TrackerGroup(trackers, console)
 
     def look() -> None:
         events = tail.read()
@@ -61,6 +61,8 @@ def follow(
 
 
 class Screen(Protocol):
+    """One way to show events while they come."""
+
     def show(self, events: list[Event]) -> None: ...
     def __enter__(self) -> Self: ...
     def __exit__(
@@ -86,7 +88,7 @@ class JsonLines:
 
 
 class Lines:
-    """The lines of a narrator, for logs."""
+    """The lines of a `Narrator`, for logs."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -128,7 +130,7 @@ class Bars:
 
 
 def bars(state: RunState) -> RenderableType:
-    """The picture of a run at one moment."""
+    """The bars of a run at one moment."""
     live = list(state.live.items())
     if not live:
         return Text(state.stage, style="dim")

@@ -1,4 +1,4 @@
-"""The lines that a run's events are worth, for logs and for `promptbank runs tail`."""
+"""Events of a run as lines of text, for logs and for `promptbank runs tail`."""
 
 from pipeline.reporting.events import Event
 from pipeline.reporting.state import RunState, headline, number
@@ -8,14 +8,14 @@ MOST_LOSSES = 8  # in one plain line
 
 
 class Narrator:
-    """One line per event that matters; of the steps, one every ten seconds by the events' own clock."""
+    """One line per event that matters; for steps, one line every ten seconds by the events' own clock."""
 
     def __init__(self) -> None:
         self.state = RunState()
         self._last = float("-inf")
 
     def tell(self, event: Event) -> str:
-        """Take the next event in; the line for it, empty where it is worth none."""
+        """Apply the next event and return its line, empty when it needs none."""
         self.state.apply(event)
         now = float(event.get("time") or 0.0)
         if event["event"] == "step" and now - self._last >= SECONDS_BETWEEN_LINES:
@@ -25,7 +25,7 @@ class Narrator:
 
 
 def sentence(event: Event) -> str:
-    """The line that this event is worth by itself; empty for steps and for events of other versions."""
+    """The line for this event alone; empty for steps, and for events that this version does not know."""
     match event:
         case {"event": "launch", "trials": trials}:
             return f"launch: {len(trials)} trial{'s' if len(trials) != 1 else ''}"

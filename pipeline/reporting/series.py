@@ -6,7 +6,7 @@ from typing import Any
 
 
 def read_series(path: Path) -> list[dict[str, Any]]:
-    """Its points; lines that are damaged, or that their writer was killed within, are passed over. Raises: OSError."""
+    """The points of the series; damaged and incomplete lines are skipped. Raises: OSError."""
     points = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:

@@ -1,4 +1,4 @@
-"""What the events of a run say so far, and the words for it."""
+"""The state of a run according to its events so far."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,12 +8,14 @@ from pipeline.reporting.events import Event
 
 @dataclass
 class TrialProgress:
+    """How far one trial is."""
+
     task: str
     max_steps: int
     step: int = 0
     loss: float | None = None
     metric: str | None = None
-    """Name of the dev metric, once there was an evaluation; `value` is its last."""
+    """Name of the dev metric once there was an evaluation; `value` is the newest value."""
     value: float | None = None
     live: bool = False
     finished: bool = False
@@ -24,14 +26,16 @@ class TrialProgress:
 
 @dataclass
 class RunState:
+    """How far a run is: its stage, its step, and every trial."""
+
     stage: str = ""
-    """The newest stage's text, else its name."""
+    """The text of the newest stage, else its name."""
     stage_name: str = ""
     step: int = 0
     tokens_per_second: float = 0.0
     trials: dict[str, TrialProgress] = field(default_factory=dict)
     ended: bool = False
-    """It has run to its end, and `version` tells what it published, if anything."""
+    """Whether it has run to its end; `version` is then the version that it published, None if it published none."""
     version: int | None = None
     exit: int | None = None
     stopped: str | None = None
@@ -46,7 +50,7 @@ class RunState:
         return sum(not trial.live and not trial.finished for trial in self.trials.values())
 
     def apply(self, event: Event) -> None:
-        """Take one event in. A field that is absent leaves what was known before."""
+        """Apply one event. An absent field leaves the value known before."""
         match event["event"]:
             case "launch":
                 self._launch(event)
@@ -72,7 +76,7 @@ class RunState:
                 self._rest()
 
     def _judge(self, not_learned: Mapping[str, str | None]) -> None:
-        """How a trial ended is known when it ends, what that is worth only beside its task's constant answer."""
+        """Mark trials as not learned, which shows only at the run's end, beside the task's constant answer."""
         for name, reason in not_learned.items():
             if trial := self.trials.get(name):
                 trial.status, trial.reason = "not learned", reason
@@ -82,8 +86,10 @@ class RunState:
             trial.live = False
 
     def _launch(self, event: Event) -> None:
-        """Workers that start again know of the trials only what their checkpoint says, and tell it when they resume.
-        What was measured stays shown until it is measured again."""
+        """List the trials. Workers that start again send their checkpoint's progress when they resume.
+
+        Until then, what was measured before stays shown.
+        """
         before = self.trials
         self.trials = {}
         for launched in event.get("trials") or []:
@@ -107,10 +113,10 @@ class RunState:
 
     def _evaluated(self, trial: TrialProgress, event: Event) -> None:
         step = int(event.get("step") or 0)
-        if step == 0:  # it has just started, perhaps not for the first time
+        if step == 0:  # the trial has just started, perhaps not for the first time
             trial.step, trial.finished, trial.status, trial.reason = 0, False, "", None
         trial.step = max(trial.step, step)
-        # Not every step is told, the last one least of all; a trial takes none that the run does not.
+        # Not every step has an event, often not the last one; a trial is never ahead of the run.
         self.step = max(self.step, step)
         trial.metric, trial.value = event.get("metric"), event.get("value")
 
@@ -131,7 +137,7 @@ class RunState:
 
 
 def headline(state: RunState) -> str:
-    """`step 40/100 · 3 live · 310 tokens/s`; how many steps there will be is known once no trial waits."""
+    """`step 40/100 · 3 live · 310 tokens/s`; the total is known once no trial waits."""
     live = state.live
     counts = f"{len(live)} live" + (f", {state.waiting} waiting" if state.waiting else "")
     step = f"step {state.step}"
@@ -141,5 +147,5 @@ def headline(state: RunState) -> str:
 
 
 def number(value: float | None) -> str:
-    """`0.87`; `–` for what was not measured or is not finite."""
+    """`0.87`; `–` for a value that was not measured or is not finite."""
     return "–" if value is None else f"{value:.2f}"

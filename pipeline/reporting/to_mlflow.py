@@ -1,4 +1,4 @@
-"""A run's figures for MLflow."""
+"""Sends a run's figures to MLflow."""
 
 import os
 
@@ -6,15 +6,15 @@ from pipeline.errors import SettingsError
 from pipeline.reporting.events import Event
 from pipeline.reporting.trackers import scalars
 
-# A server that is away: by default the client would try for minutes, and the run's end would wait for it.
-_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+# For a server that does not answer: by default the client tries for minutes, and the run's end would wait for it.
+_TIMEOUTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
 class MLflow:
     """Scalars, and how the run ended, as one run of an experiment on a tracking server."""
 
     def __init__(self, uri: str, experiment: str, run: str) -> None:
-        for name, value in _PATIENCE.items():
+        for name, value in _TIMEOUTS.items():
             os.environ.setdefault(name, value)
         try:
             from mlflow.tracking import MlflowClient
@@ -28,7 +28,7 @@ class MLflow:
     def hear(self, event: Event) -> None:
         from mlflow.entities import Metric
 
-        if self._run is None:  # here and not before: a server that is away must not stop the run
+        if self._run is None:  # not in __init__, because a server that does not answer must not stop the run
             self._run = self._begin()
         at = int(event["time"] * 1000)
         metrics = [Metric(name, value, at, step) for name, (value, step) in scalars(event).items()]
@@ -46,7 +46,7 @@ class MLflow:
             self._client.set_terminated(self._run, self._status)
 
     def _begin(self) -> str:
-        """The run of this name, if one that did not finish is there: a night that is resumed goes on in it."""
+        """Id of an unfinished run of this name, in which a resumed night goes on, else of a new run."""
         found = self._client.get_experiment_by_name(self._experiment)
         experiment = found.experiment_id if found else self._client.create_experiment(self._experiment)
         quoted = self._name.replace("'", "")

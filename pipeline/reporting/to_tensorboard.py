@@ -1,4 +1,4 @@
-"""A run's figures for TensorBoard."""
+"""Writes a run's figures for TensorBoard."""
 
 from pathlib import Path
 

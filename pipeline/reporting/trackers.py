@@ -1,4 +1,4 @@
-"""Who else hears of a run's events: TensorBoard, MLflow, a metrics endpoint. None of them can stop or slow the run."""
+"""Trackers that a run's events go to: TensorBoard, MLflow, a metrics endpoint. None can stop or slow the run."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -9,14 +9,14 @@ from pipeline.reporting.events import Event
 
 
 class Tracker(Protocol):
-    """Told of every event (see `events`) in the driver, in their order; it may raise whatever it likes."""
+    """Gets every event (see `events`), in order, in the driver's process; it may raise anything."""
 
     def hear(self, event: Event) -> None: ...
     def close(self) -> None: ...
 
 
-class Audience:
-    """Tells trackers; one that fails is left out from then on, with one line."""
+class TrackerGroup:
+    """Passes events on to trackers. One that fails is left out from then on, with one line on the console."""
 
     def __init__(self, trackers: Sequence[Tracker], console: Console) -> None:
         self._trackers = list(trackers)
@@ -27,7 +27,7 @@ class Audience:
             try:
                 for event in events:
                     tracker.hear(event)
-            except Exception as error:  # whatever a tracker's library raises
+            except Exception as error:  # a tracker's library may raise anything
                 self._leave_out(tracker, error)
 
     def close(self) -> None:
@@ -47,7 +47,7 @@ class Audience:
 
 
 def scalars(event: Event) -> dict[str, tuple[float, int]]:
-    """Name -> (value, step) of what an event measures: a run's figures at its step, a trial's at its own."""
+    """Name -> (value, step) of an event's measurements: a run's figures at its step, a trial's at the trial's step."""
     match event:
         case {"event": "step", "step": step, "trials": trials}:
             own = {name: event.get(name) for name in ("tokens_per_second", "padding", "gathered_bytes", "live")}

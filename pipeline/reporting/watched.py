@@ -1,4 +1,4 @@
-"""Runs as their storage shows them, to whoever looks from outside."""
+"""Runs as another process sees them: by the files in their storage."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,13 +11,15 @@ from pipeline.reporting.state import RunState
 
 _STEP = b'"event": "step"'
 _HEAD = 80
-"""Bytes of a line within which its kind is written."""
+"""An event's kind stands within so many first bytes of its line."""
 
 
 @dataclass
 class WatchedRun:
+    """A run, seen through its event log."""
+
     name: str
-    """As people say it: its folder below the storage."""
+    """Its folder below the storage."""
     folder: Path
     state: RunState = field(default_factory=RunState)
     pace: Pace = field(default_factory=Pace)
@@ -66,15 +68,15 @@ def read_run(folder: Path, name: str) -> WatchedRun:
 
 
 def read_events(path: Path) -> Iterable[Event]:
-    """The events of a log; of the steps only the newest: they are most of the file, and older ones tell only losses.
+    """The events of a log, but only the newest steps: steps are most of the file, and older ones hold only losses.
 
     Raises: StorageError.
     """
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]  # the last one is empty, or still being written
+        lines = path.read_bytes().split(b"\n")[:-1]  # the last line is empty, or still being written
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
     steps = [place for place, line in enumerate(lines) if _STEP in line[:_HEAD]]
-    passed_over = set(steps[:-RECENT])
-    found = (parse_event(line) for place, line in enumerate(lines) if place not in passed_over)
+    skipped = set(steps[:-RECENT])
+    found = (parse_event(line) for place, line in enumerate(lines) if place not in skipped)
     return [event for event in found if event is not None]

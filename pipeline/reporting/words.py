@@ -41,7 +41,7 @@ def duration(seconds: float) -> str:
 
 
 def about(seconds: float) -> str:
-    """`45 s`, `12 min`, `1 h 07 min`: for what is a moment old, or an estimate."""
+    """`45 s`, `12 min`, `1 h 07 min`: for ages and estimates."""
     if seconds < 59.5:
         return f"{seconds:.0f} s"
     minutes = round(seconds) // 60
@@ -74,7 +74,7 @@ def counted(number: int, one: str, more: str | None = None) -> str:
 
 
 def share(part: float, whole: float) -> str:
-    """`3.4 %`; `< 0.1 %` for little that is not nothing."""
+    """`3.4 %`; `< 0.1 %` for a share that is small but not zero."""
     if not whole or not part:
         return "0 %"
     percent = 100 * part / whole

@@ -1,11 +1,13 @@
 """Everything that can be checked before anything is trained: what `--plan` shows, and a run does first."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from transformers import PretrainedConfig
 
 from pipeline.backbone.files import (
@@ -28,14 +30,16 @@ from pipeline.bank import BackboneId, PromptBank
 from pipeline.corpus.encoding import missing_embedding
 from pipeline.corpus.task_corpus import TaskPlan, check_encodable, check_task
 from pipeline.errors import BankError, PromptBankError, SettingsError, StorageError
-from pipeline.run.bank import open_bank
+from pipeline.reporting.plan import PlanRow, memory_table, plan_table
+from pipeline.reporting.words import millions
+from pipeline.run.bank import find_bank
 from pipeline.settings import RunSettings, Settings, TaskSettings
 from pipeline.whole_files import check_folder
 
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """Settings that can be carried out, and what was learnt by looking."""
+    """Settings that can be carried out, and what the checks found."""
 
     settings: Settings
     files: ModelFiles
@@ -53,8 +57,9 @@ class CheckedRun:
 
 
 def check_run(settings: Settings, new_backbone: bool = False, publishes: bool = True) -> CheckedRun:
-    """Look at files, columns, templates, the model folder and the bank, which may belong to a `new_backbone`'s past.
+    """Check files, columns, templates, the model folder and the bank.
 
+    new_backbone: the bank may belong to another one.
     publishes: to the bank that the settings name, which must then be one that can be written.
 
     Raises: the first PromptBankError that stops the run, or one that lists every task's mistake.
@@ -99,7 +104,7 @@ def check_run(settings: Settings, new_backbone: bool = False, publishes: bool = 
 
 
 def check_storage(run: RunSettings) -> None:
-    """Raises: SettingsError when the run's folder can be none, StorageError when it cannot be written now."""
+    """Raises: SettingsError when no folder can have that name, StorageError when it cannot be written now."""
     if "://" in run.storage:
         raise SettingsError(f"run.storage {run.storage}: must be a folder that every node sees, not a URI")
     folder = Path(run.storage).expanduser().resolve() / run.name
@@ -114,7 +119,7 @@ def _check_bank(uri: str, publishes: bool) -> None:
 
 
 def refuse_or_skip(settings: Settings, refused: Mapping[str, PromptBankError]) -> None:
-    """Raises: what is wrong with the tasks, unless `run.on_bad_task` says to go on with the others."""
+    """Raises: the errors of the refused tasks as one, unless `run.on_bad_task` says to go on with the others."""
     if refused and (settings.run.on_bad_task == "refuse" or len(refused) == len(settings.tasks)):
         first = next(iter(refused.values()))
         raise type(first)("\n".join(str(error) for error in refused.values()))
@@ -131,14 +136,6 @@ def check_context(name: str, task: TaskSettings, config: PretrainedConfig) -> No
             f"max_target_tokens {task.max_target_tokens} = {most} is longer than the model's context of {context} "
             f"tokens; lower one of them"
         )
-
-
-def find_bank(settings: Settings) -> PromptBank | None:
-    """The bank, if it is there already. Raises: BankError when it is damaged, StorageError."""
-    uri = settings.bank.uri
-    if "://" not in uri and not Path(uri).expanduser().is_dir():  # a check makes no folder
-        return None
-    return open_bank(settings.bank, create=True)
 
 
 def check_start(
@@ -159,3 +156,41 @@ def check_start(
             bank.load(source, backbone=identity)
         except BankError as error:
             raise SettingsError(f"task '{name}': prompt.source {source}: {error}") from error
+
+
+def print_plan(checked: CheckedRun, console: Console) -> None:
+    """Show the tasks with their rows, trials and steps, the model, and the memory that each rank needs."""
+    settings = checked.settings
+    rows = []
+    for name, plan in checked.plans.items():
+        task = settings.tasks[name]
+        trials = task.trials(name).values()
+        row = PlanRow(
+            task=name,
+            train_rows=plan.rows["train"],
+            dev_rows=None if task.dev_fraction else plan.rows["dev"],
+            test_rows=plan.rows.get("test"),
+            trials=len(trials),
+            max_steps=task.max_steps,
+            prompt_length=max(trial.prompt.length for trial in trials),
+            metric=task.metric,
+            dev_fraction=task.dev_fraction,
+        )
+        rows.append(row)
+    console.print(plan_table(rows))
+    for plan in checked.plans.values():
+        for remark in plan.left_out:
+            console.print(remark, markup=False)
+    for name, error in checked.refused.items():
+        console.print(f"left out: {name}: {error}", markup=False)
+    memory = checked.memory
+    console.print(
+        f"model {settings.model.path}: {checked.config.model_type}, {millions(memory.parameters)} parameters, "
+        f"{settings.model.weights}, backbone {checked.identity.fingerprint[:12]}",
+        markup=False,
+    )
+    console.print(memory_table(memory.parts, settings.cluster.num_workers))
+    if settings.cluster.partition == "auto" and settings.cluster.num_workers > 1:
+        console.print("(partitioned; where every rank has room for four times the whole model, each holds it whole)")
+    storage, bank = (os.path.expanduser(place) for place in (settings.run.storage, settings.bank.uri))
+    console.print(f"run {storage}/{settings.run.name} -> bank {bank} ({settings.bank.alias})", markup=False)

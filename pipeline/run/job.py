@@ -7,30 +7,28 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.errors import PromptBankError, TuningError
+from pipeline.errors import TuningError
 from pipeline.reporting.events import EventLog, telling_why
-from pipeline.reporting.table import TrialResult
 from pipeline.run.bank import check_fit
 from pipeline.run.checks import CheckedRun
 from pipeline.run.lease import run_lease
-from pipeline.run.page import write_report
-from pipeline.run.patience import retry_while_unreachable
 from pipeline.run.publishing import publish_prompts
-from pipeline.run.report import report_of
-from pipeline.run.results import choose, result_of, write_trials
+from pipeline.run.report import report_of, write_report
+from pipeline.run.results import RefusedTask, TaskResult, choose, write_trials
 from pipeline.run.stages import (
     announce,
     finished_states,
     make_rank_job,
     make_run_folder,
     prepare_corpora,
+    retry_while_unreachable,
     save_model_description,
     stopped_sentence,
 )
 from pipeline.run.tracking import followed
-from pipeline.settings import Settings
 from pipeline.tuning.connection import ray_on_demand
 from pipeline.tuning.launch import launch
+from pipeline.tuning.loop import tune_on_rank
 
 
 class Exit(IntEnum):
@@ -46,7 +44,7 @@ class Exit(IntEnum):
 
 @dataclass(frozen=True)
 class RunResult:
-    results: tuple[TrialResult, ...]
+    results: tuple[TaskResult | RefusedTask, ...]
     version: int | None
     """Of the bank; None when nothing was published."""
     report: Path | None = None
@@ -63,7 +61,7 @@ class RunResult:
 def run_job(checked: CheckedRun, console: Console) -> RunResult:
     """Prepare corpora, tune every trial, publish; resumes a run of the same name.
 
-    Raises: PromptBankError for everything that a user can mend; nothing is then published.
+    Raises: PromptBankError for everything that a user can fix; nothing is then published.
     """
     settings = checked.settings
     folder = make_run_folder(settings)
@@ -78,31 +76,28 @@ def run_job(checked: CheckedRun, console: Console) -> RunResult:
         check_fit(settings.bank)
         tokenizer = save_model_description(checked, folder)
         corpora, refused = prepare_corpora(checked, tokenizer, log, connect)
-        order = make_rank_job(checked, corpora, folder)
-        announce(order, settings, log)
-        states = finished_states(order, settings)
+        job = make_rank_job(checked, corpora, folder)
+        announce(job, settings, log)
+        states = finished_states(job, settings)
         if states is None:
             connect()
-            launch(order, settings.cluster, settings.run, log)
-            states = finished_states(order, settings)
+            # On every rank; what they leave is the run's last checkpoint.
+            launch(partial(tune_on_rank, job), folder, settings.cluster, settings.run, log)
+            states = finished_states(job, settings)
         if states is None:
-            raise TuningError(stopped_sentence(order, settings))
+            raise TuningError(stopped_sentence(job, settings))
         log.write("stage", name="publish", text=f"to {settings.bank.uri}")
-        entries = choose(states, corpora, checked.tokenizer, settings.bank.not_learned == "withhold")
-        write_trials(folder / "trials.json", entries)
+        results = choose(states, corpora, checked.tokenizer, settings.bank.not_learned == "withhold")
+        write_trials(folder / "trials.json", results)
 
         def publish() -> int | None:
             lease.check()  # the last moment: a start that took over, while this one was stopped or waited, may publish
-            return publish_prompts(settings, checked.identity, entries, corpora)
+            return publish_prompts(settings, checked.identity, results, corpora)
 
         version = retry_while_unreachable(publish, "publish", log)
-        left_out = [_refused_result(settings, *item) for item in refused.items()]
-        outcome = RunResult((*map(result_of, entries), *left_out), version)
-        not_learned = {entry.chosen.trial.name: entry.reason for entry in entries if entry.learned is False}
-        log.write("end", version=version, exit=int(outcome.exit), not_learned=not_learned)
-        report = partial(report_of, folder, settings, checked.identity, entries, left_out, corpora, version)
-        return replace(outcome, report=write_report(folder, report, console, "run"))
-
-
-def _refused_result(settings: Settings, name: str, error: PromptBankError) -> TrialResult:
-    return TrialResult(name, name, 0, settings.tasks[name].metric, None, None, None, "failed", str(error))
+        left_out = [RefusedTask(name, settings.tasks[name].metric, str(error)) for name, error in refused.items()]
+        run_result = RunResult((*results, *left_out), version)
+        not_learned = {result.trial: result.reason for result in results if result.learned is False}
+        log.write("end", version=version, exit=int(run_result.exit), not_learned=not_learned)
+        report = partial(report_of, folder, settings, checked.identity, results, left_out, corpora, version)
+        return replace(run_result, report=write_report(folder, report, console, "run"))

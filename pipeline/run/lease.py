@@ -49,7 +49,7 @@ EXPIRY_S = 60.0
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease, for people, and for others of the same system to see whether it lives."""
+    """Who holds a lease: told to people, and used by processes of the same system to see whether the holder lives."""
 
     run: str
     host: str
@@ -60,10 +60,10 @@ class Holder:
     system: str = ""
     """The system's boot and the process' namespace: there, and there alone, `pid` and `begun` name a process."""
     begun: str = ""
-    """When the process began, in ticks since the boot: a number is used again, a number and its beginning are not."""
+    """When the process began, in ticks since the boot: a process number is reused, one with its beginning is not."""
 
     def is_gone(self) -> bool:
-        """Whether its process is known to have ended. Where that cannot be seen, no."""
+        """Whether its process is known to have ended; False where that is not known."""
         return bool(self.begun) and self.system == _system() and _begun(self.pid) not in (self.begun, _UNSEEN)
 
 
@@ -87,7 +87,7 @@ class Lease:
         try:
             self._renew()
         except OSError as error:
-            raise StorageError(f"cannot renew the lease {self._path}: {error.strerror}; mend its access") from error
+            raise StorageError(f"cannot renew the lease {self._path}: {error.strerror}; fix its access") from error
         if self._lost:
             raise LeaseError(f"{self._lost}; this one publishes nothing more")
 
@@ -125,7 +125,7 @@ class Lease:
                 self._lost = f"the lease {self._path} was deleted"
 
     def _take_anew(self) -> bool:
-        """Whether nobody else has taken, or is about to take, what this holder gave no sign of for too long."""
+        """Whether the lease is still this holder's: after too long without a sign of life others may take it."""
         if _link(self._folder / f"{self._number + 1}.json", self._holder):
             self._number += 1
             return True
@@ -165,7 +165,7 @@ def run_lease(folder: Path, run: str) -> Iterator[Lease]:
 
 
 class _Watch:
-    """Of somebody else's lease, by the own monotonic clock."""
+    """Watches another holder's lease, by this process' own monotonic clock."""
 
     def __init__(self, folder: Path, expiry: float) -> None:
         self.expiry = expiry
@@ -203,7 +203,7 @@ def _take(folder: Path, run: str, watch: _Watch) -> Lease | None:
         for number in range(max(1, newest + 2 - _KEPT - 20), newest + 2 - _KEPT):
             (folder / f"{number}.json").unlink(missing_ok=True)
     except OSError as error:
-        raise StorageError(f"cannot write the lease in {folder}: {error.strerror}; mend its access") from error
+        raise StorageError(f"cannot write the lease in {folder}: {error.strerror}; fix its access") from error
     return Lease(folder, newest + 1, holder, watch.expiry)
 
 
@@ -213,13 +213,13 @@ def _newest(folder: Path) -> int:
 
 
 def _beat(path: Path) -> int:
-    """Opened, since a network file system asks its server anew only then."""
+    """Read by opening it, since only then does a network file system ask its server."""
     with path.open("rb") as file:
         return os.fstat(file.fileno()).st_mtime_ns
 
 
 def _system() -> str:
-    """Empty where Linux does not say."""
+    """The system and namespace of this process; empty where Linux does not tell."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -236,7 +236,7 @@ def _begun(pid: int) -> str:
 
 
 def _has_ended(pid: int) -> bool:
-    """Another user's process may be missing from /proc, and is there all the same."""
+    """Whether no such process exists; that of another user exists even where /proc hides it."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -264,7 +264,7 @@ def _link(path: Path, holder: Holder) -> bool:
 
 
 def _create(path: Path, holder: Holder) -> bool:
-    """Where the file system has no hard links; read before it is whole, the file names nobody, and is watched."""
+    """For file systems without hard links. Read before it is whole, the file names no holder, and is only watched."""
     try:
         with path.open("xb") as file:
             file.write(_encoded(holder))
@@ -286,12 +286,12 @@ def _read(path: Path) -> Holder | None:
 
 
 def _who_holds(folder: Path, wait: float, what: str) -> str:
-    mend = "or set refresh.wait_for_lease" if what == "night" else "or give this start another run.name"
+    advice = "or set refresh.wait_for_lease" if what == "night" else "or give this start another run.name"
     with suppress(OSError):
         holder = _read(folder / f"{_newest(folder)}.json")
         if holder is not None:
             since = time.strftime("%Y-%m-%d %H:%M", time.localtime(holder.taken))
             waited = f", also after {wait:g} seconds" if wait else ""
             who = f"{what} '{holder.run}' (process {holder.pid} on {holder.host}, since {since})"
-            return f"{who} holds the lease{waited}; let it end, {mend}"
-    return f"another {what} holds the lease in {folder}; let it end, {mend}"
+            return f"{who} holds the lease{waited}; let it end, {advice}"
+    return f"another {what} holds the lease in {folder}; let it end, {advice}"

@@ -17,14 +17,14 @@ _LIBRARIES = ("torch", "transformers", "deepspeed", "bitsandbytes", "ray", "pyar
 
 
 def publish_prompts(
-    settings: Settings, identity: BackboneId, entries: Sequence[TaskResult], corpora: Mapping[str, TaskCorpus]
+    settings: Settings, identity: BackboneId, results: Sequence[TaskResult], corpora: Mapping[str, TaskCorpus]
 ) -> int | None:
-    """Publish what `bank.publish` says and tell which version holds it; None when no trial succeeded.
+    """Publish what `bank.publish` says; the number of the version that holds it, None when no trial succeeded.
 
     A run that was published already, and is only started again, publishes nothing new.
     Raises: BankError, StorageError.
     """
-    prompts = [prompt for entry in entries for prompt in _prompts(entry, corpora[entry.task], settings)]
+    prompts = [prompt for result in results for prompt in _prompts(result, corpora[result.task], settings)]
     if all(prompt.array is None for prompt in prompts):
         return None
     bank = open_bank(settings.bank, create=True)
@@ -35,40 +35,40 @@ def publish_prompts(
     return bank.publish(prompts, identity, settings.run.name, library_versions(), settings.bank.alias)
 
 
-def _prompts(entry: TaskResult, corpus: TaskCorpus, settings: Settings) -> list[NewPrompt]:
-    """What is published of a task: its best prompt, and where the settings ask for all, also that of each trial."""
-    best = new_prompt(entry, corpus, settings)
-    if settings.bank.publish == "best" or len(entry.trials) == 1:
+def _prompts(result: TaskResult, corpus: TaskCorpus, settings: Settings) -> list[NewPrompt]:
+    """What is published of a task: its best prompt and, with `bank.publish: all`, also that of each trial."""
+    best = new_prompt(result, corpus, settings)
+    if settings.bank.publish == "best" or len(result.trials) == 1:
         return [best]
-    each = [replace(entry, trials=[state], chosen=state) for state in entry.trials]
+    each = [replace(result, trials=[state], chosen=state) for state in result.trials]
     given = [own for own in each if not (own.failed or own.withheld)]
     named = [replace(new_prompt(own, corpus, settings), name=own.chosen.trial.name) for own in given]
     return [best, *named]
 
 
 def library_versions() -> dict[str, str]:
-    """Of what decides a prompt's numbers, by name."""
+    """Versions of the libraries that decide a prompt's numbers, by name."""
     return {name: version(name) for name in _LIBRARIES}
 
 
-def new_prompt(entry: TaskResult, corpus: TaskCorpus, run: Settings) -> NewPrompt:
+def new_prompt(result: TaskResult, corpus: TaskCorpus, run: Settings) -> NewPrompt:
     """A task's best prompt as the bank takes it."""
-    state, failed, absent = entry.chosen, entry.failed, entry.failed or entry.withheld
+    state, failed, absent = result.chosen, result.failed, result.failed or result.withheld
     settings = state.trial.settings
     first, best = state.history[0], state.history[state.best_at]
     metrics: dict[str, Any] = {
-        "dev_before": first.value,
-        "dev_after": best.value,
-        "test": state.test.value if state.test else None,
-        "dev_constant": entry.constant.get("dev"),
-        "test_constant": entry.constant.get("test"),
+        "dev_before": result.dev_before,
+        "dev_after": result.dev_after,
+        "test": result.test,
+        "dev_constant": result.dev_constant,
+        "test_constant": result.test_constant,
         "dev_loss_before": first.loss,
         "dev_loss_after": best.loss,
     }
     return NewPrompt(
-        name=entry.task,
+        name=result.task,
         array=None if absent else state.best.cpu().numpy(),
-        task=entry.task,
+        task=result.task,
         template=Template(input=settings.input, target=settings.target, separator=settings.separator),
         labels=corpus.labels,
         metric=settings.metric,
@@ -80,9 +80,9 @@ def new_prompt(entry: TaskResult, corpus: TaskCorpus, run: Settings) -> NewPromp
         corpus_digest=corpus.digest,
         settings_digest=state.trial.digest,
         status="failed" if absent else "tuned",
-        reason=entry.reason or (None if failed or state.best_at else NO_GAIN),
-        learned=entry.learned,
-        inputs_digest=inputs_digest(run, entry.task, corpus.digest),
+        reason=result.reason or (None if failed or state.best_at else NO_GAIN),
+        learned=result.learned,
+        inputs_digest=inputs_digest(run, result.task, corpus.digest),
     )
 
 

@@ -5,11 +5,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.reporting.events import finite
-from pipeline.reporting.table import TrialResult
 from pipeline.tuning.constant import constant_scores
 from pipeline.tuning.metrics import goodness
 from pipeline.tuning.state import TrialState, by_task, winner
@@ -36,12 +35,63 @@ class TaskResult:
         return self.chosen.trial.task
 
     @property
+    def trial(self) -> str:
+        """The name of the trial that is published; where every one failed, the task's."""
+        return self.task if self.failed else self.chosen.trial.name
+
+    @property
+    def metric(self) -> str:
+        return self.chosen.trial.settings.metric
+
+    @property
+    def steps(self) -> int:
+        """Steps that the chosen trial has taken."""
+        return self.chosen.step
+
+    @property
+    def dev_before(self) -> float:
+        """Dev metric of the prompt as it was initialised."""
+        return self.chosen.history[0].value
+
+    @property
+    def dev_after(self) -> float:
+        """Dev metric of the best prompt, the one that is published."""
+        return self.chosen.history[self.chosen.best_at].value
+
+    @property
+    def test(self) -> float | None:
+        return self.chosen.test.value if self.chosen.test else None
+
+    @property
+    def dev_constant(self) -> float | None:
+        """Dev metric of always giving train's most frequent target."""
+        return self.constant.get("dev")
+
+    @property
+    def test_constant(self) -> float | None:
+        return self.constant.get("test")
+
+    @property
+    def status(self) -> str:
+        """tuned | stopped early | halved | no gain | not learned | failed"""
+        return NOT_LEARNED if self.learned is False else self.chosen.status
+
+    @property
+    def among(self) -> str | None:
+        """Which trials of its sweep it was chosen from: `best of 12 (8 halved)`."""
+        if len(self.trials) == 1:
+            return None
+        counts = Counter(state.status for state in self.trials if state.status in ("halved", "failed"))
+        told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items(), reverse=True))
+        return f"best of {len(self.trials)}" + (f" ({told})" if told else "")
+
+    @property
     def failed(self) -> bool:
         return self.chosen.status == "failed"
 
     @property
     def unlearned(self) -> str | None:
-        """Why the prompt is not `learned`, in one sentence; None of one that is, or has failed.
+        """Why the prompt is not `learned`, in one sentence; None for one that is, or has failed.
 
         A prompt has learned when its dev metric is above the constant answer's and above that of the prompt that it
         started from; a start from the bank may have been good already, and a perfect score cannot be exceeded. Where
@@ -57,13 +107,13 @@ class TaskResult:
         if state.trial.settings.prompt.init != "bank" and goodness(metric, best, 0) <= goodness(metric, first, 0):
             told = f"its dev {metric} is {best:.3f} where the prompt that it started from has {first:.3f}"
             reasons.append(told if state.best_at else NO_GAIN)
-        if (constant := below_constant(metric, best, self.constant.get("dev"))) is not None:
+        if (constant := below_constant(metric, best, self.dev_constant)) is not None:
             reasons.append(constant)
         return "; ".join(reasons) or None
 
     @property
     def unjudged(self) -> str | None:
-        """Why a perfect prompt may have learned nothing, in one sentence; None of any other."""
+        """Why a perfect prompt may have learned nothing, in one sentence; None for any other."""
         if self.failed or self.unlearned is not None or self.constant.get("dev", 0.0) < 1.0:
             return None
         return "nobody can tell whether it has learned: all its dev rows have the target that a constant answer gives"
@@ -85,7 +135,7 @@ class TaskResult:
 
     @property
     def reason(self) -> str | None:
-        """Why there is no prompt, or none that has learned or is known to have, in one sentence."""
+        """In one sentence, why the task failed, or why its prompt has not learned or cannot be judged; else None."""
         if not self.failed:
             return self.unlearned or self.unjudged
         if len(self.trials) == 1:
@@ -93,8 +143,31 @@ class TaskResult:
         return f"all of its {len(self.trials)} trials failed; of the first, {self.chosen.reason}"
 
 
+@dataclass(frozen=True)
+class RefusedTask:
+    """A task that cannot be used and is left out (`run.on_bad_task: skip`), reported like a result."""
+
+    task: str
+    metric: str
+    reason: str
+    steps: ClassVar[int] = 0
+    dev_before: ClassVar[float | None] = None
+    dev_after: ClassVar[float | None] = None
+    test: ClassVar[float | None] = None
+    dev_constant: ClassVar[float | None] = None
+    test_constant: ClassVar[float | None] = None
+    status: ClassVar[str] = "failed"
+    among: ClassVar[str | None] = None
+    learned: ClassVar[bool | None] = None
+    withheld: ClassVar[bool] = False
+
+    @property
+    def trial(self) -> str:
+        return self.task
+
+
 def below_constant(metric: str, value: float, constant: float | None) -> str | None:
-    """Why a dev metric is none that a prompt learned, in one sentence; None where it is above the constant answer's."""
+    """Why a dev metric does not show that a prompt has learned, in one sentence; None where it does."""
     if constant is None or value >= 1.0 or value > constant:
         return None
     return f"its dev {metric} is {value:.3f} where always giving train's most frequent target has {constant:.3f}"
@@ -104,48 +177,29 @@ def choose(
     states: Sequence[TrialState], corpora: Mapping[str, TaskCorpus], tokenizer: Any, withholds: bool = False
 ) -> list[TaskResult]:
     """The tasks of these trials, in the trials' order, each with what a constant answer scores on its rows."""
-    entries = []
+    results = []
     for task, trials in by_task(states).items():
         chosen = winner(trials) or trials[0]
         settings = chosen.trial.settings
         constant = constant_scores(corpora[task], settings.metric, settings.eval_rows, tokenizer)
-        entries.append(TaskResult(trials, chosen, constant, withholds))
-    return entries
+        results.append(TaskResult(trials, chosen, constant, withholds))
+    return results
 
 
-def result_of(entry: TaskResult) -> TrialResult:
-    state = entry.chosen
-    return TrialResult(
-        trial=entry.task if entry.failed else state.trial.name,
-        task=entry.task,
-        steps=state.step,
-        metric=state.trial.settings.metric,
-        dev_before=state.history[0].value,
-        dev_after=state.history[state.best_at].value,
-        test=state.test.value if state.test else None,
-        status=NOT_LEARNED if entry.learned is False else state.status,
-        reason=entry.reason,
-        dev_constant=entry.constant.get("dev"),
-        test_constant=entry.constant.get("test"),
-        withheld=entry.withheld,
-        among=_among(entry.trials) if len(entry.trials) > 1 else None,
-    )
-
-
-def write_trials(path: Path, entries: Sequence[TaskResult]) -> None:
+def write_trials(path: Path, results: Sequence[TaskResult]) -> None:
     """Every trial's choices, end and figures as a JSON list; the published ones are marked. Raises: StorageError."""
-    rows = [_row(state, entry) for entry in entries for state in entry.trials]
+    rows = [_row(state, result) for result in results for state in result.trials]
     write_atomically(path, (json.dumps(rows, indent=1) + "\n").encode())
 
 
-def _row(state: TrialState, entry: TaskResult) -> dict[str, object]:
-    own = replace(entry, trials=[state], chosen=state)
+def _row(state: TrialState, result: TaskResult) -> dict[str, object]:
+    own = replace(result, trials=[state], chosen=state)
     settings, best = state.trial.settings, state.history[state.best_at]
     figures = {"dev_before": state.history[0].value, "dev_after": best.value, "dev_loss_after": best.loss}
     return {
         "trial": state.trial.name,
         "task": state.trial.task,
-        "published": state is entry.chosen and not entry.failed and not entry.withheld,
+        "published": state is result.chosen and not result.failed and not result.withheld,
         "prompt": settings.prompt.model_dump(mode="json"),
         "optimizer": settings.optimizer.model_dump(mode="json"),
         "seed": state.trial.seed,
@@ -158,12 +212,6 @@ def _row(state: TrialState, entry: TaskResult) -> dict[str, object]:
         **finite(figures),
         "test": state.test.value if state.test else None,
         "learned": own.learned,
-        "dev_constant": entry.constant.get("dev"),
-        "test_constant": entry.constant.get("test"),
+        "dev_constant": result.dev_constant,
+        "test_constant": result.test_constant,
     }
-
-
-def _among(trials: Sequence[TrialState]) -> str:
-    counts = Counter(state.status for state in trials if state.status in ("halved", "failed"))
-    told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items(), reverse=True))
-    return f"best of {len(trials)}" + (f" ({told})" if told else "")

@@ -1,32 +1,37 @@
-"""The stages of a run, up to what the bank is given: its folder, the corpora, the order to the ranks, their results."""
+"""The stages of a run before it publishes: its folder, the corpora, what ranks are sent, and what they have left."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
-from pipeline.backbone.files import absolute_model_path, save_config_and_tokenizer, short_embedding_table
+from pipeline.backbone.files import absolute_if_local, save_config_and_tokenizer, short_embedding_table
 from pipeline.corpus.encoding import TokenizerSpec
 from pipeline.corpus.task_corpus import TaskCorpus, prepare_task
-from pipeline.errors import PromptBankError, SettingsError, StorageError, TuningError
+from pipeline.errors import PromptBankError, SettingsError, StorageError, TuningError, UnreachableError
 from pipeline.reporting.events import EventLog
 from pipeline.run.bank import open_bank
 from pipeline.run.checks import CheckedRun, check_storage, refuse_or_skip
-from pipeline.run.patience import retry_while_unreachable
 from pipeline.sealed_files import DamagedError, open_tensors, sealed_tensors
 from pipeline.settings import RunSettings, Settings
 from pipeline.tuning.checkpoint import load_checkpoint
 from pipeline.tuning.connection import Connect
 from pipeline.tuning.incumbents import prompt_digest
 from pipeline.tuning.initialise import mean_prompt
+from pipeline.tuning.rank_job import RankJob
 from pipeline.tuning.state import TrialState
-from pipeline.tuning.worker import RankJob
 from pipeline.whole_files import write_atomically
+
+PATIENCE_S = 240.0
+"""Each try of an object store waits up to half a minute by itself."""
+
+T = TypeVar("T")
 
 
 def make_rank_job(
@@ -37,30 +42,30 @@ def make_rank_job(
     The bank's prompts that trials start from are kept with the run, so that a run that goes on starts from the same
     ones; `starts_anew` takes those that the bank has now. Raises: BankError, StorageError.
     """
-    order = RankJob(
+    job = RankJob(
         settings=settings_for_ranks(checked.settings),
         corpora={name: corpus.to_dict() for name, corpus in corpora.items()},
         fingerprint=checked.identity.fingerprint,
         run_folder=str(folder),
         starts={},
     )
-    return replace(order, starts=_keep_warm_starts(checked, order, starts_anew))
+    return replace(job, starts=_keep_warm_starts(checked, job, starts_anew))
 
 
 def settings_for_ranks(settings: Settings) -> dict[str, Any]:
     """As plain values, with paths that hold anywhere: Ray gives each worker a working directory of its own."""
     plain = settings.model_dump(mode="json")
-    plain["model"]["path"] = absolute_model_path(settings.model.path)
+    plain["model"]["path"] = absolute_if_local(settings.model.path)
     if settings.model.offload_folder is not None:
         plain["model"]["offload_folder"] = str(Path(settings.model.offload_folder).expanduser().resolve())
     return plain
 
 
-def announce(order: RankJob, settings: Settings, log: EventLog) -> None:
+def announce(job: RankJob, settings: Settings, log: EventLog) -> None:
     """Tell whoever watches the run which trials there will be."""
     plain = [
         {"trial": trial.name, "task": trial.task, "max_steps": trial.settings.max_steps, "digest": trial.digest}
-        for trial in order.trials(settings)
+        for trial in job.trials(settings)
     ]
     log.write("launch", trials=plain)
 
@@ -89,6 +94,26 @@ def save_model_description(checked: CheckedRun, folder: Path) -> TokenizerSpec:
         raise StorageError(f"cannot write {folder / 'model'}: {error}; make room and start the run again") from error
     short = short_embedding_table(checked.config, checked.tokenizer)
     return TokenizerSpec(str(folder / "model"), checked.identity.tokenizer, checked.architecture, short)
+
+
+def retry_while_unreachable(action: Callable[[], T], stage: str, log: EventLog) -> T:
+    """`action()`, repeated for some minutes while the store that it needs cannot be reached.
+
+    It must be safe to repeat. Raises: what `action` raises, the last UnreachableError in the end.
+    """
+
+    def tell(state: RetryCallState) -> None:
+        assert state.outcome is not None
+        log.write("stage", name=stage, text=f"trying again soon: {state.outcome.exception()}")
+
+    retrying = Retrying(
+        retry=retry_if_exception_type(UnreachableError),
+        wait=wait_exponential(multiplier=1, max=15),
+        stop=stop_after_delay(PATIENCE_S),
+        before_sleep=tell,
+        reraise=True,
+    )
+    return retrying(action)
 
 
 def prepare_corpora(
@@ -126,13 +151,13 @@ def _counted(corpus: TaskCorpus) -> str:
     return ", ".join(splits)
 
 
-def _keep_warm_starts(checked: CheckedRun, order: RankJob, anew: bool) -> dict[str, str]:
+def _keep_warm_starts(checked: CheckedRun, job: RankJob, anew: bool) -> dict[str, str]:
     """Keep the prompts that trials start from with the run; their digests."""
     settings, starts, bank = checked.settings, {}, None
-    for trial in order.trials(settings):
+    for trial in job.trials(settings):
         prompt = trial.settings.prompt
         if prompt.init == "bank":
-            path = order.warm_start(trial)
+            path = job.warm_start(trial)
             if anew or not _is_kept(path):
                 bank = bank or open_bank(settings.bank)
                 arrays = [bank.load(source, checked.identity).array for source in prompt.sources]
@@ -151,13 +176,13 @@ def _is_kept(path: Path) -> bool:
         return False
 
 
-def finished_states(order: RankJob, settings: Settings) -> list[TrialState] | None:
+def finished_states(job: RankJob, settings: Settings) -> list[TrialState] | None:
     """The final state of every trial, if the run's checkpoint holds them all."""
-    checkpoint = load_checkpoint(Path(order.run_folder) / "checkpoints")
+    checkpoint = load_checkpoint(Path(job.run_folder) / "checkpoints")
     if checkpoint is None:
         return None
     states = []
-    for trial in order.trials(settings):
+    for trial in job.trials(settings):
         state = checkpoint.state_of(trial, torch.device("cpu"))
         if state is None or not state.ended:
             return None
@@ -165,8 +190,8 @@ def finished_states(order: RankJob, settings: Settings) -> list[TrialState] | No
     return states
 
 
-def stopped_sentence(order: RankJob, settings: Settings) -> str:
-    """For ranks that ended before every trial had: where they stopped."""
-    checkpoint = load_checkpoint(Path(order.run_folder) / "checkpoints")
+def stopped_sentence(job: RankJob, settings: Settings) -> str:
+    """Where the ranks stopped that ended before every trial had."""
+    checkpoint = load_checkpoint(Path(job.run_folder) / "checkpoints")
     at = f"at step {checkpoint.step}, with a checkpoint of it" if checkpoint else "before its first step"
     return f"run '{settings.run.name}' was told to stop and did, {at}; start it again to go on from there"

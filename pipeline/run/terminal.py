@@ -1,7 +1,7 @@
 """What the jobs say on the terminal whatever they do. Imports nothing heavy: a mistyped setting should not wait."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 
 from pipeline.errors import LeaseError, PromptBankError, StorageError, TuningError
-from pipeline.run.supervision import INTERRUPTED
 from pipeline.settings import Settings
+from pipeline.tuning.interruption.supervision import INTERRUPTED
 
 BAD_INPUT = 2
 UNDER_WAY = 7
@@ -24,7 +24,7 @@ def exit_code_of(error: PromptBankError) -> int:
 
 
 @contextmanager
-def ending_in_a_sentence(what: str, code_of: Callable[[PromptBankError], int] = exit_code_of) -> Iterator[None]:
+def ending_in_a_sentence(what: str) -> Iterator[None]:
     """Around all that a job does: users' mistakes and Ctrl-C become sentences on stderr and an exit code.
 
     what: is to be started again, such as "run".
@@ -32,19 +32,15 @@ def ending_in_a_sentence(what: str, code_of: Callable[[PromptBankError], int] = 
     try:
         yield
     except PromptBankError as error:
-        _print_error(error)
-        raise typer.Exit(code_of(error)) from error
+        for line in str(error).splitlines():  # each of its sentences on a line of its own
+            Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {line}", markup=False)
+        raise typer.Exit(exit_code_of(error)) from error
     except KeyboardInterrupt as error:
         Console(stderr=True).print(f"interrupted: start the same {what} again to resume it")
         raise typer.Exit(INTERRUPTED) from error
 
 
-def _print_error(error: PromptBankError) -> None:
-    for line in str(error).splitlines():  # each of its sentences on a line of its own
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {line}", markup=False)
-
-
-def told_on(settings: Settings, console: Console) -> Console:
+def console_for(settings: Settings, console: Console) -> Console:
     """Where people are told of a run: stderr when stdout is for machines, every line of it JSON."""
     return Console(stderr=True, soft_wrap=True, width=120) if settings.tracking.log == "json" else console
 

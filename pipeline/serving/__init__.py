@@ -1,4 +1,4 @@
-"""One backbone, many prompts: rows of different tasks answered in one batch. `app` serves them over HTTP."""
+"""One backbone and many prompts: rows of different tasks are answered in one batch. `app` serves them over HTTP."""
 
 from pipeline.serving.ensemble import classify_ensemble, generate_ensemble
 from pipeline.serving.prompted_model import PromptedModel

@@ -1,4 +1,4 @@
-"""The HTTP side of a service: routes, and what a caller is told when something is wrong. Knows nothing of Ray."""
+"""The HTTP side of a service: its routes, and its answers when something is wrong. Imports no Ray."""
 
 import asyncio
 import time
@@ -17,41 +17,46 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.bank import Snapshot
 from pipeline.corpus.template import parse_template
-from pipeline.errors import CorpusError, PromptBankError
+from pipeline.errors import (
+    CorpusError,
+    NoLabelsError,
+    OverloadedError,
+    PromptBankError,
+    RowTooLongError,
+    UnknownTaskError,
+)
 from pipeline.serving import bodies
-from pipeline.serving.meters import Meters
 from pipeline.serving.prompted_model import Answer
-from pipeline.serving.questions import NoLabelsError, Request, RowTooLongError, UnknownTaskError
+from pipeline.serving.requests import Request
+from pipeline.serving.service_metrics import ServiceMetrics
 from pipeline.serving.service_settings import ServiceSettings
 
 
-class OverloadedError(PromptBankError):
-    """More requests wait than the service allows."""
-
-
 @dataclass(frozen=True)
-class Answered(Generic[Answer]):
-    """Answers to one request, and the version of the bank that gave them."""
+class VersionedAnswers(Generic[Answer]):
+    """Answers to one request, and the version of the bank that they come from."""
 
     version: int
     answers: Sequence[Answer]
 
 
 class Service(Protocol):
-    """What the routes need."""
+    """What the routes need of a service; `app.PromptService` is one on Ray Serve."""
 
     settings: ServiceSettings
-    meters: Meters
+    metrics: ServiceMetrics
 
     def snapshot(self) -> Snapshot:
-        """The version that is served. Raises: BankError when none can be."""
+        """The version that is served. Raises: BankError when none can be served."""
 
     def watch_error(self) -> str | None:
-        """Why the bank cannot be followed at present."""
+        """Why the bank cannot be followed at present, None while it can."""
 
-    async def generate(self, request: Request) -> Answered[str]: ...
+    async def generate(self, request: Request) -> VersionedAnswers[str]:
+        """Text for each row. Raises: as `PromptedModel.generate`, OverloadedError."""
 
-    async def classify(self, request: Request) -> Answered[dict[str, float]]: ...
+    async def classify(self, request: Request) -> VersionedAnswers[dict[str, float]]:
+        """Each row's log P(label | prompt, input) in nats. Raises: as `PromptedModel.classify`, OverloadedError."""
 
 
 _STATUS: dict[type[Exception], int] = {
@@ -73,17 +78,17 @@ _UNAVAILABLE: dict[int | str, dict[str, Any]] = {503: _FAILURES[503]}
 def make_api(service: Service) -> FastAPI:
     """The routes of a service."""
     api = FastAPI(title="Prompt bank", description="Many tasks, one frozen model: each row runs behind its own prompt.")
-    _add_questions(api, service)
+    _add_answers(api, service)
     _add_views(api, service)
     for kind in (PromptBankError, HTTPException, RequestValidationError, Exception):
-        api.add_exception_handler(kind, _told)
-    api.add_middleware(_BodyLimit, limit=service.settings.max_body_bytes, seconds=service.settings.request_s)
-    api.add_middleware(_Heads)
-    api.add_middleware(_Metered, meters=service.meters)
+        api.add_exception_handler(kind, _error_reply)
+    api.add_middleware(_BodyLimitMiddleware, limit=service.settings.max_body_bytes, seconds=service.settings.request_s)
+    api.add_middleware(_HeadMiddleware)
+    api.add_middleware(_MetricsMiddleware, metrics=service.metrics)
     return api
 
 
-def _add_questions(api: FastAPI, service: Service) -> None:
+def _add_answers(api: FastAPI, service: Service) -> None:
     @api.post("/v1/generate", responses=_FAILURES)
     async def generate(body: bodies.GenerateBody) -> bodies.GenerateReply:
         """Greedy answers, each behind the prompt of its row's task."""
@@ -117,33 +122,31 @@ def _check_size(body: bodies.ClassifyBody, settings: ServiceSettings) -> None:
 def _add_views(api: FastAPI, service: Service) -> None:
     @api.get("/v1/tasks", responses=_UNAVAILABLE)
     def tasks() -> bodies.TasksReply:
-        """Every task that can be asked, and what its rows must give."""
+        """Every task that can be asked, and the columns that its rows must have."""
         snapshot = service.snapshot()
-        return bodies.TasksReply(version=snapshot.version, tasks=[_task(snapshot, name) for name in snapshot.names()])
+        found = []
+        for name in snapshot.names():
+            record = snapshot.record(name)
+            assert record is not None
+            columns = parse_template(record.template.input, f"prompt '{name}'").columns
+            labels = list(record.labels) if record.labels else None
+            told = {"labels": labels, "metric": record.metric, "prompt_length": record.length}
+            found.append(bodies.TaskTold(name=name, columns=list(columns), **told))
+        return bodies.TasksReply(version=snapshot.version, tasks=found)
 
     @api.get("/healthz", responses=_UNAVAILABLE)
     async def healthz() -> bodies.Health:
-        """Whether questions can be answered; answers while the model runs."""
+        """Whether rows can be answered; it does not wait for the model."""
         return bodies.Health(version=service.snapshot().version, watch_error=service.watch_error())
 
     @api.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """Counters of this replica in Prometheus' text format."""
-        return Response(service.meters.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _task(snapshot: Snapshot, name: str) -> bodies.TaskTold:
-    record = snapshot.record(name)
-    assert record is not None
-    columns = parse_template(record.template.input, f"prompt '{name}'").columns
-    labels = list(record.labels) if record.labels else None
-    return bodies.TaskTold(
-        name=name, columns=list(columns), labels=labels, metric=record.metric, prompt_length=record.length
-    )
-
-
-async def _told(request: HttpRequest, error: Exception) -> JSONResponse:
-    """Every failure as one sentence; never a traceback."""
+async def _error_reply(request: HttpRequest, error: Exception) -> JSONResponse:
+    """Answer every failure with one sentence and never a traceback."""
     headers: Mapping[str, str] = {}
     match error:
         case PromptBankError():
@@ -151,7 +154,7 @@ async def _told(request: HttpRequest, error: Exception) -> JSONResponse:
             sentence = str(error)
             headers = {"Retry-After": "1"} if isinstance(error, OverloadedError) else {}
         case RequestValidationError():
-            status, sentence = 422, _sentence(error)
+            status, sentence = 422, _first_mistake(error)
         case HTTPException():
             status, headers = error.status_code, error.headers or {}
             sentence = f"{request.method} {request.url.path}: {error.detail}"
@@ -160,7 +163,7 @@ async def _told(request: HttpRequest, error: Exception) -> JSONResponse:
     return JSONResponse({"error": sentence}, status, headers=dict(headers))
 
 
-def _sentence(error: RequestValidationError) -> str:
+def _first_mistake(error: RequestValidationError) -> str:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return f"the body is not JSON ({first['ctx']['error']})"
@@ -170,8 +173,8 @@ def _sentence(error: RequestValidationError) -> str:
 
 
 @dataclass(frozen=True)
-class _BodyLimit:
-    """Refuses a body above `limit` bytes, by what it says of its length or by what arrives, and one that takes long."""
+class _BodyLimitMiddleware:
+    """Refuses a body above `limit` bytes, by its Content-Length or by what arrives, and one slower than `seconds`."""
 
     app: ASGIApp
     limit: int
@@ -200,8 +203,8 @@ class _BodyLimit:
 
 
 @dataclass(frozen=True)
-class _Heads:
-    """Answers HEAD as GET, without the body."""
+class _HeadMiddleware:
+    """Answers HEAD like GET, without the body."""
 
     app: ASGIApp
 
@@ -212,20 +215,20 @@ class _Heads:
         async def bodiless(message: Message) -> None:
             await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
 
-        scope["method"] = "GET"  # in place: the route that is found is read from it
+        scope["method"] = "GET"  # in place, for the router reads the method from this scope
         await self.app(scope, receive, bodiless)
 
 
 _CLIENT_LEFT = 499
-"""As nginx counts requests whose client did not wait for the answer."""
+"""The status that nginx logs when the client did not wait for the answer."""
 
 
 @dataclass(frozen=True)
-class _Metered:
+class _MetricsMiddleware:
     """Counts and times requests by route."""
 
     app: ASGIApp
-    meters: Meters
+    metrics: ServiceMetrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -237,14 +240,14 @@ class _Metered:
             status = message.get("status", status)
             await send(message)
 
-        self.meters.in_progress.inc()
+        self.metrics.in_progress.inc()
         try:
             await self.app(scope, receive, watched)
         except asyncio.CancelledError:
             status = _CLIENT_LEFT
             raise
         finally:
-            self.meters.in_progress.dec()
+            self.metrics.in_progress.dec()
             path = getattr(scope.get("route"), "path", "other")
-            self.meters.requests.labels(path, str(status)).inc()
-            self.meters.seconds.labels(path).observe(time.perf_counter() - start)
+            self.metrics.requests.labels(path, str(status)).inc()
+            self.metrics.seconds.labels(path).observe(time.perf_counter() - start)

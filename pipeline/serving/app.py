@@ -1,4 +1,4 @@
-"""The service on Ray Serve: rows of many requests and tasks in one batch, behind HTTP. The only user of Ray here.
+"""The service on Ray Serve: rows of many requests and tasks in one batch, behind HTTP.
 
 `serve run pipeline.serving.app:build bank=BANK model=MODEL`, or `jobs/serve_prompts.py`.
 """
@@ -19,30 +19,30 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 
-from pipeline import front
-from pipeline.backbone.files import absolute_model_path
+from pipeline import proxy
+from pipeline.backbone.files import absolute_if_local
 from pipeline.backbone.fingerprint import weights_setting
 from pipeline.bank import PromptBank, Snapshot, WatchEvent
-from pipeline.errors import BankError, PromptBankError, SettingsError
-from pipeline.serving.api import Answered, OverloadedError, make_api
-from pipeline.serving.meters import Meters
-from pipeline.serving.prompted_model import Answer, PromptedModel, Replies
-from pipeline.serving.questions import Request
+from pipeline.errors import BankError, OverloadedError, PromptBankError, SettingsError
+from pipeline.serving.api import VersionedAnswers, make_api
+from pipeline.serving.prompted_model import Answer, BatchAnswers, PromptedModel
+from pipeline.serving.requests import Request
 from pipeline.serving.served_backbone import load_backbone
+from pipeline.serving.service_metrics import ServiceMetrics
 from pipeline.serving.service_settings import ServiceSettings
 
 _log = logging.getLogger("ray.serve")
 _NAME = "prompts"
 _SPARE_REQUESTS = 64
-"""Room for /healthz and its like while as many questions wait as may wait."""
+"""Room for /healthz and other views while `max_waiting` requests wait."""
 
 
 def build(settings: ServiceSettings) -> serve.Application:
     """The application, for `serve.run` and `serve run`."""
-    # A replica has another working directory.
-    places = {"bank": absolute_model_path(settings.bank), "model": absolute_model_path(settings.model)}
+    # A replica has another working directory than this process.
+    places = {"bank": absolute_if_local(settings.bank), "model": absolute_if_local(settings.model)}
     settings = settings.model_copy(
-        update=places | {"trusted_keys": tuple(map(absolute_model_path, settings.trusted_keys))}
+        update=places | {"trusted_keys": tuple(map(absolute_if_local, settings.trusted_keys))}
     )
     deployment = serve.deployment(
         serve.ingress()(PromptService),
@@ -60,23 +60,26 @@ def build(settings: ServiceSettings) -> serve.Application:
 
 @contextmanager
 def serving(settings: ServiceSettings, host: str, port: int) -> Iterator[None]:
-    """The application, ready at `http://host:port`; afterwards ended, with the requests that it has finished.
+    """Run the application at `http://host:port`; when the block ends, finish its requests and stop it.
 
-    Runs on the Ray cluster at RAY_ADDRESS, else on a Ray of its own, which it ends too.
-    Raises: SettingsError when the port is taken or no cluster answers; the PromptBankError that a replica
-    could not start for.
+    Runs on the Ray cluster at RAY_ADDRESS, else on a local Ray, which it stops too.
+    Raises: SettingsError when the port is taken or no cluster answers; PromptBankError with the reason why a replica
+    could not start.
     """
     address = os.environ.get("RAY_ADDRESS")
     if not address:
-        _check_port(host, port)
+        try:
+            socket.create_server((host, port)).close()
+        except OSError as error:
+            raise SettingsError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from error
     with ExitStack() as afterwards:
         token = secrets.token_urlsafe()
         _start_ray(settings, address, token)
         afterwards.callback(ray.shutdown)
         serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly")
-        afterwards.callback(serve.delete, _NAME)  # waits for the requests that are under way
-        if not address:  # a cluster's proxy is there for others too, and goes on
-            afterwards.callback(front.end, host, port, token, settings.shutdown_s)
+        afterwards.callback(serve.delete, _NAME)  # waits for the requests under way
+        if not address:  # a cluster's proxy also serves other applications, and goes on
+            afterwards.callback(proxy.drain, host, port, token, settings.shutdown_s)
         try:
             serve.run(build(settings), name=_NAME)
         except RuntimeError as error:
@@ -85,12 +88,12 @@ def serving(settings: ServiceSettings, host: str, port: int) -> Iterator[None]:
 
 
 def _start_ray(settings: ServiceSettings, address: str | None, token: str) -> None:
-    # Replicas must find this code, also when it was started as a script without being installed.
+    # Replicas must find this code also when it runs from a checkout without being installed.
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     variables = {"PYTHONPATH": path}
-    if not address:  # a cluster's proxy is there for others too, who shall not meet our front, nor its token
-        variables |= front.environment(token, settings.request_s)
+    if not address:  # a cluster's proxy also serves other applications, which must get neither middleware nor token
+        variables |= proxy.environment(token, settings.request_s)
     options: dict[str, Any] = {"runtime_env": {"env_vars": variables}, "logging_level": logging.ERROR}
     if not address:
         cpus = max(os.cpu_count() or 1, math.ceil(settings.replicas * settings.cpus_per_replica))
@@ -98,20 +101,12 @@ def _start_ray(settings: ServiceSettings, address: str | None, token: str) -> No
     try:
         ray.init(address=address or "local", log_to_driver=False, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise SettingsError(f"RAY_ADDRESS: no Ray cluster answers at {address}; mend or unset it") from error
+        raise SettingsError(f"RAY_ADDRESS: no Ray cluster answers at {address}; fix or unset it") from error
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
-def _check_port(host: str, port: int) -> None:
-    try:
-        with socket.create_server((host, port)):
-            pass
-    except OSError as error:
-        raise SettingsError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from error
-
-
 def _reason(error: RuntimeError) -> Exception:
-    """The sentence in what Serve tells of a replica that could not start."""
+    """The user's error in Serve's report on a replica that could not start, else Serve's own."""
     told = [d.message for app in serve.status().applications.values() for d in app.deployments.values()]
     for line in reversed("\n".join(told).splitlines()):
         name, _, sentence = line.strip().partition("Error: ")
@@ -125,7 +120,10 @@ def _rows(requests: Sequence[Request]) -> int:
 
 
 class PromptService:
-    """One replica: a copy of the model, and a view of the bank. Requests wait on the event loop, a thread runs."""
+    """One replica: a copy of the model and a view of the bank.
+
+    Requests wait on the event loop, and one thread runs the model.
+    """
 
     def __init__(self, settings: ServiceSettings) -> None:
         self.settings = settings
@@ -134,9 +132,9 @@ class PromptService:
         weights = weights_setting(self.bank.current.backbone)
         backbone = load_backbone(settings.model, weights, settings.device, settings.dtype)
         self.model = PromptedModel(backbone, self.bank, settings.cache_mib * 2**20, settings.token_budget)
-        self.snapshot()  # a bank of another backbone is refused before the first request
-        self.meters = Meters(serve.get_replica_context().replica_id.unique_id)
-        self.meters.watched(self.bank.version, None)
+        self.snapshot()  # so that a bank of another backbone is refused before the first request
+        self.metrics = ServiceMetrics(serve.get_replica_context().replica_id.unique_id)
+        self.metrics.watched(self.bank.version, None)
         self._watch_error: str | None = None
         self._watcher = self.bank.watch(self._on_event, settings.watch_every)
         self._worker = ThreadPoolExecutor(1, "model")
@@ -151,7 +149,7 @@ class PromptService:
         return make_api(self)
 
     def snapshot(self) -> Snapshot:
-        """Raises: BankError when the version that the bank names now is none for this model."""
+        """The version that is served. Raises: BankError when it belongs to another model than this replica's."""
         snapshot = self.bank.current
         if snapshot is None:
             raise BankError("the bank has no version")
@@ -166,27 +164,27 @@ class PromptService:
     def watch_error(self) -> str | None:
         return self._watch_error
 
-    async def generate(self, request: Request) -> Answered[str]:
+    async def generate(self, request: Request) -> VersionedAnswers[str]:
         return await self._ask(self._generate, request)
 
-    async def classify(self, request: Request) -> Answered[dict[str, float]]:
+    async def classify(self, request: Request) -> VersionedAnswers[dict[str, float]]:
         return await self._ask(self._classify, request)
 
     @serve.batch(batch_size_fn=_rows)
-    async def _generate(self, requests: list[Request]) -> list[Answered[str] | PromptBankError]:
+    async def _generate(self, requests: list[Request]) -> list[VersionedAnswers[str] | PromptBankError]:
         return await self._run("generate", self.model.generate_each, requests)
 
     @serve.batch(batch_size_fn=_rows)
-    async def _classify(self, requests: list[Request]) -> list[Answered[dict[str, float]] | PromptBankError]:
+    async def _classify(self, requests: list[Request]) -> list[VersionedAnswers[dict[str, float]] | PromptBankError]:
         return await self._run("classify", self.model.classify_each, requests)
 
-    async def _ask(self, batch: Callable[[Request], Awaitable[Any]], request: Request) -> Answered[Any]:
+    async def _ask(self, batch: Callable[[Request], Awaitable[Any]], request: Request) -> VersionedAnswers[Any]:
         if self._waiting >= self.settings.max_waiting:
             raise OverloadedError(f"{self._waiting} requests wait for the model already; come back later")
         self._waiting += 1
         try:
-            # `serve.batch` collects for a fixed time, whether the model is busy or not. Who waits here
-            # until it is idle comes into the next batch together, however long the one before took.
+            # `serve.batch` collects for a fixed time, whether the model is busy or not. Requests that wait here
+            # until it is idle come into the next batch together, however long the previous batch took.
             await self._idle.wait()
             answered = await batch(request)
         finally:
@@ -194,15 +192,15 @@ class PromptService:
         if isinstance(answered, PromptBankError):
             raise type(answered)(self._public(answered)) from answered
         for task in request.tasks:
-            self.meters.rows.labels(task.partition("@")[0]).inc()
+            self.metrics.rows.labels(task.partition("@")[0]).inc()
         return answered
 
     async def _run(
-        self, kind: str, answer: Callable[[Sequence[Request]], Replies[Answer]], requests: Sequence[Request]
-    ) -> list[Answered[Answer] | PromptBankError]:
+        self, kind: str, answer: Callable[[Sequence[Request]], BatchAnswers[Answer]], requests: Sequence[Request]
+    ) -> list[VersionedAnswers[Answer] | PromptBankError]:
         self._running += 1
         self._idle.clear()
-        self.meters.batch_rows.labels(kind).observe(_rows(requests))
+        self.metrics.batch_rows.labels(kind).observe(_rows(requests))
         try:
             replies = await asyncio.get_running_loop().run_in_executor(self._worker, answer, requests)
         finally:
@@ -210,19 +208,19 @@ class PromptService:
             if not self._running:
                 self._idle.set()
         return [
-            reply if isinstance(reply, PromptBankError) else Answered(replies.version, reply)
+            reply if isinstance(reply, PromptBankError) else VersionedAnswers(replies.version, reply)
             for reply in replies.of_request
         ]
 
     def _on_event(self, event: WatchEvent) -> None:
-        """Called in the watch's thread."""
+        """Called in the watcher's thread."""
         self._watch_error = self._public(event.error) if event.error else None
-        self.meters.watched(event.version, self._watch_error)
+        self.metrics.watched(event.version, self._watch_error)
         if event.error:
             _log.warning("serving version %d on: %s", event.version, event.error)
         else:
             _log.info("serving version %d of the bank", event.version)
 
     def _public(self, error: Exception) -> str:
-        """Its sentence without where the bank lies."""
+        """The error's sentence without the bank's address, which is not for callers."""
         return str(error).replace(f"{self.bank.uri}/", "").replace(f"the bank {self.bank.uri}", "the bank")

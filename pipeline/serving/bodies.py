@@ -1,17 +1,17 @@
-"""What goes over the wire: the bodies of requests and replies, from which OpenAPI is made."""
+"""The bodies of requests and replies, from which the OpenAPI document is made."""
 
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pipeline.serving.questions import Request, Text
+from pipeline.serving.requests import Request, Text
 
 
-class _Asked(BaseModel):
+class _RequestBody(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
-class RowBody(_Asked):
+class RowBody(_RequestBody):
     """One row: a task, and either a text or its columns."""
 
     task: str
@@ -31,7 +31,7 @@ class RowBody(_Asked):
         return self.text if self.columns is None else self.columns  # type: ignore[return-value]
 
 
-class ClassifyBody(_Asked):
+class ClassifyBody(_RequestBody):
     rows: Annotated[list[RowBody], Field(min_length=1)]
 
     def request(self) -> Request:
@@ -46,23 +46,23 @@ class GenerateBody(ClassifyBody):
         return Request([row.content() for row in self.rows], [row.task for row in self.rows], self.max_new_tokens)
 
 
-class _Told(BaseModel):
+class _ReplyBody(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
-class Generated(_Told):
+class Generated(_ReplyBody):
     task: str
     text: str
 
 
-class GenerateReply(_Told):
+class GenerateReply(_ReplyBody):
     version: int
-    """Of the bank, which answered all rows whose task names no revision of its own."""
+    """Version of the bank that answered all rows whose task names no revision."""
     rows: list[Generated]
     """In the order of the request."""
 
 
-class Classified(_Told):
+class Classified(_ReplyBody):
     task: str
     label: str
     """The most likely one."""
@@ -70,36 +70,36 @@ class Classified(_Told):
     """log P(label | prompt, input) of every label, in nats."""
 
 
-class ClassifyReply(_Told):
+class ClassifyReply(_ReplyBody):
     version: int
-    """Of the bank, which answered all rows whose task names no revision of its own."""
+    """Version of the bank that answered all rows whose task names no revision."""
     rows: list[Classified]
     """In the order of the request."""
 
 
-class TaskTold(_Told):
+class TaskTold(_ReplyBody):
     name: str
     columns: list[str]
-    """What a row must give."""
+    """The columns that a row must have."""
     labels: list[str] | None
-    """What `classify` chooses from; null for a task that is only generated."""
+    """The labels that `classify` chooses from; null for a task that can only generate."""
     metric: str
     prompt_length: int
     """Tokens."""
 
 
-class TasksReply(_Told):
+class TasksReply(_ReplyBody):
     version: int
     tasks: list[TaskTold]
 
 
-class Health(_Told):
+class Health(_ReplyBody):
     version: int
-    """Of the bank, as it is served."""
+    """Version of the bank that is served."""
     watch_error: str | None
-    """Why a newer version is not served; null while all is well."""
+    """Why the bank cannot be followed; null while it can."""
 
 
-class Failure(_Told):
+class Failure(_ReplyBody):
     error: str
     """One sentence."""

@@ -1,6 +1,6 @@
 """Prompt ensembles: several prompts of one task answer together, in one batch (Lester et al. 2021, section 6).
 
-Unlike an ensemble of models it needs one copy of the model. Shapes: N texts, E prompts, L labels.
+Unlike an ensemble of models, it needs only one copy of the model. Shapes: N texts, E prompts, L labels.
 """
 
 from collections import Counter
@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.errors import BankError
 from pipeline.serving.prompted_model import PromptedModel
-from pipeline.serving.questions import Text
+from pipeline.serving.requests import Text
 
 T = TypeVar("T")
 
@@ -28,23 +28,23 @@ def classify_ensemble(
     probability. "mean": the mean over prompts of the label's probability, which sums to 1 over the labels.
     Raises: BankError when the prompts do not have the same labels, and as `PromptedModel.classify`.
     """
-    scores = _of_each_prompt(model.classify(*_everything(texts, prompts)), len(texts))
+    scores = _of_each_prompt(model.classify(*_crossed(texts, prompts)), len(texts))
     return [_combined(list(of_text), prompts, combine) for of_text in scores]
 
 
 def generate_ensemble(
     model: PromptedModel, texts: Sequence[Text], prompts: Sequence[str], max_new_tokens: int = 64
 ) -> list[str]:
-    """For each text, the answer that most prompts give; of a tie, the one of the foremost prompt.
+    """For each text, the answer that most prompts give; in a tie, that of the prompt named first.
 
     Raises: as `PromptedModel.generate`.
     """
-    answers = _of_each_prompt(model.generate(*_everything(texts, prompts), max_new_tokens), len(texts))
-    # Of equal counts, Counter tells the one that was met first.
+    answers = _of_each_prompt(model.generate(*_crossed(texts, prompts), max_new_tokens), len(texts))
+    # Of equal counts, most_common returns the one that came first.
     return [Counter(of_text).most_common(1)[0][0] for of_text in answers]
 
 
-def _everything(texts: Sequence[Text], prompts: Sequence[str]) -> tuple[list[Text], list[str]]:
+def _crossed(texts: Sequence[Text], prompts: Sequence[str]) -> tuple[list[Text], list[str]]:
     """Every text behind every prompt: N * E rows."""
     if not prompts:
         raise BankError("an ensemble needs at least one prompt; name those that answer together")
@@ -52,7 +52,7 @@ def _everything(texts: Sequence[Text], prompts: Sequence[str]) -> tuple[list[Tex
 
 
 def _of_each_prompt(answers: Sequence[T], texts: int) -> list[tuple[T, ...]]:
-    """N * E answers -> for each text, those of the E prompts."""
+    """N * E answers -> for each text, the answers of the E prompts."""
     return list(zip(*(answers[i : i + texts] for i in range(0, len(answers), texts)), strict=True)) if texts else []
 
 

@@ -1,4 +1,4 @@
-"""The one model of a service: loaded whole into this process, with its tokenizer and its identity."""
+"""The model of a service: loaded whole into this process, with its tokenizer and its identity."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from pipeline.bank import BackboneId
 
 @dataclass(frozen=True)
 class ServedBackbone:
-    """A frozen model ready to answer, and what tells whether a prompt belongs to it."""
+    """A frozen model ready to answer, and the identity that its prompts must have."""
 
     backbone: Backbone
     tokenizer: Any
@@ -32,7 +32,7 @@ class ServedBackbone:
 
 
 def load_backbone(model: str, weights: str = "int8", device: str = "cpu", dtype: str = "auto") -> ServedBackbone:
-    """Load a model whole: a folder, hub name, .gguf file or packaged name.
+    """Load a whole model into this process: a folder, hub name, .gguf file or packaged name.
 
     `weights` is "int8" or "full", as the prompts were tuned on; `dtype` is the type of activations.
     Raises: BackboneError when it cannot be loaded.

@@ -1,4 +1,4 @@
-"""What a service is told when it starts."""
+"""The settings of a service."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -6,11 +6,11 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from pipeline.errors import SettingsError
-from pipeline.settings.frozen import Address, Frozen
+from pipeline.settings.fields import Address, SettingsModel
 from pipeline.settings.models import MOST_SECONDS
 
 
-class ServiceSettings(Frozen):
+class ServiceSettings(SettingsModel):
     """Settings of a service; each is an option of `jobs/serve_prompts.py` and an argument of `serve run`."""
 
     bank: Address
@@ -29,7 +29,7 @@ class ServiceSettings(Frozen):
     cpus_per_replica: float = Field(default=1, ge=0.0001, le=10_000)
     """Also the threads of each replica's model, on a CPU."""
     watch_every: float = Field(default=10, gt=0, le=MOST_SECONDS)
-    """Seconds between two looks at the alias."""
+    """Seconds between two refreshes of the alias."""
     max_rows: int = Field(default=256, ge=1, le=10**7)
     """Most rows of a request, and of a batch over all requests."""
     max_body_bytes: int = Field(default=2**20, ge=1, le=2**40)
@@ -37,19 +37,19 @@ class ServiceSettings(Frozen):
     max_new_tokens: int = Field(default=256, ge=1, le=10**7)
     """Longest answer that a request may ask for, in tokens."""
     max_waiting: int = Field(default=1000, ge=1, le=10**9)
-    """Requests that may wait for the model; more are told to come back later."""
+    """Most requests that may wait for the model; further ones are refused with 503 and Retry-After."""
     batch_wait_s: float = Field(default=0.003, ge=0, le=MOST_SECONDS)
-    """How long a batch waits for company while the model is idle, in seconds."""
+    """How long a batch waits for further requests while the model is idle, in seconds."""
     token_budget: int = Field(default=8192, ge=1, le=10**9)
-    """Most tokens that the model runs at once, and of a row with its prompt and answer."""
+    """Most tokens that the model runs at once, and most tokens of a row with its prompt and answer."""
     cache_mib: int = Field(default=512, ge=0, le=2**30)
     """Memory for the keys and values of prompts, in MiB."""
     request_s: float = Field(default=30, gt=0, le=MOST_SECONDS)
-    """How long a client may take to send a request's body, and, to a service with a Ray of its own, its head, in
-    seconds."""
+    """How long a client may take to send a request's body, in seconds. A service with a local Ray also limits the
+    request's head to this."""
     shutdown_s: float = Field(default=60, ge=0, le=MOST_SECONDS)
-    """How long requests may still run when the service is told to end, in seconds; where one hangs, twice that passes:
-    first its answer is waited for, then its replica."""
+    """How long requests may still run when the service is told to end, in seconds. If one hangs, the end takes twice
+    as long: the proxy waits for its answer, and then Serve for its replica."""
 
     @field_validator("trusted_keys", mode="before")
     @classmethod

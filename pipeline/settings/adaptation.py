@@ -1,14 +1,14 @@
-"""What may be set for `jobs/adapt_backbone.py`, key by key: a root of its own, with the blocks of a run's settings."""
+"""The settings of `jobs/adapt_backbone.py`: a file of its own, which shares blocks with a run's settings."""
 
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.settings.frozen import Address, Count, Frozen, Paths
+from pipeline.settings.fields import Address, Count, Paths, SettingsModel
 from pipeline.settings.models import ClusterSettings, OptimizerSettings, RunSettings
 
 
-class AdaptedModelSettings(Frozen):
+class AdaptedModelSettings(SettingsModel):
     """An encoder-decoder: one whose weights are trained further, or a fresh one."""
 
     path: Address | None = None
@@ -16,10 +16,10 @@ class AdaptedModelSettings(Frozen):
     fresh: bool = False
     """Take only the configuration and the tokenizer from `path`; weights are drawn anew, by `run.seed`."""
     config: dict[str, Any] | None = None
-    """The configuration of a fresh model, such as `{model_type: t5, d_model: 64, num_layers: 2, …}`; its vocabulary is
-    that of `tokenizer`."""
+    """The configuration of a fresh model, such as `{model_type: t5, d_model: 64, num_layers: 2, …}`; `tokenizer` gives
+    its vocabulary."""
     tokenizer: Address | None = None
-    """The folder (or packaged model) whose tokenizer a model by `config` takes."""
+    """The folder (or packaged model) whose tokenizer a model from `config` gets."""
     sentinels: int = Field(100, ge=1, le=1_000_000)
     """Sentinel tokens (`<extra_id_0>`, …) that a fresh model's tokenizer has at least; missing ones are added."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -38,17 +38,17 @@ class AdaptedModelSettings(Frozen):
         return self
 
 
-class TextSettings(Frozen):
+class TextSettings(SettingsModel):
     train: Paths
     """Parquet files of plain text: a path, folder, glob or object-store URI, or a list of them."""
     text: str = "{text}"
     """Template of a document; `{column}` stands for a column of the corpus."""
     max_bad_rows: float = Field(0.05, ge=0, le=1)
-    """Largest share of null and empty rows that is left out without refusing the corpus."""
+    """Largest share of null and empty rows that is dropped without refusing the corpus."""
 
 
-class ObjectiveSettings(Frozen):
-    """What is asked of a stretch of text: Lester et al. (2021), section 3.2; Raffel et al. (2020), section 3.3."""
+class ObjectiveSettings(SettingsModel):
+    """The training objective on a stretch of text: Lester et al. (2021), section 3.2; Raffel et al. (2020), 3.3."""
 
     name: Literal["prefix_lm", "span_corruption"] = "prefix_lm"
     """`prefix_lm` (LM adaptation): the beginning of a stretch goes in, the rest comes out. `span_corruption` (T5's own
@@ -61,7 +61,7 @@ class ObjectiveSettings(Frozen):
     """Whether a target names each span by its sentinel, as T5's do, or is the spans' tokens alone."""
 
 
-class AdaptationSettings(Frozen):
+class AdaptationSettings(SettingsModel):
     run: RunSettings = RunSettings(name="adaptation")
     model: AdaptedModelSettings
     corpus: TextSettings
@@ -75,7 +75,7 @@ class AdaptationSettings(Frozen):
     """Examples a step, over all ranks."""
     steps: Count
     save_at: tuple[int, ...] = ()
-    """Steps at which the model is kept as a folder; 0 is the start, and the last step is always kept."""
+    """Steps after which the model is saved as a folder; 0 is the start, and the last step is always saved."""
 
     @property
     def kept_steps(self) -> tuple[int, ...]:

@@ -1,15 +1,15 @@
-"""Panels over several comparisons: sizes of a model, objectives that it was pre-trained with, steps of adaptation."""
+"""The settings of panels over several comparisons: by model size, pre-training objective or steps of adaptation."""
 
 from typing import Any, Self
 
 from pydantic import Field, model_validator
 
 from pipeline.settings.comparing import PANEL_KEYS
-from pipeline.settings.frozen import Frozen, Name
+from pipeline.settings.fields import Name, SettingsModel
 from pipeline.settings.sweeps import SweptKey
 
 
-class JoinedPanel(Frozen):
+class JoinedPanel(SettingsModel):
     """One plot: a line for each label of `runs`."""
 
     title: str
@@ -17,9 +17,9 @@ class JoinedPanel(Frozen):
     key: SweptKey | None = None
     """The swept key to draw over, which each comparison has among its `compare.panels`."""
     values: list[Any] | None = Field(None, min_length=1)
-    """Or what the runs differ in, one value for each run of a line: `[0, 1000, 4000]` steps of adaptation."""
+    """Or the values in which the runs of a line differ, one for each: `[0, 1000, 4000]` steps of adaptation."""
     runs: dict[str, list[str]] = Field(min_length=1)
-    """By line, the folders of its comparisons: one with `key`, with `values` as many as there are values."""
+    """By line, the folders of its comparisons: one folder with `key`, one for each value with `values`."""
 
     @model_validator(mode="after")
     def _one_axis(self) -> Self:
@@ -34,7 +34,7 @@ class JoinedPanel(Frozen):
         return self
 
 
-class JoinSettings(Frozen):
+class JoinSettings(SettingsModel):
     """The file of `jobs/compare_methods.py --join`."""
 
     title: str = "Comparisons joined"

@@ -1,4 +1,4 @@
-"""From a YAML file and overrides to validated settings, or one sentence for each mistake."""
+"""Turns a YAML file and overrides into validated settings, or into one sentence for each mistake."""
 
 import difflib
 import json
@@ -15,8 +15,8 @@ from pipeline.errors import SettingsError
 from pipeline.settings.adaptation import AdaptationSettings
 from pipeline.settings.joining import JoinSettings
 from pipeline.settings.models import Settings, TaskSettings
-from pipeline.settings.sweeps import spelled_out
-from pipeline.settings.yaml_text import Place, Spelt, quoted, read_yaml_text
+from pipeline.settings.sweeps import expand_seeds
+from pipeline.settings.yaml_text import Place, Spellings, quoted, read_yaml_text
 
 Root = TypeVar("Root", bound=BaseModel)
 _TASKS = Settings.model_fields["tasks"].annotation
@@ -25,7 +25,7 @@ _TASKS = Settings.model_fields["tasks"].annotation
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """Read and validate a settings file; `overrides` are `dotted.key=value` with YAML values.
 
-    Raises: SettingsError naming the file, the key and the mend.
+    Raises: SettingsError naming the file, the key and the fix.
     """
     raw, spelt = read_yaml(path)
     return parse_settings(raw, overrides, str(path), spelt)
@@ -51,12 +51,12 @@ def _load(model: type[Root], path: str | Path, overrides: Sequence[str] = ()) ->
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        sentences = dict.fromkeys(_sentence(detail, model, spelt) for detail in _told(error.errors()))
+        sentences = dict.fromkeys(_sentence(detail, model, spelt) for detail in _of_meant_alternative(error.errors()))
         raise SettingsError("\n".join(f"{path}: {sentence}" for sentence in sentences)) from error
 
 
-def read_yaml(path: str | Path) -> tuple[Any, Spelt]:
-    """What a settings file holds, and how it is spelt. Raises: SettingsError."""
+def read_yaml(path: str | Path) -> tuple[Any, Spellings]:
+    """The values in a settings file, and how they are spelt. Raises: SettingsError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -67,7 +67,7 @@ def read_yaml(path: str | Path) -> tuple[Any, Spelt]:
 
 
 def parse_settings(
-    raw: Any, overrides: Sequence[str] = (), origin: str = "settings", spelt: Spelt | None = None
+    raw: Any, overrides: Sequence[str] = (), origin: str = "settings", spelt: Spellings | None = None
 ) -> Settings:
     """Validate a settings mapping as read from YAML. Raises: SettingsError."""
     spelt = spelt or {}
@@ -78,7 +78,7 @@ def parse_settings(
     try:
         return Settings.model_validate(_with_defaults(raw))
     except ValidationError as error:
-        details = _told(error.errors())
+        details = _of_meant_alternative(error.errors())
         in_defaults = {detail["loc"][1:] for detail in details if detail["loc"][:1] == ("defaults",)}
         own = [d for d in details if d["loc"][:1] != ("tasks",) or d["loc"][2:] not in in_defaults]
         sentences = dict.fromkeys(map(partial(_sentence, spelt=spelt), own))
@@ -98,13 +98,13 @@ def settings_schema() -> str:
     return json.dumps(Settings.model_json_schema(), indent=2) + "\n"
 
 
-def _with_override(raw: dict[str, Any], override: str, spelt: Spelt) -> tuple[dict[str, Any], Spelt]:
+def _with_override(raw: dict[str, Any], override: str, spelt: Spellings) -> tuple[dict[str, Any], Spellings]:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise SettingsError(f"--set {override}: write it as key=value, for example tasks.sst2.max_steps=50")
     result = dict(raw)
     node = result
-    before, sweep, swept = key.partition(".sweep.")  # whose own keys are dotted: prompt.length
+    before, sweep, swept = key.partition(".sweep.")  # a sweep's own keys are dotted: prompt.length
     place: tuple[str, ...] = (*before.split("."), "sweep", swept) if sweep else tuple(key.split("."))
     *parents, leaf = place
     for parent in parents:
@@ -135,16 +135,16 @@ def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _spelled_out(task: Any) -> Any:
-    """So that lists of seeds are merged, whichever way they are written."""
+    """The task with its `seeds: n` as a list of seeds, so that both spellings are merged alike."""
     if not isinstance(task, dict) or "sweep" not in task:
         return task
-    with suppress(ValueError):  # which is told when the settings are validated
-        return {**task, "sweep": spelled_out(task["sweep"])}
+    with suppress(ValueError):  # an invalid sweep is reported when the settings are validated
+        return {**task, "sweep": expand_seeds(task["sweep"])}
     return task
 
 
 def _drop_what_is_set(merged: dict[str, Any], task: dict[str, Any]) -> None:
-    """What a task sets itself is not swept by an inherited list."""
+    """Remove inherited lists of the sweep for keys that the task sets itself."""
     own, sweep = task.get("sweep"), merged.get("sweep")
     if isinstance(sweep, dict):
         kept = {key: values for key, values in sweep.items() if key in (own or {}) or not _is_set(task, key)}
@@ -165,8 +165,8 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _told(details: Sequence[Any]) -> list[Any]:
-    """Of "a text, or a list of texts" only the half that was meant: the list, where one was given."""
+def _of_meant_alternative(details: Sequence[Any]) -> list[Any]:
+    """The mistakes without those of the alternative that was not meant, for fields of "a text, or a list of texts"."""
     either = {detail["loc"][: detail["loc"].index("list[str]")] for detail in details if "list[str]" in detail["loc"]}
     other_half = (("string_type", True), ("list_type", False))
     return [
@@ -176,7 +176,7 @@ def _told(details: Sequence[Any]) -> list[Any]:
     ]
 
 
-def _sentence(detail: Any, root: Any = Settings, spelt: Spelt | None = None) -> str:
+def _sentence(detail: Any, root: Any = Settings, spelt: Spellings | None = None) -> str:
     place = tuple(part for part in detail["loc"] if part not in ("str", "list[str]", "[key]"))
     where = ".".join(map(str, place))
     message = detail["msg"].removeprefix("Value error, ")
@@ -190,13 +190,13 @@ def _sentence(detail: Any, root: Any = Settings, spelt: Spelt | None = None) -> 
         case "string_pattern_mismatch":
             return f"'{where}': {_short(detail['input'])!r} may hold only letters, digits, '.', '_' and '-'"
         case "string_type" if text := _text_meant(detail["input"], place, spelt or {}):
-            return f"'{where}': {_short(text)} is no text to YAML; put it in quotes: {quoted(_short(text))}"
+            return f"'{where}': {_short(text)} is not text in YAML; put it in quotes: {quoted(_short(text))}"
         case _:
             return f"'{where or 'the file'}': {message[:1].lower()}{message[1:]}"
 
 
-def _text_meant(value: Any, place: Place, spelt: Spelt) -> str:
-    """How a value was written that YAML does not take for text; empty where nothing was, or no scalar."""
+def _text_meant(value: Any, place: Place, spelt: Spellings) -> str:
+    """The spelling of a value that YAML does not read as text; empty for a missing value or one that is no scalar."""
     if isinstance(value, bool | int | float | date):
         return spelt.get(place, str(value))
     return spelt.get(place, "") if value is None else ""
@@ -209,9 +209,9 @@ def _short(text: Any) -> str:
 def _suggestion(loc: tuple[int | str, ...], root: Any) -> str:
     model: Any = root
     for part in loc[:-1]:
-        if isinstance(part, int):  # a place in a list, whose entries' model was found with the list
+        if isinstance(part, int):  # an index: the model of the list's entries was found with the list
             continue
-        # Under `tasks` the key is the task's name; everywhere else it is a field, of a model or of a model or null.
+        # Under `tasks` the key is a task's name; elsewhere it is a field of a model, which may be optional.
         model = TaskSettings if model is _TASKS else model.model_fields[str(part)].annotation
         if model is not _TASKS:
             model = next((kind for kind in get_args(model) if hasattr(kind, "model_fields")), model)

@@ -1,4 +1,4 @@
-"""A sweep's choices: every combination of its lists, as changes to a task's settings, and what they are called."""
+"""A sweep's choices: every combination of its lists, as changes to a task's settings, and the trials' names."""
 
 import hashlib
 import math
@@ -29,13 +29,13 @@ Choice = Mapping[str, Any]
 MOST_TRIALS = 1_000
 _SHORT = re.compile(r"[A-Za-z0-9._-]{1,24}")
 _LONGEST_NAME = 128
-"""As long as a prompt's name in a bank may be."""
+"""The longest name of a prompt in a bank."""
 
 
-def spelled_out(sweep: Any) -> Any:
-    """A sweep as written, with its `seeds: n` as the seeds 0 to n - 1; what is no sweep is left as it is.
+def expand_seeds(sweep: Any) -> Any:
+    """A sweep as written, with its `seeds: n` as the seeds 0 to n - 1; anything else is returned as it is.
 
-    Raises: ValueError when `seeds` is no number of seeds, or `seed` is there, too.
+    Raises: ValueError when `seeds` is no valid number of seeds, or `seed` is there too.
     """
     if not isinstance(sweep, dict) or "seeds" not in sweep:
         return sweep
@@ -53,13 +53,13 @@ def count_choices(sweep: Sweep) -> int:
 
 def choices(sweep: Sweep) -> Iterator[Choice]:
     """All combinations, in the order of the keys' declaration; the last key changes fastest."""
-    # Not the file's order: the trials' order breaks ties, and must survive a settings file sorted anew.
+    # Not the file's order: the trials' order breaks ties, and must not change when a settings file is sorted.
     keys = [key for key in get_args(SweptKey) if key in sweep]
     for values in product(*(sweep[key] for key in keys)):
         yield dict(zip(keys, values, strict=True))
 
 
-def with_choice(settings: Mapping[str, Any], choice: Choice) -> dict[str, Any]:
+def apply_choice(settings: Mapping[str, Any], choice: Choice) -> dict[str, Any]:
     """A task's settings with the choice in place of what stood there."""
     changed = dict(settings)
     for key, value in choice.items():
@@ -72,19 +72,14 @@ def with_choice(settings: Mapping[str, Any], choice: Choice) -> dict[str, Any]:
 
 
 def trial_name(task: str, choice: Choice) -> str:
-    """`sst2.length-20.lr-0.1.seed-1`: unlike for unlike choices, and fit to be a file's name."""
-    parts = [f"{_word(key)}-{_label(value)}" for key, value in choice.items()]
+    """`sst2.length-20.lr-0.1.seed-1`: different for different choices, and valid as a file's name."""
+    parts = []
+    for key, value in choice.items():
+        word = "optimizer" if key == "optimizer.name" else key.rpartition(".")[2]
+        text = "none" if value is None else str(value)
+        parts.append(f"{word}-{text if _SHORT.fullmatch(text) else _digest(text)}")
     name = ".".join([task, *parts])
     return name if len(name) <= _LONGEST_NAME else f"{task}.{_digest(name)}"
-
-
-def _word(key: str) -> str:
-    return "optimizer" if key == "optimizer.name" else key.rpartition(".")[2]
-
-
-def _label(value: Any) -> str:
-    text = "none" if value is None else str(value)
-    return text if _SHORT.fullmatch(text) else _digest(text)
 
 
 def _digest(text: str) -> str:

@@ -1,4 +1,4 @@
-"""YAML as people write it: plain values, and how each was spelt, or one sentence that names the line and the mend.
+"""Reads YAML as people write it: plain values and their spellings, or one sentence that names the line and the fix.
 
 PyYAML alone takes the last of two equal keys, reads `no` as false and `2026-02-20` as a date, and lets an invalid date,
 a very long integer or a deep nesting escape as an exception of its own.
@@ -14,22 +14,22 @@ import yaml
 from pipeline.errors import SettingsError
 
 DEEPEST = 50
-"""Levels; settings have six."""
+"""Most levels of nesting; settings have six."""
 _MOST_VALUES = 100_000
-"""Aliases counted as often as they stand there: ten lines can stand for more values than fit into memory."""
+"""Each alias (`*name`) counts in full: ten lines of them can expand to more values than fit into memory."""
 _MOST_BITS = 1024
 _KINDS = {"timestamp": "a date", "int": "an integer", "float": "a number", "bool": "a yes or no"}
 _TOO_DEEP = f"it is nested more than {DEEPEST} levels deep; no setting is"
 _MERGE = "tag:yaml.org,2002:merge"
 _FREE_KEYS = ("model", "config")
-"""Below it, keys are those of a model's configuration, whose names may be numbers."""
+"""Below it are the keys of a model's configuration, whose names may be numbers."""
 
 Place = tuple[str | int, ...]
-Spelt = dict[Place, str]
-"""By place, the text of what YAML did not read as text, and of which people may have meant the text."""
+Spellings = dict[Place, str]
+"""By place, the spelling of values that YAML did not read as text although their writer may have meant text."""
 
 
-def read_yaml_text(text: str, where: str, place: Place = ()) -> tuple[Any, Spelt]:
+def read_yaml_text(text: str, where: str, place: Place = ()) -> tuple[Any, Spellings]:
     """The value of a YAML document, and the spellings in it; `place` is where the document stands in the settings.
 
     where: names the document. Raises: SettingsError.
@@ -38,12 +38,13 @@ def read_yaml_text(text: str, where: str, place: Place = ()) -> tuple[Any, Spelt
     try:
         loader = _Loader(text)
         value = loader.get_single_data()
-        spelt: Spelt = {}
+        spelt: Spellings = {}
         return _Plain(spelt).of(value, place, 0), spelt
     except SettingsError as error:
         raise SettingsError(f"{where}: {error}") from error
     except yaml.YAMLError as error:
-        raise SettingsError(f"{where} is not valid YAML: {_one_line(error)}") from error
+        one_line = re.sub(r"\s+", " ", str(error))
+        raise SettingsError(f"{where} is not valid YAML: {one_line}") from error
     except RecursionError as error:
         raise SettingsError(f"{where}: {_TOO_DEEP}") from error
     finally:
@@ -52,13 +53,13 @@ def read_yaml_text(text: str, where: str, place: Place = ()) -> tuple[Any, Spelt
 
 
 def quoted(text: str) -> str:
-    """`"no"`: as YAML takes it for text."""
+    """`"no"`: the text in quotes, so that YAML reads it as text."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 @dataclass(frozen=True)
 class _Written:
-    """A scalar that YAML reads as something else than text."""
+    """A scalar that YAML does not read as text."""
 
     value: Any
     text: str
@@ -82,13 +83,13 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         try:
             value = super().construct_object(node, deep=deep)
-        # Of a date that is none, an integer of 5,000 digits, `!!bool perhaps`, `!!timestamp soon`.
+        # From an invalid date, an integer of 5,000 digits, `!!bool perhaps`, `!!timestamp soon`.
         except (ValueError, OverflowError, LookupError, AttributeError, TypeError) as error:
             if isinstance(error, SettingsError) or not isinstance(node, yaml.ScalarNode):
                 raise
             kind = _KINDS.get(node.tag.rpartition(":")[2], "a value of its kind")
             raise SettingsError(
-                f"line {_line(node)}: {_shown(node)} looks like {kind} and is not a valid one; mend it, or put it in "
+                f"line {_line(node)}: {_shown(node)} looks like {kind} and is not a valid one; fix it, or put it in "
                 f"quotes to mean the text"
             ) from error
         if not isinstance(node, yaml.ScalarNode) or isinstance(value, str | _Written):
@@ -101,9 +102,9 @@ class _Loader(yaml.SafeLoader):
 
 @dataclass
 class _Plain:
-    """Plain values of what the loader made, and their spellings by place."""
+    """Turns the loader's values into plain ones, and notes their spellings by place."""
 
-    spelt: Spelt
+    spelt: Spellings
     values: int = 0
 
     def of(self, value: Any, place: Place, depth: int) -> Any:
@@ -111,7 +112,7 @@ class _Plain:
         if depth > DEEPEST:
             raise SettingsError(_TOO_DEEP)
         if self.values > _MOST_VALUES:
-            raise SettingsError(f"it stands for more than {_MOST_VALUES:,} values; use fewer aliases (*name)")
+            raise SettingsError(f"it expands to more than {_MOST_VALUES:,} values; use fewer aliases (*name)")
         if isinstance(value, dict):
             return {self.key(key, place): self.of(item, (*place, _bare(key)), depth + 1) for key, item in value.items()}
         if isinstance(value, list | tuple):
@@ -126,7 +127,7 @@ class _Plain:
         if isinstance(key, _Written) and not free:
             text = key.text or "null"
             read = "" if text == str(key.value) else f", which YAML reads as {_as_read(key.value)},"
-            raise SettingsError(f"line {key.line}: the key {text}{read} is no text; put it in quotes: {quoted(text)}")
+            raise SettingsError(f"line {key.line}: the key {text}{read} is not text; put it in quotes: {quoted(text)}")
         return _bare(key)
 
 
@@ -146,7 +147,3 @@ def _line(node: yaml.Node) -> int:
 def _shown(node: yaml.ScalarNode) -> str:
     text = str(node.value)
     return text if len(text) <= 60 else f"{text[:20]}… ({len(text):,} characters)"
-
-
-def _one_line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error))

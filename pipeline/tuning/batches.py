@@ -46,52 +46,52 @@ Plan = list[list[list[int]]]
 together; a share may be empty, but never the first."""
 
 
-def plan_rows(loads: Sequence[RowCost], world_size: int, token_budget: int, padded: bool) -> Plan:
+def plan_rows(costs: Sequence[RowCost], world_size: int, token_budget: int, padded: bool) -> Plan:
     """Deal rows to ranks and micro-batches of at most `token_budget` tokens (a single row may be longer).
 
     Where rows are padded to the longest, each carries its own prompt; where they are packed, a prompt runs
     once in every share that has rows of it, and rows behind one prompt stay together.
     """
     if padded:
-        return _plan_padded([load.prompt + load.own for load in loads], world_size, token_budget)
-    total = sum({load.slot: load.prompt for load in loads}.values()) + sum(load.own for load in loads)
+        return _plan_padded([cost.prompt + cost.own for cost in costs], world_size, token_budget)
+    total = sum({cost.slot: cost.prompt for cost in costs}.values()) + sum(cost.own for cost in costs)
     passes = max(1, -(-total // (token_budget * world_size)))
     while True:
-        bins = _fill(loads, passes * world_size, token_budget)
-        if passes * world_size >= len(loads) or all(_cost(loads, rows) <= token_budget for rows in bins):
+        bins = _fill(costs, passes * world_size, token_budget)
+        if passes * world_size >= len(costs) or all(_cost(costs, rows) <= token_budget for rows in bins):
             break
         passes += 1
     # Ranks wait for one another: micro-batches of like cost, the costliest first.
-    bins.sort(key=lambda rows: -_cost(loads, rows))
+    bins.sort(key=lambda rows: -_cost(costs, rows))
     plan = [bins[i : i + world_size] for i in range(0, len(bins), world_size)]
     return [shares for shares in plan if shares[0]]
 
 
-def _fill(loads: Sequence[RowCost], count: int, token_budget: int) -> list[list[int]]:
+def _fill(costs: Sequence[RowCost], count: int, token_budget: int) -> list[list[int]]:
     """Rows in `count` bins of like cost; a prompt's rows are split only where they would overfill one."""
     of_slot: dict[int, list[int]] = {}
-    for row in sorted(range(len(loads)), key=lambda row: (-loads[row].own, row)):
-        of_slot.setdefault(loads[row].slot, []).append(row)
-    fair = sum(_cost(loads, rows) for rows in of_slot.values()) / count
+    for row in sorted(range(len(costs)), key=lambda row: (-costs[row].own, row)):
+        of_slot.setdefault(costs[row].slot, []).append(row)
+    fair = sum(_cost(costs, rows) for rows in of_slot.values()) / count
     parts = []
     for rows in of_slot.values():
-        pieces = min(len(rows), max(1, round(_cost(loads, rows) / fair)))
-        while pieces < len(rows) and _cost(loads, rows[::pieces]) > token_budget:  # the first piece is the costliest
+        pieces = min(len(rows), max(1, round(_cost(costs, rows) / fair)))
+        while pieces < len(rows) and _cost(costs, rows[::pieces]) > token_budget:  # the first piece is the costliest
             pieces += 1
         parts += [rows[piece::pieces] for piece in range(pieces)]
     bins: list[list[int]] = [[] for _ in range(count)]
     filled = [0] * count
-    for part in sorted(parts, key=lambda part: -_cost(loads, part)):
+    for part in sorted(parts, key=lambda part: -_cost(costs, part)):
         least = min(range(count), key=lambda i: filled[i])
         bins[least] += part
-        filled[least] += _cost(loads, part)
+        filled[least] += _cost(costs, part)
     return bins
 
 
-def _cost(loads: Sequence[RowCost], rows: Sequence[int]) -> int:
+def _cost(costs: Sequence[RowCost], rows: Sequence[int]) -> int:
     """Tokens that run when these rows are packed."""
-    prompts = {loads[row].slot: loads[row].prompt for row in rows}
-    return sum(prompts.values()) + sum(loads[row].own for row in rows)
+    prompts = {costs[row].slot: costs[row].prompt for row in rows}
+    return sum(prompts.values()) + sum(costs[row].own for row in rows)
 
 
 def _plan_padded(lengths: Sequence[int], world_size: int, token_budget: int) -> Plan:

@@ -54,7 +54,12 @@ def save_checkpoint(folder: Path, step: int, states: Iterable[TrialState]) -> No
     # Files beyond this step are damaged ones that were passed over.
     kept = [other for other in _newest_first(folder) if other.name <= path.name][:KEPT]
     for other in set(_newest_first(folder)) - set(kept):
-        _remove(other)
+        try:
+            other.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"cannot remove the old checkpoint {other}: {error.strerror}; let this user write there"
+            ) from error
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
@@ -65,15 +70,6 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # without a digest, damage may lie anywhere
     return None
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"cannot remove the old checkpoint {path}: {error.strerror}; let this user write there"
-        ) from error
 
 
 def _newest_first(folder: Path) -> list[Path]:

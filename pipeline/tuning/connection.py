@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 from pipeline.errors import PromptBankError, SettingsError, TuningError
 from pipeline.reporting.memory_kill import memory_kill
 from pipeline.settings import ClusterSettings
-from pipeline.tuning.signals import held_back
+from pipeline.tuning.interruption.signals import held_back
 
 _log = logging.getLogger(__name__)
 _OBJECT_STORE_BYTES = 512 * 2**20
@@ -113,7 +113,7 @@ def _sentence(error: Exception, address: str | None) -> PromptBankError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     if address and isinstance(error, ConnectionError | RuntimeError | ValueError | RayError):
         return SettingsError(
-            f"cluster.address: no Ray cluster answers at {address} ({reason}); mend the address or its token "
+            f"cluster.address: no Ray cluster answers at {address} ({reason}); fix the address or its token "
             "(RAY_AUTH_TOKEN)"
         )
     if isinstance(error, OSError) and error.filename:

@@ -1,8 +1,9 @@
 """What one constant answer would score: below that, a prompt has learned nothing, whatever it started from.
 
-The answer is the most frequent target of the train split (of equals the first by its letters), as a service would have
-it that always gives the same one; choosing it on dev would flatter it. It is scored by the task's own metric on the
-very rows that the prompt is measured on. For the metric `loss` there is none: a constant answer has no nats.
+The answer is the most frequent target of the train split (of equally frequent ones the first by its letters): a service
+that always gave the same answer would give this one. Choosing it on dev would flatter it. It is scored by the task's
+own metric on the very rows that the prompt is measured on. For the metric `loss` there is none: a constant answer has
+no nats.
 """
 
 import logging

@@ -21,7 +21,7 @@ from pipeline.tuning.batches import RowCost, plan_rows
 from pipeline.tuning.metrics import label_metric, text_metric
 from pipeline.tuning.ranks import rank, sum_over_ranks, true_on_all, world_size
 
-# Without gradients nothing is stored for a backward pass.
+# Without gradients nothing is stored for a backward pass, so more tokens fit.
 _BUDGET_FACTOR = 4
 LABELLED = ("accuracy", "f1")
 """Metrics of labels; of the others, all but `loss` are of texts."""
@@ -62,27 +62,27 @@ class Answers:
     texts: list[str] | None
     """The label chosen, or the text decoded, of each row; None for the metric `loss`."""
     label_scores: np.ndarray | None = None
-    """[N, L] log P of each label of the exam, for metrics of labels."""
+    """[N, L] log P of each label of the request, for metrics of labels."""
 
 
 @dataclass(frozen=True)
 class _Item:
     slot: int
     number: int
-    load: RowCost
+    cost: RowCost
 
 
-def evaluate(backbone: Backbone, tokenizer: Any, exams: Sequence[EvalRequest], token_budget: int) -> list[Score]:
-    """Score every exam. All ranks call this with the same exams and get the same scores."""
-    answers = answer(backbone, tokenizer, exams, token_budget)
-    return [score(exam, given) for exam, given in zip(exams, answers, strict=True)]
+def evaluate(backbone: Backbone, tokenizer: Any, requests: Sequence[EvalRequest], token_budget: int) -> list[Score]:
+    """Score every request. All ranks call this with the same requests and get the same scores."""
+    answers = answer(backbone, tokenizer, requests, token_budget)
+    return [score(request, given) for request, given in zip(requests, answers, strict=True)]
 
 
-def score(exam: EvalRequest, answers: Answers) -> Score:
-    loss = float(answers.nll.sum() / exam.split.target_lengths.sum())
+def score(request: EvalRequest, answers: Answers) -> Score:
+    loss = float(answers.nll.sum() / request.split.target_lengths.sum())
     if answers.texts is None:
         return Score(loss, loss)
-    return Score(score_texts(exam.metric, answers.texts, answers.wanted), loss)
+    return Score(score_texts(request.metric, answers.texts, answers.wanted), loss)
 
 
 def score_texts(metric: str, texts: Sequence[str], targets: Sequence[str]) -> float:
@@ -91,27 +91,27 @@ def score_texts(metric: str, texts: Sequence[str], targets: Sequence[str]) -> fl
     return of_metric(metric, texts, targets)
 
 
-def answer(backbone: Backbone, tokenizer: Any, exams: Sequence[EvalRequest], token_budget: int) -> list[Answers]:
-    """Answer every row of every exam. All ranks call this with the same exams and get the same answers."""
-    run = _Runner(backbone, exams, token_budget * _BUDGET_FACTOR)
-    nll = [np.zeros(len(exam.split)) for exam in exams]
-    wanted = [wanted_texts(exam.metric, exam.split, tokenizer) for exam in exams]
+def answer(backbone: Backbone, tokenizer: Any, requests: Sequence[EvalRequest], token_budget: int) -> list[Answers]:
+    """Answer every row of every request. All ranks call this with the same requests and get the same answers."""
+    run = _Runner(backbone, requests, token_budget * _BUDGET_FACTOR)
+    nll = [np.zeros(len(request.split)) for request in requests]
+    wanted = [wanted_texts(request.metric, request.split, tokenizer) for request in requests]
     answered: dict[int, list[str]] = {}
-    labelled = [s for s, exam in enumerate(exams) if exam.metric in LABELLED]
-    others = [s for s, exam in enumerate(exams) if s not in labelled]
+    labelled = [s for s, request in enumerate(requests) if request.metric in LABELLED]
+    others = [s for s, request in enumerate(requests) if s not in labelled]
     label_scores: dict[int, np.ndarray] = {}
-    most = max((_label_copies(exams[s]) for s in labelled), default=0)
+    most = max((_label_copies(requests[s]) for s in labelled), default=0)
     score_labels = partial(_score_labels, width=most)
     for s, outcome in run.each_row(labelled, score_labels, width=most, copies=_label_copies).items():
-        labels = exams[s].labels or ()
+        labels = requests[s].labels or ()
         label_scores[s] = outcome[:, : len(labels)]
         nll[s] = np.array([-row[labels.index(target)] for row, target in zip(outcome, wanted[s], strict=True)])
         # A prompt gone NaN has no best label: it gets the first, and its loss tells.
         answered[s] = [labels[int(i)] for i in np.nan_to_num(label_scores[s], nan=-np.inf).argmax(axis=1)]
     for s, outcome in run.each_row(others, _score_targets, width=1).items():
         nll[s] = outcome[:, 0]
-    answered |= _decode(run, tokenizer, [s for s in others if exams[s].metric != "loss"])
-    return [Answers(nll[s], wanted[s], answered.get(s), label_scores.get(s)) for s in range(len(exams))]
+    answered |= _decode(run, tokenizer, [s for s in others if requests[s].metric != "loss"])
+    return [Answers(nll[s], wanted[s], answered.get(s), label_scores.get(s)) for s in range(len(requests))]
 
 
 def wanted_texts(metric: str, split: TokenSet, tokenizer: Any) -> list[str]:
@@ -129,20 +129,20 @@ def spoken(target_ids: Sequence[int] | np.ndarray, tokenizer: Any) -> str:
     return str(tokenizer.decode(list(target_ids[:-1]), skip_special_tokens=True)).strip()
 
 
-def _label_copies(exam: EvalRequest) -> int:
-    return len(exam.label_ids or ())
+def _label_copies(request: EvalRequest) -> int:
+    return len(request.label_ids or ())
 
 
-def _item(exams: Sequence[EvalRequest], slot: int, number: int, copies: int) -> _Item:
-    split = exams[slot].split
-    own = len(split.input_ids(number)) + copies * len(split.target_ids(number))
-    return _Item(slot, number, RowCost(slot, len(exams[slot].prompt), own))
+def _item(slot: int, number: int, request: EvalRequest, copies: Callable[[EvalRequest], int]) -> _Item:
+    split = request.split
+    own = len(split.input_ids(number)) + copies(request) * len(split.target_ids(number))
+    return _Item(slot, number, RowCost(slot, len(request.prompt), own))
 
 
 @dataclass(frozen=True)
 class _Runner:
     backbone: Backbone
-    exams: Sequence[EvalRequest]
+    requests: Sequence[EvalRequest]
     token_budget: int
 
     def each_row(
@@ -150,14 +150,14 @@ class _Runner:
         slots: Sequence[int],
         outcomes: Callable[["_Runner", list[_Item]], np.ndarray],
         width: int,
-        copies: Callable[[EvalRequest], int] = lambda exam: 1,
+        copies: Callable[[EvalRequest], int] = lambda request: 1,
         padded: bool = False,
     ) -> dict[int, np.ndarray]:
-        """`outcomes` (`[B, width]`) of every row of these exams, by exam: `[rows, width]`."""
-        items = [_item(self.exams, s, i, copies(self.exams[s])) for s in slots for i in range(len(self.exams[s].split))]
+        """`outcomes` (`[B, width]`) of every row of these requests, by request: `[rows, width]`."""
+        items = [_item(s, i, self.requests[s], copies) for s in slots for i in range(len(self.requests[s].split))]
         table = torch.zeros(len(items), width, dtype=torch.float64, device=self.backbone.device)
-        loads = [item.load for item in items]
-        for shares in plan_rows(loads, world_size(), self.token_budget, padded or self.backbone.pads_rows):
+        costs = [item.cost for item in items]
+        for shares in plan_rows(costs, world_size(), self.token_budget, padded or self.backbone.pads_rows):
             mine = shares[rank()]
             result = outcomes(self, [items[i] for i in mine or shares[0][:1]])
             if mine:
@@ -167,13 +167,14 @@ class _Runner:
         return {s: table.cpu().numpy()[of_slot == s] for s in slots}
 
     def rows(self, items: Sequence[_Item]) -> prompted.Rows:
-        inputs = [self.exams[item.slot].split.input_ids(item.number) for item in items]
-        return prompted.Rows([exam.prompt.detach() for exam in self.exams], [item.slot for item in items], inputs)
+        inputs = [self.requests[item.slot].split.input_ids(item.number) for item in items]
+        prompts = [request.prompt.detach() for request in self.requests]
+        return prompted.Rows(prompts, [item.slot for item in items], inputs)
 
 
 def _score_labels(run: _Runner, items: list[_Item], width: int) -> np.ndarray:
-    exams = [run.exams[item.slot] for item in items]
-    labels = [[np.array(ids) for ids in exam.label_ids or ()] for exam in exams]
+    requests = [run.requests[item.slot] for item in items]
+    labels = [[np.array(ids) for ids in request.label_ids or ()] for request in requests]
     scores = run.backbone.run(prompted.label_log_likelihoods, run.rows(items), labels)
     table = np.zeros((len(items), width))
     for row, of_row in zip(table, scores, strict=True):
@@ -182,7 +183,7 @@ def _score_labels(run: _Runner, items: list[_Item], width: int) -> np.ndarray:
 
 
 def _score_targets(run: _Runner, items: list[_Item]) -> np.ndarray:
-    targets = [run.exams[item.slot].split.target_ids(item.number) for item in items]
+    targets = [run.requests[item.slot].split.target_ids(item.number) for item in items]
     with torch.no_grad():
         nll = run.backbone.run(prompted.target_nll, run.rows(items), targets)
     return nll.cpu().numpy()[:, None]
@@ -191,7 +192,7 @@ def _score_targets(run: _Runner, items: list[_Item]) -> np.ndarray:
 def _decode(run: _Runner, tokenizer: Any, slots: Sequence[int]) -> dict[int, list[str]]:
     if not slots:
         return {}
-    longest = max(run.exams[s].max_target_tokens for s in slots)
+    longest = max(run.requests[s].max_target_tokens for s in slots)
 
     def outcomes(run: _Runner, items: list[_Item]) -> np.ndarray:
         ids = run.backbone.run(
@@ -203,7 +204,7 @@ def _decode(run: _Runner, tokenizer: Any, slots: Sequence[int]) -> dict[int, lis
         )
         table = np.full((len(items), longest + 1), -1)
         for b, row in enumerate(ids):
-            kept = row[: run.exams[items[b].slot].max_target_tokens]
+            kept = row[: run.requests[items[b].slot].max_target_tokens]
             table[b, 0], table[b, 1 : 1 + len(kept)] = len(kept), kept
         return table
 

@@ -41,23 +41,23 @@ def rungs(settings: TaskSettings) -> tuple[int, ...]:
     return tuple(found)
 
 
-def verdicts(entrants: Sequence[SweepTrial], rungs: Sequence[int], factor: int) -> dict[int, Verdict]:
-    """What becomes of each paused trial of a sweep, by its place in `entrants` (the sweep's order)."""
+def verdicts(sweep: Sequence[SweepTrial], rungs: Sequence[int], factor: int) -> dict[int, Verdict]:
+    """What becomes of each paused trial of a sweep, by its place in the sweep."""
     found: dict[int, Verdict] = {}
     for rung in rungs:
-        below = [place for place, entrant in enumerate(entrants) if len(entrant.scores) < rung]
+        below = [place for place, trial in enumerate(sweep) if len(trial.scores) < rung]
         may_come = any(
-            entrants[place].status in ("waiting", "live") or found.get(place) in ("go on", "wait") for place in below
+            sweep[place].status in ("waiting", "live") or found.get(place) in ("go on", "wait") for place in below
         )
-        reached = ranking(entrants, rung)
+        reached = ranking(sweep, rung)
         kept = reached[: max(len(reached) // factor, 0 if may_come else 1)]
         for place in reached:
-            if entrants[place].status == "paused" and len(entrants[place].scores) == rung:
+            if sweep[place].status == "paused" and len(sweep[place].scores) == rung:
                 found[place] = "go on" if place in kept else "wait" if may_come else "out"
     return found
 
 
-def ranking(entrants: Sequence[SweepTrial], rung: int) -> list[int]:
+def ranking(sweep: Sequence[SweepTrial], rung: int) -> list[int]:
     """Places of the trials that reached a rung, the best first, by the best score of each up to there."""
-    reached = [place for place, entrant in enumerate(entrants) if len(entrant.scores) >= rung]
-    return sorted(reached, key=lambda place: max(entrants[place].scores[:rung]), reverse=True)  # keeps ties in order
+    reached = [place for place, trial in enumerate(sweep) if len(trial.scores) >= rung]
+    return sorted(reached, key=lambda place: max(sweep[place].scores[:rung]), reverse=True)  # keeps ties in order

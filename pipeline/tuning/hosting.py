@@ -1,21 +1,29 @@
-"""The frozen model on one rank, as a run's settings ask for it."""
+"""The frozen model on one rank, as a run's settings ask for it.
+
+All ranks must decide alike whether they share one copy, partitioned by ZeRO-3, and how it multiplies.
+"""
 
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from pipeline.backbone.allocator import configure_allocator
 from pipeline.backbone.files import find_model
 from pipeline.backbone.host import Backbone, compute_dtype, held_bytes, host_backbone
+from pipeline.backbone.int8 import multiplies_int8_fast
+from pipeline.backbone.memory import estimate_memory
 from pipeline.backbone.offload import offload_of_settings
 from pipeline.settings import Settings
-from pipeline.tuning.placement import agreed_products, partitions
-from pipeline.tuning.ranks import world_size
+from pipeline.tuning.machine import free_bytes
+from pipeline.tuning.ranks import true_on_all, world_size
 from pipeline.tuning.run_log import RunLog
 
+_MOST = 0.25
+"""The share of a rank's free memory that a whole backbone may take; the rest is for activations and for others."""
 
-def host_on_rank(settings: Settings, model_folder: Path, device: torch.device, journal: RunLog) -> Backbone:
+
+def host_on_rank(settings: Settings, model_folder: Path, device: torch.device, run_log: RunLog) -> Backbone:
     """Load this rank's part of the model as the settings say. All ranks call this. Raises: BackboneError.
 
     `model_folder` holds config and tokenizer, saved by the driver.
@@ -27,7 +35,7 @@ def host_on_rank(settings: Settings, model_folder: Path, device: torch.device, j
     setting = "always" if model.offload != "none" and cluster.partition == "auto" else cluster.partition
     sharded = partitions(setting, config, int8, compute_dtype(dtype, device), device)
     how = "partitioned over" if sharded else "whole on each of"
-    journal.event("stage", name="backbone", text=f"loading {model.path}, {how} {world_size()} rank(s)")
+    run_log.event("stage", name="backbone", text=f"loading {model.path}, {how} {world_size()} rank(s)")
     backbone = host_backbone(
         find_model(model.path),
         config,
@@ -40,3 +48,27 @@ def host_on_rank(settings: Settings, model_folder: Path, device: torch.device, j
     )
     configure_allocator(sum(held_bytes(backbone).values()))
     return backbone
+
+
+def partitions(setting: str, config: PretrainedConfig, int8: bool, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether to partition the backbone: `always`, `never`, or `auto`, where a rank has little room for all of it.
+
+    Every rank must call this; all get the same answer.
+    """
+    if world_size() == 1 or setting == "never":
+        return False
+    if setting == "always":
+        return True
+    needed = estimate_memory(config, int8, dtype, 1, 0)
+    fits = needed.weights + needed.gathered <= _MOST * free_bytes(device)
+    return not true_on_all(fits, device)
+
+
+def agreed_products(setting: str, device: torch.device) -> str:
+    """How int8 layers multiply (see `int8.set_products`): as set, or by `auto` in int8 where every rank does it fast.
+
+    Every rank must call this; all get the same answer, for a trial's gradient must not depend on which has its rows.
+    """
+    if setting != "auto":
+        return setting
+    return "int8" if true_on_all(multiplies_int8_fast(device), device) else "exact"

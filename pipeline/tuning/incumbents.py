@@ -1,8 +1,8 @@
-"""The prompts that the bank has now, measured against the new ones: what each makes of every dev row.
+"""The bank's prompts measured against the new ones: what each makes of every dev row.
 
-Measured once, after the last step, on all ranks together: a prompt of any length, tuned by whatever run, is put to
-exactly the rows that the new one is, with the same products. The file says what it was measured for, so that a run
-that is started again measures only what it has not.
+All ranks measure once, after the last step. A prompt of any length, tuned by whatever run, is measured on exactly the
+rows that the new one is measured on, with the same products. The file says what it was measured for, so that a run that
+is started again measures only what it has not.
 """
 
 import hashlib
@@ -19,11 +19,10 @@ from safetensors.numpy import load, save
 
 from pipeline.backbone.host import Backbone
 from pipeline.corpus.reader import open_split
-from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.sealed_files import open_tensors, sealed_tensors
 from pipeline.tuning.evaluate import LABELLED, Answers, EvalRequest, answer, eval_request
-from pipeline.tuning.loop import TuningRun
 from pipeline.tuning.metrics import text_metric
+from pipeline.tuning.progress import TuningRun
 from pipeline.tuning.ranks import rank
 from pipeline.tuning.state import TrialState, by_task, winner
 from pipeline.whole_files import write_atomically
@@ -53,8 +52,8 @@ class Pair:
     new: np.ndarray
 
 
-def measure(
-    run: TuningRun, states: Sequence[TrialState], incumbents: Incumbents, backbone: Backbone, tokenizer: Any
+def measure_against(
+    incumbents: Incumbents, run: TuningRun, states: Sequence[TrialState], backbone: Backbone, tokenizer: Any
 ) -> None:
     """Write down both prompts' outcomes for each task that has an incumbent and a trial that did not fail.
 
@@ -64,13 +63,14 @@ def measure(
     wanted_pairs = pair_keys(best, incumbents.digests)
     if read_pairs(run.folder, wanted_pairs) is not None:
         return
-    exams = []
+    requests = []
     for task in wanted_pairs:
         state, corpus = best[task], run.corpora[task]
+        settings, dev = state.trial.settings, open_split(corpus.splits["dev"], state.trial.settings.eval_rows)
         incumbent = torch.as_tensor(incumbents.prompts[task], dtype=torch.float32, device=backbone.device)
-        exams += [_exam(state, incumbent, corpus), _exam(state, state.best, corpus)]
-    answers = answer(backbone, tokenizer, exams, run.token_budget) if exams else []
-    outcomes = [row_outcomes(exam, given) for exam, given in zip(exams, answers, strict=True)]
+        requests += [eval_request(settings, prompt, dev, corpus) for prompt in (incumbent, state.best)]
+    answers = answer(backbone, tokenizer, requests, run.token_budget) if requests else []
+    outcomes = [row_outcomes(request, given) for request, given in zip(requests, answers, strict=True)]
     tensors: dict[str, np.ndarray] = {}
     for i, task in enumerate(wanted_pairs):
         tensors |= {f"{task}/incumbent": outcomes[2 * i], f"{task}/new": outcomes[2 * i + 1]}
@@ -106,24 +106,19 @@ def read_pairs(folder: Path, keys: Mapping[str, list[Any]]) -> dict[str, Pair] |
         return {} if not keys else None
 
 
-def row_outcomes(exam: EvalRequest, answers: Answers) -> np.ndarray:
+def row_outcomes(request: EvalRequest, answers: Answers) -> np.ndarray:
     """`[N, 2]`, as `Pair` has them."""
     if answers.texts is None:
-        return np.stack([answers.nll, exam.split.target_lengths], axis=1).astype(np.float64)
+        return np.stack([answers.nll, request.split.target_lengths], axis=1).astype(np.float64)
     pairs = zip(answers.texts, answers.wanted, strict=True)
-    if exam.metric in LABELLED:
-        place = {label: i for i, label in enumerate(exam.labels or ())}
+    if request.metric in LABELLED:
+        place = {label: i for i, label in enumerate(request.labels or ())}
         rows = [(float(place[got]), place[want]) for got, want in pairs]
     else:
-        rows = [(text_metric(exam.metric, [got], [want]), 1) for got, want in pairs]
+        rows = [(text_metric(request.metric, [got], [want]), 1) for got, want in pairs]
     return np.array(rows, dtype=np.float64).reshape(-1, 2)
 
 
 def prompt_digest(data: bytes) -> str:
     """Of a file that holds a prompt and nothing else."""
     return hashlib.sha256(data).hexdigest()
-
-
-def _exam(state: TrialState, prompt: torch.Tensor, corpus: TaskCorpus) -> EvalRequest:
-    settings = state.trial.settings
-    return eval_request(settings, prompt, open_split(corpus.splits["dev"], settings.eval_rows), corpus)

@@ -1,4 +1,4 @@
-"""Spread a run over ranks: Ray Train's worker group, and who waits for it."""
+"""Spread a run over ranks: start them with Ray Train, wait for them, and say in a sentence what went wrong."""
 
 import math
 import os
@@ -9,7 +9,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 import torch
@@ -21,9 +21,9 @@ from pipeline.errors import PromptBankError, TuningError
 from pipeline.reporting.events import EventLog
 from pipeline.reporting.memory_kill import memory_kill
 from pipeline.settings import ClusterSettings, RunSettings
-from pipeline.tuning.signals import heed_sigterm, stop_by_signal
-from pipeline.tuning.stop_signal import allow_to_run, ask_to_stop, forget_request
-from pipeline.tuning.watchdog import LOADING, hang_reports, hang_sentence, hangs_of
+from pipeline.tuning.interruption.signals import heed_sigterm, stop_by_signal
+from pipeline.tuning.interruption.stop_signal import allow_to_run, ask_to_stop, forget_request
+from pipeline.tuning.interruption.watchdog import LOADING, hang_reports, hang_sentence, hangs_of
 from pipeline.whole_files import remove, temporaries
 
 _LOOK_S = 5.0
@@ -34,24 +34,20 @@ _START_TIMEOUT_S = 900
 """A cluster that scales itself needs minutes for a new node."""
 
 
-class RankPayload(Protocol):
-    """What every rank is sent: a frozen dataclass of plain values."""
-
-    @property
-    def run_folder(self) -> str: ...
-
-    def carry_out(self, device: torch.device, node_leaves: Callable[[], bool]) -> None:
-        """On a rank. `node_leaves` is that of `StopSignal`."""
+Work = Callable[[torch.device, Callable[[], bool]], None]
+"""What a rank does, on its device. The function that it is given is `node_leaves` of `StopSignal`."""
 
 
-def launch(order: RankPayload, cluster: ClusterSettings, run: RunSettings, log: EventLog) -> None:
-    """Run the order on `num_workers` ranks; ranks that are lost are started again from the last checkpoint.
+def launch(work: Work, run_folder: Path, cluster: ClusterSettings, run: RunSettings, log: EventLog) -> None:
+    """Do `work` on `num_workers` ranks; ranks that are lost are started again, and go on from the last checkpoint.
+
+    work: is pickled; what it carries are plain values. run_folder: seen by every rank.
 
     Returns when the ranks have ended: with every trial, or where SIGTERM or Ctrl-C made them leave with a checkpoint.
     Raises: the PromptBankError that a rank ended with; TuningError when ranks were lost too often.
     """
     # A name of its own for each launch: what is resumed is our checkpoint, never Ray's state.
-    name, run_folder = f"launch-{time.time_ns()}", Path(order.run_folder)
+    name = f"launch-{time.time_ns()}"
     timeout, max_failures = run.hang_timeout, run.max_failures
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_TIMEOUT_S))
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout)  # a stopped process, or a frozen node
@@ -61,7 +57,7 @@ def launch(order: RankPayload, cluster: ClusterSettings, run: RunSettings, log: 
     _tell_what_is_missing(cluster, log)
     trainer = TorchTrainer(
         _on_rank,
-        train_loop_config={"order": order},
+        train_loop_config={"work": work},
         torch_config=_Ranks(backend="nccl" if cluster.use_gpu else "gloo", timeout_s=math.ceil(LOADING * timeout)),
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers,
@@ -146,8 +142,8 @@ def _tell_what_is_missing(cluster: ClusterSettings, log: EventLog) -> None:
         log.write("stage", name="tuning", text=f"waiting for {' and '.join(missing)} in the cluster")
 
 
-def _on_rank(config: dict[str, RankPayload]) -> None:
-    config["order"].carry_out(get_device(), lambda: get_preemption_info() is not None)
+def _on_rank(config: dict[str, Work]) -> None:
+    config["work"](get_device(), lambda: get_preemption_info() is not None)
 
 
 def _sentence(error: Exception, max_failures: int, hung: Sequence[Path], timeout: float) -> PromptBankError:

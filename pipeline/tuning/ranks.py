@@ -1,4 +1,4 @@
-"""What ranks say to each other; in one plain process, or where each does work of its own, nothing."""
+"""Communication between ranks; a process that is the only one, or works for itself, communicates with none."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ def world_size() -> int:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Within it this rank is the only one: what is computed together elsewhere is computed here for itself."""
+    """Within it this rank counts as the only one: it communicates with no other."""
     before = _alone.set(True)
     try:
         yield

@@ -2,13 +2,15 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from pipeline.errors import StorageError
 from pipeline.reporting.events import EventLog
 from pipeline.reporting.series import read_series
-from pipeline.tuning.peak_memory import peak_bytes
+from pipeline.tuning.machine import peak_bytes
 from pipeline.tuning.state import TrialState
 from pipeline.tuning.step import TokenCounts
 from pipeline.whole_files import write_atomically
@@ -45,24 +47,28 @@ class RunLog:
             write_atomically(self._path(state.trial.name), b"")
 
     def stepped(
-        self, step: int, live: Sequence[TrialState], losses: Mapping[str, float], tokens: TokenCounts, gathered: int
+        self, step: int, tried: Sequence[TrialState], losses: np.ndarray, tokens: TokenCounts, gathered: int
     ) -> None:
-        """`gathered`: bytes of weights that this rank gathered since it loaded them."""
+        """Of the trials `tried`, those that took the step are written down.
+
+        losses: `[S]`, by place in `tried`. gathered: bytes of weights that this rank gathered since it loaded them.
+        """
         if self._events is None:
             return
-        for state in live:
-            self._series(state, loss=losses[state.trial.name])
+        stepped = [(state, float(loss)) for state, loss in zip(tried, losses, strict=True) if state.status == "live"]
+        for state, loss in stepped:
+            self._series(state, loss=loss)
         self._tokens += tokens
         elapsed = time.monotonic() - self._since
         if elapsed < _SECONDS_BETWEEN_STEP_EVENTS and step > 1:
             return
-        trials = {s.trial.name: {"step": s.step, "loss": losses[s.trial.name]} for s in live}
+        trials = {state.trial.name: {"step": state.step, "loss": loss} for state, loss in stepped}
         figures = {
             "tokens_per_second": self._tokens.text / max(elapsed, 1e-9),
             "padding": self._tokens.padding / self._tokens.computed,
             "gathered_bytes": gathered,
         }
-        self.event("step", step=step, live=len(live), **figures, trials=trials)
+        self.event("step", step=step, live=len(stepped), **figures, trials=trials)
         self.paused()
 
     def evaluated(self, state: TrialState) -> None:
@@ -77,11 +83,11 @@ class RunLog:
         self.event("finished", trial=state.trial.name, **_end(state))
 
     def memory(self, stage: str) -> None:
-        """How much this rank held at most, at the end of a stage."""
+        """Write down the most memory that this rank held, at the end of a stage."""
         self.event("memory", stage=stage, peak_bytes=peak_bytes())
 
     def paused(self) -> None:
-        """Time since the last step went elsewhere (an evaluation), and is no part of the rate."""
+        """Start measuring the rate anew: the time since the last step went elsewhere, to an evaluation."""
         self._since, self._tokens = time.monotonic(), TokenCounts()
 
     def _path(self, trial: str) -> Path:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from pipeline.tuning.evaluate import Score
 from pipeline.tuning.halving import rungs
 from pipeline.tuning.metrics import goodness
-from pipeline.tuning.optimise import make_optimizer
+from pipeline.tuning.optimise import make_optimizer, update
 from pipeline.tuning.trials import Trial
 
 Status = Literal["live", "paused", "tuned", "stopped early", "halved", "no gain", "failed"]
@@ -35,11 +35,11 @@ class TrialState:
     """A trial that has started; changed in place, alike on every rank."""
 
     trial: Trial
-    prompt: Parameter
+    prompt: Parameter = field(compare=False)
     """The prompt now, `[P, H]` float32."""
-    optimizer: Optimizer
-    best: Tensor
-    """The prompt at its best evaluation."""
+    optimizer: Optimizer = field(compare=False)
+    best: Tensor = field(compare=False)
+    """The prompt at its best evaluation, `[P, H]` float32."""
     step: int = 0
     history: list[Evaluation] = field(default_factory=list)
     best_at: int = 0
@@ -59,7 +59,7 @@ class TrialState:
 
     @property
     def scores(self) -> list[tuple[float, float]]:
-        """Goodness at every evaluation after the start; one that was not finite ended the trial, and is no score."""
+        """Goodness at every evaluation after the start. One that was not finite ended the trial and is left out."""
         metric = self.trial.settings.metric
         return [goodness(metric, e.value, e.loss) for e in self.history[1:] if np.isfinite(e.loss)]
 
@@ -69,6 +69,16 @@ class TrialState:
         settings = self.trial.settings
         measured = self.history[-1].step == self.step
         return not measured and (self.step % settings.eval_every == 0 or self.step >= settings.max_steps)
+
+    def update(self, loss: float) -> None:
+        """Take one step with the gradient that is in the prompt; where it or the loss is not finite, end the trial."""
+        settings = self.trial.settings
+        assert self.prompt.grad is not None
+        if not np.isfinite(loss) or not bool(self.prompt.grad.isfinite().all()):
+            self.fail_at("loss", loss)
+            return
+        update(self.optimizer, settings.optimizer, self.step, settings.max_steps)
+        self.step += 1
 
     def judge(self, score: Score) -> None:
         """Take in an evaluation: keep the best prompt, and stop when done or without progress."""
@@ -87,7 +97,7 @@ class TrialState:
             self.status = "paused"
 
     def halve(self, place: int, among: int) -> None:
-        """End the trial at its rung, where it is in this place among those that reached it."""
+        """End the trial at its rung, which it reached in this place among so many."""
         self.status = "halved"
         metric = self.trial.settings.metric
         self.reason = f"its dev {metric} at step {self.step} was in place {place} of {among} trials of its sweep"
@@ -99,7 +109,7 @@ class TrialState:
         self.status, self.reason = "failed", reason
 
     def fail_at(self, what: str, value: float) -> None:
-        """End the trial, which has left the range of numbers."""
+        """End the trial, one of whose numbers is not finite any more."""
         self.status = "failed"
         self.reason = f"the {what} was {value} at step {self.step}; lower optimizer.lr or set optimizer.clip_norm"
 

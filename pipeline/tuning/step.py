@@ -1,4 +1,7 @@
-"""One step of many trials: a batch of each trial's rows, one gradient a prompt, one all-reduce."""
+"""One step of many trials: a batch of each trial's rows, one gradient a prompt, one all-reduce.
+
+Shapes: S trials, B rows of a micro-batch, P prompt tokens, H hidden.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +24,9 @@ class TrialStep:
 
     trial: Trial
     prompt: Tensor
+    """`[P, H]`, a leaf of autograd."""
     step: int
+    """Steps that this trial has taken."""
     train: TokenSet
 
 
@@ -50,13 +55,24 @@ class TokenCounts:
     def __add__(self, other: "TokenCounts") -> "TokenCounts":
         return TokenCounts(self.text + other.text, self.computed + other.computed, self.padding + other.padding)
 
+    @classmethod
+    def of(cls, share: Sequence[RowCost], padded: bool) -> "TokenCounts":
+        """Of one rank's rows in one micro-batch (see `plan_rows`)."""
+        text = sum(cost.own for cost in share)
+        if not padded:
+            return cls(text, text + sum({cost.slot: cost.prompt for cost in share}.values()))
+        lengths = [cost.prompt + cost.own for cost in share]
+        computed = len(share) * max(lengths, default=0)
+        return cls(text, computed, computed - sum(lengths))
+
 
 def batch_of_step(work: Sequence[TrialStep]) -> list[BatchRow]:
     """Every trial's rows at its own step; `slot` is the trial's place in `work`."""
     rows = []
     for slot, part in enumerate(work):
         numbers = rows_of_step(part.trial, len(part.train), part.step)
-        # Mean over the target tokens of this trial's rows on all ranks, as the trial alone would have.
+        # A trial's loss is the mean over the target tokens of its own rows, whichever ranks run them. Were it the mean
+        # over a rank's or a micro-batch's rows, it would depend on how many ranks there are and who runs beside it.
         weight = 1.0 / sum(len(part.train.target_ids(number)) for number in numbers)
         for number in numbers:
             length = len(part.train.input_ids(number)) + len(part.train.target_ids(number))
@@ -67,56 +83,33 @@ def batch_of_step(work: Sequence[TrialStep]) -> list[BatchRow]:
 def losses_and_gradients(
     backbone: Backbone, work: Sequence[TrialStep], token_budget: int, nll: Callable[..., Tensor] = prompted.target_nll
 ) -> tuple[np.ndarray, TokenCounts]:
-    """Each trial's loss `[S]` (nats a target token), its gradient left in its prompt's `.grad`; what was run.
+    """Each trial's loss `[S]` (nats a target token) and what was run; gradients `[P, H]` are left in the prompts.
 
     Every rank must call this with the same work; all ranks end with the same numbers. `nll` computes the rows' losses.
     """
-    rows = batch_of_step(work)
-    prompts = [part.prompt for part in work]
-    losses = torch.zeros(len(work), device=backbone.device)
+    rows, prompts = batch_of_step(work), [part.prompt for part in work]
+    costs = [RowCost(row.slot, len(prompts[row.slot]), row.length) for row in rows]
+    losses, tokens = torch.zeros(len(work), device=backbone.device), TokenCounts()
     for prompt in prompts:
         prompt.grad = None
-    loads = [RowCost(row.slot, len(prompts[row.slot]), row.length) for row in rows]
-    tokens = TokenCounts()
-    for shares in plan_rows(loads, world_size(), token_budget, backbone.pads_rows):
-        tokens = sum((_tokens_of([loads[i] for i in share], backbone.pads_rows) for share in shares), tokens)
-        # A rank without a share runs another's first row at weight zero: all gather weights together.
+    for shares in plan_rows(costs, world_size(), token_budget, backbone.pads_rows):
+        tokens = sum((TokenCounts.of([costs[i] for i in share], backbone.pads_rows) for share in shares), tokens)
+        # Under ZeRO-3 every rank must run every layer, for each holds a part of its weights. A rank that has no rows
+        # in this micro-batch runs another's first row, at weight zero.
         mine = [rows[i] for i in shares[rank()]]
-        _accumulate(backbone, prompts, mine or [rows[shares[0][0]]], 1.0 if mine else 0.0, losses, nll)
-    flat = torch.cat([losses, *(_gradient(prompt).flatten() for prompt in prompts)])
-    sum_over_ranks(flat)
-    sizes = [len(work), *(prompt.numel() for prompt in prompts)]
-    summed, *gradients = flat.split(sizes)
-    for prompt, gradient in zip(prompts, gradients, strict=True):
+        batch, factor = mine or [rows[shares[0][0]]], 1.0 if mine else 0.0
+        slots = [row.slot for row in batch]
+        inputs = prompted.Rows(prompts, slots, [row.split.input_ids(row.number) for row in batch])
+        row_losses = backbone.run(nll, inputs, [row.split.target_ids(row.number) for row in batch])  # [B]
+        weighted = row_losses * torch.tensor([row.weight * factor for row in batch], device=row_losses.device)
+        losses.index_add_(0, torch.tensor(slots, device=losses.device), weighted.detach())
+        # The batch's sum, and yet each prompt gets the gradient of its own loss: no row looks at another's prompt.
+        weighted.sum().backward()
+    # One all-reduce a step: prompts are small, and a message costs more than what is in it. The weights are frozen, so
+    # no gradient of theirs is computed or sent.
+    gradients = [torch.zeros_like(prompt) if prompt.grad is None else prompt.grad for prompt in prompts]
+    flat = sum_over_ranks(torch.cat([losses, *(gradient.flatten() for gradient in gradients)]))
+    losses, *summed = flat.split([len(work), *(prompt.numel() for prompt in prompts)])
+    for prompt, gradient in zip(prompts, summed, strict=True):
         prompt.grad = gradient.view_as(prompt).clone()
-    return summed.cpu().numpy(), tokens
-
-
-def _tokens_of(share: Sequence[RowCost], padded: bool) -> TokenCounts:
-    """Of one rank's rows in one micro-batch (see `plan_rows`)."""
-    text = sum(load.own for load in share)
-    if not padded:
-        return TokenCounts(text, text + sum({load.slot: load.prompt for load in share}.values()))
-    lengths = [load.prompt + load.own for load in share]
-    computed = len(share) * max(lengths, default=0)
-    return TokenCounts(text, computed, computed - sum(lengths))
-
-
-def _accumulate(
-    backbone: Backbone,
-    prompts: Sequence[Tensor],
-    rows: Sequence[BatchRow],
-    factor: float,
-    losses: Tensor,
-    row_nll: Callable[..., Tensor],
-) -> None:
-    slots = [row.slot for row in rows]
-    run = prompted.Rows(prompts, slots, [row.split.input_ids(row.number) for row in rows])
-    nll = backbone.run(row_nll, run, [row.split.target_ids(row.number) for row in rows])  # [B]
-    weighted = nll * torch.tensor([row.weight * factor for row in rows], device=nll.device)
-    losses.index_add_(0, torch.tensor(slots, device=nll.device), weighted.detach())
-    weighted.sum().backward()
-
-
-def _gradient(prompt: Tensor) -> Tensor:
-    return torch.zeros_like(prompt) if prompt.grad is None else prompt.grad
+    return losses.cpu().numpy(), tokens

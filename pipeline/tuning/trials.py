@@ -21,7 +21,7 @@ class Trial:
     settings: TaskSettings
     seed: int
     digest: str
-    """Of everything that decides the tuned prompt: settings, seed, corpus, backbone, bank prompt started from.
+    """Digest of everything that decides the tuned prompt: settings, seed, corpus, backbone, prompt started from.
 
     A checkpointed trial is taken up again only under the same digest.
     """
@@ -62,7 +62,7 @@ def _seed(settings: Settings, task: TaskSettings) -> int:
 
 
 def inputs_digest(settings: Settings, task: str, corpus: str) -> str:
-    """Of all that a task's prompt is tuned from, its whole sweep included, but for the backbone.
+    """Digest of all that a task's prompt is tuned from, its whole sweep included, but for the backbone.
 
     It tells nights on which there is something to tune from those on which there is not.
     """

@@ -88,7 +88,7 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
 
 
 def _one_at_a_time(application: Callable[..., Iterable[bytes]]) -> Callable[..., list[bytes]]:
-    """moto checks `If-None-Match` and writes afterwards: of two puts at once, both may win. The lock mends it."""
+    """moto checks `If-None-Match` and writes afterwards: of two puts at once, both may win. The lock prevents that."""
     lock = Lock()
 
     def locked(*args: Any) -> list[bytes]:

@@ -117,7 +117,7 @@ def test_a_file_that_claims_to_be_huge_costs_no_memory(npy):
 
 
 def test_missing_and_oversized_files_are_refused_before_they_are_read(tmp_path, npy, adapter):
-    refused(r"nowhere\.npy is missing; mend the path", import_npy, tmp_path / "nowhere.npy")
+    refused(r"nowhere\.npy is missing; fix the path", import_npy, tmp_path / "nowhere.npy")
     refused(r"adapter_config\.json is missing", import_peft, tmp_path / "nowhere")
     refused("is not a file", import_npy, tmp_path)
     path, folder = npy(ARRAY), adapter()

@@ -302,9 +302,7 @@ def test_a_link_to_a_file_is_read_as_the_file(one_prompt, tmp_path):
 def test_what_is_no_folder_in_an_aliass_place_is_listed(one_prompt):
     _make_fifo(one_prompt / "aliases" / "stable")
     told = look_at(one_prompt)
-    assert told["problems"] == [
-        f"{one_prompt}/aliases/stable is refused: it is none of the bank's folders but something else; remove it"
-    ]
+    assert told["problems"] == [f"{one_prompt}/aliases/stable is refused: it is not a folder; remove it"]
 
 
 def test_an_empty_folder_is_no_alias(one_prompt):

@@ -25,10 +25,10 @@ import pytest
 
 from pipeline.addresses import hide_credentials
 from pipeline.bank import PromptBank, object_store
+from pipeline.bank.access import open_store
 from pipeline.bank.object_store import ObjectStore, open_object_store
-from pipeline.bank.source import open_store
-from pipeline.bank.store import Missing, Store
-from pipeline.errors import BankError, StorageError, UnreachableError
+from pipeline.bank.store import Store
+from pipeline.errors import BankError, MissingFileError, StorageError, UnreachableError
 
 if TYPE_CHECKING:
     from tests.bank.s3_server import S3Server
@@ -94,7 +94,7 @@ def cloud(s3: "S3Server") -> ObjectStore:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same settings in smaller numbers."""
-    monkeypatch.setattr(object_store, "_PATIENCE", 0.5)
+    monkeypatch.setattr(object_store, "_RETRY_SECONDS", 0.5)
     monkeypatch.setattr(object_store, "_RETRIES", {"max_retries": 2, "retry_timeout": timedelta(seconds=0.5)})
     monkeypatch.setattr(object_store, "_CLIENT", {"connect_timeout": "1s", "read_timeout": "500ms", "timeout": "5s"})
 
@@ -161,7 +161,7 @@ def test_a_large_value_and_an_empty_one_are_kept_whole(store):
 
 @pytest.mark.parametrize("operation", ["open", "read"])
 def test_what_is_missing_is_a_sentence(store, operation):
-    with pytest.raises(Missing) as caught:
+    with pytest.raises(MissingFileError) as caught:
         getattr(store, operation)("versions/1.json", 100)
     assert str(caught.value) == f"{store.uri}/versions/1.json is missing"
     assert not store.exists("versions/1.json")
@@ -261,7 +261,7 @@ def start(code: str, *args: object) -> subprocess.Popen:
 
 COMPETITOR = """
 import sys
-from pipeline.bank.source import open_store
+from pipeline.bank.access import open_store
 store, me = open_store(sys.argv[1], create=True), sys.argv[2]
 print("ready", flush=True)
 for line in sys.stdin:
@@ -458,7 +458,7 @@ def test_a_put_that_never_arrived_is_sent_again(s3, probed, monkeypatch, impatie
         else:
             visit.forward(s3.endpoint)()
 
-    monkeypatch.setattr(object_store, "_PATIENCE", 5.0)
+    monkeypatch.setattr(object_store, "_RETRY_SECONDS", 5.0)
     with serving(answer) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
         store = open_object_store(s3.new_uri())
@@ -597,7 +597,7 @@ def test_an_unfit_store_is_refused_although_the_probes_second_put_fails_once(s3,
         del visit.headers["If-None-Match"]
         visit.forward(s3.endpoint)()
 
-    monkeypatch.setattr(object_store, "_PATIENCE", 5.0)
+    monkeypatch.setattr(object_store, "_RETRY_SECONDS", 5.0)
     with serving(answer) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
         with pytest.raises(BankError, match="its store overwrites"):
@@ -675,7 +675,7 @@ def test_publishers_whose_every_answer_is_lost_overwrite_nothing(s3, monkeypatch
             visit.hang_up()
 
     uri, rounds = s3.new_uri(), 6
-    monkeypatch.setattr(object_store, "_PATIENCE", 10.0)
+    monkeypatch.setattr(object_store, "_RETRY_SECONDS", 10.0)
     with serving(answer) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
 
@@ -732,7 +732,7 @@ def test_a_store_that_nobody_serves_is_a_sentence(s3, probed, monkeypatch, impat
 
 @pytest.mark.parametrize("operation", sorted(OPERATIONS.keys() - {"exists"}))  # its answer says nothing of buckets
 def test_a_bucket_that_is_not_there_is_a_sentence(s3, probed, operation):
-    assert sentence_of(operation, "s3://none/nightly") == "there is no such bucket; make it, or mend the address"
+    assert sentence_of(operation, "s3://none/nightly") == "there is no such bucket; make it, or fix the address"
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -798,7 +798,7 @@ def test_a_store_that_hangs_is_a_sentence(s3, probed, monkeypatch, impatient, op
         *(
             (
                 lambda visit, status=status: visit.say(status, b"<!DOCTYPE HTML>"),
-                f"{{server}} answers {status} as no object store does; mend the endpoint (AWS_ENDPOINT_URL)",
+                f"{{server}} answers {status} as no object store does; fix the endpoint (AWS_ENDPOINT_URL)",
             )
             for status in (404, 405, 501)
         ),
@@ -856,7 +856,7 @@ def test_a_web_server_is_told_from_a_store(s3, elsewhere, tmp_path, uri):
         elsewhere(host)
         store = open_object_store(uri)
         for operation, status in {"read": 404, "list_names": 404, "create": 501}.items():
-            told = f": {host} answers {status} as no object store does; mend the endpoint ({names[uri[0]]})"
+            told = f": {host} answers {status} as no object store does; fix the endpoint ({names[uri[0]]})"
             with pytest.raises(StorageError, match=re.escape(told)):
                 OPERATIONS[operation](store)
     finally:
@@ -948,7 +948,7 @@ def test_without_obstore_the_package_is_named(monkeypatch):
 
 FORKING = """
 import os, signal, sys
-from pipeline.bank.source import open_store
+from pipeline.bank.access import open_store
 from pipeline.errors import StorageError
 opened = open_store(sys.argv[1], create=True)
 if os.fork() == 0:

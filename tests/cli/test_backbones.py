@@ -7,9 +7,9 @@ import pytest
 
 from pipeline.backbone.files import find_model, read_tokenizer
 from pipeline.bank import PromptBank
-from pipeline.cli.model import identity_of
+from pipeline.cli.models import identity_of
 from pipeline.errors import BackboneError
-from pipeline.serving.likeness import compare_models
+from pipeline.serving.backbone_comparison import compare_models
 from tests.bank.conftest import make_prompt
 from tests.gguf_files import open_model, write_gguf
 from tests.tiny import make_model
@@ -74,7 +74,7 @@ def test_other_weights_or_another_tokenizer_are_refused_by_the_row_that_shows_it
     assert """the log-likelihood of 'AB!" 12' is""" in refusal(*words, bank=tuned.uri)
     make_model(tmp_path / "words", hidden_size=8, num_attention_heads=2)
     words = ("same-backbone", tmp_path / "words", path, "--text", text)
-    assert """they cut 'AB!" 12' into""" in refusal(*words, bank=tuned.uri)
+    assert """they split 'AB!" 12' into""" in refusal(*words, bank=tuned.uri)
     assert "have one fingerprint" in refusal("same-backbone", folder, folder, "--text", text, bank=tuned.uri)
     assert "name two models" in refusal("same-backbone", folder, bank=tuned.uri)
     assert not tuned.same_backbones()

@@ -52,7 +52,7 @@ def test_export_overwrites_nothing(run, refusal, tmp_path):
 
 
 def test_a_model_at_hand_makes_a_new_bank_that_belongs_to_it(run, document, refusal, tmp_path):
-    from pipeline.cli.model import identity_of
+    from pipeline.cli.models import identity_of
 
     model = make_model(tmp_path / "model")
     np.save(tmp_path / "p.npy", np.ones((3, 32), np.float32))
@@ -91,7 +91,7 @@ def test_an_import_may_go_to_an_alias_that_was_never_set(document, uri, tmp_path
         ({"--metric": "bleu"}, "invalid value for '--metric': 'bleu' is not one of 'accuracy', "),
         ({"--weights": "int8"}, "--weights belongs to --model: leave it out"),
         ({"--half": "encoder"}, "--half belongs to --from peft: leave it out"),
-        ({"--from": "peft"}, "adapter_config.json is missing; mend the path"),
+        ({"--from": "peft"}, "adapter_config.json is missing; fix the path"),
         ({"--input": None}, "missing option '--input' (see promptbank import --help)"),
     ],
 )

@@ -98,7 +98,7 @@ def test_what_is_not_there_is_refused_with_what_is(refusal, uri, tmp_path):
     assert refusal("show", "sst2@").startswith("the alias name '' is refused")
     assert refusal("ls", "--alias", "nix").startswith(f"the bank {uri} has no alias 'nix'; known: latest, prod;")
     assert refusal("ls", bank=tmp_path / "x") == (
-        f"there is no prompt bank at {tmp_path}/x: publish to it first, or mend the path"
+        f"there is no prompt bank at {tmp_path}/x: publish to it first, or fix the path"
     )
     for arguments in (["ls"], ["ls", "--aliases"], ["log"], ["verify"], ["gc"], ["ls", "--version", "1"]):
         assert refusal(*arguments, bank=tmp_path).startswith(f"there is no prompt bank at {tmp_path}: ")
@@ -114,7 +114,7 @@ def bank_of(model, tmp_path):
     """A bank whose one prompt is made of the model's own embeddings, and belongs to it unless something is changed."""
     from safetensors.numpy import load_file
 
-    from pipeline.cli.model import identity_of
+    from pipeline.cli.models import identity_of
 
     def make(**changes):
         table = load_file(model / "model.safetensors")["model.embed_tokens.weight"].astype(np.float32)
@@ -162,7 +162,7 @@ def test_texts_of_a_bank_cannot_steer_a_terminal(run, tmp_path):
 
 
 def test_a_backbone_that_is_made_here_is_that_of_the_bank(bank_of, model):
-    from pipeline.cli.model import identity_of
+    from pipeline.cli.models import identity_of
 
     uri = bank_of()
     own = PromptBank.open(uri).manifest(1).backbone

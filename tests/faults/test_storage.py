@@ -89,7 +89,7 @@ def test_a_store_that_stays_away_is_one_sentence_and_the_next_start_only_publish
     from pipeline.run import patience
 
     monkeypatch.setattr(patience, "PATIENCE_S", 1.0)
-    monkeypatch.setattr(object_store, "_PATIENCE", 0.5)
+    monkeypatch.setattr(object_store, "_RETRY_SECONDS", 0.5)
     outage, uri = Outage(s3.endpoint, "nobody", seconds=3600), s3.new_uri()
     log = undisturbed / "runs/small"
     before = len(events(log))

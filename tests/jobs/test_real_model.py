@@ -13,7 +13,8 @@ from pipeline.bank import PromptBank
 from pipeline.corpus.reader import open_split
 from pipeline.errors import BackboneError
 from pipeline.tuning.evaluate import EvalRequest, evaluate
-from pipeline.tuning.loop import TuningRun, tune
+from pipeline.tuning.loop import tune
+from pipeline.tuning.progress import TuningRun
 from pipeline.tuning.trials import make_trial
 from tests.corpora import make_task, task_corpus
 

@@ -8,7 +8,6 @@ from rich.console import Console
 
 from pipeline.refresh.night import run_night
 from pipeline.settings import parse_settings
-from pipeline.tuning.worker import work
 from tests.jobs_data import make_project
 
 
@@ -16,9 +15,7 @@ from tests.jobs_data import make_project
 def rank_in_this_process():
     """What a worker of Ray Train is given to do, done here: nights take a second. tests/jobs goes the whole way."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "pipeline.refresh.tuned.launch", lambda order, *rest: work(order, torch.device("cpu"), lambda: False)
-        )
+        patch.setattr("pipeline.refresh.tuned.launch", lambda work, *rest: work(torch.device("cpu"), lambda: False))
         yield
 
 

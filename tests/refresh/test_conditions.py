@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.refresh.conditions import check_conditions
+from pipeline.refresh.ending import check_conditions
 from pipeline.refresh.record import TaskRecord
 from pipeline.settings import RefreshSettings
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from pipeline.errors import BankError, CorpusError, LeaseError, StorageError, TuningError
-from pipeline.refresh.exits import exit_of, verdict
-from pipeline.refresh.record import Condition, NightRecord, TaskRecord
+from pipeline.refresh.ending import exit_of, verdict
+from pipeline.refresh.record import NightRecord, TaskRecord
+from pipeline.reporting.html import Condition
 
 NIGHT = NightRecord("small-n1", "n1", 0.0, "bank", "prod", alias_may_move=True)
 PROMOTED = TaskRecord("a", "warm", "changed", result="promoted")

@@ -249,11 +249,11 @@ def test_a_store_that_can_hold_no_bank_is_refused_before_anything_is_done_and_on
 
     change_corpus(project)
     monkeypatch.setattr(PromptBank, "check_fit", unfit)
-    monkeypatch.setattr(nights, "look", lambda *rest: pytest.fail("the night went on"))
+    monkeypatch.setattr(nights, "read_inputs", lambda *rest: pytest.fail("the night went on"))
     with pytest.raises(BankError, match="bank is unfit"):
         night(project, "n2")
     assert read_record(Path(project["run"]["storage"]) / "small-n2").exit_code == 2
-    monkeypatch.setattr(nights, "look", lambda *rest: "looked at")
+    monkeypatch.setattr(nights, "read_inputs", lambda *rest: "looked at")
     folder = Path(project["run"]["storage"])
     assert nights.plan_night_only(parse_settings(project), "n2", folder, Console(quiet=True)) == "looked at"
 

@@ -6,8 +6,8 @@ import math
 import pytest
 
 from pipeline.errors import LeaseError
-from pipeline.refresh.record import Condition, NightRecord, TaskRecord, read_record, write_record
-from pipeline.refresh.record_writer import NightRecordWriter
+from pipeline.refresh.record import NightRecord, NightRecordWriter, TaskRecord, read_record, write_record
+from pipeline.reporting.html import Condition
 
 RECORD = NightRecord(
     run="small-n1",

@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from pipeline.reporting.events import Event
-from pipeline.run.ray_metrics import RayMetrics
+from pipeline.run.tracking import RayMetrics
 
 STEP: Event = {
     "event": "step",

@@ -16,7 +16,6 @@ from pipeline.run.job import run_job
 from pipeline.run.results import TaskResult
 from pipeline.settings import parse_settings
 from pipeline.tuning.state import Evaluation
-from pipeline.tuning.worker import work
 from tests.jobs_data import write_parquet
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -29,7 +28,7 @@ def run(project, *overrides):
 @pytest.fixture
 def hopeless(project, tmp_path, monkeypatch):
     """Film's labels are drawn by chance, four in five of them positive; book is measured by its loss, which falls."""
-    monkeypatch.setattr("pipeline.run.job.launch", lambda order, *rest: work(order, torch.device("cpu"), lambda: False))
+    monkeypatch.setattr("pipeline.run.job.launch", lambda work, *rest: work(torch.device("cpu"), lambda: False))
     draw = random.Random(5)
     for split in ("train", "dev", "test"):
         rows = [(f"word {draw.random():.9f}", "negative" if i % 5 == 0 else "positive") for i in range(60)]

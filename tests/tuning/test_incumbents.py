@@ -14,8 +14,9 @@ from pipeline.corpus.reader import open_split
 from pipeline.refresh.gate import compare
 from pipeline.tuning import incumbents
 from pipeline.tuning.evaluate import EvalRequest, evaluate
-from pipeline.tuning.incumbents import Incumbents, best_states, measure, pair_keys, read_pairs
-from pipeline.tuning.loop import TuningRun, tune
+from pipeline.tuning.incumbents import Incumbents, best_states, measure_against, pair_keys, read_pairs
+from pipeline.tuning.loop import tune
+from pipeline.tuning.progress import TuningRun
 from tests.corpora import make_corpus, trial
 from tests.ranks import run_ranks
 
@@ -43,7 +44,7 @@ def test_both_sides_answer_the_same_rows_and_their_metrics_are_those_of_an_evalu
     backbone, tokenizer, _ = model
     run, old = make_run(tmp_path, tokenizer, backbone.architecture), made_up()
     states = tune(run, backbone, tokenizer)
-    measure(run, states, old, backbone, tokenizer)
+    measure_against(old, run, states, backbone, tokenizer)
     pairs = read_pairs(run.folder, keys(states, old))
     assert set(pairs) == set(METRICS[:-1])
     for state in states[:-1]:
@@ -62,13 +63,13 @@ def test_what_was_measured_is_not_measured_again_unless_it_is_for_another_prompt
     run, old = make_run(tmp_path, tokenizer, backbone.architecture), made_up()
     states = tune(run, backbone, tokenizer)
     assert read_pairs(run.folder, keys(states, old)) is None and read_pairs(run.folder, {}) == {}
-    measure(run, states, old, backbone, tokenizer)
+    measure_against(old, run, states, backbone, tokenizer)
     with monkeypatch.context() as patch:
         patch.setattr(incumbents, "answer", lambda *rest: pytest.fail("measured twice"))
-        measure(run, states, old, backbone, tokenizer)
+        measure_against(old, run, states, backbone, tokenizer)
     other = replace(old, digests={**old.digests, "f1": "another prompt"})
     assert read_pairs(run.folder, keys(states, other)) is None
-    measure(run, states, other, backbone, tokenizer)
+    measure_against(other, run, states, backbone, tokenizer)
     assert read_pairs(run.folder, keys(states, other)) is not None
     damaged = run.folder / "dev_outcomes.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:100])
@@ -80,7 +81,7 @@ def test_a_task_whose_every_trial_failed_is_not_compared(model, tmp_path):
     run, old = make_run(tmp_path, tokenizer, backbone.architecture), made_up()
     states = tune(run, backbone, tokenizer)
     states[0].status = "failed"
-    measure(run, states, old, backbone, tokenizer)
+    measure_against(old, run, states, backbone, tokenizer)
     assert set(read_pairs(run.folder, keys(states, old))) == set(METRICS[1:-1])
 
 
@@ -93,7 +94,7 @@ def measure_on_rank(folder: Path, model_folder: Path):
     own = make_run(folder / f"rank{dist.get_rank()}", tokenizer, backbone.architecture)
     run = replace(own, folder=folder / "run")
     states = tune(run, backbone, tokenizer)
-    measure(run, states, old, backbone, tokenizer)
+    measure_against(old, run, states, backbone, tokenizer)
     dist.barrier()
     return read_pairs(run.folder, keys(states, old))
 
@@ -102,7 +103,7 @@ def test_two_ranks_measure_what_one_does(model, tmp_path):
     backbone, tokenizer, folder = model
     run, old = make_run(tmp_path / "one", tokenizer, backbone.architecture), made_up()
     states = tune(run, backbone, tokenizer)
-    measure(run, states, old, backbone, tokenizer)
+    measure_against(old, run, states, backbone, tokenizer)
     alone = read_pairs(run.folder, keys(states, old))
     first, second = run_ranks(2, measure_on_rank, tmp_path / "two", folder)
     for task, pair in alone.items():

@@ -12,7 +12,8 @@ from pipeline.backbone.host import host_backbone
 from pipeline.tuning import loop
 from pipeline.tuning.batches import rows_of_step
 from pipeline.tuning.checkpoint import load_checkpoint
-from pipeline.tuning.loop import TuningRun, tune
+from pipeline.tuning.loop import tune
+from pipeline.tuning.progress import TuningRun
 from tests.corpora import make_corpus, trial
 from tests.ranks import run_ranks
 

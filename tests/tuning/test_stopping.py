@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from pipeline.backbone.files import find_model, read_config, read_tokenizer
-from pipeline.tuning import loop, stop_signal
+from pipeline.tuning import loop, progress
 from pipeline.tuning.checkpoint import load_checkpoint
+from pipeline.tuning.interruption import stop_signal
+from pipeline.tuning.interruption.signals import heed_sigterm
+from pipeline.tuning.interruption.stop_signal import StopSignal, allow_to_run, ask_to_stop
 from pipeline.tuning.loop import tune
-from pipeline.tuning.signals import heed_sigterm
-from pipeline.tuning.stop_signal import StopSignal, allow_to_run, ask_to_stop
 from tests.ranks import run_ranks
 from tests.tuning.test_loop import make_run, prompts_of
 
@@ -69,13 +70,13 @@ def test_a_node_about_to_leave_has_one_checkpoint_written_and_stops_nothing(mode
     monkeypatch.setattr(stop_signal, "_NODES_S", 0.0)
     run = make_run(tmp_path, tokenizer, backbone.architecture, checkpoint_every=1000)
     saved = []
-    real = loop.save_checkpoint
+    real = progress.save_checkpoint
 
     def watched(folder, step, states):
         saved.append(step)
         real(folder, step, states)
 
-    monkeypatch.setattr(loop, "save_checkpoint", watched)
+    monkeypatch.setattr(progress, "save_checkpoint", watched)
     asked = iter([False, False, False, *[True] * 100])
     states = tune(run, backbone, tokenizer, StopSignal(run.folder, lambda: next(asked)))
     assert 3 in saved and saved.count(3) == 1 and 4 not in saved
@@ -129,7 +130,7 @@ def test_a_trial_whose_token_shards_are_gone_fails_alone(model, undisturbed, tmp
 HANGING = """
 import ctypes, sys
 from pathlib import Path
-from pipeline.tuning.watchdog import watched
+from pipeline.tuning.interruption.watchdog import watched
 with watched(0.5, Path(sys.argv[1])) as alive:
     alive()
     ctypes.PyDLL(None).sleep(60)  # PyDLL: no thread of Python runs meanwhile

@@ -9,7 +9,9 @@ from pipeline.backbone.files import find_model, read_config, read_tokenizer
 from pipeline.backbone.host import host_backbone
 from pipeline.settings import parse_settings
 from pipeline.tuning import loop
-from pipeline.tuning.loop import TuningRun, tune
+from pipeline.tuning import slots as slots_module
+from pipeline.tuning.loop import tune
+from pipeline.tuning.progress import TuningRun
 from pipeline.tuning.state import winner
 from pipeline.tuning.trials import make_trials
 from tests.corpora import make_corpus, make_task, trial
@@ -70,13 +72,13 @@ def test_every_slot_is_taken_in_every_step_until_no_trial_waits(model, tmp_path,
 
 
 def test_a_trial_that_fails_where_it_starts_gives_its_slot_away_before_the_next_step(model, tmp_path, monkeypatch):
-    real = loop.initial_prompt
+    real = slots_module.initial_prompt
 
     def broken(trial, *rest):
         prompt = real(trial, *rest)
         return prompt * float("nan") if "seed-1" in trial.name else prompt
 
-    monkeypatch.setattr(loop, "initial_prompt", broken)
+    monkeypatch.setattr(slots_module, "initial_prompt", broken)
     steps = lives(monkeypatch)
     states = run(model, tmp_path, slots=5)
     assert len(steps[0]) == 5 and sum(state.status == "failed" for state in states) == 4

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.backbone.files import absolute_model_path, find_model, save_config_and_tokenizer, short_embedding_table
+from pipeline.backbone.files import absolute_if_local, find_model, save_config_and_tokenizer, short_embedding_table
 from pipeline.backbone.fingerprint import identify
 from pipeline.backbone.loading import build_skeleton
 from pipeline.backbone.weights import open_weights
@@ -20,8 +20,7 @@ from pipeline.reporting.events import EventLog, telling_why
 from pipeline.reporting.progress import follow
 from pipeline.run.checks import check_storage
 from pipeline.run.lease import run_lease
-from pipeline.run.patience import retry_while_unreachable
-from pipeline.run.stages import make_folder_of
+from pipeline.run.stages import make_folder_of, retry_while_unreachable
 from pipeline.sealed_files import DamagedError, open_json, sealed_json
 from pipeline.settings import AdaptationSettings
 from pipeline.tuning.connection import Connect, ray_on_demand
@@ -71,7 +70,7 @@ def run_adaptation(checked: CheckedAdaptation, console: Console) -> AdaptationRe
         adapted = read_adaptation(rank_job)
         if adapted is None:
             connect()
-            launch(rank_job, settings.cluster, settings.run, log)
+            launch(rank_job.carry_out, folder, settings.cluster, settings.run, log)
             adapted = read_adaptation(rank_job)
         if adapted is None:
             raise TuningError(
@@ -103,7 +102,7 @@ def _rank_job(
     place = TrainingPlace(
         run_folder=str(folder),
         name=run.name,
-        model=absolute_model_path(start.path),
+        model=absolute_if_local(start.path),
         description=str(description),
         dtype=settings.model.dtype,
         cpus_per_worker=cluster.cpus_per_worker,

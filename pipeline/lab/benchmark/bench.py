@@ -22,7 +22,7 @@ from pipeline.lab.benchmark.peft_trainer import PeerOptions, load_peer_model, tu
 from pipeline.lab.benchmark.ranks import run_ranks
 from pipeline.lab.benchmark.side_by_side import Side
 from pipeline.lab.benchmark.work import TaskWork, WorkOptions, load_work
-from pipeline.tuning.placement import agreed_products, partitions
+from pipeline.tuning.hosting import agreed_products, partitions
 
 _COMMON_TOKENS = 5_000
 

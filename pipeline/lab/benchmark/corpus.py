@@ -31,8 +31,7 @@ from pipeline.lab.benchmark.ranks import end_with_parent
 from pipeline.lab.benchmark.side_by_side import write_figures
 from pipeline.settings import ClusterSettings, TaskSettings
 from pipeline.tuning.connection import connected_ray
-from pipeline.tuning.device import device_name
-from pipeline.tuning.peak_memory import peak_bytes
+from pipeline.tuning.machine import device_name, peak_bytes
 
 _CHECKED_ROWS = 2000
 _SAMPLE_SECONDS = 0.5

@@ -34,7 +34,7 @@ from pipeline.lab.benchmark.side_by_side import write_figures
 from pipeline.lab.benchmark.synthetic import write_checkpoint
 from pipeline.lab.benchmark.work import TaskWork
 from pipeline.settings import TaskSettings
-from pipeline.tuning.device import device_name
+from pipeline.tuning.machine import device_name
 from pipeline.tuning.trials import make_trial
 
 _SLACK = 2**30

@@ -12,8 +12,8 @@ from pipeline.backbone import prompted
 from pipeline.backbone.host import Backbone
 from pipeline.lab.benchmark.side_by_side import Side
 from pipeline.lab.benchmark.work import TaskWork
+from pipeline.tuning.machine import peak_bytes
 from pipeline.tuning.optimise import make_optimizer, update
-from pipeline.tuning.peak_memory import peak_bytes
 from pipeline.tuning.step import TrialStep, losses_and_gradients
 
 

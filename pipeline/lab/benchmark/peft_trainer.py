@@ -23,8 +23,8 @@ from transformers import (
 
 from pipeline.lab.benchmark.side_by_side import Side
 from pipeline.lab.benchmark.work import TaskWork
+from pipeline.tuning.machine import peak_bytes
 from pipeline.tuning.optimise import make_optimizer
-from pipeline.tuning.peak_memory import peak_bytes
 
 
 @dataclass(frozen=True)

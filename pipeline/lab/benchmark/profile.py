@@ -10,7 +10,7 @@ from pipeline.lab.benchmark.bench import Bench, OurOptions, host_for
 from pipeline.lab.benchmark.ours import tune_together
 from pipeline.lab.benchmark.ranks import run_ranks
 from pipeline.lab.benchmark.side_by_side import write_figures
-from pipeline.tuning.device import device_name
+from pipeline.tuning.machine import device_name
 
 # Part of a step -> beginnings of the names that PyTorch's profiler has for it.
 _PARTS = {

@@ -14,8 +14,8 @@ from pipeline.lab.benchmark.ours import tune_together
 from pipeline.lab.benchmark.peft_trainer import PeerOptions
 from pipeline.lab.benchmark.ranks import run_ranks
 from pipeline.lab.benchmark.side_by_side import write_figures
-from pipeline.tuning.device import device_name
 from pipeline.tuning.evaluate import EvalRequest, evaluate
+from pipeline.tuning.machine import device_name
 
 _Scores = dict[str, list[float]]
 """By task, over its seeds."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.tuning.device import device_name
+from pipeline.tuning.machine import device_name
 
 SETTLING = 2
 """The first steps do not count, while allocators, kernels and ZeRO-3's trace settle."""

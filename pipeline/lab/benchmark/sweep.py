@@ -20,8 +20,9 @@ from pipeline.lab.benchmark.side_by_side import write_figures
 from pipeline.lab.benchmark.work import write_token_shards
 from pipeline.settings import Settings, parse_settings
 from pipeline.tuning.batches import rows_of_step
-from pipeline.tuning.device import device_name
-from pipeline.tuning.loop import TuningRun, tune
+from pipeline.tuning.loop import tune
+from pipeline.tuning.machine import device_name
+from pipeline.tuning.progress import TuningRun
 from pipeline.tuning.state import TrialState, winner
 from pipeline.tuning.trials import Trial, make_trials
 

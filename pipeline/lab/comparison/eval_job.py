@@ -27,11 +27,10 @@ from pipeline.run.stages import settings_for_ranks
 from pipeline.settings import Settings
 from pipeline.tuning.evaluate import EvalRequest, answer, eval_request
 from pipeline.tuning.hosting import host_on_rank
-from pipeline.tuning.rank_process import rank_process
+from pipeline.tuning.interruption.stop_signal import StopSignal
+from pipeline.tuning.interruption.watchdog import call_at_every_layer, rank_process
 from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
 from pipeline.tuning.run_log import RunLog
-from pipeline.tuning.stop_signal import StopSignal
-from pipeline.tuning.watchdog import call_at_every_layer
 
 _AT_ONCE = 8
 """Questions whose rows share batches; when a rank is lost, their answers are lost together."""

@@ -36,7 +36,7 @@ from pipeline.run.publishing import library_versions
 from pipeline.run.stages import make_run_folder, prepare_corpora, save_model_description
 from pipeline.run.tracking import followed
 from pipeline.tuning.connection import ray_on_demand
-from pipeline.tuning.device import device_name
+from pipeline.tuning.machine import device_name
 from pipeline.whole_files import write_atomically
 
 

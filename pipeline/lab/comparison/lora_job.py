@@ -21,12 +21,11 @@ from pipeline.lab.comparison.questions import SplitQuestion, answer_paths, load_
 from pipeline.lab.comparison.tensor_files import load_adapter, save_adapter
 from pipeline.settings import LoraSettings, Settings
 from pipeline.tuning.evaluate import answer, eval_request
-from pipeline.tuning.rank_process import rank_process
+from pipeline.tuning.interruption.stop_signal import told_to_stop
+from pipeline.tuning.interruption.watchdog import call_at_every_layer, rank_process
 from pipeline.tuning.ranks import alone, rank, world_size
 from pipeline.tuning.run_log import RunLog
-from pipeline.tuning.stop_signal import told_to_stop
 from pipeline.tuning.trials import Trial, make_trial
-from pipeline.tuning.watchdog import call_at_every_layer
 
 PHASE = "lora"
 

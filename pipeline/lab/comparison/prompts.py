@@ -17,10 +17,9 @@ from pipeline.reporting.events import Event
 from pipeline.reporting.html.run_files import stages_of
 from pipeline.reporting.watched import read_events
 from pipeline.run.checks import CheckedRun
-from pipeline.run.patience import retry_while_unreachable
 from pipeline.run.publishing import publish_prompts
 from pipeline.run.results import TaskResult, write_trials
-from pipeline.run.stages import announce, finished_states, make_rank_job
+from pipeline.run.stages import announce, finished_states, make_rank_job, retry_while_unreachable
 from pipeline.settings import TaskSettings
 from pipeline.tuning.state import TrialState, by_task
 

@@ -3,11 +3,14 @@
 Every phase has a folder of its own in the run's folder, with the files of an ordinary run: events, checkpoints, pages.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
+import torch
 from rich.console import Console
 
 from pipeline.corpus.task_corpus import TaskCorpus
@@ -18,7 +21,19 @@ from pipeline.run.checks import CheckedRun
 from pipeline.run.tracking import followed
 from pipeline.settings import Settings
 from pipeline.tuning.connection import Connect
-from pipeline.tuning.launch import RankPayload, launch
+from pipeline.tuning.launch import launch
+from pipeline.tuning.loop import tune_on_rank
+from pipeline.tuning.rank_job import RankJob
+
+
+class PhaseJob(Protocol):
+    """What the ranks are sent of a phase that tunes no prompts: a frozen dataclass of plain values."""
+
+    @property
+    def run_folder(self) -> str: ...
+
+    def carry_out(self, device: torch.device, node_leaves: Callable[[], bool]) -> None:
+        """On a rank. `node_leaves` is that of `StopSignal`."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +77,11 @@ class Study:
         with EventLog(folder / "events.jsonl") as log, telling_why(log), followed(self.settings, folder, self.console):
             yield folder, log
 
-    def run_on_ranks(self, job: RankPayload, log: EventLog) -> None:
+    def run_on_ranks(self, job: RankJob | PhaseJob, log: EventLog) -> None:
         """Raises: the PromptBankError that a rank ended with; TuningError when ranks were lost too often."""
         self.connect()
-        launch(job, self.settings.cluster, self.settings.run, log)
+        work = partial(tune_on_rank, job) if isinstance(job, RankJob) else job.carry_out
+        launch(work, Path(job.run_folder), self.settings.cluster, self.settings.run, log)
 
     def told_to_stop(self, phase: str) -> TuningError:
         """The error for a phase whose ranks ended before it was done."""

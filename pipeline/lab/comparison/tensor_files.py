@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.lab.comparison.adapter import TrainedAdapter
 from pipeline.sealed_files import open_tensors, sealed_tensors
-from pipeline.tuning.peak_memory import peak_bytes
+from pipeline.tuning.machine import peak_bytes
 from pipeline.tuning.state import Evaluation
 from pipeline.whole_files import write_atomically
 

@@ -8,8 +8,7 @@ from rich.table import Table
 from pipeline.lab.comparison.derived_settings import training_grid
 from pipeline.lab.comparison.results import Results, by_method, with_spread
 from pipeline.reporting.words import ABSENT
-from pipeline.run.checks import CheckedRun
-from pipeline.run.planning import print_plan
+from pipeline.run.checks import CheckedRun, print_plan
 
 
 def print_compared(checked: CheckedRun, console: Console) -> None:

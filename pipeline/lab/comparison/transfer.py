@@ -12,7 +12,8 @@ from pipeline.lab.comparison.derived_settings import with_own_bank
 from pipeline.lab.comparison.prompts import TunedPrompts, tune_prompts
 from pipeline.lab.comparison.results import PromptSimilarity
 from pipeline.lab.comparison.study import Study
-from pipeline.run.checks import check_start, find_bank
+from pipeline.run.bank import find_bank
+from pipeline.run.checks import check_start
 from pipeline.settings import changed_settings
 from pipeline.settings.comparing import parts
 

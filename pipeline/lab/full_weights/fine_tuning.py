@@ -4,7 +4,8 @@ It takes the same rows in the same order as a prompt of that task and seed, uses
 weights that are best on dev.
 
     job = FineTuningJob(place, task="sst2", settings=task.model_dump(mode="json"), corpus=corpus.to_dict(), seed=0)
-    launch(job, cluster, run, log)   # or job.carry_out(device, lambda: False) in this process
+    launch(job.carry_out, Path(job.run_folder), cluster, run, log)
+    # or, in this process: job.carry_out(device, lambda: False)
     result = read_result(job.run_folder)
 """
 

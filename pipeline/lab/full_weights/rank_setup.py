@@ -16,11 +16,16 @@ from pipeline.lab.full_weights.pieces import TrainedModel, trained_parameters
 from pipeline.lab.full_weights.training_log import TrainingLog
 from pipeline.reporting.words import millions
 from pipeline.settings import OptimizerSettings
-from pipeline.tuning.peak_memory import peak_bytes
-from pipeline.tuning.rank_process import rank_process
+from pipeline.tuning.interruption.stop_signal import StopSignal
+from pipeline.tuning.interruption.watchdog import (
+    call_at_every_layer,
+    hang_reports,
+    hang_sentence,
+    hangs_of,
+    rank_process,
+)
+from pipeline.tuning.machine import peak_bytes
 from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
-from pipeline.tuning.stop_signal import StopSignal
-from pipeline.tuning.watchdog import call_at_every_layer, hang_reports, hang_sentence, hangs_of
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from pipeline.lab.full_weights.pieces import TrainedModel
 from pipeline.lab.full_weights.step import Examples, loss_and_gradient
 from pipeline.lab.full_weights.training_log import TrainingLog
 from pipeline.settings import OptimizerSettings
+from pipeline.tuning.interruption.stop_signal import StopSignal
 from pipeline.tuning.optimise import schedule_factor
-from pipeline.tuning.stop_signal import StopSignal
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.errors import StorageError
 from pipeline.reporting.events import EventLog
 from pipeline.reporting.series import read_series
-from pipeline.tuning.peak_memory import peak_bytes
+from pipeline.tuning.machine import peak_bytes
 from pipeline.whole_files import write_atomically
 
 _SECONDS_BETWEEN_STEP_EVENTS = 2.0

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a night: no script, font or image comes from elsewhere."""
+"""One self-contained HTML page about a night, which loads no script, font or image."""
 
 from pipeline.reporting.html.night import (
     Condition,

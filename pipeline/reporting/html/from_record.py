@@ -1,4 +1,4 @@
-"""From what a night left in its folder (`night.json`, events, curves) and the bank's manifests to its page's input."""
+"""Builds the report of a night from its folder (`night.json`, events, curves) and the bank's manifests."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,8 @@ _ALL_REFRESHED = 0
 def night_of_record(
     folder: Path, bank: PromptBank | None, price_per_rank_hour: float | None = None, record: str = "night.json"
 ) -> NightReport:
-    """The night in a run's folder, also one that failed; its record is described in `pipeline/refresh/record.py`.
+    """The report of the night in a run's folder, also of one that failed. `pipeline/refresh/record.py` describes its
+    record.
 
     Raises: StorageError when a file cannot be read.
     """
@@ -54,7 +55,7 @@ def night_of_record(
         version=night["version"],
         parent=night["alias_before"],
         alias_before=night["alias_before"],
-        # A night that did not come to its end has moved nothing.
+        # A night that did not come to its end has moved no alias.
         alias_after=night["alias_before"] if night["alias_after"] is None else night["alias_after"],
         exit_code=night["exit_code"],
         conditions=[Condition(**condition) for condition in night["conditions"]],
@@ -92,7 +93,7 @@ def _task(
         tuned=task["new"],
         p_value=task["p_value"],
         start=task["start"],
-        constant=task.get("constant"),  # a record of before has none
+        constant=task.get("constant"),  # records of old versions have none
         learned=task.get("learned"),
         warm=task["warm"],
         cold=task["cold"],
@@ -105,7 +106,7 @@ def _task(
 
 
 def _decision(task: Mapping[str, Any]) -> Decision:
-    """Promoted prompts are told apart by where the best trial started."""
+    """The task's decision; promoted prompts are told apart by the start of their best trial."""
     result: Decision | str = task["result"]
     if result == "promoted":
         started_warm = task["warm"] is not None and task["warm_beat_cold"] is not False
@@ -119,7 +120,7 @@ def _curve(folder: Path, trial: str, best: bool, end: Mapping[str, Any]) -> Curv
 
 
 def _ends(folder: Path) -> dict[str, Mapping[str, Any]]:
-    """How each trial ended, where `trials.json` is there."""
+    """How each trial ended; empty without `trials.json`."""
     try:
         rows = json.loads((folder / "trials.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -128,7 +129,7 @@ def _ends(folder: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def _stages(night: Mapping[str, Any], events: Sequence[Event]) -> list[Stage]:
-    """Seconds from the record; memory of the ranks, which load, tune and measure in one stage, from the events."""
+    """Seconds come from the record. Memory comes from the events: ranks load, tune and evaluate in one stage."""
     peaks = [stage.peak_bytes for stage in stages_of(events) if stage.peak_bytes is not None]
     most = max(peaks, default=None)
     return [Stage(name, seconds, most if name == "tuning" else None) for name, seconds in night["stages"].items()]

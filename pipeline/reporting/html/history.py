@@ -7,7 +7,7 @@ from pipeline.errors import BankError
 from pipeline.reporting.html.night import PastVersion
 
 PAST_VERSIONS = 5
-"""Before tonight's."""
+"""Number of versions before tonight's that the page shows."""
 
 
 def past_versions(
@@ -15,8 +15,8 @@ def past_versions(
 ) -> dict[str, list[PastVersion]]:
     """The last versions of each prompt in `metrics` (its name -> its dev metric), oldest first.
 
-    `tonight` is the version that was published, which comes on top of `most`; later ones do not count. A version in
-    which the prompt was measured by another metric has no value; one that is damaged is passed over.
+    `tonight` is the version that was published, which is added to `most`; later ones do not count. A version in which
+    the prompt was measured by another metric has no value; a damaged version is skipped.
     Raises: StorageError.
     """
     numbers = [number for number in bank.versions() if tonight is None or number <= tonight]

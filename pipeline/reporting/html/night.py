@@ -1,6 +1,6 @@
-"""What the page tells of a night, as plain values. All texts are data: the page escapes them.
+"""What the page shows of a night, as plain values. All texts are data, which the page escapes.
 
-Metrics are dev metrics as the bank has them; None is what was not measured, or is not finite.
+Metrics are dev metrics as the bank has them; None stands for one that was not measured or is not finite.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Decision = Literal["failed", "pending", "removed", "kept", "cold", "warm", "carried"]
-"""What became of a task's prompt:
+"""What happened to a task's prompt:
 
-    failed    no new prompt, for a reason of its own; the old one, where there is one, stays
+    failed    there is no new prompt, for a reason of this task; the old one, if there is one, stays
     pending   nothing yet: the night was stopped before
     removed   the task has left the settings, and its prompt the bank
     kept      tuned tonight, but the prompt in the bank stays: the new one did not pass the gate
     cold      tuned from a fresh initialisation, and published
     warm      tuned from the prompt in the bank, and published
-    carried   nothing changed, nothing was trained: the same blob again
+    carried   nothing changed and nothing was trained: the version refers to the same blob
 """
 Verdict = Literal["good", "partial", "bad"]
-"""All as asked for; some of it, or the alias stayed; nothing."""
+"""Everything was published as asked for; only a part, or the alias stayed; nothing was published."""
 Series = Sequence[tuple[int, float | None]]
-"""(step, value), by step."""
+"""(step, value) in the order of steps."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Curve:
     evaluations: Series = ()
     """Dev metric of every evaluation; step 0 is the prompt as it was initialised."""
     best: bool = False
-    """Of a task's trials the one that it is about: whose prompt was published, or compared and refused."""
+    """Whether it is the best of its task's trials, whose prompt was published, or compared and refused."""
     status: str = ""
     """tuned | stopped early | halved | no gain | failed"""
     reason: str | None = None
@@ -52,25 +52,27 @@ class PastVersion:
 
 @dataclass(frozen=True)
 class TaskNight:
+    """One task of the night: what happened to its prompt, and the figures that decided it."""
+
     name: str
     decision: Decision
     why: str
     """One sentence."""
     metric: str
-    """Name of the dev metric; of `loss`, less is better."""
+    """Name of the dev metric; for `loss`, less is better."""
     incumbent: float | None = None
-    """The prompt that was in the bank, on tonight's dev rows where it was measured again."""
+    """Metric of the prompt that was in the bank, on tonight's dev rows if it was measured again."""
     tuned: float | None = None
-    """The prompt tuned tonight, on the same rows."""
+    """Metric of the prompt tuned tonight, on the same rows."""
     p_value: float | None = None
     """Of the gate's one-sided paired test: how likely a lead of the bank's prompt as large as this one is, if both are
     equally good. Small where tonight's prompt is worse."""
     start: float | None = None
-    """The prompt that tuning started from."""
+    """Metric of the prompt that tuning started from."""
     warm: float | None = None
-    """Where both starts were tuned: how the one from the bank's prompt ended…"""
+    """Metric of the trial that started from the bank's prompt, if both starts were tuned."""
     cold: float | None = None
-    """… and how the fresh one did."""
+    """Metric of the trial that started from a fresh prompt, if both starts were tuned."""
     steps: int = 0
     canary: bool = False
     history: Sequence[PastVersion] = ()
@@ -79,23 +81,23 @@ class TaskNight:
     rows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Split -> status (ok, null, empty, input_long, target_long) -> rows."""
     constant: float | None = None
-    """What always giving train's most frequent target scores on the same rows."""
+    """Metric of always giving train's most frequent target, on the same rows."""
     learned: bool | None = None
-    """Whether tonight's prompt is above that, and above its start; None where nobody judged."""
+    """Whether tonight's prompt is better than `constant` and than its start; None when that was not judged."""
 
     @property
     def trained(self) -> bool:
-        """Whether there is a curve to be drawn."""
+        """Whether there is a curve to draw."""
         return any(curve.losses or curve.evaluations for curve in self.curves)
 
     @property
     def baseline(self) -> float | None:
-        """What tonight's prompt is compared with: the bank's, for a new task the one that it started from."""
+        """The metric that `tuned` is compared with: of the bank's prompt, or for a new task of the starting prompt."""
         return self.start if self.incumbent is None else self.incumbent
 
     @property
     def gain(self) -> float | None:
-        """How much better tonight's prompt is than that; below 0 it is worse, whatever the metric."""
+        """How much better tonight's prompt is than `baseline`; below 0 it is worse, whatever the metric."""
         if self.baseline is None or self.tuned is None:
             return None
         change = self.tuned - self.baseline
@@ -104,6 +106,8 @@ class TaskNight:
 
 @dataclass(frozen=True)
 class Stage:
+    """A stage of the run: its time and memory."""
+
     name: str
     seconds: float
     peak_bytes: int | None = None
@@ -117,12 +121,12 @@ class Condition:
     name: str
     held: bool
     found: str
-    """What was asked for and what was found, in one sentence."""
+    """What the condition demands and what was measured, in one sentence."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that went wrong in the run as a whole: a lost rank, a store that was gone for a while."""
+    """Something that went wrong in the run as a whole: a lost rank, a store that was unreachable for a while."""
 
     time: float
     """Unix seconds"""
@@ -132,11 +136,13 @@ class Fault:
 
 @dataclass(frozen=True)
 class NightReport:
+    """Everything that the page of one night, or of one run, shows."""
+
     title: str
     run: str
     verdict: Verdict
     outcome: str
-    """What came of it, in one sentence: the version, the alias, or why neither."""
+    """The outcome in one sentence: the version and the alias, or why there is none."""
     started: float
     ended: float
     """Unix seconds"""
@@ -153,14 +159,14 @@ class NightReport:
     conditions: Sequence[Condition] = ()
     faults: Sequence[Fault] = ()
     stages: Sequence[Stage] = ()
-    """In the order in which they began."""
+    """Stages in the order in which they began."""
     ranks: int = 0
     rank_seconds: float = 0.0
-    """Seconds that ranks were held, summed over ranks."""
+    """Seconds for which ranks were held, summed over ranks."""
     price_per_rank_hour: float | None = None
-    """In the reader's currency; without it no money is told."""
+    """In the reader's currency; without it the page shows no cost."""
     facts: Mapping[str, str] = field(default_factory=dict)
-    """More to know, by name: model, fingerprint, settings file, versions of libraries."""
+    """Further facts by name: model, fingerprint, settings file, versions of libraries."""
 
     @property
     def price(self) -> float | None:

@@ -1,4 +1,4 @@
-"""What every page is: one file with its own style and script, which forbids the browser all others."""
+"""What all pages share: each is one file with its own style and script, and its policy allows no others."""
 
 import base64
 import hashlib
@@ -12,25 +12,20 @@ TEMPLATES: BaseLoader = PackageLoader("pipeline.reporting.html", "templates")
 
 
 def environment(templates: BaseLoader) -> Environment:
-    """All texts that a template is given are escaped."""
+    """A Jinja environment that escapes all texts given to a template."""
     return Environment(
         loader=templates, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
 
 
 def own_texts(templates: BaseLoader, styles: Sequence[str], scripts: Sequence[str]) -> dict[str, Any]:
-    """Style and script of a page, and the policy that allows these very texts and nothing else."""
-    style, script = (_joined(templates, names) for names in (styles, scripts))
-    allowed = (f"'sha256-{_digest(text)}'" for text in (style, script))
+    """Style and script of a page, and the content security policy that allows exactly these texts."""
+    texts = []
+    for names in (styles, scripts):
+        texts.append("\n".join(templates.get_source(Environment(), name)[0] for name in names))
+        assert "</" not in texts[-1], "it would end its own element"
+    style, script = texts
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
+    allowed = [f"'sha256-{digest}'" for digest in digests]
     policy = "default-src 'none'; img-src data:; style-src {}; script-src {}; base-uri 'none'".format(*allowed)
     return {"style": Markup(style), "script": Markup(script), "policy": policy}
-
-
-def _joined(templates: BaseLoader, names: Sequence[str]) -> str:
-    texts = [templates.get_source(Environment(), name)[0] for name in names]
-    assert not any("</" in text for text in texts), "it would end its own element"
-    return "\n".join(texts)
-
-
-def _digest(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

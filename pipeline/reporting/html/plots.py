@@ -1,4 +1,4 @@
-"""Small plots as geometry: the template `plot.svg.jinja` only writes it down. Places are in units of the viewBox."""
+"""Small plots as geometry, which the template `plot.svg.jinja` writes down. Places are in units of the viewBox."""
 
 import math
 from collections.abc import Sequence
@@ -27,24 +27,24 @@ class Dot:
     y: float
     kind: str
     text: str
-    """What it says under the pointer."""
+    """The tooltip."""
 
 
 @dataclass(frozen=True)
 class Plot:
     title: str
-    """All that a reader needs who does not see it."""
+    """A description for readers who cannot see the plot."""
     width: float
     height: float
     lines: Sequence[tuple[str, str]] = ()
-    """(kind, path data); the first lie behind."""
+    """(kind, path data), drawn in this order."""
     dots: Sequence[Dot] = ()
     x_ticks: Sequence[Tick] = ()
     y_ticks: Sequence[Tick] = ()
 
 
 def loss_plot(task: TaskNight) -> Plot | None:
-    """Training loss over steps: the best trial with the range that its mean hides, others thin behind it."""
+    """Training loss over steps: the best trial's mean with its range, other trials as thin lines behind it."""
     shown, others = _shown(task)
     buckets = thin(shown.losses, _POINTS)
     behind = [thin(curve.losses, _POINTS_OF_OTHERS) for curve in others]
@@ -93,7 +93,10 @@ def history_plot(task: TaskNight) -> Plot | None:
     y = axis_of([value for *_, value in known], _BOTTOM, _TOP)
     x = Axis(-0.4, max(len(task.history) - 0.6, 0.4), _LEFT, _RIGHT)
     line = "M" + "L".join(f"{_number(x.place(place))},{_number(y.place(value))}" for place, _, value in known)
-    dots = [Dot(x.place(place), y.place(value), _dot(past), _told(past)) for place, past, value in known]
+    dots = [
+        Dot(x.place(place), y.place(value), "tuned" if past.status == "tuned" else "carried", _told(past))
+        for place, past, value in known
+    ]
     ticks = [Tick(x.place(place), str(past.version)) for place, past in enumerate(task.history)]
     told = ", ".join(_told(past) for past in task.history)
     title = f"Dev {task.metric} of {task.name} in the last versions: {told}"
@@ -101,7 +104,7 @@ def history_plot(task: TaskNight) -> Plot | None:
 
 
 def history_spark(task: TaskNight) -> Plot | None:
-    """The same, small enough for a row of a table."""
+    """The metric in the last versions, small enough for a row of a table."""
     values = [past.value for past in task.history]
     known = [(place, value) for place, value in enumerate(values) if value is not None]
     if len(known) < 2:
@@ -130,7 +133,7 @@ def undrawn(task: TaskNight) -> int:
 
 
 def _shown(task: TaskNight) -> tuple[Curve, list[Curve]]:
-    """The curve that the task is about, and others to be drawn behind it."""
+    """The task's best curve, and other trials' curves to draw behind it."""
     if not task.curves:
         return Curve(task.name), []
     shown = next((curve for curve in task.curves if curve.best), task.curves[0])
@@ -167,7 +170,7 @@ def _path(buckets: Sequence[Bucket], x: Axis, y: Axis) -> str:
 
 
 def _band(buckets: Sequence[Bucket], x: Axis, y: Axis) -> str:
-    """The area between the least and the greatest value of each bucket; empty where nothing was put together."""
+    """The area between the least and the greatest value of each bucket; empty when every bucket is one value."""
     known = [bucket for bucket in buckets if bucket.mean is not None]
     if all(bucket.low == bucket.high for bucket in known):
         return ""
@@ -186,10 +189,6 @@ def _told(past: PastVersion) -> str:
     return f"version {past.version}: {figure(past.value)} ({past.status.replace('_', ' ')})"
 
 
-def _dot(past: PastVersion) -> str:
-    return "tuned" if past.status == "tuned" else "carried"
-
-
 def _number(place: float) -> str:
-    """With one digit, which is a fifth of a pixel on the finest screen."""
+    """With one decimal, finer than a pixel of any screen."""
     return f"{place:.1f}".removesuffix(".0")

@@ -1,4 +1,4 @@
-"""From a night to its page."""
+"""Renders a night as its page."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from pipeline.reporting.html.night import Decision, NightReport, TaskNight
 from pipeline.reporting.html.pages import TEMPLATES, environment, own_texts
 
 MOST_OPEN = 12
-"""With more tasks than this, a task's plots and rows are folded away until they are asked for."""
+"""With more tasks than this, a task's plots and rows are folded until the reader opens them."""
 _FILTERS = (
     words.figure,
     words.signed,
@@ -34,7 +34,7 @@ _PLOTS = (
 def render(report: NightReport) -> str:
     """The page, as HTML that needs nothing else: it may be mailed, or opened years later.
 
-    All texts of the report are escaped; besides, the page forbids the browser every script but its own few lines.
+    All texts of the report are escaped, and the page's policy allows no script but its own few lines.
     """
     order = {decision: place for place, decision in enumerate(get_args(Decision))}
     tasks = sorted(report.tasks, key=lambda task: (order[task.decision], task.name))
@@ -68,6 +68,6 @@ def _splits(tasks: Sequence[TaskNight]) -> dict[str, Counter[str]]:
 
 
 def _statuses(tasks: Sequence[TaskNight]) -> list[str]:
-    """Statuses that any row has, `ok` first; the others as they are first met."""
+    """Statuses of all rows: `ok` first, then the others in the order in which they occur."""
     met = {status: None for task in tasks for counts in task.rows.values() for status, rows in counts.items() if rows}
     return ["ok", *(status for status in met if status != "ok")]

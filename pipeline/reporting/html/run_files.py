@@ -1,4 +1,4 @@
-"""What a run's folder holds for the page: the curve of a trial, time and memory by stage."""
+"""What the page takes from a run's folder: the curve of a trial, time and memory by stage."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -30,7 +30,7 @@ def read_curve(run_folder: Path, trial: str) -> Curve:
 
 
 def stages_of(events: Iterable[Event]) -> list[Stage]:
-    """Seconds and memory of each stage, summed over every start of the run; the time between two starts is nobody's."""
+    """Seconds and memory of each stage, over all starts of the run; the time between two starts counts for no stage."""
     found: dict[str, Stage] = {}
     current, last = "", 0.0
     for event in events:
@@ -48,7 +48,7 @@ def stages_of(events: Iterable[Event]) -> list[Stage]:
 
 
 def faults_of(events: Iterable[Event]) -> list[Fault]:
-    """Ranks that were lost, and starts of the run that came to no end, as far as the events show them."""
+    """Ranks that were lost, and starts that did not come to an end, as far as the events show them."""
     found: list[Fault] = []
     stepped = launched = False
     for event in events:

@@ -1,4 +1,4 @@
-"""From a series to few points, and from values to places on an axis."""
+"""Reduces a series to few points, and maps values to places on an axis."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pipeline.reporting.html.night import Series
 
 _LOG_FROM = 50.0
-"""An axis whose greatest value is so many times its least is logarithmic: a spike would flatten all else."""
+"""An axis is logarithmic when its greatest value is so many times its least: a spike would flatten the rest."""
 
 
 @dataclass(frozen=True)
@@ -16,13 +16,13 @@ class Bucket:
 
     step: float
     mean: float | None
-    """None where no value of them is finite: the line has a gap."""
+    """None when no value is finite; the line then has a gap."""
     low: float
     high: float
 
 
 def thin(series: Series, most: int) -> list[Bucket]:
-    """At most `most` buckets of equally many steps: their mean, and the range that it hides."""
+    """At most `most` buckets of equally many points, each with its mean and its range."""
     width = max(1, math.ceil(len(series) / most))
     return [_bucket(series[start : start + width]) for start in range(0, len(series), width)]
 
@@ -46,11 +46,10 @@ class Axis:
     log: bool = False
 
     def place(self, value: float) -> float:
-        low, high, value = (math.log(v) for v in (self.low, self.high, value)) if self.log else self._plain(value)
+        low, high = self.low, self.high
+        if self.log:
+            low, high, value = (math.log(each) for each in (low, high, value))
         return self.start + (self.end - self.start) * (value - low) / (high - low)
-
-    def _plain(self, value: float) -> tuple[float, float, float]:
-        return self.low, self.high, value
 
     @property
     def ticks(self) -> list[float]:
@@ -63,7 +62,7 @@ class Axis:
 
     @property
     def step(self) -> float:
-        """Between ticks that are not logarithmic: the greatest of 1, 2, 5 × a power of ten that makes three or more."""
+        """Between linear ticks: the greatest of 1, 2, 5 × a power of ten that gives three ticks or more."""
         power = 10.0 ** math.ceil(math.log10(self.high - self.low))
         steps = (factor * power / 10**smaller for smaller in range(3) for factor in (5, 2, 1))
         return next(step for step in steps if len(self._numbers(step)) >= 3)
@@ -73,11 +72,11 @@ class Axis:
 
 
 def axis_of(values: Sequence[float], start: float, end: float, may_be_log: bool = False) -> Axis:
-    """An axis that holds the values, with a little room, also when they are all the same."""
+    """An axis that covers the values with a little room, also when they are all the same."""
     low, high = min(values), max(values)
     if may_be_log and low > 0 and high / low > _LOG_FROM:
         return Axis(low / 1.2, high * 1.2, start, end, log=True)
     largest = max(abs(low), abs(high))
-    # Differences that floats can hardly tell apart are not blown up to the whole height.
+    # Differences near a float's precision are not stretched to the whole height.
     room = max(0.06 * (high - low), 1e-6 * largest, 1e-9) if high > low else 0.1 * largest or 0.1
     return Axis(low - room, high + room, start, end)

@@ -11,8 +11,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from pipeline.errors import DivergedError, SettingsError
 from pipeline.lab.adapt.rank_job import read_adaptation
 from pipeline.lab.full_weights import training
-from pipeline.tuning import stop_signal
-from pipeline.tuning.stop_signal import allow_to_run, ask_to_stop
+from pipeline.tuning.interruption import stop_signal
+from pipeline.tuning.interruption.stop_signal import allow_to_run, ask_to_stop
 from tests.lab.adapt.conftest import CONFIG
 from tests.ranks import run_ranks
 

@@ -25,7 +25,7 @@ def test_the_last_step_is_always_kept_and_the_rate_is_that_of_whole_models(tmp_p
     ("changes", "sentence"),
     [
         ({"objective": {"nmae": "prefix_lm"}}, r"unknown key 'objective.nmae'; did you mean 'name'\?"),
-        ({"save_at": [0, True]}, "true .* is no number"),
+        ({"save_at": [0, True]}, "true .* is not a number"),
         ({"save_at": [0, 101]}, "save_at: step 101 is not within 0 to 100"),
         ({"model": {}}, "give either 'path' .* or 'config'"),
         ({"model": {"config": {"model_type": "t5"}}}, "'config' and 'tokenizer' .* go together"),

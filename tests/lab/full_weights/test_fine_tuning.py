@@ -17,7 +17,7 @@ from pipeline.lab.full_weights.fine_tuning import Diverged, FineTuningJob, read_
 from pipeline.lab.full_weights.rank_setup import TrainingPlace
 from pipeline.tuning.batches import rows_of_step
 from pipeline.tuning.evaluate import eval_request, evaluate
-from pipeline.tuning.peak_memory import peak_bytes
+from pipeline.tuning.machine import peak_bytes
 from tests.corpora import make_corpus, make_task
 from tests.ranks import run_ranks
 from tests.tiny import make_model

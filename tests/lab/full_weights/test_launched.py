@@ -20,7 +20,8 @@ def running_ray():
     ray.shutdown()
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.slow
 def test_two_ranks_of_ray_train_carry_an_order_out_and_leave_its_result(family, tmp_path):
     files = find_model(str(make_model(tmp_path / "model", family, scale=1.0)))
     config, tokenizer = read_config(files), read_tokenizer(files)
@@ -33,7 +34,7 @@ def test_two_ranks_of_ray_train_carry_an_order_out_and_leave_its_result(family, 
     settings = make_task(optimizer={"lr": 0.02}, max_steps=10, eval_every=5).model_dump(mode="json")
     job = FineTuningJob(place, "film", settings, corpus.to_dict(), seed=0)
     with EventLog(run / "events.jsonl") as log:
-        launch(job, ClusterSettings(num_workers=2), RunSettings(name="run", storage=str(tmp_path)), log)
+        launch(job.carry_out, run, ClusterSettings(num_workers=2), RunSettings(name="run", storage=str(tmp_path)), log)
     result = read_result(run)
     assert result is not None and result.steps == 10 and result.test is not None
     assert not (run / "hangs").exists() and not (run / "ray").exists() and not list(run.rglob(".*"))
