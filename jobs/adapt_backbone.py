@@ -4,10 +4,10 @@
     python jobs/adapt_backbone.py --config FILE
     ray job submit --working-dir . -- python jobs/adapt_backbone.py --config FILE
 
-LM adaptation (Lester et al. 2021, section 3.2) with the objective `prefix_lm`, T5's own pre-training (Raffel et al.
-2020) with `span_corruption`. What is kept at the steps of `save_at`, and at the last, are ordinary model folders:
-`<run.storage>/<run.name>/models/step-…`, to be named as `model.path` of jobs/tune_prompts.py. Started again with the
-same run name, it goes on where it was stopped. Settings: docs/adaptation.md.
+The objective `prefix_lm` is LM adaptation (Lester et al. 2021, section 3.2), and `span_corruption` is T5's own
+pre-training (Raffel et al. 2020). The job leaves ordinary model folders for the steps of `save_at` and the last one:
+`<run.storage>/<run.name>/models/step-…`. Name one as `model.path` of jobs/tune_prompts.py. Started again with the same
+run name, the job resumes. Settings: docs/adaptation.md.
 
 Exit codes: 0 done, 2 bad input, 5 interrupted by lost workers, a full disk, SIGTERM or Ctrl-C (start again to resume),
 7 another start of the same run is under way.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Ask a prompt of the bank something: the frozen model answers behind the task's soft prompt.
+"""Ask a prompt of the bank: the frozen model answers texts behind the task's soft prompt.
 
 python jobs/ask.py --bank quickstart/bank --model smollm2-135m --task sentiment 'wonderful'
 """
@@ -19,7 +19,7 @@ from promptbank import PromptBank, PromptBankError
 
 
 def main(
-    texts: Annotated[list[str], typer.Argument(help="Texts to put to the prompt.")],
+    texts: Annotated[list[str], typer.Argument(help="Texts for the prompt to answer.")],
     task: Annotated[str, typer.Option(help="The prompt: name, name@version or name@alias.")],
     bank: Annotated[str, typer.Option(help="The bank's folder.")],
     alias: Annotated[str, typer.Option(help="The alias that a bare name is looked up by.")] = "latest",

@@ -1,17 +1,17 @@
 #!/usr/bin/env python
-"""Measure against what a user would pick instead. Runs without Ray (except corpus), from one command.
+"""Benchmark against what a user would pick instead. Each command runs alone, and only `corpus` needs Ray.
 
 python jobs/benchmark.py peers --data ../shared/data --length 100   # against PEFT and transformers' Trainer
-python jobs/benchmark.py ablation --data ../shared/data             # what each part of a fast step brings
+python jobs/benchmark.py ablation --data ../shared/data             # what each part of a fast step gains
 python jobs/benchmark.py profile --data ../shared/data              # where the time of a step goes
 python jobs/benchmark.py lengths --data ../shared/data              # what a longer prompt costs
 python jobs/benchmark.py growth --data ../shared/data               # 1 to 256 trials in one run
 python jobs/benchmark.py zero --data ../shared/data                 # what ZeRO-3 costs
 python jobs/benchmark.py ranks --data ../shared/data                # bytes of a step here, and on up to 64 GPUs
-python jobs/benchmark.py quality --data ../shared/data              # whether speed costs the prompts anything
+python jobs/benchmark.py quality --data ../shared/data              # whether a fast step makes prompts worse
 python jobs/benchmark.py corpus --data ../shared/data               # tokenising through Ray Data, by corpus size
 python jobs/benchmark.py sweep --data ../shared/data                # 64 trials of a sweep against one after another
-python jobs/benchmark.py fit                                        # models of 3 billion parameters, in memory's bound
+python jobs/benchmark.py fit                                        # memory of models of 3 billion parameters
 """
 
 import os
@@ -31,7 +31,7 @@ from pipeline.errors import PromptBankError
 
 if TYPE_CHECKING:
     from pipeline.lab.benchmark.bench import Bench
-    from pipeline.lab.benchmark.side_by_side import Result, Side
+    from pipeline.lab.benchmark.side_by_side import Side, SidesResult
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None, pretty_exceptions_enable=False
@@ -42,7 +42,7 @@ Data = Annotated[Path, typer.Option(help="A folder with <task>/train.parquet, co
 Tasks = Annotated[str, typer.Option(help="Tasks, separated by commas.")]
 Model = Annotated[str, typer.Option(help="A model: folder, hub name, .gguf file or packaged name.")]
 Ranks = Annotated[int, typer.Option(help="Processes of our side; ZeRO-3 where there are several.")]
-Threads = Annotated[int, typer.Option(help="Threads of either side, of all its processes together.")]
+Threads = Annotated[int, typer.Option(help="Threads of each side, all its processes together.")]
 Rounds = Annotated[int, typer.Option(help="How often the sides run in turn.")]
 Steps = Annotated[int, typer.Option(help="Steps a round, two of which do not count.")]
 Batch = Annotated[int, typer.Option(help="Rows a step of every task.")]
@@ -97,7 +97,7 @@ def ablation(
     threads: Threads = 2,
     out: Out = Path("docs/benchmarks/ablation.json"),
 ) -> None:
-    """A step as it is, and with each of its parts taken out alone."""
+    """The speed of a step, and of a step without each of its parts."""
     from pipeline.lab.benchmark import ablation as without
     from pipeline.lab.benchmark.bench import OurOptions
 
@@ -172,8 +172,8 @@ def growth(
     most: Annotated[int, typer.Option(help="Most trials in one run: 1, 4, 16, … up to it.")] = 256,
     out: Out = Path("docs/benchmarks/growth.json"),
 ) -> None:
-    """Tokens a second and memory with 1, 4, 16, 64 and 256 trials in one run; also as a plot beside the JSON file."""
-    from pipeline.lab.benchmark.plot import plot_growth
+    """Tokens a second and memory with 1, 4, 16, 64 and 256 trials in one run, also as a plot beside the JSON file."""
+    from pipeline.lab.benchmark.tables import plot_growth
 
     counts = [count for count in (1, 4, 16, 64, 256, 1024) if count <= most]
     names = tasks.split(",") * most
@@ -196,7 +196,7 @@ def zero(
     threads: Threads = 2,
     out: Out = Path("docs/benchmarks/zero.json"),
 ) -> None:
-    """What ZeRO-3 costs where the model would fit every rank: partitioned against whole on each."""
+    """What ZeRO-3 costs where the model fits on every rank: partitioned against whole."""
     from pipeline.lab.benchmark.bench import OurOptions
 
     bench = _bench(data, tasks.split(","), model, length, batch, steps, ranks, threads)
@@ -220,14 +220,14 @@ def ranks(
     trials: Annotated[int, typer.Option(help="Prompts of 100 tokens that are tuned together.")] = 64,
     out: Out = Path("docs/benchmarks/ranks.json"),
 ) -> None:
-    """Bytes that a step gathers and sends on 2 ranks here, and a model of it for up to 64 GPUs and 70 B parameters."""
+    """Bytes that a step gathers and sends on 2 ranks here, and modelled for up to 64 GPUs and 70 B parameters."""
     from pipeline.lab.benchmark.cost import costs_of, measure_traffic, save_costs
     from pipeline.lab.benchmark.tables import cost_table
 
     traffic = measure_traffic(_bench(data, tasks.split(","), model, length, batch, 3, 2, 2))
     console.print(
         f"{model} on 2 ranks here: a rank receives {traffic.gathered / 1e6:.1f} MB of weights a step, "
-        f"{traffic.walks:.2f} times what the model of a micro-batch says, and sums {traffic.reduced / 1e6:.2f} MB"
+        f"{traffic.walks:.2f} times what the model gives for a micro-batch, and sums {traffic.reduced / 1e6:.2f} MB"
     )
     costs = costs_of(shapes.split(","), [int(count) for count in counts.split(",")], tokens, trials, 100)
     console.print(cost_table(costs, tokens))
@@ -251,7 +251,7 @@ def quality(
     peer: Annotated[bool, typer.Option(help="Also PEFT and Trainer, one trial after another.")] = False,
     out: Out = Path("docs/benchmarks/quality.json"),
 ) -> None:
-    """Dev accuracy at equal steps: int8 products, forward alone, none; float weights; (--peer) PEFT's prompts."""
+    """Dev accuracy at equal steps with int8 products, only forward ones, none, float weights, and (--peer) PEFT."""
     from pipeline.lab.benchmark.quality import compare_quality
     from pipeline.lab.benchmark.tables import quality_table
 
@@ -269,10 +269,10 @@ def corpus(
     gigabytes: Annotated[float, typer.Option(help="The largest corpus.")] = 1.0,
     rounds: Rounds = 3,
     speed_megabytes: Annotated[str, typer.Option(help="Parquet of a round, sizes separated by commas.")] = "40,200",
-    scratch: Annotated[Path | None, typer.Option(help="Where corpora are generated, and deleted after.")] = None,
+    scratch: Annotated[Path | None, typer.Option(help="Where corpora are generated, and deleted afterwards.")] = None,
     out: Out = Path("docs/benchmarks/corpus.json"),
 ) -> None:
-    """Tokenising through Ray Data: rate against the bare fast tokenizer, memory by size, an unchanged second night."""
+    """Tokenising with Ray Data: rate against the bare fast tokenizer, memory by size, an unchanged second night."""
     from pipeline.lab.benchmark.corpus import measure_corpus, save_figures
     from pipeline.lab.benchmark.tables import corpus_tables
 
@@ -342,7 +342,7 @@ def fit(
         "runs/large"
     ),
     keep: Annotated[
-        bool, typer.Option(help="Leave a checkpoint that was written; else one is on disk at a time.")
+        bool, typer.Option(help="Keep checkpoints that were written; otherwise only one is on disk at a time.")
     ] = False,
     prompts: Annotated[int, typer.Option(help="Prompts tuned together.")] = 4,
     length: Annotated[int, typer.Option(help="Prompt length.")] = 10,
@@ -355,7 +355,7 @@ def fit(
 ) -> None:
     """Large models of random weights in int8: every rank's peak memory against its bound, and loading's speed."""
     from pipeline.lab.benchmark.fit import FitOptions, measure_fit, save_fits
-    from pipeline.lab.benchmark.fit_table import fit_table
+    from pipeline.lab.benchmark.tables import fit_table
 
     offload = None if offload_folder is None else str(offload_folder)
     options = FitOptions(ranks, threads, prompts, length, batch, steps, offload)
@@ -385,12 +385,12 @@ def _bench(
 
 def _run(
     name: str, sides: "Mapping[str, Callable[[], Side]]", rounds: int, out: Path, bench: "Bench | None" = None
-) -> "Result":
+) -> "SidesResult":
     from pipeline.lab.benchmark.peak import shares_of_peak
-    from pipeline.lab.benchmark.side_by_side import compare, save_results
+    from pipeline.lab.benchmark.side_by_side import compare_sides, save_results
     from pipeline.lab.benchmark.tables import comparison_table
 
-    result = compare(name, sides, rounds)
+    result = compare_sides(name, sides, rounds)
     facts = shares_of_peak(result, bench.config, bench.needed_tokens, bench.threads) if bench else {}
     console.print(comparison_table(result, facts.get("share_of_peak")))
     save_results(out, [result], **facts)

@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""Compare tuned prompts with what else there is, on your own model and tasks, and leave one report.
+"""Compare tuned prompts with other methods on your own model and tasks, and leave one report.
 
     python jobs/compare_methods.py --config jobs/configs/compare_methods.yaml
     python jobs/compare_methods.py --config FILE --plan      # check everything, train nothing
     python jobs/compare_methods.py --join FILE --out FOLDER  # panels over finished comparisons: sizes, checkpoints
     ray job submit --working-dir . -- python jobs/compare_methods.py --config FILE
 
-The settings file is that of jobs/tune_prompts.py, sweeps included; the block `compare` is this job's. It leaves
-`report.html`, `report.md` and `results.json` in `<run.storage>/<run.name>`, and a bank of every trial's prompt beside
-them; the bank that the settings name is only read. Started again with the same run name, it goes on where it stopped.
+The settings file is that of jobs/tune_prompts.py, sweeps included, with a block `compare` for this job. The job leaves
+`report.html`, `report.md` and `results.json` in `<run.storage>/<run.name>`, and beside them a bank of every trial's
+prompt. The bank that the settings name is only read. Started again with the same run name, the job resumes.
 
-Exit codes: 0 all was compared, 2 bad input, 3 some tasks, trials or adapters failed (the report says which),
+Exit codes: 0 everything was compared, 2 bad input, 3 some tasks, trials or adapters failed (the report says which),
 5 interrupted by lost workers, a full disk, SIGTERM or Ctrl-C (start again to resume), 7 another start
 of the same comparison is under way, 1 a defect of ours.
 """
@@ -50,7 +50,7 @@ def main(
         if join is not None:
             raise typer.Exit(_join(join, out, console))
         if config is None:
-            raise SettingsError("give --config FILE (a comparison to be run) or --join FILE (finished ones)")
+            raise SettingsError("give --config FILE (a comparison to run) or --join FILE (finished comparisons)")
         settings = load_settings(config, overrides or [])
         warn_of_rays_copy(settings, console_for(settings, console))
         raise typer.Exit(_run(settings, console, plan))
@@ -59,13 +59,12 @@ def main(
 def _run(settings: Settings, console: Console, plan_only: bool) -> int:
     # Imported late: torch, transformers and Ray take seconds, and a mistyped setting should not wait.
     from pipeline.lab.comparison.checks import check_model
+    from pipeline.lab.comparison.derived_settings import comparison_settings
     from pipeline.lab.comparison.job import run_comparison
-    from pipeline.lab.comparison.planning import print_compared
-    from pipeline.lab.comparison.study import compared_settings
-    from pipeline.lab.comparison.summary import print_summary
+    from pipeline.lab.comparison.terminal import print_compared, print_summary
     from pipeline.run.checks import check_run
 
-    checked = check_run(compared_settings(settings), publishes=False)
+    checked = check_run(comparison_settings(settings), publishes=False)
     check_model(checked)
     if plan_only:
         print_compared(checked, console)
@@ -79,12 +78,12 @@ def _run(settings: Settings, console: Console, plan_only: bool) -> int:
 
 
 def _join(path: Path, out: Path, console: Console) -> int:
-    from pipeline.lab.comparison.joined import join
+    from pipeline.lab.comparison.joined import join_panels
     from pipeline.lab.comparison.page.joined import joined_markdown, render_joined
     from pipeline.whole_files import write_atomically
 
     settings = load_joined(path)
-    plots = join(settings)
+    plots = join_panels(settings)
     write_atomically(out / "report.html", render_joined(settings.title, plots).encode())
     write_atomically(out / "report.md", joined_markdown(settings.title, plots).encode())
     console.print(f"{out / 'report.html'}", markup=False, highlight=False)

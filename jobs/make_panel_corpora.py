@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""What docs/comparison.md's panels need: plain text for small encoder-decoders, its tokenizer, and a task within reach.
+"""Make what the panels of docs/comparison.md need: plain text for small encoder-decoders, a tokenizer, and a task.
 
     python jobs/make_panel_corpora.py ../shared/data runs/panels/text
 
 Writes, from the inputs of labelled corpora,
 
-- `text.parquet`: each input of each train split once, without those that stand in a test split, whatever their label;
-- `tokenizer/`: unigram, fit on that text;
-- `origin/train.parquet`, `origin/test.parquet`: a task that models of a few million weights can do frozen, which corpus
-  a text comes from (ORIGINS); each label has equally many rows.
+- `text.parquet`: each input of each train split once, without inputs that are in a test split, whatever their label;
+- `tokenizer/`: a unigram tokenizer, trained on that text;
+- `origin/train.parquet`, `origin/test.parquet`: a task that frozen models of a few million weights can do, namely which
+  corpus a text comes from (ORIGINS); each label has equally many rows.
 
-What is there already is left as it is.
+A folder that is there already is left as it is.
 """
 
 import random
@@ -30,38 +30,34 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.whole_files import put_in_place
 
-# The corpora that `origin` tells apart, and the words that it calls them by.
+# The corpora that `origin` tells apart, with the labels that it gives them.
 ORIGINS = {"trec": "question", "sst2": "movie", "cr": "product", "mpqa": "phrase"}
 
 
 def main(
     data: Annotated[Path, typer.Argument(help="A folder of tasks, each with train.parquet and test.parquet.")],
-    out: Annotated[Path, typer.Argument(help="Where all of it goes.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
     vocabulary: Annotated[int, typer.Option(min=300, help="Pieces of the tokenizer.")] = 4000,
     column: Annotated[str, typer.Option(help="The column of the inputs.")] = "text",
 ) -> None:
     """Write plain text, its tokenizer and a task, from the inputs of labelled corpora."""
     if out.exists():
         return
-    texts = _texts(data, column)
+    train, test = (dict.fromkeys(_column(data, split, column)) for split in ("train", "test"))
+    texts = [text for text in train if text not in test]
     origins = _origins(data, column)
     put_in_place(out, lambda folder: _write(folder, texts, origins, vocabulary))
 
 
-def _texts(data: Path, column: str) -> list[str]:
-    train, test = (dict.fromkeys(_column(data, split, column)) for split in ("train", "test"))
-    return [text for text in train if text not in test]
-
-
 def _origins(data: Path, column: str) -> dict[str, list[tuple[str, str]]]:
-    """(text, label) of each split; a text that several corpora hold is none's."""
+    """(text, label) of each split, without texts that several corpora hold."""
     train, test = ({name: set(_column(data, split, column, name)) for name in ORIGINS} for split in ("train", "test"))
     tested = set().union(*test.values())
     return {"train": _drawn({name: texts - tested for name, texts in train.items()}), "test": _drawn(test)}
 
 
 def _drawn(held: dict[str, set[str]]) -> list[tuple[str, str]]:
-    """Equally many rows of each corpus, in an order drawn once, without the texts that another one holds, too."""
+    """Equally many rows of each corpus, in a fixed random order, without texts that another corpus holds, too."""
     times = Counter(text for texts in held.values() for text in texts)
     alone = {name: sorted(text for text in texts if times[text] == 1) for name, texts in held.items()}
     drawn = random.Random(0)
@@ -89,7 +85,7 @@ def _write(folder: Path, texts: list[str], origins: dict[str, list[tuple[str, st
 
 
 def _fit(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """T5's kind: unigram over words with their space, `<pad>`, `</s>` (behind every text) and `<unk>`."""
+    """T5's kind of tokenizer: unigram over words with their space, `<pad>`, `</s>` (behind every text) and `<unk>`."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()

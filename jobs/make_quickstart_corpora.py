@@ -31,14 +31,14 @@ LANGUAGES = ("dutch", "english", "german", "italian", "portuguese", "spanish")  
 NOT_SENTENCES = {"coding", "humor"}
 
 
-class Example(NamedTuple):
+class CorpusRow(NamedTuple):
     group: str
-    """Rows of one group are near copies of each other, and all go to the same split."""
+    """Rows of one group are near copies of each other, so all of them go to the same split."""
     row: dict[str, str]
 
 
 def make_corpora(folder: Path) -> None:
-    """Write the corpora that are not yet there; one that is there was written whole and is left as it is.
+    """Write the corpora that are not there yet. One that is there is complete, and is left as it is.
 
     Raises: CorpusError when a package with the raw data is not installed; StorageError when
     the folder cannot be written.
@@ -49,7 +49,8 @@ def make_corpora(folder: Path) -> None:
             continue
         rows_of: dict[str, list[dict[str, str]]] = {"train": [], "dev": []}
         for example in examples():
-            rows_of[_split(example.group)].append(example.row)
+            held_out = int(_digest(example.group)[:8], 16) % 5 == 0
+            rows_of["dev" if held_out else "train"].append(example.row)
         unfinished = folder / f".{task}.{os.getpid()}"
         try:
             unfinished.mkdir(parents=True, exist_ok=True)
@@ -60,30 +61,32 @@ def make_corpora(folder: Path) -> None:
             raise StorageError(f"cannot write the quickstart's corpora to {folder}: {error}") from error
 
 
-def sentiment() -> Iterator[Example]:
-    """Plain words whose mean rating (-4 to 4) is clear. The first five letters stand for the stem:
-    `abandon` in train must not give `abandoned` in dev away."""
+def sentiment() -> Iterator[CorpusRow]:
+    """Plain words with a clear mean rating (-4 to 4).
+
+    The first five letters stand for the stem: `abandon` in train must not reveal the label of `abandoned` in dev.
+    """
     lexicon = _package_folder("vaderSentiment") / "vader_lexicon.txt"
     for line in lexicon.read_text(encoding="utf-8").splitlines():
         word, rating = line.split("\t")[:2]
         if re.fullmatch(r"[a-z]{3,}", word) and abs(float(rating)) >= 1:
             label = "positive" if float(rating) > 0 else "negative"
-            yield Example(word[:5], {"word": word, "label": label})
+            yield CorpusRow(word[:5], {"word": word, "label": label})
 
 
-def language() -> Iterator[Example]:
-    spoken_in = defaultdict(set)
+def language() -> Iterator[CorpusRow]:
+    languages_of = defaultdict(set)
     text_of: dict[str, str] = {}
     for name in LANGUAGES:
         for text in _utterances(name):
-            spoken_in[_letters(text)].add(name)
+            languages_of[_letters(text)].add(name)
             text_of.setdefault(_letters(text), text)
-    for key, names in spoken_in.items():
-        if len(names) == 1:  # a title or a name said in two languages is neither
-            yield Example(key, {"text": text_of[key], "label": names.pop()})
+    for key, names in languages_of.items():
+        if len(names) == 1:  # a title or a name that occurs in two languages tells neither
+            yield CorpusRow(key, {"text": text_of[key], "label": names.pop()})
 
 
-def punctuation() -> Iterator[Example]:
+def punctuation() -> Iterator[CorpusRow]:
     """`do you mean isaac or janet` -> `Do you mean Isaac or Janet?`: single sentences of up to 15 words."""
     written = defaultdict(set)
     for text in _utterances("english"):
@@ -92,10 +95,10 @@ def punctuation() -> Iterator[Example]:
             written[re.sub(r"[,.?]", "", text).lower()].add(text)
     for bare, texts in written.items():
         if len(texts) == 1:  # otherwise the same words were both asked and said
-            yield Example(_letters(bare), {"bare": bare, "text": texts.pop()})
+            yield CorpusRow(_letters(bare), {"bare": bare, "text": texts.pop()})
 
 
-CORPORA: dict[str, Callable[[], Iterable[Example]]] = {
+CORPORA: dict[str, Callable[[], Iterable[CorpusRow]]] = {
     "sentiment": sentiment,
     "language": language,
     "punctuation": punctuation,
@@ -108,8 +111,8 @@ def _utterances(name: str) -> Iterator[str]:
         if file.stem in NOT_SENTENCES:
             continue
         for conversation in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
-            for spoken in conversation:
-                text = " ".join(str(spoken).split())
+            for utterance in conversation:
+                text = " ".join(str(utterance).split())
                 if 3 <= len(text.split()) <= 25:
                     yield text
 
@@ -122,12 +125,8 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _split(group: str) -> str:
-    return "dev" if int(_digest(group)[:8], 16) % 5 == 0 else "train"
-
-
 def _balanced(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Rows without copies, ordered by their content alone; of every label as many as of the rarest."""
+    """Rows without copies, ordered by a digest of their content; every label has as many rows as the rarest one."""
     distinct = {_digest("\t".join(row.values())): row for row in rows}
     ordered = [distinct[key] for key in sorted(distinct)]
     count = Counter(row.get("label") for row in ordered)
@@ -144,7 +143,7 @@ def _balanced(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 def _move(unfinished: Path, target: Path) -> None:
     try:
         unfinished.rename(target)
-    except OSError:  # the folder is there by now: whole, from another process, or with a file deleted since
+    except OSError:  # the folder is there by now: complete, from another process, or with a file deleted since
         if not _whole(target):
             shutil.rmtree(target)
             unfinished.rename(target)

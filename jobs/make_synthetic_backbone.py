@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Write a model folder of a published shape with random weights, to measure what does not fit.
+"""Write a model folder of a published shape with random weights, to measure models without a download.
 
 python jobs/make_synthetic_backbone.py t5-xl /tmp/t5-xl                   # 5.7 GB in bfloat16
-python jobs/make_synthetic_backbone.py llama-70b /tmp/70b --layers 2      # its layers, but two of them
+python jobs/make_synthetic_backbone.py llama-70b /tmp/70b --layers 2      # only two of its layers
 python jobs/make_synthetic_backbone.py some/config.json /tmp/own          # any supported family
 """
 
@@ -30,7 +30,7 @@ def main(
     folder: Annotated[Path, typer.Argument(help="The model folder to write.")],
     layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than the shape has.")] = None,
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="Type of the weights.")] = "bfloat16",
-    seed: Annotated[int, typer.Option(help="Another seed, other weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Another seed gives other weights.")] = 0,
     shard_mib: Annotated[int, typer.Option(min=1, help="Largest file, unless one tensor is larger.")] = 512,
 ) -> None:
     import torch

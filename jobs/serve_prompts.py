@@ -5,9 +5,9 @@
     curl localhost:8000/v1/classify -H 'content-type: application/json' \
          -d '{"rows": [{"task": "sentiment", "text": "wonderful"}]}'
 
-Follows the bank's alias: a new version is taken without dropping a request. On SIGINT or SIGTERM it
-finishes the requests that it has and ends. Joins the Ray cluster at RAY_ADDRESS, else starts a Ray of
-its own. Exit codes: 0 ended as told, 2 bad input.
+The service follows the bank's alias, and takes a new version without dropping a request. On SIGINT or
+SIGTERM it finishes the requests that it has and ends. It joins the Ray cluster at RAY_ADDRESS, or starts
+a Ray of its own. Exit codes: 0 ended by a signal, 2 bad input.
 """
 
 import os
@@ -29,12 +29,12 @@ from pipeline.errors import PromptBankError, SettingsError
 def main(
     bank: Annotated[str, typer.Option(help="The bank's folder or object store.")],
     model: Annotated[str, typer.Option(help="The backbone that the prompts were tuned on.")] = "smollm2-135m",
-    alias: Annotated[str, typer.Option(help="The alias that is served and followed.")] = "latest",
+    alias: Annotated[str, typer.Option(help="The alias to serve and follow.")] = "latest",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     replicas: Annotated[int, typer.Option(help="Copies of the model.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    watch_every: Annotated[float, typer.Option(help="Seconds between two looks at the alias.")] = 10.0,
+    watch_every: Annotated[float, typer.Option(help="Seconds between two checks of the alias.")] = 10.0,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", help="Another setting: max_rows=64 (pipeline/serving/service_settings.py). Repeatable."),

@@ -1,17 +1,17 @@
 #!/usr/bin/env python
-"""Submit tonight's job to a Ray cluster once, wait for its end, and leave with its exit code.
+"""Submit tonight's job to a Ray cluster once, wait for its end, and exit with its exit code.
 
     python jobs/submit_nightly.py --address http://head:8265 -- \\
         python jobs/refresh_prompts.py --config FILE --date {night}
 
-The submission's id is the night's date, which also stands for `{night}` in the command. Whoever submits the same night
-again (a retry, a second scheduler) finds the first submission and waits for it instead. One that was interrupted (exit
-code 5, or lost with its node) is started again as `…-2`, `…-3`: it resumes. Exit codes: the job's own; 2 the cluster
-refuses us; 5 it cannot be reached, or the night's attempts are used up; 124 stopped at --deadline-hours; 143 stopped by
-somebody else.
+The submission's id ends in the night's date, which also replaces `{night}` in the command. If the same night is
+submitted again (by a retry or a second scheduler), this script finds the first submission and waits for it. A job that
+was interrupted (exit code 5, or lost with its node) is started again as `…-2`, `…-3`, and resumes. Exit codes: the
+job's own; 2 the cluster refuses us; 5 it cannot be reached, or the night's attempts are used up; 124 stopped at
+--deadline-hours; 143 stopped by somebody else.
 
-Why not `ray job submit`: it leaves with 1 whatever the job's exit code was, with 0 when somebody stopped the job, and
-refuses an id that is there.
+Why not `ray job submit`: it exits with 1 whatever the job's exit code was, and with 0 when somebody stopped the job. It
+also refuses an id that exists.
 """
 
 import os
@@ -35,7 +35,7 @@ _Answer = TypeVar("_Answer")
 
 
 class NightlyError(Exception):
-    """One sentence for the operator, and the exit code to leave with."""
+    """One sentence for the operator, and the exit code."""
 
     def __init__(self, sentence: str, code: int) -> None:
         super().__init__(sentence)
@@ -43,8 +43,8 @@ class NightlyError(Exception):
 
 
 @dataclass(frozen=True)
-class Night:
-    """What is submitted, and how often and how long at most."""
+class NightlySubmission:
+    """What to submit, with limits on attempts and time."""
 
     submission: str
     command: str
@@ -71,32 +71,32 @@ def main(
     deadline_hours: Annotated[float, typer.Option(min=0, help="Hours after which the job is stopped.")] = 20,
     patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for a cluster that does not answer.")] = 300,
 ) -> None:
-    """Submit tonight's job to a Ray cluster once, wait for its end, and leave with its exit code."""
-    os.environ["RAY_API_SERVER_ADDRESS"] = address  # which Ray's client puts before its own argument
+    """Submit tonight's job to a Ray cluster once, wait for its end, and exit with its exit code."""
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray's client prefers it to its own argument
     try:
         date = _date(night)
         command = shlex.join(word.replace("{night}", date) for word in entrypoint)
         runtime_env = {"working_dir": str(working_dir)} if working_dir else {}
-        plan = Night(f"{name}-{date}", command, runtime_env, attempts, pause, deadline_hours * 3600)
-        code = run_night(Cluster(address, patience), plan)
+        plan = NightlySubmission(f"{name}-{date}", command, runtime_env, attempts, pause, deadline_hours * 3600)
+        code = run_submission(Cluster(address, patience), plan)
     except NightlyError as error:
         typer.echo(f"error: {error}", err=True)
         code = error.code
     except KeyboardInterrupt:
-        typer.echo("interrupted: the job goes on; submit the same night again to follow it", err=True)
+        typer.echo("interrupted: the job continues; submit the same night again to follow it", err=True)
         code = 130
     raise typer.Exit(code)
 
 
-def run_night(cluster: "Cluster", night: Night) -> int:
-    """The exit code of the night's last attempt; attempts that ran already are not run again."""
+def run_submission(cluster: "Cluster", night: NightlySubmission) -> int:
+    """The exit code of the night's last attempt. Attempts that ran already are not run again."""
     deadline = None
     for attempt in range(1, night.attempts + 1):
         name = night.submission if attempt == 1 else f"{night.submission}-{attempt}"
         if attempt > 1 and not cluster.has(name):
             time.sleep(night.pause_s)
         cluster.submit_once(name, night)
-        deadline = deadline or cluster.started(name) + night.longest_s  # the same for whoever comes to wait
+        deadline = deadline or cluster.started(name) + night.longest_s  # the same for every process that waits
         code = _follow(cluster, name, deadline)
         if code != INTERRUPTED:
             return code
@@ -105,12 +105,12 @@ def run_night(cluster: "Cluster", night: Night) -> int:
 
 
 def exit_code(status: str, driver_exit_code: int | None) -> int:
-    """What a job that ended stands for. Without a code of its own, or ended by a signal, it was lost: it can go on."""
+    """The exit code for a job that ended. A job without a code, or ended by a signal, was lost and can be resumed."""
     if status == "SUCCEEDED":
         return 0
     if status == "STOPPED":
         return _STOPPED
-    # Ray runs the command by a shell, which tells of a signal as 128 and its number.
+    # Ray runs the command in a shell, whose code for a signal is 128 plus its number.
     if driver_exit_code is None or not 0 < driver_exit_code <= 128:
         return INTERRUPTED
     return driver_exit_code
@@ -138,7 +138,7 @@ def _follow(cluster: "Cluster", name: str, deadline: float) -> int:
 
 
 class Cluster:
-    """A Ray cluster's jobs. While it does not answer, each question is asked again for `patience` seconds.
+    """A Ray cluster's jobs. While it does not answer, each request is repeated for `patience` seconds.
 
     Raises: NightlyError where the cluster refuses us, or does not answer in time.
     """
@@ -149,7 +149,7 @@ class Cluster:
         self._address, self._patience = address, patience
         self._client = self._ask(lambda: JobSubmissionClient(address))
 
-    def submit_once(self, name: str, night: Night) -> None:
+    def submit_once(self, name: str, night: NightlySubmission) -> None:
         """Submit a job unless one of this name is there."""
 
         def submit() -> None:
@@ -161,7 +161,7 @@ class Cluster:
                     raise
                 typer.echo(f"{name} is there already")
 
-        if not self.has(name):  # before a working folder is uploaded for nothing
+        if not self.has(name):  # otherwise a working folder would be uploaded for nothing
             self._ask(submit)
 
     def started(self, name: str) -> float:
@@ -170,7 +170,7 @@ class Cluster:
         return float(info.start_time or time.time() * 1000) / 1000
 
     def ended(self, name: str) -> int | None:
-        """The exit code of a job, None while it runs. One that is gone was lost with the cluster's head."""
+        """The exit code of a job; None while it runs. A job that is gone was lost with the cluster's head."""
         if not self.has(name):
             return INTERRUPTED
         info = self._ask(lambda: self._client.get_job_info(name))
@@ -179,7 +179,7 @@ class Cluster:
         return exit_code(info.status, info.driver_exit_code) if info.status.is_terminal() else None
 
     def log(self, name: str) -> str:
-        """What a job printed so far; nothing where its node is gone."""
+        """What a job printed so far; nothing if its node is gone."""
         try:
             return str(self._client.get_job_logs(name))
         except (RuntimeError, OSError):

@@ -21,14 +21,15 @@ def target_nll(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
 
 
 def label_nll(model: Any, rows: Rows, pairs: np.ndarray, candidates: TokenRows) -> Tensor:
-    """-log P of candidates, each behind the row that `pairs` names: as many as candidates, float32."""
+    """-log P of candidates, each behind the row that `pairs` names: `[len(candidates)]` float32."""
     encoded, mask = _encode(model, rows)
+    # The encoder ran once a row; its output is repeated for each of the row's labels.
     index = as_indices(pairs, encoded)
     return _decoder_nll(model, encoded[index], mask[index], candidates)
 
 
 def decoding_steps(model: Any, rows: Rows) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
-    """What gives the first tokens `[B]`, and what gives the next ones behind those."""
+    """Two functions: one returns the first tokens `[B]`, the other takes tokens `[B]` and returns the next ones."""
     encoded, mask = _encode(model, rows)
     memory: dict[str, Any] = {"past_key_values": None}
 
@@ -62,8 +63,9 @@ def _encode(model: Any, rows: Rows) -> tuple[Tensor, Tensor]:
 
 
 def _decoder_nll(model: Any, encoded: Tensor, mask: Tensor, targets: TokenRows) -> Tensor:
-    """-log P of targets `[B]`, of which each has its row of the encoder's output."""
+    """-log P of targets `[B]`, one for each row of the encoder's output."""
     ids = torch.as_tensor(pad_ids(targets), device=encoded.device)
+    # Teacher forcing: the decoder sees the target shifted by one, behind its start token.
     start = torch.full_like(ids[:, :1], model.config.decoder_start_token_id)
     logits = model(
         encoder_outputs=BaseModelOutput(last_hidden_state=encoded),

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
-from pipeline.backbone.gguf_metadata import check_metadata, complete_config, remark_on_split
+from pipeline.backbone.gguf_metadata import check_metadata, complete_config, warn_of_unknown_split
 from pipeline.backbone.weight_files import weight_files, weights_to_fetch
 from pipeline.errors import BackboneError
 
@@ -69,7 +69,7 @@ def find_model(path: str) -> ModelFiles:
     return _checked_folder(path, local.resolve())
 
 
-def from_anywhere(path: str) -> str:
+def absolute_model_path(path: str) -> str:
     """The same model for a process with another working directory (Ray gives each worker its own)."""
     local = Path(path).expanduser()
     return path if path in PACKAGED or not local.exists() else str(local.resolve())
@@ -140,14 +140,16 @@ def _refuse_quantised(config: PretrainedConfig, name: str) -> None:
     found = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
     if not found:
         return
-    told: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
-    method = str(told.get("quant_method") or "").lower() or ("bitsandbytes" if "load_in_4bit" in told else "")
+    quantization: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+    method = str(quantization.get("quant_method") or "").lower() or (
+        "bitsandbytes" if "load_in_4bit" in quantization else ""
+    )
     if method == "gguf":  # saved from a GGUF file; its weights are floats again
         return
     bits = (
-        told.get("bits")
-        or told.get("w_bit")
-        or (8 if told.get("load_in_8bit") else 4 if told.get("load_in_4bit") else "")
+        quantization.get("bits")
+        or quantization.get("w_bit")
+        or (8 if quantization.get("load_in_8bit") else 4 if quantization.get("load_in_4bit") else "")
     )
     kind = f"{_QUANTISATIONS.get(method, method) or 'of an unnamed kind'}{f', {bits} bit' if bits else ''}"
     raise BackboneError(f"model.path {name}: its weights are quantised ({kind}: quantization_config); {UNQUANTISED}")
@@ -172,7 +174,7 @@ def context_length(config: PretrainedConfig) -> int | None:
     """Most positions that a sequence may have, prompt included; None where positions are relative (T5)."""
     if FAMILIES[config.model_type] == "encoder-decoder":
         return None
-    # Within its window a sliding attention is an ordinary one, which is all that packed.py does.
+    # Within its window sliding attention is ordinary attention, which is all that packed.py does.
     window = getattr(config, "sliding_window", None) or config.max_position_embeddings
     return int(min(window, config.max_position_embeddings))
 
@@ -186,7 +188,7 @@ def read_tokenizer(files: ModelFiles) -> Any:
     if not tokenizer.is_fast:
         raise BackboneError(f"model.path {files.name}: it has no fast tokenizer (tokenizer.json)")
     if files.gguf:
-        remark_on_split(str(files.folder / files.gguf))
+        warn_of_unknown_split(str(files.folder / files.gguf))
     return tokenizer
 
 
@@ -195,13 +197,13 @@ def embedding_rows(config: PretrainedConfig) -> int:
     return int(config.get_text_config().vocab_size)
 
 
-def short_table(config: PretrainedConfig, tokenizer: Any) -> int | None:
+def short_embedding_table(config: PretrainedConfig, tokenizer: Any) -> int | None:
     """Rows of the table of embeddings if the tokenizer has ids beyond them, else None.
 
-    Such models are common (a padding token that was added and is never met): only a text with such a token is refused.
+    Such models are common (a padding token was added and never occurs), so only a text with such a token is refused.
     """
     rows = embedding_rows(config)
-    added = tokenizer("a").input_ids  # what a template adds need not be in the vocabulary
+    added = tokenizer("a").input_ids  # tokens that a template adds need not be in the vocabulary
     return rows if max([*tokenizer.get_vocab().values(), *added], default=-1) >= rows else None
 
 
@@ -215,7 +217,7 @@ def check_eos(name: str, config: PretrainedConfig, tokenizer: Any) -> None:
         )
 
 
-def save_description(config: PretrainedConfig, tokenizer: Any, folder: Path) -> None:
+def save_config_and_tokenizer(config: PretrainedConfig, tokenizer: Any, folder: Path) -> None:
     """Write config and tokenizer where every worker reads them, whatever the weights' format."""
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

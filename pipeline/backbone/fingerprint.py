@@ -1,4 +1,4 @@
-"""What a prompt belongs to: a digest of the model's config, tokenizer, weights and quantisation."""
+"""The backbone's fingerprint, which says where a prompt belongs: config, tokenizer, weights and quantisation."""
 
 import hashlib
 from typing import Any
@@ -13,7 +13,7 @@ QUANTIZATION = {"int8": "int8 rows absmax", "full": "none"}
 
 
 def weights_setting(backbone: BackboneId) -> str:
-    """The setting `model.weights` under which a backbone is this one."""
+    """The value of the setting `model.weights` that gives this backbone."""
     return next(setting for setting, name in QUANTIZATION.items() if name == backbone.quantization)
 
 

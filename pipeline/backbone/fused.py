@@ -1,7 +1,7 @@
 """Parts of a model's layers that run as one kernel each, in place of transformers' modules.
 
-They keep the names of parameters and compute the same; what cannot take a kernel (another device or type, no
-compiler) runs PyTorch's operators as before.
+They keep the names of parameters and compute the same. Where a kernel cannot be used (another device or type, no
+compiler), PyTorch's operators run as before.
 """
 
 from typing import Any
@@ -13,6 +13,7 @@ from torch.nn import functional
 from pipeline.backbone.native import attention as native_attention
 from pipeline.backbone.native import rows as native
 
+# By class name: transformers has a copy of each class in every family's module, without a common parent.
 _RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "T5LayerNorm", "MT5LayerNorm")
 _ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
 _GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
@@ -29,9 +30,10 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., H]` -> `[..., H]`."""
-        if self.kernels and native.serves(x, self.weight):
-            y: Tensor = native.RmsNorm.apply(x, self.weight, self.epsilon)
+        if self.kernels and native.supports(x, self.weight):
+            y: Tensor = native.RmsNormFunction.apply(x, self.weight, self.epsilon)
             return y
+        # Squares overflow in 16 bits; transformers, too, computes norms in float32.
         wide = x.to(torch.float32)
         normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.epsilon)
         return self.weight * normal.to(x.dtype)
@@ -48,8 +50,8 @@ class GatedMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., H]` -> `[..., H]`."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if self.kernels and native.serves(gate, up):
-            inner = native.SiluProduct.apply(gate, up)
+        if self.kernels and native.supports(gate, up):
+            inner = native.SiluProductFunction.apply(gate, up)
         else:
             inner = functional.silu(gate) * up
         y: Tensor = self.down_proj(inner)
@@ -61,13 +63,14 @@ class RotaryAttention(nn.Module):
 
     def __init__(self, usual: nn.Module) -> None:
         super().__init__()
-        self._modules = usual._modules  # one dictionary: layers that are replaced later are so in both
-        self._usual: list[Any] = [usual]  # in a list, so that its parameters are not listed twice
+        self._modules = usual._modules  # one shared dictionary: a layer that is replaced later is replaced in both
+        self._usual: list[Any] = [usual]  # in a list, which hides it from PyTorch: its parameters would be listed twice
         self.kernels = False
 
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **rest: Any) -> Any:
         """`[1, N, H]` -> `[1, N, H]`, and no attention weights."""
-        if not self.kernels or "layout" not in rest or not native.serves(hidden_states):
+        # Without a layout this is no packed run: decoding, say, has its own cache and mask.
+        if not self.kernels or "layout" not in rest or not native.supports(hidden_states):
             return self._usual[0](hidden_states, position_embeddings=position_embeddings, **rest)
         usual = self._usual[0]
         q, k, v = (
@@ -77,7 +80,7 @@ class RotaryAttention(nn.Module):
         if hasattr(usual, "q_norm"):
             q, k = usual.q_norm(q), usual.k_norm(k)
         given = rest["given"]
-        if given:  # [G + N, A', D]
+        if given:  # [G + N, A', D]; their keys are rotated already, which the kernel knows by their number
             k = torch.cat([*(state.keys[usual.layer_idx] for state in given), k])
             v = torch.cat([*(state.values[usual.layer_idx] for state in given), v])
         rotation = rest["layout"].rotation(position_embeddings)
@@ -106,7 +109,7 @@ def _fused(usual: Any) -> nn.Module | None:
 
 
 def use_kernels(model: nn.Module, kernels: bool) -> None:
-    """Whether the model's parts run as compiled kernels from now on, where these serve."""
+    """Set whether the model's parts run as compiled kernels from now on, where these can be used."""
     for module in (model, *model.modules()):
         if module is model or hasattr(module, "kernels"):
             setattr(module, "kernels", kernels)  # noqa: B010 (an attribute of some modules alone)

@@ -1,9 +1,8 @@
-"""What a GGUF file's metadata decides: applied to the configuration, or refused by name.
+"""A GGUF file's metadata that decides the output: it is applied to the configuration, or refused by name.
 
-transformers reads some of the keys and passes over the others. What is applied here stands in the configuration,
-and so in the fingerprint. A key of the architecture that is not known to be harmless is refused: nobody can tell
-from its name what it changes, a warning in a nightly job is read by nobody, and there is a way out, the model's
-safetensors folder.
+transformers reads some of the keys and ignores the others. What is applied here stands in the configuration, and so in
+the fingerprint. A key of the architecture that is not known to be harmless is refused: its name does not say what it
+changes, nobody reads a warning in a nightly job, and there is a way out, the model's safetensors folder.
 """
 
 import logging
@@ -18,7 +17,7 @@ from pipeline.errors import BackboneError
 _log = logging.getLogger(__name__)
 
 ROPE_FACTORS = "rope_freqs.weight"
-"""Llama 3's tensor of what each rotary frequency is divided by."""
+"""Llama 3's tensor of divisors, one for each rotary frequency."""
 
 _APPLIED = {
     "vocab_size",
@@ -57,10 +56,10 @@ _APPLIED_BY = {
     },
 }
 ROTARY_FAMILIES = ("llama", "qwen2", "qwen3")
-"""Those of `general.architecture` that rotate positions; Mistral's files say llama."""
-# Of no account for the next token, or notes of the converter's.
+"""Values of `general.architecture` whose models rotate positions; Mistral's files say llama."""
+# These do not matter for the next token, or are the converter's notes.
 _HARMLESS = {"rope.scaling.finetuned", "tensor_data_layout", "pooling_type"}
-# Keys that change nothing at these values, and much at any other.
+# Keys that change nothing at these values, and much at any other value.
 _OFF: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
@@ -81,7 +80,7 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_log_multiplier": (0,),
     "use_parallel_residual": (False,),
 }
-# Splits of tokenizer.ggml.pre that are GPT-2's, which transformers takes where it does not know the name.
+# Values of tokenizer.ggml.pre that mean GPT-2's split, which transformers uses where it does not know the name.
 _AS_GPT2 = {"gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "mellum", "a.x-4.0"}
 
 
@@ -96,7 +95,7 @@ def check_metadata(path: str) -> None:
 
 
 def complete_config(config: Any, path: str) -> None:
-    """Apply to a configuration that transformers read from a GGUF file what it passed over.
+    """Apply to a configuration what transformers ignored when it read it from a GGUF file.
 
     Raises: BackboneError naming a key or tensor that decides the output and cannot be applied.
     """
@@ -107,8 +106,8 @@ def complete_config(config: Any, path: str) -> None:
         _apply_rope(config, family, values, tensors, path)
 
 
-def remark_on_split(path: str) -> None:
-    """Warn of a byte-level vocabulary whose own split of text is not known, and is replaced by GPT-2's."""
+def warn_of_unknown_split(path: str) -> None:
+    """Warn where a byte-level vocabulary's own split of text is not known and GPT-2's is used in its place."""
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
     metadata, _ = _read(path)
@@ -132,7 +131,7 @@ def _read(path: str) -> tuple[dict[str, Any], tuple[str, ...]]:
 
 
 def _of_family(metadata: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The architecture, and its keys without its name before them."""
+    """The architecture, and its keys without the architecture's name in front."""
     family = str(metadata["general.architecture"])
     start = f"{family}."
     return family, {key.removeprefix(start): value for key, value in metadata.items() if key.startswith(start)}
@@ -146,7 +145,7 @@ def _refuse_other_files(metadata: Mapping[str, Any], path: str) -> None:
         )
     kind = metadata.get("general.type", "model")
     if kind != "model":
-        raise BackboneError(f"{path} holds no model but a thing of the type '{kind}' (general.type); give the model")
+        raise BackboneError(f"{path} holds no model but a '{kind}' (general.type); give the model")
 
 
 def _refuse_unapplied(family: str, key: str, value: Any, path: str) -> None:

@@ -12,15 +12,15 @@ from pipeline.backbone.gguf_metadata import ROPE_FACTORS, ROTARY_FAMILIES
 from pipeline.backbone.weights import WeightSource
 from pipeline.errors import BackboneError
 
-# What llama.cpp itself passes over: frequencies that follow from the metadata, and T5's bias of an attention that
-# has no relative positions.
+# llama.cpp itself ignores these: frequencies that follow from the metadata, and T5's bias of an attention that has no
+# relative positions.
 _UNUSED = re.compile(r"blk\.\d+\.attn_rot_embd\.weight|dec\.blk\.\d+\.cross_attn_rel_b\.weight")
 _TURNED_IN_GPT2 = re.compile(r"blk\.\d+\.(attn_qkv|attn_output|ffn_up|ffn_down)\.weight")
 _NAMED = 3
 
 
 def open_gguf(files: ModelFiles, skeleton: nn.Module) -> WeightSource:
-    """Open a GGUF file's weights; `skeleton` (on the meta device) tells its names from transformers'.
+    """Open a GGUF file's weights; `skeleton` (on the meta device) maps its names to transformers'.
 
     Raises: BackboneError when the file is damaged, or holds a tensor that the model has no place for.
     """

@@ -1,9 +1,8 @@
 """Host the frozen model: whole in one process, or partitioned over ranks by DeepSpeed ZeRO-3.
 
-Beside `full_weights.partitioned`, which trains all weights, the only module that knows DeepSpeed. It hosts the model
-alone, without an optimizer:
-prompts stay outside as small ordinary tensors, so each can have its own optimizer, clipping
-and schedule.
+It is the only module that knows DeepSpeed, beside `full_weights.partitioned`, which trains all weights. ZeRO-3 hosts
+the model alone, without an optimizer. Prompts stay outside as small ordinary tensors, so that each can have its own
+optimizer, clipping and schedule.
 """
 
 import hashlib
@@ -17,18 +16,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from pipeline.backbone.allocator import suit_allocator_to_loading
+from pipeline.backbone.allocator import configure_allocator_for_loading
 from pipeline.backbone.files import Architecture, ModelFiles, architecture_of, embedding_rows
 from pipeline.backbone.fused import use_kernels
 from pipeline.backbone.int8 import set_products
-from pipeline.backbone.loading import Placement, Share, build_skeleton, load_weights, untie_what_is_stored_apart
+from pipeline.backbone.loading import Partition, Placement, build_skeleton, load_weights, untie_separate_weights
 from pipeline.backbone.node_memory import NodeMemory, join_node_memory
 from pipeline.backbone.offload import Keep, on_device
 from pipeline.backbone.weights import open_weights
 
 
 class Hosted(nn.Module):
-    """Runs plain functions of the model inside one `forward`, where ZeRO-3's hooks gather weights."""
+    """Runs plain functions of the model inside one `forward`, since ZeRO-3's hooks gather weights only there."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -76,21 +75,22 @@ class Backbone:
         return self.architecture == "encoder-decoder"
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(model, *args)` with every weight that it touches gathered around its use."""
+        """`function(model, *args)`, with every weight that it touches gathered while it is used."""
         return self.hosted(function, *args)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Input embeddings `[..., H]` in float32 of token ids `[...]`."""
         with torch.no_grad():
-            return self.run(_embed, token_ids.to(self.device)).float()
+            embeddings = self.run(lambda model, ids: model.get_input_embeddings()(ids), token_ids.to(self.device))
+            return embeddings.float()
 
-
-def _embed(model: Any, token_ids: Tensor) -> Tensor:
-    return model.get_input_embeddings()(token_ids)
+    def no_prompt(self) -> Tensor:
+        """`[0, H]`: what stands before rows that have no soft prompt."""
+        return torch.zeros(0, self.hidden_size, device=self.device)
 
 
 def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
-    """The type of activations: as set, or by `auto` float32 on a CPU and bfloat16 on a GPU."""
+    """The type of activations: as set; `auto` means float32 on a CPU and bfloat16 on a GPU."""
     if setting == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype = getattr(torch, setting)
@@ -113,65 +113,71 @@ def host_backbone(
 ) -> Backbone:
     """Load the frozen model: whole into this process, or partitioned over all ranks of torch.distributed.
 
-    `products` (`exact`, `int8` or `int8_forward`, see `int8.set_products`) tells how int8 layers multiply,
-    `kernels` whether parts of the layers run as compiled kernels where these serve (`native`).
+    `products` (`exact`, `int8` or `int8_forward`, see `int8.set_products`) tells how int8 layers multiply.
+    `kernels` tells whether parts of the layers run as compiled kernels where these can be used (`native`).
     `keep` tells where weights stay between uses (`offload`), by default on the device. `share_memory` lets ranks on
     CPUs of one machine read each other's parts directly (`node_memory`).
-    Sharded, no rank ever holds the whole model, nor a whole matrix: it reads and quantises its own part.
+    With `sharded`, no rank ever holds the whole model, nor a whole matrix: it reads and quantises its own part.
     Raises: BackboneError when weights are damaged or missing.
     """
     model = build_skeleton(config, int8, dtype)
     set_products(model, products, device)
     use_kernels(model, kernels)
     source = open_weights(files, model)
-    untie_what_is_stored_apart(model, source)
+    # Before weights are loaded and partitioned: afterwards a tied parameter is one partition.
+    untie_separate_weights(model, source)
     if not sharded:
-        load_weights(model, source, dtype, placed_whole(device, keep or on_device(device)))
+        load_weights(model, source, dtype, whole_placement(device, keep or on_device(device)))
         return Backbone(config, Hosted(model), device, dtype)
     start_deepspeed(device)
     import deepspeed
 
     zero = zero_settings(int(config.hidden_size))
-    suit_allocator_to_loading()
+    configure_allocator_for_loading()
+    # On GPUs NCCL is faster than main memory, and offloaded weights have their own place.
     node = join_node_memory() if share_memory and keep is None and device.type == "cpu" else None
     keep = keep or (node.keep if node else on_device(device))
     traffic = Traffic()
-    gather_by(node, traffic)
-    load_weights(model, source, dtype, placed_in_parts(zero, dtype, device, keep))
-    dist.barrier()  # what others hold may be read from here on
+    set_gather(node, traffic)
+    load_weights(model, source, dtype, zero3_placement(zero, dtype, device, keep))
+    dist.barrier()  # from here on every rank's part is there, and others may read it
     hosted = Hosted(model)
-    # One gather for a whole transformer layer instead of one for each of its matrices.
+    # One gather for a whole transformer layer, in place of one for each of its matrices.
     deepspeed.utils.set_z3_leaf_modules(hosted, layer_types(model))
+    # The engine installs the hooks that gather and release. Its own `forward` and `step` are for training: unused.
     engine, *_ = deepspeed.initialize(model=hosted, config=zero)
     return Backbone(config, engine.module, device, dtype, traffic)
 
 
-def placed_whole(device: torch.device, keep: Keep) -> Placement:
+def whole_placement(device: torch.device, keep: Keep) -> Placement:
+    """Each tensor whole in this process, where `keep` puts it."""
+
     def parameter(piece: Tensor, shape: torch.Size) -> nn.Parameter:
         return nn.Parameter(keep(piece).view(shape), requires_grad=False)
 
-    return Placement(Share(), parameter, lambda scale: scale, lambda module: _move_buffers(module, device))
+    return Placement(Partition(), parameter, lambda scale: scale, lambda module: _move_buffers(module, device))
 
 
-def placed_in_parts(zero: dict[str, Any], dtype: torch.dtype, device: torch.device, keep: Keep) -> Placement:
+def zero3_placement(zero: dict[str, Any], dtype: torch.dtype, device: torch.device, keep: Keep) -> Placement:
     """Give DeepSpeed each rank's partition as it is.
 
-    Its own way, `zero.Init(module=…)`, takes the whole tensor on every rank and broadcasts it first.
+    DeepSpeed's own way, `zero.Init(module=…)`, takes the whole tensor on every rank and broadcasts it first.
     """
     import deepspeed
     from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, free_param
 
     init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=zero, dtype=dtype)
-    share = Share(dist.get_rank(), dist.get_world_size())
+    partition = Partition(dist.get_rank(), dist.get_world_size())
 
     def parameter(piece: Tensor, shape: torch.Size) -> nn.Parameter:
-        # DeepSpeed asks for the whole shape; one entry of memory stands behind it.
+        # DeepSpeed asks for a tensor of the whole shape; `expand` gives one with a single entry of memory.
         whole = nn.Parameter(piece.new_empty(1, device=device).expand(shape), requires_grad=False)
         init._convert_to_deepspeed_param(whole)
-        partition: Any = keep(piece)
-        partition.ds_numel, partition.final_location = len(piece), None
-        partition.status = PartitionedParamStatus.AVAILABLE
-        whole.ds_tensor, whole.ds_numel_aligned = partition, len(piece) * share.ranks  # type: ignore[attr-defined]
+        # From here on these are the fields that DeepSpeed's own partitioning would have set.
+        held: Any = keep(piece)
+        held.ds_numel, held.final_location = len(piece), None
+        held.status = PartitionedParamStatus.AVAILABLE
+        whole.ds_tensor, whole.ds_numel_aligned = held, len(piece) * partition.ranks  # type: ignore[attr-defined]
         free_param(whole)
         return whole
 
@@ -180,11 +186,14 @@ def placed_in_parts(zero: dict[str, Any], dtype: torch.dtype, device: torch.devi
         dist.all_reduce(scale)
         return scale
 
-    return Placement(share, parameter, sum_over_ranks, lambda module: _move_buffers(module, device))
+    return Placement(partition, parameter, sum_over_ranks, lambda module: _move_buffers(module, device))
 
 
-def gather_by(node: NodeMemory | None, traffic: Traffic) -> None:
-    """Set how DeepSpeed gathers in this process, and count it."""
+def set_gather(node: NodeMemory | None, traffic: Traffic) -> None:
+    """Set how DeepSpeed gathers in this process, and count what it gathers.
+
+    It replaces a private function of DeepSpeed, since there is no setting for it.
+    """
     import deepspeed
     from deepspeed.runtime.zero import partition_parameters
 
@@ -202,7 +211,7 @@ def gather_by(node: NodeMemory | None, traffic: Traffic) -> None:
 
 @dataclass(frozen=True)
 class _Gathering:
-    """What DeepSpeed waits for."""
+    """The handle that DeepSpeed waits on after it asked for a gather."""
 
     parts: Sequence[Any]
 
@@ -212,7 +221,10 @@ class _Gathering:
 
 
 def _gather_in_place(partition: Tensor, whole: Tensor, group: Any = None) -> _Gathering:
-    """Each rank's partition straight to its place: gloo's own all-gather makes a second tensor as large as `whole`."""
+    """Broadcast each rank's partition straight into its place in `whole`.
+
+    gloo's own all-gather makes a second tensor as large as `whole`.
+    """
     places = whole.chunk(dist.get_world_size(group))
     places[dist.get_rank(group)].copy_(partition)
     sources = range(len(places)) if group is None else dist.get_process_group_ranks(group)
@@ -228,42 +240,45 @@ def _move_buffers(module: nn.Module, device: torch.device) -> None:
 
 
 def layer_types(model: nn.Module) -> list[type[nn.Module]]:
+    """The classes of the model's transformer layers, which every family keeps in a `ModuleList`."""
     return list({type(layers[0]) for layers in model.modules() if isinstance(layers, nn.ModuleList) and len(layers)})
 
 
 def zero_settings(hidden_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a frozen model under ZeRO-3."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {
             "stage": 3,
             # Norms and biases stay on every rank; every matrix is partitioned.
             "stage3_param_persistence_threshold": 2 * hidden_size,
-            # Training and evaluation walk the model differently, which breaks prefetching's trace.
+            # Prefetching follows a recorded order of layers; training and evaluation walk the model differently.
             "stage3_prefetch_bucket_size": 0,
             "stage3_max_reuse_distance": 0,
-            # Matrix by matrix into its own memory; by default they are gathered side by side, and then copied.
+            # Each matrix is gathered into its own memory; by default they come side by side and are then copied.
             "stage3_allgather_sequential": True,
         },
-        # The CPU backend would report every step.
+        # Never: the CPU backend would report every step.
         "steps_per_print": 10**9,
     }
 
 
 def start_deepspeed(device: torch.device) -> None:
-    """Import it and let it join the ranks: seconds, that are no part of loading. Doing it again costs nothing."""
+    """Import DeepSpeed and let it join the ranks. It takes seconds the first time, and nothing after that."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     import deepspeed.ops
 
-    # On a CPU DeepSpeed would compile a shared-memory all-reduce at start (a minute, and a C++
-    # compiler), which this project never calls.
+    # On a CPU DeepSpeed would compile a shared-memory all-reduce at start, which this project never calls. That takes
+    # a minute and a C++ compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
 
 
 def held_bytes(backbone: Backbone) -> dict[str, int]:
     """Bytes that this rank holds between calls, by type of number, hidden attributes included."""
+    # By storage, since tied parameters and views share one.
     seen: dict[int, Tensor] = {}
     for module in backbone.hosted.modules():
         for value in [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]:

@@ -1,24 +1,25 @@
-"""Layers whose frozen matrix is int8: what lets ZeRO-3 partition it as int8.
+"""Layers whose frozen matrix is an int8 parameter, so that ZeRO-3 partitions it as int8.
 
 bitsandbytes' own `Linear8bitLt` keeps its matrix in attributes that ZeRO cannot see, so every
 rank would hold all of it. Here the matrix is an ordinary int8 parameter, quantised row by row
 with bitsandbytes' function (absmax of each output row, Dettmers et al. 2022, without outliers).
 
-Two kinds of product, both row-independent (so trials in one batch cannot touch each other):
+There are two kinds of product. Both treat each row by itself, so that trials in one batch cannot touch each other:
 
-- exact: activations in their own type times the matrix converted on the fly, with an exact gradient;
-- int8: activations, too, are quantised row by row as they come, and whole numbers are multiplied; in the
-  backward pass the gradient likewise, its scales folded in ("SwitchBack", Wortsman et al. 2023). Since weights
-  are frozen there is no weight gradient, so that every large product is in int8. The backward pass alone can be exact.
+- exact: activations in their own type are multiplied by the matrix, which is converted on the fly; the gradient is
+  exact, too;
+- int8: activations are quantised row by row as well, and whole numbers are multiplied. The backward pass does the same
+  with the gradient, its scales folded in ("SwitchBack", Wortsman et al. 2023). Weights are frozen and have no gradient,
+  so every large product is in int8. The backward pass alone can be exact.
 
-Nothing is stored for the backward pass but a reference.
+Nothing but a reference to the matrix is stored for the backward pass.
 """
 
 import copy
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +30,11 @@ from torch.utils._pytree import tree_map_only
 
 from pipeline.backbone.native import rows as native
 
-_LEVELS = 127.0
+_LEVELS = 127.0  # -128 is left out, so that the scale is the same for both signs
 _SMALLEST = 1e-30
-"""Stands for the largest of a row of zeros."""
+"""Stands for the absolute maximum of a row of zeros, which could not be divided by."""
 _FEWEST_CUDA_ROWS = 16
-"""`torch._int_mm` wants more rows than these on CUDA."""
+"""`torch._int_mm` needs more rows than this on CUDA."""
 _CHUNK = 2**20
 """Weights that are quantised at a time."""
 CONVERTED_AT_ONCE = 2**23
@@ -61,13 +62,13 @@ class Int8Linear(nn.Module):
         self.exact_backward = False
         """Whether int8 products forward have an exact gradient."""
         self.kernels = False
-        """Whether what surrounds the int8 product runs as compiled kernels, where these serve."""
+        """Whether what surrounds the int8 product runs as compiled kernels, where these can be used."""
         self.register_buffer("scale", _unknown_scale(weight), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., I]` of any float type -> `[..., O]` of the same type."""
         if self.int8_products:
-            kernels = self.kernels and native.serves(x, self.scale)
+            kernels = self.kernels and native.supports(x, self.scale)
             y = _Int8Product.apply(x, *_quantized(x, kernels), self.weight, self.scale, kernels, self.exact_backward)
         else:
             y = _ExactProduct.apply(x, self.weight, self.scale)
@@ -80,11 +81,11 @@ class Int8Linear(nn.Module):
 class Int8Embedding(nn.Module):
     """A table `[V, H]` frozen in int8, with one float32 scale a token; may share its table with the output layer.
 
-    An embedding that does more than to look up rows (that scales or norms them) goes on doing so.
+    An embedding that does more than look up rows (it may scale or norm them) goes on doing so.
     """
 
     USUAL = "usual"
-    """Name of the embedding in whose place this one stands, if that has a forward of its own."""
+    """Attribute that holds the embedding which this one replaces, if that has a forward of its own."""
 
     scale: Tensor
 
@@ -102,7 +103,7 @@ class Int8Embedding(nn.Module):
         """Token ids `[...]` -> embeddings `[..., H]`."""
         if self.usual is None:
             return _embedded(token_ids, self.weight, self.scale, self.dtype)
-        # A copy for this call, since threads share the module: it sees the table as one of floats.
+        # A copy for this call, since threads share the module. The copy sees the table as one of floats.
         usual = copy.copy(self.usual)
         usual._parameters = {**usual._parameters, "weight": _FloatTable(self.weight, self.scale, self.dtype)}  # type: ignore[dict-item]
         rows: Tensor = usual.forward(token_ids)
@@ -115,7 +116,7 @@ def _embedded(token_ids: Tensor, table: Tensor, scale: Tensor, dtype: torch.dtyp
 
 
 class _FloatTable(Tensor):
-    """An int8 table that is a float one to whoever uses it: rows that are looked up become float, and only those."""
+    """An int8 table that looks like a float one: only the rows that are looked up become float."""
 
     _table: Tensor
     _scale: Tensor
@@ -144,16 +145,19 @@ def empty_int8(rows: int, columns: int) -> nn.Parameter:
 
 
 def _unknown_scale(weight: nn.Parameter) -> Tensor:
-    # A buffer: DeepSpeed would cast a float32 parameter to bf16 without a word.
+    # A buffer and no parameter: DeepSpeed would cast a float32 parameter to bf16 without a word.
     return torch.empty(weight.shape[0], dtype=torch.float32, device="meta")
 
 
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_matrix(weight: Tensor) -> tuple[Tensor, Tensor]:
     """W `[O, I]` of any float type -> (int8 `[O, I]`, float32 scale `[O]`) with W ≈ int8 x scale, row by row."""
     quantized = native.quantize_weights(weight)
     if quantized is not None:
         return quantized[0], quantized[1] / _LEVELS
-    int8_vectorwise_quant = _of_bitsandbytes()
+    # It takes seconds to import, and warns then of a kernel for 4 bits, which is not used here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from bitsandbytes.functional import int8_vectorwise_quant
+
     rows, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(weight.shape[0])
     # Some rows at a time: bitsandbytes makes several float copies of what it quantises.
     step = max(1, _CHUNK // weight.shape[1])
@@ -164,20 +168,13 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return rows, scale
 
 
-def _of_bitsandbytes() -> Callable[..., tuple[Tensor, Tensor, Any]]:
-    # It takes seconds to import, and warns then of a kernel for 4 bits, which is not used here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from bitsandbytes.functional import int8_vectorwise_quant
-
-    return int8_vectorwise_quant
-
-
 class _ExactProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        # A reference to the parameter, not its data: ZeRO-3 releases the data after this
-        # layer and gathers it again behind the same object before this layer's backward.
+        # A reference to the parameter, not `save_for_backward`, which would keep its data: ZeRO-3 releases the data
+        # after this layer, and gathers it again behind the same object before this layer's backward.
         ctx.weight, ctx.scale = weight, scale
+        # Some rows at a time, so that the whole matrix is never there in float.
         parts = [x @ part.to(x.dtype).t() for part in _some_rows(weight)]
         return ((parts[0] if len(parts) == 1 else torch.cat(parts, -1)) * scale).to(x.dtype)
 
@@ -187,6 +184,7 @@ class _ExactProduct(torch.autograd.Function):
 
 
 def _exact_gradient(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    # Row scales of W belong to the gradient's columns, so they are folded in before the product.
     scaled = (grad * scale).to(grad.dtype)
     parts = _some_rows(weight)
     columns = scaled.split([len(part) for part in parts], -1)
@@ -220,7 +218,9 @@ class _Int8Product(torch.autograd.Function):
         (grad,), others = grads, (None,) * 6
         if ctx.exact_backward:
             return _exact_gradient(grad, ctx.weight, ctx.scale), *others
-        kernels = ctx.kernels and native.serves(grad)
+        kernels = ctx.kernels and native.supports(grad)
+        # The scale of W's rows first: each column of the gradient has another one, which could not be taken out after
+        # the sum over columns.
         rows, row_scale = _quantize(grad.flatten(0, -2), kernels, ctx.scale)
         dx = _rescale(_multiply(rows, ctx.weight), row_scale, None, kernels)
         return dx.view(*grad.shape[:-1], -1).to(grad.dtype), *others
@@ -234,11 +234,14 @@ class _Quantized:
     scale: Tensor
 
 
+# Query, key and value projections follow each other on the same activations, which are quantised once for all three.
+# One entry a thread is enough, and a weak reference keeps no activations alive.
 _last = threading.local()
 
 
 def _quantized(x: Tensor, kernels: bool) -> tuple[Tensor, Tensor]:
     """X `[..., I]` in int8, `[N, I]` and `[N, 1]`; once for layers that follow each other on the same activations."""
+    # The version counts changes in place, after which the same object holds other numbers.
     last: _Quantized | None = getattr(_last, "activations", None)
     if last is None or last.of() is not x or last.version != x._version:
         rows, scale = _quantize(x.detach().flatten(0, -2), kernels)
@@ -249,10 +252,10 @@ def _quantized(x: Tensor, kernels: bool) -> tuple[Tensor, Tensor]:
 def _quantize(x: Tensor, kernels: bool, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """X `[N, I]`, times `columns` `[I]` -> (int8 `[N, I]`, float32 scale `[N, 1]`).
 
-    A row that is not finite stays so by its scale.
+    The scale of a row that is not finite is not finite either, so that the product is not.
     """
     if kernels:
-        return native.quantize_rows(x, columns)
+        return native.quantize_activations(x, columns)
     x = x.float() if columns is None else x * columns
     scale = x.abs().amax(-1, keepdim=True).clamp_min_(_SMALLEST) / _LEVELS
     return (x / scale).round_().to(torch.int8), scale
@@ -262,7 +265,7 @@ def _rescale(product: Tensor, row_scale: Tensor, columns: Tensor | None, kernels
     """Int32 `[N, O]` -> float32 `[N, O]`."""
     if kernels:
         return native.rescale(product, row_scale, columns)
-    # In place and in float: torch is many times slower where types are mixed.
+    # In place and in float: torch is many times slower with mixed types.
     y = product.float()
     return (y if columns is None else y.mul_(columns)).mul_(row_scale)
 
@@ -282,11 +285,11 @@ def multiplies_int8_fast(device: torch.device) -> bool:
 
 
 def set_products(model: nn.Module, setting: str, device: torch.device) -> None:
-    """How the model's int8 layers multiply from now on: `int8`, `int8_forward` (the gradient is exact) or `exact`.
+    """Set how the model's int8 layers multiply: `int8`, `int8_forward` (the gradient is exact) or `exact`.
 
-    The output layer stays exact: one large entry of a token's gradient over the vocabulary would leave the others
-    no bits (measured on SmolLM2: the prompt's gradient then points elsewhere, cosine 0.2 to 0.5). cuBLAS takes int8
-    matrices whose sides are multiples of 8; a layer with others stays exact there.
+    The output layer stays exact. One large entry of a token's gradient over the vocabulary would leave the others no
+    bits: measured on SmolLM2, the prompt's gradient then points elsewhere (cosine 0.2 to 0.5). cuBLAS takes int8
+    matrices whose sides are multiples of 8, so on a GPU a layer with other sides stays exact.
     """
     output = getattr(model, "get_output_embeddings", lambda: None)()
     assert setting in ("int8", "int8_forward", "exact"), setting

@@ -1,4 +1,7 @@
-"""Build the frozen model leaf by leaf: read this rank's rows of a tensor, quantise them, hand them to their host."""
+"""Build the frozen model module by module: read this rank's rows of a tensor, quantise them, hand them to their host.
+
+No rank ever holds the whole model, so `from_pretrained` cannot be used: it loads first and partitions afterwards.
+"""
 
 import copy
 import re
@@ -13,17 +16,17 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.backbone.files import FAMILIES
 from pipeline.backbone.fused import fuse
-from pipeline.backbone.int8 import Int8Embedding, Int8Linear, empty_int8, quantize_rows
-from pipeline.backbone.weights import WeightSource, first_name, stored_alike, stored_name
+from pipeline.backbone.int8 import Int8Embedding, Int8Linear, empty_int8, quantize_matrix
+from pipeline.backbone.weights import WeightSource, require_stored_name, same_bytes, stored_name
 from pipeline.errors import BackboneError
 
 _CHUNK = 2**18
-"""Weights that are read at a time: they stay in the processor's cache until they are quantised."""
+"""Weights that are read at a time: so few stay in the processor's cache until they are quantised."""
 
 
 @dataclass(frozen=True)
-class Share:
-    """What a rank holds of every tensor: one of `ranks` equal pieces of it, flattened, as ZeRO-3 partitions it."""
+class Partition:
+    """What a rank holds of every tensor: one of `ranks` equal pieces of the flattened tensor, as ZeRO-3 cuts it."""
 
     rank: int = 0
     ranks: int = 1
@@ -33,34 +36,35 @@ class Share:
         return -(-numel // self.ranks)
 
     def span(self, numel: int) -> tuple[int, int]:
-        """First entry in, first entry out."""
+        """First entry of this rank's piece, and first entry behind it."""
         size = self.size(numel)
         return min(self.rank * size, numel), min((self.rank + 1) * size, numel)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where weights go as they come."""
+    """Where weights go as they are read: the choice between one process and ZeRO-3."""
 
-    share: Share
+    partition: Partition
     parameter: Callable[[Tensor, torch.Size], nn.Parameter]
     """This rank's piece of a tensor, and the tensor's shape -> what stands for the tensor in its module."""
     sum_over_ranks: Callable[[Tensor], Tensor]
     finish: Callable[[nn.Module], None]
-    """Told of every module once its tensors are there."""
+    """Called with every module once its tensors are there."""
 
 
 def build_skeleton(config: PretrainedConfig, int8: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model on the meta device (no memory), its matrices replaced by int8 ones if asked for.
 
-    Buffers alone are there already, as transformers makes them for a model in `dtype`.
+    Only buffers hold data already, as transformers makes them for a model in `dtype`.
     """
+    # int8 layers replace modules before there is any data, so that float matrices never exist.
     auto = AutoModelForCausalLM if FAMILIES[config.model_type] == "decoder-only" else AutoModelForSeq2SeqLM
     # A copy: transformers notes `dtype` in the config that it is given.
     own = copy.deepcopy(config)
     with torch.device("meta"):
         model: PreTrainedModel = auto.from_config(own, attn_implementation="sdpa", dtype=dtype, trust_remote_code=False)
-    model.eval().requires_grad_(False)  # eval: dropout would make ranks disagree
+    model.eval().requires_grad_(False)  # eval: dropout would make ranks disagree, and a frozen model has no use for it
     _make_buffers(model, model)
     fuse(model)
     if int8:
@@ -68,42 +72,43 @@ def build_skeleton(config: PretrainedConfig, int8: bool, dtype: torch.dtype = to
     return model
 
 
-def untie_what_is_stored_apart(model: nn.Module, source: WeightSource) -> None:
-    """Give a tied parameter that the source stores under two names, with different values, one for each.
+def untie_separate_weights(model: nn.Module, source: WeightSource) -> None:
+    """Untie a tied parameter that the source stores under two names with different values.
 
-    transformers ties T5's output layer to its embedding whatever the checkpoint says, and unties them in
-    `from_pretrained` by the same rule; T5 1.1 and the LM-adapted checkpoints need it.
+    transformers ties T5's output layer to its embedding whatever the checkpoint says, and `from_pretrained` unties them
+    by the same rule. T5 1.1 and the LM-adapted checkpoints need it.
     """
     prefix = str(model.base_model_prefix)
     for names in _names_by_parameter(model).values():
         there = {name: stored for name in names if (stored := stored_name(source, name, prefix)) is not None}
         first, *others = there or [""]
         for name in others:
-            if not stored_alike(source, there[name], there[first]):
+            if not same_bytes(source, there[name], there[first]):
                 module_name, _, key = name.rpartition(".")
                 module = model.get_submodule(module_name)
                 module._parameters[key] = nn.Parameter(torch.empty_like(model.get_parameter(name)), requires_grad=False)
 
 
 def load_weights(model: nn.Module, source: WeightSource, dtype: torch.dtype, placement: Placement) -> None:
-    """Give every parameter of a skeleton its data, in `dtype` or int8, leaf by leaf, and what buffers are stored.
+    """Give every parameter of a skeleton its data, in `dtype` or int8, and load the buffers that are stored.
 
-    A rank reads and quantises only the rows that it holds a piece of; scales of int8 rows are whole on every rank.
-    The most that is held beyond the rank's own share is some rows as stored and once converted; of a tensor that
-    cannot be read by rows, the tensor.
+    A rank reads and quantises only the rows that it holds a piece of; every rank has the scales of all int8 rows.
+    Beyond its own piece a rank holds at most some rows, as stored and once converted, or one whole tensor where the
+    source cannot read rows.
     Raises: BackboneError when a tensor is missing or has another shape.
     """
     names = _names_by_parameter(model)
     prefix = str(model.base_model_prefix)
     _load_buffers(model, source)
     loaded: dict[int, _Loaded] = {}
+    # Children before parents: `finish` then sees a module whose whole subtree is loaded.
     for module in _leaves_first(model):
         for key, parameter in list(module._parameters.items()):
             if parameter is None:
                 continue
             if id(parameter) not in loaded:
-                rows = _rows_of(module, parameter, source, first_name(source, names[id(parameter)], prefix))
-                piece, scale = _read_share(rows, parameter, dtype, placement)
+                rows = _rows_of(module, parameter, source, require_stored_name(source, names[id(parameter)], prefix))
+                piece, scale = _read_partition(rows, parameter, dtype, placement)
                 loaded[id(parameter)] = _Loaded(placement.parameter(piece, parameter.shape), scale, parameter)
             # A tied parameter stays one object; each of its layers has the scale.
             entry = loaded[id(parameter)]
@@ -118,18 +123,19 @@ class _Loaded:
     parameter: nn.Parameter
     scale: Tensor | None
     skeleton: nn.Parameter
-    """Kept, so that its id stays unique."""
+    """Kept, so that no other object gets its id."""
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """A stored tensor, to be read by rows."""
+    """A stored tensor that is read by rows."""
 
     read: Callable[[int, int], Tensor]
     at_a_time: int
 
 
 def _rows_of(module: nn.Module, parameter: nn.Parameter, source: WeightSource, name: str) -> _Rows:
+    # GPT-2's `Conv1D` stores `[I, O]`: a row of the layer is a column of the file, so the tensor is read as a whole.
     turned = getattr(module, "stored_transposed", False) and parameter.dim() == 2
     stored = source.shape(name)
     shape = stored[::-1] if turned else stored
@@ -149,14 +155,15 @@ def _other_shape(source: WeightSource, name: str, stored: Sequence[int], wanted:
     )
 
 
-def _read_share(
+def _read_partition(
     rows: _Rows, parameter: nn.Parameter, dtype: torch.dtype, placement: Placement
 ) -> tuple[Tensor, Tensor | None]:
     """This rank's piece, flat and padded with zeros, and the scales of all rows if the parameter is int8."""
+    # A piece may begin and end within a row; a row is quantised as a whole by each rank that holds some of it.
     int8 = parameter.dtype == torch.int8
-    share, numel, width = placement.share, parameter.numel(), parameter.numel() // len(parameter)
-    start, stop = share.span(numel)
-    size = share.size(numel)
+    partition, numel, width = placement.partition, parameter.numel(), parameter.numel() // len(parameter)
+    start, stop = partition.span(numel)
+    size = partition.size(numel)
     piece = torch.empty(size, dtype=torch.int8 if int8 else dtype)
     piece[stop - start :] = 0
     scale = torch.zeros(len(parameter))
@@ -165,12 +172,12 @@ def _read_share(
         last = min(first + rows.at_a_time, last_row)
         part = rows.read(first, last)
         if int8:
-            part, scale[first:last] = quantize_rows(part)
+            part, scale[first:last] = quantize_matrix(part)
         into, out_of = max(start, first * width), min(stop, last * width)
         piece[into - start : out_of - start] = part.reshape(-1)[into - first * width : out_of - first * width]
     if not int8:
         return piece, None
-    # A row that two ranks share counts once: for the one that has its beginning.
+    # Scales are summed over ranks, so one rank alone may count a row that two share: the one with its beginning.
     scale[: -(-start // width)] = 0
     return piece, placement.sum_over_ranks(scale)
 
@@ -182,7 +189,7 @@ def _replace_matrices(model: nn.Module, dtype: torch.dtype) -> None:
 
     def int8_of(weight: Tensor, transposed: bool = False) -> nn.Parameter:
         rows, columns = reversed(weight.shape) if transposed else weight.shape
-        # The old parameter is kept beside the new one, so that its id stays unique.
+        # The old parameter is kept beside the new one, so that no other object gets its id.
         return replaced.setdefault(id(weight), (weight, empty_int8(rows, columns)))[1]
 
     for parent in list(model.modules()):
@@ -196,7 +203,7 @@ def _replace_matrices(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def stored_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """The buffers that a checkpoint stores, by its names for them: each one's module and its key there."""
+    """The buffers that a checkpoint stores: checkpoint name -> (module, key in the module)."""
     return {
         _name_in_checkpoint(f"{path}.{key}" if path else key): (module, key)
         for path, module in model.named_modules()
@@ -213,7 +220,7 @@ def _load_buffers(model: Any, source: WeightSource) -> None:
             stored_name(source, name, model.base_model_prefix) is None
         ):
             continue
-        stored, buffer = source.read(first_name(source, [name], model.base_model_prefix)), module._buffers[key]
+        stored, buffer = source.read(require_stored_name(source, [name], model.base_model_prefix)), module._buffers[key]
         assert buffer is not None
         if stored.shape != buffer.shape:
             raise _other_shape(source, name, stored.shape, buffer.shape)
@@ -229,7 +236,7 @@ def _names_by_parameter(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _name_in_checkpoint(name: str) -> str:
-    # What stands in an embedding that was replaced stands one place deeper in memory.
+    # `Int8Embedding` holds the embedding that it replaced, so names in memory have one part more than in the file.
     return name.replace(f".{Int8Embedding.USUAL}.", ".")
 
 
@@ -240,9 +247,9 @@ def _leaves_first(module: nn.Module) -> list[nn.Module]:
 
 @torch.no_grad()
 def _make_buffers(module: nn.Module, model: PreTrainedModel) -> None:
-    """Compute buffers as `from_pretrained` does: by the `_init_weights` of the model that is next above each.
+    """Compute buffers as `from_pretrained` does: by the `_init_weights` of the nearest model above each of them.
 
-    While the parameters are on the meta device, what that does to them is nothing.
+    Parameters are on the meta device meanwhile, so it changes nothing in them.
     """
     model = module if isinstance(module, PreTrainedModel) else model
     for child in module.children():

@@ -1,4 +1,4 @@
-"""How much memory a rank will need: counted from the model's shapes, before anything is loaded."""
+"""How much memory a rank will need, counted from the model's shapes before anything is loaded."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from pipeline.backbone.int8 import CONVERTED_AT_ONCE
-from pipeline.backbone.loading import build_skeleton, untie_what_is_stored_apart
+from pipeline.backbone.loading import build_skeleton, untie_separate_weights
 from pipeline.backbone.weights import WeightSource
 
 # Imported libraries and the allocator, as measured on an idle rank.
@@ -19,11 +19,11 @@ class MemoryEstimate:
     """Bytes on one rank."""
 
     parameters: int
-    """Of the whole model: a count, not bytes."""
+    """Number of parameters of the whole model; a count, not bytes."""
     weights: int
     """Held between calls: this rank's part of every matrix, and the small parameters whole."""
     gathered: int
-    """The largest layer, gathered from all ranks, and what of a matrix is converted for its product."""
+    """The largest layer, gathered from all ranks, and the part of a matrix that is converted at a time."""
     activations: int
     """Kept for the backward pass of one micro-batch."""
 
@@ -47,11 +47,11 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """An upper estimate, within a factor of about two, of what a rank needs in training.
 
-    `source` tells whether a checkpoint stores apart what transformers would tie.
+    `source` says whether a checkpoint stores separately what transformers would tie.
     """
     skeleton = build_skeleton(config, int8)
     if source is not None:
-        untie_what_is_stored_apart(skeleton, source)
+        untie_separate_weights(skeleton, source)
     size = dtype.itemsize
     whole = 2 * int(config.hidden_size)  # up to here a parameter stays on every rank, see host.py
     parameters = list(skeleton.parameters())
@@ -60,7 +60,8 @@ def estimate_memory(
     converted = max((min(p.numel(), CONVERTED_AT_ONCE) for p in parameters if p.dtype == torch.int8), default=0)
     hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
     inner = int(getattr(config, "intermediate_size", None) or getattr(config, "d_ff", None) or 4 * hidden)
-    # Norms, projections, residuals and the feed-forward's two branches; logits at a quarter of the positions.
+    # A layer keeps norms, projections, residuals and the feed-forward's two branches. Logits are assumed at a quarter
+    # of the positions.
     layer = 10 * hidden + 4 * inner
     activations = tokens_per_microbatch * (layers * layer * size + int(config.vocab_size) * 8 // 4)
     return MemoryEstimate(

@@ -1,4 +1,4 @@
-"""What a prompt says, in words: the vocabulary's tokens nearest to each row (Lester et al. 2021, section 7).
+"""Tokens of the vocabulary that are nearest to each row of a prompt (Lester et al. 2021, section 7).
 
 Shapes: P prompt tokens, H hidden, V vocabulary.
 """
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from pipeline.backbone.files import ModelFiles, find_model, read_config, read_tokenizer
 from pipeline.backbone.loading import build_skeleton
-from pipeline.backbone.weights import first_name, open_weights
+from pipeline.backbone.weights import open_weights, require_stored_name
 from pipeline.errors import BankError
 
 _ROWS_AT_ONCE = 2**14
@@ -19,8 +19,8 @@ _ROWS_AT_ONCE = 2**14
 def nearest_tokens(model: str, prompt: np.ndarray, count: int = 5) -> list[list[tuple[str, float]]]:
     """For each row of a prompt `[P, H]` the `count` nearest tokens, as the vocabulary writes them, nearest first.
 
-    The number beside a token is the cosine of its input embedding and the row, in [-1, 1]. The model (a
-    folder, hub name, .gguf file or packaged name) is not loaded: one tensor of it is read.
+    The number beside a token is the cosine similarity of its input embedding and the row, in [-1, 1]. The model (a
+    folder, hub name, .gguf file or packaged name) is not loaded: only one tensor of it is read.
     Raises: BankError when the prompt's rows do not have the model's hidden size, BackboneError.
     """
     files = find_model(model)
@@ -45,4 +45,4 @@ def read_input_embeddings(files: ModelFiles) -> Tensor:
     table = skeleton.get_input_embeddings().weight  # type: ignore[operator]
     names = [name for name, tensor in skeleton.named_parameters(remove_duplicate=False) if tensor is table]
     source = open_weights(files, skeleton)
-    return source.read(first_name(source, names, skeleton.base_model_prefix))  # type: ignore[arg-type]
+    return source.read(require_stored_name(source, names, skeleton.base_model_prefix))  # type: ignore[arg-type]

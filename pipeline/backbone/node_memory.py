@@ -1,7 +1,7 @@
 """Ranks of one machine read each other's weights from memory, where gloo would send them through a socket.
 
-Frozen weights make it simple: a piece is written once, before anybody reads it, so that nobody ever waits for another
-rank. What is read is copied by the system and never mapped: a rank's resident memory stays its own pieces.
+Frozen weights make this simple. A piece is written once, before anybody reads it, so no rank ever waits for another.
+The system copies what is read, and nothing is mapped: a rank's resident memory holds its own pieces alone.
 """
 
 import mmap
@@ -21,16 +21,17 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True)
 class NodeMemory:
-    """A rank's pieces in a memory file without a name, which goes when the last process that has it open ends."""
+    """A rank's pieces in an anonymous memory file, which is freed when the last process that has it open ends."""
 
     own: FileIO
     everyones: Sequence[FileIO]
-    """The files of all ranks, in their order; each rank writes its pieces in the same order, so one offset does."""
+    """The files of all ranks, by rank. Ranks write their pieces in the same order, so an offset holds for all."""
     _offsets: dict[int, int] = field(default_factory=dict)
     """Where a piece is in its file, by its address in memory."""
 
     def keep(self, piece: Tensor) -> Tensor:
-        """A flat piece of a matrix, put into this rank's file; every rank must keep one of the same size now."""
+        """Put a flat piece of a matrix into this rank's file; every rank must keep one of the same size now."""
+        # Mapped areas begin at whole pages.
         offset, size = os.fstat(self.own.fileno()).st_size, piece.nbytes
         self.own.truncate(offset + -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
         kept = torch.frombuffer(mmap.mmap(self.own.fileno(), size, offset=offset), dtype=piece.dtype).copy_(piece)
@@ -38,11 +39,11 @@ class NodeMemory:
         return kept
 
     def holds(self, piece: Tensor) -> bool:
-        """Whether this very tensor was given by `keep`; the answer is the same on every rank."""
+        """Whether `keep` returned this very tensor; the answer is the same on every rank."""
         return piece.data_ptr() in self._offsets
 
     def gather(self, piece: Tensor, whole: Tensor) -> None:
-        """Fill `whole` (flat) with every rank's part of what `piece` is this rank's part of."""
+        """Fill `whole` (flat) with the parts of all ranks; `piece` is this rank's part."""
         offset = self._offsets[piece.data_ptr()]
         for file, place in zip(self.everyones, whole.chunk(len(self.everyones)), strict=True):
             data, read = place.view(torch.uint8).numpy().data, 0
@@ -55,7 +56,7 @@ class NodeMemory:
 def join_node_memory() -> NodeMemory | None:
     """Memory that all ranks can read; None where they are not all on one machine, or may not open each other's files.
 
-    Every rank of torch.distributed must call this; all get one, or none does.
+    Every rank of torch.distributed must call this. All of them get one, or none does.
     """
     own = FileIO(os.memfd_create("partitions"), "r+")
     here = _BOOT.read_text(), os.getpid(), own.fileno(), os.fstat(own.fileno()).st_ino
@@ -68,7 +69,7 @@ def join_node_memory() -> NodeMemory | None:
 
 
 def _open(process: int, descriptor: int, inode: int) -> FileIO | None:
-    """Another process' memory file; None where the system refuses, or another container's process has that number."""
+    """Another process's memory file; None where the system refuses, or the number is another container's process."""
     with suppress(OSError):
         file = FileIO(f"/proc/{process}/fd/{descriptor}")
         if os.fstat(file.fileno()).st_ino == inode:

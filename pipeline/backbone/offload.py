@@ -1,7 +1,7 @@
 """Where a rank keeps its share of the weights between uses: on its device, in main memory, or in files.
 
 DeepSpeed's own swapping to NVMe has buffers of the activations' type only, so it cannot take int8 weights. Here a
-file is mapped into memory instead: the system reads what is gathered and drops what memory is needed for.
+file is mapped into memory instead: the system reads pages when they are gathered, and drops them when it needs memory.
 """
 
 import errno
@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.errors import StorageError
 
 Keep = Callable[[Tensor], Tensor]
-"""A flat piece of a matrix, as it comes on the CPU -> the same where it stays."""
+"""A flat piece of a matrix on the CPU -> the same piece where it stays between uses."""
 
 
 def on_device(device: torch.device) -> Keep:
@@ -30,7 +30,7 @@ def in_main_memory(piece: Tensor) -> Tensor:
 
 
 def in_files(folder: Path) -> Keep:
-    """A file for every piece. Once mapped it has no name: it goes when the process does, however that ends.
+    """A file for every piece. Once mapped, it has no name: it goes when the process ends, however that happens.
 
     Raises: StorageError when the folder cannot be written or its disk is full.
     """
@@ -44,8 +44,8 @@ def in_files(folder: Path) -> Keep:
             mapped = torch.from_file(str(path), shared=False, size=piece.numel(), dtype=piece.dtype)
         except (OSError, RuntimeError) as error:
             full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-            mend = "make room there, or name a folder on a larger disk" if full else str(error)
-            raise StorageError(f"model.offload_folder {folder}: cannot keep weights there: {mend}") from error
+            advice = "make room there, or name a folder on a larger disk" if full else str(error)
+            raise StorageError(f"model.offload_folder {folder}: cannot keep weights there: {advice}") from error
         finally:
             with suppress(OSError):
                 path.unlink()
@@ -54,8 +54,8 @@ def in_files(folder: Path) -> Keep:
     return keep
 
 
-def keep_by(offload: str, folder: str | os.PathLike[str] | None) -> Keep | None:
-    """By the settings `model.offload` and `model.offload_folder`; None where weights stay on their device."""
+def offload_of_settings(offload: str, folder: str | os.PathLike[str] | None) -> Keep | None:
+    """What the settings `model.offload` and `model.offload_folder` ask for; None where weights stay on their device."""
     if offload == "nvme":
         assert folder is not None
         return in_files(Path(folder).expanduser())

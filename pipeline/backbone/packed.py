@@ -1,8 +1,8 @@
 """Many token segments run through a decoder-only model in one row, without padding.
 
 A segment follows its parent: an input follows a soft prompt, a label follows an input. It attends
-to its ancestors and, causally, to itself; so a prompt shared by many rows runs once and its
-gradient is the sum over them (exact; known as shared-prefix forward, arXiv 2506.05433). Products
+to its ancestors and, causally, to itself. So a prompt that many rows share runs once, and its
+gradient is the exact sum over them (known as shared-prefix forward, arXiv 2506.05433). Products
 with weights see every token once. A prompt whose keys and values are given does not run at all.
 
 Shapes: N tokens that run, G tokens that are given. A heads, A' heads of keys, D head size.
@@ -30,17 +30,18 @@ _NAME = "prompt_bank_packed"
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the tokens of each segment lie in the packed row, and what they look at."""
+    """Where the tokens of each segment lie in the packed row, and what they attend to."""
 
     segments: Segments
     device: torch.device
 
     @property
     def starts(self) -> np.ndarray:
-        """First place of each segment; those that are given lie at -G to -1."""
+        """Index of each segment's first token; given segments lie at -G to -1, before all that run."""
         return self.segments.starts
 
-    # Each of these is laid out once a batch, and serves every layer.
+    # There is no `[N, N]` mask: most of its entries would say "another row". The two forms below list for each segment
+    # only what it attends to. Each is made once a batch and serves every layer.
 
     @cached_property
     def levels(self) -> packed_attention.Levels:
@@ -48,7 +49,9 @@ class Layout:
 
     def rotation(self, embeddings: tuple[Tensor, Tensor]) -> native_attention.Rotation:
         """From transformers' cosine and sine `[1, N, D]`, the same for every layer."""
+        # Kept by hand: `cached_property` takes no argument, and the dataclass is frozen.
         if "_rotation" not in self.__dict__:
+            # Both halves of a head turn by the same angles, so one half is enough.
             cosine, sine = (part[0, :, : part.shape[-1] // 2].float().contiguous() for part in embeddings)
             self.__dict__["_rotation"] = (cosine, sine)
         kept: native_attention.Rotation = self.__dict__["_rotation"]
@@ -62,15 +65,15 @@ class Layout:
 def make_layout(lengths: Sequence[int], parents: Sequence[int | None], device: torch.device, given: int = 0) -> Layout:
     """Lay out segments of `lengths` tokens; a parent comes before its children.
 
-    The first `given` segments do not run: they are only looked at.
+    The first `given` segments do not run: others only attend to them.
     """
     return Layout(make_segments(lengths, parents, given), device)
 
 
 def run_packed(model: Any, embeddings: Tensor, layout: Layout, given: Sequence[PromptState] = ()) -> Tensor:
     """Last hidden states `[N, H]` of packed input embeddings `[N, H]`, behind the layout's given segments."""
-    # Each segment counts on from where its parent ends, as if every row had its prompt to itself: a prompt that
-    # many rows share runs once, and autograd sums their gradients in its keys and values.
+    # A token's position counts its ancestors' tokens, not its neighbours in the packed row: each row runs as if it had
+    # its prompt to itself. A prompt that many rows share runs once, and autograd sums their gradients in it.
     positions = torch.as_tensor(layout.segments.positions()[None], dtype=torch.long, device=layout.device)
     with _packed_attention(model):
         output = model.base_model(
@@ -86,6 +89,7 @@ def run_packed(model: Any, embeddings: Tensor, layout: Layout, given: Sequence[P
 
 @contextmanager
 def _packed_attention(model: Any) -> Iterator[None]:
+    """Let transformers call `_attend` in place of its own attention, for this forward pass alone."""
     usual = model.config._attn_implementation
     model.config._attn_implementation = _NAME
     try:
@@ -117,7 +121,7 @@ def _attend(
         k = torch.cat([*(state.keys[module.layer_idx] for state in given), k])
         v = torch.cat([*(state.values[module.layer_idx] for state in given), v])
     scaling = scaling or q.shape[-1] ** -0.5
-    if kernels and native_attention.serves(q, k, v):
+    if kernels and native_attention.supports(q, k, v):
         return native_attention.attend(q, k, v, scaling, layout.forest)[None], None
     return packed_attention.attend(q * scaling, k, v, layout.levels)[None], None
 

@@ -1,7 +1,7 @@
 """Attention of packed segments with PyTorch's own operators, on any device and in any type.
 
-Two products: of all tokens behind one parent with their ancestors' keys, which are gathered once a parent and not
-once a row, and of each segment with itself.
+It takes two products. One is of each segment with itself. The other is of all tokens behind one parent (a family) with
+the keys of their ancestors, which are gathered once a family and not once a row. One softmax runs over both.
 
 Shapes: G tokens that are given, N that run, and for the segments of one level: n their tokens, R segments, T the
 longest, F families (segments with one parent), M tokens of the largest family, K the longest chain of ancestors.
@@ -21,20 +21,20 @@ from pipeline.backbone.segments import Segments
 
 @dataclass(frozen=True)
 class _Ancestors:
-    """What families look at before themselves."""
+    """What families attend to before themselves."""
 
     tokens: Tensor
-    """`[F, M]` places of each family's tokens; padding repeats the last one."""
+    """`[F, M]` indices of each family's tokens; padding repeats the last one."""
     keys: Tensor
-    """`[F, K]` places among the tokens that are given and, after them, those that run."""
+    """`[F, K]` indices among the tokens that are given and, after them, those that run."""
     hidden: Tensor
     """`[F, 1, 1, K]`: 0, or -inf for padding."""
     own_of_family: Tensor
-    """`[F * M]`: place of each family's token in `[R * T]`."""
+    """`[F * M]`: index of each family's token in `[R * T]`."""
     family_of_own: Tensor
-    """`[R * T]`: place of each segment's token in `[F * M]`."""
+    """`[R * T]`: index of each segment's token in `[F * M]`."""
     used: Tensor
-    """`[n]` places in `[F * M]` of the segments' tokens."""
+    """`[n]` indices in `[F * M]` of the segments' tokens."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class _Level:
     """Segments of one depth and of like length (8 or less, 16 or less, …), padded for attention alone."""
 
     own: Tensor
-    """`[R, T]` places of tokens; padding repeats the segment's last one."""
+    """`[R, T]` indices of tokens; padding repeats the segment's last one."""
     own_keys: Tensor
     """`[R, T]`: the same among all tokens, those that are given included."""
     causal: Tensor
     """`[T, T]`: 0, or -inf for what comes later."""
     used: Tensor
-    """`[n]` places in `[R * T]` that are no padding."""
+    """`[n]` indices in `[R * T]` that are no padding."""
     ancestors: _Ancestors | None
     """None at depth 1."""
 
@@ -57,12 +57,13 @@ class _Level:
 class Levels:
     levels: tuple[_Level, ...]
     order: Tensor
-    """`[N]`: place of each token in the levels' outputs, one after the other."""
+    """`[N]`: index of each token in the levels' outputs, one after the other."""
 
 
 def make_levels(segments: Segments, device: torch.device) -> Levels:
     """Group the segments that run by depth and length."""
     places, chains = segments.places(), segments.chains()
+    # Padding is to the longest of a group, so groups of like length (by powers of two, from 8 on) waste less than half.
     alike = [
         (len(chain), max(3, (n - 1).bit_length())) for chain, n in zip(chains, segments.lengths.tolist(), strict=True)
     ]
@@ -72,6 +73,7 @@ def make_levels(segments: Segments, device: torch.device) -> Levels:
         own, ancestors = [places[m] for m in members], [chains[m][:-1] for m in members]
         levels.append(_level(own, ancestors, places, segments.given_tokens, device))
         seen.append(np.concatenate([places[m] for m in members]))
+    # Levels give their tokens in another order than the packed row; argsort inverts it.
     return Levels(tuple(levels), _tensor(np.argsort(np.concatenate(seen)), device))
 
 
@@ -89,7 +91,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, levels: Levels) -> Tensor:
 def _level(
     own: list[np.ndarray], ancestors: list[list[int]], places: list[np.ndarray], given: int, device: torch.device
 ) -> _Level:
-    """Segments by the places of their tokens, and the segments that each has before it."""
+    """One level of segments, from the indices of their tokens and the segments before each."""
     padded = _pad(own)
     causal = np.triu(np.full((padded.shape[1], padded.shape[1]), -np.inf, dtype=np.float32), 1)
     used = np.flatnonzero(_is_token(own))
@@ -105,11 +107,12 @@ def _level(
 def _ancestors(
     own: list[np.ndarray], ancestors: list[list[int]], places: list[np.ndarray], given: int, device: torch.device
 ) -> _Ancestors:
+    # Siblings have the same ancestors, so these are gathered once for all of them.
     families: dict[int, list[int]] = {}
     for row, chain in enumerate(ancestors):
         families.setdefault(chain[-1], []).append(row)
     width = max(map(len, own))
-    # A segment's tokens by their places in [R * T].
+    # A segment's tokens by their indices in [R * T].
     flat = [row * width + np.arange(len(tokens)) for row, tokens in enumerate(own)]
     members = [np.concatenate([flat[row] for row in rows]) for rows in families.values()]
     keys = [np.concatenate([places[s] for s in ancestors[rows[0]]]) + given for rows in families.values()]
@@ -152,16 +155,18 @@ def _attend_level(q: Tensor, k: Tensor, v: Tensor, level: _Level) -> Tensor:
     own_k, own_v = (_by_head(_take(x, level.own_keys), heads) for x in (k, v))  # [R * A', T, D]
     scores = _by_head(_take(q, level.own), heads) @ own_k.mT  # [R * A', (A/A') * T, T]
     scores = (scores.unflatten(1, (-1, length)) + level.causal.to(q.dtype)).flatten(1, 2)
-    if level.ancestors is None:
+    if level.ancestors is None:  # prompts, which have nothing before them
         return _take(_by_token(scores.softmax(-1) @ own_v, heads, length), level.used)
     family = level.ancestors
     tokens = family.tokens.shape[1]
     before_k, before_v = (_by_head(_take(x, family.keys), heads) for x in (k, v))  # [F * A', K, D]
     before = _by_head(_take(q, family.tokens), heads) @ before_k.mT  # [F * A', (A/A') * M, K]
     before = (before.unflatten(0, (-1, heads)) + family.hidden.to(q.dtype)).flatten(0, 1)
+    # Scores against the own segment move into the families' order, so that one softmax covers both.
     own = _by_head(_take(_by_token(scores, heads, length), family.own_of_family).unflatten(0, (-1, tokens)), heads)
     weights = torch.cat([before, own], -1).softmax(-1)
     to_before, to_own = weights.split([before.shape[-1], length], -1)
+    # And the weights move back, for the product with the own segment's values.
     out = _take(_by_token(to_before @ before_v, heads, tokens), family.used)
     to_own = _take(_by_token(to_own, heads, tokens), family.family_of_own).unflatten(0, (-1, length))
     return out + _take(_by_token(_by_head(to_own, heads) @ own_v, heads, length), level.used)
@@ -179,6 +184,6 @@ def _by_token(x: Tensor, heads: int, length: int) -> Tensor:
 
 
 def _take(x: Tensor, places: Tensor) -> Tensor:
-    """`[N, A, X]` at places `[...]` -> `[..., A, X]`."""
-    # As an embedding, for its gradient is summed over repeated places several times faster than an index's.
+    """`[N, A, X]` at indices `[...]` -> `[..., A, X]`."""
+    # An embedding lookup: its backward pass sums over repeated indices several times faster than indexing does.
     return functional.embedding(places, x.flatten(1)).unflatten(-1, x.shape[1:])

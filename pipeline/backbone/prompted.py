@@ -1,6 +1,6 @@
-"""The frozen model run behind soft prompts: `[P; X]`, rows of many prompts in one batch.
+"""Run the frozen model behind soft prompts, `[P; X]`, with rows of many prompts in one batch.
 
-Every function takes the model first, to be called through `Backbone.run`; a row's result does not
+Every function takes the model first, since it is called through `Backbone.run`. A row's result does not
 depend on the rows beside it.
 
 Shapes: B rows, T tokens, L labels.
@@ -26,13 +26,13 @@ def target_nll(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
 
     Differentiable in the prompts. Logits are computed at target positions only.
     """
-    nll: Tensor = _of(model).target_nll(model, rows, targets)
+    nll: Tensor = _family(model).target_nll(model, rows, targets)
     return nll
 
 
 @torch.no_grad()
 def prompt_state(model: Any, prompt: Tensor) -> PromptState:
-    """Run a soft prompt `[P, H]` of a decoder-only model once; `Rows` take what it leaves in its place."""
+    """Run a soft prompt `[P, H]` of a decoder-only model once; `Rows` take the returned state in its place."""
     (state,) = decoder_only.prompt_states(model, [prompt])
     return state
 
@@ -45,7 +45,7 @@ def label_log_likelihoods(model: Any, rows: Rows, labels: Sequence[TokenRows]) -
     """
     pairs = np.concatenate([np.full(len(of_row), b) for b, of_row in enumerate(labels)])
     candidates = [label for of_row in labels for label in of_row]
-    scores = -_of(model).label_nll(model, rows, pairs, candidates).float().cpu().numpy()
+    scores = -_family(model).label_nll(model, rows, pairs, candidates).float().cpu().numpy()
     return np.split(scores, np.cumsum([len(of_row) for of_row in labels])[:-1])
 
 
@@ -58,7 +58,7 @@ def greedy_decode(
     `max_new_tokens` holds for all rows, or is given for each.
     `all_done` turns "this rank is done" into "every rank is done": under ZeRO-3 all stop together.
     """
-    start, step = _of(model).decoding_steps(model, rows)
+    start, step = _family(model).decoding_steps(model, rows)
     tokens = start()
     limits = np.broadcast_to(max_new_tokens, len(tokens))
     limit = torch.as_tensor(limits.copy(), device=tokens.device)
@@ -73,5 +73,5 @@ def greedy_decode(
     return [row[: np.argmax(row == eos)] if (row == eos).any() else row for row in ended]
 
 
-def _of(model: Any) -> ModuleType:
+def _family(model: Any) -> ModuleType:
     return decoder_only if FAMILIES[model.config.model_type] == "decoder-only" else encoder_decoder

@@ -1,4 +1,4 @@
-"""Rows to run behind soft prompts, and how rows of different lengths are put side by side.
+"""Rows to run behind soft prompts, and ways to pad rows of different lengths.
 
 Shapes: B rows, T tokens, P prompt tokens, H hidden, L layers, A' heads of keys, D head size.
 """
@@ -16,7 +16,7 @@ TokenRows = Sequence[np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class PromptState:
-    """A soft prompt after it ran through a decoder-only model: all that the tokens behind it look at."""
+    """Keys and values of a soft prompt that ran through a decoder-only model: all that tokens behind it attend to."""
 
     keys: Tensor
     """`[L, P, A', D]`, rotated to the prompt's positions where the model rotates."""
@@ -41,13 +41,13 @@ class Rows:
     """Rows to run: for each, the soft prompt that stands before it and its input tokens."""
 
     prompts: Sequence[Tensor] | Sequence[PromptState]
-    """Soft prompts `[P_s, H]`, or what they left when they ran before; lengths may differ, and be 0: no prompt."""
+    """Soft prompts `[P_s, H]`, or the states of prompts that ran before. Lengths may differ; 0 means no prompt."""
     prompt_of_row: Sequence[int]
     inputs: TokenRows
 
 
 def as_indices(values: np.ndarray, like: Tensor | PromptState) -> Tensor:
-    """Whole numbers as a tensor beside another one."""
+    """Integers as a tensor on the device of another one."""
     return torch.as_tensor(values, dtype=torch.long, device=like.device)
 
 
@@ -65,15 +65,15 @@ def mask_of(lengths: np.ndarray, width: int) -> np.ndarray:
 
 
 def pad_embeddings(sequences: Sequence[Tensor]) -> Tensor:
-    """`[T_b, ...]` each -> `[B, T, ...]`. Padding repeats a sequence's own last embedding; an empty one's is zeros.
+    """`[T_b, ...]` each -> `[B, T, ...]`. Padding repeats a sequence's own last embedding; an empty one gets zeros.
 
-    So that a prompt gone NaN stays in its own rows.
+    With its own embedding as padding, a prompt that went NaN stays in its own rows.
     """
     longest = max(len(sequence) for sequence in sequences)
-    return torch.stack([_padded(sequence, longest) for sequence in sequences])
 
+    def padded(sequence: Tensor) -> Tensor:
+        if not len(sequence):
+            return sequence.new_zeros(longest, *sequence.shape[1:])
+        return sequence[torch.arange(longest, device=sequence.device).clamp(max=len(sequence) - 1)]
 
-def _padded(sequence: Tensor, longest: int) -> Tensor:
-    if not len(sequence):
-        return sequence.new_zeros(longest, *sequence.shape[1:])
-    return sequence[torch.arange(longest, device=sequence.device).clamp(max=len(sequence) - 1)]
+    return torch.stack([padded(sequence) for sequence in sequences])

@@ -1,7 +1,7 @@
 """Token segments that follow one another like branches of trees, packed into one row.
 
-An input follows its soft prompt, a label follows its input. The first segments may be given: they do not run, and
-are only looked at.
+An input follows its soft prompt, a label follows its input. The first segments may be given, which means that their
+keys and values are known: they do not run, and others only attend to them.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ import numpy as np
 @dataclass(frozen=True, eq=False)
 class Segments:
     lengths: np.ndarray
-    """Tokens of each segment; one of none (no prompt at all) does not run, and nothing follows it."""
+    """Tokens of each segment. An empty one (no prompt at all) does not run, and nothing follows it."""
     parents: np.ndarray
-    """The segment that each follows, an earlier one; -1 at the root of a tree."""
+    """The segment that each one follows, which stands earlier; -1 at the root of a tree."""
     given: int
-    """How many segments, the first ones, do not run."""
+    """How many of the first segments do not run."""
 
     @cached_property
     def run(self) -> list[int]:
@@ -30,20 +30,22 @@ class Segments:
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """First token of each segment; those that are given lie at -G to -1."""
+        """Index of each segment's first token; given segments lie at -G to -1."""
+        # Counted so that 0 is the first token that runs: hidden states exist for those alone.
         return np.cumsum(self.lengths) - self.lengths - self.given_tokens
 
     @cached_property
     def before(self) -> np.ndarray:
         """Tokens of each segment's ancestors."""
         before = np.zeros_like(self.lengths)
+        # A parent comes before its children, so its own count is ready.
         for segment, parent in enumerate(self.parents):
             if parent >= 0:
                 before[segment] = before[parent] + self.lengths[parent]
         return before
 
     def places(self) -> list[np.ndarray]:
-        """The tokens of each segment."""
+        """Indices of the tokens of each segment."""
         return [np.arange(start, start + n) for start, n in zip(self.starts, self.lengths, strict=True)]
 
     def chains(self) -> list[list[int]]:
@@ -54,12 +56,12 @@ class Segments:
         return chains
 
     def positions(self) -> np.ndarray:
-        """`[N]`: of each token that runs, behind its ancestors."""
+        """`[N]` position of each token that runs, as if it stood right behind its ancestors."""
         return np.concatenate([self.before[s] + np.arange(self.lengths[s]) for s in self.run])
 
 
 def make_segments(lengths: Sequence[int], parents: Sequence[int | None], given: int = 0) -> Segments:
-    """Segments in an order in which a parent comes before its children; what follows an empty one follows its own."""
+    """Check the order of segments, and lift what follows an empty segment to that segment's own parent."""
     above = np.array([-1 if parent is None else parent for parent in parents], dtype=np.int64)
     assert (above < np.arange(len(above))).all()
     for segment, parent in enumerate(above):

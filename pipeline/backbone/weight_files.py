@@ -1,4 +1,4 @@
-"""Which files of a model folder are its weights: those that transformers reads, whatever lies beside them."""
+"""Find a model folder's weight files: those that transformers reads, whatever else lies in the folder."""
 
 import json
 import re
@@ -80,7 +80,7 @@ def _read_json(path: Path, model: str) -> dict[str, Any]:
 
 
 def _check_inside(names: list[str], where: str, model: str) -> None:
-    """Raises: BackboneError for a path that leaves the folder; a link in it may, as in the hub's cache."""
+    """Raises: BackboneError for a path that leaves the folder. A link in the folder may, as in the hub's cache."""
     for name in names:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise BackboneError(

@@ -41,11 +41,11 @@ class WeightSource:
     stored: Callable[[str], Iterator[Any]]
     """Name -> the tensor's stored bytes, piece by piece, for a digest."""
     reads_rows: bool
-    """Whether to read some rows costs less than to read the tensor."""
+    """Whether reading some rows costs less than reading the whole tensor."""
 
 
 def open_weights(files: ModelFiles, skeleton: nn.Module) -> WeightSource:
-    """Open a model's weights; `skeleton` (on the meta device) tells GGUF's names from transformers'.
+    """Open a model's weights; `skeleton` (on the meta device) maps GGUF's names to transformers'.
 
     Raises: BackboneError when a file is damaged.
     """
@@ -57,7 +57,7 @@ def open_weights(files: ModelFiles, skeleton: nn.Module) -> WeightSource:
 
 
 def weights_digest(source: WeightSource) -> str:
-    """Digest of every tensor's name and stored bytes, whatever files they are spread over; tensors side by side."""
+    """Digest of every tensor's name and stored bytes, whatever files they are in. Tensors are read in parallel."""
     total = hashlib.sha256()
     names = sorted(source.names)
     with ThreadPoolExecutor(min(_MOST_READERS, os.cpu_count() or 1)) as pool:
@@ -74,12 +74,12 @@ def _digest(pieces: Iterator[Any]) -> bytes:
     return digest.digest()
 
 
-def stored_alike(source: WeightSource, name: str, other: str) -> bool:
-    """Whether two tensors' bytes are the same."""
+def same_bytes(source: WeightSource, name: str, other: str) -> bool:
+    """Whether two tensors have the same stored bytes."""
     return _digest(source.stored(name)) == _digest(source.stored(other))
 
 
-def first_name(source: WeightSource, candidates: Iterable[str], prefix: str) -> str:
+def require_stored_name(source: WeightSource, candidates: Iterable[str], prefix: str) -> str:
     """The first candidate that the source has; see `stored_name`.
 
     Raises: BackboneError naming what is missing.
@@ -88,13 +88,16 @@ def first_name(source: WeightSource, candidates: Iterable[str], prefix: str) -> 
     for name in candidates:
         if (stored := stored_name(source, name, prefix)) is not None:
             return stored
+    # A quantised checkpoint has its matrices under other names; say so, and not only that one is missing.
     packed = next((name for name in sorted(source.names) if name.endswith(_OF_QUANTISED)), None)
     reason = f"it has '{packed}', so it is quantised; {UNQUANTISED}" if packed else "the checkpoint is incomplete"
     raise BackboneError(f"{source.origin}: the weights lack '{candidates[0]}'; {reason}")
 
 
 def stored_name(source: WeightSource, name: str, prefix: str) -> str | None:
-    """The name under which a source has a model's tensor: with the model's `prefix` or without it, as transformers.
+    """The name under which a source has a model's tensor: with the model's `prefix` or without it.
+
+    transformers takes both, too.
 
     Raises: BackboneError where it has both.
     """
@@ -117,7 +120,7 @@ class _Stored:
     offset: int
 
     def read(self, first: int = 0, last: int | None = None) -> Tensor:
-        """Into memory of our own: of a mapped file, every page that was looked at would count as this process's."""
+        """Read into memory of our own: of a mapped file, every page that was read would count as this process's."""
         stop = self.shape[0] if last is None and self.shape else last
         tensor = torch.empty(self.shape if stop is None else (stop - first, *self.shape[1:]), dtype=self.dtype)
         start = self.offset + first * math.prod(self.shape[1:]) * self.dtype.itemsize
@@ -174,7 +177,7 @@ def _open_safetensors(files: ModelFiles) -> WeightSource:
 
 
 def _stored_in(path: Path) -> dict[str, _Stored]:
-    """By the format's definition: the header's size in 8 bytes, the header in JSON, the tensors' bytes."""
+    """Read the header. The format is: the header's size in 8 bytes, the header in JSON, the tensors' bytes."""
     file = open(path, "rb", buffering=0)  # noqa: SIM115  (closed with the source that holds it)
     size = int.from_bytes(file.read(8), "little")
     header = json.loads(os.pread(file.fileno(), size, 8))

@@ -20,7 +20,7 @@ def named_texts(column: pa.Array, names: Sequence[str]) -> list[str | None]:
     """
     texts: list[str | None] = []
     for number in column.to_pylist():
-        if number is None or number != number:  # floats, as pandas makes of integers with a null
+        if number is None or number != number:  # NaN: pandas turns integers with a null into floats
             texts.append(None)
             continue
         if not _NO_LABEL <= number < len(names) or number != int(number):
@@ -30,7 +30,7 @@ def named_texts(column: pa.Array, names: Sequence[str]) -> list[str | None]:
 
 
 def footer_class_names(schema: pa.Schema) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """(column, names) of each ClassLabel column; what does not read as the metadata of `datasets` names nothing."""
+    """(column, names) of each ClassLabel column; metadata that is not of `datasets`' form gives no names."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         named = {column: _names(feature) for column, feature in features.items()}

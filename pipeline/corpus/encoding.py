@@ -1,4 +1,7 @@
-"""Text -> token ids, one way for training and serving. Imports transformers only to load a tokenizer, ray never."""
+"""Text -> token ids, in the same way for training and serving.
+
+transformers is imported only to load a tokenizer, and ray never.
+"""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -12,17 +15,17 @@ from tokenizers.pre_tokenizers import ByteLevel
 from pipeline.errors import CorpusError
 
 Architecture = Literal["decoder-only", "encoder-decoder"]
-# Texts a call: the encodings of 1000 no longer fit the processor's cache, which cost 8 % and more.
+# Texts a call: the encodings of 1000 texts no longer fit the processor's cache, which cost 8 % and more.
 _CALL_ROWS = 64
-# Words whose tokens a tokenizer keeps; it comes with room for 10,000. On English and code 8 to 18 % of the time, for
-# some 20 MB (`docs/benchmarks.md`); four times as many brought nothing more.
-KEPT_WORDS = 2**16
-# Texts to put before a target, of which one at least ends in a token of its own.
+# Words whose tokens a tokenizer caches; by default it has room for 10,000. This saves 8 to 18 % of the time on English
+# and code, for some 20 MB (`docs/benchmarks.md`). Four times as many saved no more.
+WORD_CACHE_SIZE = 2**16
+# Texts to put before a target; at least one of them should end in a token of its own.
 _BEFORE = ("a", ":", ".", "?", "\n", "0")
 
 
 class FastTokenizer(Protocol):
-    """What encoding asks of a tokenizer; every fast one of transformers has it."""
+    """What encoding needs of a tokenizer; every fast tokenizer of transformers has it."""
 
     @property
     def backend_tokenizer(self) -> Tokenizer: ...
@@ -36,7 +39,7 @@ class FastTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class TokenizerContent:
-    """A loaded tokenizer as plain data: where it arrives, neither transformers nor the folder is needed."""
+    """A loaded tokenizer as plain data: the process that receives it needs neither transformers nor the folder."""
 
     json: str
     eos_token_id: int | None
@@ -51,13 +54,13 @@ class TokenizerContent:
 @lru_cache(maxsize=2)
 def _parsed(content: str) -> Tokenizer:
     tokenizer = Tokenizer.from_str(content)
-    keep_words(tokenizer, KEPT_WORDS)
+    resize_word_cache(tokenizer, WORD_CACHE_SIZE)
     return tokenizer
 
 
-def keep_words(tokenizer: Tokenizer, words: int) -> None:
-    """Let a tokenizer keep the tokens of so many words; no id changes. BPE and Unigram keep any, others need none."""
-    resize = getattr(tokenizer.model, "_resize_cache", None)  # not public: where it is gone, only time is lost
+def resize_word_cache(tokenizer: Tokenizer, words: int) -> None:
+    """Let a tokenizer cache the tokens of so many words; no id changes. BPE and Unigram models have such a cache."""
+    resize = getattr(tokenizer.model, "_resize_cache", None)  # not public: without it only time is lost
     if resize is not None:
         resize(words)
 
@@ -65,9 +68,9 @@ def keep_words(tokenizer: Tokenizer, words: int) -> None:
 @dataclass(frozen=True)
 class TokenizerSpec:
     dir: str
-    """Folder with a saved fast tokenizer, seen by every node."""
+    """Folder with a saved fast tokenizer, which every node sees."""
     digest: str
-    """Of the folder's content; another digest means other token shards."""
+    """Digest of the folder's content; another digest means other token shards."""
     architecture: Architecture
     embedding_rows: int | None = None
     """See `Recipe`."""
@@ -76,7 +79,7 @@ class TokenizerSpec:
 @lru_cache(maxsize=4)
 def load_tokenizer(folder: str) -> Any:
     """The fast tokenizer saved in `folder`, loaded once per process. Raises: CorpusError."""
-    from transformers import AutoTokenizer  # seconds of import that a reader of shards never pays
+    from transformers import AutoTokenizer  # takes seconds, which a reader of shards never pays
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -89,7 +92,7 @@ def load_tokenizer(folder: str) -> Any:
 
 
 def tokenizer_content(tokenizer: FastTokenizer) -> TokenizerContent:
-    """A tokenizer for another process; it gives the same ids there."""
+    """A tokenizer to send to another process, where it gives the same ids."""
     return TokenizerContent(
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.eos_token_id,
@@ -98,8 +101,8 @@ def tokenizer_content(tokenizer: FastTokenizer) -> TokenizerContent:
     )
 
 
-def without_embedding(tokenizer: Any, ids: Iterable[int], rows: int | None) -> str | None:
-    """What is wrong with a text whose token `ids` are not all below the model's `rows` of embeddings; else None."""
+def missing_embedding(tokenizer: Any, ids: Iterable[int], rows: int | None) -> str | None:
+    """What is wrong with a text that has a token id beyond the model's `rows` of embeddings; None if nothing is."""
     beyond = next((int(token) for token in ids if rows is not None and token >= rows), None)
     if beyond is None:
         return None
@@ -112,21 +115,22 @@ def without_embedding(tokenizer: Any, ids: Iterable[int], rows: int | None) -> s
 def encode_inputs(tokenizer: FastTokenizer, architecture: Architecture, inputs: Sequence[str]) -> list[list[int]]:
     """[B] texts -> [B][T] ids with the special tokens that the tokenizer adds.
 
-    Decoder-only inputs lose the eos that some tokenizers put at the end: the target goes on from there.
+    Decoder-only inputs lose the eos that some tokenizers put at the end, since the target continues them.
     """
     ids = _encode(tokenizer, inputs, special=True)
-    # Asked of a word, not of the row: where bos is eos, an empty row is one bos that must stay.
+    # Whether eos is added is tested with a word, not with the row: where bos is eos, an empty row is one bos that must
+    # stay.
     if architecture == "decoder-only" and _encode(tokenizer, ["a"], special=True)[0][-1:] == [tokenizer.eos_token_id]:
         return [row[:-1] for row in ids]
     return ids
 
 
 def decode_inputs(tokenizer: Any, architecture: Architecture, rows: Sequence[Sequence[int]]) -> list[str]:
-    """[B][T] ids of `encode_inputs` -> texts that it would give the same ids for, as far as the tokenizer can tell."""
+    """[B][T] ids of `encode_inputs` -> texts that have the same ids, as far as the tokenizer can decode them."""
     whole, bare = encode_inputs(tokenizer, architecture, ["a"])[0], _encode(tokenizer, ["a"], special=False)[0]
     first = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
     behind = len(whole) - first - len(bare)
-    # Only what was added is left out: an unknown word is special, too, and stays.
+    # Only the added tokens are cut off. `skip_special_tokens` would drop the token of an unknown word, too.
     own = [list(row[first : len(row) - behind]) for row in rows]
     texts: list[str] = tokenizer.batch_decode(own, clean_up_tokenization_spaces=False)
     return texts
@@ -140,7 +144,7 @@ def encode_plain(tokenizer: FastTokenizer, texts: Sequence[str]) -> list[list[in
 def encode_targets(
     tokenizer: FastTokenizer, architecture: Architecture, separator: str, targets: Sequence[str]
 ) -> list[list[int]]:
-    """[B] texts -> [B][T] ids that end with eos; decoder-only ones begin with the separator, as behind an input.
+    """[B] texts -> [B][T] ids that end with eos. Decoder-only targets begin with the separator, as behind an input.
 
     Raises: CorpusError when the tokenizer has no eos token.
     """
@@ -151,22 +155,25 @@ def encode_targets(
         )
     if architecture == "decoder-only":
         texts = [separator + target for target in targets]
-        behind = marks_beginnings(tokenizer, separator)
-        return [[*row, eos] for row in (_encode_behind(tokenizer, texts) if behind else encode_plain(tokenizer, texts))]
+        behind = encodes_beginnings_differently(tokenizer, separator)
+        return [
+            [*row, eos] for row in (_encode_after_text(tokenizer, texts) if behind else encode_plain(tokenizer, texts))
+        ]
     return [row if row[-1:] == [eos] else [*row, eos] for row in _encode(tokenizer, targets, special=True)]
 
 
-def marks_beginnings(tokenizer: FastTokenizer, separator: str) -> bool:
-    """Whether a text that begins with the separator is read otherwise alone than behind another.
+def encodes_beginnings_differently(tokenizer: FastTokenizer, separator: str) -> bool:
+    """Whether a text that begins with the separator is encoded differently alone than behind another text.
 
-    Llama 2's normalizer puts a word's mark before every text, others take white space away there.
+    Llama 2's normalizer puts a word's mark before every text; others strip white space there. A target stands behind
+    an input, so encoding it alone would train on tokens that never occur there.
     """
-    first, alone, whole = (_pieces(tokenizer, text) for text in ("a", f"{separator}a", f"a{separator}a"))
+    first, alone, whole = (_pre_tokenized(tokenizer, text) for text in ("a", f"{separator}a", f"a{separator}a"))
     return whole.removeprefix(first) != alone
 
 
-def _pieces(tokenizer: FastTokenizer, text: str) -> str:
-    """What the model below the tokenizer gets to see of a text."""
+def _pre_tokenized(tokenizer: FastTokenizer, text: str) -> str:
+    """A text as the tokenizer's model sees it, normalised and pre-tokenised."""
     backend = tokenizer.backend_tokenizer
     text = backend.normalizer.normalize_str(text) if backend.normalizer else text
     if backend.pre_tokenizer is None:
@@ -174,8 +181,10 @@ def _pieces(tokenizer: FastTokenizer, text: str) -> str:
     return "".join(piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text))
 
 
-def _encode_behind(tokenizer: FastTokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """[B] texts -> [B][T] the ids that they have behind another text: the first one below that does not melt in."""
+def _encode_after_text(tokenizer: FastTokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """[B] texts -> [B][T] the ids that they have behind another text."""
+    # A text in front may merge with the beginning into one token. Then the ids cannot be told apart, and the next text
+    # in front is tried; what merges with all of them is encoded alone.
     ids: list[list[int] | None] = [None] * len(texts)
     for before in _BEFORE:
         (first,) = encode_plain(tokenizer, [before])
@@ -188,25 +197,28 @@ def _encode_behind(tokenizer: FastTokenizer, texts: Sequence[str]) -> list[list[
     return [alone[place] if of_text is None else of_text for place, of_text in enumerate(ids)]
 
 
-def can_fail(tokenizer: FastTokenizer) -> bool:
-    """Whether there are texts that the tokenizer has no tokens for: it says an unknown one for them, or none."""
+def can_lose_text(tokenizer: FastTokenizer) -> bool:
+    """Whether some texts have no tokens: the tokenizer gives its unknown token for them, or none."""
     backend = tokenizer.backend_tokenizer
-    if _says_bytes(backend):
+    if _has_byte_fallback(backend):
         return not all(backend.token_to_id(f"<0x{byte:02X}>") is not None for byte in range(256))
     return not all(backend.token_to_id(letter) is not None for letter in ByteLevel.alphabet())
 
 
-def unsayable(
+def unencodable(
     tokenizer: FastTokenizer, architecture: Architecture, separator: str, targets: Sequence[str]
 ) -> list[bool]:
     """[B] whether a target's own text, separator and specials aside, is lost in its tokens."""
-    if not targets or not can_fail(tokenizer):
+    if not targets or not can_lose_text(tokenizer):
         return [False] * len(targets)
     backend = tokenizer.backend_tokenizer
     unknown = _unknown_token(backend)
     if unknown is None:
-        # What a BPE without an unknown token has no letter for is left out without a word.
-        return [any(backend.token_to_id(letter) is None for letter in _pieces(tokenizer, one)) for one in targets]
+        # A BPE without an unknown token silently leaves out the letters that it does not know.
+        return [
+            any(backend.token_to_id(letter) is None for letter in _pre_tokenized(tokenizer, one)) for one in targets
+        ]
+    # The unknown token must come from the target: not from the separator, nor from a target that spells it out.
     own = encode_plain(tokenizer, targets)
     joined = encode_targets(tokenizer, architecture, separator, targets)
     (alone,) = encode_plain(tokenizer, [separator])
@@ -217,7 +229,7 @@ def unsayable(
     ]
 
 
-def _says_bytes(backend: Tokenizer) -> bool:
+def _has_byte_fallback(backend: Tokenizer) -> bool:
     if isinstance(backend.model, models.Unigram):
         return bool(_unigram(backend)[1])
     return bool(getattr(backend.model, "byte_fallback", False))
@@ -232,15 +244,18 @@ def _unknown_token(backend: Tokenizer) -> int | None:
 
 @lru_cache(maxsize=4)
 def _unigram(backend: Tokenizer) -> tuple[int | None, bool]:
-    """-> (the unknown token, whether bytes stand in for it) of a Unigram: only its JSON, long to read, tells."""
+    """-> (the unknown token, whether bytes stand in for it) of a Unigram model.
+
+    Only its JSON tells, which takes long to read; hence the cache.
+    """
     model = json.loads(backend.to_str())["model"]
     return model["unk_id"], model.get("byte_fallback", False)
 
 
 def _encode(tokenizer: FastTokenizer, texts: Sequence[str], special: bool) -> list[list[int]]:
-    """What `tokenizer(texts)` gives, from the tokenizer below it: without the offsets and masks that nobody reads."""
+    """The ids of `tokenizer(texts)`, from the Rust tokenizer below it, without offsets and masks that nobody reads."""
     backend = tokenizer.backend_tokenizer
-    # As transformers does before each call: a tokenizer.json may ask for truncation and padding.
+    # transformers, too, resets these before each call, since a tokenizer.json may ask for truncation and padding.
     if backend.truncation is not None:
         backend.no_truncation()
     if backend.padding is not None:
@@ -254,7 +269,7 @@ def _encode(tokenizer: FastTokenizer, texts: Sequence[str], special: bool) -> li
             for call in calls
             for encoded in backend.encode_batch_fast(list(call), add_special_tokens=special)
         ]
-    except Exception as error:  # tokenizers raises nothing more special: a word unknown, and no token for such
+    except Exception as error:  # tokenizers has no class of its own for a word without a token
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise CorpusError(
             f"the tokenizer in {tokenizer.name_or_path} cannot encode a text ({reason}); give it an unknown token"

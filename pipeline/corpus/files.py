@@ -1,4 +1,4 @@
-"""Paths as a user writes them -> the Parquet files behind them, known by their footers alone."""
+"""Paths as a user writes them -> the Parquet files behind them, described by their footers alone."""
 
 import os
 import re
@@ -16,11 +16,11 @@ from pipeline.corpus.class_names import footer_class_names
 from pipeline.corpus.formats import conversion, looks_like_data, parquet_among
 from pipeline.corpus.lakes import LakeTable, is_below, refuse_table, table_above, table_behind_links, tables_below
 from pipeline.corpus.mixed_splits import check_one_split
-from pipeline.corpus.places import locate, matches, parts_below
+from pipeline.corpus.paths import locate, matches, parts_below
 from pipeline.errors import CorpusError, PromptBankError, UnreachableError
 
 _FOOTER_READERS = 16
-# How Arrow words that a store is overloaded, or that nothing is heard of it.
+# How Arrow words that a store is overloaded or does not answer. Arrow has no error classes for these.
 _AWAY = re.compile(
     r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|REQUEST_TIMEOUT|THROTTLING)"
     r"|AWS Error UNKNOWN \(HTTP status 5\d\d\)|curlCode: (6|7|28|35|52|55|56)\b|[Tt]imed out|[Cc]ould ?n.t connect"
@@ -43,7 +43,7 @@ class SourceFile:
     row_groups: tuple[tuple[int, int], ...]
     """(rows, uncompressed bytes) of each row group."""
     class_names: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    """What the numbers of a column stand for, where its ClassLabel says it."""
+    """(column, names of its numbers) for each ClassLabel column."""
 
     @property
     def rows(self) -> int:
@@ -56,15 +56,15 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
-class Source:
+class ParquetSource:
     """All the files of one setting such as `train`, in the order of their paths."""
 
     where: str
-    """Names task and setting at the head of every message: "task 'sst2', train"."""
+    """Task and setting, which begin every message: "task 'sst2', train"."""
     filesystem: fs.FileSystem
     files: tuple[SourceFile, ...]
     left_out: tuple[str, ...] = ()
-    """In the folders: files of data that are no Parquet or set aside by their names, and links that lead nowhere."""
+    """Data files in the folders that are not read: not Parquet, set aside by their names, or broken links."""
 
     @property
     def rows(self) -> int:
@@ -81,15 +81,15 @@ class _Listed:
 
 @dataclass(frozen=True)
 class _Found:
-    """Behind one path: Parquet files, the other files of its folders, and tables of a lake, which forbid to read it."""
+    """What is behind one path: Parquet files, other files of its folders, and lake tables, which must not be read."""
 
     files: list[_Listed]
     others: list[str]
     tables: list[LakeTable]
 
 
-def inspect_files(paths: str | Sequence[str], where: str) -> Source:
-    """Find the files behind `paths` and read their footers; no data page is touched.
+def inspect_files(paths: str | Sequence[str], where: str) -> ParquetSource:
+    """Find the files behind `paths` and read their footers, but no data page.
 
     paths: file, folder, glob or URI of a pyarrow file system, or a list of them.
     Raises: CorpusError when nothing is there, or a footer cannot be read.
@@ -112,23 +112,23 @@ def inspect_files(paths: str | Sequence[str], where: str) -> Source:
     footers_of = [listed[path] for path in sorted(listed)]
     with ThreadPoolExecutor(_FOOTER_READERS) as readers:
         files_read = tuple(readers.map(lambda file: _read_footer(filesystem, file, where), footers_of))
-    return Source(where, filesystem, files_read, tuple(sorted(left_out - listed.keys())))
+    return ParquetSource(where, filesystem, files_read, tuple(sorted(left_out - listed.keys())))
 
 
-def unreadable(error: BaseException, what: str, mend: str) -> PromptBankError:
-    """The error to raise for `error`: one of the corpus, or of a store that may answer later."""
+def unreadable(error: BaseException, what: str, fix: str) -> PromptBankError:
+    """The error to raise for `error`: of the corpus, or of a store that may answer later."""
     if _AWAY.search(str(error)):
-        return UnreachableError(f"{what} ({one_line(error)}); its store is away, so try again later")
-    return CorpusError(f"{what} ({one_line(error)}); {mend}")
+        return UnreachableError(f"{what} ({one_line(error)}); its store does not answer, so try again later")
+    return CorpusError(f"{what} ({one_line(error)}); {fix}")
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message fit to stand in brackets inside a sentence."""
+    """An error's message in a form that can stand in brackets inside a sentence."""
     return re.sub(r"\s+", " ", str(error)).strip().rstrip(".")
 
 
 def of_its_store(error: Exception, filesystem: fs.FileSystem) -> bool:
-    """Whether reading failed, and not our code: stores behind fsspec raise errors of their own libraries."""
+    """Whether reading failed, and not our code. Stores behind fsspec raise errors of their own libraries."""
     return isinstance(error, pa.ArrowException | OSError | ValueError) or filesystem.type_name.startswith("py::")
 
 
@@ -137,14 +137,14 @@ def _find(path: str, where: str) -> tuple[fs.FileSystem, list[_Listed], list[str
     try:
         filesystem, fixed, pattern = locate(path)
     except (pa.ArrowException, OSError, ValueError, ImportError) as error:
-        raise unreadable(error, f"{where}: cannot look up {path}", "mend the path or its access") from error
+        raise unreadable(error, f"{where}: cannot look up {path}", "fix the path or its access") from error
     try:
         found = _look(filesystem, fixed, pattern)
         kind = filesystem.get_file_info(fixed).type
     except Exception as error:
         if not of_its_store(error, filesystem):
             raise
-        raise unreadable(error, f"{where}: cannot look up {path}", "mend the path or its access") from error
+        raise unreadable(error, f"{where}: cannot look up {path}", "fix the path or its access") from error
     if found.tables:
         raise refuse_table(found.tables[0], path, where)
     files = found.files
@@ -153,17 +153,17 @@ def _find(path: str, where: str) -> tuple[fs.FileSystem, list[_Listed], list[str
             check_one_split(path, fixed, [file.path for file in files], where)
         return filesystem, files, found.others
     if pattern is not None and kind != fs.FileType.NotFound:
-        raise CorpusError(f"{where}: no Parquet file matches {path}; mend the pattern")
+        raise CorpusError(f"{where}: no Parquet file matches {path}; fix the pattern")
     if kind == fs.FileType.Directory:
         other = next(((file, how) for file in found.others if (how := conversion(file))), None)
         if other is not None:
             raise CorpusError(f"{where}: the folder {path} holds no Parquet file but {other[0]}; {other[1]}")
-        raise CorpusError(f"{where}: the folder {path} holds no .parquet file; put the corpus there or mend the path")
-    raise CorpusError(f"{where}: there is no file or folder {path}; mend the path")
+        raise CorpusError(f"{where}: the folder {path} holds no .parquet file; put the corpus there or fix the path")
+    raise CorpusError(f"{where}: there is no file or folder {path}; fix the path")
 
 
 def _look(filesystem: fs.FileSystem, fixed: str, pattern: str | None) -> _Found:
-    info = filesystem.get_file_info(fixed)  # before all other looks: a store that is away says so here
+    info = filesystem.get_file_info(fixed)  # before everything else: a store that does not answer fails here
     above = table_above(filesystem, fixed)
     if above is not None:
         return _Found([], [], [above])
@@ -174,7 +174,7 @@ def _look(filesystem: fs.FileSystem, fixed: str, pattern: str | None) -> _Found:
         is_folder = info.type == fs.FileType.Directory
         below = filesystem.get_file_info(fs.FileSelector(fixed, recursive=len(parts) > 1)) if is_folder else []
         entries = _outermost([entry for entry in below if matches(parts_below(entry.path, fixed), parts)])
-        # A table beside what the pattern names is no matter; one above it is. What is below is looked at in `_expand`.
+        # A table beside what the pattern names does not matter, but one above it does. `_expand` looks below.
         roots = tables_below((entry.path for entry in below), fixed)
         tables = [t for t in roots if not entries or any(is_below(entry.path, t.root) for entry in entries)]
     expanded = [_expand(filesystem, entry, fixed) for entry in entries]
@@ -191,16 +191,16 @@ def _look(filesystem: fs.FileSystem, fixed: str, pattern: str | None) -> _Found:
 
 
 def _each_once(files: Sequence[_Listed]) -> list[_Listed]:
-    """Without files to which a link leads once more, under the same Hive columns, or from a folder below them.
+    """Leave out files that a link leads to a second time, under the same Hive columns or from a folder below them.
 
-    Two links to one file elsewhere are two files, as of a hub's cache, which keeps equal files once.
+    Two links to one file elsewhere count as two files: a hub's cache keeps equal files once.
     """
     places = {_place(file) for file in files}
     kept: dict[tuple[object, ...], _Listed] = {}
     for file in sorted(files, key=lambda file: (len(file.path), file.path)):
         below = parts_below(file.path, file.root)[:-1]
         folders = [os.path.realpath(os.path.join(file.root, *below[:depth])) for depth in range(len(below) + 1)]
-        if len(set(folders)) < len(folders):
+        if len(set(folders)) < len(folders):  # a link to a folder above makes a circle
             continue
         real = os.path.realpath(file.path)
         by_link = real in places or folders[-1] != os.path.dirname(_place(file))
@@ -209,12 +209,12 @@ def _each_once(files: Sequence[_Listed]) -> list[_Listed]:
 
 
 def _place(file: _Listed) -> str:
-    """Where a file would lie if nothing below its root were a link."""
+    """The path that a file would have if nothing below its root were a link."""
     return os.path.join(os.path.realpath(file.root), *filter(None, parts_below(file.path, file.root)))
 
 
 def _outermost(entries: Sequence[fs.FileInfo]) -> list[fs.FileInfo]:
-    """Those in no folder that is itself among `entries`: `**` matches a folder and all in it."""
+    """Entries that are in no folder among `entries`: `**` matches a folder and all that is in it."""
     folders = {entry.path for entry in entries if entry.type == fs.FileType.Directory}
     return [entry for entry in entries if not any(str(above) in folders for above in PurePosixPath(entry.path).parents)]
 
@@ -239,7 +239,7 @@ def _expand(filesystem: fs.FileSystem, entry: fs.FileInfo, root: str) -> _Found:
 
 
 def _dangling_links(root: str) -> list[str]:
-    """Links below `root` that lead nowhere, which Arrow does not list."""
+    """Broken links below `root`, which Arrow does not list."""
     paths = (os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names if name[:1] not in "._")
     return [path for path in paths if os.path.islink(path) and not os.path.exists(path)]
 

@@ -1,7 +1,7 @@
-"""Tables of a lake: folders of Parquet files of which only a log or a catalogue tells which rows still hold.
+"""Lake tables: folders of Parquet files of which only a log or a catalogue says which rows are still valid.
 
 An overwritten, deleted or compacted row stays in its file until the table is vacuumed, and a deletion vector changes no
-data file at all, so the files read as they lie give two or three times the rows.
+data file at all. So reading all files gives two or three times the rows.
 """
 
 import os
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 from pyarrow import fs
 
-from pipeline.corpus.places import parts_below
+from pipeline.corpus.paths import parts_below
 from pipeline.errors import CorpusError
 
 
@@ -21,9 +21,9 @@ from pipeline.errors import CorpusError
 class _Kind:
     name: str
     folder: str
-    """Stands at the table's root."""
+    """A folder at the table's root."""
     inside: re.Pattern[str] | None
-    """A file of that folder that must be there, for folders of that name are not rare; None: the folder is enough."""
+    """A file that must be in that folder, since other folders have such a name, too; None if the name is enough."""
     reader: str
 
 
@@ -45,23 +45,24 @@ class LakeTable:
 
 
 def refuse_table(table: LakeTable, path: str, where: str) -> CorpusError:
-    """The error for a path as the user wrote it that leads into, to or over a table."""
+    """The error for a path, as the user wrote it, that leads to a table, into one or above one."""
     kind = table.kind
     mark = f"{table.root.rstrip('/')}/{kind.folder}"
     return CorpusError(
-        f"{where}: {path} has to do with {kind.name} ({mark} is there), whose files hold deleted and replaced rows "
+        f"{where}: {path} touches {kind.name} ({mark} is there), whose files hold deleted and replaced rows "
         f"too; write its present rows as plain Parquet into another folder, with {kind.reader}, and give that"
     )
 
 
 def tables_below(entries: Iterable[str], root: str) -> list[LakeTable]:
-    """The tables among the paths `entries` of everything below `root`, outermost first; nothing is asked of a store."""
+    """The tables below `root`, outermost first, found in `entries`, the paths of all that is there. Asks no store."""
     found: dict[str, LakeTable] = {}
     for path in entries:
         parts = parts_below(path, root)
         for depth, part in enumerate(parts):
             kind = _BY_FOLDER.get(part)
-            if kind is not None and (kind.inside is None or _holds(kind.inside, parts[depth + 1 :])):
+            rest = parts[depth + 1 :]
+            if kind is not None and (kind.inside is None or (len(rest) == 1 and kind.inside.fullmatch(rest[0]))):
                 table = "/".join((root.rstrip("/"), *parts[:depth]))
                 found.setdefault(table, LakeTable(table, kind))
     return sorted(found.values(), key=lambda table: (len(table.root), table.root))
@@ -70,8 +71,8 @@ def tables_below(entries: Iterable[str], root: str) -> list[LakeTable]:
 def table_above(filesystem: fs.FileSystem, path: str) -> LakeTable | None:
     """The table whose root is `path` or the nearest folder above it, however far.
 
-    Partitions of a table may have any names and depth, so no number of levels is the right bound: all are looked at, up
-    to the bucket or the disk's root. That is one look a kind and level, many at a time, whatever the folders hold.
+    Partitions of a table may have any names and depth, so all levels are checked, up to the bucket or the disk's root.
+    That takes one request for each kind and level, many at a time, whatever the folders hold.
     """
     folders = list(_chain(path))
     if isinstance(filesystem, fs.LocalFileSystem) and (real := os.path.realpath(path)) != path:
@@ -83,7 +84,7 @@ def table_above(filesystem: fs.FileSystem, path: str) -> LakeTable | None:
 
 
 def table_behind_links(files: Sequence[str]) -> LakeTable | None:
-    """The table that a link among the local `files` leads into."""
+    """The table that some link among the local `files` leads into."""
     real = {file: os.path.realpath(file) for file in files}
     folders = {os.path.dirname(path) for file, path in real.items() if path != file}
     return next(filter(None, (table_above(fs.LocalFileSystem(), folder) for folder in sorted(folders))), None)
@@ -95,7 +96,7 @@ def is_below(path: str, folder: str) -> bool:
 
 
 def _chain(path: str) -> Iterator[str]:
-    """`path` and all folders above it, the nearest first; a relative one is of a store and ends at its bucket."""
+    """`path` and all folders above it, the nearest first. A relative path is a store's and ends at its bucket."""
     while path.strip("/"):
         yield path
         path = path.rpartition("/")[0]
@@ -109,8 +110,4 @@ def _is_table(filesystem: fs.FileSystem, folder: str, kind: _Kind) -> bool:
         below = filesystem.get_file_info(fs.FileSelector(mark, allow_not_found=True))
         return any(kind.inside.fullmatch(entry.base_name) for entry in below)
     except (pa.ArrowException, OSError):
-        return False  # often a path may be read and the folders above it may not; what is away says so when it is read
-
-
-def _holds(inside: re.Pattern[str], rest: Sequence[str]) -> bool:
-    return len(rest) == 1 and inside.fullmatch(rest[0]) is not None
+        return False  # often a path is readable and folders above it are not; reading the path will say what is wrong

@@ -1,9 +1,9 @@
-"""Files of several splits behind one path, as a folder of the Hugging Face hub holds them: told by their names."""
+"""Refuse a path that leads to files of several splits, as in a folder of the Hugging Face hub. File names tell them."""
 
 import re
 from collections.abc import Sequence
 
-from pipeline.corpus.places import matches, parts_below, writable
+from pipeline.corpus.paths import as_written, matches, parts_below
 from pipeline.errors import CorpusError
 
 # The words and their separators are those of `datasets.data_files`.
@@ -29,15 +29,15 @@ def check_one_split(path: str, root: str, files: Sequence[str], where: str) -> N
     if len(found) > 1:
         splits = [split for split in _WORDS if split in found]
         held = ", ".join(f"{len(found[split])} of {split}" for split in splits)
-        mends = ", ".join(f"{split}: {writable(path, _glob(found[split], below))}" for split in splits)
+        fixes = ", ".join(f"{split}: {as_written(path, _glob(found[split], below))}" for split in splits)
         raise CorpusError(
-            f"{where}: {path} mixes the files of several splits ({held}); give each its own: {mends}; or list these "
+            f"{where}: {path} mixes the files of several splits ({held}); give each its own: {fixes}; or list these "
             "paths to mean them together"
         )
 
 
 def _split_word(parts: Sequence[str]) -> tuple[int, str, str] | None:
-    """-> (place, word, part up to the word's end) of a file's name, or else of the nearest of its folders."""
+    """-> (index of the part, word, part up to the word's end) in a file's name, or in the nearest of its folders."""
     for place in reversed(range(len(parts))):
         part = parts[place]
         if place == len(parts) - 1:
@@ -50,7 +50,7 @@ def _split_word(parts: Sequence[str]) -> tuple[int, str, str] | None:
 
 
 def _glob(mine: Sequence[Sequence[str]], everything: Sequence[Sequence[str]]) -> str:
-    """What to write for the files `mine` and no other; the name of the first where no glob is as exact."""
+    """A glob for the files `mine` and no others; the name of the first file where no glob is exact."""
     first = mine[0]
     placed = _split_word(first)
     assert placed is not None
@@ -60,9 +60,10 @@ def _glob(mine: Sequence[Sequence[str]], everything: Sequence[Sequence[str]]) ->
         globs = [f"{above}{begin}*", f"**/{begin}*", f"**/*{word}*"]
     else:
         globs = [above + first[place], f"**/{first[place]}/**/*.parquet", f"**/*{word}*/**/*.parquet"]
-    exact = (glob for glob in globs if [parts for parts in everything if _fits(parts, glob.split("/"))] == list(mine))
+
+    def fits(parts: Sequence[str], glob: str) -> bool:
+        # A glob that matches a folder takes all that is in it.
+        return any(matches(parts[:length], glob.split("/")) for length in range(1, len(parts) + 1))
+
+    exact = (glob for glob in globs if [parts for parts in everything if fits(parts, glob)] == list(mine))
     return next(exact, "/".join(first))
-
-
-def _fits(parts: Sequence[str], glob: Sequence[str]) -> bool:
-    return any(matches(parts[:length], glob) for length in range(1, len(parts) + 1))

@@ -1,4 +1,8 @@
-"""How large the pages of a Parquet column are, from their headers alone: Arrow unpacks a page as a whole."""
+"""The sizes of a Parquet column's pages, read from their headers alone.
+
+Arrow decompresses a page as a whole, so a page's size bounds the memory of reading it, and pyarrow does not tell it.
+Page headers are Thrift structs in its compact protocol, of which the few lines below read the integers.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,9 +10,11 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-# Arrow, too, looks for the end of a header in ever more bytes, up to these.
+# A header's length is not known beforehand. Arrow, too, reads more and more bytes until it ends, up to the second size.
 _HEADER_BYTES, _MOST_HEADER_BYTES = 2**16, 2**24
+# Type ids of Thrift's compact protocol; a boolean field has its value in the type, and no bytes.
 _BOOLEANS, _BYTE, _INTEGERS, _DOUBLE, _BINARY, _LISTS, _STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, (9, 10), 12
+# Fields of a PageHeader: the page's type, and its size uncompressed and compressed.
 _TYPE, _UNPACKED, _PACKED = (1,), (2,), (3,)
 _DICTIONARY = 2
 # `num_values` of the headers of a data page, a dictionary page and a data page of version 2.
@@ -16,25 +22,26 @@ _VALUES = (5, 1), (7, 1), (8, 1)
 
 
 class PageHeaderError(ValueError):
-    """A header of a page cannot be read."""
+    """A page's header cannot be read."""
 
 
 @dataclass(frozen=True)
 class Page:
-    """What a header tells of its page."""
+    """What a header says of its page."""
 
     nbytes: int
-    """Unpacked."""
+    """Uncompressed."""
     values: int
-    """Nulls included; of a dictionary, its words."""
+    """Nulls included; for a dictionary, the number of its words."""
     is_dictionary: bool
 
 
-def pages(file: pa.NativeFile, chunk: pq.ColumnChunkMetaData, rows: int) -> Iterator[Page]:
-    """The pages of a column chunk up to that of its row `rows`, each for a look at a few bytes of the file.
+def page_headers(file: pa.NativeFile, chunk: pq.ColumnChunkMetaData, rows: int) -> Iterator[Page]:
+    """The pages of a column chunk, up to the one with its row `rows`. Only headers are read, some bytes of each page.
 
     Raises: PageHeaderError.
     """
+    # A dictionary page stands before the data pages. Some writers note 0 for an offset that they do not have.
     first = chunk.dictionary_page_offset if chunk.has_dictionary_page else None
     place = min(offset for offset in (first, chunk.data_page_offset) if offset)
     end = place + chunk.total_compressed_size
@@ -51,7 +58,7 @@ def pages(file: pa.NativeFile, chunk: pq.ColumnChunkMetaData, rows: int) -> Iter
 
 
 def _page_header(file: pa.NativeFile, place: int) -> tuple[dict[tuple[int, ...], int], int]:
-    """-> the integers of a PageHeader, in Thrift's compact protocol, by their fields, and its length in bytes."""
+    """-> the integers of a PageHeader by the path of their field ids, and the header's length in bytes."""
     most = _HEADER_BYTES
     while True:
         file.seek(place)
@@ -59,7 +66,7 @@ def _page_header(file: pa.NativeFile, place: int) -> tuple[dict[tuple[int, ...],
         found: dict[tuple[int, ...], int] = {}
         try:
             return found, _read_struct(data, 0, found, ())
-        except (IndexError, RecursionError) as error:
+        except (IndexError, RecursionError) as error:  # it goes beyond these bytes, or is no header at all
             if len(data) < most or most >= _MOST_HEADER_BYTES:
                 raise PageHeaderError(_damage(place)) from error
         most *= 16
@@ -70,11 +77,12 @@ def _damage(place: int) -> str:
 
 
 def _read_struct(data: bytes, at: int, found: dict[tuple[int, ...], int], path: tuple[int, ...]) -> int:
+    """Put the struct's integers into `found` by their path of field ids; -> the byte behind the struct."""
     field = 0
-    while data[at]:
+    while data[at]:  # a zero byte ends a struct
         step, kind = data[at] >> 4, data[at] & 15
         at += 1
-        if step:
+        if step:  # field ids are stored as differences where these are small
             field += step
         else:
             value, at = _varint(data, at)
@@ -104,6 +112,7 @@ def _skip(data: bytes, at: int, kind: int) -> int:
     if kind == _STRUCT:
         return _read_struct(data, at, {}, ())
     if kind in _LISTS:
+        # A short list has its length in the first byte, a longer one in a number behind it.
         count, inner = data[at] >> 4, data[at] & 15
         count, at = _varint(data, at + 1) if count == 15 else (count, at + 1)
         for _ in range(min(count, len(data))):
@@ -113,6 +122,7 @@ def _skip(data: bytes, at: int, kind: int) -> int:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """-> an integer of seven bits a byte, the lowest first, and the byte behind it."""
     value = shift = 0
     while data[at] & 128:
         value |= (data[at] & 127) << shift
@@ -121,4 +131,5 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _signed(value: int) -> int:
+    """Zigzag: 0, -1, 1, -2, … are stored as 0, 1, 2, 3, …"""
     return (value >> 1) ^ -(value & 1)

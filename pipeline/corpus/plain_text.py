@@ -1,4 +1,4 @@
-"""A corpus of plain text: Parquet -> token shards, by the way of a task's corpus -> one long row of tokens."""
+"""A corpus of plain text: Parquet -> token shards, as for a task's corpus -> one long array of tokens."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.corpus.encoding import TokenizerSpec
-from pipeline.corpus.files import Source, inspect_files
+from pipeline.corpus.files import ParquetSource, inspect_files
 from pipeline.corpus.reader import Int32, SplitRef, open_split, summarise_split
 from pipeline.corpus.rows import Recipe
-from pipeline.corpus.template import Template, check_class_names, check_columns, parse_template
-from pipeline.corpus.values import whole_columns
+from pipeline.corpus.template import TextTemplate, check_class_names, check_columns, parse_template
+from pipeline.corpus.values import find_integer_columns
 from pipeline.errors import CorpusError
 from pipeline.settings import TextSettings
 
@@ -22,12 +22,12 @@ _LEFT_OUT = {"input_long": "over 16 MiB", "no_embedding": "with a token without 
 
 @dataclass(frozen=True)
 class TextPlan:
-    """What is known of the corpus before a token is made."""
+    """What is known of the corpus before anything is tokenised."""
 
-    source: Source
-    text: Template
-    whole: Mapping[str, str]
-    """Columns whose floats are written as integers: see `whole_columns`."""
+    source: ParquetSource
+    text: TextTemplate
+    integer_columns: Mapping[str, str]
+    """Columns whose floats are written as integers: see `find_integer_columns`."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class TextCorpus:
     counts: Mapping[str, int]
     """Documents by status: ok, null, empty; input_long and no_embedding if there are any."""
     digest: str
-    """Of the documents: the same in other files give the same digest."""
+    """Digest of the documents: the same documents in other files give the same digest."""
 
     @property
     def left_out(self) -> str:
-        """What was left out and why, in words."""
+        """What was left out, and why, for people."""
         return f"{self.counts['null'] + self.counts['empty']} null or empty ones" + "".join(
             f", {self.counts[status]} {why}" for status, why in _LEFT_OUT.items() if self.counts.get(status)
         )
@@ -51,7 +51,7 @@ class TextCorpus:
 def check_text(settings: TextSettings) -> TextPlan:
     """Find the files, read their footers, and check the template against them; no Ray, no tokenizer.
 
-    Raises: CorpusError naming the file and the mend.
+    Raises: CorpusError naming the file and the fix.
     """
     text = parse_template(settings.text, f"{_WHERE}, text")
     if not text.columns:
@@ -61,7 +61,7 @@ def check_text(settings: TextSettings) -> TextPlan:
     check_class_names([source], [text])
     if not source.rows:
         raise CorpusError(f"{source.where}: {source.files[0].path} holds no row; give a file that does")
-    return TextPlan(source, text, whole_columns({"train": source}, text.columns))
+    return TextPlan(source, text, find_integer_columns({"train": source}, text.columns))
 
 
 def prepare_text(
@@ -69,7 +69,7 @@ def prepare_text(
 ) -> TextCorpus:
     """Tokenise the documents, unless their shards are there. `connect`: see `build_shards`.
 
-    Raises: CorpusError naming the mend; StorageError when `storage` cannot be written.
+    Raises: CorpusError with advice; StorageError when `storage` cannot be written.
     """
     from pipeline.corpus.shards import build_shards  # here, so that reading a corpus never imports ray
 
@@ -82,7 +82,7 @@ def prepare_text(
         max_target_tokens=_NO_LIMIT,
         architecture=tokenizer.architecture,
         embedding_rows=tokenizer.embedding_rows,
-        whole=plan.whole,
+        integer_columns=plan.integer_columns,
     )
     folder = str(build_shards(plan.source, recipe, tokenizer, storage, connect))
     summary = summarise_split(SplitRef(folder))
@@ -92,18 +92,18 @@ def prepare_text(
     if share > settings.max_bad_rows or not summary.counts["ok"]:
         raise CorpusError(
             f"{plan.source.where}: {share:.1%} of {summary.rows} rows are null or empty{over}{unembedded}, "
-            f"more than max_bad_rows {settings.max_bad_rows:.1%}; mend the rows or raise it"
+            f"more than max_bad_rows {settings.max_bad_rows:.1%}; fix the rows or raise it"
         )
-    # A run's identity holds them: one without such documents stays what it was.
+    # Counts enter a run's identity, so zeros of the newer statuses are left out: older runs keep their identity.
     counts = {key: count for key, count in summary.counts.items() if key in ("ok", "null", "empty") or count}
     return TextCorpus(folder, counts, summary.digest)
 
 
 def read_text(corpus: TextCorpus, eos: int) -> Int32:
-    """All documents `[N]`, in the order of their ids, each with an `eos` behind it; in memory, four bytes a token.
+    """The tokens `[N]` of all documents, in the order of their ids, each followed by `eos`. Takes four bytes a token.
 
     Raises: CorpusError when the shards are missing.
     """
     documents = open_split(SplitRef(corpus.dir))
-    # Behind the last token of each document.
+    # `insert` puts an eos before each of these indices, which is behind a document's last token.
     return np.insert(documents.input_tokens, documents.input_offsets[1:], np.int32(eos))

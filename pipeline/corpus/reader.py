@@ -1,4 +1,8 @@
-"""Token shards -> `TokenSet`: one split in the order of its row ids, on every rank and for any layout of the files."""
+"""Token shards -> `TokenSet`: one split, sorted by row id.
+
+The order is the same on every rank, however rows are spread over shards, so a step's batch is a pure function of seed
+and step.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +37,11 @@ UInt64 = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class SplitRef:
-    """The rows of a shard folder whose id lies in [fraction_from, fraction_to) of all ids."""
+    """The rows of a shard folder whose id lies in [fraction_from, fraction_to) of all ids.
+
+    Ids are hashes of a row's texts. So a split by id is random, copies of a row are in the same split, and a row stays
+    in its split when others are added.
+    """
 
     dir: str
     fraction_from: float = 0.0
@@ -41,7 +49,7 @@ class SplitRef:
 
     @property
     def id_range(self) -> tuple[int, int]:
-        """First id in, first id out; neighbours that share a fraction share this number."""
+        """First id of the split and first id behind it; splits that share a fraction share this number."""
         return int(self.fraction_from * _ID_SPACE), int(self.fraction_to * _ID_SPACE)
 
     @property
@@ -88,12 +96,13 @@ class TokenSet:
 
 
 def open_split(ref: SplitRef, limit: int | None = None) -> TokenSet:
-    """Read a split's usable rows, sorted by row id; `limit` keeps the first ones, a fixed random subset.
+    """Read a split's usable rows, sorted by row id. `limit` keeps the first of them, which are a fixed random subset.
 
     Raises: CorpusError when the shards are missing.
     """
     low, high = ref.id_range
     if limit is not None:
+        # Rows beyond the limit are dropped batch by batch, so that a large split is not read whole for a few rows.
         high = min(high, _id_after(ref, limit))
     tables = [batch.filter(pa.array(_usable(batch, low, high))) for batch in _batches(ref, SHARD_SCHEMA.names)]
     return token_set(pa.Table.from_batches(tables, schema=SHARD_SCHEMA), limit)
@@ -101,7 +110,7 @@ def open_split(ref: SplitRef, limit: int | None = None) -> TokenSet:
 
 def token_set(table: pa.Table, limit: int | None = None) -> TokenSet:
     """Rows with SHARD_SCHEMA, all of them usable, sorted by row id; `limit` keeps the first ones."""
-    # 64-bit offsets first: a whole split may hold more tokens than list<int32> can address in one piece.
+    # 64-bit offsets first: a whole split may hold more tokens than 32-bit offsets can address.
     wide = {
         "input_ids": pa.large_list(pa.int32()),
         "target_ids": pa.large_list(pa.int32()),
@@ -109,7 +118,11 @@ def token_set(table: pa.Table, limit: int | None = None) -> TokenSet:
     }
     table = table.cast(pa.schema([field.with_type(wide.get(field.name, field.type)) for field in SHARD_SCHEMA]))
     order = pc.sort_indices(table["row_id"])[:limit]
-    columns = {name: _one_array(table[name].take(order)) for name in table.column_names}
+    taken = {name: table[name].take(order) for name in table.column_names}
+    columns = {
+        name: pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+        for name, column in taken.items()
+    }
     input_tokens, input_offsets = _flat(columns["input_ids"])
     target_tokens, target_offsets = _flat(columns["target_ids"])
     return TokenSet(
@@ -118,7 +131,7 @@ def token_set(table: pa.Table, limit: int | None = None) -> TokenSet:
 
 
 def summarise_split(ref: SplitRef) -> SplitSummary:
-    """Count a split's rows by status and digest their ids; a whole folder's are in its manifest already."""
+    """Count a split's rows by status, and digest their ids. The manifest has both for a whole folder."""
     manifest = _manifest(ref)
     if ref.is_whole and "corpus_digest" in manifest:
         return SplitSummary(manifest["counts"], manifest["corpus_digest"])
@@ -135,7 +148,8 @@ def unique_targets(ref: SplitRef) -> Iterator[str]:
     """Each different target of the split's usable rows, once; stop early to bound time and memory."""
     low, high = ref.id_range
     listed = _manifest(ref).get("target_ids")
-    # What begins at the least id or ends at the greatest holds a target if it holds the first or last row with it.
+    # The manifest lists each target's least and greatest id. They decide for a split that begins at the least of all
+    # ids, or ends at the greatest; for another one the rows must be read.
     if listed is not None and (low == 0 or high == _ID_SPACE):
         yield from (target for target, (first, last) in listed.items() if (first < high if low == 0 else last >= low))
         return
@@ -147,8 +161,8 @@ def unique_targets(ref: SplitRef) -> Iterator[str]:
                 yield target
 
 
-def unsayable_targets(ref: SplitRef) -> Iterator[str]:
-    """The targets of a whole folder's rows that the tokenizer has no tokens for, as they come."""
+def unencodable_targets(ref: SplitRef) -> Iterator[str]:
+    """The targets of a whole folder's rows that the tokenizer cannot encode, in the order of the files."""
     if not summarise_split(ref).counts.get("target_unsayable"):
         return
     for batch in _batches(ref, ["status", "target"]):
@@ -157,7 +171,7 @@ def unsayable_targets(ref: SplitRef) -> Iterator[str]:
 
 
 def count_targets(ref: SplitRef) -> Iterator[tuple[str, int]]:
-    """Each target of the split's usable rows with how many have it, batch by batch: one may come more than once.
+    """(target, number of usable rows that have it), batch by batch: a target may come more than once.
 
     Raises: CorpusError when the shards are missing.
     """
@@ -183,7 +197,7 @@ def target_tokens(ref: SplitRef, target: str) -> list[int]:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
-    """The manifest of a complete shard folder; None when it is missing, half-built or a shard of it is gone."""
+    """The manifest of a complete shard folder; None when the folder is missing or half-built, or a shard is gone."""
     try:
         manifest = open_json((Path(folder) / MANIFEST).read_bytes(), _UNSEALED)
         sizes = {name: (Path(folder) / name).stat().st_size for name in manifest["files"]}
@@ -193,13 +207,13 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
 
 
 def is_whole(folder: str | Path) -> bool:
-    """Whether a shard folder is complete, and every shard is still what was written. Reads all of it."""
+    """Whether a shard folder is complete and every shard has its digest. Reads all of it."""
     manifest = read_manifest(folder)
     return manifest is not None and not any(_is_damaged(Path(folder) / name, manifest) for name in manifest["files"])
 
 
 def _is_damaged(shard: Path, manifest: Mapping[str, Any]) -> bool:
-    digests = manifest.get("digests")  # versions before this one wrote none
+    digests = manifest.get("digests")  # earlier versions wrote none
     if digests is None:
         return False
     status = shard.stat()
@@ -208,12 +222,13 @@ def _is_damaged(shard: Path, manifest: Mapping[str, Any]) -> bool:
 
 @lru_cache(maxsize=4096)
 def _digest(shard: Path, *version: int) -> str:
-    """Once for each version of the file: a split is read several times."""
+    """The file's digest, computed once for each version of it, since a split is read several times."""
     return file_digest(shard)
 
 
 def _id_after(ref: SplitRef, limit: int) -> int:
-    """The smallest id bound below which at least `limit` usable rows lie (all ids, if there are fewer)."""
+    """The smallest id bound below which at least `limit` usable rows lie; the split's end if there are fewer."""
+    # Ids and statuses are two small columns, so this pass is cheap beside reading tokens.
     low, high = ref.id_range
     ids = np.concatenate(
         [np.empty(0, np.uint64)]
@@ -228,7 +243,7 @@ def _usable(batch: pa.RecordBatch, low: int, high: int) -> npt.NDArray[np.bool_]
 
 
 def _inside(ids: UInt64, low: int, high: int) -> npt.NDArray[np.bool_]:
-    # Plain ints: numpy 2 compares them exactly even where 2**64 is out of range for the array.
+    # Python integers: numpy 2 compares them exactly, even 2**64, which does not fit into the array's type.
     inside: npt.NDArray[np.bool_] = (ids >= low) & (ids < high)
     return inside
 
@@ -244,19 +259,16 @@ def _batches(ref: SplitRef, columns: Sequence[str], rows: int = _BATCH_ROWS) -> 
     manifest = _manifest(ref)
     for name in manifest["files"]:
         if _is_damaged(Path(ref.dir) / name, manifest):
-            raise CorpusError(f"the token shard {Path(ref.dir) / name} is damaged; run the job again to build it anew")
+            raise CorpusError(f"the token shard {Path(ref.dir) / name} is damaged; run the job again to rebuild it")
         try:
             with pq.ParquetFile(Path(ref.dir) / name, pre_buffer=False, buffer_size=2**20) as shard:
                 yield from shard.iter_batches(rows, columns=list(columns), use_threads=False)
-        except pa.ArrowInvalid as error:  # of shards without digests nobody knows before
+        except pa.ArrowInvalid as error:  # damage in shards without digests is found only here
             damaged = f"the token shard {Path(ref.dir) / name} is damaged"
-            raise CorpusError(f"{damaged}; remove the folder and run the job again to build it anew") from error
-
-
-def _one_array(column: pa.ChunkedArray) -> pa.Array:
-    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+            raise CorpusError(f"{damaged}; remove the folder and run the job again to rebuild it") from error
 
 
 def _flat(lists: pa.LargeListArray) -> tuple[Int32, Int64]:
+    # Arrow's own buffers, without copying row by row. Offsets of a slice need not begin at 0.
     offsets = lists.offsets.to_numpy()
     return lists.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0]

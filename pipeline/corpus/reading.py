@@ -1,4 +1,4 @@
-"""One read unit (some rows of one file) -> batches of column texts, in a memory that no file can raise."""
+"""One read unit (some rows of one file) -> batches of column texts, in bounded memory for any file."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from pipeline.corpus.class_names import UnnamedClassError, named_texts
-from pipeline.corpus.files import Source, SourceFile, of_its_store, one_line, unreadable
+from pipeline.corpus.files import ParquetSource, SourceFile, of_its_store, one_line, unreadable
 from pipeline.corpus.pages import PageHeaderError
-from pipeline.corpus.steps import STREAM_BUFFER, OversizedPageError, step_within
-from pipeline.corpus.values import column_texts, not_whole
+from pipeline.corpus.read_steps import STREAM_BUFFER, OversizedPageError, rows_per_step
+from pipeline.corpus.values import column_texts, fraction_error
 from pipeline.errors import CorpusError
 
 _UNITS = 64
 _LEAST_UNIT_BYTES, _MOST_UNIT_BYTES = 2 * 2**20, 16 * 2**20
-# Ray takes some 20 ms of several processes' time for a task, as much as half a mebibyte of text takes.
+# A task costs Ray some 20 ms of several processes' time, which is what half a mebibyte of text takes.
 _LEAST_TASK_BYTES = 2**20
-# A slice reads and drops the rows before it, which costs each about a hundredth of what tokenising it does.
+# A slice reads and drops the rows before it. That costs about a hundredth of tokenising them.
 _MOST_SLICES = 16
 _BATCH_BYTES = 2**20
 _BATCH_ROWS = 1024
@@ -28,7 +28,7 @@ _BATCH_ROWS = 1024
 
 @dataclass(frozen=True)
 class ReadUnit:
-    """What is read at a time: rows `first` to `end` (not included) of some row groups of one file."""
+    """Rows `first` to `end` (not included) of some row groups of one file."""
 
     file: SourceFile
     row_groups: tuple[int, ...]
@@ -37,18 +37,18 @@ class ReadUnit:
 
     @property
     def row_bytes(self) -> float:
-        """Of a row, uncompressed: the mean of the row groups."""
+        """Mean uncompressed bytes of a row in these row groups."""
         rows, size = map(sum, zip(*(self.file.row_groups[group] for group in self.row_groups), strict=True))
         return size / rows
 
     @property
     def batch_rows(self) -> int:
-        """Rows that come to about a mebibyte: a tokenizer needs many times its text."""
+        """Rows of about a mebibyte together; a tokenizer needs many times the memory of its text."""
         return max(1, int(min(_BATCH_ROWS, _BATCH_BYTES / max(self.row_bytes, 1))))
 
 
-def read_units(source: Source) -> tuple[ReadUnit, ...]:
-    """Cut the files into units of like size, enough of them to keep many cores busy to the end.
+def read_units(source: ParquetSource) -> tuple[ReadUnit, ...]:
+    """Cut the files into units of similar size, enough of them to keep many cores busy to the end.
 
     A unit is some neighbouring row groups, or a slice of a large one.
     """
@@ -57,8 +57,8 @@ def read_units(source: Source) -> tuple[ReadUnit, ...]:
     return tuple(unit for file in source.files for unit in _cut(file, unit_bytes))
 
 
-def gathered(units: Iterable[ReadUnit]) -> tuple[tuple[ReadUnit, ...], ...]:
-    """Neighbouring units together until they are worth a Ray task: a corpus may be thousands of small files."""
+def group_units(units: Iterable[ReadUnit]) -> tuple[tuple[ReadUnit, ...], ...]:
+    """Group neighbouring units until they are worth a Ray task: a corpus may be thousands of small files."""
     tasks: list[tuple[ReadUnit, ...]] = []
     waiting: list[ReadUnit] = []
     size = 0.0
@@ -99,13 +99,13 @@ def read_texts(
     unit: ReadUnit,
     columns: Sequence[str],
     where: str,
-    whole: Mapping[str, str] = MappingProxyType({}),
+    integer_columns: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[tuple[int, dict[str, list[str | None]]]]:
-    """Yield (rows B, column -> [B] texts) until the unit is read; `OverLong` stands for a cell beyond the bound.
+    """Yield (B, column -> [B] texts) until the unit is read; `OverLong` stands for a cell that is too long.
 
-    whole: columns whose floats are to be written as integers, each with a file that holds integers there.
+    integer_columns: columns whose floats are to be written as integers, each with a file that holds integers there.
     Raises: CorpusError naming the file when its pages are damaged or too large, its text is not UTF-8, a column of
-    `whole` holds a fraction, or the memory does not suffice.
+    `integer_columns` holds a fraction, or the memory does not suffice.
     """
     own = [name for name in columns if name in dict(unit.file.columns)]
     fixed = {name: value for name, value in unit.file.partitions if name in columns and name not in own}
@@ -118,15 +118,18 @@ def read_texts(
             buffer_size=STREAM_BUFFER,
             page_checksum_verification=True,
         ) as file:
+            # One thread, so that the memory is that of one batch; Ray runs a task on every core.
             step = _safe_step(filesystem, unit, file.metadata, own, where)
             batches = file.iter_batches(step, list(unit.row_groups), own, use_threads=False)
-            for rows, texts in _gathered_texts(_between(batches, unit.first, unit.end), unit, where, own, whole):
+            for rows, texts in _gathered_texts(
+                _between(batches, unit.first, unit.end), unit, where, own, integer_columns
+            ):
                 yield rows, texts | {name: [value] * rows for name, value in fixed.items()}
     except UnicodeDecodeError as error:
         raise CorpusError(f"{where}: {unit.file.path} holds text that is not UTF-8; write it again as UTF-8") from error
     except CorpusError:
         raise
-    except MemoryError as error:  # Arrow's own, too
+    except MemoryError as error:  # Arrow's own memory error is one, too
         raise CorpusError(
             f"{where}: the memory did not suffice to read {unit.file.path} ({one_line(error) or 'no more was given'}); "
             "give the job more, or write the file with smaller pages and row groups"
@@ -149,7 +152,7 @@ def _safe_step(
                 if chunk.path_in_schema not in columns:
                     continue
                 try:
-                    step = step_within(file, footer, chunk, group, step, unit.end)
+                    step = rows_per_step(file, footer, chunk, group, step, unit.end)
                 except (OversizedPageError, PageHeaderError) as error:
                     place = f"{unit.file.path}, row group {group}, column {chunk.path_in_schema!r}"
                     raise CorpusError(f"{where}: {place} {error}") from error
@@ -157,14 +160,18 @@ def _safe_step(
 
 
 def _gathered_texts(
-    batches: Iterable[pa.RecordBatch], unit: ReadUnit, where: str, columns: Sequence[str], whole: Mapping[str, str]
+    batches: Iterable[pa.RecordBatch],
+    unit: ReadUnit,
+    where: str,
+    columns: Sequence[str],
+    integer_columns: Mapping[str, str],
 ) -> Iterator[tuple[int, dict[str, list[str | None]]]]:
-    """The texts of small steps together, until they are rows enough or a mebibyte."""
+    """Join the texts of small steps until they are a full batch or a mebibyte."""
     rows, size = 0, 0
     waiting: dict[str, list[str | None]] = {name: [] for name in columns}
     for batch in batches:
         for name in columns:
-            waiting[name].extend(_texts(batch[name], unit.file, name, whole.get(name), where))
+            waiting[name].extend(_texts(batch[name], unit.file, name, integer_columns.get(name), where))
             size += batch[name].nbytes
         rows += batch.num_rows
         if rows >= unit.batch_rows or size >= _BATCH_BYTES:
@@ -177,17 +184,19 @@ def _gathered_texts(
 def _texts(column: pa.Array, file: SourceFile, name: str, of_integers: str | None, where: str) -> list[str | None]:
     names = dict(file.class_names).get(name)
     try:
-        return column_texts(column, whole=of_integers is not None) if names is None else named_texts(column, names)
+        return (
+            column_texts(column, as_integers=of_integers is not None) if names is None else named_texts(column, names)
+        )
     except UnicodeDecodeError:
         raise
     except UnnamedClassError as error:
-        raise CorpusError(f"{where}: {file.path} holds {error}; mend the rows or the names") from error
+        raise CorpusError(f"{where}: {file.path} holds {error}; fix the rows or the names") from error
     except ValueError as error:
-        raise not_whole(where, file.path, name, error, of_integers or "") from error
+        raise fraction_error(where, file.path, name, error, of_integers or "") from error
 
 
 def _between(batches: Iterable[pa.RecordBatch], first: int, end: int) -> Iterator[pa.RecordBatch]:
-    """The rows `first` to `end` of what `batches` hold together."""
+    """The rows `first` to `end` (not included) of the concatenated `batches`."""
     start = 0
     for batch in batches:
         low, high = max(first - start, 0), min(end - start, batch.num_rows)

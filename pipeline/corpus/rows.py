@@ -1,4 +1,4 @@
-"""One batch of corpus rows -> the rows of a token shard. Pure: no Ray, no files."""
+"""One batch of corpus rows -> the rows of a token shard: a pure function, without Ray and files."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -10,16 +10,23 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.corpus.encoding import Architecture, FastTokenizer, encode_inputs, encode_plain, encode_targets, unsayable
-from pipeline.corpus.template import Rendered, Template, render_rows
+from pipeline.corpus.encoding import (
+    Architecture,
+    FastTokenizer,
+    encode_inputs,
+    encode_plain,
+    encode_targets,
+    unencodable,
+)
+from pipeline.corpus.template import RenderedRows, TextTemplate, render_rows
 from pipeline.corpus.values import OverLong
 
-# No text of so many characters, a thousand for each token, has tokens few enough.
+# A text of more characters than both of these, a thousand for each token, has too many tokens for certain.
 _SURE_TEXT, _SURE_TEXT_OF_A_TOKEN = 2**20, 2**10
 
 
 class RowStatus(IntEnum):
-    """Why a row is used or not; the first that holds, in this order."""
+    """Why a row is used or not. Where several hold, the first in this order counts."""
 
     OK = 0
     NULL = 1
@@ -27,9 +34,9 @@ class RowStatus(IntEnum):
     INPUT_LONG = 3
     TARGET_LONG = 4
     NO_EMBEDDING = 5
-    """It has a token for which the model's table of embeddings has no row."""
+    """It has a token without a row in the model's table of embeddings."""
     TARGET_UNSAYABLE = 6
-    """The tokenizer has no tokens for it; the row keeps its text."""
+    """The tokenizer cannot encode it; the row keeps its text."""
 
 
 SHARD_SCHEMA = pa.schema(
@@ -47,22 +54,22 @@ SHARD_SCHEMA = pa.schema(
 class Recipe:
     """All that decides a row's tokens besides the tokenizer."""
 
-    input: Template
-    target: Template | None
-    """None for plain text, to be cut into examples later: its rows have no target and no special tokens."""
+    input: TextTemplate
+    target: TextTemplate | None
+    """None for plain text, which is cut into examples later: its rows have no target and no special tokens."""
     separator: str
     max_input_tokens: int
     max_target_tokens: int
     """Separator and eos included."""
     architecture: Architecture
     embedding_rows: int | None = None
-    """Token ids from here on have no embedding; None where the tokenizer gives no such id."""
-    whole: Mapping[str, str] = field(default_factory=dict)
-    """Columns whose floats are written as integers: see `whole_columns`."""
-    targets_behind_text: bool = False
-    """The tokenizer marks beginnings (`marks_beginnings`), which a target is not."""
-    names_unsayable: bool = False
-    """The tokenizer can fail (`can_fail`), and such targets have a status of their own."""
+    """Token ids from here on have no embedding; None where the tokenizer has no such id."""
+    integer_columns: Mapping[str, str] = field(default_factory=dict)
+    """Columns whose floats are written as integers: see `find_integer_columns`."""
+    targets_encoded_after_text: bool = False
+    """The tokenizer encodes beginnings differently (`encodes_beginnings_differently`), and a target is none."""
+    counts_unencodable: bool = False
+    """The tokenizer loses some text (`can_lose_text`), and targets that it loses have a status of their own."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -70,7 +77,7 @@ class Recipe:
 
 
 def row_identities(inputs: Sequence[str | None], targets: Sequence[str | None]) -> npt.NDArray[np.uint64]:
-    """[B] pairs -> [B] 64-bit names of them: order and splits derive from these and from nothing else."""
+    """[B] pairs -> [B] 64-bit ids. The order of rows and their splits follow from these and from nothing else."""
     digests = (
         hashlib.blake2b((_canonical(one) + _canonical(other)).encode(), digest_size=8).digest()
         for one, other in zip(inputs, targets, strict=True)
@@ -79,31 +86,31 @@ def row_identities(inputs: Sequence[str | None], targets: Sequence[str | None]) 
 
 
 def _canonical(text: str | None) -> str:
-    # With its length in front, no text and its neighbour can be read as another pair.
+    # The length in front makes pairs unambiguous: "ab" and "c" differ from "a" and "bc".
     return "-" if text is None else f"{len(text)}:{text}"
 
 
 def tokenise_rows(
     recipe: Recipe, tokenizer: FastTokenizer, columns: Mapping[str, Sequence[str | None]], rows: int
 ) -> pa.Table:
-    """Columns of B texts -> a table of B rows with SHARD_SCHEMA; unusable rows keep a status and no tokens."""
+    """Columns of B texts -> a table of B rows with SHARD_SCHEMA; unusable rows have a status and no tokens."""
     inputs = render_rows(recipe.input, columns, rows)
-    targets = render_rows(recipe.target, columns, rows) if recipe.target else Rendered([""] * rows, [False] * rows)
+    targets = render_rows(recipe.target, columns, rows) if recipe.target else RenderedRows([""] * rows, [False] * rows)
     statuses = _text_statuses(inputs, targets)
     _mark_oversized(statuses, recipe, columns, inputs, targets)
     kept = np.flatnonzero(statuses == RowStatus.OK)
     kept_targets = _texts(targets, statuses)
 
-    input_ids = _input_ids(recipe, tokenizer, _texts(inputs, statuses))
-    # A task's targets are often a few labels: each different one is encoded once.
+    # A task's targets are often a few labels, so each different one is encoded once.
     place_of = {target: place for place, target in enumerate(dict.fromkeys(kept_targets))}
-    target_ids = _target_ids(recipe, tokenizer, list(place_of))
     places = np.fromiter(map(place_of.__getitem__, kept_targets), np.int64, len(kept))
+    input_ids, target_ids, unencoded = _encode(recipe, tokenizer, _texts(inputs, statuses), list(place_of))
 
     input_long = _lengths(input_ids) > recipe.max_input_tokens
     target_long = (_lengths(target_ids) > recipe.max_target_tokens)[places]
     no_embedding = _any_from(recipe.embedding_rows, input_ids) | _any_from(recipe.embedding_rows, target_ids)[places]
-    lost = np.asarray(_unsayable(recipe, tokenizer, list(place_of)), bool)[places]
+    lost = np.asarray(unencoded, bool)[places]
+    # In reverse order of precedence: a later assignment wins.
     statuses[kept[lost]] = RowStatus.TARGET_UNSAYABLE
     statuses[kept[no_embedding]] = RowStatus.NO_EMBEDDING
     statuses[kept[target_long]] = RowStatus.TARGET_LONG
@@ -113,7 +120,7 @@ def tokenise_rows(
     row_inputs: list[Sequence[int]] = [()] * rows
     for row, ids in zip(used_rows.tolist(), compress(input_ids, used.tolist()), strict=True):
         row_inputs[row] = ids
-    # Behind the last target is an empty one, for the rows that are not used.
+    # An empty target stands behind the last one, for rows that are not used.
     target_of = np.full(rows, len(place_of))
     target_of[used_rows] = places[used]
     shown = np.full(rows, len(place_of))
@@ -131,30 +138,28 @@ def tokenise_rows(
     )
 
 
-def _input_ids(recipe: Recipe, tokenizer: FastTokenizer, texts: Sequence[str]) -> list[list[int]]:
-    return encode_inputs(tokenizer, recipe.architecture, texts) if recipe.target else encode_plain(tokenizer, texts)
-
-
-def _target_ids(recipe: Recipe, tokenizer: FastTokenizer, texts: Sequence[str]) -> list[list[int]]:
-    if recipe.target is None:
-        return [[] for _ in texts]
-    return encode_targets(tokenizer, recipe.architecture, recipe.separator, texts)
-
-
-def _unsayable(recipe: Recipe, tokenizer: FastTokenizer, texts: Sequence[str]) -> list[bool]:
-    if recipe.target is None or not recipe.names_unsayable:
-        return [False] * len(texts)
-    return unsayable(tokenizer, recipe.architecture, recipe.separator, texts)
+def _encode(
+    recipe: Recipe, tokenizer: FastTokenizer, inputs: Sequence[str], targets: Sequence[str]
+) -> tuple[list[list[int]], list[list[int]], list[bool]]:
+    """-> ids of the inputs, ids of the targets, and for each target whether it is lost in its tokens."""
+    if recipe.target is None:  # plain text, which has no special tokens and no targets
+        return encode_plain(tokenizer, inputs), [[] for _ in targets], [False] * len(targets)
+    input_ids = encode_inputs(tokenizer, recipe.architecture, inputs)
+    target_ids = encode_targets(tokenizer, recipe.architecture, recipe.separator, targets)
+    lost = [False] * len(targets)
+    if recipe.counts_unencodable:
+        lost = unencodable(tokenizer, recipe.architecture, recipe.separator, targets)
+    return input_ids, target_ids, lost
 
 
 def _mark_oversized(
     statuses: npt.NDArray[np.int8],
     recipe: Recipe,
     columns: Mapping[str, Sequence[str | None]],
-    inputs: Rendered,
-    targets: Rendered,
+    inputs: RenderedRows,
+    targets: RenderedRows,
 ) -> None:
-    """Give rows that are beyond any doubt over-long that status, so that they are not tokenised to be counted."""
+    """Mark rows that are certainly over-long, so that they are not tokenised only to count their tokens."""
     sides = (
         (targets, recipe.target, recipe.max_target_tokens, RowStatus.TARGET_LONG),
         (inputs, recipe.input, recipe.max_input_tokens, RowStatus.INPUT_LONG),
@@ -168,7 +173,7 @@ def _mark_oversized(
         statuses[open_rows & long] = status
 
 
-def _text_statuses(inputs: Rendered, targets: Rendered) -> npt.NDArray[np.int8]:
+def _text_statuses(inputs: RenderedRows, targets: RenderedRows) -> npt.NDArray[np.int8]:
     """[B] statuses as far as the texts alone decide them."""
     statuses = np.full(len(inputs.texts), RowStatus.OK, np.int8)
     for side in (inputs, targets):
@@ -179,7 +184,7 @@ def _text_statuses(inputs: Rendered, targets: Rendered) -> npt.NDArray[np.int8]:
     return statuses
 
 
-def _texts(rendered: Rendered, statuses: npt.NDArray[np.int8]) -> list[str]:
+def _texts(rendered: RenderedRows, statuses: npt.NDArray[np.int8]) -> list[str]:
     """The texts of the rows that are OK so far."""
     return [text or "" for text in compress(rendered.texts, (statuses == RowStatus.OK).tolist())]
 
@@ -189,14 +194,14 @@ def _lengths(ids: Sequence[Sequence[int]]) -> npt.NDArray[np.int32]:
 
 
 def _any_from(first: int | None, ids: Sequence[Sequence[int]]) -> npt.NDArray[np.bool_]:
-    """[B][T] ids -> for each row whether it has one that is at least `first`."""
+    """[B][T] ids -> [B] whether a row has an id of at least `first`."""
     if first is None:
         return np.zeros(len(ids), bool)
     return np.fromiter((max(row, default=-1) >= first for row in ids), bool, len(ids))
 
 
 def _token_lists(ids: Sequence[Sequence[int]]) -> pa.ListArray:
-    """[B][T] ids as one array of lists; from flat arrays, not row by row."""
+    """[B][T] ids as one array of lists, made from flat arrays, which is faster than row by row."""
     offsets = np.zeros(len(ids) + 1, np.int32)
     np.cumsum(_lengths(ids), out=offsets[1:])
     tokens = np.fromiter(chain.from_iterable(ids), np.int32, offsets[-1])

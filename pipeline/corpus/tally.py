@@ -1,4 +1,4 @@
-"""What is counted of token rows while they are written, in parts that add up: rows, ids, lengths, targets."""
+"""Counts of token rows, made while they are written and summed over shards: rows, ids, lengths, targets."""
 
 import hashlib
 from collections.abc import Mapping
@@ -19,9 +19,9 @@ _WORD = 2**64
 @dataclass(frozen=True)
 class SplitSummary:
     counts: dict[str, int]
-    """Rows by status: "ok", "null", "empty", "input_long", "target_long"; others where there are some."""
+    """Rows by status: "ok", "null", "empty", "input_long", "target_long"; other statuses if there are such rows."""
     digest: str
-    """Of the multiset of row ids: the same rows anywhere give the same digest."""
+    """Digest of the multiset of row ids: the same rows in any files give the same digest."""
 
     @property
     def rows(self) -> int:
@@ -30,7 +30,7 @@ class SplitSummary:
 
 @dataclass(frozen=True)
 class RowTally:
-    """Rows by status, and sums over their ids modulo 2**64; of rows in any order."""
+    """Rows by status, and sums over their ids modulo 2**64, which do not depend on the order of rows."""
 
     counts: tuple[int, ...]
     ids: int
@@ -42,9 +42,9 @@ class RowTally:
 
     @property
     def summary(self) -> SplitSummary:
-        # Sums need no order and count duplicates; the ids are hashes already.
+        # Sums do not depend on order, and count duplicates. The ids are hashes already.
         digest = hashlib.sha256(f"{sum(self.counts)} {self.ids} {self.squares}".encode()).hexdigest()
-        # The newer statuses are of few models and tokenizers: others have the counts that they always had.
+        # The newer statuses occur with few models and tokenizers. Other corpora keep the counts that they always had.
         met = [status for status in RowStatus if status <= RowStatus.TARGET_LONG or self.counts[status]]
         return SplitSummary({status.name.lower(): self.counts[status] for status in met}, digest)
 
@@ -61,7 +61,7 @@ def tally_rows(ids: npt.NDArray[np.uint64], statuses: npt.NDArray[np.int8]) -> R
 
 @dataclass(frozen=True)
 class ShardTally:
-    """Of one token shard, or of several together."""
+    """Counts of one token shard, or of several together."""
 
     rows: RowTally
     input_tokens: int
@@ -69,7 +69,7 @@ class ShardTally:
     longest_input: int
     longest_target: int
     targets: Mapping[str, tuple[int, int]] | None
-    """Each different target of the usable rows, with the least and greatest id of those; None over LISTED_TARGETS."""
+    """Each different target of usable rows with its least and greatest row id; None if above LISTED_TARGETS."""
 
     def __add__(self, other: "ShardTally") -> "ShardTally":
         return ShardTally(
@@ -95,11 +95,11 @@ class ShardTally:
         return ShardTally(**{**plain, **read})
 
 
-EMPTY = ShardTally(NO_ROWS, 0, 0, 0, 0, {})
+EMPTY_TALLY = ShardTally(NO_ROWS, 0, 0, 0, 0, {})
 
 
 def tally_table(table: pa.Table) -> ShardTally:
-    """Of one table with SHARD_SCHEMA."""
+    """The tally of one table with SHARD_SCHEMA."""
     lengths = {side: pc.list_value_length(table[f"{side}_ids"]) for side in ("input", "target")}
     return ShardTally(
         tally_rows(table["row_id"].to_numpy(), table["status"].to_numpy()),
@@ -111,18 +111,18 @@ def tally_table(table: pa.Table) -> ShardTally:
     )
 
 
-def manifest_figures(whole: ShardTally) -> dict[str, Any]:
-    """What a shard folder's manifest tells of its rows, so that nobody has to read them for it."""
-    summary = whole.rows.summary
-    targets = None if whole.targets is None else dict(sorted(whole.targets.items()))
+def manifest_figures(total: ShardTally) -> dict[str, Any]:
+    """A shard folder's counts for its manifest, so that nobody has to read the rows for them."""
+    summary = total.rows.summary
+    targets = None if total.targets is None else dict(sorted(total.targets.items()))
     return {
         "rows": summary.rows,
         "counts": summary.counts,
         "corpus_digest": summary.digest,
-        "input_tokens": whole.input_tokens,
-        "target_tokens": whole.target_tokens,
-        "longest_input": whole.longest_input,
-        "longest_target": whole.longest_target,
+        "input_tokens": total.input_tokens,
+        "target_tokens": total.target_tokens,
+        "longest_input": total.longest_input,
+        "longest_target": total.longest_target,
         "distinct_targets": None if targets is None else list(targets),
         "target_ids": targets,
     }

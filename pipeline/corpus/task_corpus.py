@@ -1,4 +1,4 @@
-"""One task's corpus put together: what can be checked beforehand, then its splits, counts and label set."""
+"""A task's corpus: first what can be checked without tokenising, then its splits, counts and label set."""
 
 import hashlib
 import json
@@ -12,20 +12,20 @@ from typing import Any
 from pipeline.corpus.encoding import (
     Architecture,
     TokenizerSpec,
-    can_fail,
+    can_lose_text,
     encode_plain,
     encode_targets,
+    encodes_beginnings_differently,
     load_tokenizer,
-    marks_beginnings,
-    unsayable,
-    without_embedding,
+    missing_embedding,
+    unencodable,
 )
-from pipeline.corpus.files import Source, inspect_files
-from pipeline.corpus.reader import SplitRef, summarise_split, unique_targets, unsayable_targets
+from pipeline.corpus.files import ParquetSource, inspect_files
+from pipeline.corpus.reader import SplitRef, summarise_split, unencodable_targets, unique_targets
 from pipeline.corpus.rows import Recipe
 from pipeline.corpus.tally import SplitSummary
-from pipeline.corpus.template import Template, check_class_names, check_columns, parse_template, render
-from pipeline.corpus.values import whole_columns
+from pipeline.corpus.template import TextTemplate, check_class_names, check_columns, parse_template, render_row
+from pipeline.corpus.values import find_integer_columns
 from pipeline.errors import CorpusError
 from pipeline.settings import TaskSettings
 
@@ -35,20 +35,20 @@ _MOST_LABELS = 64
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """What is known of a task's corpus before a token is made."""
+    """What is known of a task's corpus before anything is tokenised."""
 
     task: str
-    sources: Mapping[str, Source]
+    sources: Mapping[str, ParquetSource]
     """By setting: `train`, and `dev` and `test` where they are given."""
-    input: Template
-    target: Template
+    input: TextTemplate
+    target: TextTemplate
     dev_fraction: float | None
-    whole: Mapping[str, str] = field(default_factory=dict)
-    """Columns whose floats are written as integers: see `whole_columns`."""
+    integer_columns: Mapping[str, str] = field(default_factory=dict)
+    """Columns whose floats are written as integers: see `find_integer_columns`."""
 
     @property
     def rows(self) -> dict[str, int]:
-        """Rows per split, unusable ones included; a dev split by fraction and the rest of its train are estimates."""
+        """Rows per split, unusable ones included. With `dev_fraction`, dev and train are estimates."""
         rows = {split: source.rows for split, source in self.sources.items()}
         if self.dev_fraction is not None:
             dev = round(rows["train"] * self.dev_fraction)
@@ -57,9 +57,9 @@ class TaskPlan:
 
     @property
     def left_out(self) -> list[str]:
-        """A sentence for each setting whose folders hold files of data that are not read."""
+        """A sentence for each setting whose folders hold data files that are not read."""
         return [
-            f"{source.where}: not read are {len(source.left_out)} other files of data, such as {source.left_out[0]}"
+            f"{source.where}: {len(source.left_out)} other data files are not read, such as {source.left_out[0]}"
             for source in self.sources.values()
             if source.left_out
         ]
@@ -78,7 +78,7 @@ class TaskCorpus:
     counts: Mapping[str, Mapping[str, int]]
     """Rows per split by status: ok, null, empty, input_long, target_long."""
     digest: str
-    """Of all splits' rows: the same rows in other files give the same digest."""
+    """Digest of all splits' rows: the same rows in other files give the same digest."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` gives the same corpus back."""
@@ -101,13 +101,13 @@ class TaskCorpus:
 def check_task(name: str, task: TaskSettings) -> TaskPlan:
     """Find a task's files, read their footers and check its templates against them; no Ray, no tokenizer.
 
-    Raises: CorpusError naming the task, the file and the mend.
+    Raises: CorpusError naming the task, the file and the fix.
     """
     here = f"task '{name}'"
     templates = parse_template(task.input, f"{here}, input"), parse_template(task.target, f"{here}, target")
     if not templates[0].columns:
         raise CorpusError(f"{here}, input: the template {task.input!r} names no column; write one such as {{text}}")
-    sources: dict[str, Source] = {}
+    sources: dict[str, ParquetSource] = {}
     for split, paths in (("train", task.train), ("dev", task.dev), ("test", task.test)):
         if paths is not None:
             source = sources[split] = inspect_files(paths, f"{here}, {split}")
@@ -117,15 +117,15 @@ def check_task(name: str, task: TaskSettings) -> TaskPlan:
     check_class_names(list(sources.values()), templates)
     _check_labels_are_names(here, task, templates[1], sources["train"])
     columns = dict.fromkeys(column for template in templates for column in template.columns)
-    return TaskPlan(name, sources, *templates, task.dev_fraction, whole_columns(sources, columns))
+    return TaskPlan(name, sources, *templates, task.dev_fraction, find_integer_columns(sources, columns))
 
 
-def _check_labels_are_names(here: str, task: TaskSettings, target: Template, train: Source) -> None:
+def _check_labels_are_names(here: str, task: TaskSettings, target: TextTemplate, train: ParquetSource) -> None:
     """Raises: CorpusError when `labels` holds none of the names that the target's numbers stand for."""
     names = dict(train.files[0].class_names).get(target.columns[0]) if len(target.columns) == 1 else None
     if names is None or task.labels is None:
         return
-    targets = [render(target, {target.columns[0]: name}) for name in names]
+    targets = [render_row(target, {target.columns[0]: name}) for name in names]
     if not set(targets) & set(task.labels):
         raise CorpusError(
             f"{here}: 'labels' is [{', '.join(task.labels)}], but the numbers of the column {target.columns[0]!r} have "
@@ -136,10 +136,10 @@ def _check_labels_are_names(here: str, task: TaskSettings, target: Template, tra
 def prepare_task(
     name: str, task: TaskSettings, tokenizer: TokenizerSpec, storage: Path, connect: Callable[[], None] = lambda: None
 ) -> TaskCorpus:
-    """Build the token shards that are not there yet, and check what only the rows can tell.
+    """Build the token shards that are not there yet, and check what can be known only from the rows.
 
     connect: called when shards must be built, which needs a connection to Ray; by default there is one already.
-    Raises: CorpusError naming the task and the mend; StorageError when `storage` cannot be written.
+    Raises: CorpusError naming the task and the fix; StorageError when `storage` cannot be written.
     """
     from pipeline.corpus.shards import build_shards  # here, so that reading a corpus never imports ray
 
@@ -147,18 +147,27 @@ def prepare_task(
     recipe = task_recipe(plan, task, tokenizer)
     loaded = load_tokenizer(tokenizer.dir)
     encode_targets(loaded, tokenizer.architecture, "", ["a"])  # has an eos, before any work
-    check_sayable(name, task, task.labels or (), recipe.architecture, loaded)
+    check_encodable(name, task, task.labels or (), recipe.architecture, loaded)
     build = partial(build_shards, recipe=recipe, tokenizer=tokenizer, storage=storage, connect=connect)
-    whole = {split: SplitRef(str(build(source))) for split, source in plan.sources.items()}
-    for split, ref in whole.items():
+    built = {split: SplitRef(str(build(source))) for split, source in plan.sources.items()}
+    # Labels must be encodable; of other targets a few may be lost, which `max_bad_rows` bounds.
+    for split, ref in built.items():
         if task.labels is not None or task.metric in ("accuracy", "f1"):
-            check_sayable(name, task, tuple(islice(unsayable_targets(ref), 1)), recipe.architecture, loaded)
-        _check_bad_rows(plan.sources[split].where, task, summarise_split(ref), next(unsayable_targets(ref), None))
-    splits = _cut(whole, plan.dev_fraction)
+            check_encodable(name, task, tuple(islice(unencodable_targets(ref), 1)), recipe.architecture, loaded)
+        _check_bad_rows(plan.sources[split].where, task, summarise_split(ref), next(unencodable_targets(ref), None))
+    # Both splits by fraction are ranges of ids in one shard folder: no row is written twice.
+    splits = dict(built)
+    if plan.dev_fraction is not None:
+        folder, share = built["train"].dir, plan.dev_fraction
+        splits |= {"train": SplitRef(folder, share, 1.0), "dev": SplitRef(folder, 0.0, share)}
+    splits = {split: splits[split] for split in SPLITS if split in splits}
     summaries = {split: summarise_split(ref) for split, ref in splits.items()}
     for split, summary in summaries.items():
         if not summary.counts["ok"]:
-            raise CorpusError(f"task '{name}', {split}: no usable row is left ({_counted(summary)}); {_refill(plan)}")
+            fraction = "" if plan.dev_fraction is None else f" or fix dev_fraction {plan.dev_fraction}"
+            raise CorpusError(
+                f"task '{name}', {split}: no usable row is left ({_counted(summary)}); give more rows{fraction}"
+            )
     labels = _label_set(name, task, splits)
     return TaskCorpus(
         task=name,
@@ -181,31 +190,23 @@ def task_recipe(plan: TaskPlan, task: TaskSettings, tokenizer: TokenizerSpec) ->
         max_target_tokens=task.max_target_tokens,
         architecture=tokenizer.architecture,
         embedding_rows=tokenizer.embedding_rows,
-        whole=plan.whole,
-        targets_behind_text=decodes_alone and marks_beginnings(loaded, task.separator),
-        names_unsayable=can_fail(loaded),
+        integer_columns=plan.integer_columns,
+        targets_encoded_after_text=decodes_alone and encodes_beginnings_differently(loaded, task.separator),
+        counts_unencodable=can_lose_text(loaded),
     )
 
 
-def check_sayable(
+def check_encodable(
     name: str, task: TaskSettings, labels: Sequence[str], architecture: Architecture, tokenizer: Any
 ) -> None:
-    """Raises: CorpusError naming a label that is lost in its tokens, so that no prompt could ever say it."""
-    lost = unsayable(tokenizer, architecture, task.separator if architecture == "decoder-only" else "", labels)
+    """Raises: CorpusError naming a label that is lost in its tokens, so that no prompt could ever produce it."""
+    lost = unencodable(tokenizer, architecture, task.separator if architecture == "decoder-only" else "", labels)
     for label in compress(labels, lost):
         tokens = " ".join(tokenizer.convert_ids_to_tokens(encode_plain(tokenizer, [label])[0]))
         raise CorpusError(
-            f"task '{name}': the tokenizer cannot say the label {label!r} (its tokens are {tokens or 'none'}); "
+            f"task '{name}': the tokenizer cannot encode the label {label!r} (its tokens are {tokens or 'none'}); "
             "word it in characters that the model's vocabulary has"
         )
-
-
-def _cut(whole: Mapping[str, SplitRef], dev_fraction: float | None) -> dict[str, SplitRef]:
-    splits = dict(whole)
-    if dev_fraction is not None:
-        folder = whole["train"].dir
-        splits |= {"train": SplitRef(folder, dev_fraction, 1.0), "dev": SplitRef(folder, 0.0, dev_fraction)}
-    return {split: splits[split] for split in SPLITS if split in splits}
 
 
 def _check_bad_rows(where: str, task: TaskSettings, summary: SplitSummary, unsaid: str | None) -> None:
@@ -214,7 +215,7 @@ def _check_bad_rows(where: str, task: TaskSettings, summary: SplitSummary, unsai
     if share > task.max_bad_rows:
         raise CorpusError(
             f"{where}: {share:.1%} of {summary.rows} rows cannot be used ({_counted(summary)}{example}), "
-            f"more than max_bad_rows {task.max_bad_rows:.1%}; mend the rows, or raise max_input_tokens "
+            f"more than max_bad_rows {task.max_bad_rows:.1%}; fix the rows, or raise max_input_tokens "
             f"({task.max_input_tokens}), max_target_tokens ({task.max_target_tokens}) or max_bad_rows"
         )
 
@@ -222,12 +223,8 @@ def _check_bad_rows(where: str, task: TaskSettings, summary: SplitSummary, unsai
 def _counted(summary: SplitSummary) -> str:
     words = {"null": "null", "empty": "empty", "input_long": "input over-long", "target_long": "target over-long"}
     words["no_embedding"] = "with a token that the model has no embedding for"
-    words["target_unsayable"] = "with a target that the tokenizer cannot say"
+    words["target_unsayable"] = "with a target that the tokenizer cannot encode"
     return ", ".join(f"{count} {word}" for key, word in words.items() if (count := summary.counts.get(key))) or "0 rows"
-
-
-def _refill(plan: TaskPlan) -> str:
-    return "give more rows" if plan.dev_fraction is None else f"give more rows or mend dev_fraction {plan.dev_fraction}"
 
 
 def _label_set(name: str, task: TaskSettings, splits: Mapping[str, SplitRef]) -> tuple[str, ...] | None:
@@ -243,7 +240,7 @@ def _label_set(name: str, task: TaskSettings, splits: Mapping[str, SplitRef]) ->
         if unknown is not None:
             raise CorpusError(
                 f"task '{name}', {split}: the target {unknown!r} is not in the label set "
-                f"({', '.join(map(repr, labels))}); add it to 'labels' or mend the rows"
+                f"({', '.join(map(repr, labels))}); add it to 'labels' or fix the rows"
             )
     return labels
 
@@ -264,7 +261,7 @@ def _label_ids(
     loaded = load_tokenizer(tokenizer.dir)
     ids = [tuple(row) for row in encode_targets(loaded, recipe.architecture, recipe.separator, labels)]
     for label, tokens, alone in zip(labels, ids, encode_plain(loaded, labels), strict=True):
-        if (reason := without_embedding(loaded, [*tokens, *alone], recipe.embedding_rows)) is not None:
+        if (reason := missing_embedding(loaded, [*tokens, *alone], recipe.embedding_rows)) is not None:
             raise CorpusError(f"task '{name}': the label {label!r} {reason}")
     first: dict[tuple[int, ...], str] = {}
     for label, tokens in zip(labels, ids, strict=True):
@@ -277,11 +274,11 @@ def _label_ids(
 
 
 def _digest(summaries: Mapping[str, SplitSummary], recipe: Recipe) -> str:
-    # What is not in the rows' texts and decides their tokens stands beside them, only where it tells something.
-    told: dict[str, Any] = {split: summary.digest for split, summary in summaries.items()}
-    if recipe.targets_behind_text:
-        told["targets"] = "behind a text"
+    # What decides the tokens but is not in the rows' texts is added, only where it matters: others keep their digest.
+    parts: dict[str, Any] = {split: summary.digest for split, summary in summaries.items()}
+    if recipe.targets_encoded_after_text:
+        parts["targets"] = "behind a text"
     lost = {split: count for split, s in summaries.items() if (count := s.counts.get("target_unsayable"))}
     if lost:
-        told["unsayable"] = lost
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        parts["unsayable"] = lost
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

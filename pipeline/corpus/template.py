@@ -1,4 +1,4 @@
-"""Templates: `"{column}"` placeholders that turn a row into text, as in `str.format` but by plain name only."""
+"""Templates, which turn a row into text by `"{column}"` placeholders, as in `str.format` but with plain names only."""
 
 import difflib
 import string
@@ -8,13 +8,13 @@ from itertools import pairwise
 
 import pyarrow as pa
 
-from pipeline.corpus.files import Source, SourceFile
+from pipeline.corpus.files import ParquetSource, SourceFile
 from pipeline.corpus.values import is_printable
 from pipeline.errors import CorpusError
 
 
 @dataclass(frozen=True)
-class Template:
+class TextTemplate:
     text: str
     """As written in the settings."""
     pieces: tuple[tuple[str, str | None], ...]
@@ -26,7 +26,7 @@ class Template:
         return tuple(dict.fromkeys(column for _, column in self.pieces if column is not None))
 
 
-def parse_template(text: str, where: str) -> Template:
+def parse_template(text: str, where: str) -> TextTemplate:
     """Raises: CorpusError for unbalanced braces and for anything but a plain column name between them."""
     try:
         parsed = list(string.Formatter().parse(text))
@@ -38,38 +38,38 @@ def parse_template(text: str, where: str) -> Template:
         ) from error
     pieces: list[tuple[str, str | None]] = []
     for literal, column, spec, conversion in parsed:
-        # A digit alone would be a position in str.format; here it can only be a column's name.
+        # In str.format a digit alone is a position; here it can only be a column's name.
         if column is not None and (not column or spec or conversion or any(mark in column for mark in ".[]{}")):
             raise CorpusError(
                 f"{where}: the template {text!r} may hold plain column names only, such as {{text}}; "
                 "give the column that name in the Parquet file"
             )
         pieces.append((literal, column))
-    return Template(text, tuple(pieces))
+    return TextTemplate(text, tuple(pieces))
 
 
-def render(template: Template, values: Mapping[str, str]) -> str:
-    """Fill one row's values in; every column of the template must be there."""
+def render_row(template: TextTemplate, values: Mapping[str, str]) -> str:
+    """Fill in one row's values; every column of the template must be there."""
     return "".join(literal + (values[column] if column is not None else "") for literal, column in template.pieces)
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedRows:
     texts: Sequence[str | None]
     """[B]; None where a column of the template is null."""
     blank: Sequence[bool]
-    """[B]: nothing but white space came out of the columns, or in all; False where the text is None."""
+    """[B]: whether the columns gave nothing but white space; False where the text is None."""
 
 
-def render_rows(template: Template, columns: Mapping[str, Sequence[str | None]], rows: int) -> Rendered:
-    """Fill the values of `rows` rows in, a column at a time: as `render` does for each."""
+def render_rows(template: TextTemplate, columns: Mapping[str, Sequence[str | None]], rows: int) -> RenderedRows:
+    """Fill in the values of `rows` rows, column by column; the texts are those of `render_row`."""
     names = [column for _, column in template.pieces if column is not None]
     if not names:
-        text = render(template, {})
-        return Rendered([text] * rows, [_is_blank(text)] * rows)
+        text = render_row(template, {})
+        return RenderedRows([text] * rows, [_is_blank(text)] * rows)
     if template.pieces == (("", names[0]),):
         texts = columns[names[0]]
-        return Rendered(texts, [text is not None and _is_blank(text) for text in texts])
+        return RenderedRows(texts, [text is not None and _is_blank(text) for text in texts])
     braced = (
         literal.replace("{", "{{").replace("}", "}}") + "{}" * (name is not None) for literal, name in template.pieces
     )
@@ -78,14 +78,14 @@ def render_rows(template: Template, columns: Mapping[str, Sequence[str | None]],
     texts = [None if None in values else fill(*values) for values in filled]
     # "review: {text}" without a text is as empty as "{text}" without one.
     blank = [None not in values and all(map(_is_blank, values)) for values in filled]
-    return Rendered(texts, blank)
+    return RenderedRows(texts, blank)
 
 
 def _is_blank(text: str | None) -> bool:
     return not text or text.isspace()
 
 
-def check_columns(source: Source, templates: Sequence[Template]) -> None:
+def check_columns(source: ParquetSource, templates: Sequence[TextTemplate]) -> None:
     """Raises: CorpusError when a file lacks a column that a template names, or holds one that is not text or number."""
     for template in templates:
         for name in template.columns:
@@ -93,32 +93,34 @@ def check_columns(source: Source, templates: Sequence[Template]) -> None:
                 _check_column(source.where, template, name, file)
 
 
-def check_class_names(sources: Sequence[Source], templates: Sequence[Template]) -> None:
-    """Raises: CorpusError when files, of one split or of two, name the numbers of a column differently, or one not."""
+def check_class_names(sources: Sequence[ParquetSource], templates: Sequence[TextTemplate]) -> None:
+    """Raises: CorpusError when two files, of any splits, have different class names for a column's numbers."""
     for name in dict.fromkeys(name for template in templates for name in template.columns):
-        numbered = [(source.where, file) for source in sources for file in source.files if _is_number(file, name)]
+        files = [(source.where, file, dict(file.columns).get(name)) for source in sources for file in source.files]
+        numbered = [
+            (where, file)
+            for where, file, kind in files
+            if kind is not None and (pa.types.is_integer(kind) or pa.types.is_floating(kind))
+        ]
         for (_, one), (where, other) in pairwise(numbered):
             names = [dict(file.class_names).get(name) for file in (one, other)]
             if names[0] != names[1]:
-                told = ["no names" if these is None else f"the names {', '.join(map(repr, these))}" for these in names]
+                described = [
+                    "no names" if these is None else f"the names {', '.join(map(repr, these))}" for these in names
+                ]
                 raise CorpusError(
-                    f"{where}: the numbers of the column {name!r} have {told[1]} in {other.path} and {told[0]} in "
-                    f"{one.path}; write both with the same ClassLabel, or the column as text"
+                    f"{where}: the numbers of the column {name!r} have {described[1]} in {other.path} and "
+                    f"{described[0]} in {one.path}; write both with the same ClassLabel, or the column as text"
                 )
 
 
-def _is_number(file: SourceFile, column: str) -> bool:
-    kind = dict(file.columns).get(column)
-    return kind is not None and (pa.types.is_integer(kind) or pa.types.is_floating(kind))
-
-
-def _check_column(where: str, template: Template, name: str, file: SourceFile) -> None:
+def _check_column(where: str, template: TextTemplate, name: str, file: SourceFile) -> None:
     if name not in file.column_names:
         close = difflib.get_close_matches(name, file.column_names, n=1, cutoff=0.5)
-        mend = f"did you mean {{{close[0]}}}?" if close else "mend the template or the file"
+        fix = f"did you mean {{{close[0]}}}?" if close else "fix the template or the file"
         raise CorpusError(
             f"{where}: the template {template.text!r} names the column {name!r}, which {file.path} does not have "
-            f"(it has {', '.join(file.column_names)}); {mend}"
+            f"(it has {', '.join(file.column_names)}); {fix}"
         )
     times = [own for own, _ in file.columns].count(name)
     if times > 1:

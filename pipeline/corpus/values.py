@@ -1,15 +1,16 @@
-"""A column's values -> texts, the same in every file and split of a task: what the types of the files must agree on."""
+"""A column's values -> texts, which must be the same in every file and split of a task, whatever type stores them."""
 
 import hashlib
 from collections.abc import Container, Iterable, Mapping, Sequence
 from decimal import Decimal
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.corpus.files import Source, SourceFile
+from pipeline.corpus.files import ParquetSource, SourceFile
 from pipeline.errors import CorpusError
 
 MOST_CELL_BYTES = 16 * 2**20
@@ -20,7 +21,7 @@ _PLAIN_SCALE = 6
 
 
 class OverLong(str):
-    """Stands for a cell beyond the bound: its size and digest, in the place of a text that nobody holds."""
+    """Stands for a cell that is too long to be held: its size and digest in place of its text."""
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -36,26 +37,27 @@ def is_printable(kind: pa.DataType) -> bool:
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
-    """Of a column with a dictionary, the type of its values."""
+    """The type of a column's values; for a dictionary column, the type of the dictionary's values."""
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def value_text(value: Any) -> str:
-    """The text of one value as a column of its own type shows it: decimals without exponent, others by `str`."""
+    """The text of one value: decimals without an exponent, others by `str`."""
     return format(value, "f") if isinstance(value, Decimal) else str(value)
 
 
-def column_texts(column: pa.Array, whole: bool = False) -> list[str | None]:
+def column_texts(column: pa.Array, as_integers: bool = False) -> list[str | None]:
     """[B] values -> [B] texts: strings as they are, floats as short as their width allows; null and NaN are None.
 
-    whole: write floats as integers.
-    Raises: UnicodeDecodeError when a string is not UTF-8; ValueError for a fraction where `whole` is asked.
+    as_integers: write floats as integers.
+    Raises: UnicodeDecodeError when a string is not UTF-8; ValueError for a fraction where `as_integers` is asked.
     """
+    # NaN is no value, as in pandas, which writes missing numbers so: it fails its own comparison below.
     kind = plain_type(column.type)
     if is_text(kind):
         return _strings(column)
     values = column.to_pylist()
-    write = _whole_text if whole and pa.types.is_floating(kind) else _narrow_text(kind)
+    write = _whole_text if as_integers and pa.types.is_floating(kind) else _narrow_text(kind)
     return [None if value is None or value != value else write(value) for value in values]
 
 
@@ -64,7 +66,7 @@ def _strings(column: pa.Array) -> list[str | None]:
         strings: list[str | None] = column.to_pylist()
         return strings
     cells = column.dictionary if pa.types.is_dictionary(column.type) else column
-    # Of views Arrow has no lengths; those of a dictionary are looked at once for all its rows.
+    # Arrow has no lengths of string views. A dictionary's words are checked once for all rows.
     sizes = pc.binary_length(cells.cast(pa.large_string()) if pa.types.is_string_view(cells.type) else cells)
     long = pc.fill_null(pc.greater(sizes, MOST_CELL_BYTES), False)
     if not pc.any(long).as_py():
@@ -78,8 +80,8 @@ def _strings(column: pa.Array) -> list[str | None]:
     return [None if place is None else texts[place] for place in column.indices.to_pylist()]
 
 
-def whole_columns(sources: Mapping[str, Source], columns: Iterable[str]) -> dict[str, str]:
-    """The columns whose floats are to be written as integers -> a file of the task that holds integers there.
+def find_integer_columns(sources: Mapping[str, ParquetSource], columns: Iterable[str]) -> dict[str, str]:
+    """The columns whose floats are to be written as integers, each with a file of the task that holds integers there.
 
     Raises: CorpusError naming two files whose types of a column would give one value two texts.
     """
@@ -94,11 +96,11 @@ def whole_columns(sources: Mapping[str, Source], columns: Iterable[str]) -> dict
         if {"integer", "float"} == set(files):
             found[name] = files["integer"][1].path
         elif not _agree(set(files)):
-            raise _apart(name, files)
+            raise _type_clash(name, files)
     return found
 
 
-def not_whole(where: str, path: str, name: str, error: ValueError, of_integers: str) -> CorpusError:
+def fraction_error(where: str, path: str, name: str, error: ValueError, of_integers: str) -> CorpusError:
     """The error for a fraction in a column that holds integers in another file of the task, `of_integers`."""
     return CorpusError(
         f"{where}: the column {name!r} of {path} holds {error}, while {of_integers} holds integers there; "
@@ -106,16 +108,16 @@ def not_whole(where: str, path: str, name: str, error: ValueError, of_integers: 
     )
 
 
-def changed_texts(source: Source, columns: Sequence[str], whole: Container[str]) -> list[str]:
-    """The columns whose texts differ from what `str` gives, as tokens made of them before did; see `shard_key`."""
+def changed_texts(source: ParquetSource, columns: Sequence[str], integer_columns: Container[str]) -> list[str]:
+    """The columns whose texts differ from those of `str`, which earlier versions tokenised; see `shard_key`."""
+
+    def differs(kind: pa.DataType) -> bool:
+        if pa.types.is_decimal(kind):
+            return kind.scale > _PLAIN_SCALE or kind.scale < 0
+        return pa.types.is_float16(kind) or pa.types.is_float32(kind)
+
     kinds = [(name, plain_type(kind)) for file in source.files for name, kind in file.columns if name in columns]
-    return sorted({name for name, kind in kinds if _was_written_otherwise(kind) or (name in whole)})
-
-
-def _was_written_otherwise(kind: pa.DataType) -> bool:
-    if pa.types.is_decimal(kind):
-        return kind.scale > _PLAIN_SCALE or kind.scale < 0
-    return pa.types.is_float16(kind) or pa.types.is_float32(kind)
+    return sorted({name for name, kind in kinds if differs(kind) or (name in integer_columns)})
 
 
 def _narrow_text(kind: pa.DataType) -> Any:
@@ -124,7 +126,7 @@ def _narrow_text(kind: pa.DataType) -> Any:
         return value_text
 
     def text(value: float) -> str:
-        # Of a whole number every digit is its own, and "65504.0" is not shortened to "65500.0".
+        # A whole number keeps every digit: "65504.0" is not shortened to "65500.0".
         is_whole = float(value).is_integer() and abs(value) < _PLAIN_FLOATS
         return str(float(value)) if is_whole else str(width(value))
 
@@ -138,7 +140,7 @@ def _whole_text(value: float) -> str:
 
 
 def _kind(file: SourceFile, name: str) -> str | None:
-    """What a column's texts look like; None where the file has no value there. A folder's name is text."""
+    """How a column's texts are written; None where the file has no value there. A Hive folder's name is text."""
     kind = dict(file.columns).get(name)
     if kind is None:
         return "text" if name in file.column_names else None
@@ -157,20 +159,16 @@ def _kind(file: SourceFile, name: str) -> str | None:
 
 
 def _agree(kinds: set[str]) -> bool:
-    # An integer is written alike as a number and as a text; a float or a boolean need not be.
+    # An integer has the same text as a number and as a string; a float or a boolean may not.
     return len(kinds) < 2 or kinds in ({"text", "integer"}, {"text", "class names"})
 
 
-def _apart(name: str, files: Mapping[str, tuple[str, SourceFile]]) -> CorpusError:
-    (one, (where, first)), (other, (_, second)), *_ = ((k, files[k]) for k in _clash(list(files)))
+def _type_clash(name: str, files: Mapping[str, tuple[str, SourceFile]]) -> CorpusError:
+    pairs = list(combinations(files, 2))
+    # The pair to name: integers and floats alone would agree, so any other pair explains more.
+    one, other = next((pair for pair in pairs if not _agree({*pair}) and {*pair} != {"integer", "float"}), pairs[0])
+    (where, first), (_, second) = files[one], files[other]
     return CorpusError(
         f"{where}: the column {name!r} is of the type {one} in {first.path} and {other} in {second.path}, which would "
         "give one value two texts; write it with one type in all of the task's files"
-    )
-
-
-def _clash(kinds: Sequence[str]) -> tuple[str, str]:
-    pairs = ((a, b) for place, a in enumerate(kinds) for b in kinds[place + 1 :])
-    return next(
-        ((a, b) for a, b in pairs if not _agree({a, b}) and {a, b} != {"integer", "float"}), (kinds[0], kinds[1])
     )

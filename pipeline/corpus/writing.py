@@ -1,4 +1,4 @@
-"""Token rows -> one token shard, in a memory that its size does not raise."""
+"""Token rows -> one token shard, in memory that does not grow with the shard."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.corpus.rows import SHARD_SCHEMA
-from pipeline.corpus.tally import EMPTY, ShardTally, tally_table
+from pipeline.corpus.tally import EMPTY_TALLY, ShardTally, tally_table
 
 _ROW_GROUP_BYTES = 8 * 2**20
-# Ids as four streams of bytes, the upper ones nearly all zero: half the time and four fifths of the size of a
-# dictionary's pages. Statistics would be of no use to a reader that takes all rows.
+# Ids are written as four streams of bytes, of which the upper ones are nearly all zero. That takes half the time and
+# four fifths of the size of dictionary pages. Statistics are of no use to a reader that takes all rows.
 _OPTIONS = {
     "compression": "zstd",
     "compression_level": 1,
@@ -23,7 +23,7 @@ _OPTIONS = {
 
 def write_shard(path: Path, tables: Iterable[pa.Table]) -> ShardTally:
     """Write tables of SHARD_SCHEMA to one Parquet file as they come, and count what was written."""
-    tally, waiting, size = EMPTY, [], 0
+    tally, waiting, size = EMPTY_TALLY, [], 0
     with pq.ParquetWriter(path, SHARD_SCHEMA, **_OPTIONS) as shard:
         for table in tables:
             waiting.append(table)

@@ -27,8 +27,8 @@ from pipeline.backbone.loading import build_skeleton
 from pipeline.backbone.memory import MemoryEstimate, estimate_memory
 from pipeline.backbone.weights import open_weights
 from pipeline.bank import BackboneId, PromptBank
-from pipeline.corpus.encoding import without_embedding
-from pipeline.corpus.task_corpus import TaskPlan, check_sayable, check_task
+from pipeline.corpus.encoding import missing_embedding
+from pipeline.corpus.task_corpus import TaskPlan, check_encodable, check_task
 from pipeline.errors import BankError, PromptBankError, SettingsError, StorageError
 from pipeline.reporting.plan import PlanRow, memory_table, plan_table
 from pipeline.reporting.words import millions
@@ -75,7 +75,7 @@ def check_run(settings: Settings, new_backbone: bool = False, publishes: bool = 
         try:
             check_context(name, task, config)
             plan = check_task(name, task)
-            check_sayable(name, task, task.labels or (), architecture_of(config), tokenizer)
+            check_encodable(name, task, task.labels or (), architecture_of(config), tokenizer)
             plans[name] = plan
         except StorageError:  # no mistake of the task's
             raise
@@ -145,7 +145,7 @@ def check_start(
     prompts = [trial.prompt for trial in settings.tasks[name].trials(name).values()]
     for text in {prompt.text for prompt in prompts if prompt.init == "text"}:
         ids = tokenizer(text, add_special_tokens=False).input_ids
-        if (reason := without_embedding(tokenizer, ids, rows)) is not None:
+        if (reason := missing_embedding(tokenizer, ids, rows)) is not None:
             raise SettingsError(f"task '{name}': prompt.text {text!r} {reason}")
         if not ids:
             raise SettingsError(f"task '{name}': prompt.text {text!r} holds no token; give some words")

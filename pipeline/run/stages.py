@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
-from pipeline.backbone.files import from_anywhere, save_description, short_table
+from pipeline.backbone.files import absolute_model_path, save_config_and_tokenizer, short_embedding_table
 from pipeline.corpus.encoding import TokenizerSpec
 from pipeline.corpus.task_corpus import TaskCorpus, prepare_task
 from pipeline.errors import PromptBankError, SettingsError, StorageError, TuningError, UnreachableError
@@ -55,7 +55,7 @@ def make_rank_job(
 def settings_for_ranks(settings: Settings) -> dict[str, Any]:
     """As plain values, with paths that hold anywhere: Ray gives each worker a working directory of its own."""
     plain = settings.model_dump(mode="json")
-    plain["model"]["path"] = from_anywhere(settings.model.path)
+    plain["model"]["path"] = absolute_model_path(settings.model.path)
     if settings.model.offload_folder is not None:
         plain["model"]["offload_folder"] = str(Path(settings.model.offload_folder).expanduser().resolve())
     return plain
@@ -89,10 +89,10 @@ def make_folder_of(run: RunSettings) -> Path:
 def save_model_description(checked: CheckedRun, folder: Path) -> TokenizerSpec:
     """Write config and tokenizer to where the ranks read them. Raises: StorageError."""
     try:
-        save_description(checked.config, checked.tokenizer, folder / "model")
+        save_config_and_tokenizer(checked.config, checked.tokenizer, folder / "model")
     except Exception as error:  # tokenizers raises nothing more special on a full disk
         raise StorageError(f"cannot write {folder / 'model'}: {error}; make room and start the run again") from error
-    short = short_table(checked.config, checked.tokenizer)
+    short = short_embedding_table(checked.config, checked.tokenizer)
     return TokenizerSpec(str(folder / "model"), checked.identity.tokenizer, checked.architecture, short)
 
 

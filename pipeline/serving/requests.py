@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.bank import Prompt, PromptRecord
-from pipeline.corpus.encoding import encode_inputs, encode_targets, without_embedding
-from pipeline.corpus.template import parse_template, render
+from pipeline.corpus.encoding import encode_inputs, encode_targets, missing_embedding
+from pipeline.corpus.template import parse_template, render_row
 from pipeline.corpus.values import value_text
 from pipeline.errors import CorpusError, NoLabelsError, RowTooLongError
 from pipeline.serving.served_backbone import ServedBackbone
@@ -64,7 +64,7 @@ def encode_rows(
     for ids, task, of_row in zip(inputs, request.tasks, where, strict=True):
         row = EncodedRow(prompts[task], np.array(ids, dtype=np.int64), request.max_new_tokens, labels[task])
         _check_length(row, of_row, longest)
-        if (reason := without_embedding(served.tokenizer, ids, served.backbone.embedding_rows)) is not None:
+        if (reason := missing_embedding(served.tokenizer, ids, served.backbone.embedding_rows)) is not None:
             raise CorpusError(f"{of_row} {reason}")
         rows.append(row)
     return rows
@@ -80,7 +80,7 @@ def _rendered(row: Text, record: PromptRecord, where: str) -> str:
     missing = [column for column in template.columns if row.get(column) is None]
     if missing:
         raise CorpusError(f"{where} needs the column(s) {', '.join(missing)}")
-    text = render(template, {column: value_text(row[column]) for column in template.columns})
+    text = render_row(template, {column: value_text(row[column]) for column in template.columns})
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -93,7 +93,7 @@ def _label_ids(record: PromptRecord, served: ServedBackbone) -> Mapping[str, np.
         raise NoLabelsError(f"prompt '{record.name}' was tuned without a label set; use generate")
     ids = encode_targets(served.tokenizer, served.architecture, record.template.separator, record.labels)
     for label, of_label in zip(record.labels, ids, strict=True):
-        if (reason := without_embedding(served.tokenizer, of_label, served.backbone.embedding_rows)) is not None:
+        if (reason := missing_embedding(served.tokenizer, of_label, served.backbone.embedding_rows)) is not None:
             raise CorpusError(f"prompt '{record.name}': its label {label!r} {reason}")
     return {label: np.array(of_label, dtype=np.int64) for label, of_label in zip(record.labels, ids, strict=True)}
 

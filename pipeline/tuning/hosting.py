@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from pipeline.backbone.allocator import suit_allocator
+from pipeline.backbone.allocator import configure_allocator
 from pipeline.backbone.files import find_model
 from pipeline.backbone.host import Backbone, compute_dtype, held_bytes, host_backbone
 from pipeline.backbone.int8 import multiplies_int8_fast
 from pipeline.backbone.memory import estimate_memory
-from pipeline.backbone.offload import keep_by
+from pipeline.backbone.offload import offload_of_settings
 from pipeline.settings import Settings
 from pipeline.tuning.machine import free_bytes
 from pipeline.tuning.ranks import true_on_all, world_size
@@ -44,9 +44,9 @@ def host_on_rank(settings: Settings, model_folder: Path, device: torch.device, r
         device=device,
         sharded=sharded,
         products=agreed_products(model.products, device),
-        keep=keep_by(model.offload, model.offload_folder),
+        keep=offload_of_settings(model.offload, model.offload_folder),
     )
-    suit_allocator(sum(held_bytes(backbone).values()))
+    configure_allocator(sum(held_bytes(backbone).values()))
     return backbone
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from pipeline.backbone.files import FAMILIES, find_model, read_config
 from pipeline.backbone.host import host_backbone
 from pipeline.backbone.int8 import Int8Embedding, Int8Linear
-from pipeline.backbone.loading import Placement, Share, build_skeleton, load_weights, stored_buffers
+from pipeline.backbone.loading import Partition, Placement, build_skeleton, load_weights, stored_buffers
 from pipeline.backbone.weights import open_weights
 from pipeline.errors import BackboneError
 from tests.ranks import run_ranks
@@ -144,7 +144,7 @@ def test_a_stored_buffer_that_is_missing_or_of_another_shape_is_named(tmp_path, 
 
 def in_parts(rank, ranks):
     return Placement(
-        Share(rank, ranks), lambda piece, _: nn.Parameter(piece, False), lambda scale: scale, lambda module: None
+        Partition(rank, ranks), lambda piece, _: nn.Parameter(piece, False), lambda scale: scale, lambda module: None
     )
 
 

@@ -1,4 +1,4 @@
-"""GGUF files: what decides the output is applied and in the fingerprint, or refused by name."""
+"""GGUF metadata that decides the output is applied and part of the fingerprint, or refused by name."""
 
 import logging
 

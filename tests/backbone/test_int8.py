@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from pipeline.backbone import int8
-from pipeline.backbone.int8 import Int8Embedding, Int8Linear, empty_int8, quantize_rows, set_products
+from pipeline.backbone.int8 import Int8Embedding, Int8Linear, empty_int8, quantize_matrix, set_products
 
 
 def loaded(weight: torch.Tensor, make):
     layer = make(empty_int8(*weight.shape))
-    rows, layer.scale = quantize_rows(weight)
+    rows, layer.scale = quantize_matrix(weight)
     layer.weight = torch.nn.Parameter(rows, requires_grad=False)
     return layer
 
@@ -17,7 +17,7 @@ def loaded(weight: torch.Tensor, make):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 17), (128, 64)])
 def test_every_weight_is_kept_to_half_a_step_of_its_row(shape):
     weight = torch.randn(shape) * torch.logspace(-3, 3, shape[0])[:, None]
-    rows, scale = quantize_rows(weight)
+    rows, scale = quantize_matrix(weight)
     assert rows.dtype == torch.int8 and scale.dtype == torch.float32
     error = (rows.float() * scale[:, None] - weight).abs()
     assert bool((error <= 0.5001 * scale[:, None]).all())

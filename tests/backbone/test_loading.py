@@ -13,11 +13,11 @@ from pipeline.backbone import loading, weights
 from pipeline.backbone.files import PACKAGED, find_model, read_config, read_tokenizer
 from pipeline.backbone.fingerprint import identify
 from pipeline.backbone.host import held_bytes, host_backbone
-from pipeline.backbone.loading import Placement, Share, build_skeleton, load_weights
+from pipeline.backbone.loading import Partition, Placement, build_skeleton, load_weights
 from pipeline.backbone.memory import estimate_memory
 from pipeline.backbone.weights import open_weights
 from pipeline.errors import BackboneError
-from pipeline.lab.benchmark.resident import Watch, resident
+from pipeline.lab.benchmark.resident import MemoryWatch, resident
 from tests.ranks import run_ranks
 from tests.tiny import make_model
 
@@ -37,7 +37,7 @@ def load_and_watch(folder):
     # Everything that loading imports and starts is paid for by a first, tiny model.
     load_sharded(folder.parent / "tiny")
     before = resident()
-    with Watch() as watch:
+    with MemoryWatch() as watch:
         backbone = load_sharded(folder)
     return watch.peak.total - before.total, held_bytes(backbone)
 
@@ -66,10 +66,10 @@ def test_no_rank_holds_the_whole_model_before_or_after_or_while_loading(tmp_path
 @pytest.mark.parametrize("int8", [True, False])
 def test_the_ranks_pieces_put_together_are_the_model_bit_by_bit_however_it_is_cut(family, int8, tmp_path, monkeypatch):
     folder = make_model(tmp_path / "m", family)
-    whole = pieces_of(folder, int8, Share())
+    whole = pieces_of(folder, int8, Partition())
     monkeypatch.setattr(loading, "_CHUNK", 100)  # some rows at a time, as for a large model
     for ranks in (2, 3, 7):
-        shared = [pieces_of(folder, int8, Share(rank, ranks)) for rank in range(ranks)]
+        shared = [pieces_of(folder, int8, Partition(rank, ranks)) for rank in range(ranks)]
         for name, (tensor, _) in whole.items():
             joined = torch.cat([piece for piece, _ in (rank[name] for rank in shared)])
             assert torch.equal(joined[: tensor.numel()], tensor), f"{name} over {ranks} ranks"
@@ -112,7 +112,7 @@ def test_a_rank_reads_only_the_rows_that_it_holds(tmp_path):
         return tensor
 
     keep = Placement(
-        Share(1, 4), lambda piece, _: torch.nn.Parameter(piece, False), lambda scale: scale, lambda module: None
+        Partition(1, 4), lambda piece, _: torch.nn.Parameter(piece, False), lambda scale: scale, lambda module: None
     )
     load_weights(model, replace(source, read=counted), torch.float32, keep)
     skeleton = build_skeleton(read_config(files), int8=True)

@@ -1,4 +1,4 @@
-"""A prompt in words: the tokens nearest to its rows, from one tensor of the model's files."""
+"""The vocabulary's tokens nearest to a prompt's rows, from one tensor of the model's files."""
 
 import gguf
 import numpy as np

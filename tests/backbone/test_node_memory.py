@@ -1,4 +1,4 @@
-"""Ranks of one machine reading each other's weights from memory: the same numbers, no more memory, nothing left."""
+"""Ranks of one machine read each other's weights from memory: the same numbers, no more memory, nothing left over."""
 
 import os
 from pathlib import Path

@@ -1,16 +1,16 @@
-"""Weights kept in files: the same numbers, and a sentence where there is no room for them."""
+"""Weights kept in files give the same numbers, and a clear sentence when the disk is full."""
 
 import pytest
 import torch
 
-from pipeline.backbone.offload import in_files, keep_by
+from pipeline.backbone.offload import in_files, offload_of_settings
 from pipeline.errors import StorageError
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float32, torch.bfloat16])
 def test_a_piece_comes_back_as_it_was_from_a_file_without_a_name(dtype, tmp_path):
     piece = torch.arange(1001).to(dtype)
-    keep = keep_by("nvme", tmp_path / "new")
+    keep = offload_of_settings("nvme", tmp_path / "new")
     assert keep is not None
     kept = keep(piece)
     assert kept.data_ptr() != piece.data_ptr() and kept.dtype == dtype

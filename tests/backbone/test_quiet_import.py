@@ -1,4 +1,4 @@
-"""bitsandbytes says at import that it has no product of 4 bits: that alone is kept from the terminal."""
+"""Only one warning of bitsandbytes is kept from the terminal: that it has no product of 4 bits."""
 
 import subprocess
 import sys

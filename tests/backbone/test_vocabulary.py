@@ -1,4 +1,4 @@
-"""A tokenizer with ids that the model's table of embeddings has no row for: what has one is refused, alone."""
+"""A tokenizer with ids beyond the model's embedding table: only texts with such ids are refused."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.backbone.files import check_eos, find_model, read_config, read_tokenizer, short_table
+from pipeline.backbone.files import check_eos, find_model, read_config, read_tokenizer, short_embedding_table
 from pipeline.backbone.host import host_backbone
 from pipeline.bank import PromptBank
 from pipeline.corpus.encoding import TokenizerSpec, load_tokenizer
@@ -48,10 +48,10 @@ def opened(folder):
 
 def test_only_a_tokenizer_that_is_larger_than_the_table_has_a_limit(folder, tmp_path):
     config, tokenizer = opened(folder)
-    assert short_table(config, tokenizer) == VOCAB == 42 and len(tokenizer) == 43
+    assert short_embedding_table(config, tokenizer) == VOCAB == 42 and len(tokenizer) == 43
     whole = make_model(tmp_path / "whole")
-    assert short_table(*opened(whole)) is None
-    assert short_table(*opened(make_model(tmp_path / "padded", vocab_size=64))) is None
+    assert short_embedding_table(*opened(whole)) is None
+    assert short_embedding_table(*opened(make_model(tmp_path / "padded", vocab_size=64))) is None
 
 
 def test_rows_with_such_a_token_are_left_out_alone_and_counted(folder):
@@ -59,7 +59,9 @@ def test_rows_with_such_a_token_are_left_out_alone_and_counted(folder):
     kind = "encoder-decoder" if config.is_encoder_decoder else "decoder-only"
     columns = {"text": ["good film", "good <beyond>", "bad film", "bad"], "label": ["yes", "yes", "<beyond>", "no"]}
     templates = parse_template("{text}", ""), parse_template("{label}", "")
-    table = tokenise_rows(Recipe(*templates, " ", 9, 9, kind, short_table(config, tokenizer)), tokenizer, columns, 4)
+    table = tokenise_rows(
+        Recipe(*templates, " ", 9, 9, kind, short_embedding_table(config, tokenizer)), tokenizer, columns, 4
+    )
     assert table["status"].to_pylist() == [0, RowStatus.NO_EMBEDDING, RowStatus.NO_EMBEDDING, 0]
     assert table["input_ids"].to_pylist()[1:3] == [[], []] == table["target_ids"].to_pylist()[1:3]
     assert max(max(row) for row in table["input_ids"].to_pylist() if row) < VOCAB

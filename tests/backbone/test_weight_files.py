@@ -1,4 +1,4 @@
-"""Model folders of all kinds against transformers' own loading: the same answers, or one sentence."""
+"""Model folders of all kinds, compared with transformers' own loading: the same answers, or one sentence."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from pipeline.backbone import prompted
 from pipeline.backbone.files import find_model, read_config
 from pipeline.backbone.host import host_backbone
-from pipeline.backbone.loading import Placement, Share, build_skeleton, load_weights, untie_what_is_stored_apart
+from pipeline.backbone.loading import Partition, Placement, build_skeleton, load_weights, untie_separate_weights
 from pipeline.backbone.rows import Rows
 from pipeline.backbone.weights import open_weights, weights_digest
 from pipeline.errors import BackboneError
@@ -181,13 +181,13 @@ def pieces_and_digest(folder, ranks):
     for rank in range(ranks):
         model = build_skeleton(read_config(files), int8=True)
         source = open_weights(files, model)
-        untie_what_is_stored_apart(model, source)
+        untie_separate_weights(model, source)
 
         def keep(piece, shape):
             pieces.append(piece)
             return torch.nn.Parameter(piece, requires_grad=False)
 
-        placement = Placement(Share(rank, ranks), keep, lambda scale: scale, lambda module: None)
+        placement = Placement(Partition(rank, ranks), keep, lambda scale: scale, lambda module: None)
         load_weights(model, source, torch.float32, placement)
     return pieces, weights_digest(source)
 

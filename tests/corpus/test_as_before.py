@@ -1,4 +1,4 @@
-"""A corpus keeps its rows under the packaged model's tokenizer, and its shards' name under one that says every text."""
+"""Rows stay the same with the packaged model's tokenizer, and the shards' name with one that encodes every text."""
 
 import hashlib
 import json
@@ -8,10 +8,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import fs
 
-from pipeline.backbone.files import find_model, read_config, read_tokenizer, short_table
+from pipeline.backbone.files import find_model, read_config, read_tokenizer, short_embedding_table
 from pipeline.corpus import TokenizerSpec
-from pipeline.corpus.encoding import can_fail, marks_beginnings
-from pipeline.corpus.files import Source, SourceFile
+from pipeline.corpus.encoding import can_lose_text, encodes_beginnings_differently
+from pipeline.corpus.files import ParquetSource, SourceFile
 from pipeline.corpus.rows import Recipe, tokenise_rows
 from pipeline.corpus.shards import shard_key
 from pipeline.corpus.template import parse_template
@@ -33,19 +33,19 @@ def test_rows_targets_and_shard_keys_are_what_they_were() -> None:
     except BackboneError as error:
         pytest.skip(str(error))
     tokenizer = read_tokenizer(files)
-    assert not any(marks_beginnings(tokenizer, one) for one in (" ", "\n", "", " -> "))
-    assert short_table(read_config(files), tokenizer) is None
+    assert not any(encodes_beginnings_differently(tokenizer, one) for one in (" ", "\n", "", " -> "))
+    assert short_embedding_table(read_config(files), tokenizer) is None
     recipe = Recipe(
         parse_template("Review: {text}\n", "x"), parse_template("{label}", "x"), " ", 60, 12, "decoder-only"
     )
     texts = [f"{_PARTS[row % 9]} {_PARTS[row // 9 % 9]} {row}" for row in range(162)]
     labels = [_LABELS[row % 6] for row in range(162)]
     # The tokenizer lacks letters of some control bytes, so it can fail, and does for none of these.
-    for made in (recipe, replace(recipe, names_unsayable=can_fail(tokenizer))):
+    for made in (recipe, replace(recipe, counts_unencodable=can_lose_text(tokenizer))):
         table = tokenise_rows(made, tokenizer, {"text": texts, "label": labels}, 162)
         assert hashlib.sha256(json.dumps(table.to_pylist()).encode()).hexdigest() == _ROWS_THEN
 
     columns = (("text", pa.string()), ("label", pa.int64()))
     file = SourceFile("/corpus/train.parquet", 1234, 1_700_000_000_000_000_000, (), columns, ((162, 9000),))
-    source = Source("x", fs.LocalFileSystem(), (file,))
+    source = ParquetSource("x", fs.LocalFileSystem(), (file,))
     assert shard_key(source, recipe, TokenizerSpec("/t", "d" * 64, "decoder-only"))[0] == _KEY_THEN

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.corpus import check_task
 from pipeline.corpus.files import inspect_files
-from pipeline.corpus.reading import gathered, read_texts, read_units
+from pipeline.corpus.reading import group_units, read_texts, read_units
 from pipeline.errors import CorpusError
 
 ROWS = [{"text": f"text {i}", "label": i % 2} for i in range(6)]
@@ -98,11 +98,11 @@ def test_small_files_share_a_task_and_a_large_one_is_shared_out(tmp_path: Path) 
         texts = [f"{i} " + "x" * 1000 for i in range(rows)]
         pq.write_table(pa.table({"text": texts}), tmp_path / f"{name}.parquet", use_dictionary=False)
     units = read_units(inspect_files(str(tmp_path), HERE))
-    tasks = gathered(units)
+    tasks = group_units(units)
     assert [unit for task in tasks for unit in task] == list(units)
     names = ["".join(Path(unit.file.path).stem for unit in task) for task in tasks]
     assert names == ["abc", "c", "c", "c", "c", "de"]
-    assert gathered([]) == ()
+    assert group_units([]) == ()
 
 
 def test_reading_holds_a_few_pages_and_not_a_row_group(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Parquet files under other names are found, what is set aside is not, and other formats are told how to convert."""
+"""Parquet files are found whatever their names, except those set aside; other formats get advice on converting."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def test_data_in_a_folder_that_is_not_read_is_told(tmp_path: Path, make_task: Ca
     source = inspect_files(str(tmp_path), HERE)
     assert [Path(path).name for path in source.left_out] == ["a.parquet.bak", "b.csv", "c.parquet", "d.parquet_tmp"]
     (remark,) = check_task("x", make_task(tmp_path, dev=tmp_path / "a.parquet")).left_out
-    assert remark == f"{HERE}: not read are 4 other files of data, such as {tmp_path}/a.parquet.bak"
+    assert remark == f"{HERE}: 4 other data files are not read, such as {tmp_path}/a.parquet.bak"
 
 
 def test_a_folder_without_the_usual_name_is_read_too(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every kind of tokenizer there is, trained here: what a target's tokens are behind an input, and what is lost."""
+"""Every kind of tokenizer, trained here: the tokens of a target behind an input, and texts that are lost."""
 
 import json
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from pipeline.corpus.encoding import (
     encode_inputs,
     encode_plain,
     encode_targets,
-    marks_beginnings,
+    encodes_beginnings_differently,
     tokenizer_content,
-    unsayable,
+    unencodable,
 )
 
 LINES = [
@@ -132,8 +132,8 @@ def test_where_a_text_begins_as_it_goes_on_targets_have_the_tokens_they_always_h
 ) -> None:
     name, tokenizer = kind
     if name == "GPT-2":
-        assert not marks_beginnings(tokenizer, separator)
-    if not marks_beginnings(tokenizer, separator):
+        assert not encodes_beginnings_differently(tokenizer, separator)
+    if not encodes_beginnings_differently(tokenizer, separator):
         ids = encode_targets(tokenizer, "decoder-only", separator, TARGETS)
         plain = [tokenizer(separator + target, add_special_tokens=False)["input_ids"] for target in TARGETS]
         assert ids == [[*row, tokenizer.eos_token_id] for row in plain]
@@ -146,14 +146,14 @@ def test_a_target_that_the_tokenizer_has_no_tokens_for_is_told_and_no_other(
     name, tokenizer = kind
     separator = " " if architecture == "decoder-only" else ""
     texts = [*TARGETS, "{no}", "ý½", "né", "☃"]
-    lost = unsayable(tokenizer, architecture, separator, texts)
+    lost = unencodable(tokenizer, architecture, separator, texts)
     assert lost[: len(TARGETS)] == [False] * len(TARGETS)
     assert lost[-1] == (name in UNSAID) and lost[-4:-2] == [name in UNSAID] * 2
 
 
 def test_a_unigram_that_lacks_some_bytes_says_unknown_only_for_those() -> None:
     made = PreTrainedTokenizerFast(tokenizer_object=unigram_with_bytes(0xC0), eos_token="</s>", unk_token="<unk>")
-    assert unsayable(made, "encoder-decoder", "", ["no", "{no}", "\x7f", "½"]) == [False, False, False, True]
+    assert unencodable(made, "encoder-decoder", "", ["no", "{no}", "\x7f", "½"]) == [False, False, False, True]
 
 
 def test_a_bpe_that_leaves_letters_out_without_a_word_is_told() -> None:
@@ -161,4 +161,4 @@ def test_a_bpe_that_leaves_letters_out_without_a_word_is_told() -> None:
     made.train_from_iterator(LINES, trainers.BpeTrainer(initial_alphabet=_ALPHABET, **_SPECIAL))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
     assert encode_plain(tokenizer, ["{no}"]) == encode_plain(tokenizer, ["no"])
-    assert unsayable(tokenizer, "decoder-only", " ", ["no", "{no}"]) == [False, True]
+    assert unencodable(tokenizer, "decoder-only", " ", ["no", "{no}"]) == [False, True]

@@ -1,4 +1,4 @@
-"""Tables of a lake hold rows that no longer hold; a path that has to do with one is refused, and its likes are not."""
+"""Lake tables hold rows that are no longer valid. A path that touches one is refused; similar folders are not."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A folder of a Hugging Face repository holds several splits; as one split it is refused with the globs to write."""
+"""A Hugging Face folder with several splits is refused as one split, with the globs to write for each."""
 
 import re
 from collections.abc import Callable

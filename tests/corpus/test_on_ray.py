@@ -1,4 +1,4 @@
-"""The room as the job uses it: Parquet in, splits out, on a real Ray."""
+"""The corpus room as the job uses it, on a real Ray: Parquet in, splits out."""
 
 import dataclasses
 import json
@@ -255,10 +255,10 @@ def test_labels_that_the_tokenizer_cannot_say_are_refused_and_open_targets_count
     labelled = [{"metric": "accuracy"}, {"metric": "exact_match", "labels": ["yes", "{no}"]}]
     for settings in labelled:
         task = make_task(train, dev_fraction=0.5, max_bad_rows=0.5, **settings)
-        with pytest.raises(CorpusError, match=r"^task 'x': the tokenizer cannot say the label '{no}' \(its "):
+        with pytest.raises(CorpusError, match=r"^task 'x': the tokenizer cannot encode the label '{no}' \(its "):
             prepare_task("x", task, spec, place / "storage")
     opened = make_task(train, dev_fraction=0.5, metric="exact_match", max_bad_rows=0.05)
-    with pytest.raises(CorpusError, match=r"10\.0% .* .4 with a target that the tokenizer cannot say, such as "):
+    with pytest.raises(CorpusError, match=r"10\.0% .* .4 with a target that the tokenizer cannot encode, such as "):
         prepare_task("x", opened, spec, place / "storage")
     allowed = prepare_task("x", opened.model_copy(update={"max_bad_rows": 0.1}), spec, place / "storage")
     assert sum(counts.get("target_unsayable", 0) for counts in allowed.counts.values()) == 4
@@ -295,7 +295,7 @@ def test_a_split_without_a_usable_row_is_refused(
     with pytest.raises(CorpusError, match=r"^task 'x', dev: no usable row is left \(1 null, 1 empty\)"):
         prepare_task("x", task, spec, place / "storage")
     tiny = make_task(place / "train.parquet", dev_fraction=1e-9)
-    with pytest.raises(CorpusError, match=r"^task 'x', dev: no usable row is left .* mend dev_fraction 1e-09"):
+    with pytest.raises(CorpusError, match=r"^task 'x', dev: no usable row is left .* fix dev_fraction 1e-09"):
         prepare_task("x", tiny, spec, place / "storage")
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipeline.corpus import SplitRef, TokenSet, open_split
 from pipeline.corpus.reader import MANIFEST, summarise_split, unique_targets
 from pipeline.corpus.rows import SHARD_SCHEMA
-from pipeline.corpus.tally import EMPTY, LISTED_TARGETS, ShardTally, manifest_figures, tally_table
+from pipeline.corpus.tally import EMPTY_TALLY, LISTED_TARGETS, ShardTally, manifest_figures, tally_table
 from pipeline.errors import CorpusError
 
 Row = tuple[int, int]
@@ -82,7 +82,7 @@ def test_what_the_manifest_tells_is_what_the_shards_hold(rows: list[Row], cut: f
         read, told = shards(Path(one), parts), shards(Path(other), parts)
         tables = [pq.read_table(path) for path in Path(told.dir).glob("*.parquet")]
         sent = [ShardTally.from_dict(json.loads(json.dumps(tally_table(table).to_dict()))) for table in tables]
-        tally = sum(sent, EMPTY)
+        tally = sum(sent, EMPTY_TALLY)
         manifest = json.loads((Path(told.dir) / MANIFEST).read_text()) | manifest_figures(tally)
         (Path(told.dir) / MANIFEST).write_text(json.dumps(manifest))
         assert manifest["longest_input"] == max((row_id % 5 for row_id, status in rows if not status), default=0)

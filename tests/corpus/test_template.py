@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.corpus.template import parse_template, render
+from pipeline.corpus.template import parse_template, render_row
 from pipeline.corpus.values import column_texts
 from pipeline.errors import CorpusError
 
@@ -22,7 +22,7 @@ def test_a_template_renders_as_str_format_does(pieces: list[tuple[str, str]], en
     values = {name: data.draw(texts) for _, name in pieces}
     plain = "".join(literal + values[name] for literal, name in pieces) + end
     parsed = parse_template(template, "task 'x', input")
-    assert render(parsed, values) == plain
+    assert render_row(parsed, values) == plain
     assert set(parsed.columns) == set(values)
     if not any(name.isdigit() for name in values):  # a number is a position to str.format
         assert template.format(**values) == plain

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from pipeline.corpus import check_task, load_tokenizer
 from pipeline.corpus.files import inspect_files
+from pipeline.corpus.read_steps import MOST_PAGE_BYTES
 from pipeline.corpus.reading import read_texts, read_units
 from pipeline.corpus.rows import RowStatus, tokenise_rows
-from pipeline.corpus.steps import MOST_PAGE_BYTES
 from pipeline.corpus.values import OverLong, changed_texts, column_texts
 from pipeline.errors import CorpusError
 from pipeline.settings import TaskSettings
@@ -64,7 +64,7 @@ def _labels(task: TaskSettings) -> list[str | None]:
         texts["label"]
         for s in sources
         for unit in read_units(s)
-        for _, texts in read_texts(s.filesystem, unit, ["label"], s.where, plan.whole)
+        for _, texts in read_texts(s.filesystem, unit, ["label"], s.where, plan.integer_columns)
     )
     return [text for part in read for text in part]
 
@@ -75,7 +75,7 @@ def test_names_of_classes_are_texts_whatever_numbers_stand_for_them(tmp_path: Pa
     for place in (tmp_path / "train").iterdir():
         table = pq.read_table(place)
         pq.write_table(table.replace_schema_metadata({"huggingface": told}), place)
-    assert check_task("x", task).whole == {}
+    assert check_task("x", task).integer_columns == {}
     assert _labels(task) == ["no", "yes", "no", None, "no"]
     pq.write_table(
         pa.table({"text": ["good"], "label": pa.array([1], pa.decimal128(3, 0))}), tmp_path / "dev/0.parquet"

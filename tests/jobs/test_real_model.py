@@ -64,12 +64,12 @@ def make_run(folder: Path, tokenizer) -> TuningRun:
 
 
 def accuracy(backbone, tokenizer, run: TuningRun, states) -> list[float]:
-    exams = []
+    requests = []
     for state in states:
         corpus = run.corpora[state.trial.task]
         split = open_split(corpus.splits["dev"])
-        exams.append(EvalRequest(state.prompt.detach(), split, "accuracy", corpus.labels, corpus.label_ids, 8))
-    return [score.value for score in evaluate(backbone, tokenizer, exams, 2048)]
+        requests.append(EvalRequest(state.prompt.detach(), split, "accuracy", corpus.labels, corpus.label_ids, 8))
+    return [score.value for score in evaluate(backbone, tokenizer, requests, 2048)]
 
 
 @needs_data

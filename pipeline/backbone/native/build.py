@@ -1,4 +1,7 @@
-"""Compile the kernels beside this file, once a machine, with whatever C compiler there is."""
+"""Compile the kernels beside this file, once a machine, with whatever C compiler there is.
+
+Compiled at first use, not at installation: the machine that runs them knows its processor's instructions.
+"""
 
 import ctypes
 import hashlib
@@ -13,6 +16,7 @@ from pathlib import Path
 
 _SOURCES = ("rows.c", "attention.c", "weights.c")
 _HEADERS = ("vectors.h",)
+# No `-ffast-math`: it would let the compiler assume that there is no NaN, and a trial gone NaN must show it.
 _FLAGS = "-O3 -std=gnu11 -shared -fPIC -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-unknown-pragmas"
 _WISHES = (
     "-march=native -mprefer-vector-width=512 -fopenmp",
@@ -20,32 +24,28 @@ _WISHES = (
     "-march=native -fopenmp-simd",
     "",
 )
-"""The best first: not every compiler has OpenMP or knows this processor."""
+"""Options to try, the best first: not every compiler has OpenMP or knows this processor."""
 
 
 @lru_cache(maxsize=1)
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they cannot be compiled, and PyTorch's own operators have to do."""
+def load_kernels() -> ctypes.CDLL | None:
+    """The compiled kernels; None where they cannot be compiled, and PyTorch's own operators run in their place."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "promptbank" / "kernels"
     except RuntimeError:  # a user without a home folder, as containers have
         return None
-    for compiler in _compilers():
+    chosen = [shlex.split(os.environ["CC"])] if os.environ.get("CC") else []
+    found = [[there] for name in ("cc", "gcc", "clang") if (there := shutil.which(name))]
+    for compiler in (*chosen, *found):
         for wish in _WISHES:
             try:
                 path = folder / f"{_digest(compiler, wish)}.so"
                 if not path.exists():
                     _compile(compiler, wish, path)
                 return ctypes.CDLL(str(path))
-            except (OSError, subprocess.SubprocessError):
+            except (OSError, subprocess.SubprocessError):  # an option that this compiler does not know, say
                 continue
     return None
-
-
-def _compilers() -> list[list[str]]:
-    named = [shlex.split(os.environ["CC"])] if os.environ.get("CC") else []
-    found = [[path] for name in ("cc", "gcc", "clang") if (path := shutil.which(name))]
-    return [*named, *found]
 
 
 def _compile(compiler: list[str], wish: str, path: Path) -> None:
@@ -56,18 +56,14 @@ def _compile(compiler: list[str], wish: str, path: Path) -> None:
         sources = [str(here / name) for name in _SOURCES]
         command = [*compiler, *_FLAGS.split(), *wish.split(), *sources, "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
-        made.replace(path)
+        made.replace(path)  # atomic: another rank loads a whole library or none
 
 
 def _digest(compiler: list[str], wish: str) -> str:
-    """Of all that decides the machine code: a home folder may be shared by machines that differ."""
+    """Digest of all that decides the machine code: machines that differ may share a home folder."""
     texts = [(Path(__file__).parent / name).read_text() for name in (*_SOURCES, *_HEADERS)]
-    parts = [*texts, _FLAGS, wish, *compiler, *platform.uname()[4:], _processor()]
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.exists() else []
+    processor = "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    parts = [*texts, _FLAGS, wish, *compiler, *platform.uname()[4:], processor]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-
-
-def _processor() -> str:
-    """The processor's model and instructions, as far as the system tells."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))

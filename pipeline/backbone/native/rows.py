@@ -1,4 +1,6 @@
-"""Token by token: what happens around the int8 products, each in one walk over memory.
+"""Kernels that treat each token by itself: what surrounds the int8 products, each in one pass over memory.
+
+PyTorch's operators would take several passes, and memory is the limit for these.
 
 Shapes: N tokens, X the width of a row. Everything is float32 on the CPU unless said otherwise.
 """
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.backbone.native.build import library
+from pipeline.backbone.native.build import load_kernels
 
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, list[Any]] = {
@@ -24,26 +26,26 @@ _SIGNATURES: dict[str, list[Any]] = {
 }
 
 
-def serves(*tensors: Tensor) -> bool:
-    """Whether these kernels can take the tensors."""
-    return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors) and library() is not None
+def supports(*tensors: Tensor) -> bool:
+    """Whether these kernels can be used for the tensors."""
+    return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors) and load_kernels() is not None
 
 
-def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_activations(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """X `[N, X]`, times `columns` `[X]` if given -> (int8 `[N, X]`, scale `[N, 1]`)."""
-    x = x.contiguous()
+    x = x.contiguous()  # the kernels know no strides
     rows, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), 1)
     _call("quantize_rows", x, columns, rows, scale, *x.shape)
     return rows, scale
 
 
 def quantize_weights(weight: Tensor) -> tuple[Tensor, Tensor] | None:
-    """W `[N, X]`, float32 or bfloat16 -> (int8 `[N, X]`, the largest entry of each row `[N]`), as bitsandbytes.
+    """W `[N, X]`, float32 or bfloat16 -> (int8 `[N, X]`, absolute maximum of each row `[N]`), as bitsandbytes does it.
 
     None for another type or device, or without a compiler.
     """
     kernel = {torch.float32: "quantize_float32_weights", torch.bfloat16: "quantize_bfloat16_weights"}.get(weight.dtype)
-    if kernel is None or weight.device.type != "cpu" or library() is None:
+    if kernel is None or weight.device.type != "cpu" or load_kernels() is None:
         return None
     weight = weight.contiguous()
     rows, largest = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
@@ -58,7 +60,7 @@ def rescale(product: Tensor, scale: Tensor, columns: Tensor | None = None) -> Te
     return out
 
 
-class RmsNorm(torch.autograd.Function):
+class RmsNormFunction(torch.autograd.Function):
     """`x / rms(x) * weight` of x `[..., X]`, with a frozen weight `[X]`."""
 
     @staticmethod
@@ -66,6 +68,7 @@ class RmsNorm(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         y, inverse = torch.empty_like(flat), torch.empty(len(flat))
         _call("rms_norm", flat, weight, epsilon, y, inverse, *flat.shape)
+        # 1 / rms of each row is kept: a number a token, which saves the backward pass a walk over x.
         ctx.save_for_backward(flat, inverse)
         ctx.weight = weight  # a reference: under ZeRO-3 its data comes and goes
         return y.view(x.shape)
@@ -79,7 +82,7 @@ class RmsNorm(torch.autograd.Function):
         return dx.view(grad.shape), None, None
 
 
-class SiluProduct(torch.autograd.Function):
+class SiluProductFunction(torch.autograd.Function):
     """`silu(gate) * up`, both `[..., X]`."""
 
     @staticmethod
@@ -104,9 +107,9 @@ def _rows(x: Tensor) -> tuple[int, int]:
 
 
 def _call(name: str, *args: Tensor | int | float | None) -> None:
-    kernels = library()
+    kernels = load_kernels()
     assert kernels is not None
     function = getattr(kernels, name)
-    if function.argtypes is None:
+    if function.argtypes is None:  # once: without a signature ctypes would pass 64-bit pointers as 32-bit integers
         function.argtypes, function.restype = _SIGNATURES[name], None
     function(*(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args))

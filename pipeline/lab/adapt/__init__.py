@@ -1,1 +1,1 @@
-"""A model's own training goes on: LM adaptation of an encoder-decoder, or a small one pre-trained from nothing."""
+"""Continue a model's own training: LM adaptation of an encoder-decoder, or pre-training of a small one from scratch."""

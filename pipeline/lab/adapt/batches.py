@@ -1,4 +1,4 @@
-"""Which stretches of text are taken at which step, and the examples made of them: a function of (seed, step) alone."""
+"""The stretches of text of each step, and the examples made of them, as a pure function of (seed, step)."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,9 +16,9 @@ from pipeline.tuning.trials import random_numbers
 @dataclass(frozen=True)
 class TextBatches:
     text: Int32
-    """All documents, one behind the other."""
+    """The tokens `[N]` of all documents, one after the other."""
     tokens: int
-    """Of a stretch."""
+    """Tokens of a stretch."""
     batch_size: int
     objective: ObjectiveSettings
     markers: Markers
@@ -32,7 +32,7 @@ class TextBatches:
             )
 
     def examples(self, step: int) -> Examples:
-        """Stretches epoch after epoch, each in its own random order; where they are cut is drawn for each example."""
+        """The examples of a step. Each epoch takes all stretches in its own random order."""
         stretches = len(self.text) // self.tokens
         made = []
         for place in range(step * self.batch_size, (step + 1) * self.batch_size):

@@ -6,17 +6,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.backbone.files import find_model, from_anywhere, save_description, short_table
+from pipeline.backbone.files import absolute_model_path, find_model, save_config_and_tokenizer, short_embedding_table
 from pipeline.backbone.fingerprint import identify
 from pipeline.backbone.loading import build_skeleton
 from pipeline.backbone.weights import open_weights
-from pipeline.bank import BackboneId
 from pipeline.corpus.encoding import TokenizerSpec
 from pipeline.corpus.plain_text import TextCorpus, TextPlan, check_text, prepare_text
 from pipeline.errors import SettingsError, StorageError, TuningError
-from pipeline.lab.adapt.rank_job import AdaptationJob, Adapted, read_adapted
-from pipeline.lab.adapt.start import Start, open_start
-from pipeline.lab.full_weights.on_rank import TrainingPlace
+from pipeline.lab.adapt.rank_job import AdaptationJob, AdaptationResult, read_adaptation
+from pipeline.lab.adapt.start import StartModel, open_start_model
+from pipeline.lab.full_weights.rank_setup import TrainingPlace
 from pipeline.reporting.events import EventLog, telling_why
 from pipeline.reporting.progress import follow
 from pipeline.run.checks import check_storage
@@ -33,23 +32,23 @@ _ORIGIN = "adapted_from.json"
 
 @dataclass(frozen=True)
 class CheckedAdaptation:
-    """Settings that can be carried out, as far as looking tells."""
+    """Settings that passed all checks that need no training."""
 
     settings: AdaptationSettings
-    start: Start
+    start: StartModel
     plan: TextPlan
 
 
 def check_adaptation(settings: AdaptationSettings) -> CheckedAdaptation:
-    """Look at the model and the corpus; nothing is written. Raises: the PromptBankError that stops the run."""
+    """Check the model and the corpus; nothing is written. Raises: the PromptBankError that stops the run."""
     check_storage(settings.run)
-    return CheckedAdaptation(settings, open_start(settings, None), check_text(settings.corpus))
+    return CheckedAdaptation(settings, open_start_model(settings, None), check_text(settings.corpus))
 
 
-def run_adaptation(checked: CheckedAdaptation, console: Console) -> Adapted:
+def run_adaptation(checked: CheckedAdaptation, console: Console) -> AdaptationResult:
     """Tokenise the corpus, train, and leave the models; resumes a run of the same name.
 
-    Raises: PromptBankError for everything that a user can mend.
+    Raises: PromptBankError for everything that a user can fix.
     """
     settings = checked.settings
     folder = make_folder_of(settings.run)
@@ -62,35 +61,37 @@ def run_adaptation(checked: CheckedAdaptation, console: Console) -> Adapted:
         follow(events, console),
     ):
         log.write("begin", tasks=1)
-        start = open_start(settings, folder)
-        order = _order(settings, start, folder, log, connect)
+        start = open_start_model(settings, folder)
+        rank_job = _rank_job(settings, start, folder, log, connect)
         log.write(
             "launch",
             trials=[{"trial": settings.run.name, "task": settings.objective.name, "max_steps": settings.steps}],
         )
-        adapted = read_adapted(order)
+        adapted = read_adaptation(rank_job)
         if adapted is None:
             connect()
-            launch(order.carry_out, folder, settings.cluster, settings.run, log)
-            adapted = read_adapted(order)
+            launch(rank_job.carry_out, folder, settings.cluster, settings.run, log)
+            adapted = read_adaptation(rank_job)
         if adapted is None:
             raise TuningError(
-                f"run '{settings.run.name}' was told to stop and did, with a checkpoint; start it again to go on from "
-                "there"
+                f"run '{settings.run.name}' was told to stop, and stopped with a checkpoint; start it again to resume"
             )
         lease.check()
         log.write("end", version=None, exit=0)
         return adapted
 
 
-def _order(settings: AdaptationSettings, start: Start, folder: Path, log: EventLog, connect: Connect) -> AdaptationJob:
-    identity = _identify(start)
+def _rank_job(
+    settings: AdaptationSettings, start: StartModel, folder: Path, log: EventLog, connect: Connect
+) -> AdaptationJob:
+    weights = open_weights(find_model(start.path), build_skeleton(start.config, int8=False))
+    identity = identify(start.path, start.config, start.tokenizer, weights, "full")
     description = folder / "model"
     try:
-        save_description(start.config, start.tokenizer, description)
-    except Exception as error:  # tokenizers raises nothing more special on a full disk
+        save_config_and_tokenizer(start.config, start.tokenizer, description)
+    except Exception as error:  # tokenizers has no class of its own for a full disk
         raise StorageError(f"cannot write {description}: {error}; make room and start the run again") from error
-    short = short_table(start.config, start.tokenizer)
+    short = short_embedding_table(start.config, start.tokenizer)
     spec = TokenizerSpec(str(description), identity.tokenizer, "encoder-decoder", short)
     storage = Path(settings.run.storage).expanduser().resolve()
     corpus: TextCorpus = retry_while_unreachable(
@@ -101,7 +102,7 @@ def _order(settings: AdaptationSettings, start: Start, folder: Path, log: EventL
     place = TrainingPlace(
         run_folder=str(folder),
         name=run.name,
-        model=from_anywhere(start.path),
+        model=absolute_model_path(start.path),
         description=str(description),
         dtype=settings.model.dtype,
         cpus_per_worker=cluster.cpus_per_worker,
@@ -109,18 +110,13 @@ def _order(settings: AdaptationSettings, start: Start, folder: Path, log: EventL
         checkpoint_every=run.checkpoint_every,
         hang_timeout=run.hang_timeout,
     )
-    order = AdaptationJob(place, settings.model_dump(mode="json"), asdict(corpus), identity.fingerprint)
-    _claim(folder, order.digest, run.name)
-    return order
-
-
-def _identify(start: Start) -> BackboneId:
-    weights = open_weights(find_model(start.path), build_skeleton(start.config, int8=False))
-    return identify(start.path, start.config, start.tokenizer, weights, "full")
+    rank_job = AdaptationJob(place, settings.model_dump(mode="json"), asdict(corpus), identity.fingerprint)
+    _claim(folder, rank_job.digest, run.name)
+    return rank_job
 
 
 def _claim(folder: Path, digest: str, name: str) -> None:
-    """A folder's models are all of one adaptation. Raises: SettingsError where they would not be."""
+    """Claim the folder for one adaptation. Raises: SettingsError if it holds models of another one."""
     path = folder / _ORIGIN
     if not path.exists():
         write_atomically(path, sealed_json({"digest": digest}))
@@ -129,8 +125,8 @@ def _claim(folder: Path, digest: str, name: str) -> None:
         origin = open_json(path.read_bytes(), ("digest",))
     except DamagedError as error:
         raise SettingsError(
-            f"{path} is damaged ({error}): of what adaptation the models in its folder are is not known; give this run "
-            "another name, or remove the folder"
+            f"{path} is damaged ({error}), so nothing tells which adaptation made the models in its folder; give this "
+            "run another name, or remove the folder"
         ) from error
     if origin.get("digest") != digest:
         raise SettingsError(

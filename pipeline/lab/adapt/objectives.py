@@ -1,4 +1,4 @@
-"""A stretch of text -> what the model is shown and what it must say. Pure functions of the tokens and a generator.
+"""A stretch of text -> an input and a target. Pure functions of the tokens and a random generator.
 
 Shapes: T tokens of the stretch.
 """
@@ -16,22 +16,24 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Markers:
-    """Tokens that are no text."""
+    """Token ids of special tokens."""
 
     eos: int
     sentinels: Sequence[int]
-    """`<extra_id_0>` and on: the first stands for the first span."""
+    """Ids of `<extra_id_0>`, `<extra_id_1>`, …; the first one stands for the first span."""
 
 
 @dataclass(frozen=True)
-class Example:
+class TrainingExample:
     input: Ids
     """Ends with eos, like the input of a task."""
     target: Ids
     """Ends with eos."""
 
 
-def make_example(objective: ObjectiveSettings, tokens: Ids, markers: Markers, random: np.random.Generator) -> Example:
+def make_example(
+    objective: ObjectiveSettings, tokens: Ids, markers: Markers, random: np.random.Generator
+) -> TrainingExample:
     """One example of `[T]` tokens, T at least 2."""
     if objective.name == "prefix_lm":
         return prefix_lm(tokens, int(random.integers(1, len(tokens))), markers)
@@ -39,18 +41,21 @@ def make_example(objective: ObjectiveSettings, tokens: Ids, markers: Markers, ra
     return span_corruption(tokens, noise, markers, objective.sentinels_in_targets)
 
 
-def prefix_lm(tokens: Ids, prefix: int, markers: Markers) -> Example:
-    """The first `prefix` tokens go in, the others come out: what Lester et al. (2021, section 3.2) adapt T5 with.
+def prefix_lm(tokens: Ids, prefix: int, markers: Markers) -> TrainingExample:
+    """The first `prefix` tokens are the input, the others the target: Lester et al. (2021, section 3.2) adapt T5 so.
 
-    The split is uniform, as in Raffel et al. (2020, section 3.3.1).
+    `make_example` draws the split uniformly, as in Raffel et al. (2020, section 3.3.1).
     """
-    return Example(_ended(tokens[:prefix], markers), _ended(tokens[prefix:], markers))
+    return TrainingExample(_ended(tokens[:prefix], markers), _ended(tokens[prefix:], markers))
 
 
-def span_corruption(tokens: Ids, noise: npt.NDArray[np.bool_], markers: Markers, sentinels_in_targets: bool) -> Example:
-    """Each span of noise gives way to a sentinel, and comes out behind that sentinel (Raffel et al. 2020, 3.1.4).
+def span_corruption(
+    tokens: Ids, noise: npt.NDArray[np.bool_], markers: Markers, sentinels_in_targets: bool
+) -> TrainingExample:
+    """A sentinel replaces each span of noise in the input, and stands before that span in the target (Raffel et al.
+    2020, section 3.1.4).
 
-    `noise` `[T]` begins without and ends with noise, as in T5's own code, so that no last sentinel follows.
+    `noise` `[T]` begins with text and ends with noise, as in T5's own code, so that no last sentinel follows.
     """
     begins = noise & ~np.r_[False, noise[:-1]]
     sentinels = np.asarray(markers.sentinels, np.int64)[: begins.sum()]
@@ -60,11 +65,11 @@ def span_corruption(tokens: Ids, noise: npt.NDArray[np.bool_], markers: Markers,
     said = tokens[noise].astype(np.int64)
     if sentinels_in_targets:
         said = np.insert(said, np.flatnonzero(begins[noise]), sentinels)
-    return Example(_ended(shown, markers), _ended(said, markers))
+    return TrainingExample(_ended(shown, markers), _ended(said, markers))
 
 
 def noise_mask(length: int, density: float, mean_span: float, random: np.random.Generator) -> npt.NDArray[np.bool_]:
-    """`[length]`: True for noise. Spans of text and of noise take turns, and their lengths are drawn as T5's are."""
+    """`[length]`: True for noise. Spans of text and of noise alternate, with lengths drawn as in T5."""
     noise = min(max(round(length * density), 1), length - 1)
     spans = min(span_count(length, density, mean_span), length - noise)
     text_lengths, noise_lengths = _parts(length - noise, spans, random), _parts(noise, spans, random)
@@ -73,13 +78,13 @@ def noise_mask(length: int, density: float, mean_span: float, random: np.random.
 
 
 def span_count(length: int, density: float, mean_span: float) -> int:
-    """Spans of noise among so many tokens, at most."""
+    """The largest number of noise spans among `length` tokens."""
     noise = min(max(round(length * density), 1), length - 1)
     return max(1, round(noise / mean_span))
 
 
 def _parts(total: int, count: int, random: np.random.Generator) -> Ids:
-    """`[count]` whole numbers of 1 or more that sum to `total`, every way equally likely."""
+    """`[count]` integers of at least 1 that sum to `total`, every such list equally likely."""
     cuts = np.sort(random.choice(total - 1, count - 1, replace=False)) + 1
     return np.diff(np.r_[0, cuts, total]).astype(np.int64)
 

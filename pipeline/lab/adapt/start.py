@@ -1,4 +1,4 @@
-"""What an adaptation starts from: a model folder as it is, or one with fresh weights, made here once."""
+"""The model that an adaptation starts from: a given model folder, or one with fresh weights that is made here once."""
 
 import hashlib
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ from pipeline.whole_files import put_in_place
 
 
 @dataclass(frozen=True)
-class Start:
-    """A checked model, and where its weights are."""
+class StartModel:
+    """A checked model and the path to its weights."""
 
     path: str
     config: PretrainedConfig
@@ -40,8 +40,8 @@ class Start:
         return markers_of(self.tokenizer)
 
 
-def open_start(settings: AdaptationSettings, run_folder: Path | None) -> Start:
-    """Find the model to train, or make a fresh one in the run's folder (None: only check it).
+def open_start_model(settings: AdaptationSettings, run_folder: Path | None) -> StartModel:
+    """Find the model to train, or make a fresh one in the run's folder; without a folder it is only checked.
 
     Raises: BackboneError for a model that cannot be adapted; SettingsError; StorageError.
     """
@@ -49,11 +49,11 @@ def open_start(settings: AdaptationSettings, run_folder: Path | None) -> Start:
     if model.is_fresh:
         config, tokenizer = _fresh_config(model)
         path = "" if run_folder is None else str(_make_fresh(run_folder, config, tokenizer, settings.run.seed))
-        start = Start(path, config, tokenizer)
+        start = StartModel(path, config, tokenizer)
     else:
         assert model.path is not None
         files = find_model(model.path)
-        start = Start(model.path, read_config(files), read_tokenizer(files))
+        start = StartModel(model.path, read_config(files), read_tokenizer(files))
     _check(start, settings)
     return start
 
@@ -71,7 +71,7 @@ def _sentinel(number: int) -> str:
     return f"<extra_id_{number}>"
 
 
-def _check(start: Start, settings: AdaptationSettings) -> None:
+def _check(start: StartModel, settings: AdaptationSettings) -> None:
     where, objective = f"model {settings.model.path or 'config'}", settings.objective
     if architecture_of(start.config, where) != "encoder-decoder":
         raise BackboneError(
@@ -115,7 +115,7 @@ def _fresh_config(model: AdaptedModelSettings) -> tuple[PretrainedConfig, Any]:
 
 def _read_tokenizer(path: str) -> Any:
     folder = Path(path).expanduser()
-    alone = (folder / "tokenizer.json").is_file()  # a folder without a model will do
+    alone = (folder / "tokenizer.json").is_file()  # the folder need not hold a model
     return read_tokenizer(ModelFiles(path, folder.resolve(), None) if alone else find_model(path))
 
 
@@ -131,7 +131,7 @@ def _config_of(values: dict[str, Any]) -> PretrainedConfig:
 
 
 def _make_fresh(run_folder: Path, config: PretrainedConfig, tokenizer: Any, seed: int) -> Path:
-    """Other settings under the same run name make another folder."""
+    """Make the fresh model's folder, unless it is there. Its name holds a digest of the settings that decide it."""
     named_by = f"{canonical_config(config)} {tokenizer_digest(tokenizer)} {seed}"
     folder = run_folder / f"start-{hashlib.sha256(named_by.encode()).hexdigest()[:12]}"
     if not folder.exists():

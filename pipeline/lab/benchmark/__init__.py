@@ -1,1 +1,1 @@
-"""Measured against what a user would pick instead: both sides in turn, on one machine, on the same rows."""
+"""Benchmarks against what a user would pick instead: both sides in turn, on one machine, on the same rows."""

@@ -1,4 +1,4 @@
-"""What each part brings: the loss computed without it, and otherwise alike.
+"""What each part of a fast step gains: the same loss, computed without that part.
 
 Each function stands in for `prompted.target_nll` of a decoder-only model: `[B]` float32, in nats.
 """
@@ -21,7 +21,7 @@ def prompt_per_row(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
 
 
 def padded_rows(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
-    """Every row is padded behind its target to the longest of the batch."""
+    """Every row is padded to the longest one of the batch."""
     texts = _texts(rows, targets)
     longest = max(map(len, texts))
     padded = [np.pad(text, (0, longest - len(text))) for text in texts]
@@ -44,7 +44,7 @@ def _texts(rows: Rows, targets: TokenRows) -> list[np.ndarray]:
 
 
 def _predicted(rows: Rows, targets: TokenRows, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """Where each target token is predicted, and which it is."""
+    """The index where each target token is predicted, and the token."""
     starts = layout.starts[len(rows.prompts) :]
     places = [start + len(x) - 1 + np.arange(len(y)) for start, x, y in zip(starts, rows.inputs, targets, strict=True)]
     return np.concatenate(places), np.concatenate(targets)

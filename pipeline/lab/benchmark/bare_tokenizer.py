@@ -1,4 +1,4 @@
-"""The bare fast tokenizer over texts that are in memory already: nothing read, nothing kept, on the same cores."""
+"""The bare fast tokenizer on the same cores, over texts that are in memory; it reads and writes no files."""
 
 import os
 import time
@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
-from pipeline.corpus.encoding import TokenizerContent, keep_words
+from pipeline.corpus.encoding import TokenizerContent, resize_word_cache
 from pipeline.lab.benchmark.ranks import end_with_parent
 
 
@@ -21,11 +21,11 @@ class BareWay:
 
     processes: int
     threads: int
-    """Of each process."""
+    """Threads of each process."""
     call_rows: int
     """Texts a call of `encode_batch_fast`."""
     kept_words: int | None = None
-    """Words whose tokens the tokenizer keeps; None as it comes, which is what a user gets."""
+    """Words whose tokens the tokenizer caches; None for its default, which is what a user gets."""
 
 
 def bare_ways(cores: int) -> tuple[BareWay, ...]:
@@ -34,14 +34,14 @@ def bare_ways(cores: int) -> tuple[BareWay, ...]:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A file's texts, tokenised once by either side."""
+class TokenizingRun:
+    """One tokenisation of a file's texts, by either side."""
 
     tokens: int
-    """Of the inputs."""
+    """Tokens of the inputs."""
     seconds: float
     cpu_seconds: float
-    """Of all processes and threads together: what other work on the machine takes is not in it."""
+    """CPU time of all processes and threads together, so that other work on the machine does not count."""
 
     @property
     def rate(self) -> float:
@@ -50,25 +50,25 @@ class Run:
 
     @property
     def cpu_rate(self) -> float:
-        """Tokens a second of one core."""
+        """Tokens a CPU second."""
         return self.tokens / self.cpu_seconds
 
 
-def run_bare(tokenizer: TokenizerContent, file: Path, way: BareWay) -> Run:
-    """Timed from the first call's start to the last one's end."""
+def run_bare(tokenizer: TokenizerContent, file: Path, way: BareWay) -> TokenizingRun:
+    """Tokenise a file's texts; timed from the first call's start to the last call's end."""
     context = get_context("spawn")
     start = context.Barrier(way.processes)
     calls = [(tokenizer, file, way, rank) for rank in range(way.processes)]
-    with context.Pool(way.processes, initializer=_keep, initargs=(start,)) as pool:
+    with context.Pool(way.processes, initializer=_join_barrier, initargs=(start,)) as pool:
         done = pool.starmap(_tokenise, calls, chunksize=1)
     tokens, begun, ended, cpu_seconds = zip(*done, strict=True)
-    return Run(sum(tokens), max(ended) - min(begun), sum(cpu_seconds))
+    return TokenizingRun(sum(tokens), max(ended) - min(begun), sum(cpu_seconds))
 
 
 _start: Barrier
 
 
-def _keep(start: Barrier) -> None:
+def _join_barrier(start: Barrier) -> None:
     global _start
     _start = start
     end_with_parent()
@@ -79,17 +79,17 @@ def _tokenise(content: TokenizerContent, file: Path, way: BareWay, rank: int) ->
     os.environ["RAYON_NUM_THREADS"] = str(way.threads)
     tokenizer = Tokenizer.from_str(content.json)
     if way.kept_words is not None:
-        keep_words(tokenizer, way.kept_words)
-    texts = _share(file, rank, way.processes)
+        resize_word_cache(tokenizer, way.kept_words)
+    texts = _texts_of_rank(file, rank, way.processes)
     calls = [texts[first : first + way.call_rows] for first in range(0, len(texts), way.call_rows)]
     _start.wait()
-    # One clock for all processes of a machine.
+    # The monotonic clock is the same for all processes of a machine.
     begin, cpu_begin = time.monotonic(), time.process_time()
     tokens = sum(sum(map(len, tokenizer.encode_batch_fast(call))) for call in calls)
     return tokens, begin, time.monotonic(), time.process_time() - cpu_begin
 
 
-def _share(file: Path, rank: int, processes: int) -> Sequence[str]:
+def _texts_of_rank(file: Path, rank: int, processes: int) -> Sequence[str]:
     column = pq.read_table(file, columns=["text"])["text"]
     rows = len(column)
     first, end = rows * rank // processes, rows * (rank + 1) // processes

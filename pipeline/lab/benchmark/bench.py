@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from pipeline.backbone import prompted
-from pipeline.backbone.allocator import suit_allocator
+from pipeline.backbone.allocator import configure_allocator
 from pipeline.backbone.files import architecture_of, find_model, read_config, read_tokenizer
 from pipeline.backbone.host import Backbone, compute_dtype, held_bytes, host_backbone
 from pipeline.backbone.nearest import read_input_embeddings
-from pipeline.backbone.offload import keep_by
+from pipeline.backbone.offload import offload_of_settings
 from pipeline.lab.benchmark.ours import tune_together
 from pipeline.lab.benchmark.peft_trainer import PeerOptions, load_peer_model, tune_one_by_one
 from pipeline.lab.benchmark.ranks import run_ranks
@@ -29,7 +29,7 @@ _COMMON_TOKENS = 5_000
 
 @dataclass(frozen=True)
 class OurOptions:
-    """How our side runs; the defaults are how it runs for users."""
+    """How our side runs; the defaults are what users get."""
 
     products: str = "auto"
     kernels: bool = True
@@ -49,19 +49,19 @@ class Bench:
     model: str
     tasks: Sequence[TaskWork]
     prompts: Sequence[np.ndarray]
-    """`[P, H]` each, sampled from the vocabulary: where both sides start from."""
+    """`[P, H]` each, sampled from the vocabulary; both sides start from them."""
     steps: int
     ranks: int
     threads: int
-    """Of all ranks together."""
+    """Threads of all ranks together."""
 
     def ours(self, options: OurOptions | None = None) -> Callable[[], Side]:
-        """All tasks together on `ranks` fresh processes; ZeRO-3 where there are several."""
-        return lambda: _of_all(run_ranks(self.ranks, tune_on_rank, self, options or OurOptions()))
+        """Our side: all tasks together on `ranks` fresh processes, with ZeRO-3 if there are several."""
+        return lambda: _merged(run_ranks(self.ranks, tune_on_rank, self, options or OurOptions()))
 
     def peer(self, options: PeerOptions) -> Callable[[], Side]:
-        """One task after another, in one fresh process."""
-        return lambda: _of_all(run_ranks(1, _tune_as_peer, self, options))
+        """The other side: one task after another, in one fresh process."""
+        return lambda: _merged(run_ranks(1, _tune_as_peer, self, options))
 
     @property
     def config(self) -> PretrainedConfig:
@@ -69,8 +69,9 @@ class Bench:
 
     @property
     def needed_tokens(self) -> float:
-        """Tokens that a step has to compute at the least: each row's text once, and each prompt once, or with each row
-        where an encoder reads it."""
+        """Tokens that a step must compute at least: each row's text once, and each prompt once. An encoder reads the
+        prompt again with each row.
+        """
         text = sum(task.text_tokens(step) for task in self.tasks for step in range(self.steps)) / self.steps
         with_each_row = bool(self.config.is_encoder_decoder)
         rows = [task.trial.settings.batch_size if with_each_row else 1 for task in self.tasks]
@@ -109,11 +110,11 @@ def host_model(model: str, threads: int, options: OurOptions) -> Backbone:
         device=device,
         sharded=partitions(options.partition, config, options.int8, dtype, device),
         products=agreed_products(options.products, device),
-        keep=keep_by("nvme" if options.offload_folder else "none", options.offload_folder),
+        keep=offload_of_settings("nvme" if options.offload_folder else "none", options.offload_folder),
         kernels=options.kernels,
         share_memory=options.share_memory,
     )
-    suit_allocator(sum(held_bytes(backbone).values()))
+    configure_allocator(sum(held_bytes(backbone).values()))
     return backbone
 
 
@@ -130,12 +131,12 @@ def _tune_as_peer(bench: Bench, options: PeerOptions) -> Side:
         return tune_one_by_one(model, bench.tasks, bench.prompts, bench.steps, options, Path(folder))
 
 
-def _of_all(ranks: Sequence[Side]) -> Side:
+def _merged(ranks: Sequence[Side]) -> Side:
     return replace(ranks[0], peak_bytes=sum(rank.peak_bytes for rank in ranks))
 
 
 def _as_safetensors(model: str, folder: Path) -> Path:
-    """The model as a folder that `from_pretrained` takes, whatever it came as."""
+    """The model as a folder for `from_pretrained`, whatever its own format is."""
     from transformers import AutoModelForCausalLM
 
     files = find_model(model)

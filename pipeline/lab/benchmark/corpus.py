@@ -1,4 +1,4 @@
-"""Tokenising through Ray Data: rate against the bare fast tokenizer, memory by corpus size, the second night."""
+"""Benchmark of tokenising with Ray Data: its rate against the bare tokenizer, its memory, and a second night."""
 
 import json
 import shutil
@@ -18,17 +18,17 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 
-from pipeline.backbone.files import architecture_of, find_model, read_config, read_tokenizer, save_description
-from pipeline.corpus.encoding import KEPT_WORDS, TokenizerSpec, load_tokenizer, tokenizer_content
+from pipeline.backbone.files import architecture_of, find_model, read_config, read_tokenizer, save_config_and_tokenizer
+from pipeline.corpus.encoding import WORD_CACHE_SIZE, TokenizerSpec, load_tokenizer, tokenizer_content
 from pipeline.corpus.files import inspect_files
 from pipeline.corpus.reader import SplitRef, open_split
 from pipeline.corpus.rows import Recipe, row_identities
 from pipeline.corpus.task_corpus import prepare_task
 from pipeline.corpus.template import parse_template
-from pipeline.lab.benchmark.bare_tokenizer import BareWay, Run, bare_ways, run_bare
+from pipeline.lab.benchmark.bare_tokenizer import BareWay, TokenizingRun, bare_ways, run_bare
 from pipeline.lab.benchmark.corpus_files import read_sentences, write_corpus
 from pipeline.lab.benchmark.ranks import end_with_parent
-from pipeline.lab.benchmark.side_by_side import write_json
+from pipeline.lab.benchmark.side_by_side import write_figures
 from pipeline.settings import ClusterSettings, TaskSettings
 from pipeline.tuning.connection import connected_ray
 from pipeline.tuning.machine import device_name, peak_bytes
@@ -36,44 +36,44 @@ from pipeline.tuning.machine import device_name, peak_bytes
 _CHECKED_ROWS = 2000
 _SAMPLE_SECONDS = 0.5
 _WARM_UP_MEGABYTES = 4.0
-# Name -> halves of sentences a text (see write_corpus): a sentence's length, and a document's.
+# Kind of texts -> half sentences in a text (see write_corpus): as long as a sentence, and as long as a document.
 _TEXTS = {"rows": 3, "documents": 60}
 
 
 @dataclass(frozen=True)
-class Bare:
-    """The bare tokenizer in one way, round by round."""
+class BareRates:
+    """Rates of the bare tokenizer used in one way, round by round."""
 
     rates: Sequence[float]
     """Input tokens a second."""
     ratio: tuple[float, float, float]
-    """Of our rate to its: least, median and greatest over the rounds."""
+    """Our rate divided by its rate: least, median and greatest over the rounds."""
     cpu_ratio: tuple[float, float, float]
-    """The same of tokens a second of one core, all of Ray's processes included: steadier on a busy machine."""
+    """The same for tokens a CPU second, with all of Ray's processes counted; steadier on a busy machine."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one kind of text in one size."""
+    """Rates for one kind of text in one size."""
 
     texts: str
     tokens_a_text: float
     megabytes: float
     way: BareWay
-    """The fastest one of the bare tokenizer."""
-    bare: Bare
-    """As it comes."""
-    keeping: Bare
-    """Keeping the tokens of as many words as ours does."""
+    """The fastest way to use the bare tokenizer."""
+    bare: BareRates
+    """With the bare tokenizer's default cache."""
+    keeping: BareRates
+    """With a cache for as many words as ours has."""
     ours: Sequence[float]
-    """Input tokens a second from Parquet files to a published shard folder; Ray's workers run already."""
+    """Input tokens a second from Parquet files to a published shard folder; Ray's workers are running already."""
 
 
 @dataclass(frozen=True)
-class Night:
+class NightFigures:
     """One corpus size: its first night in a fresh process on a fresh Ray, and the next one with nothing changed.
 
-    Only making the shards: a rank that tunes holds a whole split's tokens in memory (`TokenSet`).
+    It measures only the making of shards: a rank that tunes holds a whole split's tokens in memory (`TokenSet`).
     """
 
     megabytes: float
@@ -81,11 +81,11 @@ class Night:
     first_seconds: float
     second_seconds: float
     driver_mib: int
-    """Most resident memory of the process that calls: nearly all of it libraries, torch among them."""
+    """Peak resident memory of the calling process, nearly all of which is libraries such as torch."""
     worker_mib: int
-    """Of the greatest worker of Ray."""
+    """Peak of Ray's largest worker."""
     workers_mib: int
-    """Of all workers, each at its greatest."""
+    """Sum of the peaks of all workers."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class CorpusFigures:
     device: str
     cores: int
     speed: Sequence[Speed]
-    nights: Sequence[Night]
+    nights: Sequence[NightFigures]
 
 
 def measure_corpus(
@@ -104,14 +104,17 @@ def measure_corpus(
     speed_megabytes: Sequence[float],
     scratch: Path | None,
 ) -> CorpusFigures:
-    """Generate corpora below `scratch` (deleted after), and measure. Raises: CorpusError, BackboneError.
+    """Generate corpora below `scratch`, measure, and delete them. Raises: CorpusError, BackboneError.
 
-    megabytes: of Parquet, one size a night. speed_megabytes: the same of the rounds against the bare tokenizer.
+    megabytes: sizes of the Parquet files of the nights. speed_megabytes: those of the rounds against the tokenizer.
     """
     sentences, cores = read_sentences(data), psutil.cpu_count() or 1
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         place = Path(folder)
-        spec = _save_tokenizer(model, place / "model")
+        files = find_model(model)
+        config = read_config(files)
+        save_config_and_tokenizer(config, read_tokenizer(files), place / "model")
+        spec = TokenizerSpec(str(place / "model"), "of the benchmark", architecture_of(config))
         nights = [_measure_nights(place, size, sentences, spec) for size in megabytes]
         with connected_ray(ClusterSettings()):
             speed = [
@@ -123,14 +126,7 @@ def measure_corpus(
 
 
 def save_figures(path: Path, figures: CorpusFigures) -> None:
-    write_json(path, asdict(figures))
-
-
-def _save_tokenizer(model: str, folder: Path) -> TokenizerSpec:
-    files = find_model(model)
-    config = read_config(files)
-    save_description(config, read_tokenizer(files), folder)
-    return TokenizerSpec(str(folder), "of the benchmark", architecture_of(config))
+    write_figures(path, asdict(figures))
 
 
 def _measure_speed(
@@ -150,7 +146,7 @@ def _measure_speed(
     _build(small, spec, place)
     rates = {way: run_bare(content, small, way).rate for way in bare_ways(cores)}
     way = max(rates, key=rates.__getitem__)
-    keeping_way = replace(way, kept_words=KEPT_WORDS)
+    keeping_way = replace(way, kept_words=WORD_CACHE_SIZE)
     bare, keeping, ours = [], [], []
     for round_ in range(rounds):
         bare.append(run_bare(content, file, way))
@@ -169,8 +165,8 @@ def _measure_speed(
     )
 
 
-def _compared(bare: Sequence[Run], ours: Sequence[Run]) -> Bare:
-    return Bare(
+def _compared(bare: Sequence[TokenizingRun], ours: Sequence[TokenizingRun]) -> BareRates:
+    return BareRates(
         rates=[round(run.rate) for run in bare],
         ratio=_spread([mine.rate / theirs.rate for mine, theirs in zip(ours, bare, strict=True)]),
         cpu_ratio=_spread([mine.cpu_rate / theirs.cpu_rate for mine, theirs in zip(ours, bare, strict=True)]),
@@ -181,8 +177,8 @@ def _spread(ratios: Sequence[float]) -> tuple[float, float, float]:
     return min(ratios), statistics.median(ratios), max(ratios)
 
 
-def _build(file: Path, spec: TokenizerSpec, place: Path, check: bool = False) -> Run:
-    """Build the shards, look at them, and delete them."""
+def _build(file: Path, spec: TokenizerSpec, place: Path, check: bool = False) -> TokenizingRun:
+    """Build the shards, check them if asked to, and delete them."""
     from pipeline.corpus.shards import build_shards  # imports ray
 
     source, storage = inspect_files(str(file), "benchmark"), place / "storage"
@@ -195,18 +191,18 @@ def _build(file: Path, spec: TokenizerSpec, place: Path, check: bool = False) ->
         _check_ids(file, folder, spec)
     tokens = json.loads((folder / "manifest.json").read_text())["input_tokens"]
     shutil.rmtree(storage)
-    return Run(tokens, seconds, cpu_seconds)
+    return TokenizingRun(tokens, seconds, cpu_seconds)
 
 
 def _cpu_seconds() -> float:
-    """Of this process and all that it started, Ray's servers and workers among them."""
+    """CPU time of this process and all that it started, which includes Ray's servers and workers."""
     here = psutil.Process()
     times = [process.cpu_times() for process in (here, *here.children(recursive=True))]
     return sum(time_.user + time_.system for time_ in times)
 
 
 def _check_ids(file: Path, folder: Path, spec: TokenizerSpec) -> None:
-    """The shards hold what transformers' own call gives for the file's first rows."""
+    """Check that the shards hold what transformers' own call gives for the file's first rows."""
     first = next(pq.ParquetFile(file).iter_batches(_CHECKED_ROWS)).to_pydict()
     tokens, tokenizer = open_split(SplitRef(str(folder))), load_tokenizer(spec.dir)
     places = np.searchsorted(tokens.row_ids, row_identities(first["text"], first["label"]))
@@ -214,7 +210,7 @@ def _check_ids(file: Path, folder: Path, spec: TokenizerSpec) -> None:
         assert tokens.input_ids(place).tolist() == expected, "other ids than the tokenizer's own"
 
 
-def _measure_nights(place: Path, megabytes: float, sentences: Sequence[str], spec: TokenizerSpec) -> Night:
+def _measure_nights(place: Path, megabytes: float, sentences: Sequence[str], spec: TokenizerSpec) -> NightFigures:
     file, storage = place / "nights.parquet", place / "storage"
     rows = write_corpus(file, megabytes, sentences)
     first = _in_fresh_process(_prepare, file, spec, storage)
@@ -224,7 +220,7 @@ def _measure_nights(place: Path, megabytes: float, sentences: Sequence[str], spe
     file.unlink()
     shutil.rmtree(storage)
     memory = {name: first[name] for name in ("driver_mib", "worker_mib", "workers_mib")}
-    return Night(size, rows, first["seconds"], second["seconds"], **memory)
+    return NightFigures(size, rows, first["seconds"], second["seconds"], **memory)
 
 
 def _in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
@@ -249,7 +245,7 @@ def _prepare(file: Path, spec: TokenizerSpec, storage: Path) -> dict[str, Any]:
 
 @contextmanager
 def _worker_peaks() -> Iterator[dict[int, int]]:
-    """Most resident MiB of each of this process' Ray workers, by process id; complete after the block."""
+    """Peak resident MiB of each of this process's Ray workers, by process id; complete after the block."""
     peaks: dict[int, int] = {}
     ended = threading.Event()
 
@@ -271,12 +267,12 @@ def _worker_peaks() -> Iterator[dict[int, int]]:
 
 
 def _worker_peak(pid: int) -> int | None:
-    """MiB; None for a process that is gone, is no worker of Ray, or has not had a task yet."""
+    """Peak MiB of a worker; None for a process that is gone, is no worker of Ray, or has had no task yet."""
     try:
         name = Path(f"/proc/{pid}/cmdline").read_text()
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return None
-    # The kernel keeps the peak itself, so that nothing between two looks is missed.
+    # The kernel keeps the peak, so nothing between two samples is missed.
     peak = next((line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")), None)
     return int(peak) // 1024 if peak is not None and name.startswith("ray::") else None

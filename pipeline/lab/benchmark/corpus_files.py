@@ -1,4 +1,4 @@
-"""Corpora of any size for measuring: real sentences in new combinations, written in a memory that stays small."""
+"""Write corpora of any size for measurements, from real sentences in new combinations, in little memory."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,13 +24,19 @@ def read_sentences(data: Path) -> list[str]:
 
 
 def write_corpus(path: Path, megabytes: float, sentences: Sequence[str], pieces: int = 3) -> int:
-    """One uncompressed Parquet file, columns text and label; -> its rows.
+    """Write one uncompressed Parquet file with the columns text and label; -> its number of rows.
 
-    A text is `pieces` halves of sentences with a word between them that no text had before: about 40 tokens for 3.
+    A text is `pieces` half sentences with a new word between them; 3 of them are about 40 tokens.
     """
     chance = np.random.default_rng(0)
-    halves = pa.array([half for sentence in sentences for half in _halves(sentence) if half])
-    words = pa.array(_new_words(sentences, chance))
+    split = [sentence.split() for sentence in sentences]
+    middles = [(len(words) + 1) // 2 for words in split]
+    parts_of = [(words[:middle], words[middle:]) for words, middle in zip(split, middles, strict=True)]
+    halves = pa.array([" ".join(half) for both in parts_of for half in both if half])
+    # New words, each made of two halves: so many that a tokenizer's cache of words does not hold them all.
+    known = sorted({word for words in split for word in words})
+    pairs = chance.integers(len(known), size=(_NEW_WORDS, 2))
+    words = pa.array([known[a][: len(known[a]) // 2 + 1] + known[b][len(known[b]) // 2 :] for a, b in pairs])
     labels = pa.array(_LABELS)
     group_rows = max(1, int(_GROUP_BYTES / (pieces * 60)))
     rows, schema = 0, pa.schema([("text", pa.string()), ("label", pa.string())])
@@ -43,16 +49,3 @@ def write_corpus(path: Path, megabytes: float, sentences: Sequence[str], pieces:
             file.write_table(pa.table([text, label], schema=schema))
             rows += group_rows
     return rows
-
-
-def _halves(sentence: str) -> tuple[str, str]:
-    words = sentence.split()
-    middle = (len(words) + 1) // 2
-    return " ".join(words[:middle]), " ".join(words[middle:])
-
-
-def _new_words(sentences: Sequence[str], chance: np.random.Generator) -> list[str]:
-    """Words joined in their middles, so that a tokenizer's cache of words does not hold them all."""
-    known = sorted({word for sentence in sentences for word in sentence.split()})
-    pairs = chance.integers(len(known), size=(_NEW_WORDS, 2))
-    return [known[a][: len(known[a]) // 2 + 1] + known[b][len(known[b]) // 2 :] for a, b in pairs]

@@ -1,4 +1,4 @@
-"""What a step costs a rank: bytes gathered and sent, and operations; measured on a step, and for machines not here."""
+"""What a step costs a rank: bytes gathered and sent, and operations. Measured here, and modelled for other machines."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,12 +16,12 @@ from pipeline.lab.benchmark.ours import tune_together
 from pipeline.lab.benchmark.peak import useful_operations
 from pipeline.lab.benchmark.ranks import run_ranks
 from pipeline.lab.benchmark.shapes import published_config
-from pipeline.lab.benchmark.side_by_side import write_json
+from pipeline.lab.benchmark.side_by_side import write_figures
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the model of a step's cost assumes. Rates are what is reached, not a data sheet's."""
+    """Assumptions of the model of a step's cost. Rates are those that are reached, not those of a data sheet."""
 
     ranks_per_node: int
     inside: float
@@ -32,14 +32,14 @@ class Machine:
     """Int8 operations a second of a rank."""
 
 
-# NVIDIA's data sheets for H100 SXM nodes: NVLink 450e9 bytes a second each way, one 400 Gb/s network card a GPU,
-# 1979e12 dense int8 operations a second; of each the share that is assumed to be reached.
+# NVIDIA's data sheets for H100 SXM nodes say: NVLink 450e9 bytes a second each way, one 400 Gb/s network card a GPU,
+# 1979e12 dense int8 operations a second. The factors are the shares that are assumed to be reached.
 H100_NODES = Machine(ranks_per_node=8, inside=0.7 * 450e9, between=0.8 * 50e9, operations=0.3 * 1979e12)
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of one rank in one step of one micro-batch."""
+    """Cost of one rank in one step of one micro-batch."""
 
     ranks: int
     gathered: float
@@ -51,18 +51,21 @@ class StepCost:
 
     @property
     def share(self) -> float:
-        """Of the step's time that goes to gathers, where nothing overlaps them."""
+        """Share of the step's time that gathers take, if nothing overlaps them."""
         return self.gather_seconds / (self.gather_seconds + self.compute_seconds)
 
 
 def step_cost(config: PretrainedConfig, ranks: int, tokens: int, prompt_values: int, machine: Machine) -> StepCost:
-    """`tokens` run on each rank between two walks over the weights; `prompt_values` floats of all prompts together."""
+    """The modelled cost of a step.
+
+    `tokens`: tokens of a micro-batch on each rank; `prompt_values`: floats of all prompts together.
+    """
     others = (ranks - 1) / ranks
     gathered = gathered_bytes(config) * others
     nodes = -(-ranks // machine.ranks_per_node)
-    # What comes into a node comes once, over all of its cards, and goes on inside it.
+    # Weights from other nodes come in once, over all of a node's network cards, and are passed on inside the node.
     across = gathered_bytes(config) * (nodes - 1) / nodes / (machine.ranks_per_node * machine.between)
-    stacks = 2 if config.is_encoder_decoder else 1  # of which a token passes one
+    stacks = 2 if config.is_encoder_decoder else 1  # a token passes through one of them
     return StepCost(
         ranks=ranks,
         gathered=gathered,
@@ -73,13 +76,13 @@ def step_cost(config: PretrainedConfig, ranks: int, tokens: int, prompt_values: 
 
 
 def gathered_bytes(config: PretrainedConfig) -> int:
-    """Bytes of weights that one micro-batch walks over: every matrix forward and backward, a lookup forward only.
+    """Bytes of weights that one micro-batch gathers: every matrix forward and backward, a lookup table forward only.
 
     Small parameters stay on every rank (see `host`).
     """
     hidden, total = int(config.hidden_size), 0
     for name, module in build_skeleton(config, int8=True).named_modules():
-        if name == "shared":  # T5's table is called by its encoder and its decoder, each under a name of its own
+        if name == "shared":  # T5's encoder and decoder call this table, each under another name
             continue
         for parameter in module._parameters.values():
             if parameter is not None and parameter.numel() > 2 * hidden:
@@ -88,8 +91,8 @@ def gathered_bytes(config: PretrainedConfig) -> int:
     return total
 
 
-class CountedTraffic(TorchDispatchMode):
-    """Counts bytes of what is gathered and reduced while it is on."""
+class TrafficCounter(TorchDispatchMode):
+    """Counts the bytes that are gathered and reduced while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,28 +110,28 @@ class CountedTraffic(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """Of one rank in one step."""
+class StepTraffic:
+    """Measured traffic of one rank in one step."""
 
     gathered: float
     """Bytes of weights received from other ranks."""
     reduced: float
     """Bytes of the gradients and losses that are summed over ranks."""
     walks: float
-    """How often `gathered_bytes` were walked over: the step's micro-batches."""
+    """How many times `gathered_bytes` were gathered, which is the number of the step's micro-batches."""
 
 
-def measure_traffic(bench: Bench) -> Traffic:
+def measure_traffic(bench: Bench) -> StepTraffic:
     """Bytes of the last step of a bench, counted at the collectives themselves."""
     gathered, reduced = run_ranks(bench.ranks, _count_on_rank, bench)[0]
     others = (bench.ranks - 1) / bench.ranks
-    return Traffic(gathered * others, reduced, gathered / gathered_bytes(bench.config))
+    return StepTraffic(gathered * others, reduced, gathered / gathered_bytes(bench.config))
 
 
 def _count_on_rank(bench: Bench) -> tuple[int, int]:
     backbone = host_for(bench, OurOptions(partition="always", share_memory=False))  # as between machines
     tune_together(backbone, bench.tasks, bench.prompts, bench.steps - 1, OurOptions().token_budget)
-    with CountedTraffic() as traffic:
+    with TrafficCounter() as traffic:
         tune_together(backbone, bench.tasks, bench.prompts, 1, OurOptions().token_budget)
     return traffic.gathered, traffic.reduced
 
@@ -145,8 +148,10 @@ def costs_of(
     return costs
 
 
-def save_costs(path: Path, traffic: Traffic, tokens: int, trials: int, costs: Mapping[str, Sequence[StepCost]]) -> None:
-    """Write everything as JSON, with what was assumed."""
+def save_costs(
+    path: Path, traffic: StepTraffic, tokens: int, trials: int, costs: Mapping[str, Sequence[StepCost]]
+) -> None:
+    """Write everything as JSON, with the assumptions."""
     plain = {shape: [{**asdict(cost), "share": cost.share} for cost in row] for shape, row in costs.items()}
     facts = {"tokens_a_rank": tokens, "trials": trials, "assumed": asdict(H100_NODES)}
-    write_json(path, {"measured_here": asdict(traffic), **facts, "costs": plain})
+    write_figures(path, {"measured_here": asdict(traffic), **facts, "costs": plain})

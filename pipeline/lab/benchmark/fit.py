@@ -1,7 +1,7 @@
-"""Models that one rank could not hold: memory of every rank while it loads and trains, and how fast it loads.
+"""Benchmark of models that one rank could not hold: each rank's memory in loading and training, and loading's speed.
 
-The bound: int8 bytes / ranks + the largest layer gathered + 1 GiB, for everything that a rank's process has resident
-(where weights are kept in files, without the pages of these, which the system drops when memory is needed).
+The bound is int8 bytes / ranks + the largest layer gathered + 1 GiB. It holds for all resident memory of a rank's
+process. Where weights are kept in files, their pages do not count, since the system drops them when it needs memory.
 """
 
 import json
@@ -21,16 +21,16 @@ from torch import nn
 
 from pipeline.backbone.files import find_model, read_config
 from pipeline.backbone.host import held_bytes, start_deepspeed
-from pipeline.backbone.loading import build_skeleton, untie_what_is_stored_apart
+from pipeline.backbone.loading import build_skeleton, untie_separate_weights
 from pipeline.backbone.memory import gathered_together
 from pipeline.backbone.weights import open_weights
 from pipeline.corpus.reader import TokenSet
 from pipeline.lab.benchmark.bench import OurOptions, host_model
 from pipeline.lab.benchmark.ours import tune_together
 from pipeline.lab.benchmark.ranks import run_ranks
-from pipeline.lab.benchmark.resident import Resident, Watch, resident
+from pipeline.lab.benchmark.resident import MemoryWatch, Resident, resident
 from pipeline.lab.benchmark.shapes import published_config
-from pipeline.lab.benchmark.side_by_side import write_json
+from pipeline.lab.benchmark.side_by_side import write_figures
 from pipeline.lab.benchmark.synthetic import write_checkpoint
 from pipeline.lab.benchmark.work import TaskWork
 from pipeline.settings import TaskSettings
@@ -47,10 +47,10 @@ _TOKEN_BUDGET = 256
 class FitOptions:
     ranks: int = 2
     threads: int = 2
-    """Of all ranks together."""
+    """Threads of all ranks together."""
     prompts: int = 4
     length: int = 10
-    """Of every prompt."""
+    """Length of every prompt."""
     batch_size: int = 1
     """Rows a step of every prompt, of up to 16 random tokens."""
     steps: int = 3
@@ -59,26 +59,26 @@ class FitOptions:
 
 
 @dataclass(frozen=True)
-class Size:
-    """Of a model in int8."""
+class ModelSize:
+    """Size of a model in int8."""
 
     parameters: int
     int8_bytes: int
     layer_bytes: int
-    """Of what is gathered at once: the largest transformer layer, or the table of a vocabulary."""
+    """The most that is gathered at once: the largest transformer layer, or the embedding table."""
 
 
 @dataclass(frozen=True)
 class RankFit:
-    """What one rank had resident, and how long it took."""
+    """Resident memory of one rank, and its times."""
 
     before: Resident
-    """Libraries imported, nothing loaded."""
+    """With libraries imported and nothing loaded."""
     loading: Resident
     held: dict[str, int]
     training: Resident
     plain_seconds: Sequence[float]
-    """To read its share of the same files and forget it, before and after loading."""
+    """Seconds to read its share of the same files without keeping it, before and after loading."""
     load_seconds: float
     step_seconds: Sequence[float]
     losses: Sequence[Sequence[float]]
@@ -89,7 +89,7 @@ class Fit:
     shape: str
     device: str
     options: FitOptions
-    size: Size
+    size: ModelSize
     checkpoint_bytes: int
     cold: bool
     """Whether files were dropped from the page cache before each reading."""
@@ -101,14 +101,10 @@ class Fit:
 
     @property
     def peaks(self) -> tuple[int, int]:
-        """Of any rank: while loading, while training. Where weights are in files, what no file backs."""
+        """Largest peaks of any rank, in loading and in training. Pages of weights in files do not count."""
         kind = "total" if self.options.offload_folder is None else "own"
-        loading, training = ([getattr(peak, kind) for peak in peaks] for peaks in self._watched)
-        return max(loading), max(training)
-
-    @property
-    def _watched(self) -> tuple[list[Resident], list[Resident]]:
-        return [rank.loading for rank in self.ranks], [rank.training for rank in self.ranks]
+        loading = max(getattr(rank.loading, kind) for rank in self.ranks)
+        return loading, max(getattr(rank.training, kind) for rank in self.ranks)
 
     @property
     def holds(self) -> bool:
@@ -134,7 +130,7 @@ class Fit:
 def measure_fit(shape: str, layers: int | None, folder: Path, options: FitOptions, keep: bool) -> Fit:
     """Write the checkpoint if it is not there, load it in int8 over the ranks, and train random prompts some steps.
 
-    The folder is deleted again, unless it was there or is to be kept.
+    The folder is deleted afterwards, unless it was there before or is to be kept.
     Raises: BackboneError, StorageError.
     """
     name = Path(shape).stem
@@ -154,20 +150,20 @@ def measure_fit(shape: str, layers: int | None, folder: Path, options: FitOption
 
 
 def save_fits(path: Path, fits: Sequence[Fit]) -> None:
-    """Write as JSON, in place of earlier results of the same shapes."""
+    """Write results as JSON; they replace earlier results of the same shapes."""
     kept = json.loads(path.read_text()) if path.exists() else []
     shapes = {fit.shape for fit in fits}
     derived = ("bound", "peaks", "holds", "load_rate", "plain_rates", "ranks_agree")
     new = [{**asdict(fit), **{key: getattr(fit, key) for key in derived}} for fit in fits]
-    write_json(path, [*(fit for fit in kept if fit["shape"] not in shapes), *new])
+    write_figures(path, [*(fit for fit in kept if fit["shape"] not in shapes), *new])
 
 
-def size_of(folder: Path) -> Size:
-    """Count a model's int8 bytes as hosted: what its checkpoint stores apart is apart."""
+def size_of(folder: Path) -> ModelSize:
+    """Count a model's int8 bytes as hosted; weights that its checkpoint stores separately are not tied."""
     files = find_model(str(folder))
     model = build_skeleton(read_config(files), int8=True)
-    untie_what_is_stored_apart(model, open_weights(files, model))
-    return Size(
+    untie_separate_weights(model, open_weights(files, model))
+    return ModelSize(
         parameters=sum(p.numel() for p in model.parameters()),
         int8_bytes=_int8_bytes(model.parameters()),
         layer_bytes=max(map(_int8_bytes, gathered_together(model))),
@@ -186,7 +182,7 @@ def _on_rank(folder: Path, options: FitOptions) -> RankFit:
     plain = [_plain_read(weights)]
     _start_together(weights)
     start = time.perf_counter()
-    with Watch() as loading:
+    with MemoryWatch() as loading:
         hosted = OurOptions(partition="always", offload_folder=options.offload_folder)
         backbone = host_model(str(folder), options.threads // options.ranks, hosted)
     seconds = time.perf_counter() - start
@@ -194,7 +190,7 @@ def _on_rank(folder: Path, options: FitOptions) -> RankFit:
     tasks = [_random_task(place, backbone.config.vocab_size, options) for place in range(options.prompts)]
     rng = np.random.default_rng(0)
     prompts = [rng.normal(size=(options.length, backbone.hidden_size)).astype(np.float32) for _ in tasks]
-    with Watch() as training:
+    with MemoryWatch() as training:
         side = tune_together(backbone, tasks, prompts, options.steps, _TOKEN_BUDGET)
     return RankFit(before, loading.peak, held_bytes(backbone), training.peak, plain, seconds, side.seconds, side.losses)
 
@@ -244,7 +240,7 @@ def _start_together(files: Sequence[Path]) -> None:
 
 
 def _drop_from_cache(files: Sequence[Path]) -> bool:
-    """Have the files read from disk again, as far as the system does what it is asked; whether it can be asked."""
+    """Ask the system to drop the files from its page cache; returns whether it can be asked."""
     if not hasattr(os, "posix_fadvise"):
         return False
     for path in files:

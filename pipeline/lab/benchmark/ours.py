@@ -1,4 +1,4 @@
-"""Our side: every task in the same steps."""
+"""Our side of a benchmark: all tasks are tuned in the same steps."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ def tune_together(
     token_budget: int,
     nll: Callable[..., Tensor] = prompted.target_nll,
 ) -> Side:
-    """Tune all prompts `[P, H]` together for some steps; `nll` computes the rows' losses."""
+    """Tune all prompts `[P, H]` together for `steps` steps; `nll` computes the rows' losses."""
     tuned = [Parameter(torch.from_numpy(prompt.copy()).to(backbone.device)) for prompt in prompts]
     optimizers = [make_optimizer(p, t.trial.settings.optimizer) for p, t in zip(tuned, tasks, strict=True)]
     seconds, losses = [], []

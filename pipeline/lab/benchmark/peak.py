@@ -1,4 +1,4 @@
-"""How close to the machine's limit: useful work against the fastest products of whole numbers that it does."""
+"""How close a step comes to the machine's limit: its useful operations against the fastest int8 products."""
 
 import statistics
 import time
@@ -8,16 +8,16 @@ import torch
 from transformers import PretrainedConfig
 
 from pipeline.backbone.loading import build_skeleton
-from pipeline.lab.benchmark.side_by_side import Result
+from pipeline.lab.benchmark.side_by_side import SidesResult
 
 _SHAPES = ((1024, 1024, 1024), (2048, 2048, 2048), (1536, 576, 1536))
 _SECONDS = 1.0
 
 
-def shares_of_peak(result: Result, config: PretrainedConfig, tokens: float, threads: int) -> dict[str, Any]:
-    """For every side of a result, the share of the machine's int8 peak that its useful work comes to.
+def shares_of_peak(result: SidesResult, config: PretrainedConfig, tokens: float, threads: int) -> dict[str, Any]:
+    """For every side of a result, its useful operations as a share of the machine's int8 peak.
 
-    `tokens` is how many a step has to compute at the least.
+    `tokens` is the least number of tokens that a step must compute.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak, work = int8_peak(device, threads), useful_operations(config, tokens)
@@ -26,7 +26,7 @@ def shares_of_peak(result: Result, config: PretrainedConfig, tokens: float, thre
 
 
 def int8_peak(device: torch.device, threads: int) -> float:
-    """Operations a second (two to a multiplication with its addition) of int8 products, the best of some shapes."""
+    """Operations a second of int8 products, the best of some shapes; a multiplication with its addition counts two."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -48,9 +48,9 @@ def _rate(device: torch.device, n: int, k: int, m: int) -> float:
 
 
 def useful_operations(config: PretrainedConfig, tokens: float) -> float:
-    """4 x parameters outside the embeddings x tokens: forward, and backward to the activations.
+    """4 x parameters outside the embeddings x tokens: the forward pass, and the backward pass to the activations.
 
-    Of an encoder-decoder a token passes about half.
+    In an encoder-decoder a token passes through about half of the parameters.
     """
     skeleton = build_skeleton(config, int8=False)
     tables = {id(p) for name, p in skeleton.named_parameters() if "embed" in name or "lm_head" in name}

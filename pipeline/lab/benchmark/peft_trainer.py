@@ -36,7 +36,7 @@ class PeerOptions:
 
 
 def load_peer_model(folder: Path, options: PeerOptions) -> Any:
-    """Without dropout, so that both sides compute the same."""
+    """The model for PEFT, without dropout, so that both sides compute the same."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config.update({key: 0.0 for key in config.to_dict() if key.endswith(("dropout", "dropout_rate", "pdrop"))})
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -52,7 +52,7 @@ def tune_one_by_one(
 ) -> Side:
     """Tune each task's prompt `[P, H]` in a run of its own."""
     runs = [_tune(model, task, prompt, steps, options, folder) for task, prompt in zip(tasks, prompts, strict=True)]
-    # Step by step, as if the runs had gone on beside each other.
+    # Summed step by step, as if the runs had taken place side by side.
     return Side(
         [sum(run.tokens[step] for run in runs) for step in range(steps)],
         [sum(run.seconds[step] for run in runs) for step in range(steps)],
@@ -88,8 +88,14 @@ def _tune(model: Any, task: TaskWork, prompt: np.ndarray, steps: int, options: P
     weight = peft.prompt_encoder["default"].embedding.weight
     weight.data.copy_(torch.from_numpy(prompt))
     optimizer = make_optimizer(weight, settings.optimizer)
-    example = _pair if seq2seq else _sequence
-    rows = [example(task, row) for step in range(steps) for row in task.rows(step)]
+
+    def example(row: int) -> dict[str, list[int]]:
+        x, y = task.train.input_ids(row).tolist(), task.train.target_ids(row).tolist()
+        if seq2seq:
+            return {"input_ids": x, "labels": y}
+        return {"input_ids": [*x, *y], "labels": [*([-100] * len(x)), *y]}  # -100: no loss on the input
+
+    rows = [example(row) for step in range(steps) for row in task.rows(step)]
     clock, counted = _Clock(), _Collator(seq2seq)
     trainer = Trainer(
         peft,
@@ -115,15 +121,6 @@ def _tune(model: Any, task: TaskWork, prompt: np.ndarray, steps: int, options: P
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return Side(counted.tokens[:steps], clock.seconds, [[loss] for loss in losses], [weight.detach().cpu().numpy()])
-
-
-def _sequence(task: TaskWork, row: int) -> dict[str, list[int]]:
-    x, y = task.train.input_ids(row).tolist(), task.train.target_ids(row).tolist()
-    return {"input_ids": [*x, *y], "labels": [*([-100] * len(x)), *y]}
-
-
-def _pair(task: TaskWork, row: int) -> dict[str, list[int]]:
-    return {"input_ids": task.train.input_ids(row).tolist(), "labels": task.train.target_ids(row).tolist()}
 
 
 class _Collator:

@@ -9,10 +9,10 @@ from torch.profiler import ProfilerActivity, profile
 from pipeline.lab.benchmark.bench import Bench, OurOptions, host_for
 from pipeline.lab.benchmark.ours import tune_together
 from pipeline.lab.benchmark.ranks import run_ranks
-from pipeline.lab.benchmark.side_by_side import write_json
+from pipeline.lab.benchmark.side_by_side import write_figures
 from pipeline.tuning.machine import device_name
 
-# What is done -> beginnings of the names under which PyTorch's profiler knows it.
+# Part of a step -> beginnings of the names that PyTorch's profiler has for it.
 _PARTS = {
     "int8 products": ("aten::_int_mm",),
     "attention": ("_PackedAttention", "PackedAttention"),
@@ -26,12 +26,12 @@ _REST = "everything else, each below 2 %"
 
 
 def profile_step(bench: Bench, options: OurOptions) -> dict[str, float]:
-    """Share of rank 0's time in a settled step, by part; other operators by their own names."""
+    """Shares of rank 0's time in a settled step, by part; other operators have their own names."""
     return run_ranks(bench.ranks, _on_rank, bench, options)[0]
 
 
 def save_shares(path: Path, shares: Mapping[str, float]) -> None:
-    write_json(path, {"device": device_name(), "shares": shares})
+    write_figures(path, {"device": device_name(), "shares": shares})
 
 
 def _on_rank(bench: Bench, options: OurOptions) -> dict[str, float]:

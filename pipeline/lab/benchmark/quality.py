@@ -1,4 +1,4 @@
-"""Whether what makes a step fast costs the tuned prompts anything: dev metrics of several tasks and seeds."""
+"""Measure whether a fast step makes prompts worse: dev metrics over several tasks and seeds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +13,7 @@ from pipeline.lab.benchmark.bench import Bench, OurOptions, host_for
 from pipeline.lab.benchmark.ours import tune_together
 from pipeline.lab.benchmark.peft_trainer import PeerOptions
 from pipeline.lab.benchmark.ranks import run_ranks
-from pipeline.lab.benchmark.side_by_side import write_json
+from pipeline.lab.benchmark.side_by_side import write_figures
 from pipeline.tuning.evaluate import EvalRequest, evaluate
 from pipeline.tuning.machine import device_name
 
@@ -23,15 +23,15 @@ _Scores = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Quality:
-    """Of every task over its seeds, on dev."""
+    """Dev figures of every task, over its seeds."""
 
     before: dict[str, list[float]] = field(default_factory=dict)
     """Accuracies."""
     after: dict[str, list[float]] = field(default_factory=dict)
     losses: dict[str, list[float]] = field(default_factory=dict)
-    """After, in nats a target token."""
+    """After tuning, in nats a target token."""
     seconds: float = 0.0
-    """Of the tuning alone."""
+    """Time of tuning alone."""
 
     @property
     def mean(self) -> float:
@@ -43,7 +43,7 @@ class Quality:
 
 
 def compare_quality(bench: Bench, with_peer: bool, out: Path) -> dict[str, Quality]:
-    """Every way to tune the same trials, from the same prompts, on the same rows; written to `out` as JSON."""
+    """Tune the same trials in each way, from the same prompts, on the same rows; results go to `out` as JSON."""
     ways = {
         "int8 products": OurOptions(products="int8"),
         "exact products": OurOptions(products="exact"),
@@ -53,10 +53,10 @@ def compare_quality(bench: Bench, with_peer: bool, out: Path) -> dict[str, Quali
     sides: dict[str, Quality] = {}
     for side, options in ways.items():
         sides[side] = tune_and_score(bench, options)
-        _save(out, bench.steps, sides)  # each takes minutes: what is known is kept
+        _save(out, bench.steps, sides)  # each way takes minutes, so results are written as they come
     if with_peer:
         peer = bench.peer(PeerOptions())()
-        after, losses = score(bench, peer.prompts, OurOptions(int8=False))
+        after, losses = score_prompts(bench, peer.prompts, OurOptions(int8=False))
         sides["PEFT + Trainer"] = Quality(sides["float32 weights"].before, after, losses, sum(peer.seconds))
         _save(out, bench.steps, sides)
     return sides
@@ -67,7 +67,7 @@ def _save(out: Path, steps: int, sides: Mapping[str, Quality]) -> None:
         side: {**asdict(quality), "mean": quality.mean, "mean_loss": quality.mean_loss}
         for side, quality in sides.items()
     }
-    write_json(out, {"device": device_name(), "steps": steps, "sides": plain})
+    write_figures(out, {"device": device_name(), "steps": steps, "sides": plain})
 
 
 def tune_and_score(bench: Bench, options: OurOptions) -> Quality:
@@ -75,7 +75,7 @@ def tune_and_score(bench: Bench, options: OurOptions) -> Quality:
     return run_ranks(bench.ranks, _on_rank, bench, options)[0]
 
 
-def score(bench: Bench, prompts: Sequence[np.ndarray], options: OurOptions) -> tuple[_Scores, _Scores]:
+def score_prompts(bench: Bench, prompts: Sequence[np.ndarray], options: OurOptions) -> tuple[_Scores, _Scores]:
     """Dev accuracies and losses of prompts that were tuned elsewhere."""
     return run_ranks(bench.ranks, _score_on_rank, bench, prompts, options)[0]
 
@@ -94,15 +94,15 @@ def _score_on_rank(bench: Bench, prompts: Sequence[np.ndarray], options: OurOpti
 def _scores(
     bench: Bench, backbone: Backbone, prompts: Sequence[np.ndarray], options: OurOptions
 ) -> tuple[_Scores, _Scores]:
-    exams = []
+    requests = []
     for task, prompt in zip(bench.tasks, prompts, strict=True):
         assert task.dev is not None
         tensor = torch.from_numpy(np.ascontiguousarray(prompt)).to(backbone.device)
-        exams.append(EvalRequest(tensor, task.dev, "accuracy", task.labels, task.label_ids, 8))
+        requests.append(EvalRequest(tensor, task.dev, "accuracy", task.labels, task.label_ids, 8))
     tokenizer = read_tokenizer(find_model(bench.model))
     accuracies: _Scores = {}
     losses: _Scores = {}
-    for task, result in zip(bench.tasks, evaluate(backbone, tokenizer, exams, options.token_budget), strict=True):
+    for task, result in zip(bench.tasks, evaluate(backbone, tokenizer, requests, options.token_budget), strict=True):
         accuracies.setdefault(task.trial.name, []).append(result.value)
         losses.setdefault(task.trial.name, []).append(result.loss)
     return accuracies, losses

@@ -16,17 +16,17 @@ class _Call(NamedTuple):
     rank: int
     world_size: int
     meeting: Path
-    """A file: a port that is free now may be another's when rank 0 comes to take it."""
+    """A file for the rendezvous: a port that is free now may be taken before rank 0 opens it."""
     function: Callable[..., Any]
     args: tuple[Any, ...]
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, start: str = "spawn") -> list[Any]:
-    """`function(*args)` in `world_size` fresh processes, of one thread at first; their results by rank.
+    """Run `function(*args)` in `world_size` fresh processes, of one thread at first; returns their results by rank.
 
-    `start`: how multiprocessing starts them; a forked one's peak memory has its parent's in it.
+    `start`: how multiprocessing starts them. The peak memory of a forked process includes its parent's.
 
-    Raises: what the first rank that fails raised; the others are ended, for they would wait for it.
+    Raises: the error of the first rank that fails. The other ranks are ended, since they would wait for it.
     """
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -38,12 +38,12 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, start: 
 
 
 def end_with_parent() -> None:
-    """In a process of multiprocessing's: end it when the process that started it ends, however that does.
+    """End this process of multiprocessing when the process that started it ends, however that happens.
 
-    Those of a pool would compute on, and then wait for ever, where their parent was killed or got SIGTERM.
+    If their parent is killed or gets SIGTERM, processes of a pool would otherwise compute on and then wait for ever.
     """
     parent = parent_process()
-    assert parent is not None, "no process of multiprocessing's"
+    assert parent is not None, "not a process of multiprocessing"
 
     def watch() -> None:
         parent.join()

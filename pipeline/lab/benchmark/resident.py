@@ -11,7 +11,7 @@ _SECONDS = 0.01
 
 @dataclass(frozen=True)
 class Resident:
-    """Bytes at the most: in all as the system counted it, and each kind as sampled (not at the same moment)."""
+    """Peak bytes: the total as the system counted it, and each kind as sampled, maybe at different moments."""
 
     total: int
     anonymous: int
@@ -21,23 +21,23 @@ class Resident:
 
     @property
     def own(self) -> int:
-        """What no file backs."""
+        """Memory that no file backs."""
         return self.anonymous + self.shared
 
 
 def resident() -> Resident:
-    """Now."""
+    """This process's resident memory now."""
     kinds = _read()
     return Resident(kinds["VmRSS"], kinds["RssAnon"], kinds["RssShmem"], kinds["RssFile"])
 
 
-class Watch:
+class MemoryWatch:
     """`with Watch() as watch: …`, then `watch.peak`. Linux only."""
 
     peak: Resident
 
-    def __enter__(self) -> "Watch":
-        _CLEAR.write_text("5")  # the system's own peak starts anew
+    def __enter__(self) -> "MemoryWatch":
+        _CLEAR.write_text("5")  # resets the system's own peak
         self._most = _read()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)

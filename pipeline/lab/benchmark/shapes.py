@@ -1,4 +1,4 @@
-"""Shapes of published models: their configurations, without their weights."""
+"""Shapes of published models: their configurations without their weights."""
 
 import json
 from pathlib import Path
@@ -100,7 +100,7 @@ SHAPES = tuple(_SHAPES)
 
 
 def published_config(shape: str, layers: int | None = None) -> PretrainedConfig:
-    """The configuration of a published model by short name, or of a config.json; with fewer layers if asked for.
+    """The configuration of a published model by its short name, or of a config.json, with fewer layers if asked for.
 
     Raises: BackboneError when there is no such shape, or its family is not supported.
     """

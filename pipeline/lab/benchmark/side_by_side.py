@@ -1,4 +1,4 @@
-"""Two or more sides in turn, several rounds: rates, ratios and their spread."""
+"""Run two or more sides in turn for several rounds: rates, ratios and their spread."""
 
 import json
 import statistics
@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.tuning.machine import device_name
 
 SETTLING = 2
-"""First steps that do not count: allocators, kernels and ZeRO-3's trace settle in them."""
+"""The first steps do not count, while allocators, kernels and ZeRO-3's trace settle."""
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,14 @@ class Side:
     """What one side did, step by step."""
 
     tokens: Sequence[int]
-    """Text tokens, padding and prompt not counted."""
+    """Text tokens of each step, without padding and prompt."""
     seconds: Sequence[float]
     losses: Sequence[Sequence[float]]
-    """Of every task, in nats a target token."""
+    """Losses of every task, in nats a target token."""
     prompts: Sequence[np.ndarray] = ()
     """`[P, H]` of every task, at the end."""
     peak_bytes: int = 0
-    """Most memory of all its processes together, loading included: resident on a CPU, allocated on a GPU."""
+    """Peak memory of all its processes together, loading included: resident on a CPU, allocated on a GPU."""
 
     @property
     def rate(self) -> float:
@@ -40,8 +40,8 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Result:
-    """What every side did in every round, and how many times faster the first side is than each other."""
+class SidesResult:
+    """Every side's figures in every round, and how many times faster the first side is than each other side."""
 
     name: str
     device: str
@@ -50,25 +50,28 @@ class Result:
     step_seconds: Mapping[str, Sequence[float]]
     peak_mib: Mapping[str, Sequence[int]]
     ratios: Mapping[str, tuple[float, float, float]]
-    """Of rates: least, median and greatest over the rounds."""
+    """Ratios of rates: least, median and greatest over the rounds."""
     losses: Mapping[str, Sequence[Sequence[float]]]
-    """Of the first round: of every step, of every task, in nats a target token."""
+    """Losses of the first round, by step and task, in nats a target token."""
     loss_difference: Mapping[str, float]
-    """Greatest relative difference of any of them from the first side's, over the tasks that both have."""
+    """Greatest relative difference of a loss from the first side's, over the tasks that both have."""
 
 
-def compare(name: str, sides: Mapping[str, Callable[[], Side]], rounds: int) -> Result:
-    """Run all sides in turn, round after round; the first is the one that the others are compared with."""
+def compare_sides(name: str, sides: Mapping[str, Callable[[], Side]], rounds: int) -> SidesResult:
+    """Run all sides in turn, round after round; the others are compared with the first."""
     done: dict[str, list[Side]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side, run in sides.items():
             done[side].append(run())
     first, *others = sides
-    ratios = {}
+    ratios, differences = {}, {}
     for other in others:
         each = [mine.rate / theirs.rate for mine, theirs in zip(done[first], done[other], strict=True)]
         ratios[other] = (min(each), statistics.median(each), max(each))
-    return Result(
+        steps = zip(done[first][0].losses, done[other][0].losses, strict=True)
+        pairs = [pair for mine, theirs in steps for pair in zip(mine, theirs, strict=False)]
+        differences[other] = max(abs(a - b) / abs(b) for a, b in pairs)
+    return SidesResult(
         name=name,
         device=device_name(),
         rates={side: [round(run.rate, 1) for run in runs] for side, runs in done.items()},
@@ -76,21 +79,16 @@ def compare(name: str, sides: Mapping[str, Callable[[], Side]], rounds: int) -> 
         peak_mib={side: [run.peak_bytes // 2**20 for run in runs] for side, runs in done.items()},
         ratios=ratios,
         losses={side: [list(step) for step in runs[0].losses] for side, runs in done.items()},
-        loss_difference={other: _loss_difference(done[first][0], done[other][0]) for other in others},
+        loss_difference=differences,
     )
 
 
-def save_results(path: Path, results: Sequence[Result], **facts: object) -> None:
+def save_results(path: Path, results: Sequence[SidesResult], **facts: object) -> None:
     """Write results as JSON, each with the facts given."""
-    write_json(path, [{**asdict(result), **facts} for result in results])
+    write_figures(path, [{**asdict(result), **facts} for result in results])
 
 
-def write_json(path: Path, figures: object) -> None:
-    """Write figures where the documentation keeps them; folders are made."""
+def write_figures(path: Path, figures: object) -> None:
+    """Write figures as JSON, and make the folders above the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(figures, indent=1) + "\n")
-
-
-def _loss_difference(mine: Side, theirs: Side) -> float:
-    pairs = [pair for a, b in zip(mine.losses, theirs.losses, strict=True) for pair in zip(a, b, strict=False)]
-    return max(abs(a - b) / abs(b) for a, b in pairs)

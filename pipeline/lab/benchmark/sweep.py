@@ -1,4 +1,4 @@
-"""A sweep's wall time: its trials together, together with halving, and one after another."""
+"""Benchmark of a sweep's wall time: its trials together, together with halving, and one after another."""
 
 import statistics
 import tempfile
@@ -15,9 +15,9 @@ from pipeline.backbone.host import Backbone
 from pipeline.corpus.reader import open_split
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.lab.benchmark.bench import OurOptions, host_model
-from pipeline.lab.benchmark.corpora import write_corpus
 from pipeline.lab.benchmark.ranks import run_ranks
-from pipeline.lab.benchmark.side_by_side import write_json
+from pipeline.lab.benchmark.side_by_side import write_figures
+from pipeline.lab.benchmark.work import write_token_shards
 from pipeline.settings import Settings, parse_settings
 from pipeline.tuning.batches import rows_of_step
 from pipeline.tuning.loop import tune
@@ -42,7 +42,7 @@ class SweepOptions:
     eval_every: int
     dev_rows: int
     factor: int
-    """Of halving; its first rung is the first evaluation."""
+    """Halving's factor; its first rung is the first evaluation."""
     sample: int
     """How many trials run alone, spread evenly over the sweep; their time is scaled to that of all."""
     rounds: int
@@ -53,16 +53,16 @@ class SweepOptions:
 
 @dataclass
 class SweepSide:
-    """What a side did, in as many rounds as there are `seconds`; evaluations and checkpoints are included."""
+    """A side's figures, with a time for each round; evaluations and checkpoints are included."""
 
     seconds: list[float] = field(default_factory=list)
     trials: int = 0
     steps: int = 0
-    """Of all trials."""
+    """Steps of all trials together."""
     tokens: int = 0
-    """Text tokens that were trained; prompts and evaluations are not counted."""
+    """Text tokens that were trained on, without prompts and evaluations."""
     ends: dict[str, int] = field(default_factory=dict)
-    """How many trials ended with which status."""
+    """By status, how many trials ended with it."""
     best: dict[str, float] = field(default_factory=dict)
     """Dev accuracy of the prompt that each task would publish."""
 
@@ -73,8 +73,8 @@ class SweepSide:
 
 
 @dataclass(frozen=True)
-class Apart:
-    """Greatest relative distance of any trial from itself on another side."""
+class Distance:
+    """Greatest relative distance between a trial on one side and the same trial on another."""
 
     prompt: float
     first_loss: float
@@ -88,17 +88,17 @@ class SweepResult:
     together: SweepSide
     halving: SweepSide
     alone: SweepSide
-    """Of the sample alone, one after another."""
+    """The sampled trials, one after another."""
     alone_seconds: list[float]
-    """Of every round, scaled from the sample's trials to all."""
-    alone_apart: dict[float, Apart]
+    """Time of every round, scaled from the sampled trials to all."""
+    alone_apart: dict[float, Distance]
     """By learning rate: the sampled trials tuned together, from the same tuned alone."""
-    survivors_apart: dict[float, Apart]
+    survivors_apart: dict[float, Distance]
     """By learning rate: the trials that halving let finish, from the same without halving."""
 
     @property
     def steps_saved(self) -> float:
-        """Share of the steps that halving does without."""
+        """Share of the steps that halving saves."""
         return 1 - self.halving.steps / self.together.steps
 
     @property
@@ -112,11 +112,12 @@ class SweepResult:
 
 
 def compare_sweeps(options: SweepOptions, out: Path) -> SweepResult:
-    """Run the sides in turn on one loaded backbone; written to `out` as JSON. Raises: CorpusError, BackboneError."""
-    tokenizer, architecture = _describe(options.model)
+    """Run the sides in turn on one loaded backbone; results go to `out` as JSON. Raises: CorpusError, BackboneError."""
+    files = find_model(options.model)
+    tokenizer, architecture = read_tokenizer(files), architecture_of(read_config(files))
     with tempfile.TemporaryDirectory() as folder:
         corpora = [
-            write_corpus(Path(folder) / "corpora", options.data, name, tokenizer, architecture, options.dev_rows)
+            write_token_shards(Path(folder) / "corpora", options.data, name, tokenizer, architecture, options.dev_rows)
             for name in options.tasks
         ]
         result: SweepResult = run_ranks(options.ranks, _on_rank, options, corpora, folder)[0]
@@ -127,13 +128,8 @@ def compare_sweeps(options: SweepOptions, out: Path) -> SweepResult:
         "steps_saved_by_halving": result.steps_saved,
         "ratios": result.ratios,
     }
-    write_json(out, {**facts, **asdict(result)})
+    write_figures(out, {**facts, **asdict(result)})
     return result
-
-
-def _describe(model: str) -> tuple[Any, Any]:
-    files = find_model(model)
-    return read_tokenizer(files), architecture_of(read_config(files))
 
 
 def sweep_settings(options: SweepOptions, halving: bool) -> Settings:
@@ -163,7 +159,8 @@ def _on_rank(options: SweepOptions, corpora: Sequence[TaskCorpus], folder: str) 
     every = make_trials(sweep_settings(options, False), bench.digests, "benchmark", {})
     halved = make_trials(sweep_settings(options, True), bench.digests, "benchmark", {})
     sample = [every[i * (len(every) - 1) // (options.sample - 1)] for i in range(options.sample)]
-    bench.timed([_of_two_steps(sample[0])])  # allocators, kernels and ZeRO-3's trace settle in it
+    short = sample[0].settings.model_copy(update={"max_steps": 2})
+    bench.timed([replace(sample[0], settings=short)])  # allocators, kernels and ZeRO-3's trace settle in it
     together, halving, alone = SweepSide(), SweepSide(), SweepSide()
     for _ in range(options.rounds):
         all_states = bench.run(together, [every])
@@ -175,8 +172,8 @@ def _on_rank(options: SweepOptions, corpora: Sequence[TaskCorpus], folder: str) 
         halving=halving,
         alone=alone,
         alone_seconds=[seconds * len(every) / len(sample) for seconds in alone.seconds],
-        alone_apart=_apart(all_states, by_itself),
-        survivors_apart=_apart(all_states, [state for state in left if state.status not in ("halved", "failed")]),
+        alone_apart=_distances(all_states, by_itself),
+        survivors_apart=_distances(all_states, [state for state in left if state.status not in ("halved", "failed")]),
     )
 
 
@@ -224,17 +221,13 @@ class _Bench:
         return sum(len(train.input_ids(row)) + len(train.target_ids(row)) for row in rows)
 
 
-def _of_two_steps(trial: Trial) -> Trial:
-    return replace(trial, settings=trial.settings.model_copy(update={"max_steps": 2}))
-
-
-def _apart(ours: Sequence[TrialState], others: Sequence[TrialState]) -> dict[float, Apart]:
+def _distances(ours: Sequence[TrialState], others: Sequence[TrialState]) -> dict[float, Distance]:
     by_name = {state.trial.name: state for state in ours}
     of_rate: dict[float, list[tuple[TrialState, TrialState]]] = {}
     for state in others:
         of_rate.setdefault(state.trial.settings.optimizer.lr, []).append((by_name[state.trial.name], state))
     return {
-        rate: Apart(
+        rate: Distance(
             prompt=max(float(((a.prompt - b.prompt).norm() / b.prompt.norm()).detach()) for a, b in pairs),
             first_loss=max(abs(a.history[1].loss / b.history[1].loss - 1) for a, b in pairs),
             last_loss=max(abs(a.history[-1].loss / b.history[-1].loss - 1) for a, b in pairs),

@@ -1,4 +1,4 @@
-"""Checkpoints of any size with random weights: what a hub would serve, for measurements without one."""
+"""Checkpoints of any size with random weights, in the form of a hub's, for measurements without a download."""
 
 import hashlib
 import json
@@ -30,8 +30,8 @@ def write_checkpoint(
 ) -> None:
     """Write config, byte-level tokenizer and weights, as transformers saves them.
 
-    Values depend on the seed and a tensor's name alone, and are scaled for activations of about one. Holds little
-    more than one shard at a time; a tensor larger than a shard has its own.
+    Values depend only on the seed and a tensor's name, and are scaled for activations of about one. Little more than
+    one shard is in memory at a time; a tensor that is larger than a shard has its own.
     Raises: BackboneError when the vocabulary is too small for bytes, StorageError when the disk is full.
     """
     tokenizer = byte_tokenizer(eos_template=bool(config.is_encoder_decoder))
@@ -47,7 +47,7 @@ def write_checkpoint(
     shards = _shards({name: p.numel() * dtype.itemsize for name, p in parameters.items()}, shard_bytes)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "model.safetensors").exists():  # it would be read in place of the shards
+        if (folder / "model.safetensors").exists():  # transformers would read it in place of the shards
             raise StorageError(f"{folder} holds another model already (model.safetensors); give a new folder")
         index: dict[str, str] = {}
         for place, names in enumerate(shards, 1):
@@ -61,14 +61,14 @@ def write_checkpoint(
         ids = {"pad_token_id": _PAD, "eos_token_id": _EOS, "bos_token_id": None}
         known = {"architectures": [type(skeleton).__name__], "dtype": str(dtype).removeprefix("torch.")}
         described = {**config.to_dict(), **ids, **known, **({"tie_word_embeddings": False} if untied else {})}
-        # Last: a folder with it is whole.
+        # Written last: a folder that has it is complete.
         (folder / "config.json").write_text(json.dumps(described, indent=1, default=str))
     except OSError as error:
         raise StorageError(f"cannot write the checkpoint to {folder}: {error}") from error
 
 
 def byte_tokenizer(eos_template: bool) -> PreTrainedTokenizerFast:
-    """A token for every byte, and three special ones; `eos_template` ends every text with `</s>`, as T5's does."""
+    """A tokenizer with a token for every byte and three special ones; `eos_template` ends texts with `</s>`, as T5."""
     names = [*_SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], unk_token=_SPECIAL[_UNK]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -94,8 +94,10 @@ def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
 
 
 def _deviations(skeleton: nn.Module, config: PretrainedConfig) -> dict[str, float]:
-    """Standard deviation of every matrix: one over the root of its inputs; T5's queries make up for its unscaled dot
-    product. Vectors (norms, biases) have none."""
+    """Standard deviation of every matrix: 1 / root of its inputs. Vectors (norms, biases) have none.
+
+    T5 does not scale its dot products, so its queries are made smaller.
+    """
     deviations = {}
     for module_name, module in skeleton.named_modules():
         for key, parameter in module._parameters.items():
@@ -111,5 +113,5 @@ def _values(name: str, like: Tensor, deviation: float | None, dtype: torch.dtype
     if deviation is None:
         return torch.zeros(like.shape, dtype=dtype) if name.endswith("bias") else torch.ones(like.shape, dtype=dtype)
     own = int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:7])
-    edge = 3**0.5 * deviation  # uniform numbers: two times faster to draw than normal ones
+    edge = 3**0.5 * deviation  # uniform numbers are drawn two times faster than normal ones
     return torch.empty(like.shape, dtype=dtype).uniform_(-edge, edge, generator=torch.Generator().manual_seed(own))

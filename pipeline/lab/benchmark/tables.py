@@ -1,19 +1,21 @@
-"""Results for people."""
+"""Results for people: tables, and one plot."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from rich.table import Table
 
 from pipeline.lab.benchmark.corpus import CorpusFigures
 from pipeline.lab.benchmark.cost import StepCost
+from pipeline.lab.benchmark.fit import Fit
 from pipeline.lab.benchmark.quality import Quality
-from pipeline.lab.benchmark.side_by_side import Result
+from pipeline.lab.benchmark.side_by_side import SidesResult
 from pipeline.lab.benchmark.sweep import SweepResult
 
 
-def comparison_table(result: Result, shares: Mapping[str, float] | None = None) -> Table:
-    """One row a side."""
+def comparison_table(result: SidesResult, shares: Mapping[str, float] | None = None) -> Table:
+    """One row for each side."""
     first = next(iter(result.rates))
     table = Table(title=f"{result.name} ({result.device})", title_justify="left")
     columns = ["side", "text tokens/s", "s/step", "peak MiB", f"'{first}' is faster by", "losses apart"]
@@ -34,7 +36,7 @@ def comparison_table(result: Result, shares: Mapping[str, float] | None = None) 
 
 
 def shares_table(shares: Mapping[str, float]) -> Table:
-    """Parts of a step and what share of its time each takes."""
+    """The parts of a step, with the share of its time that each takes."""
     table = Table(title="where the time of a step goes", title_justify="left")
     table.add_column("part")
     table.add_column("share", justify="right")
@@ -44,7 +46,7 @@ def shares_table(shares: Mapping[str, float]) -> Table:
 
 
 def quality_table(sides: Mapping[str, Quality]) -> Table:
-    """One row a side: every task's mean over seeds, and the spread."""
+    """One row for each side: every task's mean over seeds, and its spread."""
     table = Table(title="dev accuracy, mean over seeds ± standard deviation", title_justify="left")
     table.add_column("side")
     tasks = list(next(iter(sides.values())).after)
@@ -57,7 +59,7 @@ def quality_table(sides: Mapping[str, Quality]) -> Table:
 
 
 def corpus_tables(figures: CorpusFigures) -> tuple[Table, Table]:
-    """Rates against the bare tokenizer, and memory and seconds by corpus size."""
+    """Two tables: rates against the bare tokenizer, and memory and seconds by corpus size."""
     speed = Table(title=f"tokenising on {figures.cores} cores ({figures.device})", title_justify="left")
     for column in ("texts", "tokens a text", "MB", "side", "k tokens/s", "ours / it", "by CPU time"):
         speed.add_column(column)
@@ -77,7 +79,7 @@ def corpus_tables(figures: CorpusFigures) -> tuple[Table, Table]:
 
 
 def sweep_table(result: SweepResult) -> Table:
-    """One row a side; of the trials one after another only a sample ran."""
+    """One row for each side. Of the trials one after another, only a sample ran."""
     table = Table(title=f"a sweep of {result.trials} trials", title_justify="left")
     for column in ["side", "wall time, s", "faster by", "text tokens/s", "steps", "ends", "best dev accuracy"]:
         table.add_column(column)
@@ -102,7 +104,7 @@ def sweep_table(result: SweepResult) -> Table:
 
 
 def sweep_distances(result: SweepResult) -> Table:
-    """Whether the sides tuned the same prompts."""
+    """How far the sides' prompts are apart, which shows whether they tuned the same ones."""
     table = Table(title="at most apart, relative", title_justify="left")
     for column in ["sides", "rate", "prompts", "dev loss at the first evaluation", "dev loss at the last"]:
         table.add_column(column)
@@ -115,7 +117,7 @@ def sweep_distances(result: SweepResult) -> Table:
 
 
 def cost_table(costs: Mapping[str, Sequence[StepCost]], tokens: int) -> Table:
-    """What a step costs a rank, by shape and number of ranks."""
+    """The cost of a step on a rank, by shape and number of ranks."""
     table = Table(title=f"a step of one micro-batch of {tokens:,} tokens on each rank", title_justify="left")
     for column in ["model", "ranks", "gathered, GB", "all-reduced, MB", "gathers, s", "products, s", "gathers' share"]:
         table.add_column(column)
@@ -125,6 +127,66 @@ def cost_table(costs: Mapping[str, Sequence[StepCost]], tokens: int) -> Table:
             seconds = f"{cost.gather_seconds:.3f}", f"{cost.compute_seconds:.3f}"
             table.add_row(shape, str(cost.ranks), *sizes, *seconds, f"{cost.share:.0%}")
     return table
+
+
+def fit_table(fit: Fit) -> Table:
+    """One row for each rank, in GB; the title has the bound and its parts."""
+
+    def gb(size: float) -> str:
+        return f"{size / 1e9:.2f}"
+
+    size = fit.size
+    title = (
+        f"{fit.shape}, {size.parameters / 1e9:.2f} B parameters ({fit.device})\n"
+        f"bound: {gb(size.int8_bytes)} int8 / {fit.options.ranks} ranks + {gb(size.layer_bytes)} layer + 1 GiB = "
+        f"{gb(fit.bound)} GB: {'holds' if fit.holds else 'DOES NOT HOLD'}\n"
+        f"loading {fit.load_rate / 1e9:.2f} GB/s, plain reading {' and '.join(gb(rate) for rate in fit.plain_rates)} "
+        f"GB/s ({'from disk' if fit.cold else 'from the page cache'}); "
+        f"ranks' losses {'agree' if fit.ranks_agree else 'DIFFER'}"
+    )
+    table = Table(title=title, title_justify="left")
+    columns = ["rank", "before", "int8 held", "loading: peak", "anonymous", "training: peak", "anonymous", "files"]
+    for column in [*columns, "loading, s", "steps, s"]:
+        table.add_column(column)
+    for place, rank in enumerate(fit.ranks):
+        loading, training = rank.loading, rank.training
+        sizes = [
+            rank.before.total,
+            rank.held["int8"],
+            loading.total,
+            loading.own,
+            training.total,
+            training.own,
+            training.file,
+        ]
+        steps = " ".join(f"{seconds:.1f}" for seconds in rank.step_seconds)
+        table.add_row(str(place), *map(gb, sizes), f"{rank.load_seconds:.1f}", steps)
+    return table
+
+
+def plot_growth(counts: Sequence[int], result: SidesResult, path: Path) -> None:
+    """Tokens a second and memory by the number of trials in one run."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for axis, values, label in (
+        (speed, result.rates, "text tokens a second"),
+        (memory, result.peak_mib, "peak memory of all ranks, MiB"),
+    ):
+        axis.plot(counts, [max(values[side]) for side in values], marker="o", color="#0072b2")
+        axis.set_xscale("log", base=4)
+        axis.set_xticks(counts, [str(count) for count in counts])
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("trials in one run")
+        axis.set_title(label, fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    pyplot.close(figure)
 
 
 def _joined(values: Sequence[float], form: str) -> str:

@@ -1,5 +1,6 @@
-"""The work that both sides do: tasks, their rows, and which rows every step takes."""
+"""The work of both sides: tasks, their rows, and the rows of every step."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.corpus.encoding import encode_inputs, encode_targets
-from pipeline.corpus.reader import TokenSet
+from pipeline.corpus.reader import MANIFEST, SplitRef, TokenSet
+from pipeline.corpus.rows import Recipe, tokenise_rows
+from pipeline.corpus.task_corpus import TaskCorpus
+from pipeline.corpus.template import parse_template
 from pipeline.errors import CorpusError
 from pipeline.settings import TaskSettings
 from pipeline.tuning.batches import rows_of_step
@@ -23,7 +27,7 @@ _SEPARATOR = " "
 @dataclass(frozen=True)
 class WorkOptions:
     length: int
-    """Of every prompt."""
+    """Length of every prompt."""
     batch_size: int
     """Rows a step of every task."""
     rate: float = 0.001
@@ -44,18 +48,18 @@ class TaskWork:
     label_ids: tuple[tuple[int, ...], ...]
 
     def rows(self, step: int) -> np.ndarray:
-        """Row numbers of a step, the same on both sides."""
+        """Row numbers of a step, which are the same on both sides."""
         return rows_of_step(self.trial, len(self.train), step)
 
     def text_tokens(self, step: int) -> int:
-        """Input and target tokens of a step, padding and prompt not counted."""
+        """Input and target tokens of a step, without padding and prompt."""
         return sum(len(self.train.input_ids(row)) + len(self.train.target_ids(row)) for row in self.rows(step))
 
 
 def load_work(
     data: Path, names: Sequence[str], tokenizer: Any, architecture: Any, options: WorkOptions
 ) -> list[TaskWork]:
-    """Tasks of `data/<name>/{train,dev}.parquet` with the columns text and label; a name may come several times.
+    """Tasks of `data/<name>/{train,dev}.parquet` with the columns text and label; a name may occur several times.
 
     Raises: CorpusError.
     """
@@ -82,11 +86,32 @@ def load_work(
         labels = tuple(sorted(set(train.targets.to_pylist())))
         label_ids = tuple(tuple(ids) for ids in encode_targets(tokenizer, architecture, _SEPARATOR, labels))
         for seed in range(options.seeds):
-            # Trials of one name draw rows of their own.
+            # Another seed for each trial of a name, so that it draws other rows.
             own = seed + options.seeds * names[:place].count(name)
             trial = make_trial(name, settings, own, "benchmark", "benchmark")
             work.append(TaskWork(trial, train, held_out, labels, label_ids))
     return work
+
+
+def write_token_shards(
+    folder: Path, data: Path, name: str, tokenizer: Any, architecture: Any, dev_rows: int, rows: int = 1_000
+) -> TaskCorpus:
+    """Token shards, made without Ray, of the first rows of `data/<name>/{train,dev}.parquet`. Raises: CorpusError."""
+    recipe = Recipe(parse_template("{text}", ""), parse_template("{label}", ""), _SEPARATOR, 256, 16, architecture)
+    splits, counts, labels = {}, {}, set()
+    for split, most in (("train", rows), ("dev", dev_rows)):
+        texts, found = read_rows(data / name / f"{split}.parquet", most)
+        labels |= set(found)
+        place = folder / name / split
+        place.mkdir(parents=True)
+        pq.write_table(
+            tokenise_rows(recipe, tokenizer, {"text": texts, "label": found}, len(texts)), place / "part.parquet"
+        )
+        (place / MANIFEST).write_text(json.dumps({"files": {"part.parquet": (place / "part.parquet").stat().st_size}}))
+        splits[split], counts[split] = SplitRef(str(place)), {"ok": len(texts)}
+    ordered = tuple(sorted(labels))
+    ids = encode_targets(tokenizer, architecture, _SEPARATOR, ordered)
+    return TaskCorpus(name, splits, ordered, tuple(map(tuple, ids)), counts, f"benchmark {name}")
 
 
 def read_rows(path: Path, rows: int) -> tuple[list[str], list[str]]:

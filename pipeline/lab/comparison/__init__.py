@@ -1,1 +1,1 @@
-"""The method's own questions asked of a user's model and tasks: prompts against what else there is."""
+"""Compare prompt tuning with other methods on a user's model and tasks: hard prompts, LoRA, full fine-tuning."""

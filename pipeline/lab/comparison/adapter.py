@@ -1,5 +1,7 @@
-"""Low-rank adapters (Hu et al. 2021) of the model in float, by PEFT, trained as prompts are: the same rows in the same
-order, the same loss on target tokens, the same evaluator. One process, whole model; nothing here talks to other ranks.
+"""Low-rank adapters (Hu et al. 2021) on the model in float, made by PEFT and trained as prompts are.
+
+They see the same rows in the same order, the same loss on target tokens and the same evaluator. Each is trained in one
+process with the whole model; nothing here talks to other ranks.
 """
 
 import time
@@ -31,15 +33,15 @@ _ADAPTER = "default"
 
 
 @dataclass
-class Trained:
-    """An adapter at its best evaluation on dev, and how it got there."""
+class TrainedAdapter:
+    """An adapter at its best evaluation on dev, with the course of its training."""
 
     weights: dict[str, Tensor] = field(default_factory=dict)
     """By PEFT's names."""
     history: list[Evaluation] = field(default_factory=list)
     best_at: int = 0
     losses: list[float] = field(default_factory=list)
-    """Of every step, nats a target token."""
+    """Training loss of every step, in nats a target token."""
     seconds: float = 0.0
     failed: str | None = None
 
@@ -49,11 +51,11 @@ class Trained:
 
 
 def add_adapter(model: nn.Module, settings: LoraSettings) -> list[nn.Parameter]:
-    """Put an adapter on the model's layers, in place; its parameters, in float32 whatever the model is in.
+    """Put an adapter on the model's layers, in place; returns its parameters, in float32 whatever the model's type is.
 
     Raises: SettingsError where no layer fits.
     """
-    from peft import LoraConfig, inject_adapter_in_model  # seconds of import, and a comparison may do without
+    from peft import LoraConfig, inject_adapter_in_model  # takes seconds, and not every comparison needs it
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
     targets = settings.targets
@@ -63,7 +65,9 @@ def add_adapter(model: nn.Module, settings: LoraSettings) -> list[nn.Parameter]:
         target_modules=list(targets) if isinstance(targets, tuple) else targets,
         lora_dropout=0.0,
     )
-    if missing := _missing(targets if isinstance(targets, tuple) else (), model):
+    ends = "".join(f".{name}\n" for name, _ in model.named_modules())
+    missing = [target for target in targets if f".{target}\n" not in ends] if isinstance(targets, tuple) else []
+    if missing:  # PEFT takes a layer's name or the end of one
         raise SettingsError(
             f"compare.lora.targets: the model has no layer {', '.join(missing)}; name layers such as "
             f"{_some_layers(model)}, or give 'all-linear'"
@@ -79,8 +83,8 @@ def add_adapter(model: nn.Module, settings: LoraSettings) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def start_anew(model: nn.Module, seed: int) -> None:
-    """The adapter as a new one with this seed: the model's outputs are those of the model alone."""
+def reset_adapter(model: nn.Module, seed: int) -> None:
+    """Reset the adapter to a new one with this seed, with which the model's outputs are those of the model alone."""
     from peft.tuners.lora import LoraLayer
 
     torch.manual_seed(seed)
@@ -97,7 +101,7 @@ def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: weight.detach().cpu().clone().contiguous() for name, weight in weights.items()}
 
 
-def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def load_adapter_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """The inverse of `adapter_weights`."""
     own = {name.replace(f".{_ADAPTER}", ""): p for name, p in model.named_parameters() if "lora_" in name}
     assert set(own) == set(weights), "an adapter of other layers"
@@ -114,19 +118,21 @@ def train_adapter(
     parameters: Sequence[nn.Parameter],
     token_budget: int,
     told_to_stop: Callable[[], bool] = lambda: False,
-) -> Trained | None:
-    """Train an adapter from its start to the trial's last step, or until its patience ends; None if told to stop."""
+) -> TrainedAdapter | None:
+    """Train a new adapter to the trial's last step, or until its patience ends; None if told to stop."""
     settings, model = trial.settings, _model(backbone)
-    start_anew(model, trial.seed)
+    reset_adapter(model, trial.seed)
     optimizer = AdamW(parameters, lr=settings.optimizer.lr, weight_decay=settings.optimizer.weight_decay)
     train, dev = open_split(corpus.splits["train"]), open_split(corpus.splits["dev"], settings.eval_rows)
-    exam = eval_request(settings, no_prompt(backbone), dev, corpus)
-    trained, begun = Trained(), time.monotonic()
+    request = eval_request(settings, backbone.no_prompt(), dev, corpus)
+    trained, begun = TrainedAdapter(), time.monotonic()
     for step in range(settings.max_steps + 1):
         if told_to_stop():
             return None
         if step % settings.eval_every == 0 or step == settings.max_steps:
-            _judge(trained, trial, step, measure(backbone, tokenizer, [exam], token_budget)[0], model)
+            _record_evaluation(
+                trained, trial, step, score_alone(backbone, tokenizer, [request], token_budget)[0], model
+            )
             stale = len(trained.history) - 1 - trained.best_at
             if trained.failed or (settings.patience is not None and stale >= settings.patience):
                 break
@@ -142,8 +148,8 @@ def train_adapter(
 
 
 def loss_and_gradients(backbone: Backbone, trial: Trial, train: TokenSet, step: int, token_budget: int) -> float:
-    """The loss of a step's rows (nats a target token); gradients are left in the adapter's parameters."""
-    empty = no_prompt(backbone)
+    """The loss of a step's rows, in nats a target token; the adapter's parameters keep the gradients."""
+    empty = backbone.no_prompt()
     rows = batch_of_step([TrialStep(trial, empty, step, train)])
     for parameter in _model(backbone).parameters():
         parameter.grad = None
@@ -158,34 +164,19 @@ def loss_and_gradients(backbone: Backbone, trial: Trial, train: TokenSet, step: 
     return total
 
 
-def measure(backbone: Backbone, tokenizer: Any, exams: Sequence[EvalRequest], token_budget: int) -> list[Score]:
-    """Scores by this rank alone."""
+def score_alone(backbone: Backbone, tokenizer: Any, requests: Sequence[EvalRequest], token_budget: int) -> list[Score]:
+    """Scores computed by this rank alone, while other ranks do other work."""
     with alone():
-        return evaluate(backbone, tokenizer, exams, token_budget)
-
-
-def no_prompt(backbone: Backbone) -> Tensor:
-    """`[0, H]`"""
-    return torch.zeros(0, backbone.hidden_size, device=backbone.device)
-
-
-def _missing(targets: Sequence[str], model: nn.Module) -> list[str]:
-    """Those that are no layer's name, nor the end of one."""
-    ends = "".join(f".{name}\n" for name, _ in model.named_modules())
-    return [target for target in targets if f".{target}\n" not in ends]
+        return evaluate(backbone, tokenizer, requests, token_budget)
 
 
 def _some_layers(model: nn.Module) -> str:
-    """A few names to choose from."""
-    linear = dict.fromkeys(name.rpartition(".")[2] for name, layer in model.named_modules() if _is_matrix(layer))
-    return ", ".join(list(linear)[:4])
+    """A few names of layers, for a message."""
+    matrices = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)]
+    return ", ".join(list(dict.fromkeys(name.rpartition(".")[2] for name in matrices))[:4])
 
 
-def _is_matrix(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear | Conv1D)
-
-
-def _judge(trained: Trained, trial: Trial, step: int, score: Score, model: nn.Module) -> None:
+def _record_evaluation(trained: TrainedAdapter, trial: Trial, step: int, score: Score, model: nn.Module) -> None:
     trained.history.append(Evaluation(step, score.value, score.loss))
     if len(trained.history) == 1 or trained.history[-1].better(trial.settings.metric, trained.best):
         trained.best_at, trained.weights = len(trained.history) - 1, adapter_weights(model)

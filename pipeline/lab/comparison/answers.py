@@ -1,82 +1,82 @@
-"""Which answers a comparison needs of which candidate, and how it gets them: by the ranks that host its weights."""
+"""Collect the questions to each candidate, and get the answers from the ranks that host its weights."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.lab.comparison.candidates import Measured
-from pipeline.lab.comparison.eval_job import PHASE, ask
-from pipeline.lab.comparison.fine_tuning import ask_models
-from pipeline.lab.comparison.lora import ask_adapters
-from pipeline.lab.comparison.questions import Answered, Question, Split, keep_prompt
+from pipeline.lab.comparison.candidates import MeasuredCandidate
+from pipeline.lab.comparison.eval_job import PHASE, answer_on_ranks
+from pipeline.lab.comparison.fine_tuning import answers_of_models
+from pipeline.lab.comparison.lora import answers_of_adapters
+from pipeline.lab.comparison.questions import Split, SplitAnswers, SplitQuestion, save_prompt
 from pipeline.lab.comparison.study import Study
 
-Key = tuple[str, str, Split]
+AnswerKey = tuple[str, str, Split]
 """(candidate, task whose rows are answered, split)"""
-Answers = Mapping[Key, Answered]
+AnswersByKey = Mapping[AnswerKey, SplitAnswers]
 
 
 @dataclass(frozen=True)
-class Askable:
-    """What the candidates answer with."""
+class CandidatePrompts:
+    """The prompts that candidates answer with."""
 
-    prompts: Mapping[str, np.ndarray]
+    soft: Mapping[str, np.ndarray]
     """Soft prompts `[P, H]`, by candidate."""
-    texts: Mapping[str, str]
-    """Hard prompts, by candidate."""
+    hard: Mapping[str, str]
+    """Texts of hard prompts, by candidate."""
 
 
 @dataclass
-class Wanted:
-    """Questions as they come together; each once."""
+class QuestionList:
+    """Questions to candidates, collected before any is answered; each is asked once."""
 
     study: Study
-    askable: Askable
-    of_model: dict[Key, Question] = field(default_factory=dict)
-    of_adapters: dict[Key, Question] = field(default_factory=dict)
-    of_tuned: dict[Key, Question] = field(default_factory=dict)
-    """To models that were fine-tuned."""
+    prompts: CandidatePrompts
+    of_model: dict[AnswerKey, SplitQuestion] = field(default_factory=dict)
+    of_adapters: dict[AnswerKey, SplitQuestion] = field(default_factory=dict)
+    of_tuned: dict[AnswerKey, SplitQuestion] = field(default_factory=dict)
+    """Questions to fine-tuned models."""
 
-    def add(self, measured: Measured, on: str, split: Split) -> None:
-        """A candidate on a task's rows; nothing where it failed, or there are no such rows."""
+    def add(self, measured: MeasuredCandidate, on: str, split: Split) -> None:
+        """Add a candidate's question on a task's rows, unless it failed or there are no such rows."""
         name, corpus = measured.candidate.name, self.study.corpora.get(on)
         if measured.failed is not None or corpus is None or split not in corpus.splits:
             return
         key, rows = (name, on, split), self.study.rows(on, split)
         if measured.candidate.method == "LoRA":
-            self.of_adapters[key] = Question(on, split, rows)
+            self.of_adapters[key] = SplitQuestion(on, split, rows)
         elif measured.candidate.method == "fine-tuning":
-            self.of_tuned[key] = Question(on, split, rows)
-        elif name in self.askable.texts:
-            self.of_model[key] = Question(on, split, rows, text=self.askable.texts[name])
+            self.of_tuned[key] = SplitQuestion(on, split, rows)
+        elif name in self.prompts.hard:
+            self.of_model[key] = SplitQuestion(on, split, rows, text=self.prompts.hard[name])
         else:
-            prompt = keep_prompt(self.study.folder / PHASE, self.askable.prompts[name])
-            self.of_model[key] = Question(on, split, rows, prompt=prompt)
+            prompt = save_prompt(self.study.folder / PHASE, self.prompts.soft[name])
+            self.of_model[key] = SplitQuestion(on, split, rows, prompt=prompt)
 
-    def add_all(self, candidates: Iterable[Measured], split: Split) -> None:
-        """Each on its own task's rows."""
+    def add_all(self, candidates: Iterable[MeasuredCandidate], split: Split) -> None:
+        """Add each candidate's question on its own task's rows."""
         for measured in candidates:
             self.add(measured, measured.candidate.task, split)
 
-    def answers(self) -> Answers:
-        """Raises: PromptBankError."""
-        found: dict[Key, Answered] = {}
+    def answers(self) -> AnswersByKey:
+        """Have all questions answered. Raises: PromptBankError."""
+        found: dict[AnswerKey, SplitAnswers] = {}
         if self.of_model:
-            answered = ask(self.study, list(self.of_model.values()))
+            answered = answer_on_ranks(self.study, list(self.of_model.values()))
             found |= {key: answered[question] for key, question in self.of_model.items()}
         compare = self.study.settings.compare
         if self.of_adapters and compare.lora is not None:
-            given = ask_adapters(self.study, compare.lora, _by_candidate(self.of_adapters))
+            given = answers_of_adapters(self.study, compare.lora, _by_candidate(self.of_adapters))
             found |= {key: given[key[0], question] for key, question in self.of_adapters.items()}
         if self.of_tuned and compare.fine_tuning is not None:
-            given = ask_models(self.study, compare.fine_tuning, _by_candidate(self.of_tuned))
+            given = answers_of_models(self.study, compare.fine_tuning, _by_candidate(self.of_tuned))
             found |= {key: given[key[0], question] for key, question in self.of_tuned.items()}
         return found
 
 
-def _by_candidate(questions: Mapping[Key, Question]) -> dict[str, tuple[Question, ...]]:
-    found: dict[str, tuple[Question, ...]] = {}
+def _by_candidate(questions: Mapping[AnswerKey, SplitQuestion]) -> dict[str, tuple[SplitQuestion, ...]]:
+    found: dict[str, tuple[SplitQuestion, ...]] = {}
     for (name, _, _), question in questions.items():
         found[name] = (*found.get(name, ()), question)
     return found

@@ -1,4 +1,4 @@
-"""What is compared: everything that can answer a task, each with the choices and the seed that it was made with."""
+"""Candidates: all that can answer a task, each with the choices and the seed that it was made with."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,34 +15,34 @@ class Candidate:
     """One tuned or written prompt, or one set of tuned weights."""
 
     name: str
-    """Of its own among all candidates, and fit to be a file's name."""
+    """Unique among all candidates, and fit to be a file's name."""
     method: Method
     task: str
     choice: Mapping[str, Any]
-    """What was chosen for it, but for the seed: `{"prompt.length": 20}`."""
+    """The values chosen for it, without the seed: `{"prompt.length": 20}`."""
     seed: int | None
-    """None where there is no chance in it."""
+    """None where nothing in it is random."""
 
     @property
     def group(self) -> tuple[str, str, str]:
-        """The same for candidates that differ in nothing but the seed."""
-        return self.method, self.task, written(self.choice)
+        """Equal for candidates that differ only in the seed."""
+        return self.method, self.task, choice_text(self.choice)
 
     @property
     def trained_on(self) -> tuple[str, ...]:
-        """The tasks whose rows made it what it is, its own first."""
+        """The tasks whose rows it was trained on, its own first."""
         return (self.task, *(parts(self.choice["prompt.source"]) if self.method == "transferred prompt" else ()))
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a candidate costs, once for its task."""
+    """What a candidate costs for its task."""
 
     trained_parameters: int = 0
     stored_bytes: int = 0
-    """What has to be kept for the task beside the one frozen model."""
+    """Bytes to be stored for the task beside the one frozen model."""
     rank_seconds: float = 0.0
-    """Seconds of one rank that tuning it took, its dev evaluations included."""
+    """Seconds of tuning, dev evaluations included, summed over ranks."""
     peak_bytes: int | None = None
     """Most memory that a rank held while it was tuned."""
     prompt_tokens: int = 0
@@ -50,8 +50,8 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A candidate with its dev metric: all that may be known when choices are made."""
+class MeasuredCandidate:
+    """A candidate with its dev metric, which is all that choices may be based on."""
 
     candidate: Candidate
     value: float
@@ -60,10 +60,10 @@ class Measured:
     """Nats a target token, on dev."""
     cost: Cost = field(default_factory=Cost)
     failed: str | None = None
-    """Why there is nothing to answer with, in one sentence."""
+    """Why it cannot answer, in one sentence."""
 
 
-def written(choice: Mapping[str, Any]) -> str:
+def choice_text(choice: Mapping[str, Any]) -> str:
     """`length 20, init class_labels`; the empty choice is `as set`."""
     parts = [f"{key.rpartition('.')[2]} {'none' if value is None else value}" for key, value in choice.items()]
     return ", ".join(parts) or "as set"

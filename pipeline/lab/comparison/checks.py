@@ -1,4 +1,4 @@
-"""What can be told to be wrong with a comparison's settings before anything is tuned."""
+"""Find mistakes in a comparison's settings before anything is tuned."""
 
 from collections.abc import Iterator
 
@@ -10,13 +10,13 @@ from pipeline.run.checks import CheckedRun
 
 
 def check_model(checked: CheckedRun) -> None:
-    """Of the model alone. Raises: SettingsError."""
+    """Check what concerns the model alone. Raises: SettingsError."""
     if checked.settings.compare.lora is not None:
         add_adapter(build_skeleton(checked.config, int8=False), checked.settings.compare.lora)
 
 
 def check_corpora(study: Study) -> None:
-    """Of the tasks' rows. Raises: SettingsError, a sentence for each mistake."""
+    """Check what concerns the tasks' rows. Raises: SettingsError with a sentence for each mistake."""
     mistakes = [*_shots(study), *_shifts(study)]
     if mistakes:
         raise SettingsError("\n".join(mistakes))
@@ -35,7 +35,7 @@ def _shifts(study: Study) -> Iterator[str]:
     for task, others in study.settings.compare.domain_shift.items():
         for on in others:
             if task not in study.corpora or on not in study.corpora:
-                continue  # left out, and told so
+                continue  # a task that was left out, which is reported elsewhere
             here, corpus = f"compare.domain_shift.{task}", study.corpora[on]
             if "test" not in corpus.splits:
                 yield f"{here}: '{on}' has no test split to be tested on; give it one, or leave it out"

@@ -1,7 +1,7 @@
-"""Choosing: on the mean dev metric over seeds, and on nothing else.
+"""Choose by the mean dev metric over seeds, and by nothing else.
 
-What is chosen from (`Measured`) has no test metric to look at, and tuning ranks are not given the test split
-(`study`): that a choice follows from test rows is not forbidden, but impossible.
+A choice cannot depend on test rows: a `MeasuredCandidate` has no test metric, and ranks that tune do not get the test
+split (`study`).
 """
 
 import math
@@ -10,24 +10,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.lab.comparison.candidates import Measured
+from pipeline.lab.comparison.candidates import MeasuredCandidate
 from pipeline.tuning.metrics import goodness
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Of one figure over seeds."""
+    """Mean and spread of one figure over seeds."""
 
     mean: float
     deviation: float | None
-    """Standard deviation of a sample; None of a single one."""
+    """Sample standard deviation; None for a single value."""
 
 
 @dataclass(frozen=True)
-class Group:
-    """Candidates that differ in their seed alone."""
+class SeedGroup:
+    """Candidates that differ only in their seed."""
 
-    members: tuple[Measured, ...]
+    members: tuple[MeasuredCandidate, ...]
 
     @property
     def method(self) -> str:
@@ -42,39 +42,39 @@ class Group:
         return self.members[0].candidate.choice
 
     @property
-    def whole(self) -> tuple[Measured, ...]:
+    def succeeded(self) -> tuple[MeasuredCandidate, ...]:
         """The members that did not fail."""
         return tuple(member for member in self.members if member.failed is None)
 
-    def best(self, metric: str) -> Measured | None:
-        """The member with the best dev metric, the first of equals."""
-        return max(self.whole, key=lambda m: goodness(metric, m.value, m.loss), default=None)
+    def best(self, metric: str) -> MeasuredCandidate | None:
+        """The member with the best dev metric; the first one of equals."""
+        return max(self.succeeded, key=lambda m: goodness(metric, m.value, m.loss), default=None)
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """None of nothing."""
+    """Mean and sample standard deviation; None without values."""
     if not values:
         return None
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return Spread(statistics.fmean(values), deviation)
 
 
-def grouped(measured: Iterable[Measured]) -> list[Group]:
-    """In the order in which the groups' first members come."""
-    found: dict[tuple[str, str, str], list[Measured]] = {}
+def group_over_seeds(measured: Iterable[MeasuredCandidate]) -> list[SeedGroup]:
+    """Groups in the order of their first members."""
+    found: dict[tuple[str, str, str], list[MeasuredCandidate]] = {}
     for one in measured:
         found.setdefault(one.candidate.group, []).append(one)
-    return [Group(tuple(members)) for members in found.values()]
+    return [SeedGroup(tuple(members)) for members in found.values()]
 
 
-def choose(groups: Iterable[Group], metrics: Mapping[str, str]) -> dict[tuple[str, str], Group]:
-    """By (method, task), the group with the best mean dev metric, the first of equals.
+def choose_best(groups: Iterable[SeedGroup], metrics: Mapping[str, str]) -> dict[tuple[str, str], SeedGroup]:
+    """By (method, task), the group with the best mean dev metric; the first one of equals.
 
-    metrics: of each task. A group of which a seed failed is taken only where every group has one.
+    metrics: by task. A group with a failed seed is chosen only where every group has one.
     """
-    chosen: dict[tuple[str, str], Group] = {}
+    chosen: dict[tuple[str, str], SeedGroup] = {}
     for group in groups:
-        if not group.whole:
+        if not group.succeeded:
             continue
         key = (group.method, group.task)
         if key not in chosen or _rank(group, metrics[group.task]) > _rank(chosen[key], metrics[group.task]):
@@ -82,7 +82,9 @@ def choose(groups: Iterable[Group], metrics: Mapping[str, str]) -> dict[tuple[st
     return chosen
 
 
-def _rank(group: Group, metric: str) -> tuple[bool, tuple[float, float]]:
-    value, loss = (statistics.fmean(figures) for figures in zip(*((m.value, m.loss) for m in group.whole), strict=True))
+def _rank(group: SeedGroup, metric: str) -> tuple[bool, tuple[float, float]]:
+    value, loss = (
+        statistics.fmean(figures) for figures in zip(*((m.value, m.loss) for m in group.succeeded), strict=True)
+    )
     best = goodness(metric, value, loss)
-    return len(group.whole) == len(group.members), best if math.isfinite(value) else (-math.inf, -math.inf)
+    return len(group.succeeded) == len(group.members), best if math.isfinite(value) else (-math.inf, -math.inf)

@@ -1,4 +1,4 @@
-"""Questions answered on the ranks, many prompts in the same batches, each kept as soon as it is there."""
+"""Answer questions on the ranks, with many prompts in the same batches. Each answer is kept as soon as it is there."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from transformers import AutoTokenizer
 from pipeline.backbone.host import Backbone
 from pipeline.corpus.reader import open_split
 from pipeline.corpus.task_corpus import TaskCorpus
-from pipeline.lab.comparison.hard_prompts import behind_text
+from pipeline.lab.comparison.hard_prompts import with_shared_prefix
 from pipeline.lab.comparison.questions import (
-    Answered,
-    Question,
+    SplitAnswers,
+    SplitQuestion,
     all_answers,
     answer_paths,
-    as_answered,
-    kept_prompt,
     load_answers,
+    load_prompt,
     save_answers,
+    to_split_answers,
 )
 from pipeline.lab.comparison.study import Study
 from pipeline.run.stages import settings_for_ranks
@@ -33,75 +33,77 @@ from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
 from pipeline.tuning.run_log import RunLog
 
 _AT_ONCE = 8
-"""Questions whose rows share batches, and are lost together where a rank is."""
+"""Questions whose rows share batches; when a rank is lost, their answers are lost together."""
 PHASE = "answers"
 
 
 @dataclass(frozen=True)
 class EvalJob:
-    """Questions as sent to the ranks: plain values only."""
+    """Questions as sent to the ranks; plain values only."""
 
     settings: dict[str, Any]
     corpora: dict[str, dict[str, Any]]
     run_folder: str
     model_folder: str
-    questions: tuple[Question, ...]
+    questions: tuple[SplitQuestion, ...]
     digests: tuple[str, ...]
-    """By question, the name of its answers' file."""
+    """By question, the name of the file with its answers."""
 
     @property
-    def paths(self) -> dict[Question, Path]:
-        """Where the answers to each question are kept."""
+    def paths(self) -> dict[SplitQuestion, Path]:
+        """The file with the answers to each question."""
         return answer_paths(self.run_folder, self.questions, self.digests)
 
     def carry_out(self, device: torch.device, node_leaves: Callable[[], bool]) -> None:
-        """Raises: StorageError, BackboneError."""
+        """Answer what is missing, on a rank. Raises: StorageError, BackboneError."""
         settings = Settings.model_validate(self.settings)
-        journal = RunLog(Path(self.run_folder), silent=rank() != 0)
+        run_log = RunLog(Path(self.run_folder), silent=rank() != 0)
         timeout, threads = settings.run.hang_timeout, settings.cluster.cpus_per_worker
         with rank_process(self.run_folder, timeout, threads, device) as alive:
-            backbone = host_on_rank(settings, Path(self.model_folder), device, journal)
+            backbone = host_on_rank(settings, Path(self.model_folder), device, run_log)
             call_at_every_layer(backbone.hosted, alive)
-            _answer_all(self, settings, backbone, journal, StopSignal(Path(self.run_folder), node_leaves))
-            journal.memory(PHASE)
+            _answer_all(self, settings, backbone, run_log, StopSignal(Path(self.run_folder), node_leaves))
+            run_log.memory(PHASE)
 
 
 @dataclass(frozen=True)
 class OtherWeights:
-    """A model folder to be asked in place of the frozen model, of the same architecture and tokenizer."""
+    """A model folder to use in place of the frozen model, with the same architecture and tokenizer."""
 
     path: str
     digest: str
-    """Of all that decided the weights."""
+    """Digest of all that decided the weights."""
 
 
-def ask(
-    study: Study, questions: Sequence[Question], phase: str = PHASE, weights: OtherWeights | None = None
-) -> dict[Question, Answered]:
-    """Have the ranks answer what was not answered before. Raises: PromptBankError."""
-    order = _order(study, questions, phase, weights)
+def answer_on_ranks(
+    study: Study, questions: Sequence[SplitQuestion], phase: str = PHASE, weights: OtherWeights | None = None
+) -> dict[SplitQuestion, SplitAnswers]:
+    """Have the ranks answer the questions that have no answers yet. Raises: PromptBankError."""
+    job = _eval_job(study, questions, phase, weights)
     with study.phase(phase) as (_, log):
-        log.write("begin", tasks=len(order.questions))
-        answered = all_answers(order.paths)
+        log.write("begin", tasks=len(job.questions))
+        answered = all_answers(job.paths)
         if answered is None:
-            study.on_ranks(order, log)
-            answered = all_answers(order.paths)
+            study.run_on_ranks(job, log)
+            answered = all_answers(job.paths)
         if answered is None:
             raise study.told_to_stop(phase)
         log.write("end", version=None, exit=0)
     return answered
 
 
-def answered_before(
-    study: Study, questions: Sequence[Question], phase: str = PHASE, weights: OtherWeights | None = None
+def all_answered(
+    study: Study, questions: Sequence[SplitQuestion], phase: str = PHASE, weights: OtherWeights | None = None
 ) -> bool:
-    """Whether `ask` need not ask."""
-    return all_answers(_order(study, questions, phase, weights).paths) is not None
+    """Whether all questions have answers already, so that `answer_on_ranks` starts no rank."""
+    return all_answers(_eval_job(study, questions, phase, weights).paths) is not None
 
 
-def _order(study: Study, questions: Sequence[Question], phase: str, weights: OtherWeights | None) -> EvalJob:
+def _eval_job(study: Study, questions: Sequence[SplitQuestion], phase: str, weights: OtherWeights | None) -> EvalJob:
     asked = tuple(dict.fromkeys(questions))
     settings = settings_for_ranks(study.settings)
+    model = study.checked.identity.fingerprint if weights is None else weights.digest
+    products = study.settings.model.products
     if weights is not None:
         settings["model"] |= {"path": weights.path, "weights": "full"}
     return EvalJob(
@@ -110,54 +112,48 @@ def _order(study: Study, questions: Sequence[Question], phase: str, weights: Oth
         run_folder=str(study.folder / phase),
         model_folder=str(study.model_folder),
         questions=asked,
-        digests=tuple(question.digest(*_deciding(study, question.task, weights)) for question in asked),
+        digests=tuple(question.digest(*study.deciding(question.task), model, products) for question in asked),
     )
 
 
-def _deciding(study: Study, task: str, weights: OtherWeights | None) -> tuple[str, ...]:
-    """What answers depend on beside the question."""
-    model = study.checked.identity.fingerprint if weights is None else weights.digest
-    return *study.deciding(task), model, study.settings.model.products
-
-
-def _answer_all(order: EvalJob, settings: Settings, backbone: Backbone, journal: RunLog, notices: StopSignal) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(order.model_folder, trust_remote_code=False)
-    corpora = {task: TaskCorpus.from_dict(corpus) for task, corpus in order.corpora.items()}
-    paths = order.paths
+def _answer_all(job: EvalJob, settings: Settings, backbone: Backbone, run_log: RunLog, stop_signal: StopSignal) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(job.model_folder, trust_remote_code=False)
+    corpora = {task: TaskCorpus.from_dict(corpus) for task, corpus in job.corpora.items()}
+    paths = job.paths
     missing = _missing(paths, backbone.device)
-    journal.event("stage", name=PHASE, text=f"{len(missing)} question(s) to {world_size()} rank(s)")
+    run_log.event("stage", name=PHASE, text=f"{len(missing)} question(s) to {world_size()} rank(s)")
     for start in range(0, len(missing), _AT_ONCE):
-        if notices.next(backbone.device) == "stop":
+        if stop_signal.next(backbone.device) == "stop":
             return
         part = missing[start : start + _AT_ONCE]
-        exams = [_exam(order, settings, corpora, question, backbone, tokenizer) for question in part]
-        answers = answer(backbone, tokenizer, exams, settings.cluster.tokens_per_microbatch)
+        requests = [_eval_request(job, settings, corpora, question, backbone, tokenizer) for question in part]
+        answers = answer(backbone, tokenizer, requests, settings.cluster.tokens_per_microbatch)
         if rank() == 0:
-            for question, exam, given in zip(part, exams, answers, strict=True):
-                save_answers(paths[question], as_answered(exam, given))
-        journal.event("stage", name=PHASE, text=f"{min(start + _AT_ONCE, len(missing))} of {len(missing)} answered")
+            for question, request, given in zip(part, requests, answers, strict=True):
+                save_answers(paths[question], to_split_answers(request, given))
+        run_log.event("stage", name=PHASE, text=f"{min(start + _AT_ONCE, len(missing))} of {len(missing)} answered")
 
 
-def _missing(paths: Mapping[Question, Path], device: torch.device) -> list[Question]:
-    """The questions that a rank sees no answers to: the same on all ranks, whenever each looks."""
+def _missing(paths: Mapping[SplitQuestion, Path], device: torch.device) -> list[SplitQuestion]:
+    """The questions to which some rank sees no answers; all ranks get the same list, whenever each looks."""
     seen = [load_answers(path) is not None for path in paths.values()]
     counts = sum_over_ranks(torch.tensor(seen, dtype=torch.float32, device=device)).tolist()
     return [question for question, count in zip(paths, counts, strict=True) if count < world_size()]
 
 
-def _exam(
-    order: EvalJob,
+def _eval_request(
+    job: EvalJob,
     settings: Settings,
     corpora: dict[str, TaskCorpus],
-    question: Question,
+    question: SplitQuestion,
     backbone: Backbone,
     tokenizer: Any,
 ) -> EvalRequest:
     task, corpus = settings.tasks[question.task], corpora[question.task]
     split = open_split(corpus.splits[question.split], question.rows)
     if question.prompt is not None:
-        array = kept_prompt(Path(order.run_folder), question.prompt)
+        array = load_prompt(Path(job.run_folder), question.prompt)
         return eval_request(task, torch.as_tensor(array, device=backbone.device), split, corpus)
-    ids, split = behind_text(question.text or "", split, tokenizer, backbone.architecture)
+    ids, split = with_shared_prefix(question.text or "", split, tokenizer, backbone.architecture)
     prompt = backbone.embed(torch.as_tensor(ids, dtype=torch.long))  # [P, H]
     return eval_request(task, prompt, split, corpus)

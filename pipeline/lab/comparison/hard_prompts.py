@@ -1,7 +1,8 @@
-"""Prompts of words through the same evaluator: their tokens' embeddings are the prompt, and nothing is tuned.
+"""Hard prompts, which are made of words: the embeddings of their tokens are the prompt, and nothing is tuned.
 
-A row behind such a prompt has exactly the tokens that the tokenizer gives for the whole text (`behind_text`), special
-tokens at its ends included; what all rows begin with is the prompt, and runs once for all of them.
+They go through the same evaluator as soft prompts. A row behind a hard prompt has exactly the tokens that the tokenizer
+gives for the whole text, special tokens included (`with_shared_prefix`). The tokens that all rows begin with are the
+prompt, and they run once for all rows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.corpus.encoding import Architecture, decode_inputs, encode_inputs, without_embedding
+from pipeline.corpus.encoding import Architecture, decode_inputs, encode_inputs, missing_embedding
 from pipeline.corpus.reader import TokenSet, open_split
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import SettingsError
@@ -23,7 +24,7 @@ from pipeline.tuning.trials import random_numbers
 class HardPrompt:
     candidate: Candidate
     text: str
-    """All that stands before a row."""
+    """The text before every row."""
 
 
 def hard_prompts(
@@ -34,7 +35,7 @@ def hard_prompts(
     tokenizer: Any,
     architecture: Architecture,
 ) -> Iterator[HardPrompt]:
-    """Of every task: without solved rows, and with each number of them for each seed."""
+    """Every task's hard prompts: one without solved rows, and one for each number of them and each seed."""
     for task, corpus in corpora.items():
         own = settings.text.get(task)
         if settings.zero_shot:
@@ -52,14 +53,14 @@ def hard_prompts(
 
 
 def drawn_rows(task: str, seed: int, shots: int, total: int) -> np.ndarray:
-    """Row numbers `[shots]` of the train split; fewer shots of a seed are the first of more."""
+    """Row numbers `[shots]` of the train split. Fewer shots of a seed are the first ones of more shots."""
     return random_numbers(seed, task, "shots").permutation(total)[:shots]
 
 
 def solved_rows(
     train: TokenSet, rows: Sequence[int] | np.ndarray, separator: str, tokenizer: Any, architecture: Architecture
 ) -> list[str]:
-    """Inputs with their targets behind them, as texts."""
+    """Texts of inputs, each with its target behind it."""
     inputs = decode_inputs(tokenizer, architecture, [train.input_ids(int(row)).tolist() for row in rows])
     return [text + separator + train.target(int(row)) for text, row in zip(inputs, rows, strict=True)]
 
@@ -68,10 +69,12 @@ def joined(parts: Sequence[str], between: str) -> str:
     return "".join(part + between for part in parts)
 
 
-def behind_text(text: str, split: TokenSet, tokenizer: Any, architecture: Architecture) -> tuple[np.ndarray, TokenSet]:
-    """The tokens `[P]` with which every row begins behind the text, and the split with what follows them in each.
+def with_shared_prefix(
+    text: str, split: TokenSet, tokenizer: Any, architecture: Architecture
+) -> tuple[np.ndarray, TokenSet]:
+    """The tokens `[P]` that all rows begin with when the text stands before them, and the split of their remainders.
 
-    Prompt and rest of a row together are what the tokenizer gives for the text and the row's own as one.
+    Those tokens and a row's remainder together are the tokenizer's ids for the joined texts.
     """
     inputs = decode_inputs(tokenizer, architecture, [split.input_ids(row).tolist() for row in range(len(split))])
     whole = [np.array(ids, np.int32) for ids in encode_inputs(tokenizer, architecture, [text + own for own in inputs])]
@@ -81,7 +84,7 @@ def behind_text(text: str, split: TokenSet, tokenizer: Any, architecture: Archit
     return whole[0][:shared], replace(split, input_tokens=np.concatenate(rest), input_offsets=offsets)
 
 
-def check_context(
+def check_hard_prompt(
     prompt: HardPrompt,
     task: TaskSettings,
     tokenizer: Any,
@@ -89,13 +92,13 @@ def check_context(
     context: int | None,
     rows: int | None = None,
 ) -> int:
-    """How many tokens the text has.
+    """The number of tokens of the text.
 
-    Raises: SettingsError when text, row and target may not fit the model's context, or the text has a token beyond its
-    `rows` of embeddings.
+    Raises: SettingsError when text, row and target may not fit into the model's context, or the text has a token beyond
+    the model's `rows` of embeddings.
     """
     ids = encode_inputs(tokenizer, architecture, [prompt.text])[0]
-    if (reason := without_embedding(tokenizer, ids, rows)) is not None:
+    if (reason := missing_embedding(tokenizer, ids, rows)) is not None:
         raise SettingsError(f"task '{prompt.candidate.task}': its hard prompt ({prompt.candidate.name}) {reason}")
     tokens = len(ids)
     most = tokens + task.max_input_tokens + task.max_target_tokens
@@ -109,7 +112,7 @@ def check_context(
 
 
 def _shared(rows: Sequence[np.ndarray]) -> int:
-    """How many tokens all rows begin with; at least one is left of each."""
+    """How many tokens all rows begin with; each row keeps at least one of its own."""
     most = min(map(len, rows)) - 1
     table = np.stack([row[:most] for row in rows])
     differs = (table != table[0]).any(axis=0)

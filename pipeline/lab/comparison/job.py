@@ -1,6 +1,6 @@
-"""A whole comparison, phase after phase: tune, choose on dev, and only then look at test rows; then the tables.
+"""A whole comparison, phase after phase: tune, choose on dev, and only then answer test rows and make the tables.
 
-Started again, it goes on: each phase keeps what it has done, and what is done is read.
+When it is started again, it resumes: each phase keeps what it has done, and reads it back.
 """
 
 import json
@@ -14,19 +14,20 @@ from rich.console import Console
 from pipeline.backbone.files import context_length, embedding_rows
 from pipeline.errors import PromptBankError
 from pipeline.lab.comparison import tables, transfer
-from pipeline.lab.comparison.answers import Answers, Askable, Wanted
-from pipeline.lab.comparison.candidates import Cost, Measured
+from pipeline.lab.comparison.answers import AnswersByKey, CandidatePrompts, QuestionList
+from pipeline.lab.comparison.candidates import Cost, MeasuredCandidate
 from pipeline.lab.comparison.checks import check_corpora
-from pipeline.lab.comparison.choice import Group, choose, grouped
+from pipeline.lab.comparison.choice import SeedGroup, choose_best, group_over_seeds
+from pipeline.lab.comparison.derived_settings import with_own_bank
 from pipeline.lab.comparison.fine_tuning import fine_tune
-from pipeline.lab.comparison.hard_prompts import HardPrompt, check_context, hard_prompts
+from pipeline.lab.comparison.hard_prompts import HardPrompt, check_hard_prompt, hard_prompts
 from pipeline.lab.comparison.lora import train_adapters
-from pipeline.lab.comparison.overlap import seen_rows_of
+from pipeline.lab.comparison.overlap import find_seen_rows
 from pipeline.lab.comparison.page.markdown import to_markdown
-from pipeline.lab.comparison.page.render import render
+from pipeline.lab.comparison.page.render import render_comparison
 from pipeline.lab.comparison.prompts import tune_prompts
 from pipeline.lab.comparison.results import Results, TaskFacts, write_results
-from pipeline.lab.comparison.study import Study, with_own_bank
+from pipeline.lab.comparison.study import Study
 from pipeline.reporting.events import EventLog, telling_why
 from pipeline.run.bank import check_fit
 from pipeline.run.checks import CheckedRun
@@ -51,17 +52,17 @@ class ComparisonResult:
 
 
 @dataclass(frozen=True)
-class _Made:
+class _Candidates:
     """All candidates with their dev metrics."""
 
-    measured: Sequence[Measured]
-    askable: Askable
+    measured: Sequence[MeasuredCandidate]
+    prompts: CandidatePrompts
 
 
 def run_comparison(checked: CheckedRun, console: Console) -> ComparisonResult:
-    """Compare what the settings name, which are `compared_settings`; leaves `results.json` and its pages.
+    """Compare what the settings name; they come from `comparison_settings`. Leaves `results.json` and its pages.
 
-    Raises: PromptBankError for everything that a user can mend.
+    Raises: PromptBankError for everything that a user can fix.
     """
     settings, started = checked.settings, time.time()
     folder = make_run_folder(settings)
@@ -78,28 +79,28 @@ def run_comparison(checked: CheckedRun, console: Console) -> ComparisonResult:
             corpora, refused = prepare_corpora(checked, tokenizer, log, connect)
         study = Study(checked, folder, corpora, console, connect)
         check_corpora(study)
-        made = _make(study)
-        groups = grouped(made.measured)
-        chosen = choose(groups, study.metrics)
+        candidates = _make_candidates(study)
+        groups = group_over_seeds(candidates.measured)
+        chosen = choose_best(groups, study.metrics)
         _write_choices(folder / "chosen.json", chosen)
-        answers = _look_at_test_rows(study, made, chosen)
-        results = _results(study, groups, chosen, answers, made, refused, started)
+        answers = _answer_test_rows(study, candidates, chosen)
+        results = _results(study, groups, chosen, answers, candidates, refused, started)
         lease.check()
         write_results(folder / "results.json", results)
         write_atomically(folder / "report.md", to_markdown(results).encode())
-        write_atomically(folder / "report.html", render(results).encode())
+        write_atomically(folder / "report.html", render_comparison(results).encode())
         log.write("end", version=None, exit=0)
     return ComparisonResult(results, folder)
 
 
-def _make(study: Study) -> _Made:
+def _make_candidates(study: Study) -> _Candidates:
     compare = study.settings.compare
     hard = _hard_prompts(study)
     tuned = tune_prompts(study, study.checked, "prompts", "prompt tuning")
     measured = [*_measured_hard(study, hard), *tuned.measured]
     prompts = dict(tuned.arrays)
     if compare.transfer is not None and compare.transfer.starts:
-        best = choose(grouped(tuned.measured), study.metrics)
+        best = choose_best(group_over_seeds(tuned.measured), study.metrics)
         of_task = {task: group for (_, task), group in best.items()}
         moved = transfer.tune_from_others(study, compare.transfer.starts, tuned, of_task)
         if moved is not None:
@@ -109,7 +110,7 @@ def _make(study: Study) -> _Made:
         measured += train_adapters(study, compare.lora)
     if compare.fine_tuning is not None:
         measured += fine_tune(study, compare.fine_tuning)
-    return _Made(measured, Askable(prompts, {prompt.candidate.name: prompt.text for prompt in hard}))
+    return _Candidates(measured, CandidatePrompts(prompts, {prompt.candidate.name: prompt.text for prompt in hard}))
 
 
 def _hard_prompts(study: Study) -> list[HardPrompt]:
@@ -118,52 +119,51 @@ def _hard_prompts(study: Study) -> list[HardPrompt]:
     if compare.hard_prompts is None:
         return []
     tasks, tokenizer, architecture = study.settings.tasks, checked.tokenizer, checked.architecture
-    made = hard_prompts(compare.hard_prompts, tasks, study.corpora, compare.seeds, tokenizer, architecture)
-    found = list(made)
+    found = list(hard_prompts(compare.hard_prompts, tasks, study.corpora, compare.seeds, tokenizer, architecture))
     for prompt in found:
         task = tasks[prompt.candidate.task]
         context, rows = context_length(checked.config), embedding_rows(checked.config)
-        check_context(prompt, task, tokenizer, architecture, context, rows)
+        check_hard_prompt(prompt, task, tokenizer, architecture, context, rows)
     return found
 
 
-def _measured_hard(study: Study, prompts: Sequence[HardPrompt]) -> list[Measured]:
-    """Hard prompts with their dev metric: nothing is tuned, they are only asked."""
+def _measured_hard(study: Study, prompts: Sequence[HardPrompt]) -> list[MeasuredCandidate]:
+    """Hard prompts with their dev metric; nothing is tuned."""
     checked = study.checked
-    unmeasured = [Measured(prompt.candidate, float("nan"), float("nan")) for prompt in prompts]
-    wanted = Wanted(study, Askable({}, {prompt.candidate.name: prompt.text for prompt in prompts}))
-    wanted.add_all(unmeasured, "dev")
-    answers = wanted.answers()
+    unmeasured = [MeasuredCandidate(prompt.candidate, float("nan"), float("nan")) for prompt in prompts]
+    questions = QuestionList(study, CandidatePrompts({}, {prompt.candidate.name: prompt.text for prompt in prompts}))
+    questions.add_all(unmeasured, "dev")
+    answers = questions.answers()
     found = []
     for prompt in prompts:
         task = prompt.candidate.task
         answered = answers[prompt.candidate.name, task, "dev"]
         context = None  # checked before
-        tokens = check_context(prompt, study.settings.tasks[task], checked.tokenizer, checked.architecture, context)
+        tokens = check_hard_prompt(prompt, study.settings.tasks[task], checked.tokenizer, checked.architecture, context)
         cost = Cost(stored_bytes=len(prompt.text.encode()), prompt_tokens=tokens if prompt.text else 0)
-        found.append(Measured(prompt.candidate, answered.value(study.metrics[task]), answered.loss, cost))
+        found.append(MeasuredCandidate(prompt.candidate, answered.value(study.metrics[task]), answered.loss, cost))
     return found
 
 
-def _look_at_test_rows(study: Study, made: _Made, chosen: tables.Chosen) -> Answers:
-    """Every candidate on its task's test rows; the chosen ones on whatever else is asked of them."""
+def _answer_test_rows(study: Study, candidates: _Candidates, chosen: tables.Chosen) -> AnswersByKey:
+    """Every candidate's answers on its task's test rows, and the chosen ones' answers for the other tables."""
     compare = study.settings.compare
-    wanted = Wanted(study, made.askable)
-    wanted.add_all(made.measured, "test")
+    questions = QuestionList(study, candidates.prompts)
+    questions.add_all(candidates.measured, "test")
     for (method, task), group in chosen.items():
-        if compare.ensembles and method == "prompt tuning" and len(group.whole) > 1:
-            wanted.add_all(group.whole, "dev")
+        if compare.ensembles and method == "prompt tuning" and len(group.succeeded) > 1:
+            questions.add_all(group.succeeded, "dev")
         for on in compare.domain_shift.get(task, ()):
-            for one in group.whole:
-                wanted.add(one, on, "test")
+            for one in group.succeeded:
+                questions.add(one, on, "test")
     if compare.transfer is not None and compare.transfer.matrix:
         for one in _best_prompts(study, chosen).values():
             for on in study.corpora:
-                wanted.add(one, on, tables.last_split(study, on))
-    return wanted.answers()
+                questions.add(one, on, tables.last_split(study, on))
+    return questions.answers()
 
 
-def _best_prompts(study: Study, chosen: tables.Chosen) -> dict[str, Measured]:
+def _best_prompts(study: Study, chosen: tables.Chosen) -> dict[str, MeasuredCandidate]:
     """By task, the tuned prompt that is best on dev."""
     found = {task: g.best(study.metrics[task]) for (method, task), g in chosen.items() if method == "prompt tuning"}
     return {task: one for task, one in found.items() if one is not None}
@@ -171,15 +171,15 @@ def _best_prompts(study: Study, chosen: tables.Chosen) -> dict[str, Measured]:
 
 def _results(
     study: Study,
-    groups: Sequence[Group],
+    groups: Sequence[SeedGroup],
     chosen: tables.Chosen,
-    answers: Answers,
-    made: _Made,
+    answers: AnswersByKey,
+    candidates: _Candidates,
     refused: Mapping[str, PromptBankError],
     started: float,
 ) -> Results:
     settings, checked = study.settings, study.checked
-    compare, judged = settings.compare, tables.Judged(answers, study.metrics, seen_rows_of(study))
+    compare, judged = settings.compare, tables.CountedAnswers(answers, study.metrics, find_seen_rows(study))
     best = _best_prompts(study, chosen)
     matrix = compare.transfer is not None and compare.transfer.matrix
     return Results(
@@ -193,11 +193,13 @@ def _results(
         started=started,
         ended=time.time(),
         tasks=tuple(_facts(study, task, judged) for task in study.corpora),
-        numbers=tuple(tables.numbers(groups, chosen, judged)),
-        rows=tuple(tables.rows(groups, chosen, judged)),
+        numbers=tuple(tables.candidate_rows(groups, chosen, judged)),
+        rows=tuple(tables.method_rows(groups, chosen, judged)),
         ensembles=tuple(tables.ensemble_rows(chosen, judged)) if compare.ensembles else (),
         transfer=tuple(tables.transfer_cells(best, judged, study)) if matrix else (),
-        likeness=transfer.likeness({task: made.askable.prompts[one.candidate.name] for task, one in best.items()}),
+        likeness=transfer.prompt_similarities(
+            {task: candidates.prompts.soft[one.candidate.name] for task, one in best.items()}
+        ),
         starts=tuple(tables.start_rows(groups, chosen, judged)),
         shifts=tuple(tables.shift_rows(compare.domain_shift, chosen, judged)),
         panels=tuple(tables.panel(key, groups, judged) for key in compare.panels),
@@ -207,7 +209,7 @@ def _results(
     )
 
 
-def _facts(study: Study, task: str, judged: tables.Judged) -> TaskFacts:
+def _facts(study: Study, task: str, judged: tables.CountedAnswers) -> TaskFacts:
     corpus = study.corpora[task]
     answered: dict[str, int] = {split: len(given.nll) for (_, on, split), given in judged.answers.items() if on == task}
     rows = {split: counts["ok"] for split, counts in corpus.counts.items()}
@@ -217,14 +219,14 @@ def _facts(study: Study, task: str, judged: tables.Judged) -> TaskFacts:
 
 
 def _write_choices(path: Path, chosen: tables.Chosen) -> None:
-    """What was chosen, written down before a test row is looked at. Raises: StorageError."""
+    """Write down what was chosen, before any test row is answered. Raises: StorageError."""
     plain = [
         {
             "method": method,
             "task": task,
             "choice": dict(group.choice),
-            "seeds": [one.candidate.seed for one in group.whole],
-            "dev": [one.value for one in group.whole],
+            "seeds": [one.candidate.seed for one in group.succeeded],
+            "dev": [one.value for one in group.succeeded],
         }
         for (method, task), group in chosen.items()
     ]

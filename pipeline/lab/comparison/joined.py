@@ -1,4 +1,4 @@
-"""Panels over several finished comparisons: one line a size of the model, say, with its spread over seeds."""
+"""Panels over several finished comparisons: for example one line for each model size, with its spread over seeds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class JoinedPoint:
 class JoinedPlot:
     title: str
     axis: str
-    """What the values are of."""
+    """What the values measure."""
     task: str
     metric: str
     lines: Mapping[str, Sequence[JoinedPoint]]
@@ -37,8 +37,8 @@ class JoinedPlot:
         return point.test if self.split == "test" and point.test is not None else point.dev
 
 
-def join(settings: JoinSettings) -> list[JoinedPlot]:
-    """Read what the panels ask for. Raises: SettingsError when a run has no such task or panel, StorageError."""
+def join_panels(settings: JoinSettings) -> list[JoinedPlot]:
+    """Read the figures of the panels. Raises: SettingsError when a run has no such task or panel, StorageError."""
     return [_joined(panel) for panel in settings.panels]
 
 

@@ -1,4 +1,4 @@
-"""LoRA in a comparison: every (task, rate, seed) is one rank's job, and jobs are dealt over the ranks.
+"""LoRA in a comparison: every (task, rate, seed) is a job for one rank, and jobs are dealt to the ranks in turn.
 
 Test rows are answered in a second launch, when all adapters are there and every choice is made.
 """
@@ -11,51 +11,56 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.corpus.task_corpus import TaskCorpus
-from pipeline.lab.comparison.adapter_files import KeptAdapter, load_adapter
-from pipeline.lab.comparison.candidates import Candidate, Cost, Measured
+from pipeline.lab.comparison.candidates import Candidate, Cost, MeasuredCandidate
+from pipeline.lab.comparison.derived_settings import training_grid
 from pipeline.lab.comparison.lora_job import PHASE, LoraJob, LoraRankJob, lora_trial
-from pipeline.lab.comparison.questions import Answered, Question, all_answers, load_answers
-from pipeline.lab.comparison.study import Study, seen_while_tuning
-from pipeline.lab.comparison.training import jobs_of
+from pipeline.lab.comparison.questions import SplitAnswers, SplitQuestion, all_answers, load_answers
+from pipeline.lab.comparison.study import Study, without_test_splits
+from pipeline.lab.comparison.tensor_files import KeptAdapter, load_adapter
 from pipeline.run.stages import settings_for_ranks
 from pipeline.settings import LoraSettings
 
 
-def train_adapters(study: Study, lora: LoraSettings) -> list[Measured]:
+def train_adapters(study: Study, lora: LoraSettings) -> list[MeasuredCandidate]:
     """Every task's adapters with their dev metric. Raises: PromptBankError."""
-    corpora = seen_while_tuning(study.corpora)
+    corpora = without_test_splits(study.corpora)
     with study.phase(PHASE) as (folder, log):
         jobs = tuple(_jobs(study, lora, corpora))
         log.write("begin", tasks=len(corpora))
-        order = _order(study, corpora, folder, jobs)
-        missing = [job for job in jobs if load_adapter(order.adapter(job)) is None]
+        rank_job = _rank_job(study, corpora, folder, jobs)
+        missing = [job for job in jobs if load_adapter(rank_job.adapter(job)) is None]
         if missing:
             log.write("stage", name=PHASE, text=f"{len(missing)} adapters to be trained")
-            study.on_ranks(_order(study, corpora, folder, missing), log)
-        found = [load_adapter(order.adapter(job)) for job in jobs]
+            study.run_on_ranks(_rank_job(study, corpora, folder, missing), log)
+        found = [load_adapter(rank_job.adapter(job)) for job in jobs]
         log.write("end", version=None, exit=0)
     if any(kept is None for kept in found):
         raise study.told_to_stop(PHASE)
     return [_measured(job, kept, lora) for job, kept in zip(jobs, found, strict=True) if kept is not None]
 
 
-def ask_adapters(
-    study: Study, lora: LoraSettings, questions: dict[str, tuple[Question, ...]]
-) -> dict[tuple[str, Question], Answered]:
+def answers_of_adapters(
+    study: Study, lora: LoraSettings, questions: dict[str, tuple[SplitQuestion, ...]]
+) -> dict[tuple[str, SplitQuestion], SplitAnswers]:
     """Answers of trained adapters, by candidate and question. Raises: PromptBankError."""
     with study.phase(PHASE) as (folder, log):
         log.write("begin", tasks=len(study.corpora))
-        trained = _jobs(study, lora, seen_while_tuning(study.corpora))
-        jobs = [_asked(study, job, questions[job.name]) for job in trained if questions.get(job.name)]
-        order = _order(study, dict(study.corpora), folder, jobs)
-        if any(load_answers(path) is None for job in jobs for path in order.answers(job).values()):
-            study.on_ranks(order, log)
-        answered: dict[tuple[str, Question], Answered] = {}
+        trained = _jobs(study, lora, without_test_splits(study.corpora))
+        jobs = []
+        for job in trained:
+            own = questions.get(job.name, ())
+            if own:
+                digests = tuple(question.digest(*study.deciding(question.task), job.file) for question in own)
+                jobs.append(replace(job, questions=own, digests=digests))
+        rank_job = _rank_job(study, dict(study.corpora), folder, jobs)
+        if any(load_answers(path) is None for job in jobs for path in rank_job.answers(job).values()):
+            study.run_on_ranks(rank_job, log)
+        answered: dict[tuple[str, SplitQuestion], SplitAnswers] = {}
         for job in jobs:
-            own = all_answers(order.answers(job))
-            if own is None:
+            found = all_answers(rank_job.answers(job))
+            if found is None:
                 raise study.told_to_stop(PHASE)
-            answered |= {(job.name, question): given for question, given in own.items()}
+            answered |= {(job.name, question): given for question, given in found.items()}
         log.write("end", version=None, exit=0)
     return answered
 
@@ -63,7 +68,7 @@ def ask_adapters(
 def _jobs(study: Study, lora: LoraSettings, corpora: dict[str, TaskCorpus]) -> list[LoraJob]:
     fingerprint = study.checked.identity.fingerprint
     jobs = []
-    for task, rate, seed in jobs_of(lora, list(corpora), study.settings.compare.seeds):
+    for task, rate, seed in training_grid(lora, list(corpora), study.settings.compare.seeds):
         own = lora_trial(study.settings, lora, task, rate, seed, corpora[task].digest, fingerprint)
         parts = json.dumps([own.digest, lora.rank, lora.alpha, lora.targets, study.settings.model.dtype])
         file = hashlib.sha256(parts.encode()).hexdigest()[:32]
@@ -71,12 +76,7 @@ def _jobs(study: Study, lora: LoraSettings, corpora: dict[str, TaskCorpus]) -> l
     return jobs
 
 
-def _asked(study: Study, job: LoraJob, questions: tuple[Question, ...]) -> LoraJob:
-    digests = tuple(question.digest(*study.deciding(question.task), job.file) for question in questions)
-    return replace(job, questions=questions, digests=digests)
-
-
-def _order(study: Study, corpora: dict[str, TaskCorpus], folder: Path, jobs: Sequence[LoraJob]) -> LoraRankJob:
+def _rank_job(study: Study, corpora: dict[str, TaskCorpus], folder: Path, jobs: Sequence[LoraJob]) -> LoraRankJob:
     return LoraRankJob(
         settings=settings_for_ranks(study.settings),
         corpora={task: corpus.to_dict() for task, corpus in corpora.items()},
@@ -87,7 +87,7 @@ def _order(study: Study, corpora: dict[str, TaskCorpus], folder: Path, jobs: Seq
     )
 
 
-def _measured(job: LoraJob, kept: KeptAdapter, lora: LoraSettings) -> Measured:
+def _measured(job: LoraJob, kept: KeptAdapter, lora: LoraSettings) -> MeasuredCandidate:
     choice: dict[str, Any] = {"rank": lora.rank, "lr": job.rate}
     candidate = Candidate(job.name, "LoRA", job.task, choice, job.seed)
     cost = Cost(
@@ -97,4 +97,4 @@ def _measured(job: LoraJob, kept: KeptAdapter, lora: LoraSettings) -> Measured:
         peak_bytes=kept.peak_bytes,
     )
     best = kept.history[kept.best_at]
-    return Measured(candidate, best.value, best.loss, cost, kept.failed)
+    return MeasuredCandidate(candidate, best.value, best.loss, cost, kept.failed)

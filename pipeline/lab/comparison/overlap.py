@@ -1,6 +1,6 @@
-"""Rows of one task that the training of another has seen: corpora of one origin share their texts.
+"""Find rows of one task that another task's training has seen: corpora of one origin share texts.
 
-What was trained on a row may know its answer by heart; judged on another task, that would pass for transfer.
+What was trained on a row may have memorised its answer. Counted on another task, that would look like transfer.
 """
 
 import re
@@ -13,10 +13,10 @@ import numpy as np
 from pipeline.corpus.encoding import decode_inputs
 from pipeline.corpus.reader import SplitRef, open_split
 from pipeline.corpus.template import parse_template
-from pipeline.lab.comparison.questions import Answered, Split
+from pipeline.lab.comparison.questions import Split, SplitAnswers
 from pipeline.lab.comparison.study import Study
 
-Seen = Callable[[str, str, Split], np.ndarray]
+SeenRows = Callable[[str, str, Split], np.ndarray]
 """(task trained on, task answered, split) -> `[N]`, whether train or dev of the first holds a row of the second."""
 
 _AT_ONCE = 4096
@@ -24,12 +24,12 @@ _BRACKET = re.compile(r"-[lr][rsc]b-")
 _NEITHER_LETTER_NOR_DIGIT = re.compile(r"[\W_]+")
 
 
-def seen_rows_of(study: Study) -> Seen:
-    """Of a comparison's rows as they are answered; two texts are one if their letters are."""
+def find_seen_rows(study: Study) -> SeenRows:
+    """A function that tells the seen rows of a comparison. Two texts count as one if their letters are equal."""
 
     def letters(task: str, ref: SplitRef, limit: int | None = None) -> Iterator[str]:
         split, tokenizer = open_split(ref, limit), study.checked.tokenizer
-        own = own_letters(study.settings.tasks[task].input)
+        own = row_letters(study.settings.tasks[task].input)
         for first in range(0, len(split), _AT_ONCE):
             rows = [split.input_ids(row).tolist() for row in range(first, min(first + _AT_ONCE, len(split)))]
             yield from map(own, decode_inputs(tokenizer, study.checked.architecture, rows))
@@ -50,8 +50,8 @@ def seen_rows_of(study: Study) -> Seen:
     return seen
 
 
-def own_letters(template: str) -> Callable[[str], str]:
-    """What tells the letters of a row from those that its template puts around and between them."""
+def row_letters(template: str) -> Callable[[str], str]:
+    """A function that returns a row's own letters, without those that its template puts around and between them."""
     pieces = parse_template(template, "input").pieces
     parts = (re.escape(_letters(literal)) + ("(.*?)" if column is not None else "") for literal, column in pieces)
     pattern = re.compile("".join(parts))
@@ -65,14 +65,16 @@ def own_letters(template: str) -> Callable[[str], str]:
 
 
 def _letters(text: str) -> str:
-    """Letters and digits alone, without case and accents: `is n't` is `isn't`, and `-lrb- a -rrb-` is `(a)`."""
+    """Letters and digits only, without case and accents: `is n't` equals `isn't`, and `-lrb- a -rrb-` equals `(a)`."""
     plain = unicodedata.normalize("NFKD", _BRACKET.sub(" ", text.casefold()))
     plain = "".join(letter for letter in plain if not unicodedata.combining(letter))
     return _NEITHER_LETTER_NOR_DIGIT.sub("", plain)
 
 
-def unseen(answered: Answered, sources: Collection[str], on: str, split: Split, seen: Seen) -> Answered | None:
-    """The answers to rows that no task of `sources` other than `on` was trained on; None where none is left."""
+def unseen_answers(
+    answered: SplitAnswers, sources: Collection[str], on: str, split: Split, seen: SeenRows
+) -> SplitAnswers | None:
+    """The answers to rows that no task of `sources` except `on` was trained on; None if no row is left."""
     held = [seen(source, on, split) for source in sources if source != on]
     if not held:
         return answered
@@ -82,5 +84,5 @@ def unseen(answered: Answered, sources: Collection[str], on: str, split: Split, 
 
 
 def _digests(texts: Iterable[str]) -> np.ndarray:
-    """Eight bytes a text, whatever its length; of this process alone."""
+    """Eight bytes for each text. They differ from process to process, so they are never stored."""
     return np.fromiter(map(hash, texts), np.int64)

@@ -1,4 +1,4 @@
-"""The prompts of a comparison: the main job's own tuning, of every trial of every sweep."""
+"""The prompts of a comparison: every trial of every sweep, tuned as the main job tunes them."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.backbone.files import save_description
-from pipeline.lab.comparison.candidates import Candidate, Cost, Measured, Method
-from pipeline.lab.comparison.choice import choose, grouped
-from pipeline.lab.comparison.study import Study, seen_while_tuning, with_own_bank
+from pipeline.backbone.files import save_config_and_tokenizer
+from pipeline.lab.comparison.candidates import Candidate, Cost, MeasuredCandidate, Method
+from pipeline.lab.comparison.choice import choose_best, group_over_seeds
+from pipeline.lab.comparison.derived_settings import with_own_bank
+from pipeline.lab.comparison.study import Study, without_test_splits
 from pipeline.reporting.events import Event
 from pipeline.reporting.html.run_files import stages_of
 from pipeline.reporting.watched import read_events
@@ -25,7 +26,7 @@ from pipeline.tuning.state import TrialState, by_task
 
 @dataclass(frozen=True)
 class TunedPrompts:
-    measured: tuple[Measured, ...]
+    measured: tuple[MeasuredCandidate, ...]
     """In the trials' order."""
     arrays: Mapping[str, np.ndarray]
     """By candidate, the prompt at its best evaluation, `[P, H]` float32."""
@@ -34,22 +35,23 @@ class TunedPrompts:
 
 
 def tune_prompts(study: Study, checked: CheckedRun, phase: str, method: Method) -> TunedPrompts:
-    """Tune every trial of the settings in `checked`, going on where an attempt before was stopped.
+    """Tune every trial of the settings in `checked`, and resume where an earlier attempt was stopped.
 
-    Tuned prompts are published into the comparison's own bank, transferred ones start from it. Raises: PromptBankError.
+    Tuned prompts are published into the comparison's own bank, and transferred prompts start from it.
+    Raises: PromptBankError.
     """
     own = method == "prompt tuning"
     settings = checked.settings
-    corpora = {name: corpus for name, corpus in seen_while_tuning(study.corpora).items() if name in settings.tasks}
+    corpora = {name: corpus for name, corpus in without_test_splits(study.corpora).items() if name in settings.tasks}
     with study.phase(phase) as (folder, log):
-        save_description(checked.config, checked.tokenizer, folder / "model")
+        save_config_and_tokenizer(checked.config, checked.tokenizer, folder / "model")
         log.write("begin", tasks=len(corpora))
-        order = make_rank_job(checked, corpora, folder, starts_anew=not own)
-        announce(order, settings, log)
-        states = finished_states(order, settings)
+        rank_job = make_rank_job(checked, corpora, folder, starts_anew=not own)
+        announce(rank_job, settings, log)
+        states = finished_states(rank_job, settings)
         if states is None:
-            study.on_ranks(order, log)
-            states = finished_states(order, settings)
+            study.run_on_ranks(rank_job, log)
+            states = finished_states(rank_job, settings)
         if states is None:
             raise study.told_to_stop(phase)
         log.write("stage", name="publish", text=f"{len(states)} trials")
@@ -72,10 +74,12 @@ def tune_prompts(study: Study, checked: CheckedRun, phase: str, method: Method) 
 
 
 def _entries(
-    states: Sequence[TrialState], measured: Sequence[Measured], metrics: Mapping[str, str]
+    states: Sequence[TrialState], measured: Sequence[MeasuredCandidate], metrics: Mapping[str, str]
 ) -> list[TaskResult]:
-    """The tasks' trials, the best seed of each task's best choice as the chosen one: as the report has it."""
-    best = {task: group.best(metrics[task]) for (_, task), group in choose(grouped(measured), metrics).items()}
+    """The tasks' trials for the report; the chosen one is the best seed of the task's best choice."""
+    best = {
+        task: group.best(metrics[task]) for (_, task), group in choose_best(group_over_seeds(measured), metrics).items()
+    }
     entries = []
     for task, trials in by_task(states).items():
         own = [state for state, one in zip(states, measured, strict=True) if one is best.get(task)]
@@ -83,16 +87,16 @@ def _entries(
     return entries
 
 
-def _measured(state: TrialState, method: Method, task: TaskSettings, costs: Mapping[str, Cost]) -> Measured:
+def _measured(state: TrialState, method: Method, task: TaskSettings, costs: Mapping[str, Cost]) -> MeasuredCandidate:
     name, best = state.trial.name, state.history[state.best_at]
     failed = state.reason or "it failed" if state.status == "failed" else None
     short = "" if method == "prompt tuning" else "transferred."
     candidate = Candidate(short + name, method, state.trial.task, _choice(task, state.trial.settings), state.trial.seed)
-    return Measured(candidate, best.value, best.loss, costs[name], failed)
+    return MeasuredCandidate(candidate, best.value, best.loss, costs[name], failed)
 
 
 def _choice(task: TaskSettings, trial: TaskSettings) -> dict[str, Any]:
-    """The trial's value of every key that its task sweeps, but for the seed."""
+    """The trial's value of every key that its task sweeps, without the seed."""
     whole = trial.model_dump(mode="json")
     choice = {}
     for key in task.sweep or {}:
@@ -103,7 +107,7 @@ def _choice(task: TaskSettings, trial: TaskSettings) -> dict[str, Any]:
 
 
 def _costs(folder: Path, states: Sequence[TrialState], ranks: int) -> dict[str, Cost]:
-    """Trials tuned side by side share the phase's time by the rows that each trained."""
+    """The trials' costs. Trials tuned together share the phase's time in proportion to the rows that each trained."""
     seconds, peak = _spent(read_events(folder / "events.jsonl"), {state.trial.digest for state in states})
     rows = [state.step * state.trial.settings.batch_size for state in states]
     return {
@@ -119,8 +123,10 @@ def _costs(folder: Path, states: Sequence[TrialState], ranks: int) -> dict[str, 
 
 
 def _spent(events: Iterable[Event], digests: Collection[str]) -> tuple[float, int | None]:
-    """Seconds of tuning these trials, and the most bytes meanwhile, over all attempts: settings may have been changed
-    between two, and of an attempt that tuned others, too, they have their share by steps."""
+    """Seconds of tuning these trials and the peak bytes meanwhile, over all attempts.
+
+    Settings may change between attempts. If an attempt tuned other trials as well, these get a share by their steps.
+    """
     attempts: list[list[Event]] = []
     for event in events:
         if event["event"] == "begin" or not attempts:

@@ -1,6 +1,6 @@
-"""What the ranks are asked after tuning: a prompt put before every row of a split; and what is kept of the answers.
+"""Questions to the ranks after tuning, each a prompt before every row of a split, and the answers that are kept.
 
-An answer's file is named by the digest of all that decides it, so a question that was answered is never asked again.
+A file of answers is named by the digest of all that decides them, so a question is never answered twice.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from pipeline.errors import StorageError
-from pipeline.lab.comparison.told_tensors import load_told, save_told
+from pipeline.lab.comparison.tensor_files import load_tensors, save_tensors
 from pipeline.tuning.evaluate import Answers, EvalRequest, score_texts
 from pipeline.whole_files import write_atomically
 
@@ -22,27 +22,27 @@ Split = Literal["dev", "test"]
 
 
 @dataclass(frozen=True)
-class Question:
-    """Plain values, for ranks."""
+class SplitQuestion:
+    """A prompt or text to put before every row of a task's split; plain values, for ranks."""
 
     task: str
     """Whose rows are answered, with its labels and by its metric."""
     split: Split
     rows: int | None
-    """At most so many, a fixed random subset."""
+    """At most so many rows, a fixed random subset; None for all."""
     prompt: str | None = None
-    """Digest of a prompt that `keep_prompt` keeps."""
+    """Digest of a prompt that `save_prompt` wrote."""
     text: str | None = None
     """Or the words that stand before every row."""
 
     def digest(self, *surroundings: str) -> str:
-        """surroundings: what else decides the answers: corpus, backbone, products."""
+        """surroundings: all else that decides the answers, such as corpus, backbone and products."""
         parts = json.dumps([asdict(self), *surroundings], sort_keys=True)
         return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
-class Answered:
+class SplitAnswers:
     """A split's answers, N rows in their order."""
 
     nll: np.ndarray
@@ -60,10 +60,10 @@ class Answered:
     def loss(self) -> float:
         return float(self.nll.sum() / self.lengths.sum())
 
-    def only(self, rows: np.ndarray) -> "Answered":
-        """Of some rows; rows: `[N]`, whether a row stays."""
+    def only(self, rows: np.ndarray) -> "SplitAnswers":
+        """The answers of some rows; rows: `[N]` whether to keep a row."""
         places = np.flatnonzero(rows)
-        return Answered(
+        return SplitAnswers(
             nll=self.nll[places],
             lengths=self.lengths[places],
             targets=[self.targets[place] for place in places],
@@ -77,14 +77,14 @@ class Answered:
         return self.loss if self.texts is None else score_texts(metric, self.texts, self.targets)
 
 
-def as_answered(exam: EvalRequest, answers: Answers) -> Answered:
-    """What is kept of an exam's answers."""
-    lengths = exam.split.target_lengths
-    return Answered(answers.nll, lengths, answers.wanted, answers.texts, answers.label_scores, exam.labels)
+def to_split_answers(request: EvalRequest, answers: Answers) -> SplitAnswers:
+    """The part of a request's answers that is kept."""
+    lengths = request.split.target_lengths
+    return SplitAnswers(answers.nll, lengths, answers.wanted, answers.texts, answers.label_scores, request.labels)
 
 
-def keep_prompt(folder: Path, prompt: np.ndarray) -> str:
-    """Write a prompt `[P, H]` to where the ranks read it; its digest. Raises: StorageError."""
+def save_prompt(folder: Path, prompt: np.ndarray) -> str:
+    """Write a prompt `[P, H]` where the ranks read it; returns its digest. Raises: StorageError."""
     data = save({"prompt": np.ascontiguousarray(prompt, np.float32)})
     digest = hashlib.sha256(data).hexdigest()[:32]
     path = folder / "prompts" / f"{digest}.safetensors"
@@ -93,8 +93,8 @@ def keep_prompt(folder: Path, prompt: np.ndarray) -> str:
     return digest
 
 
-def kept_prompt(folder: Path, digest: str) -> np.ndarray:
-    """Raises: StorageError."""
+def load_prompt(folder: Path, digest: str) -> np.ndarray:
+    """The prompt `[P, H]` that `save_prompt` wrote. Raises: StorageError."""
     path = folder / "prompts" / f"{digest}.safetensors"
     try:
         data = path.read_bytes()
@@ -106,35 +106,37 @@ def kept_prompt(folder: Path, digest: str) -> np.ndarray:
     return prompt
 
 
-def answer_paths(run_folder: str, questions: Sequence[Question], digests: Sequence[str]) -> dict[Question, Path]:
-    """Where a phase keeps the answers to each question; digests: by question."""
+def answer_paths(
+    run_folder: str, questions: Sequence[SplitQuestion], digests: Sequence[str]
+) -> dict[SplitQuestion, Path]:
+    """The file of a phase with the answers to each question; digests: by question."""
     files = Path(run_folder) / "files"
     return {q: files / f"{digest}.safetensors" for q, digest in zip(questions, digests, strict=True)}
 
 
-def save_answers(path: Path, answered: Answered) -> None:
+def save_answers(path: Path, answered: SplitAnswers) -> None:
     """Raises: StorageError."""
     arrays = {"nll": answered.nll, "lengths": answered.lengths}
     if answered.label_scores is not None:
         arrays["label_scores"] = np.ascontiguousarray(answered.label_scores)
     values = {"targets": answered.targets, "texts": answered.texts, "labels": answered.labels}
-    save_told(path, arrays, values, save)
+    save_tensors(path, arrays, values, save)
 
 
-def load_answers(path: Path) -> Answered | None:
-    """None where they are not there, or damaged."""
-    found = load_told(path, load)
+def load_answers(path: Path) -> SplitAnswers | None:
+    """The answers; None where the file is missing or damaged."""
+    found = load_tensors(path, load)
     if found is None:
         return None
     values, arrays = found
     labels = None if values["labels"] is None else tuple(values["labels"])
-    return Answered(
+    return SplitAnswers(
         arrays["nll"], arrays["lengths"], values["targets"], values["texts"], arrays.get("label_scores"), labels
     )
 
 
-def all_answers(paths: Mapping[Question, Path]) -> dict[Question, Answered] | None:
-    """None while one is missing."""
+def all_answers(paths: Mapping[SplitQuestion, Path]) -> dict[SplitQuestion, SplitAnswers] | None:
+    """The answers to all questions; None while some are missing."""
     found = {}
     for question, path in paths.items():
         answered = load_answers(path)

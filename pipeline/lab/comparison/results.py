@@ -1,6 +1,6 @@
-"""What a comparison found, as plain values: `results.json`, and all that its pages are made from.
+"""The results of a comparison as plain values: `results.json`, from which its pages are made.
 
-Test figures meet the choices only here, after these were made.
+Test figures and choices come together only here, after the choices were made.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,8 +18,8 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Number:
-    """One candidate: a method on a task with one choice and one seed."""
+class CandidateRow:
+    """One candidate: a method on a task, with one choice and one seed."""
 
     name: str
     method: str
@@ -29,7 +29,7 @@ class Number:
     seed: int | None
     """None where there is no chance in it."""
     chosen: bool
-    """Whether its choice is its method's best of the task, by the mean dev metric."""
+    """Whether its choice is the method's best on the task, by the mean dev metric."""
     dev: float | None
     dev_loss: float | None
     test: float | None
@@ -52,7 +52,7 @@ class Mean:
     """Sample standard deviation; None of a single seed."""
     seeds: tuple[int | None, ...]
     values: tuple[float, ...] = ()
-    """Of each seed."""
+    """The figure of each seed."""
 
     @property
     def each(self) -> list[tuple[int | None, float]]:
@@ -61,7 +61,7 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodRow:
     """A method with one choice on a task, over its seeds."""
 
     method: str
@@ -72,13 +72,13 @@ class Row:
     dev: Mean | None
     """None where every seed failed."""
     test: Mean | None
-    """None where the task has no test split, too."""
+    """None where every seed failed or the task has no test split."""
     seen: int
-    """Test rows that do not count, because a task that it was started from was trained on them."""
+    """Test rows that do not count, because a task that this one started from was trained on them."""
     trained_parameters: int
     stored_bytes: int
     rank_seconds: float
-    """Of one seed, in the mean."""
+    """Mean over seeds."""
     peak_bytes: int | None
     prompt_tokens: int
     failed: int
@@ -86,23 +86,23 @@ class Row:
 
     @property
     def shown(self) -> Mean | None:
-        """On test; on dev where the task has no test split; nothing where every test row was seen in training."""
+        """The test figure; dev's where the task has no test split; None where every test row was seen in training."""
         return self.test if self.test is not None or self.seen else self.dev
 
 
 @dataclass(frozen=True)
 class EnsembleRow:
-    """The seeds of a task's best choice, answering together."""
+    """The seeds of a task's best choice answering together, as an ensemble."""
 
     task: str
     split: str
     seeds: tuple[int | None, ...]
     members: Mean
-    """Of the seeds alone."""
+    """The seeds, each alone."""
     best: float
-    """The seed that is best on dev, alone."""
+    """The figure of the seed that is best on dev."""
     average: float | None
-    """Of the labels' probabilities; None where answers are texts."""
+    """With averaged label probabilities; None where answers are texts."""
     majority: float | None
 
 
@@ -124,7 +124,7 @@ class TransferCell:
 
 
 @dataclass(frozen=True)
-class Likeness:
+class PromptSimilarity:
     """Cosine similarity of two tasks' best prompts: of the mean over their tokens, and the mean over all pairs."""
 
     a: str
@@ -135,7 +135,7 @@ class Likeness:
 
 @dataclass(frozen=True)
 class ShiftRow:
-    """What was trained on one task, on the test rows of others."""
+    """A candidate that was trained on one task, on the test rows of another."""
 
     method: str
     trained_on: str
@@ -145,12 +145,12 @@ class ShiftRow:
     rows: int
     """That count."""
     seen: int
-    """That do not, because they are among what was trained on."""
+    """That do not, because they are among the rows trained on."""
 
 
 @dataclass(frozen=True)
 class StartRow:
-    """Prompts that were started from other tasks' prompts, and the task's best choice without, on the same rows."""
+    """Prompts that started from other tasks' prompts, and the task's best choice without that, on the same rows."""
 
     task: str
     source: str
@@ -187,9 +187,9 @@ class TaskFacts:
     rows: Mapping[str, int]
     """Usable rows by split."""
     answered: Mapping[str, int]
-    """Rows of dev and test that every figure is of."""
+    """Rows of dev and test that the figures are computed on."""
     repeated: int = 0
-    """Test rows answered that the task's own train or dev split has, too. They count: the splits are yours."""
+    """Answered test rows that the task's own train or dev split has, too. They count: the user made the splits."""
 
 
 @dataclass(frozen=True)
@@ -205,11 +205,11 @@ class Results:
     ended: float
     """Unix seconds, of the attempt that finished."""
     tasks: tuple[TaskFacts, ...]
-    numbers: tuple[Number, ...]
-    rows: tuple[Row, ...]
+    numbers: tuple[CandidateRow, ...]
+    rows: tuple[MethodRow, ...]
     ensembles: tuple[EnsembleRow, ...] = ()
     transfer: tuple[TransferCell, ...] = ()
-    likeness: tuple[Likeness, ...] = ()
+    likeness: tuple[PromptSimilarity, ...] = ()
     starts: tuple[StartRow, ...] = ()
     shifts: tuple[ShiftRow, ...] = ()
     panels: tuple[Panel, ...] = ()
@@ -219,7 +219,7 @@ class Results:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def last_ensembles(self) -> list[EnsembleRow]:
-        """On test, of tasks that have it, else on dev."""
+        """Each task's ensemble on test, or on dev for a task without a test split."""
         return list({row.task: row for row in sorted(self.ensembles, key=lambda row: row.split)}.values())
 
     def metric(self, task: str) -> str:
@@ -240,19 +240,19 @@ def write_results(path: Path, results: Results) -> None:
 
 
 def read_results(path: Path) -> Mapping[str, Any]:
-    """As `write_results` wrote them, as plain values. Raises: StorageError."""
+    """The plain values that `write_results` wrote. Raises: StorageError."""
     try:
         plain: Mapping[str, Any] = open_json(path.read_bytes(), ["format", *(known.name for known in fields(Results))])
     except (OSError, DamagedError) as error:
-        raise StorageError(f"cannot read {path}: {error}; make it anew") from error
+        raise StorageError(f"cannot read {path}: {error}; make it again") from error
     if plain.get("format") != FORMAT:
-        raise StorageError(f"{path} is no comparison's results.json of this version; make it anew")
+        raise StorageError(f"{path} is no comparison's results.json of this version; make it again")
     return plain
 
 
-def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The chosen rows of each method, in the order in which methods come."""
-    found: dict[str, list[Row]] = {}
+def by_method(rows: Sequence[MethodRow]) -> dict[str, list[MethodRow]]:
+    """The chosen rows of each method, in the order of the methods."""
+    found: dict[str, list[MethodRow]] = {}
     for row in rows:
         if row.chosen:
             found.setdefault(row.method, []).append(row)

@@ -1,9 +1,8 @@
-"""A comparison under way: what all of its phases share, and how one of them is put to the ranks.
+"""A comparison under way: what all of its phases share, and how a phase runs on the ranks.
 
-Every phase has a folder of its own in the run's folder, which is that of an ordinary run: events, checkpoints, pages.
+Every phase has a folder of its own in the run's folder, with the files of an ordinary run: events, checkpoints, pages.
 """
 
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,12 +14,12 @@ import torch
 from rich.console import Console
 
 from pipeline.corpus.task_corpus import TaskCorpus
-from pipeline.errors import SettingsError, TuningError
+from pipeline.errors import TuningError
 from pipeline.lab.comparison.questions import Split
 from pipeline.reporting.events import EventLog, telling_why
 from pipeline.run.checks import CheckedRun
 from pipeline.run.tracking import followed
-from pipeline.settings import BankSettings, Settings, TaskSettings, changed_settings
+from pipeline.settings import Settings
 from pipeline.tuning.connection import Connect
 from pipeline.tuning.launch import launch
 from pipeline.tuning.loop import tune_on_rank
@@ -40,10 +39,10 @@ class PhaseJob(Protocol):
 @dataclass(frozen=True)
 class Study:
     checked: CheckedRun
-    """With the comparison's own settings (`compared_settings`)."""
+    """With the comparison's own settings (`comparison_settings`)."""
     folder: Path
     corpora: Mapping[str, TaskCorpus]
-    """By task, test splits included: never given to ranks that tune (`seen_while_tuning`)."""
+    """By task, test splits included; ranks that tune get them without (`without_test_splits`)."""
     console: Console
     connect: Connect
 
@@ -61,67 +60,38 @@ class Study:
         return self.folder / "model"
 
     def rows(self, task: str, split: Split) -> int | None:
-        """How many rows of a split are answered at most; None: all."""
+        """How many rows of a split are answered at most; None for all."""
         return self.settings.tasks[task].eval_rows if split == "dev" else self.settings.compare.test_rows
 
     def deciding(self, task: str) -> tuple[str, str]:
-        """What answers to a task's rows depend on beside question and model: the rows, and how they count."""
+        """What answers to a task's rows depend on, beside question and model: the rows, and how they count."""
         corpus, own = self.corpora[task], self.settings.tasks[task]
-        # Of which rows are usable, and how they are put, the corpus' digest says nothing.
+        # The corpus' digest does not cover which rows are usable and how they are separated from targets.
         rows = f"{corpus.counts} {own.max_input_tokens} {own.max_target_tokens} {own.separator!r}"
         return corpus.digest, f"{rows} {corpus.labels} {own.metric} {self.settings.model.dtype}"
 
     @contextmanager
     def phase(self, name: str) -> Iterator[tuple[Path, EventLog]]:
-        """A phase's folder and event log; what happens within is shown while it does."""
+        """A phase's folder and event log; its events are shown while they happen."""
         folder = self.folder / name
         with EventLog(folder / "events.jsonl") as log, telling_why(log), followed(self.settings, folder, self.console):
             yield folder, log
 
-    def on_ranks(self, job: RankJob | PhaseJob, log: EventLog) -> None:
+    def run_on_ranks(self, job: RankJob | PhaseJob, log: EventLog) -> None:
         """Raises: the PromptBankError that a rank ended with; TuningError when ranks were lost too often."""
         self.connect()
         work = partial(tune_on_rank, job) if isinstance(job, RankJob) else job.carry_out
         launch(work, Path(job.run_folder), self.settings.cluster, self.settings.run, log)
 
     def told_to_stop(self, phase: str) -> TuningError:
-        """For a phase whose ranks ended before it was done."""
+        """The error for a phase whose ranks ended before it was done."""
         name = self.settings.run.name
-        return TuningError(f"comparison '{name}' was told to stop in its phase '{phase}'; start it again to go on")
+        return TuningError(f"comparison '{name}' was told to stop in its phase '{phase}'; start it again to resume")
 
 
-def seen_while_tuning(corpora: Mapping[str, TaskCorpus]) -> dict[str, TaskCorpus]:
-    """The corpora without their test splits: nothing that is tuned or chosen can depend on what it is not given."""
+def without_test_splits(corpora: Mapping[str, TaskCorpus]) -> dict[str, TaskCorpus]:
+    """The corpora without their test splits, so that nothing that is tuned or chosen can depend on them."""
     return {
         task: replace(corpus, splits={name: ref for name, ref in corpus.splits.items() if name != "test"})
         for task, corpus in corpora.items()
     }
-
-
-def compared_settings(settings: Settings) -> Settings:
-    """The settings with the comparison's seeds in every sweep that names none, and every trial tuned to its end.
-
-    Raises: SettingsError when a method is asked for that is not installed, or there would be too many trials.
-    """
-    if settings.compare.lora is not None and importlib.util.find_spec("peft") is None:
-        raise SettingsError("compare.lora: PEFT is not installed; pip install 'promptbank[compare]', or set it to null")
-    tasks = {name: _with_seeds(task, settings.compare.seeds) for name, task in settings.tasks.items()}
-    plain = {name: task.model_dump(mode="json") for name, task in tasks.items()}
-    try:
-        return changed_settings(settings, tasks=plain)
-    except SettingsError as error:
-        raise SettingsError(f"with compare.seeds {settings.compare.seeds}: {error}") from error
-
-
-def with_own_bank(settings: Settings, folder: Path) -> Settings:
-    """A comparison publishes into a bank in its own folder: every trial's prompt, under the trial's name."""
-    bank = {"uri": str(folder / "bank"), "publish": "all", "alias": "latest"}
-    return settings.model_copy(update={"bank": BankSettings.model_validate(bank)})
-
-
-def _with_seeds(task: TaskSettings, seeds: int) -> TaskSettings:
-    # A mean over seeds of which halving stopped some is a mean of unlike things.
-    whole = task.model_copy(update={"halving": None})
-    if task.seed is not None or "seed" in (task.sweep or {}):
-        return whole
-    return whole.model_copy(update={"sweep": {**(task.sweep or {}), "seed": list(range(seeds))}})

@@ -1,4 +1,4 @@
-"""Prompts of one task in the service of another: as its start (SPoT, Vu et al. 2022), as they are, and how alike."""
+"""Transfer between tasks: prompts that start from another task's (SPoT, Vu et al. 2022), and their similarity."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,34 +7,38 @@ from itertools import combinations
 import numpy as np
 
 from pipeline.backbone.files import embedding_rows
-from pipeline.lab.comparison.choice import Group
+from pipeline.lab.comparison.choice import SeedGroup
+from pipeline.lab.comparison.derived_settings import with_own_bank
 from pipeline.lab.comparison.prompts import TunedPrompts, tune_prompts
-from pipeline.lab.comparison.results import Likeness
-from pipeline.lab.comparison.study import Study, with_own_bank
+from pipeline.lab.comparison.results import PromptSimilarity
+from pipeline.lab.comparison.study import Study
 from pipeline.run.bank import find_bank
 from pipeline.run.checks import check_start
-from pipeline.settings import TaskSettings, changed_settings
+from pipeline.settings import changed_settings
 from pipeline.settings.comparing import parts
 
 
 def tune_from_others(
-    study: Study, starts: Mapping[str, tuple[str, ...]], tuned: TunedPrompts, chosen: Mapping[str, Group]
+    study: Study, starts: Mapping[str, tuple[str, ...]], tuned: TunedPrompts, chosen: Mapping[str, SeedGroup]
 ) -> TunedPrompts | None:
-    """Tune tasks anew from the best prompts of others, with all else as in each task's best choice.
+    """Tune tasks again from the best prompts of other tasks, with all else as in each task's best choice.
 
-    None where there is nothing to start from. Raises: PromptBankError.
+    None where no prompt to start from was tuned. Raises: PromptBankError.
     """
     tasks = {}
     for task, sources in starts.items():
         there = [source for source in sources if all(part in chosen for part in parts(source))]
         if task in chosen and there:
-            first = chosen[task].members[0].candidate.name
-            tasks[task] = _from_others(tuned.trials[first], there, [m.candidate.seed for m in chosen[task].members])
+            members = chosen[task].members
+            trial = tuned.trials[members[0].candidate.name]
+            prompt = trial.prompt.model_copy(update={"init": "bank", "source": there[0]})
+            sweep = {"prompt.source": there, "seed": [member.candidate.seed for member in members]}
+            tasks[task] = trial.model_copy(update={"prompt": prompt, "sweep": sweep, "seed": None})
     if not tasks:
         return None
     settings = with_own_bank(study.settings, study.folder)
     plain = {name: task.model_dump(mode="json") for name, task in tasks.items()}
-    # What names tasks that are not tuned here has no place.
+    # Blocks that name tasks which are not tuned here would be refused.
     only = {"tasks": plain, "compare": {}, "refresh": {}}
     settings = changed_settings(settings, **only)
     bank = find_bank(settings)
@@ -45,22 +49,16 @@ def tune_from_others(
     return tune_prompts(study, replace(study.checked, settings=settings), "transfer", "transferred prompt")
 
 
-def _from_others(trial: TaskSettings, sources: list[str], seeds: list[int | None]) -> TaskSettings:
-    prompt = trial.prompt.model_copy(update={"init": "bank", "source": sources[0]})
-    sweep = {"prompt.source": sources, "seed": seeds}
-    return trial.model_copy(update={"prompt": prompt, "sweep": sweep, "seed": None})
+def prompt_similarities(prompts: Mapping[str, np.ndarray]) -> tuple[PromptSimilarity, ...]:
+    """Cosine similarity of the tasks' prompts `[P, H]`, pair by pair (Vu et al. 2022, section 5).
 
-
-def likeness(prompts: Mapping[str, np.ndarray]) -> tuple[Likeness, ...]:
-    """How alike the tasks' prompts `[P, H]` are, two by two (Vu et al. 2022, section 5).
-
-    Lengths may differ: of one the cosine of the mean tokens, of the other the mean cosine over all pairs of tokens.
+    Lengths may differ. One figure is the cosine of the mean tokens, the other the mean cosine over all pairs of tokens.
     """
     found = []
     for a, b in combinations(prompts, 2):
         pairs = _unit(prompts[a]) @ _unit(prompts[b]).T  # [P_a, P_b]
         means = _unit(prompts[a].mean(0, keepdims=True)) @ _unit(prompts[b].mean(0, keepdims=True)).T
-        found.append(Likeness(a, b, float(means[0, 0]), float(pairs.mean())))
+        found.append(PromptSimilarity(a, b, float(means[0, 0]), float(pairs.mean())))
     return tuple(found)
 
 

@@ -1,1 +1,1 @@
-"""All weights of a model trained over ranks, in contrast to the frozen backbone that prompts are tuned on."""
+"""Train all weights of a model over ranks, in contrast to the frozen backbone that prompts are tuned on."""

@@ -1,12 +1,12 @@
-"""Checkpoints of weights in training: a folder for each, with one safetensors file a rank; whole or absent.
+"""Checkpoints of weights in training: one folder each, with a safetensors file for each rank; complete or absent.
 
-Weights, best weights and the optimizer's state entry by entry are cut as ranks hold them; any number of ranks can read
-them again. A folder counts once its `whole.json` is there, written last, and every file has the size and the digest
-that it names. The two newest are kept.
+Weights, best weights and the optimizer's state for each weight are stored as ranks hold them, and any number of ranks
+can read them. A folder is valid once its `whole.json` is there, which is written last, and every file has the size and
+digest that it names. The two newest checkpoints are kept.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.backbone.loading import Share
+from pipeline.backbone.loading import Partition
 from pipeline.errors import StorageError
 from pipeline.lab.full_weights.optimise import CUT_STATE
 from pipeline.lab.full_weights.pieces import Piece, TrainedModel
@@ -30,27 +30,27 @@ _UNSEALED = ("step", "seconds", "notes", "digest", "has_best", "files")
 
 @dataclass
 class Progress:
-    """Where a training stands, alike on every rank but for the weights."""
+    """How far a training has come; the same on every rank, except for the weights."""
 
     step: int = 0
     """Steps taken."""
     seconds: float = 0.0
-    """Spent on them, over all starts."""
+    """Time of these steps, over all starts."""
     notes: dict[str, Any] = field(default_factory=dict)
-    """JSON values, for whoever trains."""
+    """JSON values of the caller."""
     best: list[Tensor] | None = None
-    """Of each piece the values `[stop - start]` that were kept, in the type that the model runs in."""
+    """Best values `[stop - start]` of each piece, in the type that the model runs in."""
 
 
 def save_progress(folder: Path, digest: str, model: TrainedModel, progress: Progress) -> None:
-    """Every rank must call this. `digest`: of what is trained; it is taken up under the same alone.
+    """Write a checkpoint; every rank must call this. `digest`: of the training; only the same one may resume from it.
 
-    Raises: StorageError when the disk is full, or not writable; older checkpoints stay.
+    Raises: StorageError when the disk is full or not writable; older checkpoints stay.
     """
-    here = _at(folder, progress.step)
+    here = folder / f"step-{progress.step:09d}"
     if rank() == 0:
-        remove(here / _WHOLE)  # of a start with another number of ranks
-    _wait_for_all(model)
+        remove(here / _WHOLE)  # from an earlier start, maybe with another number of ranks
+    sum_over_ranks(torch.zeros(1, device=model.backbone.device))  # a barrier: no rank writes before it is removed
     tensors = _tensors_of(model, progress)
     own = here / _file(rank(), world_size())
     put_in_place(own, lambda path: save_file(tensors, path))
@@ -58,21 +58,23 @@ def save_progress(folder: Path, digest: str, model: TrainedModel, progress: Prog
     if rank() == 0:
         names = [_file(each, world_size()) for each in range(world_size())]
         record = {
-            **{key: value for key, value in asdict(_without_best(progress)).items() if key != "best"},
+            "step": progress.step,
+            "seconds": progress.seconds,
+            "notes": progress.notes,
             "digest": digest,
             "has_best": progress.best is not None,
             "files": {name: (here / name).stat().st_size for name in names},
             "digests": dict(zip(names, digests, strict=True)),
         }
         write_atomically(here / _WHOLE, sealed_json(record))
-        # Folders beyond this step are damaged ones that were passed over, or of something else.
+        # Folders of later steps are damaged ones that were skipped, or belong to another training.
         kept = [other for other in _newest_first(folder) if other.name <= here.name][:KEPT]
         for other in set(_newest_first(folder)) - set(kept):
             remove(other)
 
 
 def load_progress(folder: Path, digest: str, model: TrainedModel) -> Progress | None:
-    """Take the newest whole checkpoint of this digest up; None when there is none. Every rank must call this.
+    """Resume from the newest valid checkpoint of this digest; None when there is none. Every rank must call this.
 
     Raises: StorageError when ranks see different ones, or one cannot be read.
     """
@@ -80,7 +82,7 @@ def load_progress(folder: Path, digest: str, model: TrainedModel) -> Progress | 
     while True:
         found = next(candidates, None)
         steps = torch.zeros(world_size(), device=model.backbone.device)
-        steps[rank()] = -1 if found is None else _step_of(found)
+        steps[rank()] = -1 if found is None else int(found.name.removeprefix("step-"))
         if len(sum_over_ranks(steps).unique()) > 1:
             raise StorageError(f"ranks see different checkpoints in {folder}; run.storage must be one shared folder")
         if found is None:
@@ -90,20 +92,18 @@ def load_progress(folder: Path, digest: str, model: TrainedModel) -> Progress | 
         if _is_unharmed(found, record, model):
             break
     try:
-        best = _take_up(model, _Files(found, list(record["files"])), record["has_best"])
+        best = _restore(model, _CheckpointFiles(found, list(record["files"])), record["has_best"])
     except (SafetensorError, OSError, KeyError) as error:
-        raise StorageError(f"the checkpoint {found} cannot be read ({error}); remove it to go on before it") from error
+        raise StorageError(
+            f"the checkpoint {found} cannot be read ({error}); remove it to resume from an earlier one"
+        ) from error
     return Progress(record["step"], record["seconds"], record["notes"], best)
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Of a training that has ended."""
+    """Remove the checkpoints of a training that has ended."""
     if rank() == 0:
         remove(folder)
-
-
-def _without_best(progress: Progress) -> Progress:
-    return Progress(progress.step, progress.seconds, progress.notes)
 
 
 def _tensors_of(model: TrainedModel, progress: Progress) -> dict[str, Tensor]:
@@ -117,7 +117,7 @@ def _tensors_of(model: TrainedModel, progress: Progress) -> dict[str, Tensor]:
     return {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
 
 
-def _take_up(model: TrainedModel, files: "_Files", has_best: bool) -> list[Tensor] | None:
+def _restore(model: TrainedModel, files: "_CheckpointFiles", has_best: bool) -> list[Tensor] | None:
     device, best = model.backbone.device, []
     for piece in model.pieces:
         padding = piece.values.numel() - len(piece)
@@ -135,7 +135,7 @@ def _take_up(model: TrainedModel, files: "_Files", has_best: bool) -> list[Tenso
     return best if has_best else None
 
 
-class _Files:
+class _CheckpointFiles:
     """The files of a checkpoint, one for each rank that wrote it."""
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
@@ -153,10 +153,10 @@ class _Files:
         return tensor
 
     def cut(self, key: str, piece: Piece) -> Tensor:
-        """Entries `start` to `stop`, from the files of the ranks that held them."""
+        """Entries `start` to `stop` of a piece, from the files of the ranks that held them."""
         parts = []
         for writer, file in enumerate(self._open):
-            first, end = Share(writer, len(self._open)).span(piece.shape.numel())
+            first, end = Partition(writer, len(self._open)).span(piece.shape.numel())
             low, high = max(first, piece.start), min(end, piece.stop)
             if low < high:
                 parts.append(file.get_slice(f"{key}/{piece.name}")[low - first : high - first])
@@ -164,21 +164,21 @@ class _Files:
 
 
 def _is_unharmed(here: Path, record: Mapping[str, Any], model: TrainedModel) -> bool:
-    """Whether every file has its digest, each looked at by one rank. Every rank must call this."""
-    digests = list(record.get("digests", {}).items())  # versions before this one wrote none
+    """Whether every file has its digest; each file is checked by one rank. Every rank must call this."""
+    digests = list(record.get("digests", {}).items())  # earlier versions wrote none
     harmed = sum(file_digest(here / name) != digest for name, digest in digests[rank() :: world_size()])
     return not sum_over_ranks(torch.tensor([float(harmed)], device=model.backbone.device)).item()
 
 
 def _from_all_ranks(digest: str, model: TrainedModel) -> list[str]:
-    """Each rank's digest, once all have come here."""
+    """The digests of all ranks, by rank. Every rank must call this."""
     bytes_of = torch.zeros(world_size(), 32, device=model.backbone.device)
     bytes_of[rank()] = torch.tensor(list(bytes.fromhex(digest)), dtype=bytes_of.dtype)
     return [bytes(map(int, row)).hex() for row in sum_over_ranks(bytes_of).tolist()]
 
 
 def _record(here: Path) -> Mapping[str, Any] | None:
-    """What `whole.json` says; None when it or a file that it names is not there whole."""
+    """The content of `whole.json`; None when it, or a file that it names, is missing or incomplete."""
     try:
         record = open_json((here / _WHOLE).read_bytes(), _UNSEALED)
         whole = all((here / name).stat().st_size == size for name, size in record["files"].items())
@@ -187,21 +187,9 @@ def _record(here: Path) -> Mapping[str, Any] | None:
     return record if whole else None
 
 
-def _at(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:09d}"
-
-
-def _step_of(here: Path) -> int:
-    return int(here.name.removeprefix("step-"))
-
-
 def _file(writer: int, ranks: int) -> str:
     return f"rank-{writer}-of-{ranks}.safetensors"
 
 
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), reverse=True)
-
-
-def _wait_for_all(model: TrainedModel) -> None:
-    sum_over_ranks(torch.zeros(1, device=model.backbone.device))

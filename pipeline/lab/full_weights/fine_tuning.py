@@ -1,10 +1,12 @@
-"""Full fine-tuning of a model on one task: the baseline that prompts are compared with (Lester et al. 2021, "model
-tuning"). The same rows in the same order as a prompt of that task and seed, the same evaluator, the best on dev kept.
+"""Full fine-tuning of a model on one task: the baseline for prompts, called "model tuning" in Lester et al. (2021).
 
-    order = FineTuningJob(place, task="sst2", settings=task.model_dump(mode="json"), corpus=corpus.to_dict(), seed=0)
-    launch(order.carry_out, Path(order.run_folder), cluster, run, log)
-    # or, in this process: order.carry_out(device, lambda: False)
-    result = read_result(order.run_folder)
+It takes the same rows in the same order as a prompt of that task and seed, uses the same evaluator, and keeps the
+weights that are best on dev.
+
+    job = FineTuningJob(place, task="sst2", settings=task.model_dump(mode="json"), corpus=corpus.to_dict(), seed=0)
+    launch(job.carry_out, Path(job.run_folder), cluster, run, log)
+    # or, in this process: job.carry_out(device, lambda: False)
+    result = read_result(job.run_folder)
 """
 
 import hashlib
@@ -22,10 +24,10 @@ from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import DivergedError
 from pipeline.lab.full_weights.checkpoint import Progress, remove_checkpoints
 from pipeline.lab.full_weights.model_folder import save_model_folder, stored_bytes
-from pipeline.lab.full_weights.on_rank import TrainingPlace, TrainingRank, most_memory, training_rank
 from pipeline.lab.full_weights.pieces import trained_parameters
-from pipeline.lab.full_weights.step import Examples, no_prompt
-from pipeline.lab.full_weights.training import Course, train
+from pipeline.lab.full_weights.rank_setup import TrainingPlace, TrainingRank, max_peak_memory, training_rank
+from pipeline.lab.full_weights.step import Examples
+from pipeline.lab.full_weights.training import TrainingPlan, train
 from pipeline.sealed_files import DamagedError, file_digest, open_json, sealed_json
 from pipeline.settings import TaskSettings
 from pipeline.tuning.batches import rows_of_step
@@ -39,45 +41,45 @@ RESULT = "result.json"
 
 
 @dataclass(frozen=True)
-class FineTuned:
-    """What came of a fine-tuning. Metrics as the task's settings name them; losses in nats a target token."""
+class FineTuningResult:
+    """The result of a fine-tuning. The metric is the task's own; losses are in nats a target token."""
 
     task: str
     seed: int
     metric: str
     status: str
-    """`tuned`, `stopped early` (for want of progress), or `no gain`: nothing was better than the start."""
+    """`tuned`, `stopped early` (no progress), or `no gain` (nothing was better than the start)."""
     before: float
-    """The dev metric of the model as it was."""
+    """The dev metric before training."""
     dev: float
     dev_loss: float
     test: float | None
-    """Measured once, with the weights that were best on dev; None without a test split."""
+    """Measured once, with the weights that are best on dev; None without a test split."""
     test_loss: float | None
     best_step: int
     steps: int
-    """Taken in all."""
+    """Steps taken in all."""
     trained_parameters: int
     stored_bytes: int
-    """Of the fine-tuned weights, for this one task; 0 where nothing was better than the start."""
+    """Bytes of the fine-tuned weights for this one task; 0 where nothing was better than the start."""
     seconds: float
-    """Steps and evaluations, over all starts; without loading."""
+    """Time of steps and evaluations, over all starts; without loading."""
     peak_memory_bytes: int
-    """Of the rank that had most."""
+    """Peak memory of the rank that had most."""
     model: str | None
     """The folder of the best weights; None where nothing was better than the start."""
     digest: str
-    """Of the order that this came of."""
+    """Digest of the job that it is the result of."""
     files: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of each file of the model's folder; versions before wrote none."""
+    """SHA-256 of each file of the model's folder; earlier versions wrote none."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether the best weights are where they were left, as they were left; so where none were."""
+        """Whether the best weights are where they were stored, and unchanged; True if none were stored."""
         folder = Path(self.model) if self.model is not None else None
         try:
             return folder is None or (
-                folder.exists() and all(file_digest(folder / name) == told for name, told in self.files.items())
+                folder.exists() and all(file_digest(folder / name) == digest for name, digest in self.files.items())
             )
         except OSError:
             return False
@@ -85,16 +87,16 @@ class FineTuned:
 
 @dataclass(frozen=True)
 class Diverged:
-    """A fine-tuning whose loss left the range of numbers, as it would again."""
+    """A fine-tuning whose loss became infinite or NaN, as it would again."""
 
     reason: str
     digest: str
-    """Of the order that this came of."""
+    """Digest of the job that it is the result of."""
 
 
 @dataclass(frozen=True)
 class FineTuningJob:
-    """A fine-tuning as sent to its ranks: plain values only. Its result is `result.json` in the run's folder."""
+    """A fine-tuning as sent to its ranks; plain values only. Its result is `result.json` in the run's folder."""
 
     place: TrainingPlace
     task: str
@@ -104,7 +106,7 @@ class FineTuningJob:
     """`TaskCorpus.to_dict()`."""
     seed: int
     fingerprint: str = ""
-    """Of the model started from."""
+    """Fingerprint of the model to start from."""
 
     @property
     def run_folder(self) -> str:
@@ -112,17 +114,17 @@ class FineTuningJob:
 
     @property
     def digest(self) -> str:
-        """Of everything that decides the weights."""
+        """Digest of all that decides the weights."""
         parts = [self.trial().digest, self.place.model, self.place.dtype]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def trial(self) -> Trial:
-        """The prompt trial whose rows these weights are trained on."""
+        """The prompt trial that has the same rows as this training."""
         settings = TaskSettings.model_validate(self.settings)
         return make_trial(self.task, settings, self.seed, self.corpus["digest"], self.fingerprint)
 
     def carry_out(self, device: torch.device, node_leaves: Callable[[], bool]) -> None:
-        """On a rank; returns early where it was told to stop. Raises: StorageError, BackboneError, TuningError."""
+        """Train on this rank; returns early if told to stop. Raises: StorageError, BackboneError, TuningError."""
         done = read_result(self.run_folder)
         if done is not None and done.digest == self.digest:
             return
@@ -130,30 +132,30 @@ class FineTuningJob:
             _fine_tune(self, here, device)
 
 
-def read_result(run_folder: str | Path) -> FineTuned | Diverged | None:
-    """What came of the fine-tuning of this folder; None while it has not ended, or where the file is damaged."""
-    names = [known.name for kind in (FineTuned, Diverged) for known in fields(kind)]
+def read_result(run_folder: str | Path) -> FineTuningResult | Diverged | None:
+    """The result of the fine-tuning in this folder; None while it has not ended, or where the file is damaged."""
+    names = [known.name for kind in (FineTuningResult, Diverged) for known in fields(kind)]
     try:
         plain = open_json((Path(run_folder) / RESULT).read_bytes(), names)
-        return Diverged(**plain) if "reason" in plain else FineTuned(**plain)
+        return Diverged(**plain) if "reason" in plain else FineTuningResult(**plain)
     except (FileNotFoundError, DamagedError, TypeError):
         return None
 
 
-def _write_result(run_folder: str, result: FineTuned | Diverged) -> None:
+def _write_result(run_folder: str, result: FineTuningResult | Diverged) -> None:
     write_atomically(Path(run_folder) / RESULT, sealed_json(asdict(result)))
 
 
 @dataclass
 class _Run:
-    order: FineTuningJob
+    job: FineTuningJob
     here: TrainingRank
     trial: Trial = field(init=False)
     corpus: TaskCorpus = field(init=False)
     train: TokenSet = field(init=False)
 
     def __post_init__(self) -> None:
-        self.trial, self.corpus = self.order.trial(), TaskCorpus.from_dict(self.order.corpus)
+        self.trial, self.corpus = self.job.trial(), TaskCorpus.from_dict(self.job.corpus)
         self.train = open_split(self.corpus.splits["train"])
 
     def examples(self, step: int) -> Examples:
@@ -163,12 +165,12 @@ class _Run:
     def measure(self, split: str) -> Score:
         settings, model = self.trial.settings, self.here.model
         rows = open_split(self.corpus.splits[split], settings.eval_rows)
-        exam = eval_request(settings, no_prompt(model), rows, self.corpus)
-        (score,) = evaluate(model.backbone, self.here.tokenizer, [exam], self.order.place.tokens_per_microbatch)
+        request = eval_request(settings, model.backbone.no_prompt(), rows, self.corpus)
+        (score,) = evaluate(model.backbone, self.here.tokenizer, [request], self.job.place.tokens_per_microbatch)
         return score
 
     def evaluate_if_due(self, progress: Progress) -> bool:
-        """Measure dev where it is due, keep the best weights, and tell whether to go on."""
+        """Measure dev if it is due, keep the best weights, and return whether to go on."""
         settings, history = self.trial.settings, [Evaluation(*past) for past in progress.notes.get("history", [])]
         due = progress.step % settings.eval_every == 0 or progress.step >= settings.max_steps
         if not due or (history and history[-1].step == progress.step):
@@ -182,35 +184,35 @@ class _Run:
             dtype = model.backbone.dtype
             progress.best = [p.values.detach()[: len(p)].to(dtype, copy=True) for p in model.pieces]
         progress.notes = {"history": [[e.step, e.value, e.loss] for e in history], "best_at": best}
-        self.here.journal.evaluated(progress.step, settings.metric, score.value, score.loss)
-        self.here.journal.paused()
+        self.here.log.evaluated(progress.step, settings.metric, score.value, score.loss)
+        self.here.log.paused()
         stale = len(history) - 1 - best
         return settings.patience is None or stale < settings.patience
 
 
-def _fine_tune(order: FineTuningJob, here: TrainingRank, device: torch.device) -> None:
-    run = _Run(order, here)
+def _fine_tune(job: FineTuningJob, here: TrainingRank, device: torch.device) -> None:
+    run = _Run(job, here)
     settings = run.trial.settings
-    course = Course(
-        digest=order.digest,
-        checkpoints=order.place.checkpoints,
+    plan = TrainingPlan(
+        digest=job.digest,
+        checkpoints=job.place.checkpoints,
         examples=run.examples,
         steps=settings.max_steps,
         optimizer=settings.optimizer,
-        checkpoint_every=order.place.checkpoint_every,
-        token_budget=order.place.tokens_per_microbatch,
+        checkpoint_every=job.place.checkpoint_every,
+        token_budget=job.place.tokens_per_microbatch,
     )
     try:
-        progress = train(here.model, course, here.journal, run.evaluate_if_due, here.notices)
+        progress = train(here.model, plan, here.log, run.evaluate_if_due, here.stop_signal)
     except DivergedError as error:
         if rank() == 0:
-            _write_result(order.run_folder, Diverged(str(error), order.digest))
-        here.journal.finished("failed", str(error))
-        remove_checkpoints(order.place.checkpoints)
+            _write_result(job.run_folder, Diverged(str(error), job.digest))
+        here.log.finished("failed", str(error))
+        remove_checkpoints(job.place.checkpoints)
         return
     if progress is None:
         return
-    peak = most_memory(device)
+    peak = max_peak_memory(device)
     assert progress.best is not None
     for piece, best in zip(here.model.pieces, progress.best, strict=True):
         piece.values.data[: len(piece)] = best
@@ -218,30 +220,30 @@ def _fine_tune(order: FineTuningJob, here: TrainingRank, device: torch.device) -
     test = run.measure("test") if "test" in run.corpus.splits else None
     result = _result(run, progress, test, peak)
     if rank() == 0:
-        _write_result(order.run_folder, result)
-    here.journal.finished(result.status)
-    remove_checkpoints(order.place.checkpoints)
+        _write_result(job.run_folder, result)
+    here.log.finished(result.status)
+    remove_checkpoints(job.place.checkpoints)
 
 
-def _result(run: _Run, progress: Progress, test: Score | None, peak: int) -> FineTuned:
-    order, settings, model = run.order, run.trial.settings, run.here.model
+def _result(run: _Run, progress: Progress, test: Score | None, peak: int) -> FineTuningResult:
+    job, settings, model = run.job, run.trial.settings, run.here.model
     history = [Evaluation(*past) for past in progress.notes["history"]]
     best = history[progress.notes["best_at"]]
     parameters = trained_parameters(model)
     files: dict[str, str] = {}
     folder, stored = None, 0
     if best.step:
-        folder = Path(order.run_folder) / "tuned"
+        folder = Path(job.run_folder) / "tuned"
         if rank() == 0:
-            remove(folder)  # of a start that was killed right here, or of other settings
+            remove(folder)  # from a start that was killed right here, or from other settings
         save_model_folder(model, run.here.tokenizer, folder)
         stored = stored_bytes(folder)
-        if rank() == 0:  # who writes the result
+        if rank() == 0:  # which writes the result
             files = {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
     early = "tuned" if progress.step >= settings.max_steps else "stopped early"
-    return FineTuned(
-        task=order.task,
-        seed=order.seed,
+    return FineTuningResult(
+        task=job.task,
+        seed=job.seed,
         metric=settings.metric,
         status=early if best.step else "no gain",
         before=history[0].value,
@@ -256,6 +258,6 @@ def _result(run: _Run, progress: Progress, test: Score | None, peak: int) -> Fin
         seconds=progress.seconds,
         peak_memory_bytes=peak,
         model=None if folder is None else str(folder),
-        digest=order.digest,
+        digest=job.digest,
         files=files,
     )

@@ -1,12 +1,11 @@
-"""A model's files -> a model whose every weight is trained: whole on one rank, over several by ZeRO-3."""
+"""A model's files -> a model with all weights trained: whole on one rank, or partitioned over several by ZeRO-3."""
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig
 
 from pipeline.backbone.files import ModelFiles
 from pipeline.backbone.fused import RmsNorm, use_kernels
-from pipeline.backbone.loading import build_skeleton, untie_what_is_stored_apart
+from pipeline.backbone.loading import build_skeleton, untie_separate_weights
 from pipeline.backbone.weights import open_weights
 from pipeline.lab.full_weights.pieces import TrainedModel
 from pipeline.lab.full_weights.whole import load_whole
@@ -24,22 +23,18 @@ def load_trained(
 ) -> TrainedModel:
     """Load a model in `dtype` (float32 or bfloat16) with its optimizer, over all ranks of torch.distributed.
 
-    The optimizer works in float32 in any case. Dropout is off, so that ranks agree.
+    The optimizer always works in float32. Dropout is off, so that ranks agree.
     Raises: BackboneError when weights are damaged or missing.
     """
     model = build_skeleton(config, int8=False, dtype=dtype)
-    _use_kernels_that_train(model)
+    use_kernels(model, True)
+    for module in model.modules():
+        if isinstance(module, RmsNorm):  # its kernel has no gradient of the norm's weight
+            module.kernels = False
     source = open_weights(files, model)
-    untie_what_is_stored_apart(model, source)
+    untie_separate_weights(model, source)
     if world_size() == 1:
         return load_whole(model, source, config, optimizer, dtype, device)
     from pipeline.lab.full_weights.partitioned import load_partitioned  # imports DeepSpeed
 
     return load_partitioned(model, source, config, optimizer, dtype, device)
-
-
-def _use_kernels_that_train(model: nn.Module) -> None:
-    use_kernels(model, True)
-    for module in model.modules():
-        if isinstance(module, RmsNorm):  # its kernel has no gradient of the norm's weight
-            module.kernels = False

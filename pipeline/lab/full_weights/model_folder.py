@@ -17,13 +17,13 @@ from pipeline.tuning.ranks import rank, sum_over_ranks
 from pipeline.whole_files import put_in_place
 
 _FILE_BYTES = 2 * 2**30
-"""Rank 0 holds one file's weights at a time."""
+"""Largest weight file; rank 0 holds the weights of one file at a time."""
 
 
 def save_model_folder(model: TrainedModel, tokenizer: Any, folder: Path) -> None:
-    """Write the weights as they are now, unless the folder is there already. Every rank must call this.
+    """Write the present weights, unless the folder is there already. Every rank must call this.
 
-    Raises: StorageError when the disk is full, or not writable; the folder is then not there.
+    Raises: StorageError when the disk is full or not writable; then there is no folder.
     """
     there = torch.tensor([float(rank() == 0 and folder.exists())], device=model.backbone.device)
     if float(sum_over_ranks(there)):
@@ -40,9 +40,9 @@ def save_model_folder(model: TrainedModel, tokenizer: Any, folder: Path) -> None
 
     if rank() == 0:
         put_in_place(folder, write)
-    for _ in parts:  # the other ranks, and rank 0 where nothing is left
+    for _ in parts:  # other ranks take part in gathering what rank 0 writes
         pass
-    sum_over_ranks(there)  # nobody goes on before the folder is there
+    sum_over_ranks(there)  # a barrier: no rank goes on before the folder is there
 
 
 def stored_bytes(folder: Path) -> int:
@@ -64,7 +64,7 @@ def _write_weights(parts: Iterator[dict[str, Tensor]], files: int, path: Path) -
 
 
 def _parts(model: TrainedModel) -> Iterator[dict[str, Tensor]]:
-    """The weights of one file after another; only rank 0 keeps them."""
+    """The weights of one file after the other; only rank 0 keeps them."""
     groups = iter(_files(model))
     wanted, part = next(groups), _buffers(model)
     left = set(wanted)
@@ -78,7 +78,7 @@ def _parts(model: TrainedModel) -> Iterator[dict[str, Tensor]]:
 
 
 def _buffers(model: TrainedModel) -> dict[str, Tensor]:
-    """What is stored but not trained; each rank has all of it."""
+    """Buffers that are stored but not trained; each rank has all of them."""
     run = next(module for module in model.backbone.hosted.modules() if isinstance(module, PreTrainedModel))
     return {
         name: tensor.cpu().contiguous().clone()
@@ -88,7 +88,7 @@ def _buffers(model: TrainedModel) -> dict[str, Tensor]:
 
 
 def _files(model: TrainedModel) -> list[list[str]]:
-    """Which weights go into which file, in their order."""
+    """The names of the weights in each file, in their order."""
     files: list[list[str]] = [[]]
     size = 0
     for piece in model.pieces:

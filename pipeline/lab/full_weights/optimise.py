@@ -1,4 +1,4 @@
-"""Optimizers of weights of which each rank holds a piece: AdamW works entry by entry, Adafactor needs the whole matrix.
+"""Optimizers for weights of which each rank holds a piece. AdamW treats each weight alone; Adafactor needs whole rows.
 
 Shapes: R rows and C columns of a matrix, n entries of a piece.
 """
@@ -15,7 +15,7 @@ from pipeline.settings import OptimizerSettings
 from pipeline.tuning.ranks import sum_over_ranks
 
 CUT_STATE = frozenset({"square", "exp_avg", "exp_avg_sq"})
-"""What an optimizer keeps for each entry of a piece; all else is the same on every rank."""
+"""Optimizer state with an entry for each weight of a piece; all other state is the same on every rank."""
 
 _DECAY, _CLIP = 0.8, 1.0
 _EPSILON, _LEAST_SCALE = 1e-30, 1e-3
@@ -23,7 +23,7 @@ _EPSILON, _LEAST_SCALE = 1e-30, 1e-3
 
 @dataclass(frozen=True)
 class Span:
-    """Which entries of a flattened parameter a piece holds."""
+    """The entries of a flattened parameter that a piece holds."""
 
     shape: torch.Size
     start: int
@@ -33,8 +33,8 @@ class Span:
 class PartitionedAdafactor(Optimizer):
     """Adafactor (Shazeer & Stern 2018) as transformers computes it with `scale_parameter`, and as T5 was trained.
 
-    A matrix's row and column statistics and the sizes of parameter and update are those of the whole matrix, summed
-    over ranks; all ranks must step the same parameters in the same order.
+    Row and column statistics, and the sizes of parameter and update, are those of the whole matrix, summed over ranks.
+    So all ranks must step the same parameters in the same order.
     """
 
     def __init__(self, pieces: Iterable[Tensor], lr: float, weight_decay: float) -> None:
@@ -42,7 +42,7 @@ class PartitionedAdafactor(Optimizer):
         self._spans: dict[int, Span] = {}
 
     def describe(self, spans: Mapping[Tensor, Span]) -> None:
-        """Tell what the tensors to be stepped are pieces of; before the first step."""
+        """Set which span of its parameter each tensor holds; must be called before the first step."""
         self._spans = {id(values): span for values, span in spans.items()}
 
     @torch.no_grad()
@@ -63,12 +63,12 @@ class PartitionedAdafactor(Optimizer):
         decay = 1.0 - float(state["step"]) ** -_DECAY
         squares = gradient**2 + _EPSILON
         if len(span.shape) == 2:
-            inverse_root, size = _of_matrix(state, squares, values, span, decay)
+            inverse_root, size = _factored_inverse_root(state, squares, values, span, decay)
         else:
             size = sum_over_ranks(values.pow(2).sum())
-            # As long as the padded piece, which differs between numbers of ranks.
+            # State is as long as the padded piece, whose length depends on the number of ranks.
             squares = torch.nn.functional.pad(squares, (0, len(padded) - count))
-            state["square"] = _mixed(state.get("square"), squares, decay)
+            state["square"] = _moving_average(state.get("square"), squares, decay)
             inverse_root = state["square"][:count].rsqrt()
         update = inverse_root * gradient
         entries = span.shape.numel()
@@ -79,10 +79,10 @@ class PartitionedAdafactor(Optimizer):
         values.sub_(update.mul_(rate / (update_rms / _CLIP).clamp_(min=1.0)))
 
 
-def _of_matrix(
+def _factored_inverse_root(
     state: dict[str, Tensor], squares: Tensor, values: Tensor, span: Span, decay: float
 ) -> tuple[Tensor, Tensor]:
-    """1 / root of a matrix' factored mean squared gradient `[n]`, and the sum of the matrix' own squares."""
+    """1 / root of a matrix's factored mean squared gradient `[n]`, and the sum of squares of the matrix itself."""
     rows, columns = span.shape
     first, last = span.start // columns, -(-span.stop // columns)
     table = squares.new_zeros((last - first) * columns)
@@ -93,18 +93,18 @@ def _of_matrix(
     row_sums[first:last] = table.sum(1)
     sums = torch.cat([row_sums, table.sum(0), values.pow(2).sum()[None]])
     by_row, by_column, size = sum_over_ranks(sums).split([rows, columns, 1])
-    state["row"] = _mixed(state.get("row"), by_row / columns, decay)
-    state["column"] = _mixed(state.get("column"), by_column / rows, decay)
+    state["row"] = _moving_average(state.get("row"), by_row / columns, decay)
+    state["column"] = _moving_average(state.get("column"), by_column / rows, decay)
     factors = (state["row"][first:last] / state["row"].mean()).rsqrt()
     table = factors[:, None] * state["column"].rsqrt()
     return table.view(-1)[offset : offset + len(squares)], size[0]
 
 
-def _mixed(before: Tensor | None, new: Tensor, decay: float) -> Tensor:
+def _moving_average(before: Tensor | None, new: Tensor, decay: float) -> Tensor:
     return new * (1.0 - decay) if before is None else before.mul_(decay).add_(new, alpha=1.0 - decay)
 
 
-def make_optimizer(pieces: Iterable[Tensor], settings: OptimizerSettings) -> Optimizer:
+def make_weight_optimizer(pieces: Iterable[Tensor], settings: OptimizerSettings) -> Optimizer:
     """Adafactor relative to each parameter's size, as T5 was trained (Raffel et al. 2020), or AdamW."""
     if settings.name == "adamw":
         return AdamW(pieces, lr=settings.lr, weight_decay=settings.weight_decay)

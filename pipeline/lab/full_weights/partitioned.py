@@ -1,7 +1,7 @@
-"""Training of all weights over several ranks by DeepSpeed ZeRO-3: weights, gradients and optimizer are partitioned.
+"""Train all weights over several ranks with DeepSpeed ZeRO-3, which partitions weights, gradients and optimizer.
 
-ZeRO hands the optimizer one flat piece at a time; with one sub-group for each parameter that is a piece of that
-parameter, so that Adafactor can sum its matrix' statistics over ranks. A joint flat buffer would mix them.
+ZeRO hands the optimizer one flat piece at a time. With one sub-group for each parameter, that is a piece of one
+parameter, and Adafactor can sum a matrix's statistics over ranks. A joint flat buffer would mix several matrices.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,16 +18,16 @@ from pipeline.backbone.host import (
     Backbone,
     Hosted,
     Traffic,
-    gather_by,
     layer_types,
-    placed_in_parts,
+    set_gather,
     start_deepspeed,
+    zero3_placement,
     zero_settings,
 )
-from pipeline.backbone.loading import Share, load_weights
+from pipeline.backbone.loading import Partition, load_weights
 from pipeline.backbone.offload import on_device
 from pipeline.backbone.weights import WeightSource
-from pipeline.lab.full_weights.optimise import PartitionedAdafactor, Span, make_optimizer
+from pipeline.lab.full_weights.optimise import PartitionedAdafactor, Span, make_weight_optimizer
 from pipeline.lab.full_weights.pieces import Piece
 from pipeline.settings import OptimizerSettings
 
@@ -44,7 +44,7 @@ class PartitionedModel:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
-        # ZeRO takes the mean over ranks.
+        # ZeRO takes the mean over ranks, and the sum is needed.
         self.engine.backward(loss * dist.get_world_size())
 
     def update(self, lr: float) -> None:
@@ -69,7 +69,7 @@ class PartitionedModel:
                 yield piece.name, parameter.detach()
 
     def _release(self) -> None:
-        """An evaluation may leave parameters gathered, or on their way."""
+        """Release gathered parameters: an evaluation may leave some gathered, or being gathered."""
         self.engine.optimizer._partition_all_parameters()
 
 
@@ -81,34 +81,31 @@ def load_partitioned(
     dtype: torch.dtype,
     device: torch.device,
 ) -> PartitionedModel:
-    """Fill a skeleton, each rank with its own part. Raises: BackboneError."""
+    """Load weights into a skeleton, each rank its own part. Raises: BackboneError."""
     start_deepspeed(device)
     import deepspeed
 
     zero = _settings(int(config.hidden_size), settings.clip_norm, dtype)
     traffic = Traffic()
-    gather_by(None, traffic)
-    load_weights(model, source, dtype, placed_in_parts(zero, dtype, device, on_device(device)))
+    set_gather(None, traffic)
+    load_weights(model, source, dtype, zero3_placement(zero, dtype, device, on_device(device)))
     model.requires_grad_(True)
     hosted = Hosted(model)
     deepspeed.utils.set_z3_leaf_modules(hosted, layer_types(model))
     named = {id(parameter): name for name, parameter in model.named_parameters()}
-    optimizer = make_optimizer(model.parameters(), settings)
+    optimizer = make_weight_optimizer(model.parameters(), settings)
     engine, *_ = deepspeed.initialize(model=hosted, optimizer=optimizer, config=zero)
     parameters = [group[0] for group in engine.optimizer.fp16_groups]
     assert all(len(group) == 1 for group in engine.optimizer.fp16_groups)
     flat = engine.optimizer.fp32_partitioned_groups_flat
+    partition = Partition(dist.get_rank(), dist.get_world_size())
     pieces = [
-        _piece(named[id(parameter)], parameter, values) for parameter, values in zip(parameters, flat, strict=True)
+        Piece(named[id(parameter)], parameter.ds_shape, *partition.span(parameter.ds_numel), values)
+        for parameter, values in zip(parameters, flat, strict=True)
     ]
     if isinstance(optimizer, PartitionedAdafactor):
         optimizer.describe({piece.values: Span(piece.shape, piece.start, piece.stop) for piece in pieces})
     return PartitionedModel(Backbone(config, engine, device, dtype, traffic), pieces, parameters, optimizer, engine)
-
-
-def _piece(name: str, parameter: Any, values: Tensor) -> Piece:
-    start, stop = Share(dist.get_rank(), dist.get_world_size()).span(parameter.ds_numel)
-    return Piece(name, parameter.ds_shape, start, stop, values)
 
 
 def _settings(hidden_size: int, clip_norm: float | None, dtype: torch.dtype) -> dict[str, Any]:
@@ -116,7 +113,7 @@ def _settings(hidden_size: int, clip_norm: float | None, dtype: torch.dtype) -> 
     settings["zero_optimization"] |= {"sub_group_size": 1, "reduce_scatter": dist.get_backend() != "gloo"}
     return settings | {
         "bf16": {"enabled": dtype == torch.bfloat16},
-        # Off unless it is asked for; DeepSpeed's own default clips.
+        # 0 turns clipping off; DeepSpeed's own default clips.
         "gradient_clipping": clip_norm or 0.0,
         "zero_allow_untested_optimizer": True,
     }

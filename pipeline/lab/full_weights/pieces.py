@@ -1,4 +1,4 @@
-"""What a rank holds of the weights that are trained: a piece of each parameter, and what trains them."""
+"""A rank's part of the weights in training: a piece of each parameter, and the model that trains them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,37 +21,37 @@ class Piece:
     start: int
     stop: int
     values: Tensor
-    """`[stop - start]` float32, whatever the model runs in; under ZeRO the last rank's is padded behind that."""
+    """`[stop - start]` float32, whatever type the model runs in. Under ZeRO the last rank's values are padded."""
 
     def __len__(self) -> int:
         return self.stop - self.start
 
 
 class TrainedModel(Protocol):
-    """A model whose weights are trained. Every rank must make the same calls in the same order."""
+    """A model with all weights in training. Every rank must make the same calls in the same order."""
 
     @property
     def backbone(self) -> Backbone:
-        """Runs the weights as they are now."""
+        """The model, which runs with the present weights."""
 
     @property
     def pieces(self) -> Sequence[Piece]: ...
 
     @property
     def optimizer(self) -> Optimizer:
-        """Its state is by a piece's `values`."""
+        """Its state is kept by the pieces' `values`."""
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add a micro-batch's gradient; that of all ranks is summed. `last`: of this step."""
+        """Add a micro-batch's gradient, summed over ranks. `last`: whether it is the last one of this step."""
 
     def update(self, lr: float) -> None:
-        """One step of the optimizer; gradients begin anew."""
+        """Take one step of the optimizer, and reset gradients."""
 
     def take_up(self) -> None:
-        """Run with `values` that were changed by others than `update`."""
+        """Make the model run with `values` that were changed by anything else than `update`."""
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter whole, in the type that the model runs in; good until the next one is asked for."""
+        """Each whole parameter, in the type that the model runs in. It is valid until the next one is fetched."""
 
 
 def trained_parameters(model: TrainedModel) -> int:

@@ -1,4 +1,4 @@
-"""One step of training all weights: the same examples for any number of ranks, shared out among them."""
+"""One step of training all weights: the same examples for any number of ranks, divided among them."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
 
 @dataclass(frozen=True)
 class Examples:
-    """Of one step, over all ranks."""
+    """The examples of one step, over all ranks."""
 
     inputs: TokenRows
     targets: TokenRows
@@ -24,10 +24,10 @@ class Examples:
 
 
 def loss_and_gradient(model: TrainedModel, examples: Examples, token_budget: int) -> float:
-    """The loss in nats a target token; its gradient is left with the model, for `update`.
+    """The loss, in nats a target token; the model keeps its gradient for `update`.
 
-    Micro-batches have at most `token_budget` tokens a rank. Every rank must call this with the same examples, and
-    gets the same loss.
+    Micro-batches have at most `token_budget` tokens a rank. Every rank must call this with the same examples, and gets
+    the same loss.
     """
     backbone = model.backbone
     weight = 1.0 / sum(map(len, examples.targets))
@@ -37,14 +37,9 @@ def loss_and_gradient(model: TrainedModel, examples: Examples, token_budget: int
     for place, shares in enumerate(plan):
         # A rank without a share runs another's first row at weight zero: all gather weights together.
         mine = shares[rank()] or shares[0][:1]
-        rows = prompted.Rows([no_prompt(model)], [0] * len(mine), [examples.inputs[i] for i in mine])
+        rows = prompted.Rows([backbone.no_prompt()], [0] * len(mine), [examples.inputs[i] for i in mine])
         nll = backbone.run(prompted.target_nll, rows, [examples.targets[i] for i in mine])
         part = nll.sum() * (weight if shares[rank()] else 0.0)
         loss += part.detach()
         model.backward(part, last=place == len(plan) - 1)
     return float(sum_over_ranks(loss))
-
-
-def no_prompt(model: TrainedModel) -> torch.Tensor:
-    """What stands before rows that have no soft prompt: `[0, H]`."""
-    return torch.zeros(0, model.backbone.hidden_size, device=model.backbone.device)

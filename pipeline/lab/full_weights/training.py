@@ -1,4 +1,4 @@
-"""The training of all weights from its newest checkpoint to its end. Every rank runs this loop alike."""
+"""Train all weights from the newest checkpoint to the last step. Every rank runs this loop."""
 
 import math
 import time
@@ -17,15 +17,15 @@ from pipeline.tuning.optimise import schedule_factor
 
 
 @dataclass(frozen=True)
-class Course:
-    """What is trained on, and how."""
+class TrainingPlan:
+    """What a training runs on, and how."""
 
     digest: str
-    """Of everything that decides the weights; a checkpoint is taken up under the same alone."""
+    """Digest of all that decides the weights; a training resumes only from checkpoints with the same one."""
     checkpoints: Path
     """A folder that every rank sees."""
     examples: Callable[[int], Examples]
-    """Of a step (from 0): a pure function, so that ranks need not talk, and a resumed training takes the same."""
+    """The examples of a step (from 0). A pure function, so that all ranks and a resumed training take the same."""
     steps: int
     optimizer: OptimizerSettings
     checkpoint_every: int
@@ -35,41 +35,41 @@ class Course:
 
 def train(
     model: TrainedModel,
-    course: Course,
-    journal: TrainingLog,
-    pause: Callable[[Progress], bool],
-    notices: StopSignal | None = None,
+    plan: TrainingPlan,
+    log: TrainingLog,
+    between_steps: Callable[[Progress], bool],
+    stop_signal: StopSignal | None = None,
 ) -> Progress | None:
-    """Train from the newest checkpoint to the last step; None where it was told to stop, with a checkpoint, before.
+    """Train from the newest checkpoint to the last step; None where it was told to stop earlier, with a checkpoint.
 
-    `pause` is called before each step and after the last one, and tells whether to go on. What it does at a step it
-    may have done before: a training that was killed repeats the steps after its last checkpoint.
-    Raises: DivergedError when the loss leaves the range of numbers; StorageError when a checkpoint cannot be written.
+    `between_steps` is called before each step and after the last one, and returns whether to go on. It may be called
+    twice at a step, since a training that was killed repeats the steps after its last checkpoint.
+    Raises: DivergedError when the loss becomes infinite or NaN; StorageError when a checkpoint cannot be written.
     """
-    progress = load_progress(course.checkpoints, course.digest, model) or Progress()
-    journal.begins(progress.step)
+    progress = load_progress(plan.checkpoints, plan.digest, model) or Progress()
+    log.begins(progress.step)
     while True:
         since = time.monotonic()
-        if not pause(progress) or progress.step >= course.steps:
+        if not between_steps(progress) or progress.step >= plan.steps:
             progress.seconds += time.monotonic() - since
             return progress
-        notice = notices.next(model.backbone.device) if notices else "go on"
+        notice = stop_signal.next(model.backbone.device) if stop_signal else "go on"
         if notice != "go on":
-            save_progress(course.checkpoints, course.digest, model, progress)
+            save_progress(plan.checkpoints, plan.digest, model, progress)
         if notice == "stop":
-            journal.event("stage", name="tuning", text=f"stopping at step {progress.step}, with a checkpoint")
+            log.event("stage", name="tuning", text=f"stopping at step {progress.step}, with a checkpoint")
             return None
-        _step(model, course, progress, journal)
+        _step(model, plan, progress, log)
         progress.seconds += time.monotonic() - since
-        if progress.step % course.checkpoint_every == 0 and progress.step < course.steps:
-            save_progress(course.checkpoints, course.digest, model, progress)
+        if progress.step % plan.checkpoint_every == 0 and progress.step < plan.steps:
+            save_progress(plan.checkpoints, plan.digest, model, progress)
 
 
-def _step(model: TrainedModel, course: Course, progress: Progress, journal: TrainingLog) -> None:
-    examples = course.examples(progress.step)
-    loss = loss_and_gradient(model, examples, course.token_budget)
+def _step(model: TrainedModel, plan: TrainingPlan, progress: Progress, log: TrainingLog) -> None:
+    examples = plan.examples(progress.step)
+    loss = loss_and_gradient(model, examples, plan.token_budget)
     if not math.isfinite(loss):
         raise DivergedError(f"the loss was {loss} at step {progress.step}")
-    model.update(course.optimizer.lr * schedule_factor(course.optimizer, progress.step, course.steps))
+    model.update(plan.optimizer.lr * schedule_factor(plan.optimizer, progress.step, plan.steps))
     progress.step += 1
-    journal.stepped(progress.step, loss, examples.tokens, model.backbone.traffic.gathered)
+    log.stepped(progress.step, loss, examples.tokens, model.backbone.traffic.gathered)

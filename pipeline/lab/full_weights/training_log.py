@@ -1,4 +1,4 @@
-"""What rank 0 writes down while all weights are trained: the run's event log and a series of losses, as for prompts."""
+"""What rank 0 writes while all weights are trained: the run's event log and a series of losses, as for prompts."""
 
 import json
 import time
@@ -14,7 +14,7 @@ _SECONDS_BETWEEN_STEP_EVENTS = 2.0
 
 
 class TrainingLog:
-    """Written by rank 0 alone; the other ranks hold one that is silent."""
+    """Only rank 0 writes; other ranks hold a silent log."""
 
     def __init__(self, run_folder: Path, name: str, silent: bool) -> None:
         self._events = None if silent else EventLog(run_folder / "events.jsonl")
@@ -28,18 +28,18 @@ class TrainingLog:
             self._events.write(event, **fields)
 
     def begins(self, step: int) -> None:
-        """Cut the series back to where the checkpoint stands, so that no step appears twice."""
+        """Cut the series back to the checkpoint's step, so that no step appears twice."""
         if self._events is None:
             return
         kept = [point for point in read_series(self._series) if point["step"] <= step] if step else []
         write_atomically(self._series, "".join(f"{json.dumps(point)}\n" for point in kept).encode())
-        # A checkpoint is written before the evaluation of its step, which is then made a second time.
+        # A checkpoint is written before the evaluation of its step, so a resumed training evaluates that step again.
         self._evaluated = {point["step"] for point in kept if "dev_metric" in point}
         if step:
             self.event("resume", step=step, trials={self._name: {"step": step}})
 
     def stepped(self, step: int, loss: float, tokens: int, gathered: int) -> None:
-        """`tokens` of text were run; `gathered`: bytes of weights that this rank gathered since it loaded them."""
+        """Log a step. `tokens`: of its text; `gathered`: bytes of weights that this rank gathered since loading."""
         if self._events is None:
             return
         self._write(step, loss=loss)
@@ -63,11 +63,11 @@ class TrainingLog:
         self.event("finished", trial=self._name, status=status, reason=reason)
 
     def memory(self, stage: str) -> None:
-        """How much this rank held at most, at the end of a stage."""
+        """Log this rank's peak memory at the end of a stage."""
         self.event("memory", stage=stage, peak_bytes=peak_bytes())
 
     def paused(self) -> None:
-        """Time since the last step went elsewhere, and is no part of the rate."""
+        """Restart the clock of the rate: the time since the last step was not spent on steps."""
         self._since, self._tokens = time.monotonic(), 0
 
     def _write(self, step: int, **values: float) -> None:
@@ -76,5 +76,5 @@ class TrainingLog:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         except OSError as error:
             raise StorageError(
-                f"cannot write {self._series}: {error.strerror}; make room, and the same run started again goes on"
+                f"cannot write {self._series}: {error.strerror}; make room, then start the same run again to resume"
             ) from error

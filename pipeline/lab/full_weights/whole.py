@@ -1,4 +1,4 @@
-"""Training of all weights on one rank, with PyTorch alone."""
+"""Train all weights on one rank, with PyTorch alone."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PretrainedConfig
 
-from pipeline.backbone.host import Backbone, Hosted, placed_whole
+from pipeline.backbone.host import Backbone, Hosted, whole_placement
 from pipeline.backbone.loading import load_weights
 from pipeline.backbone.offload import on_device
 from pipeline.backbone.weights import WeightSource
-from pipeline.lab.full_weights.optimise import PartitionedAdafactor, Span, make_optimizer
+from pipeline.lab.full_weights.optimise import PartitionedAdafactor, Span, make_weight_optimizer
 from pipeline.lab.full_weights.pieces import Piece
 from pipeline.settings import OptimizerSettings
 
@@ -24,7 +24,7 @@ class WholeModel:
     backbone: Backbone
     pieces: Sequence[Piece]
     parameters: Sequence[nn.Parameter]
-    """What the model runs; of float32 ones the pieces are views."""
+    """The parameters that the model runs; pieces of float32 parameters are views of them."""
     optimizer: Optimizer
     clip_norm: float | None
 
@@ -62,15 +62,15 @@ def load_whole(
     dtype: torch.dtype,
     device: torch.device,
 ) -> WholeModel:
-    """Fill a skeleton on this rank. Raises: BackboneError."""
-    load_weights(model, source, dtype, placed_whole(device, on_device(device)))
+    """Load weights into a skeleton on this rank. Raises: BackboneError."""
+    load_weights(model, source, dtype, whole_placement(device, on_device(device)))
     model.requires_grad_(True)
     named = list(model.named_parameters())
     pieces = [
         Piece(name, weight.shape, 0, weight.numel(), weight.detach().view(-1).float().requires_grad_())
         for name, weight in named
     ]
-    optimizer = make_optimizer([piece.values for piece in pieces], settings)
+    optimizer = make_weight_optimizer([piece.values for piece in pieces], settings)
     if isinstance(optimizer, PartitionedAdafactor):
         optimizer.describe({piece.values: Span(piece.shape, piece.start, piece.stop) for piece in pieces})
     backbone = Backbone(config, Hosted(model), device, dtype)

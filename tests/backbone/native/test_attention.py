@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from pipeline.backbone import packed_attention
 from pipeline.backbone.native import attention
-from pipeline.backbone.native.build import library
+from pipeline.backbone.native.build import load_kernels
 from pipeline.backbone.segments import make_segments
 
-pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler on this machine")
+pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C compiler on this machine")
 CPU = torch.device("cpu")
 
 

@@ -11,9 +11,9 @@ from bitsandbytes.functional import int8_vectorwise_quant
 from pipeline.backbone import int8
 from pipeline.backbone.fused import RmsNorm
 from pipeline.backbone.native import rows
-from pipeline.backbone.native.build import library
+from pipeline.backbone.native.build import load_kernels
 
-needs_compiler = pytest.mark.skipif(library() is None, reason="no C compiler on this machine")
+needs_compiler = pytest.mark.skipif(load_kernels() is None, reason="no C compiler on this machine")
 
 
 def awkward_rows(n: int, width: int) -> torch.Tensor:
@@ -51,10 +51,10 @@ def test_weights_are_quantised_bit_by_bit_as_bitsandbytes_does_it(width, dtype):
 def test_a_row_that_is_not_finite_stays_so_by_its_scale_and_alone(bad):
     x = awkward_rows(6, 33)
     x[3, 7] = bad
-    quantised, scale = rows.quantize_rows(x)
+    quantised, scale = rows.quantize_activations(x)
     assert not scale[3].isfinite() and scale[[0, 1, 2, 4, 5]].isfinite().all()
     others = [0, 1, 2, 4, 5]
-    assert torch.equal(quantised[others], rows.quantize_rows(x[others])[0])
+    assert torch.equal(quantised[others], rows.quantize_activations(x[others])[0])
 
 
 @needs_compiler
@@ -89,7 +89,7 @@ def test_the_norm_and_its_gradient_are_pytorchs(width):
 def test_the_gated_product_and_its_gradients_are_pytorchs():
     gate = torch.cat([torch.randn(9, 33) * 3, torch.tensor([[-200.0, -90.0, 90.0] * 11])])
     up = torch.randn_like(gate)
-    ours = values_and_gradients(rows.SiluProduct.apply, gate, up)
+    ours = values_and_gradients(rows.SiluProductFunction.apply, gate, up)
     reference = values_and_gradients(lambda g, u: torch.nn.functional.silu(g) * u, gate, up)
     for mine, theirs in zip(ours, reference, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
@@ -98,9 +98,9 @@ def test_the_gated_product_and_its_gradients_are_pytorchs():
 def test_without_a_compiler_pytorchs_operators_do_the_work(tmp_path):
     program = """
 import torch
-from pipeline.backbone.native.build import library
+from pipeline.backbone.native.build import load_kernels
 from pipeline.backbone.native import rows
-assert library() is None and not rows.serves(torch.zeros(1))
+assert load_kernels() is None and not rows.supports(torch.zeros(1))
 """
     environment = {"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": os.getcwd()}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=120)

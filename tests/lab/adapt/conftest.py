@@ -4,13 +4,13 @@ from dataclasses import asdict
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.backbone.files import save_description
+from pipeline.backbone.files import save_config_and_tokenizer
 from pipeline.corpus.plain_text import TextCorpus
 from pipeline.corpus.rows import Recipe, tokenise_rows
 from pipeline.corpus.template import parse_template
 from pipeline.lab.adapt.rank_job import AdaptationJob
-from pipeline.lab.adapt.start import open_start
-from pipeline.lab.full_weights.on_rank import TrainingPlace
+from pipeline.lab.adapt.start import open_start_model
+from pipeline.lab.full_weights.rank_setup import TrainingPlace
 from pipeline.settings import AdaptationSettings
 from tests.lab.adapt.text import documents
 from tests.tiny import make_model, make_tokenizer
@@ -22,27 +22,27 @@ CONFIG = {
 
 
 @pytest.fixture
-def make_order(tmp_path):
+def make_job(tmp_path):
     """What makes an order of a run's folder and changed settings, with its corpus tokenised without Ray."""
     make_model(tmp_path / "t5", "t5", scale=1.0)
     make_tokenizer(eos_template=True).save_pretrained(tmp_path / "tokenizer")
 
-    def order(run, /, **changes) -> AdaptationJob:
+    def job(run, /, **changes) -> AdaptationJob:
         usual = {
             "model": {"path": str(tmp_path / "t5")}, "corpus": {"train": "unused"}, "optimizer": {"lr": 0.02},
             "tokens": 12, "batch_size": 5, "steps": 12, "save_at": [0, 8],
         }  # fmt: skip
         settings = AdaptationSettings.model_validate({**usual, **changes})
         run.mkdir(exist_ok=True)
-        start = open_start(settings, run)
-        save_description(start.config, start.tokenizer, run / "model")
+        start = open_start_model(settings, run)
+        save_config_and_tokenizer(start.config, start.tokenizer, run / "model")
         place = TrainingPlace(
             str(run), "adapted", start.path, str(run / "model"), checkpoint_every=5, tokens_per_microbatch=48
         )
         corpus = asdict(_text_corpus(run / "shards", start.tokenizer))
         return AdaptationJob(place, settings.model_dump(mode="json"), corpus, "model")
 
-    return order
+    return job
 
 
 def _text_corpus(folder, tokenizer) -> TextCorpus:

@@ -1,4 +1,4 @@
-"""Stretches of text by step: each once an epoch, whatever was asked before, and others with another seed."""
+"""Stretches of text by step: each once an epoch, in any order of asking, and other ones with another seed."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What an objective shows and asks for: exact token ids of worked examples, and no token is lost."""
+"""Inputs and targets of each objective: exact token ids of worked examples, and no token is lost."""
 
 import numpy as np
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Plain text through Ray Data: documents in one row of tokens, tokenised once."""
+"""Plain text through Ray Data: documents in one array of tokens, tokenised once."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The adaptation's settings file: refused with a suggestion, overridden like the main job's."""
+"""The adaptation's settings file: mistakes are refused with a suggestion, and overrides work as in the main job."""
 
 import pytest
 import yaml

@@ -1,9 +1,9 @@
-"""What cannot be adapted is refused with the mend, before anything is trained."""
+"""A model that cannot be adapted is refused with advice, before anything is trained."""
 
 import pytest
 
 from pipeline.errors import BackboneError, SettingsError
-from pipeline.lab.adapt.start import markers_of, open_start
+from pipeline.lab.adapt.start import markers_of, open_start_model
 from pipeline.settings import AdaptationSettings
 from tests.lab.adapt.conftest import CONFIG
 from tests.tiny import make_model, make_tokenizer
@@ -16,14 +16,14 @@ def settings(**changes) -> AdaptationSettings:
 def test_a_decoder_only_model_is_refused(tmp_path):
     make_model(tmp_path / "llama", "llama")
     with pytest.raises(BackboneError, match="'llama' is decoder-only; adaptation is for encoder-decoders"):
-        open_start(settings(model={"path": str(tmp_path / "llama")}), None)
+        open_start_model(settings(model={"path": str(tmp_path / "llama")}), None)
 
 
 def test_span_corruption_without_sentinels_is_refused_and_prefix_lm_is_not(tmp_path):
     model = {"path": str(make_model(tmp_path / "t5", "t5"))}
-    open_start(settings(model=model), None)
+    open_start_model(settings(model=model), None)
     with pytest.raises(SettingsError, match=r"has 0 sentinels .* where 20 tokens have 1 corrupted spans"):
-        open_start(settings(model=model, objective={"name": "span_corruption"}), None)
+        open_start_model(settings(model=model, objective={"name": "span_corruption"}), None)
 
 
 def test_sentinels_are_those_that_the_tokenizer_names_in_their_order():
@@ -44,11 +44,11 @@ def test_sentinels_are_those_that_the_tokenizer_names_in_their_order():
 def test_a_config_of_no_encoder_decoder_is_refused(tmp_path, config, sentence):
     make_tokenizer(eos_template=True).save_pretrained(tmp_path)
     with pytest.raises(SettingsError, match=sentence):
-        open_start(settings(model={"config": config, "tokenizer": str(tmp_path)}), None)
+        open_start_model(settings(model={"config": config, "tokenizer": str(tmp_path)}), None)
 
 
 def test_a_check_writes_nothing(tmp_path):
     make_tokenizer(eos_template=True).save_pretrained(tmp_path / "tokenizer")
-    start = open_start(settings(model={"config": CONFIG, "tokenizer": str(tmp_path / "tokenizer")}), None)
+    start = open_start_model(settings(model={"config": CONFIG, "tokenizer": str(tmp_path / "tokenizer")}), None)
     assert start.config.vocab_size == len(start.tokenizer) and len(start.markers.sentinels) == 100
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]

@@ -9,7 +9,7 @@ import torch
 from pipeline.backbone import prompted
 from pipeline.backbone.files import find_model, read_config
 from pipeline.backbone.host import host_backbone
-from pipeline.lab.benchmark.cost import H100_NODES, CountedTraffic, gathered_bytes, step_cost
+from pipeline.lab.benchmark.cost import H100_NODES, TrafficCounter, gathered_bytes, step_cost
 from pipeline.lab.benchmark.shapes import published_config
 from tests.ranks import run_ranks
 from tests.tiny import make_model
@@ -24,7 +24,7 @@ def count_on_rank(folder) -> int:
     )
     prompt = torch.randn(3, 32, requires_grad=True)
     for _ in range(3):  # until ZeRO's recorded order has settled
-        with CountedTraffic() as traffic:
+        with TrafficCounter() as traffic:
             rows = prompted.Rows([prompt], [0], [np.array([5, 6, 7])])
             backbone.run(prompted.target_nll, rows, [np.array([8, 1])]).sum().backward()
     return traffic.gathered

@@ -6,9 +6,9 @@ import mmap
 import numpy as np
 
 from pipeline.lab.benchmark.fit import FitOptions, measure_fit, save_fits, size_of
-from pipeline.lab.benchmark.fit_table import fit_table
-from pipeline.lab.benchmark.resident import Watch
+from pipeline.lab.benchmark.resident import MemoryWatch
 from pipeline.lab.benchmark.synthetic import write_checkpoint
+from pipeline.lab.benchmark.tables import fit_table
 from tests.lab.benchmark.test_synthetic import tiny_config
 
 
@@ -38,12 +38,12 @@ def test_the_bound_counts_the_largest_layer_and_an_output_layer_of_its_own(tmp_p
 
 def test_memory_that_came_and_went_is_seen():
     size = 2**28
-    with Watch() as watch:
+    with MemoryWatch() as watch:
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         for at in range(0, size, mmap.PAGESIZE):
             pages[at] = 1
         pages.close()
-    with Watch() as later:
+    with MemoryWatch() as later:
         pass
     assert watch.peak.total > later.peak.total + size * 3 // 4, "the system's own peak starts anew"
     assert watch.peak.anonymous > later.peak.anonymous + size // 2, "sampled while it was there"

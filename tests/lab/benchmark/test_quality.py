@@ -1,4 +1,4 @@
-"""Products in int8, both ways, cost the tuned prompts nothing that seeds would not."""
+"""Int8 products, forward and backward, cost prompts no more than another seed would."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Ranks without Ray: they end with the process that started them."""
+"""Ranks without Ray end with the process that started them."""
 
 import signal
 import subprocess

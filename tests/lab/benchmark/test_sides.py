@@ -13,7 +13,7 @@ from pipeline.errors import CorpusError
 from pipeline.lab.benchmark import ablation
 from pipeline.lab.benchmark.ours import tune_together
 from pipeline.lab.benchmark.peft_trainer import PeerOptions, load_peer_model, tune_one_by_one
-from pipeline.lab.benchmark.side_by_side import Side, compare
+from pipeline.lab.benchmark.side_by_side import Side, compare_sides
 from pipeline.lab.benchmark.work import WorkOptions, load_work
 from tests.corpora import reviews
 from tests.tiny import make_model
@@ -71,7 +71,7 @@ def test_taking_a_part_out_changes_how_a_loss_is_computed_and_not_the_loss(work,
 
 def test_ratios_leave_the_settling_steps_out_and_tell_their_spread():
     seconds = iter([1.0, 2.0])
-    result = compare(
+    result = compare_sides(
         "test",
         {
             "fast": lambda: Side([10] * 4, [99.0, 99.0, 1.0, 1.0], [[1.0]] * 4),

@@ -1,4 +1,4 @@
-"""What a comparison might have found: three tasks, every method, three seeds."""
+"""Results of an imagined comparison: three tasks, every method, three seeds."""
 
 from collections.abc import Callable
 from itertools import product
@@ -6,23 +6,23 @@ from itertools import product
 import numpy as np
 
 from pipeline.lab.comparison import tables
-from pipeline.lab.comparison.candidates import Candidate, Cost, Measured
-from pipeline.lab.comparison.choice import choose, grouped
-from pipeline.lab.comparison.questions import Answered
-from pipeline.lab.comparison.results import Likeness, Results, TaskFacts, TransferCell
+from pipeline.lab.comparison.candidates import Candidate, Cost, MeasuredCandidate
+from pipeline.lab.comparison.choice import choose_best, group_over_seeds
+from pipeline.lab.comparison.questions import SplitAnswers
+from pipeline.lab.comparison.results import PromptSimilarity, Results, TaskFacts, TransferCell
 
 TASKS = ("sst2", "trec", "a task with <a long> name")
 METRICS = dict.fromkeys(TASKS, "accuracy")
 
 
-def candidates() -> list[Measured]:
+def candidates() -> list[MeasuredCandidate]:
     """Hard prompts, prompts of two lengths and two initialisations, prompts from elsewhere, and LoRA."""
     rng, out = np.random.default_rng(0), []
 
     def add(method, task, choice, seed, level, cost):
         name = f"{method}.{task}.{choice}.{seed}".replace(" ", "-")
         value = float(np.clip(level + rng.normal(0, 0.03), 0, 1))
-        out.append(Measured(Candidate(name, method, task, choice, seed), value, 1 - value, cost))
+        out.append(MeasuredCandidate(Candidate(name, method, task, choice, seed), value, 1 - value, cost))
 
     for place, task in enumerate(TASKS):
         base = 0.55 + 0.1 * place
@@ -41,12 +41,12 @@ def candidates() -> list[Measured]:
     return out
 
 
-def answered(value: float, rows: int = 200) -> Answered:
+def answered(value: float, rows: int = 200) -> SplitAnswers:
     """Answers of which so large a share is right."""
     right = round(min(max(value, 0.0), 1.0) * rows)
     targets, texts = ["yes"] * rows, ["yes"] * right + ["no"] * (rows - right)
     scores = np.array([[0.0, -1.0] if text == "yes" else [-1.0, 0.0] for text in texts])
-    return Answered(np.full(rows, 1 - value), np.full(rows, 2), targets, texts, scores, ("yes", "no"))
+    return SplitAnswers(np.full(rows, 1 - value), np.full(rows, 2), targets, texts, scores, ("yes", "no"))
 
 
 def nothing_seen(source: str, on: str, split: str) -> np.ndarray:
@@ -54,7 +54,7 @@ def nothing_seen(source: str, on: str, split: str) -> np.ndarray:
 
 
 def results(
-    measured: list[Measured] | None = None, on_test: Callable[[float], float] = lambda dev: dev - 0.01
+    measured: list[MeasuredCandidate] | None = None, on_test: Callable[[float], float] = lambda dev: dev - 0.01
 ) -> Results:
     """From candidates whose test metric follows from their dev metric."""
     measured = candidates() if measured is None else measured
@@ -63,9 +63,9 @@ def results(
     answers |= {
         (m.candidate.name, "trec", "test"): answered(m.value - 0.1) for m in measured if m.candidate.task == "sst2"
     }
-    groups = grouped(measured)
-    chosen = choose(groups, METRICS)
-    judged = tables.Judged(answers, METRICS, nothing_seen)
+    groups = group_over_seeds(measured)
+    chosen = choose_best(groups, METRICS)
+    judged = tables.CountedAnswers(answers, METRICS, nothing_seen)
     pairs = [(a, b) for i, a in enumerate(TASKS) for b in TASKS[i + 1 :]]
     return Results(
         run="example",
@@ -81,15 +81,15 @@ def results(
             TaskFacts(t, "accuracy", ("yes", "no"), {"train": 5000, "dev": 500, "test": 800}, {"dev": 500, "test": 800})
             for t in TASKS
         ),
-        numbers=tuple(tables.numbers(groups, chosen, judged)),
-        rows=tuple(tables.rows(groups, chosen, judged)),
+        numbers=tuple(tables.candidate_rows(groups, chosen, judged)),
+        rows=tuple(tables.method_rows(groups, chosen, judged)),
         ensembles=tuple(tables.ensemble_rows(chosen, judged)),
         transfer=tuple(
             TransferCell(a, 0, b, "test", 0.9 - 0.1 * abs(i - j), 0.4, (i + j) % 2 == 0, 200 - 30 * i, 30 * i)
             for i, a in enumerate(TASKS)
             for j, b in enumerate(TASKS)
         ),
-        likeness=tuple(Likeness(a, b, 0.8 - 0.5 * i, 0.05 - 0.04 * i) for i, (a, b) in enumerate(pairs)),
+        likeness=tuple(PromptSimilarity(a, b, 0.8 - 0.5 * i, 0.05 - 0.04 * i) for i, (a, b) in enumerate(pairs)),
         starts=tuple(tables.start_rows(groups, chosen, judged)),
         shifts=tuple(tables.shift_rows({"sst2": ("trec",)}, chosen, judged)),
         panels=tuple(tables.panel(key, groups, judged) for key in ("prompt.length", "prompt.init")),

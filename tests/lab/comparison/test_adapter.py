@@ -1,4 +1,4 @@
-"""LoRA: the losses and the adapters of a plain PEFT loop over the same rows, kept at their best on dev."""
+"""LoRA has the losses and adapters of a plain PEFT loop over the same rows, and keeps the best on dev."""
 
 import numpy as np
 import pytest
@@ -16,15 +16,14 @@ from pipeline.lab.comparison import adapter
 from pipeline.lab.comparison.adapter import (
     adapter_weights,
     add_adapter,
+    load_adapter_weights,
     loss_and_gradients,
-    measure,
-    no_prompt,
-    put_weights,
-    start_anew,
+    reset_adapter,
+    score_alone,
     train_adapter,
 )
-from pipeline.lab.comparison.adapter_files import load_adapter, save_adapter
-from pipeline.lab.comparison.training import trained_task
+from pipeline.lab.comparison.derived_settings import training_settings
+from pipeline.lab.comparison.tensor_files import load_adapter, save_adapter
 from pipeline.settings import LoraSettings
 from pipeline.tuning.batches import rows_of_step
 from pipeline.tuning.evaluate import eval_request
@@ -47,7 +46,7 @@ def tuned(request, tmp_path):
     tokenizer = read_tokenizer(files)
     parameters = add_adapter(backbone.hosted.model, LORA)
     corpus = make_corpus(tmp_path / "corpus", tokenizer, backbone.architecture, "film")
-    task = trained_task(make_task(max_steps=8, eval_every=4), LORA, 0.05)
+    task = training_settings(make_task(max_steps=8, eval_every=4), LORA, 0.05)
     return backbone, tokenizer, parameters, corpus, make_trial("film", task, 0, corpus.digest, "backbone"), folder
 
 
@@ -80,7 +79,7 @@ def plain_loss(model, split, rows):
 
 def test_losses_and_adapters_are_those_of_a_plain_peft_loop(tuned):
     backbone, _, parameters, corpus, trial, folder = tuned
-    start_anew(backbone.hosted.model, 0)
+    reset_adapter(backbone.hosted.model, 0)
     train = open_split(corpus.splits["train"])
     reference = plain_peft(folder, adapter_weights(backbone.hosted.model))
     theirs = [parameter for parameter in reference.parameters() if parameter.requires_grad]
@@ -101,17 +100,17 @@ def test_losses_and_adapters_are_those_of_a_plain_peft_loop(tuned):
 
 def test_a_new_adapter_changes_nothing_and_depends_on_its_seed_alone(tuned):
     backbone, tokenizer, _, corpus, trial, folder = tuned
-    exam = eval_request(trial.settings, no_prompt(backbone), open_split(corpus.splits["dev"]), corpus)
-    start_anew(backbone.hosted.model, 3)
-    first, (before,) = adapter_weights(backbone.hosted.model), measure(backbone, tokenizer, [exam], 300)
+    request = eval_request(trial.settings, backbone.no_prompt(), open_split(corpus.splits["dev"]), corpus)
+    reset_adapter(backbone.hosted.model, 3)
+    first, (before,) = adapter_weights(backbone.hosted.model), score_alone(backbone, tokenizer, [request], 300)
     files = find_model(str(folder))
     bare = host_backbone(
         files, read_config(files), int8=False, dtype=torch.float32, device=torch.device("cpu"), sharded=False
     )
-    assert before.loss == pytest.approx(measure(bare, tokenizer, [exam], 300)[0].loss, rel=1e-5)
-    start_anew(backbone.hosted.model, 4)
+    assert before.loss == pytest.approx(score_alone(bare, tokenizer, [request], 300)[0].loss, rel=1e-5)
+    reset_adapter(backbone.hosted.model, 4)
     assert any(not torch.equal(weight, first[n]) for n, weight in adapter_weights(backbone.hosted.model).items())
-    start_anew(backbone.hosted.model, 3)
+    reset_adapter(backbone.hosted.model, 3)
     assert all(torch.equal(weight, first[name]) for name, weight in adapter_weights(backbone.hosted.model).items())
 
 
@@ -124,10 +123,10 @@ def test_training_keeps_the_adapter_of_its_best_evaluation_and_the_model_as_it_w
     save_adapter(tmp_path / "adapter.safetensors", trained)
     kept = load_adapter(tmp_path / "adapter.safetensors")
     assert (kept.history, kept.best_at) == (tuple(trained.history), trained.best_at) and kept.peak_bytes > 2**20
-    start_anew(backbone.hosted.model, 9)
-    put_weights(backbone.hosted.model, kept.weights)
-    exam = eval_request(trial.settings, no_prompt(backbone), open_split(corpus.splits["dev"], 12), corpus)
-    (score,) = measure(backbone, tokenizer, [exam], 300)
+    reset_adapter(backbone.hosted.model, 9)
+    load_adapter_weights(backbone.hosted.model, kept.weights)
+    request = eval_request(trial.settings, backbone.no_prompt(), open_split(corpus.splits["dev"], 12), corpus)
+    (score,) = score_alone(backbone, tokenizer, [request], 300)
     assert (score.value, score.loss) == pytest.approx((trained.best.value, trained.best.loss), rel=1e-5)
     for name, parameter in backbone.hosted.model.named_parameters():
         assert name not in frozen or torch.equal(parameter, frozen[name])
@@ -155,7 +154,7 @@ def test_an_adapter_is_trained_in_float32_also_beside_a_model_in_bfloat16(tmp_pa
     assert {parameter.dtype for parameter in parameters} == {torch.float32}
     tokenizer = read_tokenizer(files)
     corpus = make_corpus(tmp_path / "corpus", tokenizer, backbone.architecture, "film")
-    task = trained_task(make_task(max_steps=8, eval_every=4), LORA, 0.05)
+    task = training_settings(make_task(max_steps=8, eval_every=4), LORA, 0.05)
     trial = make_trial("film", task, 0, corpus.digest, "backbone")
     trained = train_adapter(backbone, tokenizer, trial, corpus, parameters, 300)
     assert np.mean(trained.losses[-2:]) < np.mean(trained.losses[:2])

@@ -1,4 +1,4 @@
-"""Choices are made on dev alone: nothing that is chosen from, or tuned with, knows a test row."""
+"""Choices are made on dev alone: nothing that is tuned or chosen has seen a test row."""
 
 from dataclasses import fields, replace
 
@@ -8,20 +8,21 @@ import pytest
 from pipeline.corpus.reader import SplitRef
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import SettingsError
-from pipeline.lab.comparison.candidates import Candidate, Measured
-from pipeline.lab.comparison.choice import choose, grouped, spread
-from pipeline.lab.comparison.study import compared_settings, seen_while_tuning
+from pipeline.lab.comparison.candidates import Candidate, MeasuredCandidate
+from pipeline.lab.comparison.choice import choose_best, group_over_seeds, spread
+from pipeline.lab.comparison.derived_settings import comparison_settings
+from pipeline.lab.comparison.study import without_test_splits
 from pipeline.settings import parse_settings
 from tests.lab.comparison.found import candidates, results
 
 
-def measured(length: int, seed: int, value: float, loss: float = 1.0, failed: str | None = None) -> Measured:
+def measured(length: int, seed: int, value: float, loss: float = 1.0, failed: str | None = None) -> MeasuredCandidate:
     candidate = Candidate(f"a.{length}.{seed}", "prompt tuning", "a", {"prompt.length": length}, seed)
-    return Measured(candidate, value, loss, failed=failed)
+    return MeasuredCandidate(candidate, value, loss, failed=failed)
 
 
-def chosen_length(*members: Measured, metric: str = "accuracy") -> int:
-    (group,) = choose(grouped(members), {"a": metric}).values()
+def chosen_length(*members: MeasuredCandidate, metric: str = "accuracy") -> int:
+    (group,) = choose_best(group_over_seeds(members), {"a": metric}).values()
     return group.choice["prompt.length"]
 
 
@@ -37,13 +38,13 @@ def test_whatever_the_test_rows_say_the_same_is_chosen(on_test):
 
 
 def test_what_is_chosen_from_has_no_test_metric():
-    assert not [field.name for field in fields(Measured) if "test" in field.name]
+    assert not [field.name for field in fields(MeasuredCandidate) if "test" in field.name]
 
 
 def test_ranks_that_tune_are_given_no_test_split():
     splits = {name: SplitRef(name) for name in ("train", "dev", "test")}
     corpus = TaskCorpus("a", splits, None, None, {}, "digest")
-    (seen,) = seen_while_tuning({"a": corpus}).values()
+    (seen,) = without_test_splits({"a": corpus}).values()
     assert set(seen.splits) == {"train", "dev"} and replace(seen, splits=splits) == corpus
 
 
@@ -63,7 +64,7 @@ def test_a_choice_of_which_a_seed_failed_is_taken_only_where_every_choice_has_on
     broken = [measured(1, 0, 0.9), measured(1, 1, 0.0, failed="NaN")]
     assert chosen_length(*broken, measured(2, 0, 0.5)) == 2
     assert chosen_length(*broken, measured(2, 0, 0.5, failed="NaN")) == 1
-    assert choose(grouped([measured(1, 0, 0.9, failed="NaN")]), {"a": "accuracy"}) == {}
+    assert choose_best(group_over_seeds([measured(1, 0, 0.9, failed="NaN")]), {"a": "accuracy"}) == {}
 
 
 def test_spread_is_the_samples_and_of_one_seed_there_is_none():
@@ -79,18 +80,18 @@ def plain(**tasks):
 
 def test_a_comparison_tunes_every_trial_to_its_end():
     halved = {"sweep": {"prompt.length": [1, 2]}, "halving": {"first": 1}, "max_steps": 20, "eval_every": 5}
-    settings = compared_settings(parse_settings(plain(a=halved)))
+    settings = comparison_settings(parse_settings(plain(a=halved)))
     assert settings.tasks["a"].halving is None and len(settings.tasks["a"].trials("a")) == 6
 
 
 def test_too_many_trials_by_the_comparisons_seeds_is_one_sentence_that_names_them():
     sweep = {"prompt.length": list(range(1, 401))}
     with pytest.raises(SettingsError, match=r"^with compare.seeds 3: .*1,200 trials, more than 1,000"):
-        compared_settings(parse_settings(plain(a={"sweep": sweep})))
+        comparison_settings(parse_settings(plain(a={"sweep": sweep})))
 
 
 def test_every_task_gets_the_comparisons_seeds_unless_it_names_its_own():
-    settings = compared_settings(
+    settings = comparison_settings(
         parse_settings(
             {
                 "model": {"path": "x"},

@@ -1,24 +1,24 @@
-"""Ensembles against plain numpy, row by row, and against the service's."""
+"""Ensembles compared with plain numpy, row by row, and with the service's."""
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.lab.comparison.ensembles import average, majority
-from pipeline.lab.comparison.questions import Answered
+from pipeline.lab.comparison.questions import SplitAnswers
 from pipeline.serving.ensemble import classify_ensemble
 
 LABELS = ("a", "b", "c")
 
 
-def member(scores: np.ndarray) -> Answered:
+def member(scores: np.ndarray) -> SplitAnswers:
     rows = len(scores)
     texts = [LABELS[place] for place in scores.argmax(axis=1)]
-    return Answered(np.zeros(rows), np.ones(rows), ["a"] * rows, texts, scores, LABELS)
+    return SplitAnswers(np.zeros(rows), np.ones(rows), ["a"] * rows, texts, scores, LABELS)
 
 
-def texts(*answers: str) -> Answered:
-    return Answered(np.zeros(len(answers)), np.ones(len(answers)), [*answers], [*answers], None, None)
+def texts(*answers: str) -> SplitAnswers:
+    return SplitAnswers(np.zeros(len(answers)), np.ones(len(answers)), [*answers], [*answers], None, None)
 
 
 def scores_of(seed: int) -> np.ndarray:
@@ -70,5 +70,5 @@ def test_texts_are_voted_on_and_of_a_tie_the_foremost_prompt_answers():
 
 
 def test_losses_cannot_vote():
-    silent = Answered(np.zeros(1), np.ones(1), ["a"], None, None, None)
+    silent = SplitAnswers(np.zeros(1), np.ones(1), ["a"], None, None, None)
     assert majority([silent, silent]) is None and average([silent, silent]) is None

@@ -1,4 +1,4 @@
-"""Hard prompts: rows behind one have the tokens that the tokenizer gives for the whole text, and score as it does."""
+"""Rows behind a hard prompt have the tokenizer's tokens for the whole text, and score accordingly."""
 
 import numpy as np
 import pytest
@@ -13,12 +13,12 @@ from pipeline.errors import SettingsError
 from pipeline.lab.comparison.candidates import Candidate
 from pipeline.lab.comparison.hard_prompts import (
     HardPrompt,
-    behind_text,
-    check_context,
+    check_hard_prompt,
     drawn_rows,
     hard_prompts,
     joined,
     solved_rows,
+    with_shared_prefix,
 )
 from pipeline.settings import HardPromptSettings
 from pipeline.tuning.evaluate import answer, eval_request
@@ -67,7 +67,7 @@ def test_rows_behind_a_text_have_the_tokens_of_the_whole(tmp_path, kind, text):
     pairs = reviews(25, 3)
     corpus = task_corpus(tmp_path, tokenizer, architecture, "a", dict.fromkeys(("train", "dev"), pairs))
     split = open_split(corpus.splits["dev"])
-    prompt, behind = behind_text(text, split, tokenizer, architecture)
+    prompt, behind = with_shared_prefix(text, split, tokenizer, architecture)
     (whole,) = {tuple(row) for row in [prompt.tolist()]}
     ours = sorted((*whole, *behind.input_ids(row).tolist()) for row in range(len(behind)))
     theirs = sorted(tuple(ids) for ids in encode_inputs(tokenizer, architecture, [text + own for own, _ in pairs]))
@@ -111,9 +111,9 @@ def test_every_task_has_its_text_and_every_number_of_shots_every_seed(tmp_path):
 def test_a_text_too_long_for_the_model_is_refused_with_what_to_lower():
     tokenizer, architecture = TOKENIZERS["words"]
     prompt = HardPrompt(Candidate("hard.a.shots-9", "hard prompt", "a", {}, 0), "good " * 50)
-    assert check_context(prompt, make_task(), tokenizer, architecture, None) == 50
+    assert check_hard_prompt(prompt, make_task(), tokenizer, architecture, None) == 50
     with pytest.raises(SettingsError, match=r"task 'a': a hard prompt of 50 tokens .* lower compare.hard"):
-        check_context(prompt, make_task(max_input_tokens=40), tokenizer, architecture, 80)
+        check_hard_prompt(prompt, make_task(max_input_tokens=40), tokenizer, architecture, 80)
 
 
 @pytest.mark.parametrize("text", ["is it good or bad ", ""])
@@ -123,7 +123,7 @@ def test_a_hard_prompt_scores_as_the_whole_text_does_in_transformers(model, tmp_
         pytest.skip("the tokens are the same; that its rows score as transformers' is tested for prompts")
     corpus = make_corpus(tmp_path, tokenizer, backbone.architecture, "a", rows=12)
     split = open_split(corpus.splits["dev"])
-    ids, behind = behind_text(text, split, tokenizer, backbone.architecture)
+    ids, behind = with_shared_prefix(text, split, tokenizer, backbone.architecture)
     prompt = backbone.embed(torch.as_tensor(ids, dtype=torch.long))
     (given,) = answer(backbone, tokenizer, [eval_request(make_task(), prompt, behind, corpus)], 500)
     reference = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -141,14 +141,17 @@ def test_a_hard_prompt_scores_as_the_whole_text_does_in_transformers(model, tmp_
 def test_answers_tell_each_label_s_log_likelihood(model, tmp_path):
     backbone, tokenizer, _ = model
     corpora = [make_corpus(tmp_path, tokenizer, backbone.architecture, name, seed) for seed, name in enumerate("ab")]
-    exams = [
+    requests = [
         eval_request(make_task(), torch.randn(3, 32), open_split(corpus.splits["dev"]), corpus) for corpus in corpora
     ]
-    for exam, given in zip(exams, answer(backbone, tokenizer, exams, 300), strict=True):
-        assert given.label_scores.shape == (len(exam.split), 2)
-        chosen = [exam.labels[place] for place in given.label_scores.argmax(axis=1)]
+    for request, given in zip(requests, answer(backbone, tokenizer, requests, 300), strict=True):
+        assert given.label_scores.shape == (len(request.split), 2)
+        chosen = [request.labels[place] for place in given.label_scores.argmax(axis=1)]
         assert chosen == given.texts
-        own = [given.label_scores[row, exam.labels.index(exam.split.target(row))] for row in range(len(exam.split))]
+        own = [
+            given.label_scores[row, request.labels.index(request.split.target(row))]
+            for row in range(len(request.split))
+        ]
         np.testing.assert_allclose(-given.nll, own)
 
 

@@ -1,4 +1,4 @@
-"""A whole small comparison in one process with its real ranks: what it leaves, and that it goes on where it stopped."""
+"""A whole small comparison in one process with real ranks: its files, and that it resumes where it stopped."""
 
 import json
 
@@ -9,9 +9,10 @@ from rich.console import Console
 
 from pipeline.bank import PromptBank
 from pipeline.errors import BankError, SettingsError
+from pipeline.lab.comparison.derived_settings import comparison_settings
 from pipeline.lab.comparison.job import run_comparison
 from pipeline.lab.comparison.results import read_results
-from pipeline.lab.comparison.study import Study, compared_settings
+from pipeline.lab.comparison.study import Study
 from pipeline.run.checks import check_run
 from pipeline.settings import parse_settings
 from tests.corpora import reviews
@@ -50,7 +51,7 @@ def make_comparison(folder, **compare):
 
 
 def compare(settings, *overrides):
-    checked = check_run(compared_settings(parse_settings(settings, overrides)))
+    checked = check_run(comparison_settings(parse_settings(settings, overrides)))
     return run_comparison(checked, Console(quiet=True))
 
 
@@ -64,14 +65,14 @@ def launches():
 def compared(tmp_path_factory, launches):
     folder = tmp_path_factory.mktemp("compared")
     settings = make_comparison(folder)
-    real = Study.on_ranks
+    real = Study.run_on_ranks
 
-    def watching(study, order, log):
-        launches.append((order, (study.folder / "chosen.json").exists()))
-        real(study, order, log)
+    def watching(study, rank_job, log):
+        launches.append((rank_job, (study.folder / "chosen.json").exists()))
+        real(study, rank_job, log)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Study, "on_ranks", watching)
+        patched.setattr(Study, "run_on_ranks", watching)
         return settings, compare(settings)
 
 
@@ -182,15 +183,15 @@ def test_a_comparison_killed_before_each_of_its_phases_ends_as_one_left_alone(
 ):
     _, undisturbed = compared
     settings = make_comparison(tmp_path)
-    allowed, real = [0], Study.on_ranks
+    allowed, real = [0], Study.run_on_ranks
 
-    def killing(study, order, log):
+    def killing(study, rank_job, log):
         if not allowed[0]:
             raise _Killed
         allowed[0] -= 1
-        real(study, order, log)
+        real(study, rank_job, log)
 
-    monkeypatch.setattr(Study, "on_ranks", killing)
+    monkeypatch.setattr(Study, "run_on_ranks", killing)
     for _ in range(len(launches)):
         with pytest.raises(_Killed):
             compare(settings)
@@ -252,20 +253,20 @@ def test_a_store_that_can_hold_no_bank_is_refused_before_anything_is_tuned(tmp_p
         raise BankError(f"{bank.uri} is unfit")
 
     monkeypatch.setattr(PromptBank, "check_fit", unfit)
-    monkeypatch.setattr(Study, "on_ranks", lambda *rest: pytest.fail("ranks were started"))
+    monkeypatch.setattr(Study, "run_on_ranks", lambda *rest: pytest.fail("ranks were started"))
     with pytest.raises(BankError, match=r"runs/small/bank is unfit"):
         compare(make_comparison(tmp_path))
 
 
 def test_no_rank_is_given_a_test_row_before_the_choices_are_written_down(compared, launches):
     asked_on_test = False
-    for order, chosen in launches:
-        asked = [question.split for question in getattr(order, "questions", ())]
-        asked += [question.split for lora in getattr(order, "jobs", ()) for question in lora.questions]
+    for rank_job, chosen in launches:
+        asked = [question.split for question in getattr(rank_job, "questions", ())]
+        asked += [question.split for lora in getattr(rank_job, "jobs", ()) for question in lora.questions]
         asked_on_test |= "test" in asked
         assert chosen or "test" not in asked
         if not asked:  # it tunes
-            corpora = getattr(order, "corpora", None) or {"": order.corpus}
+            corpora = getattr(rank_job, "corpora", None) or {"": rank_job.corpus}
             assert not any("test" in corpus["splits"] for corpus in corpora.values())
     assert asked_on_test and not launches[0][1]
 

@@ -1,4 +1,4 @@
-"""Panels over finished comparisons: their own figures, one line a size, refused where a run has no such panel."""
+"""Panels over finished comparisons: the runs' own figures, one line for each size, refused without such a panel."""
 
 import re
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline.errors import SettingsError, StorageError
-from pipeline.lab.comparison.joined import join
+from pipeline.lab.comparison.joined import join_panels
 from pipeline.lab.comparison.page.joined import joined_markdown, joined_plot, render_joined
 from pipeline.lab.comparison.results import write_results
 from pipeline.settings import JoinSettings, load_joined
@@ -28,7 +28,7 @@ def panels(runs, task="sst2"):
 
 
 def test_a_panel_shows_what_the_comparisons_found(runs):
-    length, steps = join(panels(runs))
+    length, steps = join_panels(panels(runs))
     (own,) = (panel for panel in results().panels if panel.key == "prompt.length")
     wanted = [(point.value, point.test) for point in own.points if point.task == "sst2"]
     assert length.split == "test" and set(length.lines) == {"small", "base"}
@@ -40,7 +40,7 @@ def test_a_panel_shows_what_the_comparisons_found(runs):
 
 
 def test_lines_are_told_apart_by_colour_and_shape_and_lie_within_the_drawing(runs):
-    for plot in join(panels(runs)):
+    for plot in join_panels(panels(runs)):
         drawing = joined_plot(plot)
         assert len({mark.kind for mark in drawing.marks if mark.kind.startswith("mean")}) == 2
         assert sum(mark.kind.startswith("seed") for mark in drawing.marks) == 12
@@ -51,7 +51,7 @@ def test_lines_are_told_apart_by_colour_and_shape_and_lie_within_the_drawing(run
 
 
 def test_page_and_tables_stand_alone(runs):
-    plots = join(panels(runs))
+    plots = join_panels(panels(runs))
     page = render_joined("Four <panels>", plots)
     assert "<script" not in page and " style=" not in page and "Four &lt;panels&gt;" in page
     assert not re.search(r"https?://", page) and "± " in joined_markdown("x", plots)
@@ -59,10 +59,10 @@ def test_page_and_tables_stand_alone(runs):
 
 def test_what_a_run_does_not_have_is_named(runs):
     with pytest.raises(SettingsError, match=r"panel 'Length': .* has no task 'nowhere'; it has sst2, trec"):
-        join(panels(runs, "nowhere"))
+        join_panels(panels(runs, "nowhere"))
     other = panels(runs).panels[0].model_copy(update={"key": "optimizer.lr"})
     with pytest.raises(SettingsError, match=r"has no panel of optimizer.lr for 'sst2'; sweep it there"):
-        join(JoinSettings(panels=[other]))
+        join_panels(JoinSettings(panels=[other]))
 
 
 @pytest.mark.parametrize(
@@ -87,10 +87,10 @@ def test_runs_of_another_metric_are_not_drawn_on_one_axis(runs, tmp_path):
     other = replace(results(), tasks=tuple(replace(facts, metric="exact_match") for facts in results().tasks))
     write_results(tmp_path / "base" / "results.json", other)
     with pytest.raises(SettingsError, match="measured 'sst2' by exact_match and another run by accuracy"):
-        join(panels(runs))
+        join_panels(panels(runs))
 
 
 def test_what_is_no_comparisons_results_is_refused(runs, tmp_path):
     (tmp_path / "base" / "results.json").write_text('{"format": 9}')
     with pytest.raises(StorageError, match=r"is no comparison's results\.json of this version"):
-        join(panels(runs))
+        join_panels(panels(runs))

@@ -1,4 +1,4 @@
-"""What a task's training has seen of another's rows is found whatever stands around it, and counts for no method."""
+"""Rows of a task that another task's training has seen are found in any template, and count for no method."""
 
 from types import SimpleNamespace
 
@@ -7,10 +7,10 @@ import pytest
 
 from pipeline.corpus.reader import open_split
 from pipeline.lab.comparison import tables
-from pipeline.lab.comparison.candidates import Candidate, Measured
-from pipeline.lab.comparison.choice import choose, grouped
-from pipeline.lab.comparison.overlap import own_letters, seen_rows_of
-from pipeline.lab.comparison.questions import Answered
+from pipeline.lab.comparison.candidates import Candidate, MeasuredCandidate
+from pipeline.lab.comparison.choice import choose_best, group_over_seeds
+from pipeline.lab.comparison.overlap import find_seen_rows, row_letters
+from pipeline.lab.comparison.questions import SplitAnswers
 from tests.corpora import make_task, reviews, task_corpus
 from tests.tiny import make_tokenizer
 
@@ -27,7 +27,7 @@ SEEN = np.array([True, False] * (ROWS // 2))
     ],
 )
 def test_two_spellings_of_a_text_are_one(text, other):
-    own = own_letters("{text}")
+    own = row_letters("{text}")
     assert own(text) == own(other)
 
 
@@ -40,11 +40,11 @@ def test_two_spellings_of_a_text_are_one(text, other):
     ],
 )
 def test_what_a_template_puts_around_and_between_is_not_the_rows_own(template, rendered):
-    assert own_letters(template)(rendered) == own_letters("{text}")("A man sleeps. Nobody sleeps.")
+    assert row_letters(template)(rendered) == row_letters("{text}")("A man sleeps. Nobody sleeps.")
 
 
 def test_texts_without_a_letter_are_not_all_one():
-    own = own_letters("review: {text}")
+    own = row_letters("review: {text}")
     assert own("review: !!") != own("review: ...")
 
 
@@ -66,39 +66,43 @@ def test_rows_that_train_or_dev_of_another_task_hold_are_seen_and_no_others(tmp_
         settings=SimpleNamespace(tasks=tasks),
         rows=lambda task, split: 25,
     )
-    seen = seen_rows_of(study)("own", "other", "test")
+    seen = find_seen_rows(study)("own", "other", "test")
     learnt = {f"film {text} film" for text, _ in pairs[:40]}
     split = open_split(corpora["other"].splits["test"], 25)
     held = [tokenizer.decode(split.input_ids(row)) in learnt for row in range(len(split))]
     assert len(seen) == 25 and seen.tolist() == held and 0 < seen.sum() < 25
-    assert not seen_rows_of(study)("other", "own", "test").any()
+    assert not find_seen_rows(study)("other", "own", "test").any()
 
 
-def answered(right: np.ndarray) -> Answered:
+def answered(right: np.ndarray) -> SplitAnswers:
     """Answers that are right where it says so."""
     texts = ["yes" if one else "no" for one in right]
     scores = np.stack([np.log(np.where(right, 0.9, 0.1)), np.log(np.where(right, 0.1, 0.9))], axis=1)
-    return Answered(np.where(right, 0.1, 2.3), np.ones(ROWS), ["yes"] * ROWS, texts, scores, ("yes", "no"))
+    return SplitAnswers(np.where(right, 0.1, 2.3), np.ones(ROWS), ["yes"] * ROWS, texts, scores, ("yes", "no"))
 
 
 def learnt_by_heart(seen):
     """Prompts, LoRA and hard prompts of `own`: right about the rows of `other` that were seen, wrong about the rest."""
     made = [
-        Measured(Candidate(f"{method}.{seed}", method, "own", {}, seed), 0.9, 0.1)
+        MeasuredCandidate(Candidate(f"{method}.{seed}", method, "own", {}, seed), 0.9, 0.1)
         for method in ("hard prompt", "prompt tuning", "LoRA")
         for seed in (0, 1)
     ]
-    plain = [Measured(Candidate(f"plain.{seed}", "prompt tuning", "other", {}, seed), 0.5, 0.7) for seed in (0, 1)]
+    plain = [
+        MeasuredCandidate(Candidate(f"plain.{seed}", "prompt tuning", "other", {}, seed), 0.5, 0.7) for seed in (0, 1)
+    ]
     moved = [
-        Measured(Candidate(f"moved.{seed}", "transferred prompt", "other", {"prompt.source": "own"}, seed), 0.9, 0.1)
+        MeasuredCandidate(
+            Candidate(f"moved.{seed}", "transferred prompt", "other", {"prompt.source": "own"}, seed), 0.9, 0.1
+        )
         for seed in (0, 1)
     ]
     right = {(one.candidate.name, "other", "test"): answered(SEEN) for one in (*made, *moved)}
     right |= {(one.candidate.name, "other", "test"): answered(~SEEN) for one in plain}
     right |= {(one.candidate.name, "own", "test"): answered(np.ones(ROWS, bool)) for one in made}
-    groups = grouped([*made, *plain, *moved])
+    groups = group_over_seeds([*made, *plain, *moved])
     metrics = {"own": "accuracy", "other": "accuracy"}
-    return groups, choose(groups, metrics), tables.Judged(right, metrics, seen)
+    return groups, choose_best(groups, metrics), tables.CountedAnswers(right, metrics, seen)
 
 
 def seen(source, on, split):
@@ -121,7 +125,7 @@ def test_a_start_from_another_task_is_held_against_no_start_on_the_same_rows():
     (row,) = tables.start_rows(groups, chosen, judged)
     assert (row.task, row.source, row.rows, row.seen) == ("other", "own", ROWS // 2, ROWS // 2)
     assert (row.started.mean, row.plain.mean) == (0.0, 1.0)
-    of = {row.method: row for row in tables.rows(groups, chosen, judged) if row.task == "other"}
+    of = {row.method: row for row in tables.method_rows(groups, chosen, judged) if row.task == "other"}
     assert of["transferred prompt"].test.mean == 0.0 and of["transferred prompt"].seen == ROWS // 2
     assert of["prompt tuning"].test.mean == 0.5 and of["prompt tuning"].seen == 0
 
@@ -133,15 +137,15 @@ def test_where_every_row_was_seen_there_is_no_figure():
 
 
 def test_all_methods_of_a_shift_table_are_judged_on_the_same_rows():
-    started = Measured(Candidate("s", "transferred prompt", "other", {"prompt.source": "own"}, 0), 0.9, 0.1)
-    plain = Measured(Candidate("p", "prompt tuning", "other", {}, 0), 0.9, 0.1)
+    started = MeasuredCandidate(Candidate("s", "transferred prompt", "other", {"prompt.source": "own"}, 0), 0.9, 0.1)
+    plain = MeasuredCandidate(Candidate("p", "prompt tuning", "other", {}, 0), 0.9, 0.1)
     answers = {(one.candidate.name, "third", "test"): answered(SEEN) for one in (started, plain)}
 
     def of_own(source, on, split):
         return SEEN if source == "own" else np.zeros(ROWS, bool)
 
-    chosen = choose(grouped([started, plain]), {"other": "accuracy"})
-    judged = tables.Judged(answers, {"other": "accuracy", "third": "accuracy"}, of_own)
+    chosen = choose_best(group_over_seeds([started, plain]), {"other": "accuracy"})
+    judged = tables.CountedAnswers(answers, {"other": "accuracy", "third": "accuracy"}, of_own)
     rows = tables.shift_rows({"other": ("third",)}, chosen, judged)
     assert {(row.method, row.test.mean, row.rows, row.seen) for row in rows} == {
         ("prompt tuning", 0.0, ROWS // 2, ROWS // 2), ("transferred prompt", 0.0, ROWS // 2, ROWS // 2),

@@ -1,4 +1,4 @@
-"""The report: one file that needs nothing from elsewhere, shows every mean with its spread and names every seed."""
+"""The report: one file without outside resources, with the spread of every mean and the name of every seed."""
 
 import json
 import re
@@ -9,8 +9,8 @@ import pytest
 
 from pipeline.lab.comparison.page import heat, plots
 from pipeline.lab.comparison.page.markdown import to_markdown
-from pipeline.lab.comparison.page.render import method_lines, render, seeds
-from pipeline.lab.comparison.results import Likeness, Mean, read_results, with_spread, write_results
+from pipeline.lab.comparison.page.render import method_lines, render_comparison, seeds
+from pipeline.lab.comparison.results import Mean, PromptSimilarity, read_results, with_spread, write_results
 from tests.lab.comparison.found import METRICS, TASKS, candidates, results
 from tests.reporting.html.browser import FOUND, Browser
 
@@ -21,7 +21,7 @@ def found():
 
 
 def test_the_page_asks_for_nothing_and_runs_no_script(found):
-    page = render(found)
+    page = render_comparison(found)
     assert not re.search(r"https?://(?!www\.w3\.org)", page) and "<script" not in page
     assert " style=" not in page, "the page's own policy would forbid it"
     assert "a task with &lt;a long&gt; name" in page and "<a long>" not in page
@@ -40,7 +40,7 @@ def test_the_page_is_well_formed(found):
             if tag not in void:
                 assert open_tags.pop() == tag
 
-    Tags().feed(render(found))
+    Tags().feed(render_comparison(found))
     assert open_tags == []
 
 
@@ -49,7 +49,7 @@ def test_every_number_of_the_results_is_on_the_page_with_its_seed(found, tmp_pat
     plain = json.loads((tmp_path / "results.json").read_text())
     assert plain["format"] == 1 and {**read_results(tmp_path / "results.json"), "sha256": plain["sha256"]} == plain
     assert len(plain["numbers"]) == len(candidates())
-    page = render(found)
+    page = render_comparison(found)
     for number in plain["numbers"]:
         assert f"{number['dev']:.3f}" in page and f"{number['test']:.3f}" in page
     assert {number["seed"] for number in plain["numbers"]} == {None, 0, 1, 2}
@@ -85,7 +85,7 @@ def test_everything_lies_within_its_drawing(found):
     drawings = [plots.method_plot(found, task) for task in TASKS]
     drawings += [plots.panel_plot(panel, task, found) for panel in found.panels for task in TASKS]
     drawings += [heat.transfer_map(found.transfer, METRICS)]
-    drawings += [heat.likeness_map(found.likeness, lambda pair: pair.mean_token, "")]
+    drawings += [heat.similarity_map(found.likeness, lambda pair: pair.mean_token, "")]
     for drawing in drawings:
         for label in drawing.labels:
             assert 0 <= label.x <= drawing.width and 0 <= label.y <= drawing.height
@@ -95,7 +95,7 @@ def test_everything_lies_within_its_drawing(found):
 
 
 def test_likeness_tells_directions_that_part_by_another_colour():
-    drawing = heat.likeness_map([Likeness("a", "b", -0.5, 0.2)], lambda pair: pair.mean_token, "")
+    drawing = heat.similarity_map([PromptSimilarity("a", "b", -0.5, 0.2)], lambda pair: pair.mean_token, "")
     assert {cell.kind for cell in drawing.cells} == {"same", "less"}
 
 
@@ -113,7 +113,7 @@ def test_a_comparison_of_nothing_but_prompts_without_test_rows_still_has_its_pag
     rows = tuple(replace(row, test=None) for row in found.rows)
     numbers = tuple(replace(number, test=None, test_loss=None) for number in found.numbers)
     found = replace(found, rows=rows, numbers=numbers)
-    page = render(found)
+    page = render_comparison(found)
     assert "dev accuracy of sst2" in page and "Transfer" not in page and to_markdown(found)
 
 
@@ -127,7 +127,7 @@ def test_words_for_means_and_seeds():
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_it_without_a_complaint_or_a_sideways_scroll(found, tmp_path, width, dark):
     path = tmp_path / "report.html"
-    path.write_text(render(found))
+    path.write_text(render_comparison(found))
     with Browser(tmp_path / "profile") as browser:
         browser.open(path, width, dark=dark)
         assert browser.complaints == []

@@ -1,10 +1,10 @@
-"""Of a comparison's prompts: which one is a task's best, and what time and memory its trials took."""
+"""A comparison's prompts: which one is a task's best, and the time and memory of its trials."""
 
 from types import SimpleNamespace
 
 import pytest
 
-from pipeline.lab.comparison.candidates import Candidate, Measured
+from pipeline.lab.comparison.candidates import Candidate, MeasuredCandidate
 from pipeline.lab.comparison.prompts import _entries, _spent
 
 
@@ -12,7 +12,9 @@ def test_a_tasks_best_prompt_is_the_best_seed_of_its_best_choice_not_the_luckies
     figures = {(1, 0): 0.95, (1, 1): 0.4, (2, 0): 0.8, (2, 1): 0.85}
     states = [SimpleNamespace(trial=SimpleNamespace(task="a"), status="tuned") for _ in figures]
     measured = [
-        Measured(Candidate(f"{length}.{seed}", "prompt tuning", "a", {"prompt.length": length}, seed), value, 1 - value)
+        MeasuredCandidate(
+            Candidate(f"{length}.{seed}", "prompt tuning", "a", {"prompt.length": length}, seed), value, 1 - value
+        )
         for (length, seed), value in figures.items()
     ]
     (entry,) = _entries(states, measured, {"a": "accuracy"})

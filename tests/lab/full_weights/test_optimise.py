@@ -1,4 +1,4 @@
-"""Adafactor of pieces against transformers' of whole parameters."""
+"""Adafactor on pieces, compared with transformers' Adafactor on whole parameters."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from transformers.optimization import Adafactor
 
-from pipeline.backbone.loading import Share
+from pipeline.backbone.loading import Partition
 from pipeline.lab.full_weights.optimise import PartitionedAdafactor, Span
 from tests.ranks import run_ranks
 
@@ -38,7 +38,7 @@ def of_transformers():
 def of_pieces(rank, ranks):
     """What this rank's pieces become, each padded as ZeRO pads it, with rubbish in the padding."""
     weights, gradients = weights_and_gradients()
-    share = Share(rank, ranks)
+    share = Partition(rank, ranks)
     spans = [Span(weight.shape, *share.span(weight.numel())) for weight in weights]
 
     def piece(whole, span):

@@ -1,4 +1,4 @@
-"""All weights trained: as plain PyTorch does it, alike on one rank and two, killed and not, and saved for others."""
+"""Training of all weights: as plain PyTorch does it, the same on one rank and two, killed or not."""
 
 import random
 import shutil
@@ -17,7 +17,7 @@ from pipeline.lab.full_weights import model_folder
 from pipeline.settings import OptimizerSettings
 from pipeline.tuning.optimise import schedule_factor
 from tests.backbone.test_buffers import with_stored_buffers
-from tests.lab.full_weights.course import ADAFACTOR, ADAMW, STEPS, course, examples, trained
+from tests.lab.full_weights.training_plan import ADAFACTOR, ADAMW, STEPS, examples, make_plan, trained
 from tests.ranks import run_ranks
 from tests.tiny import make_model
 
@@ -71,7 +71,7 @@ def assert_close(ours: dict[str, np.ndarray], reference: dict[str, np.ndarray], 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_and_weights_are_those_of_a_plain_loop_of_transformers(family, settings, tmp_path):
     folder = make_model(tmp_path / family, family, scale=1.0)
-    weights, losses, _ = trained(folder, course(tmp_path / "run", settings))
+    weights, losses, _ = trained(folder, make_plan(tmp_path / "run", settings))
     reference, plain = of_transformers(folder, settings)
     np.testing.assert_allclose(losses, plain, rtol=1e-4)
     assert_close(weights, reference, 1e-3)
@@ -79,7 +79,7 @@ def test_losses_and_weights_are_those_of_a_plain_loop_of_transformers(family, se
 
 
 def on_rank(folder, run, settings, dtype, save):
-    weights, losses, _ = trained(folder, course(run, settings), dtype=dtype, save=save)
+    weights, losses, _ = trained(folder, make_plan(run, settings), dtype=dtype, save=save)
     return weights, losses, dist.get_world_size()
 
 
@@ -87,7 +87,7 @@ def on_rank(folder, run, settings, dtype, save):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 def test_two_ranks_reach_the_weights_of_one_process_and_save_the_same_folder(family, settings, tmp_path):
     folder = make_model(tmp_path / family, family, scale=1.0)
-    alone, losses, _ = trained(folder, course(tmp_path / "one", settings), save=tmp_path / "saved")
+    alone, losses, _ = trained(folder, make_plan(tmp_path / "one", settings), save=tmp_path / "saved")
     both = run_ranks(2, on_rank, folder, tmp_path / "two", settings, torch.float32, tmp_path / "saved_by_two")
     for weights, of_rank, ranks in both:
         assert ranks == 2
@@ -102,7 +102,7 @@ def test_bfloat16_keeps_float32_weights_for_the_optimizer_and_learns(ranks, tmp_
     # Steps so small that weights kept in bfloat16 would stay where they are; larger ones make this model's losses jump.
     calm = OptimizerSettings(lr=1e-3, weight_decay=1e-3)
     folder = make_model(tmp_path / "t5", "t5", scale=1.0)
-    _, exact, _ = trained(folder, course(tmp_path / "exact", calm))
+    _, exact, _ = trained(folder, make_plan(tmp_path / "exact", calm))
     for _, losses, _ in run_ranks(ranks, on_rank, folder, tmp_path / "run", calm, torch.bfloat16, None):
         np.testing.assert_allclose(losses, exact, rtol=0.05)
 
@@ -122,7 +122,7 @@ def killed_at(step):
 
 def kill_on_rank(folder, run, settings, at):
     try:
-        trained(folder, course(run, settings), killed_at(at))
+        trained(folder, make_plan(run, settings), killed_at(at))
     except _Killed:
         return "killed"
 
@@ -135,7 +135,7 @@ def step_taken_up(folder, run, settings):
         raise _Killed
 
     try:
-        trained(folder, course(run, settings), note)
+        trained(folder, make_plan(run, settings), note)
     except _Killed:
         return steps[0]
 
@@ -144,10 +144,10 @@ def step_taken_up(folder, run, settings):
 @pytest.mark.parametrize("settings", [ADAFACTOR, ADAMW], ids=["adafactor", "adamw"])
 def test_a_training_killed_at_any_step_and_started_again_ends_with_the_same_weights_bit_by_bit(settings, at, tmp_path):
     folder = make_model(tmp_path / "t5", "t5", scale=1.0)
-    undisturbed, losses, _ = trained(folder, course(tmp_path / "whole", settings))
+    undisturbed, losses, _ = trained(folder, make_plan(tmp_path / "whole", settings))
     with pytest.raises(_Killed):
-        trained(folder, course(tmp_path / "killed", settings), killed_at(at))
-    weights, again, _ = trained(folder, course(tmp_path / "killed", settings))
+        trained(folder, make_plan(tmp_path / "killed", settings), killed_at(at))
+    weights, again, _ = trained(folder, make_plan(tmp_path / "killed", settings))
     assert_close(weights, undisturbed, 0.0)
     assert again == losses
 
@@ -167,7 +167,7 @@ def test_two_ranks_killed_end_bit_by_bit_as_two_undisturbed_and_may_go_on_as_ano
 
 def test_the_two_newest_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path):
     folder, run = make_model(tmp_path / "gpt2", "gpt2", scale=1.0), tmp_path / "run"
-    what = course(run, checkpoint_every=3)
+    what = make_plan(run, checkpoint_every=3)
     with pytest.raises(_Killed):
         trained(folder, what, killed_at(10))
     before, newest = sorted((run / "checkpoints").iterdir())
@@ -194,23 +194,23 @@ def test_a_flipped_bit_of_any_file_of_a_checkpoint_is_found_by_every_rank(tmp_pa
 
 def test_a_checkpoint_of_something_else_is_not_taken_up(tmp_path):
     folder, run = make_model(tmp_path / "gpt2", "gpt2", scale=1.0), tmp_path / "run"
-    trained(folder, course(run))
+    trained(folder, make_plan(run))
     starts = []
-    trained(folder, course(run, digest="another"), lambda progress: starts.append(progress.step) or True)
+    trained(folder, make_plan(run, digest="another"), lambda progress: starts.append(progress.step) or True)
     assert starts[0] == 0
 
 
 def test_a_loss_that_is_no_number_ends_the_training(tmp_path):
     folder = make_model(tmp_path / "t5", "t5", scale=1.0)
     with pytest.raises(DivergedError, match=r"^the loss was (nan|inf) at step \d+$"):
-        trained(folder, course(tmp_path / "run", OptimizerSettings(lr=1e30, weight_decay=0)))
+        trained(folder, make_plan(tmp_path / "run", OptimizerSettings(lr=1e30, weight_decay=0)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_folder_is_what_transformers_loads(family, tmp_path, monkeypatch):
     monkeypatch.setattr(model_folder, "_FILE_BYTES", 20_000)  # several files
     folder = make_model(tmp_path / family, family, scale=1.0)
-    weights, *_ = trained(folder, course(tmp_path / "run"), save=tmp_path / "saved")
+    weights, *_ = trained(folder, make_plan(tmp_path / "run"), save=tmp_path / "saved")
     auto = AutoModelForSeq2SeqLM if "t5" in family else AutoModelForCausalLM
     loaded = auto.from_pretrained(tmp_path / "saved", dtype="auto")
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
@@ -219,7 +219,7 @@ def test_a_saved_folder_is_what_transformers_loads(family, tmp_path, monkeypatch
 
 def test_a_stored_buffer_is_saved_with_the_trained_weights(tmp_path, monkeypatch):
     folder = with_stored_buffers(tmp_path, monkeypatch)
-    trained(folder, course(tmp_path / "run"), save=tmp_path / "saved")
+    trained(folder, make_plan(tmp_path / "run"), save=tmp_path / "saved")
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert float(saved["model.embed_tokens.offset"]) == 1.5 and set(saved["model.embed_tokens.factor"]) == {2.0}
     assert set(saved) == set(load_file(folder / "model.safetensors"))

@@ -1,11 +1,11 @@
-"""Drawings as geometry: `drawing.svg.jinja` only writes them down. Places are in units of the viewBox."""
+"""Drawings as geometry, which `drawing.svg.jinja` only writes down. Coordinates are in units of the viewBox."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 SHAPES = ("circle", "square", "diamond", "up", "down")
-"""Of marks: what tells methods apart beside their colour."""
+"""Shapes of marks, which tell methods apart beside their colours."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Mark:
     kind: str
     path: str
     text: str
-    """What it says under the pointer."""
+    """Its tooltip."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Cell:
-    """Of a heat map."""
+    """A cell of a heat map."""
 
     x: float
     y: float
@@ -45,37 +45,38 @@ class Cell:
     strength: float
     """0 to 1"""
     text: str
-    """What it says under the pointer."""
+    """Its tooltip."""
 
 
 @dataclass(frozen=True)
 class Drawing:
     title: str
-    """All that a reader needs who does not see it."""
+    """A text alternative, for readers who cannot see the drawing."""
     width: float
     height: float
     lines: Sequence[Line] = ()
-    """The first lie behind."""
+    """Earlier ones are drawn below later ones."""
     marks: Sequence[Mark] = ()
     labels: Sequence[Label] = ()
     cells: Sequence[Cell] = ()
 
 
 def mark(kind: str, shape: str, x: float, y: float, size: float, text: str) -> Mark:
-    """size: half its width."""
-    s, w = number(size), number(2 * size)
+    """A mark around a point; size: half of its width."""
+    s, w = coordinate(size), coordinate(2 * size)
     paths = {
-        "circle": f"M{number(x - size)},{number(y)}a{s},{s} 0 1,0 {w},0a{s},{s} 0 1,0 -{w},0z",
-        "square": f"M{number(x - size)},{number(y - size)}h{w}v{w}h-{w}z",
-        "diamond": f"M{number(x)},{number(y - 1.3 * size)}l{number(1.3 * size)},{number(1.3 * size)}"
-        f"l-{number(1.3 * size)},{number(1.3 * size)}l-{number(1.3 * size)},-{number(1.3 * size)}z",
-        "up": f"M{number(x)},{number(y - 1.2 * size)}l{number(1.2 * size)},{number(2.2 * size)}h-{number(2.4 * size)}z",
-        "down": f"M{number(x)},{number(y + 1.2 * size)}l{number(1.2 * size)},-{number(2.2 * size)}"
-        f"h-{number(2.4 * size)}z",
+        "circle": f"M{coordinate(x - size)},{coordinate(y)}a{s},{s} 0 1,0 {w},0a{s},{s} 0 1,0 -{w},0z",
+        "square": f"M{coordinate(x - size)},{coordinate(y - size)}h{w}v{w}h-{w}z",
+        "diamond": f"M{coordinate(x)},{coordinate(y - 1.3 * size)}l{coordinate(1.3 * size)},{coordinate(1.3 * size)}"
+        f"l-{coordinate(1.3 * size)},{coordinate(1.3 * size)}l-{coordinate(1.3 * size)},-{coordinate(1.3 * size)}z",
+        "up": f"M{coordinate(x)},{coordinate(y - 1.2 * size)}l{coordinate(1.2 * size)},{coordinate(2.2 * size)}"
+        f"h-{coordinate(2.4 * size)}z",
+        "down": f"M{coordinate(x)},{coordinate(y + 1.2 * size)}l{coordinate(1.2 * size)},-{coordinate(2.2 * size)}"
+        f"h-{coordinate(2.4 * size)}z",
     }
     return Mark(kind, paths[shape], text)
 
 
-def number(place: float) -> str:
-    """With one digit, which is a fifth of a pixel on the finest screen."""
+def coordinate(place: float) -> str:
+    """A coordinate with one digit, which is a fifth of a pixel on the finest screen."""
     return f"{place:.1f}".removesuffix(".0")

@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Sequence
 
 from pipeline.lab.comparison.page.render import MethodLine, method_lines, seeds, shift_groups
-from pipeline.lab.comparison.results import Results, Row, TransferCell, with_spread
+from pipeline.lab.comparison.results import MethodRow, Results, TransferCell, with_spread
 from pipeline.reporting.words import ABSENT, duration, figure, millions, size
 
-_UNSEEN = "Rows of another task that the task trained on has, too, are left out; in brackets, how many are left."
+_UNSEEN = "Rows that the task trained on shares with another task are left out; brackets show how many are left."
 
 
 def to_markdown(results: Results) -> str:
@@ -110,7 +110,7 @@ def _between_tasks(results: Results) -> list[str]:
     return parts
 
 
-def _shown(row: Row | None) -> str:
+def _shown(row: MethodRow | None) -> str:
     if row is None:
         return ABSENT
     return with_spread(row.shown) + (f" ({row.seen} rows left out)" if row.seen else "")

@@ -1,11 +1,11 @@
-"""The plots of a comparison: every seed is shown, with the mean and one standard deviation to each side."""
+"""The plots of a comparison. They show every seed, the mean, and one standard deviation to each side."""
 
 import math
 from collections.abc import Sequence
 
 from pipeline.lab.comparison.candidates import METHODS
-from pipeline.lab.comparison.page.drawing import SHAPES, Drawing, Label, Line, Mark, mark, number
-from pipeline.lab.comparison.results import EnsembleRow, Mean, Panel, PanelPoint, Results, ShiftRow, with_spread
+from pipeline.lab.comparison.page.drawing import SHAPES, Drawing, Label, Line, Mark, coordinate, mark
+from pipeline.lab.comparison.results import EnsembleRow, Mean, Panel, Results, ShiftRow, with_spread
 from pipeline.reporting.html.scale import Axis, axis_of
 from pipeline.reporting.words import figure
 
@@ -20,7 +20,7 @@ Strip = tuple[str, str, str, Mean]
 
 
 def method_class(method: str) -> str:
-    """Its colour, in the page's style."""
+    """The CSS class with the method's colour."""
     return f"m{METHODS.index(method)}"
 
 
@@ -36,22 +36,22 @@ def method_plot(results: Results, task: str) -> Drawing | None:
     if not shown:
         return None
     strips = [_strip(row.method, mean) for row, mean in shown]
-    told = "; ".join(f"{label} {with_spread(mean)}" for label, _, _, mean in strips)
-    return _strips(f"{split} {results.metric(task)} of {task} by method: {told}", strips)
+    summary = "; ".join(f"{label} {with_spread(mean)}" for label, _, _, mean in strips)
+    return _strips(f"{split} {results.metric(task)} of {task} by method: {summary}", strips)
 
 
 def shift_plot(rows: Sequence[ShiftRow], on: str, metric: str) -> Drawing | None:
-    """What was trained elsewhere, on one task's test rows."""
+    """Candidates that were trained on another task, on one task's test rows."""
     shown = [row for row in rows if row.on == on]
     if not shown:
         return None
     strips = [_strip(row.method, row.test) for row in shown]
-    told = "; ".join(f"{row.method} {with_spread(row.test)}" for row in shown)
-    return _strips(f"test {metric} on {on}, trained on {shown[0].trained_on}: {told}", strips)
+    summary = "; ".join(f"{row.method} {with_spread(row.test)}" for row in shown)
+    return _strips(f"test {metric} on {on}, trained on {shown[0].trained_on}: {summary}", strips)
 
 
 def ensemble_plot(row: EnsembleRow, metric: str) -> Drawing:
-    """Seeds alone against all of them together."""
+    """Single seeds beside all of them together."""
     alone = Mean(row.best, None, ())
     strips: list[Strip] = [
         ("one seed", "m1", "circle", row.members),
@@ -60,8 +60,8 @@ def ensemble_plot(row: EnsembleRow, metric: str) -> Drawing:
     for label, value in (("average", row.average), ("majority", row.majority)):
         if value is not None:
             strips.append((label, "m3", "diamond", Mean(value, None, ())))
-    told = "; ".join(f"{label} {with_spread(mean)}" for label, _, _, mean in strips)
-    return _strips(f"{row.split} {metric} of {row.task}, {len(row.seeds)} prompts: {told}", strips)
+    summary = "; ".join(f"{label} {with_spread(mean)}" for label, _, _, mean in strips)
+    return _strips(f"{row.split} {metric} of {row.task}, {len(row.seeds)} prompts: {summary}", strips)
 
 
 def _strip(method: str, mean: Mean) -> Strip:
@@ -69,11 +69,11 @@ def _strip(method: str, mean: Mean) -> Strip:
 
 
 def _strips(title: str, strips: Sequence[Strip]) -> Drawing:
-    """A line for each, all over one axis below them."""
+    """One strip for each entry, over a common axis below them."""
     values = [value for *_, mean in strips for value in (*ends(mean), *mean.values)]
     x = axis_of(values, _LEFT, _RIGHT)
     bottom = 10 + _ROW * len(strips)
-    lines = [Line("grid", f"M{number(x.place(tick))},6V{bottom}") for tick in x.ticks]
+    lines = [Line("grid", f"M{coordinate(x.place(tick))},6V{bottom}") for tick in x.ticks]
     labels = [Label(x.place(tick), bottom + 15, tick_text(x, tick), "middle") for tick in x.ticks]
     marks: list[Mark] = []
     for place, (label, kind, shape, mean) in enumerate(strips):
@@ -81,15 +81,18 @@ def _strips(title: str, strips: Sequence[Strip]) -> Drawing:
         labels.append(Label(_LEFT - 10, y + 4, label, "end", "name"))
         if mean.deviation is not None:
             low, high = (x.place(value) for value in ends(mean))
-            lines.append(Line(f"whisker {kind}", f"M{number(low)},{number(y)}H{number(high)}"))
+            lines.append(Line(f"whisker {kind}", f"M{coordinate(low)},{coordinate(y)}H{coordinate(high)}"))
         marks += [mark(f"seed {kind}", "circle", x.place(v), y, 2.4, f"seed {s}: {figure(v)}") for s, v in mean.each]
         marks.append(mark(f"mean {kind}", shape, x.place(mean.mean), y, 4.6, f"{label}: {with_spread(mean)}"))
     return Drawing(title, WIDTH, bottom + 22, lines, marks, labels)
 
 
 def panel_plot(panel: Panel, task: str, results: Results) -> Drawing | None:
-    """The metric over one swept key's values, in the order in which they were given; numbers by size."""
-    points = _ordered([point for point in panel.points if point.task == task])
+    """The metric over one swept key's values: numbers by size, others in the order in which they were given."""
+    points = [point for point in panel.points if point.task == task]
+    numeric = all(is_number(point.value) for point in points)
+    if numeric:
+        points.sort(key=lambda point: point.value)
     means = [point.test or point.dev for point in points]
     if not points:
         return None
@@ -98,29 +101,25 @@ def panel_plot(panel: Panel, task: str, results: Results) -> Drawing | None:
     y = axis_of(values, _PANEL_BOTTOM, _PANEL_TOP)
     step = (WIDTH - 10 - _PANEL_LEFT) / len(points)
     places = [_PANEL_LEFT + step * (i + 0.5) for i in range(len(points))]
-    lines = [Line("grid", f"M{_PANEL_LEFT},{number(y.place(tick))}H{WIDTH - 10}") for tick in y.ticks]
+    lines = [Line("grid", f"M{_PANEL_LEFT},{coordinate(y.place(tick))}H{WIDTH - 10}") for tick in y.ticks]
     labels = [Label(_PANEL_LEFT - 5, y.place(tick) + 4, tick_text(y, tick), "end") for tick in y.ticks]
-    if all(is_number(point.value) for point in points) and len(points) > 1:
-        path = "M" + "L".join(f"{number(at)},{number(y.place(m.mean))}" for at, m in zip(places, means, strict=True))
+    if numeric and len(points) > 1:
+        path = "M" + "L".join(
+            f"{coordinate(at)},{coordinate(y.place(m.mean))}" for at, m in zip(places, means, strict=True)
+        )
         lines.append(Line("through m1", path))
     marks: list[Mark] = []
     for at, point, mean in zip(places, points, means, strict=True):
         low, high = (y.place(value) for value in ends(mean))
-        lines.append(Line("whisker m1", f"M{number(at)},{number(low)}V{number(high)}"))
+        lines.append(Line("whisker m1", f"M{coordinate(at)},{coordinate(low)}V{coordinate(high)}"))
         marks += [mark("seed m1", "circle", at + 7, y.place(v), 2.4, f"seed {s}: {figure(v)}") for s, v in mean.each]
         marks.append(
             mark("mean m1", "circle", at, y.place(mean.mean), 4.2, f"{point.written_choice}: {with_spread(mean)}")
         )
         labels.append(Label(at, _PANEL_BOTTOM + 17, short(str(point.value), step), "middle"))
-    told = "; ".join(f"{point.value}: {with_spread(mean)}" for point, mean in zip(points, means, strict=True))
-    title = f"{split} {results.metric(task)} of {task} over {panel.key}: {told}"
+    summary = "; ".join(f"{point.value}: {with_spread(mean)}" for point, mean in zip(points, means, strict=True))
+    title = f"{split} {results.metric(task)} of {task} over {panel.key}: {summary}"
     return Drawing(title, WIDTH, _PANEL_BOTTOM + 24, lines, marks, labels)
-
-
-def _ordered(points: Sequence[PanelPoint]) -> list[PanelPoint]:
-    if all(is_number(point.value) for point in points):
-        return sorted(points, key=lambda point: point.value)
-    return list(points)
 
 
 def is_number(value: object) -> bool:
@@ -128,7 +127,7 @@ def is_number(value: object) -> bool:
 
 
 def short(text: str, width: float) -> str:
-    """As many letters as there is room for; a letter is about 6 wide."""
+    """The text, cut to the width; a letter is about 6 units wide."""
     room = max(3, int(width / 6))
     text = text.replace("_", " ")
     return text if len(text) <= room else text[: room - 1] + "…"

@@ -1,4 +1,4 @@
-"""From what a comparison found to its page."""
+"""Make the page of a comparison from its results."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import yaml
 from jinja2 import ChoiceLoader, PackageLoader
 
 from pipeline.lab.comparison.page import heat, plots
-from pipeline.lab.comparison.results import Mean, Results, Row, ShiftRow, by_method, with_spread
+from pipeline.lab.comparison.results import Mean, MethodRow, Results, ShiftRow, by_method, with_spread
 from pipeline.reporting import words
 from pipeline.reporting.html.pages import TEMPLATES, environment, own_texts
 
@@ -20,12 +20,12 @@ class MethodLine:
     """A method's best choices, task by task, and what they cost."""
 
     method: str
-    cells: Sequence[Row | None]
+    cells: Sequence[MethodRow | None]
     """In the order of the tasks."""
     best: Sequence[bool]
     """Whether no other method has a better mean."""
     mean: float | None
-    """Over the tasks, where it has all of them and their metric is the same."""
+    """Mean over the tasks, if the method has all of them and they share a metric."""
     trained_parameters: str
     stored_bytes: int
     rank_seconds: float
@@ -33,10 +33,14 @@ class MethodLine:
     prompt_tokens: str
 
 
-def render(results: Results) -> str:
-    """The page, as HTML that needs nothing else. All texts are escaped; no script runs on it."""
+def render_comparison(results: Results) -> str:
+    """The page as HTML that needs no other file. All texts are escaped, and it has no script."""
     page = environment(OWN_TEMPLATES)
-    page.filters |= {word.__name__: word for word in _FILTERS} | {"spread": with_spread, "seeds": seeds, "share": share}
+    page.filters |= {word.__name__: word for word in _FILTERS} | {
+        "spread": with_spread,
+        "seeds": seeds,
+        "share": percentage,
+    }
     metrics = {facts.name: facts.metric for facts in results.tasks}
     return page.get_template("comparison.html.jinja").render(
         found=results,
@@ -50,11 +54,11 @@ def render(results: Results) -> str:
         transfer_map=heat.transfer_map(results.transfer, metrics),
         likeness_maps=[
             (
-                heat.likeness_map(results.likeness, lambda pair: pair.mean_token, "of their mean tokens"),
+                heat.similarity_map(results.likeness, lambda pair: pair.mean_token, "of their mean tokens"),
                 "of the mean token",
             ),
             (
-                heat.likeness_map(results.likeness, lambda pair: pair.token_pairs, "mean over all pairs of tokens"),
+                heat.similarity_map(results.likeness, lambda pair: pair.token_pairs, "mean over all pairs of tokens"),
                 "mean over all pairs of tokens",
             ),
         ],
@@ -93,7 +97,7 @@ def method_lines(results: Results) -> list[MethodLine]:
 
 
 def shift_groups(rows: Sequence[ShiftRow]) -> dict[str, tuple[list[str], dict[str, dict[str, ShiftRow]]]]:
-    """By the task trained on: the tasks tested on, and by method what each made of them."""
+    """By the task trained on: the tasks tested on, and each method's rows by task."""
     found: dict[str, tuple[list[str], dict[str, dict[str, ShiftRow]]]] = {}
     for row in rows:
         tasks, methods = found.setdefault(row.trained_on, ([], {}))
@@ -104,22 +108,22 @@ def shift_groups(rows: Sequence[ShiftRow]) -> dict[str, tuple[list[str], dict[st
 
 
 def seeds(mean: Mean | None) -> str:
-    """`seeds 0, 1, 2`; nothing where there is no chance in it."""
+    """`seeds 0, 1, 2`; `no seed` where nothing is random."""
     known = [str(seed) for seed in mean.seeds if seed is not None] if mean is not None else []
     return f"seed{'s' * (len(known) > 1)} {', '.join(known)}" if known else "no seed"
 
 
-def share(value: float, whole: float) -> str:
+def percentage(value: float, whole: float) -> str:
     """`0.006 %`"""
     return f"{100 * value / whole:.2g} %" if whole else words.ABSENT
 
 
-def _is_best(method: str, task: str, table: Mapping[str, Mapping[str, Row]], metric: str) -> bool:
+def _is_best(method: str, task: str, table: Mapping[str, Mapping[str, MethodRow]], metric: str) -> bool:
     shown = {
         other: mean.mean * (-1 if metric == "loss" else 1)
         for other, of_task in table.items()
         if task in of_task
-        and not of_task[task].seen  # figures of the same rows alone
+        and not of_task[task].seen  # only figures over the same rows can be compared
         and (mean := of_task[task].shown) is not None
     }
     return method in shown and shown[method] == max(shown.values())

@@ -1,4 +1,4 @@
-"""What a rank that trains all weights does before and after: threads, device, watchdog, journal, the model loaded."""
+"""Set up a rank that trains all weights: threads, device, watchdog, log and the loaded model."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,16 +30,16 @@ from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
 
 @dataclass(frozen=True)
 class TrainingPlace:
-    """Where and how an order's training runs; plain values."""
+    """Where and how a training runs; plain values."""
 
     run_folder: str
-    """Seen by every rank. All resumable state is here, and what comes of it."""
+    """A folder that every rank sees. It holds all state to resume from, and the result."""
     name: str
-    """Of what is trained, in the run's events."""
+    """Name of what is trained, in the run's events."""
     model: str
-    """Whose weights to start from: a folder, a .gguf file or a packaged model's name."""
+    """The model to start from: a folder, a .gguf file or a packaged model's name."""
     description: str
-    """A folder with the model's config and tokenizer (`save_description`)."""
+    """A folder with the model's config and tokenizer (`save_config_and_tokenizer`)."""
     dtype: str = "auto"
     """`float32`, `bfloat16`, or `auto`: float32 on a CPU, bfloat16 on a GPU."""
     cpus_per_worker: int = 1
@@ -60,8 +60,8 @@ class TrainingPlace:
 class TrainingRank:
     model: TrainedModel
     tokenizer: Any
-    journal: TrainingLog
-    notices: StopSignal
+    log: TrainingLog
+    stop_signal: StopSignal
 
 
 @contextmanager
@@ -72,25 +72,25 @@ def training_rank(
 
     Raises: BackboneError when weights are damaged or missing.
     """
-    journal = TrainingLog(place.folder, place.name, silent=rank() != 0)
+    log = TrainingLog(place.folder, place.name, silent=rank() != 0)
     if hung := hang_reports(hangs_of(place.folder)):
-        journal.event("stage", name="tuning", text=f"starting again: {hang_sentence(hung, place.hang_timeout)}")
+        log.event("stage", name="tuning", text=f"starting again: {hang_sentence(hung, place.hang_timeout)}")
     with rank_process(place.folder, place.hang_timeout, place.cpus_per_worker, device) as alive:
-        journal.event("stage", name="backbone", text=f"loading {place.model}, all weights, {world_size()} rank(s)")
+        log.event("stage", name="backbone", text=f"loading {place.model}, all weights, {world_size()} rank(s)")
         config = AutoConfig.from_pretrained(place.description, trust_remote_code=False)
         dtype = compute_dtype(place.dtype, device)
         model = load_trained(find_model(place.model), config, optimizer, dtype=dtype, device=device)
         call_at_every_layer(model.backbone.hosted, alive)
         count = trained_parameters(model)
-        journal.event("stage", name="tuning", text=f"{millions(count)} parameters are trained in {dtype}")
-        journal.memory("backbone")
+        log.event("stage", name="tuning", text=f"{millions(count)} parameters are trained in {dtype}")
+        log.memory("backbone")
         tokenizer = AutoTokenizer.from_pretrained(place.description, trust_remote_code=False)
-        yield TrainingRank(model, tokenizer, journal, StopSignal(place.folder, node_leaves))
-        journal.memory("tuning")
+        yield TrainingRank(model, tokenizer, log, StopSignal(place.folder, node_leaves))
+        log.memory("tuning")
 
 
-def most_memory(device: torch.device) -> int:
-    """Peak bytes of the rank that had most. Every rank must call this."""
+def max_peak_memory(device: torch.device) -> int:
+    """Peak bytes of the rank with the most. Every rank must call this."""
     peaks = torch.zeros(world_size(), dtype=torch.float64, device=device)
     peaks[rank()] = peak_bytes()
     return int(sum_over_ranks(peaks).max())

@@ -1,4 +1,4 @@
-"""An ordinary file is read in full batches; one whose rows may be huge, in steps that a bounded memory holds."""
+"""An ordinary file is read in full batches; one whose rows may be huge is read in steps of bounded memory."""
 
 import os
 from pathlib import Path
@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.corpus.files import inspect_files
-from pipeline.corpus.pages import PageHeaderError, pages
+from pipeline.corpus.pages import PageHeaderError, page_headers
+from pipeline.corpus.read_steps import STEP_BYTES
 from pipeline.corpus.reading import _safe_step, read_texts, read_units
-from pipeline.corpus.steps import STEP_BYTES
 from pipeline.errors import CorpusError
 
 
@@ -96,11 +96,11 @@ def test_a_page_behind_a_long_header_is_looked_at(statistics: int) -> None:
     place = {"has_dictionary_page": False, "data_page_offset": 4, "total_compressed_size": len(data) - 4}
     chunk = SimpleNamespace(**place, num_values=14)
     file = pa.BufferReader(data)
-    assert [(page.nbytes, page.values) for page in pages(file, chunk, 14)] == [(5, 7), (6, 7)]
-    assert len(list(pages(file, chunk, 7))) == 1
+    assert [(page.nbytes, page.values) for page in page_headers(file, chunk, 14)] == [(5, 7), (6, 7)]
+    assert len(list(page_headers(file, chunk, 7))) == 1
     broken = pa.BufferReader(data.replace(_page(6, 0), b"\xff" * len(_page(6, 0))))
     with pytest.raises(PageHeaderError, match="no page begins at byte"):
-        list(pages(broken, chunk, 14))
+        list(page_headers(broken, chunk, 14))
 
 
 def test_a_page_without_a_header_is_refused_naming_its_place(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How many rows Arrow may make of a column chunk at a time, so that no file can raise the memory."""
+"""How many rows Arrow may read of a column chunk at a time, so that no file makes it use unbounded memory."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -8,42 +8,45 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.corpus.pages import Page, pages
+from pipeline.corpus.pages import Page, page_headers
 
 MOST_PAGE_BYTES = 256 * 2**20
-"""Unpacked; DuckDB's largest are 100 MB, most writers' 1 MiB."""
+"""Uncompressed. DuckDB's largest pages are 100 MB, those of most writers 1 MiB."""
 STEP_BYTES = 64 * 2**20
-"""Of a column's texts in a step, which may take twice the largest page where that is more."""
+"""Bytes of a column's texts in a step; a step may take twice the largest page where that is more."""
 STREAM_BUFFER = 2**20
-# Its cells repeat the beginnings of those before them, in the same page.
+# In this encoding a cell stores only how it differs from the one before it, so a small page can hold long texts.
 _PREFIXED = "DELTA_BYTE_ARRAY"
 
 
 class OversizedPageError(ValueError):
-    """A page is larger, unpacked, than any that is read."""
+    """A page is larger, uncompressed, than the largest that is read."""
 
 
-def step_within(
+def rows_per_step(
     file: pa.NativeFile, footer: pq.FileMetaData, chunk: pq.ColumnChunkMetaData, group: int, rows: int, end: int
 ) -> int:
-    """At most `rows`, and fewer where so many neighbours before row `end` of the chunk may exceed `STEP_BYTES`.
+    """Rows to read at a time: `rows`, or fewer where so many neighbours before row `end` may exceed `STEP_BYTES`.
 
-    Of a chunk that is small, or has few rows, nothing is read; of one up to `STEP_BYTES`, its dictionary.
+    Nothing is read of a chunk that is small or has few rows, and only the dictionary of one up to `STEP_BYTES`.
     Raises: OversizedPageError; PageHeaderError.
     """
+    # Even if every row were as large as the whole chunk, a step would be small enough.
     size = chunk.total_uncompressed_size
     if size <= MOST_PAGE_BYTES and size * rows <= STEP_BYTES:
         return rows
-    found = pages(file, chunk, end)
+    found = page_headers(file, chunk, end)
     first = next(found, None)
     if first is None:
         return rows
     step = rows
+    # Pages bound the rows in them: a step's texts are no larger than the pages that it touches.
     if size > STEP_BYTES or _PREFIXED in chunk.encodings:
         looked_at = list(map(_bounded, chain([first], found)))
         step = _neighbours_within([page for page in looked_at if not page.is_dictionary], rows)
-        if _PREFIXED in chunk.encodings:
+        if _PREFIXED in chunk.encodings:  # each cell may be as long as its page
             step = min(step, STEP_BYTES // max(page.nbytes for page in looked_at))
+    # A dictionary's longest text may stand in every row, whatever the size of the data pages.
     if _bounded(first).is_dictionary and first.nbytes * step > STEP_BYTES:
         step = min(step, STEP_BYTES // _longest_word(file, footer, chunk, group, first))
     return max(step, 1)
@@ -59,7 +62,7 @@ def _bounded(page: Page) -> Page:
 
 
 def _neighbours_within(looked_at: Sequence[Page], rows: int) -> int:
-    """The rows, halved until wherever they begin their pages come to no more than the bound."""
+    """The number of rows, halved until their pages stay within the bound wherever a step begins."""
     if not looked_at:
         return rows
     sizes = np.array([page.nbytes for page in looked_at], np.int64)
@@ -67,7 +70,7 @@ def _neighbours_within(looked_at: Sequence[Page], rows: int) -> int:
     ends = np.cumsum([page.values for page in looked_at], dtype=np.int64)
     upto = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
     while rows > 1:
-        # The farthest that a step reaches which begins in the last row of a page.
+        # The worst step begins in the last row of a page: it touches that page and reaches farthest beyond it.
         last = np.minimum(np.searchsorted(ends, ends + (rows - 2), "right"), len(ends) - 1)
         if (upto[last + 1] - upto[:-1]).max() <= bound:
             break
@@ -78,7 +81,8 @@ def _neighbours_within(looked_at: Sequence[Page], rows: int) -> int:
 def _longest_word(
     file: pa.NativeFile, footer: pq.FileMetaData, chunk: pq.ColumnChunkMetaData, group: int, dictionary: Page
 ) -> int:
-    """The bytes of the longest text in a chunk's dictionary, which may stand for every row."""
+    """Bytes of the longest text in a chunk's dictionary."""
+    # Arrow gives no dictionary without rows, so one row is read as an index into it.
     name = chunk.path_in_schema
     with pq.ParquetFile(
         file,

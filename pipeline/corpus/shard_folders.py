@@ -1,7 +1,7 @@
-"""Shard folders that are being built, each known by the lock that its builder holds in it, so that a dead one's can go.
+"""Shard folders that are being built. Each holds a lock of its builder, so that those of dead builders can be removed.
 
-A lock ends with its process, however that ended. It is believed on the host where it was taken only: over a network
-file system another host may not see it, and waits for a day instead.
+A lock ends with its process, however that ended. It is trusted only on the host where it was taken: over a network file
+system another host may not see it, and waits for a day instead.
 """
 
 import fcntl
@@ -19,7 +19,7 @@ _ABANDONED_AFTER_S = 24 * 3600
 
 @contextmanager
 def being_built(folder: Path) -> Iterator[None]:
-    """Make the folder, and hold it as this process's; at the end it is removed, unless it has moved away.
+    """Make the folder and lock it for this process. At the end it is removed, unless it was renamed before.
 
     Raises: OSError.
     """
@@ -35,15 +35,15 @@ def being_built(folder: Path) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def finished(folder: Path) -> None:
-    """Take the lock out, before the folder gets its final name. Raises: OSError."""
+def mark_finished(folder: Path) -> None:
+    """Remove the lock file, before the folder gets its final name. Raises: OSError."""
     (folder / _LOCK).unlink()
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Remove the hidden folders in `parent` whose builders are dead: they count for nothing, but fill the disk."""
+    """Remove the hidden folders in `parent` whose builders are dead, since they fill the disk."""
     for folder in parent.glob(".*"):
-        with suppress(OSError):  # its builder may be done with it just now
+        with suppress(OSError):  # its builder may rename or remove it just now
             if _is_abandoned(folder):
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -56,5 +56,5 @@ def _is_abandoned(folder: Path) -> bool:
             except BlockingIOError:
                 return False
             return True
-    # Without a lock, of another host, or on a file system that has none:
+    # There is no lock, or it is another host's, or this file system has none: only the age tells.
     return time.time() - os.stat(folder).st_mtime > _ABANDONED_AFTER_S

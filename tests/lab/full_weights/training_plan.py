@@ -11,7 +11,7 @@ from pipeline.lab.full_weights.checkpoint import Progress
 from pipeline.lab.full_weights.loading import load_trained
 from pipeline.lab.full_weights.model_folder import save_model_folder
 from pipeline.lab.full_weights.step import Examples
-from pipeline.lab.full_weights.training import Course, train
+from pipeline.lab.full_weights.training import TrainingPlan, train
 from pipeline.lab.full_weights.training_log import TrainingLog
 from pipeline.settings import OptimizerSettings
 from pipeline.tuning.ranks import rank
@@ -30,12 +30,14 @@ def examples(step: int) -> Examples:
     return Examples(inputs, [np.array([3 + (x[0] - 3 + k) % 30 for k in range(2)] + [1]) for x in inputs])
 
 
-def course(folder: Path, optimizer: OptimizerSettings = ADAFACTOR, **changes) -> Course:
-    usual = Course("digest", folder / "checkpoints", examples, STEPS, optimizer, checkpoint_every=4, token_budget=24)
+def make_plan(folder: Path, optimizer: OptimizerSettings = ADAFACTOR, **changes) -> TrainingPlan:
+    usual = TrainingPlan(
+        "digest", folder / "checkpoints", examples, STEPS, optimizer, checkpoint_every=4, token_budget=24
+    )
     return replace(usual, **changes)
 
 
-def trained(model_folder: Path, what: Course, pause=lambda progress: True, dtype=torch.float32, save=None):
+def trained(model_folder: Path, what: TrainingPlan, pause=lambda progress: True, dtype=torch.float32, save=None):
     """Train to the end; every weight by name, the losses that were written down, and how far it came."""
     files = find_model(str(model_folder))
     model = load_trained(files, read_config(files), what.optimizer, dtype=dtype, device=CPU)

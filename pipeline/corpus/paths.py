@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pyarrow import fs
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
-# Hadoop's names of what Arrow calls otherwise.
+# Hadoop's names for schemes that Arrow knows by another name.
 _SAME = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
 _AZURE = ("az", "abfs", "abfss", "azure", "adl")
 _ARROWS = ("file", "s3", "gs", "abfs", "abfss", "hdfs", "viewfs", "hf", "mock")
@@ -21,7 +21,7 @@ _SCHEMES = (
 def locate(path: str) -> tuple[fs.FileSystem, str, str | None]:
     """-> file system, the path's fixed part in it, and the glob pattern below that (None without wildcards).
 
-    Raises: ValueError, OSError or Arrow's own errors for an address that cannot be.
+    Raises: ValueError, OSError or Arrow's own errors for an impossible address.
     """
     address = _SCHEME.fullmatch(path)
     if address:
@@ -35,7 +35,7 @@ def locate(path: str) -> tuple[fs.FileSystem, str, str | None]:
 def matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     """Glob match part by part; `**` stands for any number of folders, none included.
 
-    A `*` at a part's beginning passes over names that begin with `.` or `_`, as a folder does; `?` and `[…]` do not.
+    A `*` at a part's beginning skips names that begin with `.` or `_`, as reading a folder does; `?` and `[…]` do not.
     """
     if not pattern:
         return not parts
@@ -47,8 +47,8 @@ def matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     return fnmatch.fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])
 
 
-def writable(path: str, below: str) -> str:
-    """How a user writes the file or glob `below` the fixed part of his `path`."""
+def as_written(path: str, below: str) -> str:
+    """The file or glob `below` the fixed part of a user's `path`, as the user would write it."""
     address, question, query = path.partition("?") if "://" in path else (path, "", "")
     first = min((address.index(mark) for mark in "*[?" if mark in address), default=None)
     fixed = address if first is None or os.path.exists(os.path.expanduser(path)) else address[:first].rpartition("/")[0]
@@ -73,9 +73,9 @@ def _open(scheme: str, rest: str) -> tuple[fs.FileSystem, str, str | None]:
 
 
 def _azure(scheme: str, address: str) -> tuple[fs.FileSystem, str] | None:
-    """As a bank's address is read: `az://container/folder`, `abfs://container@account/folder`; None: as Arrow reads it.
+    """An address in a bank's form, `az://container/folder` or `abfs://container@account/folder`; None for Arrow's own.
 
-    The account's key comes from the environment by the names that the bank takes.
+    The account's key comes from the environment variables that the bank reads, too.
     """
     head, slash, folder = address.partition("/")
     container, at, host = head.partition("@")
@@ -102,5 +102,5 @@ def _split_glob(path: str, wildcards: str) -> tuple[str, str | None]:
 
 
 def parts_below(path: str, root: str) -> list[str]:
-    """The names of a path's folders and file below one of the folders above it."""
+    """The parts of a path below `root`, which is one of the folders above it."""
     return path[len(root) :].strip("/").split("/")

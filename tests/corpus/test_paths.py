@@ -1,10 +1,10 @@
-"""Addresses of corpora: a bank's schemes, Hadoop's names for them, and a sentence for what is none."""
+"""Addresses of corpora: a bank's schemes, Hadoop's names for them, and a clear sentence for any other."""
 
 import pytest
 from pyarrow import fs
 
 from pipeline.corpus.files import inspect_files
-from pipeline.corpus.places import locate
+from pipeline.corpus.paths import locate
 from pipeline.errors import CorpusError, UnreachableError
 
 HERE = "task 'x', train"
@@ -48,8 +48,8 @@ def test_another_address_is_one_sentence_that_lists_what_can_be(monkeypatch: pyt
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
     with pytest.raises(CorpusError, match=r"cannot look up") as refused:
         inspect_files(path, HERE)
-    mends = ["AZURE_STORAGE_ACCOUNT_NAME"] if path.startswith("az") else ["s3://", "gs://", "az://", "abfs://", "hf://"]
-    assert all(mend in str(refused.value) for mend in mends) and "\n" not in str(refused.value)
+    fixes = ["AZURE_STORAGE_ACCOUNT_NAME"] if path.startswith("az") else ["s3://", "gs://", "az://", "abfs://", "hf://"]
+    assert all(fix in str(refused.value) for fix in fixes) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("path", ["s3://*/a.parquet", "s3://", "gs://", "hf://", "az://", "abfs://", "file://", "://x"])

@@ -1,4 +1,4 @@
-"""Folders being built, and what becomes of those whose builder died."""
+"""Folders that are being built, and the removal of those whose builder died."""
 
 import errno
 import fcntl
@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.corpus.builds import being_built, finished, remove_abandoned
+from pipeline.corpus.shard_folders import being_built, mark_finished, remove_abandoned
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILDER = """
 import sys, time
 from pathlib import Path
-from pipeline.corpus.builds import being_built
+from pipeline.corpus.shard_folders import being_built
 with being_built(Path(sys.argv[1])):
     print("building", flush=True)
     time.sleep(60)
@@ -78,7 +78,7 @@ def assert_left_alone_for_a_day(build: Path, parent: Path) -> None:
 def test_a_finished_build_moves_without_its_lock_and_a_failed_one_goes(tmp_path):
     with being_built(tmp_path / ".good"):
         (tmp_path / ".good/rows").touch()
-        finished(tmp_path / ".good")
+        mark_finished(tmp_path / ".good")
         (tmp_path / ".good").rename(tmp_path / "good")
     assert [path.name for path in (tmp_path / "good").iterdir()] == ["rows"]
     with pytest.raises(KeyError), being_built(tmp_path / ".bad"):
