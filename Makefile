@@ -14,7 +14,11 @@ STAMP := .venv/.installed
 SCHEMA := docs/settings.schema.json
 PRINT_SCHEMA := $(BIN)/python -c "from pipeline.settings import settings_schema; print(settings_schema(), end='')"
 
-.PHONY: help setup quickstart test test-all lint schema clean
+# The site and the small environment that builds it; make setup installs neither.
+SITE := site
+DOCS_STAMP := .venv-docs/.installed
+
+.PHONY: help setup quickstart test test-all lint schema docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +26,7 @@ help:
 	@echo "make test        the tests (ARGS=... goes to pytest); test-all adds those that take minutes"
 	@echo "make lint        ruff, mypy, import rules, and whether the settings schema is up to date"
 	@echo "make schema      write $(SCHEMA) anew"
+	@echo "make docs        the documentation as a site, in $(SITE)/ (links are checked)"
 	@echo "make setup       .venv from the pins in constraints.txt (PYTHON=$(PYTHON))"
 	@echo "make clean       remove caches; .venv, runs and banks stay"
 
@@ -57,6 +62,19 @@ lint: $(STAMP)
 
 schema: $(STAMP)
 	$(PRINT_SCHEMA) > $(SCHEMA)
+
+docs: $(DOCS_STAMP) docs/settings.md
+	rm -rf $(SITE)
+	.venv-docs/bin/sphinx-build -c docs -b html -d $(SITE)/.doctrees -n -W --keep-going -q . $(SITE)
+	@echo "$(SITE)/index.html"
+
+docs/settings.md: docs/print_settings_reference.py $(SCHEMA)
+	$(PYTHON) docs/print_settings_reference.py > $@
+
+$(DOCS_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip -qq --disable-pip-version-check install -e '.[docs]' -c constraints.txt
+	@touch $@
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info

@@ -1,7 +1,7 @@
-"""Every error that a user can mend: one sentence that names the place and the mend.
+"""Every error that a user can fix. Its message is one sentence that names the place and the fix.
 
 Each takes a single message, so that it survives pickling between processes.
-Anything else that escapes (`AssertionError` first of all) is a defect of ours.
+Any other exception that escapes (`AssertionError` first of all) is a defect of this code.
 """
 
 
@@ -23,6 +23,30 @@ class BackboneError(PromptBankError, ValueError):
 
 class BankError(PromptBankError, ValueError):
     """A prompt bank is missing, damaged, or belongs to another backbone."""
+
+
+class MissingFileError(BankError):
+    """A file that a bank refers to, or that a reader asks for, is not in its store."""
+
+
+class UnknownNameError(BankError):
+    """The bank has no prompt, version or alias of this name, or none can have it."""
+
+
+class UnknownTaskError(BankError):
+    """A service was asked for a prompt, version or alias that its bank does not hold."""
+
+
+class NoLabelsError(BankError):
+    """A prompt that was tuned without a label set was asked to classify."""
+
+
+class RowTooLongError(CorpusError):
+    """A row does not fit into the model's context, or into what the service allows."""
+
+
+class OverloadedError(PromptBankError):
+    """More requests wait than the service allows."""
 
 
 class StorageError(PromptBankError, OSError):

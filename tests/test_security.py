@@ -18,7 +18,8 @@ from pipeline.settings import load_settings, parse_settings
 from tests.tiny import make_model
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "jobs").rglob("*.py")])
+ROOMS = ("pipeline", "promptbank", "jobs", "examples")
+SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 SECRET = "hunter2/very+secret"
 
 # What runs code that it finds in data. (Ray pickles between its own processes; SECURITY.md says so.)

@@ -5,28 +5,30 @@ The layout on disk is written down in FORMAT.md.
 
 from pipeline.bank.aliases import AliasMove
 from pipeline.bank.client import PromptBank
-from pipeline.bank.manifest import BackboneId, Manifest, Metrics, PromptRecord, Template, Unknown
-from pipeline.bank.publish import NewPrompt, Standing
-from pipeline.bank.sameness import SameBackbone
+from pipeline.bank.collect import CollectedFiles
+from pipeline.bank.manifest import BackboneId, Manifest, ManifestHeader, Metrics, PromptRecord, Template
+from pipeline.bank.publish import CarriedPrompt, NewPrompt
+from pipeline.bank.same_backbone import SameBackbone
 from pipeline.bank.snapshot import Prompt, Snapshot
-from pipeline.bank.store import Missing
+from pipeline.bank.verify import Verification
 from pipeline.bank.watch import Watcher, WatchEvent
 
 __all__ = [
     "AliasMove",
     "BackboneId",
+    "CarriedPrompt",
+    "CollectedFiles",
     "Manifest",
+    "ManifestHeader",
     "Metrics",
-    "Missing",
     "NewPrompt",
     "Prompt",
     "PromptBank",
     "PromptRecord",
     "SameBackbone",
     "Snapshot",
-    "Standing",
     "Template",
-    "Unknown",
+    "Verification",
     "WatchEvent",
     "Watcher",
 ]

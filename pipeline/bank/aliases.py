@@ -5,18 +5,18 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.bank.manifest import NAME, Digest, Frozen, Id, Name, Unknown, UtcTime, check_name, new_id, utc_now
+from pipeline.bank.access import BankAccess
+from pipeline.bank.manifest import NAME, Digest, Id, Name, StoredModel, UtcTime, check_name, new_id, utc_now
 from pipeline.bank.sealed import canonical, check_sealed, parse, seal
-from pipeline.bank.source import Source
 from pipeline.bank.store import Store
 from pipeline.bank.versions import Version, numbered
-from pipeline.errors import BankError
+from pipeline.errors import BankError, UnknownNameError
 
 _MAX_MOVE_BYTES = 64 * 2**10
 Action = Literal["publish", "promote", "rollback"]
 
 
-class AliasMove(Frozen):
+class AliasMove(StoredModel):
     """One move of an alias to a version."""
 
     format: Literal[1] = 1
@@ -37,7 +37,9 @@ def check_alias(alias: str) -> None:
     """Raises: BankError when `name@alias` could not be told from `name@version`."""
     check_name("alias", alias)
     if alias.isdecimal():
-        raise Unknown(f"the alias name '{alias}' is refused: a number stands for a version; begin it with a letter")
+        raise UnknownNameError(
+            f"the alias name '{alias}' is refused: a number stands for a version; begin it with a letter"
+        )
 
 
 def alias_folders(store: Store) -> tuple[str, ...]:
@@ -50,60 +52,60 @@ def alias_folders(store: Store) -> tuple[str, ...]:
     return tuple(name for name in names if NAME.fullmatch(name) and not name.isdecimal())
 
 
-def current_move(source: Source, alias: str) -> AliasMove | None:
+def current_move(access: BankAccess, alias: str) -> AliasMove | None:
     """The move in force, None when the alias was never set. Raises: BankError, StorageError."""
     check_alias(alias)
-    seqs = numbered(source.store, f"aliases/{alias}")
+    seqs = numbered(access.store, f"aliases/{alias}")
     if not seqs:
         return None
-    move, data = _read(source.store, alias, seqs[-1])
-    if source.cache:
-        source.cache.keep_move(source.store.uri, alias, data)
+    move, data = _read(access.store, alias, seqs[-1])
+    if access.cache:
+        access.cache.keep_move(access.store.uri, alias, data)
     return move
 
 
-def remembered_move(source: Source, alias: str) -> AliasMove | None:
+def cached_move(access: BankAccess, alias: str) -> AliasMove | None:
     """Where the alias stood when this machine last saw it; None when it never did. Raises: BankError."""
-    data = source.cache.last_move(source.store.uri, alias) if source.cache else None
-    return None if data is None else _parsed(data, f"the cached alias '{alias}' of {source.store.uri}")
+    data = access.cache.last_move(access.store.uri, alias) if access.cache else None
+    return None if data is None else _parsed(data, f"the cached alias '{alias}' of {access.store.uri}")
 
 
-def alias_moves(source: Source, alias: str) -> tuple[AliasMove, ...]:
+def alias_moves(access: BankAccess, alias: str) -> tuple[AliasMove, ...]:
     """All moves, oldest first. Raises: BankError, StorageError."""
     check_alias(alias)
-    return tuple(_read(source.store, alias, seq)[0] for seq in numbered(source.store, f"aliases/{alias}"))
+    return tuple(_read(access.store, alias, seq)[0] for seq in numbered(access.store, f"aliases/{alias}"))
 
 
-def advance_alias(source: Source, alias: str, version: int, digest: str, by: str) -> None:
+def advance_alias(access: BankAccess, alias: str, version: int, digest: str, by: str) -> None:
     """Move an alias to a new version, unless a later one overtook it. Raises: BankError, StorageError."""
     while True:
-        current = current_move(source, alias)
+        current = current_move(access, alias)
         # A later version descends from this one and holds its prompts: going back would hide the other's.
         if current is not None and current.version >= version:
             return
-        if _move(source.store, alias, current, version, digest, "publish", by):
+        if _move(access.store, alias, current, version, digest, "publish", by):
             return
 
 
-def promote_alias(source: Source, alias: str, version: Version, by: str) -> AliasMove:
+def promote_alias(access: BankAccess, alias: str, version: Version, by: str) -> AliasMove:
     """Move an alias to any version, forward or back. Raises: BankError, StorageError."""
     while True:
-        current = current_move(source, alias)
-        move = _move(source.store, alias, current, version.header.version, version.seal.digest, "promote", by)
+        current = current_move(access, alias)
+        move = _move(access.store, alias, current, version.header.version, version.seal.digest, "promote", by)
         if move is not None:
             return move
 
 
-def rollback_alias(source: Source, alias: str, by: str) -> AliasMove:
+def rollback_alias(access: BankAccess, alias: str, by: str) -> AliasMove:
     """Undo the alias' last move; undoing twice goes two back. Raises: BankError, StorageError."""
-    moves = alias_moves(source, alias)
+    moves = alias_moves(access, alias)
     if not moves:
-        raise BankError(f"there is no alias '{alias}' in {source.store.uri}; promote a version to it first")
+        raise BankError(f"there is no alias '{alias}' in {access.store.uri}; promote a version to it first")
     standing = _standing(moves)
     if len(standing) < 2:
         raise BankError(f"the alias '{alias}' cannot be rolled back: no move is left before the current one")
     target = standing[-2]
-    move = _move(source.store, alias, moves[-1], target.version, target.manifest, "rollback", by)
+    move = _move(access.store, alias, moves[-1], target.version, target.manifest, "rollback", by)
     if move is None:
         raise BankError(f"the alias '{alias}' was moved by someone else just now: look at it, then try again")
     return move

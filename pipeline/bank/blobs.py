@@ -6,9 +6,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from pipeline.bank.source import Source, blob_key
-from pipeline.bank.store import Missing
-from pipeline.errors import BankError
+from pipeline.bank.access import BankAccess, blob_key
+from pipeline.errors import BankError, MissingFileError
 
 MAX_BLOB_BYTES = 2**30
 _KEY = "prompt"
@@ -21,30 +20,30 @@ def encode_blob(array: np.ndarray) -> tuple[str, bytes]:
     return hashlib.sha256(data).hexdigest(), data
 
 
-def write_blob(source: Source, digest: str, data: bytes, referenced: bool) -> None:
+def write_blob(access: BankAccess, digest: str, data: bytes, referenced: bool) -> None:
     """Store a blob, or share the one that is there. Raises: BankError when that one is damaged, StorageError.
 
     One that no version refers to yet is made young again: otherwise the collector might take it
     for one that was left behind, before the version that will refer to it is visible.
     """
     key = blob_key(digest)
-    while not source.store.create(key, data):
+    while not access.store.create(key, data):
         try:
-            source.read_stored_blob(digest, MAX_BLOB_BYTES)
-        except Missing:
+            access.read_stored_blob(digest, MAX_BLOB_BYTES)
+        except MissingFileError:
             continue  # the collector took it just now
         if not referenced:
-            source.store.renew(key, data)
+            access.store.renew(key, data)
         return
 
 
-def read_blob(source: Source, digest: str, shape: tuple[int, int]) -> np.ndarray:
+def read_blob(access: BankAccess, digest: str, shape: tuple[int, int]) -> np.ndarray:
     """The prompt [P, H] float32, read-only, verified against its digest and the manifest's shape.
 
     Raises: BankError naming the blob's file, StorageError.
     """
-    where = source.store.where(blob_key(digest))
-    data = source.read_blob(digest, MAX_BLOB_BYTES)
+    where = access.store.where(blob_key(digest))
+    data = access.read_blob(digest, MAX_BLOB_BYTES)
     try:
         tensors = load(data)
     except (SafetensorError, KeyError, ValueError) as error:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from pipeline.bank.content import OpenFile, open_file
+from pipeline.bank.content import FileContent, open_file
 from pipeline.errors import BankError, StorageError
 
 _log = logging.getLogger(__name__)
@@ -43,11 +43,11 @@ class Cache:
     def where(self, digest: str) -> str:
         return str(self._folder / _DIGESTS / digest)
 
-    def find(self, digest: str) -> OpenFile | None:
+    def find(self, digest: str) -> FileContent | None:
         """The file that was kept under a digest, to be verified by the caller."""
         path = self.where(digest)
         try:
-            content = OpenFile(open_file(path), lambda error: StorageError(f"cannot read {path}: {error}"))
+            content = FileContent(open_file(path), lambda error: StorageError(f"cannot read {path}: {error}"))
         except (OSError, BankError):
             return None
         with suppress(OSError):

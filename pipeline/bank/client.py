@@ -9,18 +9,18 @@ from pathlib import Path
 
 from pipeline.bank import aliases
 from pipeline.bank import publish as publishing
+from pipeline.bank.access import BankAccess, open_store
 from pipeline.bank.aliases import AliasMove
 from pipeline.bank.cache import Cache, default_cache
-from pipeline.bank.collect import DEFAULT_GRACE, Collected, collect
-from pipeline.bank.manifest import BackboneId, Manifest, Unknown
-from pipeline.bank.publish import NewPrompt, Publication, Standing
-from pipeline.bank.sameness import SameBackbone, read_statement, read_statements, same_as, state
+from pipeline.bank.collect import DEFAULT_GRACE, CollectedFiles, collect
+from pipeline.bank.manifest import BackboneId, Manifest
+from pipeline.bank.publish import CarriedPrompt, NewPrompt, Publication
+from pipeline.bank.same_backbone import SameBackbone, append_statement, read_statement, read_statements, same_as
 from pipeline.bank.snapshot import Prompt, Snapshot
-from pipeline.bank.source import Source, open_store
 from pipeline.bank.verify import Verification, verify_bank
 from pipeline.bank.versions import Version, read_version, version_numbers
 from pipeline.bank.watch import Watcher, WatchEvent
-from pipeline.errors import BankError, StorageError
+from pipeline.errors import BankError, StorageError, UnknownNameError
 
 _log = logging.getLogger(__name__)
 _OTHERS = 4
@@ -31,8 +31,8 @@ _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 class PromptBank:
     """One bank, seen at the version that its alias named when it was opened or last refreshed."""
 
-    def __init__(self, source: Source, alias: str) -> None:
-        self._source = source
+    def __init__(self, access: BankAccess, alias: str) -> None:
+        self._access = access
         self._alias = alias
         self._current: Snapshot | None = None
         self._swap = threading.Lock()
@@ -85,18 +85,18 @@ class PromptBank:
         store = open_store(uri, create)
         if cache is None and "://" in store.uri:
             cache = default_cache()
-        source = Source(store, Cache(cache) if cache else None)
+        access = BankAccess(store, Cache(cache) if cache else None)
         if trusted_keys or signing_key:
             from pipeline.bank.signing import load_signing_key, load_trusted_keys
 
             trusted = load_trusted_keys(trusted_keys)
             sign = load_signing_key(signing_key, trusted) if signing_key else None
-            source = replace(source, trusted=trusted, sign=sign)
-        return cls(source, alias)
+            access = replace(access, trusted=trusted, sign=sign)
+        return cls(access, alias)
 
     @property
     def uri(self) -> str:
-        return self._source.store.uri
+        return self._access.store.uri
 
     @property
     def alias(self) -> str:
@@ -121,7 +121,7 @@ class PromptBank:
         Raises: BankError, StorageError.
         """
         with self._swap:
-            move = aliases.current_move(self._source, self._alias)
+            move = aliases.current_move(self._access, self._alias)
             if move is not None and (self._current is None or move.manifest != self._current.digest):
                 self._current = self._successor(move)
         return self.version
@@ -157,8 +157,10 @@ class PromptBank:
             return self._snapshot(int(revision))
         if revision.isdecimal():
             rule = "from 1 on, of at most 18 digits and without a zero in front"
-            raise Unknown(f"the version '{revision}' is refused: a number stands for a version; give one {rule}")
-        move = aliases.current_move(self._source, revision)
+            raise UnknownNameError(
+                f"the version '{revision}' is refused: a number stands for a version; give one {rule}"
+            )
+        move = aliases.current_move(self._access, revision)
         if move is None:
             raise self._no_alias(revision)
         return self._snapshot(move.version, move.manifest)
@@ -169,39 +171,39 @@ class PromptBank:
 
     def versions(self) -> tuple[int, ...]:
         """All versions, ascending, whatever the aliases say. Raises: StorageError."""
-        return version_numbers(self._source.store)
+        return version_numbers(self._access.store)
 
     def aliases(self) -> dict[str, int]:
         """Every alias and its version now. Raises: BankError, StorageError."""
-        moves = (aliases.current_move(self._source, alias) for alias in aliases.alias_folders(self._source.store))
+        moves = (aliases.current_move(self._access, alias) for alias in aliases.alias_folders(self._access.store))
         return {move.alias: move.version for move in moves if move}
 
     def alias_move(self, alias: str) -> AliasMove | None:
         """The move of an alias that is in force, None when it was never set. Raises: BankError, StorageError."""
-        return aliases.current_move(self._source, alias)
+        return aliases.current_move(self._access, alias)
 
     def alias_history(self, alias: str) -> tuple[AliasMove, ...]:
         """All moves of an alias, oldest first. Raises: BankError, StorageError."""
-        return aliases.alias_moves(self._source, alias)
+        return aliases.alias_moves(self._access, alias)
 
     def check_backbone(self, backbone: BackboneId) -> None:
         """What `publish` would refuse, before any work. Raises: BankError naming both backbones, StorageError."""
-        publishing.check_backbone(self._source, backbone)
+        publishing.check_backbone(self._access, backbone)
 
     def check_fit(self) -> None:
         """Whether the store can be published to, before any work: asked by writing to it, which readers need not.
 
         Raises: BankError when it cannot keep a bank, StorageError.
         """
-        self._source.store.check_fit()
+        self._access.store.check_fit()
 
     def same_backbones(self) -> tuple[SameBackbone, ...]:
         """All statements that two backbones are the same, oldest first. Raises: BankError, StorageError."""
-        return read_statements(self._source)
+        return read_statements(self._access)
 
     def same_as(self, backbone: BackboneId) -> tuple[BackboneId, ...]:
         """All backbones that are stated to be the same as this one, itself first. Raises: BankError, StorageError."""
-        return tuple(same_as(self._source, backbone).values())
+        return tuple(same_as(self._access, backbone).values())
 
     def state_same_backbone(
         self, first: BackboneId, second: BackboneId, *, rows: int, largest_difference: float, by: str
@@ -210,12 +212,12 @@ class PromptBank:
 
         Signed when this object has a signing key. Raises: BankError when that cannot be, StorageError.
         """
-        return state(self._source, first, second, rows, largest_difference, by, same=True)
+        return append_statement(self._access, first, second, rows, largest_difference, by, same=True)
 
     def take_back_same_backbone(self, seq: int, by: str) -> SameBackbone:
         """State that the two backbones of a statement are not the same after all. Raises: BankError, StorageError."""
-        old = read_statement(self._source, seq)
-        return state(self._source, old.first, old.second, 0, 0.0, by, same=False)
+        old = read_statement(self._access, seq)
+        return append_statement(self._access, old.first, old.second, 0, 0.0, by, same=False)
 
     def publish(
         self,
@@ -225,7 +227,7 @@ class PromptBank:
         libraries: Mapping[str, str],
         alias: str | None,
         *,
-        standing: Sequence[Standing] = (),
+        standing: Sequence[CarriedPrompt] = (),
         removed: Mapping[str, str] | None = None,
         new_backbone: bool = False,
     ) -> int:
@@ -240,7 +242,7 @@ class PromptBank:
         Raises: BankError, StorageError (full disk, no permission): readers then see the version before.
         """
         new = Publication(prompts, backbone, run, libraries, standing, removed or {}, new_backbone)
-        number = publishing.publish(self._source, new, alias)
+        number = publishing.publish(self._access, new, alias)
         if alias is not None:
             self._follow(alias)
         return number
@@ -248,32 +250,32 @@ class PromptBank:
     def advance(self, alias: str, version: int, by: str) -> None:
         """Move an alias to a later version; one that is at it or beyond stays. Raises: BankError, StorageError."""
         aliases.check_alias(alias)
-        aliases.advance_alias(self._source, alias, version, self._read(version).seal.digest, by)
+        aliases.advance_alias(self._access, alias, version, self._read(version).seal.digest, by)
         self._follow(alias)
 
     def promote(self, version: int, alias: str, by: str) -> AliasMove:
         """Move an alias to any version, forward or back. Raises: BankError, StorageError."""
         aliases.check_alias(alias)
-        move = aliases.promote_alias(self._source, alias, self._read(version), by)
+        move = aliases.promote_alias(self._access, alias, self._read(version), by)
         self._follow(alias)
         return move
 
     def rollback(self, alias: str, by: str) -> AliasMove:
         """Undo an alias' last move; undoing twice goes two back. Raises: BankError, StorageError."""
-        move = aliases.rollback_alias(self._source, alias, by)
+        move = aliases.rollback_alias(self._access, alias, by)
         self._follow(alias)
         return move
 
     def verify(self, on_step: Callable[[str], None] = lambda place: None) -> Verification:
         """Read everything and tell what is wrong; repairs nothing. Raises: StorageError."""
-        return verify_bank(replace(self._source, cache=None), on_step)
+        return verify_bank(replace(self._access, cache=None), on_step)
 
-    def collect(self, grace: float = DEFAULT_GRACE, dry_run: bool = False) -> Collected:
+    def collect(self, grace: float = DEFAULT_GRACE, dry_run: bool = False) -> CollectedFiles:
         """Delete blobs that no version refers to and what killed publishers left, older than `grace` seconds.
 
         Raises: BankError when a version is damaged (then nothing is deleted), StorageError.
         """
-        return collect(replace(self._source, cache=None), grace, dry_run)
+        return collect(replace(self._access, cache=None), grace, dry_run)
 
     def _follow(self, alias: str) -> None:
         """See a move that was made: it stands even when a prompt in use cannot be read from its version."""
@@ -287,7 +289,7 @@ class PromptBank:
         try:
             self.refresh()
         except StorageError as error:
-            move = aliases.remembered_move(self._source, self._alias)
+            move = aliases.cached_move(self._access, self._alias)
             if move is None:
                 raise
             self._current = self._snapshot(move.version, move.manifest)
@@ -315,7 +317,7 @@ class PromptBank:
             return current  # a version never changes
         known = self._others.get(number)
         if known is None or digest not in (None, known.digest):
-            known = Snapshot(self._source, self._read(number, digest))
+            known = Snapshot(self._access, self._read(number, digest))
             with self._swap_others:
                 self._others[number] = known
                 while len(self._others) > _OTHERS:
@@ -323,11 +325,13 @@ class PromptBank:
         return known
 
     def _read(self, number: int, digest: str | None = None) -> Version:
-        return read_version(self._source, number, digest)
+        return read_version(self._access, number, digest)
 
     def _no_alias(self, alias: str) -> BankError:
         numbers = self.versions()
         if not numbers:
             return BankError(f"there is no prompt bank at {self.uri}: publish to it first, or mend the path")
         known = ", ".join(sorted(self.aliases())) or "none"
-        return Unknown(f"the bank {self.uri} has no alias '{alias}'; known: {known}; newest version: {numbers[-1]}")
+        return UnknownNameError(
+            f"the bank {self.uri} has no alias '{alias}'; known: {known}; newest version: {numbers[-1]}"
+        )

@@ -22,7 +22,7 @@ class Content(Protocol):
         """Raises: StorageError."""
 
 
-class Bytes:
+class MemoryContent:
     """Content in memory."""
 
     def __init__(self, data: bytes) -> None:
@@ -63,7 +63,7 @@ def _refuse_other_kinds(path: str | Path, mode: int) -> None:
         raise BankError(f"{path} is refused: it is {kind} where a file belongs; remove it, or put the file back")
 
 
-class OpenFile:
+class FileContent:
     """Content of a file that stays readable after its name is gone; closed when no longer referred to."""
 
     def __init__(self, file: int, fail: Callable[[OSError], Exception]) -> None:
@@ -81,11 +81,11 @@ class OpenFile:
         close(self._file)
 
 
-class Damaged(Exception):
+class DamagedContentError(Exception):
     """Content is not what it was or should be; the caller knows its name."""
 
 
-class Verified:
+class VerifiedContent:
     """Content whose bytes were hashed once, and are checked again block by block when they are read later.
 
     The second check tells a disk that changed under an open reader. It is Adler-32, a third of the cost of
@@ -116,7 +116,7 @@ class Verified:
         for block in range(first, last):
             at = (block - first) * _BLOCK
             if zlib.adler32(data[at : at + _BLOCK]) != self._checks[block]:
-                raise Damaged
+                raise DamagedContentError
         return data[start - first * _BLOCK : end - first * _BLOCK]
 
     def find(self, byte: bytes, start: int, end: int) -> int:

@@ -8,9 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
-from pipeline.bank.content import OpenFile, open_file
-from pipeline.bank.store import Missing, StoredFile, check_key
-from pipeline.errors import BankError, StorageError, UnreachableError
+from pipeline.bank.content import FileContent, open_file
+from pipeline.bank.store import StoredFile, check_key
+from pipeline.errors import BankError, MissingFileError, StorageError, UnreachableError
 
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 
@@ -50,10 +50,10 @@ class LocalStore:
     def where(self, key: str) -> str:
         return str(self._root / key)
 
-    def open(self, key: str, limit: int) -> OpenFile:
+    def open(self, key: str, limit: int) -> FileContent:
         path = self._path(key)
         try:
-            content = OpenFile(open_file(path), _storage_error("read", path))
+            content = FileContent(open_file(path), _storage_error("read", path))
         except OSError as error:
             raise _unread(path, error) from error
         if content.size > limit:
@@ -166,7 +166,7 @@ def _unread(path: Path, error: OSError) -> BankError | StorageError:
     if error.errno == errno.ELOOP or (path.is_symlink() and isinstance(error, FileNotFoundError)):
         return BankError(f"{path} is refused: it is a link that leads nowhere; remove it, or put the file back")
     if isinstance(error, FileNotFoundError):
-        return Missing(f"{path} is missing")
+        return MissingFileError(f"{path} is missing")
     return _storage_error("read", path)(error)
 
 

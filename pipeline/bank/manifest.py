@@ -11,7 +11,7 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.bank.sealed import Signature, canonical, seal
-from pipeline.errors import BankError
+from pipeline.errors import UnknownNameError
 
 MAX_MANIFEST_BYTES = 256 * 2**20
 PROMPTS_OPEN, PROMPTS_CLOSE = b',"prompts":{\n', b"\n}}\n"
@@ -25,12 +25,12 @@ Status = Literal["tuned", "carried_forward", "kept", "failed"]
 NOT_LEARNED = "not_learned"
 
 
-class Frozen(BaseModel):
+class StoredModel(BaseModel):
     # Unknown fields are ignored: `format` grows only when an old reader would go wrong.
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
 
-class BackboneId(Frozen):
+class BackboneId(StoredModel):
     """The frozen model that a bank's prompts belong to."""
 
     fingerprint: str
@@ -52,7 +52,7 @@ class BackboneId(Frozen):
         return tuple(part for part in parts if getattr(self, part) != getattr(other, part)) or ("fingerprint",)
 
 
-class Template(Frozen):
+class Template(StoredModel):
     """How the prompt's input and target were written while it was tuned."""
 
     input: str
@@ -60,7 +60,7 @@ class Template(Frozen):
     separator: str
 
 
-class Metrics(Frozen):
+class Metrics(StoredModel):
     """Figures of the prompt on its splits; None where it was not measured or was not finite."""
 
     dev_before: float | None = None
@@ -78,7 +78,7 @@ class Metrics(Frozen):
         return value if value is not None and math.isfinite(value) else None  # JSON has no NaN
 
 
-class PromptRecord(Frozen):
+class PromptRecord(StoredModel):
     """What a manifest tells about one prompt. `digest`, `shape` and `dtype` are None when it has no blob."""
 
     name: Name
@@ -134,7 +134,7 @@ class PromptRecord(Frozen):
         return self
 
 
-class Header(Frozen):
+class ManifestHeader(StoredModel):
     """All of a manifest but its prompts."""
 
     format: Literal[1] = 1
@@ -150,7 +150,7 @@ class Header(Frozen):
     """Prompts of the parent that are not carried forward, and why. Written only where there are any."""
 
 
-class Manifest(Header):
+class Manifest(ManifestHeader):
     """A version of the bank, whole."""
 
     prompts: Mapping[Name, PromptRecord]
@@ -195,14 +195,12 @@ def manifest_schema() -> str:
     return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2) + "\n"
 
 
-class Unknown(BankError):
-    """There is no prompt or alias of this name, or cannot be one."""
-
-
 def check_name(kind: str, name: str) -> None:
-    """Raises: Unknown when `name` could not be one segment of a key."""
+    """Raises: UnknownNameError when `name` could not be one segment of a key."""
     if not NAME.fullmatch(name):
-        raise Unknown(f"the {kind} name {name!r} is refused: use letters, digits, '.', '_' and '-' (128 at most)")
+        raise UnknownNameError(
+            f"the {kind} name {name!r} is refused: use letters, digits, '.', '_' and '-' (128 at most)"
+        )
 
 
 def new_id() -> str:

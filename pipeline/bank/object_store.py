@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from pipeline.addresses import hide_credentials, holds_credentials
-from pipeline.bank.content import Bytes
-from pipeline.bank.store import Missing, StoredFile, check_key
-from pipeline.bank.store_answers import (
+from pipeline.bank.content import MemoryContent
+from pipeline.bank.store import StoredFile, check_key
+from pipeline.bank.store_errors import (
     AWS,
     AZURE,
     GOOGLE,
     NO_BUCKET,
     NO_CREDENTIALS,
     WEB_PAGE,
+    explain,
     first_line,
-    is_final,
+    is_client_error,
     is_forbidden,
-    may_pass,
-    why,
+    is_transient,
 )
-from pipeline.errors import BankError, StorageError, UnreachableError
+from pipeline.errors import BankError, MissingFileError, StorageError, UnreachableError
 
 try:
     from obstore.exceptions import AlreadyExistsError, BaseError
@@ -90,7 +90,7 @@ def open_object_store(uri: str) -> "ObjectStore":
         objects = from_url(uri, client_options={**_CLIENT, "allow_http": allow_http}, retry_config=_RETRIES)
     except (BaseError, ValueError) as error:
         if NO_CREDENTIALS.search(str(error)):
-            raise StorageError(f"cannot open {uri}: {why(error, AWS)}") from error
+            raise StorageError(f"cannot open {uri}: {explain(error, AWS)}") from error
         raise _refused(uri, first_line(error)) from error
     if not isinstance(objects, S3Store | GCSStore | AzureStore):
         raise _refused(uri, "it cannot create an object only if it is absent")
@@ -109,14 +109,14 @@ class ObjectStore:
     def where(self, key: str) -> str:
         return f"{self.uri}/{key}"
 
-    def open(self, key: str, limit: int) -> Bytes:
-        return Bytes(self.read(key, limit))
+    def open(self, key: str, limit: int) -> MemoryContent:
+        return MemoryContent(self.read(key, limit))
 
     def read(self, key: str, limit: int) -> bytes:
         try:
             size, data = self._fetch(key, limit)
         except FileNotFoundError as error:
-            raise Missing(f"{self.where(key)} is missing") from error
+            raise MissingFileError(f"{self.where(key)} is missing") from error
         if data is None:
             raise BankError(f"{self.where(key)} is refused: {size:,} bytes, above the limit of {limit:,}")
         return data
@@ -152,7 +152,7 @@ class ObjectStore:
                 failure = self._failure("write", key, error)
             except StorageError as error:
                 failure = error
-                if is_final(error.__cause__):
+                if is_client_error(error.__cause__):
                     raise
             same = self._is_there(key, data, failure)
             if same is not None:
@@ -202,7 +202,7 @@ class ObjectStore:
             except AlreadyExistsError:
                 return False
             except StorageError as error:
-                if is_final(error.__cause__) or time.monotonic() > give_up:
+                if is_client_error(error.__cause__) or time.monotonic() > give_up:
                     raise
                 time.sleep(_PAUSE)
             else:
@@ -271,8 +271,8 @@ class ObjectStore:
             raise self._failure(action, key, error) from error
 
     def _failure(self, action: str, key: str, error: Exception) -> StorageError:
-        kind = UnreachableError if may_pass(error) else StorageError
-        failure = kind(f"cannot {action} {self.where(key)}: {why(error, self._cloud)}")
+        kind = UnreachableError if is_transient(error) else StorageError
+        failure = kind(f"cannot {action} {self.where(key)}: {explain(error, self._cloud)}")
         failure.__cause__ = error
         return failure
 

@@ -12,12 +12,12 @@ from typing import Literal
 import numpy as np
 from pydantic import ValidationError
 
+from pipeline.bank.access import BankAccess, blob_key
 from pipeline.bank.aliases import advance_alias, current_move
 from pipeline.bank.blobs import MAX_BLOB_BYTES, encode_blob, write_blob
 from pipeline.bank.manifest import BackboneId, Manifest, Metrics, PromptRecord, Template, check_name, new_id, utc_now
-from pipeline.bank.sameness import is_same
+from pipeline.bank.same_backbone import is_same
 from pipeline.bank.sealed import first_problem
-from pipeline.bank.source import Source, blob_key
 from pipeline.bank.versions import create_version, read_version, version_numbers
 from pipeline.errors import BankError
 
@@ -47,7 +47,7 @@ class NewPrompt:
 
 
 @dataclass(frozen=True)
-class Standing:
+class CarriedPrompt:
     """A prompt of an earlier version that stays as it is, by reference, whatever the newest version has of its name."""
 
     record: PromptRecord
@@ -66,54 +66,54 @@ class Publication:
     backbone: BackboneId
     run: str
     libraries: Mapping[str, str]
-    standing: Sequence[Standing] = ()
+    standing: Sequence[CarriedPrompt] = ()
     removed: Mapping[str, str] = field(default_factory=dict)
     """Prompts that leave, and why."""
     new_backbone: bool = False
     """The newest version may belong to another backbone: nothing of it is then carried forward."""
 
 
-def publish(source: Source, new: Publication, alias: str | None) -> int:
+def publish(access: BankAccess, new: Publication, alias: str | None) -> int:
     """Publish a new version and return its number; without an alias, none moves.
 
     Raises: BankError before anything is written, StorageError.
     """
-    if source.trusted and source.sign is None:
-        raise BankError(f"cannot publish to {source.store.uri}: trusted keys are given, so a signing key is needed too")
+    if access.trusted and access.sign is None:
+        raise BankError(f"cannot publish to {access.store.uri}: trusted keys are given, so a signing key is needed too")
     if alias is not None:
-        current_move(source, alias)  # refuses a damaged alias before the first write
+        current_move(access, alias)  # refuses a damaged alias before the first write
     _check_prompts(new)
     blobs = {prompt.name: encode_blob(prompt.array) for prompt in new.prompts if prompt.array is not None}
     digests = {name: digest for name, (digest, _) in blobs.items()}
-    parent, usable = _parent(source, new)
+    parent, usable = _parent(access, new)
     manifest = _manifest(parent, usable, new, digests)  # what it refuses, too
     referenced = {record.digest for record in parent.prompts.values()} if parent else set()
     for digest, data in blobs.values():
-        write_blob(source, digest, data, digest in referenced)
-    while (seal := create_version(source, manifest)) is None:
-        parent, usable = _parent(source, new)  # another publisher was first: its version becomes the parent
+        write_blob(access, digest, data, digest in referenced)
+    while (seal := create_version(access, manifest)) is None:
+        parent, usable = _parent(access, new)  # another publisher was first: its version becomes the parent
         manifest = _manifest(parent, usable, new, digests)
     # A collector that had looked before this version was visible may have taken an old blob of the same bytes.
     for digest, data in blobs.values():
-        if not source.store.exists(blob_key(digest)):
-            source.store.create(blob_key(digest), data)
+        if not access.store.exists(blob_key(digest)):
+            access.store.create(blob_key(digest), data)
     if alias is not None:
-        advance_alias(source, alias, manifest.version, seal, by=f"run {new.run}")
+        advance_alias(access, alias, manifest.version, seal, by=f"run {new.run}")
     return manifest.version
 
 
-def check_backbone(source: Source, backbone: BackboneId) -> None:
+def check_backbone(access: BankAccess, backbone: BackboneId) -> None:
     """Raises: BankError when the bank's newest version belongs to another backbone."""
-    numbers = version_numbers(source.store)
+    numbers = version_numbers(access.store)
     if numbers:
-        version = read_version(source, numbers[-1])
-        if not _is_same_now(source, version.header.backbone, backbone):
+        version = read_version(access, numbers[-1])
+        if not _is_same_now(access, version.header.backbone, backbone):
             raise of_another_backbone(version.where, version.header.backbone, backbone)
 
 
-def _is_same_now(source: Source, owner: BackboneId, other: BackboneId) -> bool:
+def _is_same_now(access: BankAccess, owner: BackboneId, other: BackboneId) -> bool:
     """What was seen last is enough for readers alone."""
-    return is_same(replace(source, cache=None), owner, other)
+    return is_same(replace(access, cache=None), owner, other)
 
 
 def of_another_backbone(where: str, owner: BackboneId, other: BackboneId) -> BankError:
@@ -156,16 +156,16 @@ def _check_array(name: str, array: np.ndarray, hidden_size: int) -> None:
         raise BankError(f"prompt '{name}' is refused: it holds values that are not finite (NaN or infinite)")
 
 
-def _parent(source: Source, new: Publication) -> tuple[Manifest | None, bool]:
+def _parent(access: BankAccess, new: Publication) -> tuple[Manifest | None, bool]:
     """The newest version, and whether its prompts are of the publication's backbone.
 
     Raises: BankError when they are of another, which is not allowed, or the version is damaged, StorageError.
     """
-    numbers = version_numbers(source.store)
+    numbers = version_numbers(access.store)
     if not numbers:
         return None, False
-    version = read_version(source, numbers[-1])
-    usable = _is_same_now(source, version.header.backbone, new.backbone)  # asked once: it may be taken back
+    version = read_version(access, numbers[-1])
+    usable = _is_same_now(access, version.header.backbone, new.backbone)  # asked once: it may be taken back
     if not usable and not new.new_backbone:
         raise of_another_backbone(version.where, version.header.backbone, new.backbone)
     return version.manifest(), usable

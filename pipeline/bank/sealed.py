@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.bank.content import Bytes, Content, Verified
+from pipeline.bank.content import Content, MemoryContent, VerifiedContent
 from pipeline.errors import BankError
 
 _FIRST_LINE = re.compile(
@@ -57,12 +57,12 @@ def seal(body: bytes, sign: Callable[[str], Signature] | None = None) -> bytes:
     return b'{"digest":"%s",%s\n%s' % (digest.encode(), signature, body)
 
 
-def open_sealed(content: Content, where: str) -> tuple[Seal, Verified]:
+def open_sealed(content: Content, where: str) -> tuple[Seal, VerifiedContent]:
     """Verify sealed content. Raises: BankError naming `where`, StorageError."""
     first = _FIRST_LINE.match(content.read(0, _LONGEST_FIRST_LINE))
     if first is None:
         raise BankError(f"{where} is damaged: its first line does not carry a digest")
-    verified = Verified(content, first.end())
+    verified = VerifiedContent(content, first.end())
     digest = first["digest"].decode()
     if verified.sha256 != digest:
         raise BankError(f"{where} is damaged: its bytes do not match its digest")
@@ -73,7 +73,7 @@ def open_sealed(content: Content, where: str) -> tuple[Seal, Verified]:
 
 def check_sealed(data: bytes, where: str) -> Seal:
     """Verify sealed bytes. Raises: BankError naming `where`."""
-    return open_sealed(Bytes(data), where)[0]
+    return open_sealed(MemoryContent(data), where)[0]
 
 
 def parse(model: type[Model], data: bytes, where: str) -> Model:

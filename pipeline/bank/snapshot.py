@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.bank.access import BankAccess
 from pipeline.bank.blobs import read_blob
-from pipeline.bank.manifest import BackboneId, Header, PromptRecord, Unknown, check_name
+from pipeline.bank.manifest import BackboneId, ManifestHeader, PromptRecord, check_name
 from pipeline.bank.publish import of_another_backbone
-from pipeline.bank.sameness import is_same
-from pipeline.bank.source import Source
+from pipeline.bank.same_backbone import is_same
 from pipeline.bank.versions import Version
-from pipeline.errors import BankError
+from pipeline.errors import BankError, UnknownNameError
 
 _COMPARED = 500
 """Names that a misspelt one is compared with; all of a large bank's would take a tenth of a second."""
@@ -33,8 +33,8 @@ class Prompt:
 class Snapshot:
     """A version, which never changes; each of its prompts is read once, when first asked for."""
 
-    def __init__(self, source: Source, version: Version) -> None:
-        self._source = source
+    def __init__(self, access: BankAccess, version: Version) -> None:
+        self._access = access
         self._version = version
         self._used: dict[str, Prompt] = {}
         self._same: dict[tuple[str, str], BackboneId] = {}
@@ -49,7 +49,7 @@ class Snapshot:
         return self._version.seal.digest
 
     @property
-    def header(self) -> Header:
+    def header(self) -> ManifestHeader:
         """What the manifest tells of the version itself: parent, time, run, backbone, libraries."""
         return self._version.header
 
@@ -65,7 +65,7 @@ class Snapshot:
         """
         owner, _ = self._owner(name)
         pair = (owner.fingerprint, backbone.fingerprint)
-        if pair not in self._same and is_same(self._source, owner, backbone):
+        if pair not in self._same and is_same(self._access, owner, backbone):
             self._same[pair] = backbone
         return pair in self._same
 
@@ -123,13 +123,13 @@ class Snapshot:
         return self._version.record(name)
 
     def known_record(self, name: str) -> PromptRecord:
-        """As `record`. Raises: Unknown for an unknown name, with one that is like it; StorageError."""
+        """As `record`. Raises: UnknownNameError for an unknown name, with one that is like it; StorageError."""
         record = self.record(name)
         if record is None:
             like = [other for other in self._version.names() if other[:1] == name[:1]][:_COMPARED]
             close = difflib.get_close_matches(name, like, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else ""
-            raise Unknown(f"{self._version.where} holds no prompt '{name}'{hint}")
+            raise UnknownNameError(f"{self._version.where} holds no prompt '{name}'{hint}")
         return record
 
     def records(self) -> Iterator[PromptRecord]:
@@ -140,8 +140,8 @@ class Snapshot:
         record = self.known_record(name)
         where = self._version.where
         if record.digest is None or record.shape is None:
-            raise Unknown(f"{where} holds no blob of '{name}', which has failed: {record.reason}")
+            raise UnknownNameError(f"{where} holds no blob of '{name}', which has failed: {record.reason}")
         if record.shape[1] != self.backbone.hidden_size:
             raise BankError(f"{where} is refused: '{name}' is {record.shape[1]} wide and its backbone is not")
-        array = read_blob(self._source, record.digest, record.shape)
+        array = read_blob(self._access, record.digest, record.shape)
         return Prompt(array, record, self.version, record.tuned_on or self.backbone)

@@ -14,10 +14,6 @@ from pipeline.errors import BankError
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-class Missing(BankError):
-    """There is nothing under the key."""
-
-
 @dataclass(frozen=True)
 class StoredFile:
     """A file directly under a folder."""
@@ -38,7 +34,7 @@ class Store(Protocol):
         """The key's full location, for messages."""
 
     def open(self, key: str, limit: int) -> Content:
-        """Raises: Missing; BankError when above `limit` bytes; StorageError when unreadable."""
+        """Raises: MissingFileError; BankError when above `limit` bytes; StorageError when unreadable."""
 
     def read(self, key: str, limit: int) -> bytes:
         """Everything under the key. Raises: as `open`."""

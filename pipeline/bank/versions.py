@@ -4,19 +4,19 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipeline.bank.content import Damaged, Verified
+from pipeline.bank.access import BankAccess
+from pipeline.bank.content import DamagedContentError, VerifiedContent
 from pipeline.bank.manifest import (
     MAX_MANIFEST_BYTES,
     NAME,
     PROMPTS_CLOSE,
     PROMPTS_OPEN,
-    Header,
     Manifest,
+    ManifestHeader,
     PromptRecord,
     encode_manifest,
 )
 from pipeline.bank.sealed import Seal, check_sealed, parse
-from pipeline.bank.source import Source
 from pipeline.bank.store import Store
 from pipeline.errors import BankError
 
@@ -27,10 +27,10 @@ _NUMBERED = re.compile(r"([1-9][0-9]*)\.json")
 class Version:
     """A verified manifest. Prompts are parsed only when asked for: a large bank opens fast, in little memory."""
 
-    header: Header
+    header: ManifestHeader
     seal: Seal
     where: str
-    _content: Verified
+    _content: VerifiedContent
     _first: int
     """Offset of the line break before the first prompt's line."""
     _last: int
@@ -44,7 +44,7 @@ class Version:
         """The record of a prompt, None when there is none. Raises: BankError when it is invalid, StorageError."""
         try:
             line = self._find(b'"' + name.encode())
-        except Damaged as error:
+        except DamagedContentError as error:
             raise self._changed() from error
         return None if line is None else self._parsed(name, line)
 
@@ -79,7 +79,7 @@ class Version:
                     raise BankError(f"{self.where} is refused: a name is invalid, out of order, or there twice")
                 yield name, record
                 before = name
-        except Damaged as error:
+        except DamagedContentError as error:
             raise self._changed() from error
 
     def _changed(self) -> BankError:
@@ -97,44 +97,44 @@ def version_numbers(store: Store) -> tuple[int, ...]:
     return numbered(store, "versions")
 
 
-def read_version(source: Source, number: int, digest: str | None = None) -> Version:
+def read_version(access: BankAccess, number: int, digest: str | None = None) -> Version:
     """Read and verify one manifest; `digest` is that of its seal, where an alias has told it.
 
     Raises: BankError naming the file, StorageError.
     """
     key = f"versions/{number}.json"
-    where = source.store.where(key)
-    content, seal = source.open_manifest(key, digest)
+    where = access.store.where(key)
+    content, seal = access.open_manifest(key, digest)
     version = _layout(content, seal, where)
     if version.header.version != number:
         raise BankError(f"{where} is refused: it says that it is version {version.header.version}")
     return version
 
 
-def _layout(content: Verified, seal: Seal, where: str) -> Version:
+def _layout(content: VerifiedContent, seal: Seal, where: str) -> Version:
     try:
         end = content.find(b"\n", seal.body, content.size)
         head = content.read(seal.body, end + 1)
         tail = content.read(content.size - len(PROMPTS_CLOSE), content.size)
-    except Damaged as error:
+    except DamagedContentError as error:
         raise BankError(f"{where} is damaged: its bytes changed while it was read") from error
     last = content.size - len(PROMPTS_CLOSE)
     if not head.endswith(PROMPTS_OPEN) or end >= last or tail != PROMPTS_CLOSE:
         raise BankError(f"{where} is refused: it does not hold one prompt per line")
-    header = parse(Header, b"{" + head.removesuffix(PROMPTS_OPEN) + b"}", where)
+    header = parse(ManifestHeader, b"{" + head.removesuffix(PROMPTS_OPEN) + b"}", where)
     return Version(header, seal, where, content, end, last)
 
 
-def create_version(source: Source, manifest: Manifest) -> str | None:
+def create_version(access: BankAccess, manifest: Manifest) -> str | None:
     """Make the version visible; its digest, None when another publisher took its number.
 
     Raises: BankError, StorageError.
     """
-    data = encode_manifest(manifest, source.sign)
+    data = encode_manifest(manifest, access.sign)
     if len(data) > MAX_MANIFEST_BYTES:
         raise BankError(f"version {manifest.version} is refused: its manifest is above {MAX_MANIFEST_BYTES:,} bytes")
     key = f"versions/{manifest.version}.json"
-    return check_sealed(data, key).digest if source.store.create(key, data) else None
+    return check_sealed(data, key).digest if access.store.create(key, data) else None
 
 
 def numbered(store: Store, folder: str) -> tuple[int, ...]:

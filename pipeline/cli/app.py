@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pipeline.cli import backbones, exporting, history, importing, listing, moves, output, upkeep
+from pipeline.cli import backbones, exporting, history, importing, listing, maintenance, moves, output
 from pipeline.cli.runs import runs
 from pipeline.errors import PromptBankError
 
@@ -17,7 +17,7 @@ class Commands(TyperGroup):
     """A user's mistake is one sentence and exit code 2, whoever starts the commands."""
 
     def main(self, *args: Any, **options: Any) -> Any:
-        output.accept_all_signs()
+        output.escape_unencodable()
         try:
             sys.exit(super().main(*args, **{**options, "standalone_mode": False}))
         except PromptBankError as error:
@@ -82,8 +82,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "diff": history.show_differences,
     "promote": moves.promote,
     "rollback": moves.rollback,
-    "verify": upkeep.verify,
-    "gc": upkeep.collect_garbage,
+    "verify": maintenance.verify,
+    "gc": maintenance.collect_garbage,
     "export": exporting.export_prompt,
     "import": importing.import_prompt,
     "same-backbone": backbones.same_backbone,

@@ -7,9 +7,16 @@ import typer
 
 from pipeline.bank import PromptBank, SameBackbone
 from pipeline.cli import output
-from pipeline.cli.model import Weights, compared
+from pipeline.cli.models import Weights, compare_on_rows
 from pipeline.cli.moves import login_name
-from pipeline.cli.options import AsJson, Bank, SigningKey, TrustedKeys, connect_bank, existing_versions
+from pipeline.cli.options import (
+    BankOption,
+    JsonOption,
+    SigningKeyOption,
+    TrustedKeysOption,
+    connect_bank,
+    existing_versions,
+)
 from pipeline.cli.output import Cell, Column
 from pipeline.errors import BankError, SettingsError
 from pipeline.reporting.words import counted
@@ -42,10 +49,10 @@ def same_backbone(
     by: Annotated[
         str | None, typer.Option("--by", metavar="NAME", help="Who says so. [default: your login name]")
     ] = None,
-    bank: Bank = None,
-    trusted_key: TrustedKeys = None,
-    signing_key: SigningKey = None,
-    as_json: AsJson = False,
+    bank: BankOption = None,
+    trusted_key: TrustedKeysOption = None,
+    signing_key: SigningKeyOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """State that two models are one backbone.
 
@@ -93,7 +100,7 @@ def _state(
 ) -> SameBackbone:
     like = bank.at(str(existing_versions(bank)[-1])).backbone
     with output.progress(f"comparing {first} and {second}"):
-        found = compared(first, second, weights, like, None if text is None else _lines(text))
+        found = compare_on_rows(first, second, weights, like, None if text is None else _lines(text))
     return bank.state_same_backbone(
         found.first,
         found.second,

@@ -9,25 +9,33 @@ import typer
 from pipeline.bank import Prompt
 from pipeline.bank.exports import export_npy, export_peft, export_vllm
 from pipeline.cli import output
-from pipeline.cli.options import Alias, AsJson, Bank, Cache, Reference, TrustedKeys, bank_at
+from pipeline.cli.options import (
+    AliasOption,
+    BankOption,
+    CacheOption,
+    JsonOption,
+    ReferenceArgument,
+    TrustedKeysOption,
+    bank_at,
+)
 from pipeline.errors import SettingsError
 
 ExportFormat = Literal["peft", "npy", "vllm"]
 
 
 def export_prompt(
-    reference: Reference,
+    reference: ReferenceArgument,
     destination: Annotated[Path, typer.Argument(metavar="DEST", help="A new folder; for npy, a new file ….npy.")],
     to: Annotated[ExportFormat, typer.Option("--to", help="For which tool.")],
     model: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="For peft: the base model, if PEFT knows it by another name than the bank."),
     ] = None,
-    bank: Bank = None,
-    alias: Alias = "latest",
-    trusted_key: TrustedKeys = None,
-    cache: Cache = None,
-    as_json: AsJson = False,
+    bank: BankOption = None,
+    alias: AliasOption = "latest",
+    trusted_key: TrustedKeysOption = None,
+    cache: CacheOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Write a prompt as PEFT, NumPy or vLLM read it.
 
@@ -50,7 +58,7 @@ def export_prompt(
         output.write_json({"prompt": name, "version": snapshot.version, "format": to, "path": str(place)})
         return
     output.write_line(f"wrote '{name}' of version {snapshot.version} to {place}")
-    output.remark(f"read it: {_how_to_read(place, to)}")
+    output.note(f"read it: {_how_to_read(place, to)}")
 
 
 def _exported(prompt: Prompt, destination: Path, to: ExportFormat, model: str | None) -> Path:

@@ -8,12 +8,11 @@ import typer
 from pipeline.bank import PromptBank
 from pipeline.bank.manifest import Status
 from pipeline.cli import completion, output
-from pipeline.cli.comparison import Change, PromptChange, VersionDiff, compare
 from pipeline.cli.options import (
-    AsJson,
-    Bank,
-    Cache,
-    TrustedKeys,
+    BankOption,
+    CacheOption,
+    JsonOption,
+    TrustedKeysOption,
     aliases_of,
     connect_bank,
     existing_versions,
@@ -21,6 +20,7 @@ from pipeline.cli.options import (
     snapshot_at,
 )
 from pipeline.cli.output import Cell, Column
+from pipeline.cli.version_diff import FieldChange, PromptChange, VersionDiff, diff_versions
 from pipeline.errors import BankError
 
 _STATUSES: tuple[Status, ...] = ("tuned", "carried_forward", "kept", "failed")
@@ -73,10 +73,10 @@ def show_log(
         typer.Argument(metavar="ALIAS", autocompletion=completion.aliases, help="Show the moves of this alias."),
     ] = None,
     last: Annotated[int, typer.Option("--last", "-n", metavar="COUNT", min=1, help="How many, newest first.")] = 20,
-    bank: Bank = None,
-    trusted_key: TrustedKeys = None,
-    cache: Cache = None,
-    as_json: AsJson = False,
+    bank: BankOption = None,
+    trusted_key: TrustedKeysOption = None,
+    cache: CacheOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Show the versions, newest first, or the moves of an alias.
 
@@ -102,7 +102,7 @@ def show_log(
         output.write_json({"bank": opened.uri, "versions": versions, "older": older})
     else:
         output.write_table(_VERSION_COLUMNS, [_version_row(version) for version in versions])
-        output.remark(f"{older:,} older versions: --last {len(numbers)} shows all" if older else "")
+        output.note(f"{older:,} older versions: --last {len(numbers)} shows all" if older else "")
     if any(version["problem"] for version in versions):
         raise typer.Exit(1)
 
@@ -114,10 +114,10 @@ def show_differences(
     after: Annotated[
         str, typer.Argument(metavar="V2", autocompletion=completion.revisions, help="A version or an alias.")
     ],
-    bank: Bank = None,
-    trusted_key: TrustedKeys = None,
-    cache: Cache = None,
-    as_json: AsJson = False,
+    bank: BankOption = None,
+    trusted_key: TrustedKeysOption = None,
+    cache: CacheOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Show what differs between two versions.
 
@@ -132,7 +132,7 @@ def show_differences(
     """
     opened = connect_bank(bank, "latest", trusted_key, cache)
     old, new = snapshot_at(opened, before), snapshot_at(opened, after)
-    found = compare(old, new)
+    found = diff_versions(old, new)
     if as_json:
         output.write_json(
             {
@@ -148,9 +148,9 @@ def show_differences(
     sides = [Column(f"version {snapshot.version}", free=True) for snapshot in (old, new)]
     if rows := _diff_rows(found):
         output.write_table([Column("prompt", free=True), Column("change"), Column("what"), *sides], rows)
-        output.remark()
+        output.note()
     counts = {kind: sum(prompt.kind == kind for prompt in found.prompts) for kind in _DIFF_COLOURS}
-    output.remark(", ".join(f"{n:,} {kind}" for kind, n in {**counts, "unchanged": found.unchanged}.items()))
+    output.note(", ".join(f"{n:,} {kind}" for kind, n in {**counts, "unchanged": found.unchanged}.items()))
 
 
 def _show_moves(bank: PromptBank, alias: str, last: int, as_json: bool) -> None:
@@ -207,7 +207,7 @@ def _diff_rows(found: VersionDiff) -> list[list[Cell]]:
     return rows
 
 
-def _change_cells(change: Change) -> list[Cell]:
+def _change_cells(change: FieldChange) -> list[Cell]:
     return [change.field, _shown(change.field, change.before), _shown(change.field, change.after)]
 
 
@@ -221,7 +221,7 @@ def _shown(field: str, value: Any) -> Cell:
     return value
 
 
-def _change_document(change: Change) -> dict[str, Any]:
+def _change_document(change: FieldChange) -> dict[str, Any]:
     return {"field": change.field, "from": change.before, "to": change.after}
 
 

@@ -10,8 +10,16 @@ import typer
 from pipeline.bank import BackboneId, PromptBank, Template
 from pipeline.bank.imports import import_npy, import_peft, imported_prompt
 from pipeline.cli import completion, output
-from pipeline.cli.model import Weights, identity_of
-from pipeline.cli.options import AsJson, Bank, SigningKey, TrustedKeys, command_line, connect_bank, snapshot_at
+from pipeline.cli.models import Weights, identity_of
+from pipeline.cli.options import (
+    BankOption,
+    JsonOption,
+    SigningKeyOption,
+    TrustedKeysOption,
+    command_line,
+    connect_bank,
+    snapshot_at,
+)
 from pipeline.errors import BankError, SettingsError
 
 _LIBRARIES = ("numpy", "safetensors")
@@ -82,11 +90,11 @@ def import_prompt(
     weights: HeldAs = None,
     backbone_of: BackboneOf = None,
     create: Create = False,
-    bank: Bank = None,
+    bank: BankOption = None,
     alias: MovedAlias = "latest",
-    trusted_key: TrustedKeys = None,
-    signing_key: SigningKey = None,
-    as_json: AsJson = False,
+    trusted_key: TrustedKeysOption = None,
+    signing_key: SigningKeyOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Publish a prompt that another tool has made.
 
@@ -129,7 +137,7 @@ def import_prompt(
         output.write_json({"bank": opened.uri, **fields, "backbone": backbone.model_dump(mode="json")})
         return
     output.write_line(f"published '{name}' {list(array.shape)} in version {number}, for the alias '{alias}'")
-    output.remark(f"look at it: {command_line(opened, 'show', f'{name}@{number}')}")
+    output.note(f"look at it: {command_line(opened, 'show', f'{name}@{number}')}")
 
 
 def _backbone(

@@ -8,14 +8,14 @@ import typer
 from pipeline.bank import Metrics, PromptBank, PromptRecord, Snapshot
 from pipeline.bank.manifest import NOT_LEARNED
 from pipeline.cli import completion, output
-from pipeline.cli.model import Words, nearest_words, why_not_of
+from pipeline.cli.models import Words, mismatch_warning, nearest_words
 from pipeline.cli.options import (
-    Alias,
-    AsJson,
-    Bank,
-    Cache,
-    Reference,
-    TrustedKeys,
+    AliasOption,
+    BankOption,
+    CacheOption,
+    JsonOption,
+    ReferenceArgument,
+    TrustedKeysOption,
     aliases_of,
     bank_at,
     command_line,
@@ -56,11 +56,11 @@ def list_prompts(
         typer.Option(help="Only prompts with this status; not_learned whatever their status."),
     ] = None,
     aliases: Annotated[bool, typer.Option("--aliases", help="List the aliases and their versions instead.")] = False,
-    bank: Bank = None,
-    alias: Alias = "latest",
-    trusted_key: TrustedKeys = None,
-    cache: Cache = None,
-    as_json: AsJson = False,
+    bank: BankOption = None,
+    alias: AliasOption = "latest",
+    trusted_key: TrustedKeysOption = None,
+    cache: CacheOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """List the prompts of a version, or the aliases.
 
@@ -93,15 +93,15 @@ def list_prompts(
         return
     # A terminal is too narrow for sentences.
     output.write_table([_COLUMNS[i] for i in _ON_TERMINAL], [[row[i] for i in _ON_TERMINAL] for row in rows])
-    output.remark()
+    output.note()
     for record in records:
         if record.reason:
-            output.remark(f"{record.name} {record.state}: {record.reason}")
-    output.remark(f"{counted(len(records), 'prompt')} of {_title(opened, snapshot)}")
+            output.note(f"{record.name} {record.state}: {record.reason}")
+    output.note(f"{counted(len(records), 'prompt')} of {_title(opened, snapshot)}")
 
 
 def show_prompt(
-    reference: Reference,
+    reference: ReferenceArgument,
     model: Annotated[
         str | None,
         typer.Option(
@@ -110,11 +110,11 @@ def show_prompt(
         ),
     ] = None,
     nearest: Annotated[int, typer.Option(metavar="COUNT", min=1, help="Words for each of its vectors.")] = 5,
-    bank: Bank = None,
-    alias: Alias = "latest",
-    trusted_key: TrustedKeys = None,
-    cache: Cache = None,
-    as_json: AsJson = False,
+    bank: BankOption = None,
+    alias: AliasOption = "latest",
+    trusted_key: TrustedKeysOption = None,
+    cache: CacheOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Show everything that is known about a prompt.
 
@@ -136,7 +136,7 @@ def show_prompt(
         prompt = snapshot.load(name)
         with output.progress(f"reading {model}"):
             words = nearest_words(model, prompt.array, nearest)
-            warning = why_not_of(model, prompt, lambda: opened.same_as(prompt.backbone))
+            warning = mismatch_warning(model, prompt, lambda: opened.same_as(prompt.backbone))
     pointing = aliases_of(opened).get(snapshot.version, [])
     if as_json:
         output.write_json(
@@ -167,7 +167,7 @@ def _list_aliases(bank: PromptBank, as_json: bool) -> None:
         output.write_json({"bank": bank.uri, "aliases": rows})
         return
     output.write_table((Column("alias"), Column("version", right=True)), list(found.items()))
-    output.remark(f"the moves of one: {command_line(bank, 'log', 'ALIAS')}")
+    output.note(f"the moves of one: {command_line(bank, 'log', 'ALIAS')}")
 
 
 def _row(record: PromptRecord) -> list[Cell]:

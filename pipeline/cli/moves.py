@@ -8,7 +8,16 @@ import typer
 
 from pipeline.bank import AliasMove, PromptBank
 from pipeline.cli import completion, output
-from pipeline.cli.options import AsJson, Bank, Cache, TrustedKeys, command_line, connect_bank, known_alias, snapshot_at
+from pipeline.cli.options import (
+    BankOption,
+    CacheOption,
+    JsonOption,
+    TrustedKeysOption,
+    command_line,
+    connect_bank,
+    known_alias,
+    snapshot_at,
+)
 
 By = Annotated[
     str | None, typer.Option("--by", metavar="NAME", help="Who moves it, for its history. [default: your login name]")
@@ -25,10 +34,10 @@ def promote(
     ],
     alias: AliasToMove,
     by: By = None,
-    bank: Bank = None,
-    trusted_key: TrustedKeys = None,
-    cache: Cache = None,
-    as_json: AsJson = False,
+    bank: BankOption = None,
+    trusted_key: TrustedKeysOption = None,
+    cache: CacheOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Move an alias to a version, forward or back.
 
@@ -52,10 +61,10 @@ def promote(
 def rollback(
     alias: AliasToMove,
     by: By = None,
-    bank: Bank = None,
-    trusted_key: TrustedKeys = None,
-    cache: Cache = None,
-    as_json: AsJson = False,
+    bank: BankOption = None,
+    trusted_key: TrustedKeysOption = None,
+    cache: CacheOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Undo the last move of an alias.
 
@@ -83,7 +92,7 @@ def _tell(bank: PromptBank, before: AliasMove | None, move: AliasMove, moved: bo
         place = f"version {before.version} → {move.version}" if before else f"new alias → version {move.version}"
         output.write_line(f"{move.alias}: {place} ({move.action}, move {move.seq}, by {move.by})")
         if before:
-            output.remark(f"undo: {command_line(bank, 'rollback', move.alias)}")
+            output.note(f"undo: {command_line(bank, 'rollback', move.alias)}")
 
 
 def login_name() -> str:

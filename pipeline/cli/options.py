@@ -15,13 +15,13 @@ from pipeline.errors import BankError
 
 BANK_VARIABLE = "PROMPT_BANK_URI"
 
-Bank = Annotated[
+BankOption = Annotated[
     str | None,
     typer.Option(
         "--bank", metavar="URI", envvar=BANK_VARIABLE, help="The bank: a folder, or a URI such as s3://bucket/prompts."
     ),
 ]
-Alias = Annotated[
+AliasOption = Annotated[
     str,
     typer.Option(
         "--alias",
@@ -31,7 +31,7 @@ Alias = Annotated[
         help="The version meant when none is named.",
     ),
 ]
-TrustedKeys = Annotated[
+TrustedKeysOption = Annotated[
     list[Path] | None,
     typer.Option(
         "--trusted-key",
@@ -40,7 +40,7 @@ TrustedKeys = Annotated[
         help="A public key (PEM); versions that none of these signed are refused. May be repeated.",
     ),
 ]
-SigningKey = Annotated[
+SigningKeyOption = Annotated[
     Path | None,
     typer.Option(
         "--signing-key",
@@ -49,7 +49,7 @@ SigningKey = Annotated[
         help="The private key (PEM) that signs the new version.",
     ),
 ]
-Cache = Annotated[
+CacheOption = Annotated[
     Path | None,
     typer.Option(
         "--cache",
@@ -57,8 +57,8 @@ Cache = Annotated[
         help="Keep what is read in this folder (for an object store that is done anyway, in ~/.cache/promptbank).",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, and nothing else.")]
-Reference = Annotated[
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, and nothing else.")]
+ReferenceArgument = Annotated[
     str,
     typer.Argument(
         metavar="NAME[@REV]", autocompletion=completion.references, help="A prompt; REV is a version or an alias."

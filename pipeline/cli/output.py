@@ -30,7 +30,7 @@ class Column:
     """Left out on a terminal when it is empty; a pipe always gets it."""
 
 
-def accept_all_signs() -> None:
+def escape_unencodable() -> None:
     """A sign that the locale lacks is written as an escape, and ends no command."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -68,7 +68,7 @@ def write_error(sentence: str) -> None:
     print(printable(" ".join(sentence.split())), file=sys.stderr)
 
 
-def remark(text: str = "") -> None:
+def note(text: str = "") -> None:
     """A line for people alone: neither a pipe nor a JSON document has it."""
     if on_terminal():
         write_line(text)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli import output
-from pipeline.cli.options import AsJson
+from pipeline.cli.options import JsonOption
 from pipeline.cli.run_figures import (
     RUN_COLUMNS,
     TRIAL_COLUMNS,
@@ -63,7 +63,7 @@ def look_at_runs(context: typer.Context) -> None:
 
 
 @runs.command("ls")
-def list_runs(storage: Storage = Path("./runs"), as_json: AsJson = False) -> None:
+def list_runs(storage: Storage = Path("./runs"), as_json: JsonOption = False) -> None:
     """List the runs of a storage, the newest event first.
 
     A run is silent when its last event is older than a minute and than three times the longest time between its
@@ -89,11 +89,11 @@ def list_runs(storage: Storage = Path("./runs"), as_json: AsJson = False) -> Non
         output.write_json({"storage": str(storage), "runs": [run_document(run, now) for run in found]})
         return
     output.write_table(RUN_COLUMNS, [run_row(run, now) for run in found])
-    output.remark(f"{counted(len(found), 'run')} in {storage}; more of one: promptbank runs show RUN")
+    output.note(f"{counted(len(found), 'run')} in {storage}; more of one: promptbank runs show RUN")
 
 
 @runs.command("show")
-def show_run(run: Run, storage: Storage = Path("./runs"), as_json: AsJson = False) -> None:
+def show_run(run: Run, storage: Storage = Path("./runs"), as_json: JsonOption = False) -> None:
     """Show how far a run is, and each of its trials.
 
     Examples:
@@ -119,7 +119,7 @@ def show_run(run: Run, storage: Storage = Path("./runs"), as_json: AsJson = Fals
         output.write_table(TRIAL_COLUMNS[:reason], [row[:reason] for row in rows])
         for name, trial in watched.state.trials.items():
             if trial.reason:
-                output.remark(f"{name} {trial.status}: {trial.reason}")
+                output.note(f"{name} {trial.status}: {trial.reason}")
 
 
 @runs.command("tail")

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from rich.console import Console
 
-from pipeline.bank import NewPrompt, PromptBank, Standing
+from pipeline.bank import CarriedPrompt, NewPrompt, PromptBank
 from pipeline.errors import LeaseError, SettingsError, StorageError
 from pipeline.refresh.ending import check_conditions, exit_of, verdict
 from pipeline.refresh.inputs import NightInputs, read_inputs
@@ -165,7 +165,7 @@ def _publish_once(checked: CheckedRun, decisions: Sequence[NightDecision], may_m
         settings.run.name,
         library_versions(),
         alias,
-        standing=[prompt for prompt in prompts if isinstance(prompt, Standing)],
+        standing=[prompt for prompt in prompts if isinstance(prompt, CarriedPrompt)],
         removed={record.task: record.why for record in records if record.result == "removed"},
         new_backbone=True,
     )

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.bank import NewPrompt, Standing
+from pipeline.bank import CarriedPrompt, NewPrompt
 from pipeline.refresh.gate import judge
 from pipeline.refresh.inputs import NightInputs
 from pipeline.refresh.plan import PlannedTask
@@ -23,7 +23,7 @@ _NO_BETTER = "no step was better than the bank's prompt, which it started from"
 @dataclass(frozen=True)
 class NightDecision:
     record: TaskRecord
-    prompt: NewPrompt | Standing | None = None
+    prompt: NewPrompt | CarriedPrompt | None = None
     """What the new version has of the task; None for nothing."""
 
 
@@ -48,7 +48,7 @@ def _decide(planned: PlannedTask, settings: Settings, inputs: NightInputs, tuned
         return NightDecision(replace(record, result="removed"))
     if planned.decision == "carried":
         assert planned.incumbent is not None
-        return NightDecision(replace(record, result="carried", stays=True), Standing(planned.incumbent))
+        return NightDecision(replace(record, result="carried", stays=True), CarriedPrompt(planned.incumbent))
     if planned.decision == "unusable":
         return _failed(record, planned, planned.why)
     result, corpus = tuned.results[planned.task], inputs.corpora[planned.task]
@@ -67,7 +67,7 @@ def _failed(record: TaskRecord, planned: PlannedTask, reason: str, failed: NewPr
     record = replace(record, result="failed", reason=reason)
     if planned.incumbent is None:
         return NightDecision(record, failed)
-    return NightDecision(replace(record, stays=True), Standing(planned.incumbent, "kept", reason))
+    return NightDecision(replace(record, stays=True), CarriedPrompt(planned.incumbent, "kept", reason))
 
 
 def _compared(
@@ -93,7 +93,7 @@ def _compared(
         return NightDecision(replace(record, result="promoted", reason=result.reason), new)
     record = replace(record, result="kept", reason=reason, worse=not same, stays=True)
     # What the refused prompt was tuned from is noted: while that stays as it is, it is not tuned again.
-    return NightDecision(record, Standing(planned.incumbent, "kept", reason, new.inputs_digest))
+    return NightDecision(record, CarriedPrompt(planned.incumbent, "kept", reason, new.inputs_digest))
 
 
 def _with_figures(record: TaskRecord, result: TaskResult, version: int | None) -> TaskRecord:

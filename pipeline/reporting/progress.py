@@ -18,7 +18,7 @@ from rich.text import Text
 from pipeline.reporting.events import Event, EventTail
 from pipeline.reporting.sentences import Narrator, sentence
 from pipeline.reporting.state import RunState, headline, number
-from pipeline.reporting.trackers import Audience, Tracker
+from pipeline.reporting.trackers import Tracker, TrackerGroup
 
 POLL_SECONDS = 0.25
 MOST_BARS = 12
@@ -37,7 +37,7 @@ def follow(
     tail = EventTail(events_file)
     ended = threading.Event()
     screen: Screen = JsonLines(as_json) if as_json else Bars(console) if console.is_terminal else Lines(console)
-    told = Audience(trackers, console)
+    told = TrackerGroup(trackers, console)
 
     def look() -> None:
         events = tail.read()

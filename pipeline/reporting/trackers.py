@@ -15,7 +15,7 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-class Audience:
+class TrackerGroup:
     """Tells trackers; one that fails is left out from then on, with one line."""
 
     def __init__(self, trackers: Sequence[Tracker], console: Console) -> None:

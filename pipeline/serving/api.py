@@ -17,20 +17,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.bank import Snapshot
 from pipeline.corpus.template import parse_template
-from pipeline.errors import CorpusError, PromptBankError
+from pipeline.errors import (
+    CorpusError,
+    NoLabelsError,
+    OverloadedError,
+    PromptBankError,
+    RowTooLongError,
+    UnknownTaskError,
+)
 from pipeline.serving import bodies
-from pipeline.serving.meters import Meters
 from pipeline.serving.prompted_model import Answer
-from pipeline.serving.questions import NoLabelsError, Request, RowTooLongError, UnknownTaskError
+from pipeline.serving.requests import Request
+from pipeline.serving.service_metrics import ServiceMetrics
 from pipeline.serving.service_settings import ServiceSettings
 
 
-class OverloadedError(PromptBankError):
-    """More requests wait than the service allows."""
-
-
 @dataclass(frozen=True)
-class Answered(Generic[Answer]):
+class VersionedAnswers(Generic[Answer]):
     """Answers to one request, and the version of the bank that gave them."""
 
     version: int
@@ -41,7 +44,7 @@ class Service(Protocol):
     """What the routes need."""
 
     settings: ServiceSettings
-    meters: Meters
+    metrics: ServiceMetrics
 
     def snapshot(self) -> Snapshot:
         """The version that is served. Raises: BankError when none can be."""
@@ -49,9 +52,9 @@ class Service(Protocol):
     def watch_error(self) -> str | None:
         """Why the bank cannot be followed at present."""
 
-    async def generate(self, request: Request) -> Answered[str]: ...
+    async def generate(self, request: Request) -> VersionedAnswers[str]: ...
 
-    async def classify(self, request: Request) -> Answered[dict[str, float]]: ...
+    async def classify(self, request: Request) -> VersionedAnswers[dict[str, float]]: ...
 
 
 _STATUS: dict[type[Exception], int] = {
@@ -73,17 +76,17 @@ _UNAVAILABLE: dict[int | str, dict[str, Any]] = {503: _FAILURES[503]}
 def make_api(service: Service) -> FastAPI:
     """The routes of a service."""
     api = FastAPI(title="Prompt bank", description="Many tasks, one frozen model: each row runs behind its own prompt.")
-    _add_questions(api, service)
+    _add_answers(api, service)
     _add_views(api, service)
     for kind in (PromptBankError, HTTPException, RequestValidationError, Exception):
-        api.add_exception_handler(kind, _told)
-    api.add_middleware(_BodyLimit, limit=service.settings.max_body_bytes, seconds=service.settings.request_s)
-    api.add_middleware(_Heads)
-    api.add_middleware(_Metered, meters=service.meters)
+        api.add_exception_handler(kind, _error_reply)
+    api.add_middleware(_BodyLimitMiddleware, limit=service.settings.max_body_bytes, seconds=service.settings.request_s)
+    api.add_middleware(_HeadMiddleware)
+    api.add_middleware(_MetricsMiddleware, metrics=service.metrics)
     return api
 
 
-def _add_questions(api: FastAPI, service: Service) -> None:
+def _add_answers(api: FastAPI, service: Service) -> None:
     @api.post("/v1/generate", responses=_FAILURES)
     async def generate(body: bodies.GenerateBody) -> bodies.GenerateReply:
         """Greedy answers, each behind the prompt of its row's task."""
@@ -129,7 +132,7 @@ def _add_views(api: FastAPI, service: Service) -> None:
     @api.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """Counters of this replica in Prometheus' text format."""
-        return Response(service.meters.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _task(snapshot: Snapshot, name: str) -> bodies.TaskTold:
@@ -142,7 +145,7 @@ def _task(snapshot: Snapshot, name: str) -> bodies.TaskTold:
     )
 
 
-async def _told(request: HttpRequest, error: Exception) -> JSONResponse:
+async def _error_reply(request: HttpRequest, error: Exception) -> JSONResponse:
     """Every failure as one sentence; never a traceback."""
     headers: Mapping[str, str] = {}
     match error:
@@ -151,7 +154,7 @@ async def _told(request: HttpRequest, error: Exception) -> JSONResponse:
             sentence = str(error)
             headers = {"Retry-After": "1"} if isinstance(error, OverloadedError) else {}
         case RequestValidationError():
-            status, sentence = 422, _sentence(error)
+            status, sentence = 422, _first_mistake(error)
         case HTTPException():
             status, headers = error.status_code, error.headers or {}
             sentence = f"{request.method} {request.url.path}: {error.detail}"
@@ -160,7 +163,7 @@ async def _told(request: HttpRequest, error: Exception) -> JSONResponse:
     return JSONResponse({"error": sentence}, status, headers=dict(headers))
 
 
-def _sentence(error: RequestValidationError) -> str:
+def _first_mistake(error: RequestValidationError) -> str:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return f"the body is not JSON ({first['ctx']['error']})"
@@ -170,7 +173,7 @@ def _sentence(error: RequestValidationError) -> str:
 
 
 @dataclass(frozen=True)
-class _BodyLimit:
+class _BodyLimitMiddleware:
     """Refuses a body above `limit` bytes, by what it says of its length or by what arrives, and one that takes long."""
 
     app: ASGIApp
@@ -200,7 +203,7 @@ class _BodyLimit:
 
 
 @dataclass(frozen=True)
-class _Heads:
+class _HeadMiddleware:
     """Answers HEAD as GET, without the body."""
 
     app: ASGIApp
@@ -221,11 +224,11 @@ _CLIENT_LEFT = 499
 
 
 @dataclass(frozen=True)
-class _Metered:
+class _MetricsMiddleware:
     """Counts and times requests by route."""
 
     app: ASGIApp
-    meters: Meters
+    metrics: ServiceMetrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -237,14 +240,14 @@ class _Metered:
             status = message.get("status", status)
             await send(message)
 
-        self.meters.in_progress.inc()
+        self.metrics.in_progress.inc()
         try:
             await self.app(scope, receive, watched)
         except asyncio.CancelledError:
             status = _CLIENT_LEFT
             raise
         finally:
-            self.meters.in_progress.dec()
+            self.metrics.in_progress.dec()
             path = getattr(scope.get("route"), "path", "other")
-            self.meters.requests.labels(path, str(status)).inc()
-            self.meters.seconds.labels(path).observe(time.perf_counter() - start)
+            self.metrics.requests.labels(path, str(status)).inc()
+            self.metrics.seconds.labels(path).observe(time.perf_counter() - start)

@@ -19,16 +19,16 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 
-from pipeline import front
+from pipeline import proxy
 from pipeline.backbone.files import from_anywhere
 from pipeline.backbone.fingerprint import weights_setting
 from pipeline.bank import PromptBank, Snapshot, WatchEvent
-from pipeline.errors import BankError, PromptBankError, SettingsError
-from pipeline.serving.api import Answered, OverloadedError, make_api
-from pipeline.serving.meters import Meters
-from pipeline.serving.prompted_model import Answer, PromptedModel, Replies
-from pipeline.serving.questions import Request
+from pipeline.errors import BankError, OverloadedError, PromptBankError, SettingsError
+from pipeline.serving.api import VersionedAnswers, make_api
+from pipeline.serving.prompted_model import Answer, BatchAnswers, PromptedModel
+from pipeline.serving.requests import Request
 from pipeline.serving.served_backbone import load_backbone
+from pipeline.serving.service_metrics import ServiceMetrics
 from pipeline.serving.service_settings import ServiceSettings
 
 _log = logging.getLogger("ray.serve")
@@ -74,7 +74,7 @@ def serving(settings: ServiceSettings, host: str, port: int) -> Iterator[None]:
         serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly")
         afterwards.callback(serve.delete, _NAME)  # waits for the requests that are under way
         if not address:  # a cluster's proxy is there for others too, and goes on
-            afterwards.callback(front.end, host, port, token, settings.shutdown_s)
+            afterwards.callback(proxy.drain, host, port, token, settings.shutdown_s)
         try:
             serve.run(build(settings), name=_NAME)
         except RuntimeError as error:
@@ -87,8 +87,8 @@ def _start_ray(settings: ServiceSettings, address: str | None, token: str) -> No
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     variables = {"PYTHONPATH": path}
-    if not address:  # a cluster's proxy is there for others too, who shall not meet our front, nor its token
-        variables |= front.environment(token, settings.request_s)
+    if not address:  # a cluster's proxy is there for others too, who must meet neither our middleware nor its token
+        variables |= proxy.environment(token, settings.request_s)
     options: dict[str, Any] = {"runtime_env": {"env_vars": variables}, "logging_level": logging.ERROR}
     if not address:
         cpus = max(os.cpu_count() or 1, math.ceil(settings.replicas * settings.cpus_per_replica))
@@ -133,8 +133,8 @@ class PromptService:
         backbone = load_backbone(settings.model, weights, settings.device, settings.dtype)
         self.model = PromptedModel(backbone, self.bank, settings.cache_mib * 2**20, settings.token_budget)
         self.snapshot()  # a bank of another backbone is refused before the first request
-        self.meters = Meters(serve.get_replica_context().replica_id.unique_id)
-        self.meters.watched(self.bank.version, None)
+        self.metrics = ServiceMetrics(serve.get_replica_context().replica_id.unique_id)
+        self.metrics.watched(self.bank.version, None)
         self._watch_error: str | None = None
         self._watcher = self.bank.watch(self._on_event, settings.watch_every)
         self._worker = ThreadPoolExecutor(1, "model")
@@ -164,21 +164,21 @@ class PromptService:
     def watch_error(self) -> str | None:
         return self._watch_error
 
-    async def generate(self, request: Request) -> Answered[str]:
+    async def generate(self, request: Request) -> VersionedAnswers[str]:
         return await self._ask(self._generate, request)
 
-    async def classify(self, request: Request) -> Answered[dict[str, float]]:
+    async def classify(self, request: Request) -> VersionedAnswers[dict[str, float]]:
         return await self._ask(self._classify, request)
 
     @serve.batch(batch_size_fn=_rows)
-    async def _generate(self, requests: list[Request]) -> list[Answered[str] | PromptBankError]:
+    async def _generate(self, requests: list[Request]) -> list[VersionedAnswers[str] | PromptBankError]:
         return await self._run("generate", self.model.generate_each, requests)
 
     @serve.batch(batch_size_fn=_rows)
-    async def _classify(self, requests: list[Request]) -> list[Answered[dict[str, float]] | PromptBankError]:
+    async def _classify(self, requests: list[Request]) -> list[VersionedAnswers[dict[str, float]] | PromptBankError]:
         return await self._run("classify", self.model.classify_each, requests)
 
-    async def _ask(self, batch: Callable[[Request], Awaitable[Any]], request: Request) -> Answered[Any]:
+    async def _ask(self, batch: Callable[[Request], Awaitable[Any]], request: Request) -> VersionedAnswers[Any]:
         if self._waiting >= self.settings.max_waiting:
             raise OverloadedError(f"{self._waiting} requests wait for the model already; come back later")
         self._waiting += 1
@@ -192,15 +192,15 @@ class PromptService:
         if isinstance(answered, PromptBankError):
             raise type(answered)(self._public(answered)) from answered
         for task in request.tasks:
-            self.meters.rows.labels(task.partition("@")[0]).inc()
+            self.metrics.rows.labels(task.partition("@")[0]).inc()
         return answered
 
     async def _run(
-        self, kind: str, answer: Callable[[Sequence[Request]], Replies[Answer]], requests: Sequence[Request]
-    ) -> list[Answered[Answer] | PromptBankError]:
+        self, kind: str, answer: Callable[[Sequence[Request]], BatchAnswers[Answer]], requests: Sequence[Request]
+    ) -> list[VersionedAnswers[Answer] | PromptBankError]:
         self._running += 1
         self._idle.clear()
-        self.meters.batch_rows.labels(kind).observe(_rows(requests))
+        self.metrics.batch_rows.labels(kind).observe(_rows(requests))
         try:
             replies = await asyncio.get_running_loop().run_in_executor(self._worker, answer, requests)
         finally:
@@ -208,14 +208,14 @@ class PromptService:
             if not self._running:
                 self._idle.set()
         return [
-            reply if isinstance(reply, PromptBankError) else Answered(replies.version, reply)
+            reply if isinstance(reply, PromptBankError) else VersionedAnswers(replies.version, reply)
             for reply in replies.of_request
         ]
 
     def _on_event(self, event: WatchEvent) -> None:
         """Called in the watch's thread."""
         self._watch_error = self._public(event.error) if event.error else None
-        self.meters.watched(event.version, self._watch_error)
+        self.metrics.watched(event.version, self._watch_error)
         if event.error:
             _log.warning("serving version %d on: %s", event.version, event.error)
         else:

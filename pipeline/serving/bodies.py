@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pipeline.serving.questions import Request, Text
+from pipeline.serving.requests import Request, Text
 
 
 class _Asked(BaseModel):

@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.errors import BankError
 from pipeline.serving.prompted_model import PromptedModel
-from pipeline.serving.questions import Text
+from pipeline.serving.requests import Text
 
 T = TypeVar("T")
 

@@ -1,5 +1,6 @@
 """A model that answers for every task of a bank: each row runs behind its own task's prompt."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,17 +12,16 @@ import torch
 from torch import Tensor
 
 from pipeline.backbone import prompted
-from pipeline.bank import Missing, Prompt, PromptBank, Snapshot, Unknown
-from pipeline.errors import PromptBankError
-from pipeline.serving.questions import Question, Request, Text, UnknownTaskError, make_questions
+from pipeline.bank import Prompt, PromptBank, Snapshot
+from pipeline.errors import MissingFileError, PromptBankError, UnknownNameError, UnknownTaskError
+from pipeline.serving.requests import EncodedRow, Request, Text, encode_rows
 from pipeline.serving.served_backbone import ServedBackbone
-from pipeline.serving.state_cache import StateCache
 
 Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
-class Replies(Generic[Answer]):
+class BatchAnswers(Generic[Answer]):
     """What became of each request of a batch."""
 
     version: int
@@ -37,6 +37,31 @@ class Replies(Generic[Answer]):
         return reply
 
 
+class PromptStateCache:
+    """Keys and values of the prompts used last, so that a prompt runs once and not once a batch.
+
+    Holds at most `limit` bytes; the least recently used prompt leaves first. Keys are digests of prompts' blobs, so
+    that versions of a bank share what they have in common.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.nbytes = 0
+        """Bytes that are held."""
+        self._states: OrderedDict[str, prompted.PromptState] = OrderedDict()
+
+    def get(self, digest: str, make: Callable[[], prompted.PromptState]) -> prompted.PromptState:
+        """The state of a prompt, made only if it is not held."""
+        if digest not in self._states:
+            state = self._states[digest] = make()
+            self.nbytes += state.nbytes
+        self._states.move_to_end(digest)
+        state = self._states[digest]
+        while self.nbytes > self.limit:  # a state larger than the limit leaves at once
+            self.nbytes -= self._states.popitem(last=False)[1].nbytes
+        return state
+
+
 class PromptedModel:
     """One frozen model in this process, serving the prompts of a bank; may be called from many threads.
 
@@ -50,7 +75,7 @@ class PromptedModel:
     ) -> None:
         self.backbone = backbone
         self.bank = bank
-        self.states = StateCache(cache_bytes)
+        self.states = PromptStateCache(cache_bytes)
         self._token_budget = token_budget
         self._longest = min(backbone.context or token_budget, token_budget)
         # One run at a time: how a model attends is a setting of the whole model (backbone/packed.py).
@@ -73,78 +98,69 @@ class PromptedModel:
         """
         return self.classify_each([Request(texts, tasks)]).only()
 
-    def generate_each(self, requests: Sequence[Request]) -> Replies[str]:
+    def generate_each(self, requests: Sequence[Request]) -> BatchAnswers[str]:
         """`generate` for many callers in one batch: a bad row refuses its own request alone."""
-        return self._answer_each(requests, False, lambda q: q.length + q.max_new_tokens, self._decode)
+        return self._answer_each(requests, False, lambda row: row.length + row.max_new_tokens, self._decode)
 
-    def classify_each(self, requests: Sequence[Request]) -> Replies[dict[str, float]]:
+    def classify_each(self, requests: Sequence[Request]) -> BatchAnswers[dict[str, float]]:
         """`classify` for many callers in one batch: a bad row refuses its own request alone."""
-        return self._answer_each(requests, True, _label_cost, self._score)
+        return self._answer_each(requests, True, _tokens_with_labels, self._score)
 
     def _answer_each(
         self,
         requests: Sequence[Request],
         labelled: bool,
-        cost: Callable[[Question], int],
-        answer: Callable[[Sequence[Question]], list[Answer]],
-    ) -> Replies[Answer]:
+        tokens: Callable[[EncodedRow], int],
+        answer: Callable[[Sequence[EncodedRow]], list[Answer]],
+    ) -> BatchAnswers[Answer]:
+        """Encode all rows, answer them in batches of like length, and put the answers back into the requests' order.
+
+        tokens: how many tokens a row takes while it runs.
+        """
         snapshot = self.bank.current
         load = cache(lambda task: self._load(task, snapshot))
-        prepared = [self._prepared(request, load, labelled) for request in requests]
-        questions = [question for of_request in prepared if isinstance(of_request, list) for question in of_request]
-        answers = iter(self._in_order(questions, cost, answer))
-        replies = [
-            reply if isinstance(reply, PromptBankError) else [next(answers) for _ in reply] for reply in prepared
-        ]
-        return Replies(snapshot.version if snapshot else 0, replies)
-
-    def _prepared(
-        self, request: Request, load: Callable[[str], Prompt], labelled: bool
-    ) -> list[Question] | PromptBankError:
-        try:
-            return make_questions(request, load, self.backbone, labelled, self._longest)
-        except PromptBankError as error:
-            return error
+        encoded: list[list[EncodedRow] | PromptBankError] = []
+        for request in requests:
+            try:
+                encoded.append(encode_rows(request, load, self.backbone, labelled, self._longest))
+            except PromptBankError as error:
+                encoded.append(error)
+        rows = [row for of_request in encoded if isinstance(of_request, list) for row in of_request]
+        answers: dict[int, Answer] = {}
+        for batch in split_by_budget([tokens(row) for row in rows], self._token_budget):
+            with self._running:
+                answers |= zip(batch, answer([rows[i] for i in batch]), strict=True)
+        in_order = (answers[i] for i in range(len(rows)))
+        replies = [e if isinstance(e, PromptBankError) else [next(in_order) for _ in e] for e in encoded]
+        return BatchAnswers(snapshot.version if snapshot else 0, replies)
 
     def _load(self, task: str, snapshot: Snapshot | None) -> Prompt:
         try:
             name, version = self.bank.find(task) if "@" in task or snapshot is None else (task, snapshot)
             return version.load(name, self.backbone.identity)
-        except (Missing, Unknown) as error:
+        except (MissingFileError, UnknownNameError) as error:
             raise UnknownTaskError(str(error)) from error
 
-    def _in_order(
-        self,
-        questions: Sequence[Question],
-        cost: Callable[[Question], int],
-        answer: Callable[[Sequence[Question]], list[Answer]],
-    ) -> list[Answer]:
-        """Answers in the order of the questions, which run in batches of rows of like length."""
-        answers: dict[int, Answer] = {}
-        for batch in split_by_budget([cost(question) for question in questions], self._token_budget):
-            with self._running:
-                answers |= zip(batch, answer([questions[i] for i in batch]), strict=True)
-        return [answers[i] for i in range(len(questions))]
-
-    def _decode(self, questions: Sequence[Question]) -> list[str]:
+    def _decode(self, rows: Sequence[EncodedRow]) -> list[str]:
         tokenizer = self.backbone.tokenizer
-        limits = [question.max_new_tokens for question in questions]
-        ids = self.backbone.backbone.run(prompted.greedy_decode, self._rows(questions), limits, tokenizer.eos_token_id)
-        return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
+        limits = [row.max_new_tokens for row in rows]
+        ids = self.backbone.backbone.run(prompted.greedy_decode, self._packed(rows), limits, tokenizer.eos_token_id)
+        return [tokenizer.decode(of_row, skip_special_tokens=True).strip() for of_row in ids]
 
-    def _score(self, questions: Sequence[Question]) -> list[dict[str, float]]:
-        labels = [list(question.labels.values()) for question in questions]
-        scores = self.backbone.backbone.run(prompted.label_log_likelihoods, self._rows(questions), labels)
+    def _score(self, rows: Sequence[EncodedRow]) -> list[dict[str, float]]:
+        labels = [list(row.labels.values()) for row in rows]
+        scores = self.backbone.backbone.run(prompted.label_log_likelihoods, self._packed(rows), labels)
         return [
-            dict(zip(question.labels, map(float, of_labels), strict=True))
-            for question, of_labels in zip(questions, scores, strict=True)
+            dict(zip(row.labels, map(float, of_labels), strict=True))
+            for row, of_labels in zip(rows, scores, strict=True)
         ]
 
-    def _rows(self, questions: Sequence[Question]) -> prompted.Rows:
-        of_digest = {str(question.prompt.record.digest): question.prompt for question in questions}
+    def _packed(self, rows: Sequence[EncodedRow]) -> prompted.Rows:
+        """The rows with each of their prompts once: as keys and values from the cache, or for an encoder as vectors."""
+        of_digest = {str(row.prompt.record.digest): row.prompt for row in rows}
         place = {digest: i for i, digest in enumerate(of_digest)}
-        of_row = [place[str(question.prompt.record.digest)] for question in questions]
-        inputs = [question.input_ids for question in questions]
+        of_row = [place[str(row.prompt.record.digest)] for row in rows]
+        inputs = [row.input_ids for row in rows]
         if self.backbone.architecture == "encoder-decoder":
             return prompted.Rows([self._tensor(prompt) for prompt in of_digest.values()], of_row, inputs)
         return prompted.Rows([self._state(*item) for item in of_digest.items()], of_row, inputs)
@@ -156,10 +172,10 @@ class PromptedModel:
         return torch.from_numpy(prompt.array.copy()).to(self.backbone.backbone.device)
 
 
-def _label_cost(question: Question) -> int:
-    # A label of several tokens is a segment of its own, which looks at prompt and input again.
-    longer = sum(len(ids) > 1 for ids in question.labels.values())
-    return (question.length + max(map(len, question.labels.values()))) * (1 + longer)
+def _tokens_with_labels(row: EncodedRow) -> int:
+    # A label of several tokens is a segment of its own, which attends to prompt and input again.
+    longer = sum(len(ids) > 1 for ids in row.labels.values())
+    return (row.length + max(map(len, row.labels.values()))) * (1 + longer)
 
 
 def split_by_budget(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:

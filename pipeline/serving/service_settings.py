@@ -6,11 +6,11 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from pipeline.errors import SettingsError
-from pipeline.settings.frozen import Address, Frozen
+from pipeline.settings.fields import Address, SettingsModel
 from pipeline.settings.models import MOST_SECONDS
 
 
-class ServiceSettings(Frozen):
+class ServiceSettings(SettingsModel):
     """Settings of a service; each is an option of `jobs/serve_prompts.py` and an argument of `serve run`."""
 
     bank: Address

@@ -4,11 +4,11 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.settings.frozen import Address, Count, Frozen, Paths
+from pipeline.settings.fields import Address, Count, Paths, SettingsModel
 from pipeline.settings.models import ClusterSettings, OptimizerSettings, RunSettings
 
 
-class AdaptedModelSettings(Frozen):
+class AdaptedModelSettings(SettingsModel):
     """An encoder-decoder: one whose weights are trained further, or a fresh one."""
 
     path: Address | None = None
@@ -38,7 +38,7 @@ class AdaptedModelSettings(Frozen):
         return self
 
 
-class TextSettings(Frozen):
+class TextSettings(SettingsModel):
     train: Paths
     """Parquet files of plain text: a path, folder, glob or object-store URI, or a list of them."""
     text: str = "{text}"
@@ -47,7 +47,7 @@ class TextSettings(Frozen):
     """Largest share of null and empty rows that is left out without refusing the corpus."""
 
 
-class ObjectiveSettings(Frozen):
+class ObjectiveSettings(SettingsModel):
     """What is asked of a stretch of text: Lester et al. (2021), section 3.2; Raffel et al. (2020), section 3.3."""
 
     name: Literal["prefix_lm", "span_corruption"] = "prefix_lm"
@@ -61,7 +61,7 @@ class ObjectiveSettings(Frozen):
     """Whether a target names each span by its sentinel, as T5's do, or is the spans' tokens alone."""
 
 
-class AdaptationSettings(Frozen):
+class AdaptationSettings(SettingsModel):
     run: RunSettings = RunSettings(name="adaptation")
     model: AdaptedModelSettings
     corpus: TextSettings

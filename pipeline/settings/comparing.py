@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from pipeline.settings.frozen import LARGEST, Count, Frozen, Name
+from pipeline.settings.fields import LARGEST, Count, Name, SettingsModel
 from pipeline.settings.sweeps import SweptKey
 
 PANEL_KEYS = tuple(key for key in get_args(SweptKey) if key != "seed")
@@ -32,7 +32,7 @@ Rates = Annotated[
 ]
 
 
-class HardPromptSettings(Frozen):
+class HardPromptSettings(SettingsModel):
     """Prompts of words: what people write instead of tuning."""
 
     zero_shot: bool = True
@@ -45,17 +45,23 @@ class HardPromptSettings(Frozen):
     """Put between the text, the solved rows and the row itself."""
 
 
-class TrainingSettings(Frozen):
+class TrainingSettings(SettingsModel):
     """How a method that changes weights is trained; what is null is as the task's prompts have it."""
 
     lr: Rates
     """A learning rate, or a list of them: each is a choice, and the best is found on dev."""
     weight_decay: float = Field(0.0, ge=0)
+    """How strongly weights are drawn towards zero."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """What the rate does after the warm-up: it stays, or it falls to 0 at `max_steps`."""
     warmup_steps: int = Field(0, ge=0, le=LARGEST)
+    """Steps in which the rate rises."""
     batch_size: int | None = Field(None, ge=1, le=10**7)
+    """Rows of a step; null: as the task has it."""
     max_steps: Count | None = None
+    """Steps of a training; null: as the task has it."""
     eval_every: Count | None = None
+    """Steps between two evaluations on dev; null: as the task has it."""
     tasks: tuple[Name, ...] | None = None
     """Only these; null: every task."""
 
@@ -64,7 +70,9 @@ class LoraSettings(TrainingSettings):
     """Low-rank adapters (Hu et al. 2021) of the model in float, by PEFT."""
 
     lr: Rates = (1e-3,)
+    """A learning rate, or a list of them: each is a choice, and the best is found on dev."""
     rank: int = Field(8, ge=1, le=1_000_000)
+    """Rank of the adapters."""
     alpha: Count = 16
     """The adapters' product is scaled by `alpha / rank`."""
     targets: tuple[str, ...] | Literal["all-linear"] | None = None
@@ -75,14 +83,16 @@ class FineTuningSettings(TrainingSettings):
     """All of the model's weights, partitioned over the ranks by ZeRO-3 (Lester et al. 2021: model tuning)."""
 
     lr: Rates = (3e-5,)
+    """A learning rate, or a list of them: each is a choice, and the best is found on dev."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """PyTorch's AdamW, or Adafactor relative to each parameter's size."""
     checkpoint_every: Count = 500
     """Steps between checkpoints; one takes as much room as the weights and their optimizer."""
     keep_models: bool = False
     """Whether the tuned models stay in the run's folder when they have answered; each is as large as the model."""
 
 
-class TransferSettings(Frozen):
+class TransferSettings(SettingsModel):
     """What a prompt of one task is worth to another (SPoT, Vu et al. 2022)."""
 
     matrix: bool = True
@@ -92,19 +102,23 @@ class TransferSettings(Frozen):
     Everything else is as in the task's best choice."""
 
 
-class CompareSettings(Frozen):
-    """What `jobs/compare_methods.py` compares; the other jobs pass over it."""
+class CompareSettings(SettingsModel):
+    """What `jobs/compare_methods.py` compares. Other jobs do not read it."""
 
     seeds: int = Field(3, ge=1, le=100)
     """Seeds 0 to n - 1 of every method; of prompts where neither a task nor its sweep names a seed."""
     test_rows: Count | None = None
     """Test rows that are answered at most, a fixed random subset; null: all. Dev rows are `eval_rows`, as in tuning."""
     hard_prompts: HardPromptSettings | None = HardPromptSettings()
+    """Null leaves the method out."""
     lora: LoraSettings | None = None
+    """Null leaves the method out."""
     fine_tuning: FineTuningSettings | None = None
+    """Null leaves the method out."""
     ensembles: bool = True
     """Whether the seeds of a task's best choice answer together, too (Lester et al. 2021, section 6)."""
     transfer: TransferSettings | None = None
+    """Null leaves the questions out."""
     domain_shift: dict[Name, Annotated[tuple[Name, ...], Once]] = Field(default_factory=dict)
     """By task, tasks of the same labels whose test rows what was trained on it answers, too: `{sst2: [mr, cr]}`."""
     panels: Annotated[tuple[SweptKey, ...], Once] = ()

@@ -5,11 +5,11 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from pipeline.settings.comparing import PANEL_KEYS
-from pipeline.settings.frozen import Frozen, Name
+from pipeline.settings.fields import Name, SettingsModel
 from pipeline.settings.sweeps import SweptKey
 
 
-class JoinedPanel(Frozen):
+class JoinedPanel(SettingsModel):
     """One plot: a line for each label of `runs`."""
 
     title: str
@@ -34,7 +34,7 @@ class JoinedPanel(Frozen):
         return self
 
 
-class JoinSettings(Frozen):
+class JoinSettings(SettingsModel):
     """The file of `jobs/compare_methods.py --join`."""
 
     title: str = "Comparisons joined"

@@ -17,7 +17,7 @@ from pipeline.corpus.template import parse_template
 from pipeline.errors import BackboneError, CorpusError, SettingsError
 from pipeline.run.checks import check_run
 from pipeline.serving import PromptedModel, load_backbone
-from pipeline.serving.questions import Request
+from pipeline.serving.requests import Request
 from pipeline.settings import parse_settings
 from pipeline.tuning.initialise import initial_prompt
 from pipeline.tuning.trials import make_trial

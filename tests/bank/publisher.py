@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.bank import PromptBank
-from pipeline.bank.source import Source, open_store
+from pipeline.bank.access import BankAccess, open_store
 from pipeline.errors import StorageError
 from tests.bank.conftest import make_prompt, publish
 
@@ -78,7 +78,7 @@ def _publish_until(uri: str, level: str, k: int) -> None:
     else:
         for name in ("open", "create", "renew", "list_names", "exists"):
             setattr(store, name, _dying(getattr(store, name), counter))
-    publish(PromptBank(Source(store), "latest"), make_prompt("sst2", 3), make_prompt("cr", 4))
+    publish(PromptBank(BankAccess(store), "latest"), make_prompt("sst2", 3), make_prompt("cr", 4))
 
 
 def _dying(operation: Callable[..., Any], counter: Iterator[int]) -> Callable[..., Any]:

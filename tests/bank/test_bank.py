@@ -10,11 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from pipeline.bank import Metrics, PromptBank, Standing
+from pipeline.bank import CarriedPrompt, Metrics, PromptBank
+from pipeline.bank.access import BankAccess
 from pipeline.bank.local_store import LocalStore
-from pipeline.bank.manifest import Unknown
-from pipeline.bank.source import Source
-from pipeline.errors import BankError, StorageError
+from pipeline.errors import BankError, StorageError, UnknownNameError
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
@@ -132,7 +131,7 @@ def test_opening_reads_the_alias_and_one_manifest_and_loading_one_blob(bank, uri
 
     for value in range(3):
         publish(bank, new_prompt("sst2", value), new_prompt("cr", -value))
-    reader = PromptBank(Source(Recording(uri)), "latest")
+    reader = PromptBank(BankAccess(Recording(uri)), "latest")
     reader.refresh()
     assert Recording.reads == ["aliases/latest/3.json", "versions/3.json"]
     digest = reader.load("sst2").record.digest
@@ -242,8 +241,8 @@ def test_a_prompt_of_an_older_version_stays_by_reference_whatever_the_newest_has
     publish(bank, new_prompt("sst2", 2), new_prompt("cr", 2))
     old = bank.manifest(1).prompts
     standing = [
-        Standing(old["sst2"], inputs_digest="e" * 64),
-        Standing(old["cr"], "kept", "the new one was worse", "d" * 64),
+        CarriedPrompt(old["sst2"], inputs_digest="e" * 64),
+        CarriedPrompt(old["cr"], "kept", "the new one was worse", "d" * 64),
     ]
     assert bank.publish([], backbone_id(), "night", {}, "latest", standing=standing) == 3
     new = bank.manifest(3).prompts
@@ -288,7 +287,9 @@ def test_a_number_that_no_version_has_is_told_as_such_and_a_name_of_digits_to_be
     bank, new_prompt, publish, revision
 ):
     publish(bank, new_prompt())
-    with pytest.raises(Unknown, match=f"'{revision}' is refused: a number stands for a version; give one from 1 on"):
+    with pytest.raises(
+        UnknownNameError, match=f"'{revision}' is refused: a number stands for a version; give one from 1 on"
+    ):
         bank.at(revision)
-    with pytest.raises(Unknown, match="a number stands for a version; begin it with a letter"):
+    with pytest.raises(UnknownNameError, match="a number stands for a version; begin it with a letter"):
         bank.promote(1, revision, by="alice")

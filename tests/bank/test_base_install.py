@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.bank import PromptBank
+from promptbank import PromptBank
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("pipeline", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("pipeline", "promptbank", "pyproject.toml", "README.md", "LICENSE")
 
 LOAD = """
 import importlib.util, json, sys, time
 start = time.perf_counter()
-from pipeline.bank import PromptBank
+from promptbank import PromptBank
 bank = PromptBank.open(sys.argv[1])
 prompt = bank.load("sst2")
 first = time.perf_counter() - start
@@ -70,8 +70,8 @@ def test_the_package_without_extras_opens_verifies_and_loads_a_bank(python, bank
 
 def test_what_an_extra_is_needed_for_says_which(python, uri, bank, tmp_path):
     for code, extra in (
-        ("from pipeline.bank import PromptBank; PromptBank.open('s3://prompts/bank')", "cloud"),
-        (f"from pipeline.bank import PromptBank; PromptBank.open({str(uri)!r}, trusted_keys=['x'])", "signing"),
+        ("from promptbank import PromptBank; PromptBank.open('s3://prompts/bank')", "cloud"),
+        (f"from promptbank import PromptBank; PromptBank.open({str(uri)!r}, trusted_keys=['x'])", "signing"),
     ):
         done = run(python, "-c", code)
         assert f"pip install 'promptbank[{extra}]'" in done.stderr.splitlines()[-1]

@@ -25,10 +25,10 @@ import pytest
 
 from pipeline.addresses import hide_credentials
 from pipeline.bank import PromptBank, object_store
+from pipeline.bank.access import open_store
 from pipeline.bank.object_store import ObjectStore, open_object_store
-from pipeline.bank.source import open_store
-from pipeline.bank.store import Missing, Store
-from pipeline.errors import BankError, StorageError, UnreachableError
+from pipeline.bank.store import Store
+from pipeline.errors import BankError, MissingFileError, StorageError, UnreachableError
 
 if TYPE_CHECKING:
     from tests.bank.s3_server import S3Server
@@ -161,7 +161,7 @@ def test_a_large_value_and_an_empty_one_are_kept_whole(store):
 
 @pytest.mark.parametrize("operation", ["open", "read"])
 def test_what_is_missing_is_a_sentence(store, operation):
-    with pytest.raises(Missing) as caught:
+    with pytest.raises(MissingFileError) as caught:
         getattr(store, operation)("versions/1.json", 100)
     assert str(caught.value) == f"{store.uri}/versions/1.json is missing"
     assert not store.exists("versions/1.json")
@@ -261,7 +261,7 @@ def start(code: str, *args: object) -> subprocess.Popen:
 
 COMPETITOR = """
 import sys
-from pipeline.bank.source import open_store
+from pipeline.bank.access import open_store
 store, me = open_store(sys.argv[1], create=True), sys.argv[2]
 print("ready", flush=True)
 for line in sys.stdin:
@@ -948,7 +948,7 @@ def test_without_obstore_the_package_is_named(monkeypatch):
 
 FORKING = """
 import os, signal, sys
-from pipeline.bank.source import open_store
+from pipeline.bank.access import open_store
 from pipeline.errors import StorageError
 opened = open_store(sys.argv[1], create=True)
 if os.fork() == 0:

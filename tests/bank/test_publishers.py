@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.bank import PromptBank
+from pipeline.bank.access import BankAccess, open_store
 from pipeline.bank.local_store import LocalStore
-from pipeline.bank.source import Source, open_store
 from tests.bank.publisher import KILLED, check_after
 
 pytest_plugins = ["tests.bank.s3_server", "tests.bank.azurite"]
@@ -77,7 +77,7 @@ def test_a_publisher_that_is_overtaken_loses_nothing_of_the_other(bank, uri, new
             return super().create(key, data)
 
     publish(bank, new_prompt("first", 1))
-    number = publish(PromptBank(Source(Overtaken(uri)), "latest"), new_prompt("mine", 3))
+    number = publish(PromptBank(BankAccess(Overtaken(uri)), "latest"), new_prompt("mine", 3))
     assert number == {"versions/": 3, "aliases/": 2}[overtaken_at]
     reader = PromptBank.open(uri)
     assert reader.version == 3 and set(reader.names()) == {"first", "mine", "other"}
@@ -97,7 +97,7 @@ def test_of_two_publications_of_the_same_prompts_in_the_same_second_one_becomes_
         return create(key, data)
 
     monkeypatch.setattr(store, "create", lambda key, data: (overtaken if "versions" in key else create)(key, data))
-    assert publish(PromptBank(Source(store), "latest"), new_prompt("sst2")) == 2
+    assert publish(PromptBank(BankAccess(store), "latest"), new_prompt("sst2")) == 2
 
 
 @pytest.mark.parametrize("level", ["store operations", "system calls"])

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.bank import PromptBank
+from pipeline.bank.access import BankAccess
 from pipeline.bank.local_store import LocalStore
-from pipeline.bank.source import Source
 from pipeline.errors import BankError, StorageError
 
 DAY = 24 * 3600.0
@@ -185,7 +185,7 @@ def test_a_publisher_that_shares_a_leftover_while_it_is_collected_loses_nothing(
     publish(bank, new_prompt("sst2", 1))
     leave_blob(uri, new_prompt, 3)
     store = Meeting(uri, operation, after, lambda: publish(bank, new_prompt("cr", 3)))
-    PromptBank(Source(store), "latest").collect()
+    PromptBank(BankAccess(store), "latest").collect()
     assert store.done
     assert (PromptBank.open(uri).load("cr").array == new_prompt("cr", 3).array).all()
     assert bank.verify().problems == ()
@@ -205,7 +205,7 @@ def test_a_collector_at_work_while_a_publisher_shares_a_leftover_loses_nothing(
         bank.collect()
 
     store = Meeting(uri, operation, after, collect)
-    publish(PromptBank(Source(store), "latest"), new_prompt("cr", 3))
+    publish(PromptBank(BankAccess(store), "latest"), new_prompt("cr", 3))
     assert store.done
     assert (PromptBank.open(uri).load("cr").array == new_prompt("cr", 3).array).all()
     assert bank.verify().problems == ()
@@ -227,7 +227,7 @@ def test_a_collection_that_fails_midway_puts_back_what_a_new_version_needs(bank,
             self.deleted += 1
 
     with pytest.raises(StorageError, match="the store is gone"):
-        PromptBank(Source(Failing(uri)), "latest").collect()
+        PromptBank(BankAccess(Failing(uri)), "latest").collect()
     assert bank.verify().problems == ()
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from pipeline.backbone.files import find_model, read_tokenizer
 from pipeline.bank import PromptBank
-from pipeline.cli.model import identity_of
+from pipeline.cli.models import identity_of
 from pipeline.errors import BackboneError
-from pipeline.serving.likeness import compare_models
+from pipeline.serving.backbone_comparison import compare_models
 from tests.bank.conftest import make_prompt
 from tests.gguf_files import open_model, write_gguf
 from tests.tiny import make_model

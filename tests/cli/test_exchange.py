@@ -52,7 +52,7 @@ def test_export_overwrites_nothing(run, refusal, tmp_path):
 
 
 def test_a_model_at_hand_makes_a_new_bank_that_belongs_to_it(run, document, refusal, tmp_path):
-    from pipeline.cli.model import identity_of
+    from pipeline.cli.models import identity_of
 
     model = make_model(tmp_path / "model")
     np.save(tmp_path / "p.npy", np.ones((3, 32), np.float32))

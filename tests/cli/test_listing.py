@@ -114,7 +114,7 @@ def bank_of(model, tmp_path):
     """A bank whose one prompt is made of the model's own embeddings, and belongs to it unless something is changed."""
     from safetensors.numpy import load_file
 
-    from pipeline.cli.model import identity_of
+    from pipeline.cli.models import identity_of
 
     def make(**changes):
         table = load_file(model / "model.safetensors")["model.embed_tokens.weight"].astype(np.float32)
@@ -162,7 +162,7 @@ def test_texts_of_a_bank_cannot_steer_a_terminal(run, tmp_path):
 
 
 def test_a_backbone_that_is_made_here_is_that_of_the_bank(bank_of, model):
-    from pipeline.cli.model import identity_of
+    from pipeline.cli.models import identity_of
 
     uri = bank_of()
     own = PromptBank.open(uri).manifest(1).backbone

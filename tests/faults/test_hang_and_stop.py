@@ -24,7 +24,8 @@ from tests.job_process import (
 pytestmark = pytest.mark.timeout(900)
 
 
-@pytest.mark.parametrize("which", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_killed_and_the_prompts_are_those_of_an_undisturbed_run(undisturbed, tmp_path, which):
     settings = project_in(tmp_path / "project")
     folder = tmp_path / "project/runs/small"

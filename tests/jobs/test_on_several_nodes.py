@@ -82,6 +82,7 @@ def submitted(cluster, tmp_path_factory):
     return folder, cluster.finish(name)
 
 
+@pytest.mark.slow
 def test_ranks_run_on_different_nodes_and_tune_what_one_machine_tunes(cluster, submitted, undisturbed):
     folder, output = submitted
     assert "Published version 1" in output

@@ -28,6 +28,7 @@ def project_in(folder: Path) -> Path:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_a_night_is_found_by_a_second_one_and_killed_goes_on_to_the_prompts_of_an_undisturbed_one(tmp_path):
     settings = project_in(tmp_path / "project")
     first = start(settings, "--date", "n1")

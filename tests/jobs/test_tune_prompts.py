@@ -85,6 +85,7 @@ def test_the_same_run_started_again_trains_and_publishes_nothing_new(undisturbed
     assert len([event for event in events(folder / "runs/small") if event["event"] == "step"]) == before
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_the_prompts_are_those_of_an_undisturbed_run(undisturbed, tmp_path):
     settings = project_in(tmp_path / "project")
     process = start(settings)

@@ -4,7 +4,7 @@ from pipeline.bank import PromptBank
 from pipeline.refresh.inputs import read_bank_state
 from pipeline.settings import Settings
 from tests.bank.conftest import make_prompt, publish
-from tests.bank.test_sameness import GGUF, OTHER, stated
+from tests.bank.test_same_backbone import GGUF, OTHER, stated
 
 
 def test_a_night_on_the_same_backbone_reuses_what_the_bank_has(tmp_path):

@@ -233,6 +233,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_published(project, tmp_pat
     assert run(project).version == 1, "with room again the same run goes through"
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_while_ranks_tune_is_named_by_the_rank_that_met_it(project, tmp_path, small_disk):
     small = small_disk("runs", "8m")
     events = small / "small" / "events.jsonl"

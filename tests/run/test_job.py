@@ -140,6 +140,7 @@ def test_of_a_sweep_the_best_trial_is_published_under_the_tasks_name_and_once(pr
     assert run(project, *SWEPT).version == 1, "started again it publishes nothing new"
 
 
+@pytest.mark.slow
 def test_a_sweeps_winner_is_the_prompt_of_a_task_given_its_choice_alone(project, tmp_path):
     run(project, *SWEPT[:1])
     swept = PromptBank.open(tmp_path / "bank").load("film")
@@ -155,6 +156,7 @@ def test_a_sweeps_winner_is_the_prompt_of_a_task_given_its_choice_alone(project,
     assert swept.record.settings_digest == alone.record.settings_digest
 
 
+@pytest.mark.slow
 def test_a_sweep_over_prompts_of_the_bank_starts_each_trial_from_its_own(project, tmp_path):
     project["tasks"]["book"] |= {"metric": "accuracy", "prompt": {"length": 4}}
     first = run(project).results
@@ -170,6 +172,7 @@ def test_a_sweep_over_prompts_of_the_bank_starts_each_trial_from_its_own(project
     np.testing.assert_array_equal(book, bank.load("book@1").array)
 
 
+@pytest.mark.slow
 def test_a_prompt_started_from_a_mix_of_the_banks_starts_at_their_mean(project, tmp_path):
     project["tasks"]["book"] |= {"metric": "accuracy", "prompt": {"length": 4}}
     run(project)
@@ -181,6 +184,7 @@ def test_a_prompt_started_from_a_mix_of_the_banks_starts_at_their_mean(project, 
     np.testing.assert_allclose(load_file(path)["prompt"], mean, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_asked_for_all_the_bank_gets_every_trials_prompt_under_its_own_name_and_once(project, tmp_path):
     every = [*SWEPT, "bank.publish=all"]
     assert run(project, *every).version == 1

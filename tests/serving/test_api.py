@@ -8,9 +8,9 @@ import sys
 import pytest
 from fastapi.testclient import TestClient
 
-from pipeline.errors import BankError
-from pipeline.serving.api import Answered, OverloadedError, make_api
-from pipeline.serving.meters import Meters
+from pipeline.errors import BankError, OverloadedError
+from pipeline.serving.api import VersionedAnswers, make_api
+from pipeline.serving.service_metrics import ServiceMetrics
 from pipeline.serving.service_settings import ServiceSettings
 
 BODY = {"rows": [{"task": "film", "text": "good"}]}
@@ -21,7 +21,7 @@ class InTrouble:
 
     def __init__(self, error=None):
         self.settings = ServiceSettings(bank="bank", model="model")
-        self.meters = Meters("r1")
+        self.metrics = ServiceMetrics("r1")
         self.error = error
 
     def snapshot(self):
@@ -33,7 +33,7 @@ class InTrouble:
     async def generate(self, request):
         if self.error:
             raise self.error
-        return Answered(3, ["fine"] * len(request.tasks))
+        return VersionedAnswers(3, ["fine"] * len(request.tasks))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_client_that_leaves_is_not_counted_as_a_failure_of_the_service():
 
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(make_api(service)(scope, receive, send))
-    told = service.meters.text().decode()
+    told = service.metrics.text().decode()
     assert 'status="499"' in told and 'status="500"' not in told
 
 

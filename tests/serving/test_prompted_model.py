@@ -6,10 +6,10 @@ import torch
 
 from pipeline.backbone import prompted
 from pipeline.bank import PromptBank
-from pipeline.errors import BankError, CorpusError
+from pipeline.errors import BankError, CorpusError, RowTooLongError, UnknownTaskError
 from pipeline.serving import PromptedModel, load_backbone
 from pipeline.serving.prompted_model import split_by_budget
-from pipeline.serving.questions import Request, RowTooLongError, UnknownTaskError
+from pipeline.serving.requests import Request
 from tests.corpora import reviews
 from tests.serving.prompts import LABELS, new_prompt
 from tests.tiny import make_model

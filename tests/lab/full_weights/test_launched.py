@@ -20,7 +20,8 @@ def running_ray():
     ray.shutdown()
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.slow
 def test_two_ranks_of_ray_train_carry_an_order_out_and_leave_its_result(family, tmp_path):
     files = find_model(str(make_model(tmp_path / "model", family, scale=1.0)))
     config, tokenizer = read_config(files), read_tokenizer(files)

@@ -152,9 +152,8 @@ def test_a_training_killed_at_any_step_and_started_again_ends_with_the_same_weig
     assert again == losses
 
 
-@pytest.mark.parametrize(
-    "settings", [pytest.param(ADAFACTOR, id="adafactor"), pytest.param(ADAMW, id="adamw", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("settings", [pytest.param(ADAFACTOR, id="adafactor"), pytest.param(ADAMW, id="adamw")])
+@pytest.mark.slow
 def test_two_ranks_killed_end_bit_by_bit_as_two_undisturbed_and_may_go_on_as_another_number(settings, tmp_path):
     folder = make_model(tmp_path / "llama", "llama", scale=1.0)
     (undisturbed, losses, _), _ = run_ranks(2, on_rank, folder, tmp_path / "whole", settings, torch.float32, None)

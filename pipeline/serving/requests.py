@@ -1,4 +1,4 @@
-"""From what a caller gives, a task and a text, to a row that is ready to run. Shapes: T tokens, P prompt tokens."""
+"""From what a caller gives, a task and a text, to token ids behind a prompt. Shapes: T tokens, P prompt tokens."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,23 +10,11 @@ from pipeline.bank import Prompt, PromptRecord
 from pipeline.corpus.encoding import encode_inputs, encode_targets, without_embedding
 from pipeline.corpus.template import parse_template, render
 from pipeline.corpus.values import value_text
-from pipeline.errors import BankError, CorpusError
+from pipeline.errors import CorpusError, NoLabelsError, RowTooLongError
 from pipeline.serving.served_backbone import ServedBackbone
 
 Text = str | Mapping[str, Any]
 """A row: the columns that its task's template names, or the text of the one column."""
-
-
-class UnknownTaskError(BankError):
-    """The bank holds no such prompt, version or alias."""
-
-
-class NoLabelsError(BankError):
-    """A prompt without a label set was asked to classify."""
-
-
-class RowTooLongError(CorpusError):
-    """A row does not fit into the model's context, or into what the service allows."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +28,8 @@ class Request:
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
-    """One row, ready to run."""
+class EncodedRow:
+    """One row as token ids, with the prompt that it runs behind."""
 
     prompt: Prompt
     input_ids: np.ndarray
@@ -56,9 +44,9 @@ class Question:
         return len(self.prompt.array) + len(self.input_ids)
 
 
-def make_questions(
+def encode_rows(
     request: Request, load: Callable[[str], Prompt], served: ServedBackbone, labelled: bool, longest: int
-) -> list[Question]:
+) -> list[EncodedRow]:
     """Render and tokenise a request's rows; with its answer none may be above `longest` tokens.
 
     Raises: what `load` raises; NoLabelsError; CorpusError for a row that lacks a column, is empty or has a
@@ -71,15 +59,15 @@ def make_questions(
         _rendered(text, prompts[task].record, of_row)
         for text, task, of_row in zip(request.texts, request.tasks, where, strict=True)
     ]
-    questions = []
+    rows = []
     inputs = encode_inputs(served.tokenizer, served.architecture, texts)
     for ids, task, of_row in zip(inputs, request.tasks, where, strict=True):
-        question = Question(prompts[task], np.array(ids, dtype=np.int64), request.max_new_tokens, labels[task])
-        _check_length(question, of_row, longest)
+        row = EncodedRow(prompts[task], np.array(ids, dtype=np.int64), request.max_new_tokens, labels[task])
+        _check_length(row, of_row, longest)
         if (reason := without_embedding(served.tokenizer, ids, served.backbone.embedding_rows)) is not None:
             raise CorpusError(f"{of_row} {reason}")
-        questions.append(question)
-    return questions
+        rows.append(row)
+    return rows
 
 
 def _rendered(row: Text, record: PromptRecord, where: str) -> str:
@@ -93,17 +81,11 @@ def _rendered(row: Text, record: PromptRecord, where: str) -> str:
     if missing:
         raise CorpusError(f"{where} needs the column(s) {', '.join(missing)}")
     text = render(template, {column: value_text(row[column]) for column in template.columns})
-    if not _is_unicode(text):
-        raise CorpusError(f"{where} holds half a character (a lone surrogate); send whole Unicode text")
-    return text
-
-
-def _is_unicode(text: str) -> bool:
     try:
         text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    except UnicodeEncodeError as error:
+        raise CorpusError(f"{where} holds half a character (a lone surrogate); send whole Unicode text") from error
+    return text
 
 
 def _label_ids(record: PromptRecord, served: ServedBackbone) -> Mapping[str, np.ndarray]:
@@ -116,12 +98,12 @@ def _label_ids(record: PromptRecord, served: ServedBackbone) -> Mapping[str, np.
     return {label: np.array(of_label, dtype=np.int64) for label, of_label in zip(record.labels, ids, strict=True)}
 
 
-def _check_length(question: Question, where: str, longest: int) -> None:
-    if len(question.input_ids) == 0:
+def _check_length(row: EncodedRow, where: str, longest: int) -> None:
+    if len(row.input_ids) == 0:
         raise CorpusError(f"{where} is empty; give it some text")
-    more = max((len(ids) for ids in question.labels.values()), default=question.max_new_tokens)
-    if question.length + more > longest:
+    more = max((len(ids) for ids in row.labels.values()), default=row.max_new_tokens)
+    if row.length + more > longest:
         raise RowTooLongError(
-            f"{where} is too long: prompt, input and answer may be {question.length + more} tokens "
+            f"{where} is too long: prompt, input and answer may be {row.length + more} tokens "
             f"where {longest} fit; shorten the text"
         )

@@ -9,7 +9,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
-class Meters(Collector):
+class ServiceMetrics(Collector):
     """The counters of one replica, in a registry of its own.
 
     A proxy leads each look to any replica, so every sample carries its replica's name.

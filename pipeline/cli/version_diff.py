@@ -11,7 +11,7 @@ _ABOUT_THE_VERSION = {"name", "status", "reason", "tuned_in", "metrics_previous"
 
 
 @dataclass(frozen=True)
-class Change:
+class FieldChange:
     field: str
     """A dotted path, such as `metrics.dev_after`."""
     before: Any
@@ -22,20 +22,20 @@ class Change:
 class PromptChange:
     name: str
     kind: Literal["added", "removed", "changed"]
-    fields: tuple[Change, ...]
+    fields: tuple[FieldChange, ...]
     """Of a prompt that was added or removed, all that it has."""
 
 
 @dataclass(frozen=True)
 class VersionDiff:
-    header: tuple[Change, ...]
+    header: tuple[FieldChange, ...]
     """What differs in `backbone` and `libraries`."""
     prompts: tuple[PromptChange, ...]
     """By name."""
     unchanged: int
 
 
-def compare(before: Snapshot, after: Snapshot) -> VersionDiff:
+def diff_versions(before: Snapshot, after: Snapshot) -> VersionDiff:
     """Raises: BankError when one of them is damaged, StorageError."""
     old = {record.name: record for record in before.records()}
     new = {record.name: record for record in after.records()}
@@ -73,6 +73,6 @@ def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Change, ...]:
-    fields = dict.fromkeys([*old, *new])
-    return tuple(Change(field, old.get(field), new.get(field)) for field in fields if old.get(field) != new.get(field))
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[FieldChange, ...]:
+    differing = [field for field in dict.fromkeys([*old, *new]) if old.get(field) != new.get(field)]
+    return tuple(FieldChange(field, old.get(field), new.get(field)) for field in differing)

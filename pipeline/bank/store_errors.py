@@ -23,7 +23,7 @@ _NO_STORE = (404, 405, 501)
 
 
 @dataclass(frozen=True)
-class Cloud:
+class CloudNames:
     """By which names a cloud's users know what they can mend."""
 
     allow_http: str
@@ -31,9 +31,9 @@ class Cloud:
     check: str
 
 
-AWS = Cloud("AWS_ALLOW_HTTP", "AWS_ENDPOINT_URL", "the endpoint, the region and the bucket")
-GOOGLE = Cloud("GOOGLE_ALLOW_HTTP", "GOOGLE_BASE_URL", "the endpoint and the bucket")
-AZURE = Cloud(
+AWS = CloudNames("AWS_ALLOW_HTTP", "AWS_ENDPOINT_URL", "the endpoint, the region and the bucket")
+GOOGLE = CloudNames("GOOGLE_ALLOW_HTTP", "GOOGLE_BASE_URL", "the endpoint and the bucket")
+AZURE = CloudNames(
     "AZURE_ALLOW_HTTP",
     "AZURE_STORAGE_ENDPOINT",
     "AZURE_STORAGE_ENDPOINT (an emulator's ends with the account's name), the account and the container",
@@ -52,7 +52,7 @@ _TRANSPORT = (
 )
 
 
-def is_final(error: BaseException | None) -> bool:
+def is_client_error(error: BaseException | None) -> bool:
     """Whether the store said itself that it will not do it."""
     status = _STATUS.search(str(error))
     return status is not None and status[1].startswith("4")
@@ -64,7 +64,7 @@ def is_forbidden(error: BaseException | None) -> bool:
     return status is not None and status[1] in ("401", "403")
 
 
-def may_pass(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether the same request may succeed later: the store is overloaded, or nothing is heard of it."""
     report = str(error)
     if NO_CREDENTIALS.search(report) or "BadScheme" in report:
@@ -74,7 +74,7 @@ def may_pass(error: Exception) -> bool:
     return any(re.search(pattern, report) for pattern in (r"dns error", r"HttpError \{"))
 
 
-def why(error: Exception, cloud: Cloud) -> str:
+def explain(error: Exception, cloud: CloudNames) -> str:
     """A cause and a mend, out of the many lines that obstore writes."""
     report = str(error)
     if NO_CREDENTIALS.search(report):
@@ -92,7 +92,7 @@ def why(error: Exception, cloud: Cloud) -> str:
     return first_line(error)
 
 
-def _why_answered(status: int, code: str, host: str, cloud: Cloud) -> str:
+def _why_answered(status: int, code: str, host: str, cloud: CloudNames) -> str:
     answer = f"the store answers {status} {code}".rstrip()
     match status:
         case _ if code in ("NoSuchBucket", "ContainerNotFound"):
@@ -111,7 +111,7 @@ def _why_answered(status: int, code: str, host: str, cloud: Cloud) -> str:
             return f"{answer}; check {cloud.check}"
 
 
-def _no_store(host: str, status: int, cloud: Cloud) -> str:
+def _no_store(host: str, status: int, cloud: CloudNames) -> str:
     return f"{host} answers {status} as no object store does; mend the endpoint ({cloud.endpoint})"
 
 

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from pipeline import front
+from pipeline import proxy
 
 
 @pytest.fixture
@@ -42,9 +42,9 @@ def port(gate: threading.Event, arrived: threading.Semaphore, monkeypatch: pytes
         return PlainTextResponse("quick")
 
     monkeypatch.setattr(uvicorn.config, "HTTP_PROTOCOLS", dict(uvicorn.config.HTTP_PROTOCOLS))
-    for name, value in front.environment("secret", 0.5).items():
+    for name, value in proxy.environment("secret", 0.5).items():
         monkeypatch.setenv(name, value)
-    app = Starlette(routes=[Route("/slow", slow), Route("/", quick)], middleware=front.in_proxy())
+    app = Starlette(routes=[Route("/slow", slow), Route("/", quick)], middleware=proxy.proxy_middleware())
     server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level=None, log_config=None))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, args=([listening],))
@@ -66,7 +66,7 @@ def test_told_to_end_it_answers_who_is_there_and_tells_others_to_come_back(port,
     url, answers = f"http://127.0.0.1:{port}", []
     asking = [start(lambda: answers.append(httpx.get(f"{url}/slow", timeout=30))) for _ in range(3)]
     assert all(arrived.acquire(timeout=30) for _ in asking)
-    ending = start(lambda: front.end("0.0.0.0", port, "secret", 30))
+    ending = start(lambda: proxy.drain("0.0.0.0", port, "secret", 30))
     with httpx.Client(base_url=url) as client:
         while client.get("/").status_code == 200:
             pass
@@ -81,12 +81,12 @@ def test_told_to_end_it_answers_who_is_there_and_tells_others_to_come_back(port,
 
 
 def test_only_who_knows_the_token_may_end_it(port):
-    front.end("127.0.0.1", port, "guessed", 5)
+    proxy.drain("127.0.0.1", port, "guessed", 5)
     assert httpx.get(f"http://127.0.0.1:{port}/").status_code == 200
 
 
 def test_a_front_that_is_gone_is_no_error():
-    front.end("127.0.0.1", 1, "secret", 5)
+    proxy.drain("127.0.0.1", 1, "secret", 5)
 
 
 @pytest.mark.parametrize("half", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nhost: x\r\n"])

@@ -10,9 +10,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.bank.manifest import BackboneId, Digest, Frozen, Id, UtcTime, new_id, utc_now
+from pipeline.bank.access import BankAccess
+from pipeline.bank.manifest import BackboneId, Digest, Id, StoredModel, UtcTime, new_id, utc_now
 from pipeline.bank.sealed import canonical, check_sealed, parse, seal
-from pipeline.bank.source import Source
 from pipeline.bank.versions import numbered, read_version, version_numbers
 from pipeline.errors import BankError, StorageError
 
@@ -22,7 +22,7 @@ _MAX_BYTES = 64 * 2**10
 _MUST_AGREE = ("architecture", "hidden_size", "quantization")
 
 
-class SameBackbone(Frozen):
+class SameBackbone(StoredModel):
     """One statement about two backbones. Of several about the same two, the last one holds."""
 
     format: Literal[1] = 1
@@ -59,49 +59,49 @@ class SameBackbone(Frozen):
         return self
 
 
-def statement_numbers(source: Source) -> tuple[int, ...]:
+def statement_numbers(access: BankAccess) -> tuple[int, ...]:
     """All statements, ascending. Raises: StorageError."""
-    return numbered(source.store, FOLDER)
+    return numbered(access.store, FOLDER)
 
 
-def read_statement(source: Source, seq: int) -> SameBackbone:
+def read_statement(access: BankAccess, seq: int) -> SameBackbone:
     """Raises: BankError when it is damaged, or not signed by a key that is trusted; StorageError."""
-    return read_link(source, seq)[0]
+    return read_with_digest(access, seq)[0]
 
 
-def read_link(source: Source, seq: int) -> tuple[SameBackbone, str]:
+def read_with_digest(access: BankAccess, seq: int) -> tuple[SameBackbone, str]:
     """A statement and its digest, which the next one names. Raises: as `read_statement`."""
-    return _checked(source, seq, _read(source, seq), _where(source, seq))
+    return _checked(access, seq, _read(access, seq), _where(access, seq))
 
 
-def read_statements(source: Source) -> tuple[SameBackbone, ...]:
+def read_statements(access: BankAccess) -> tuple[SameBackbone, ...]:
     """All statements, oldest first. Raises: as `read_statement`, and BankError where one does not follow the other."""
-    found = {seq: _read(source, seq) for seq in statement_numbers(source)}
-    statements = _row(source, found)
-    if source.cache and found:
-        source.cache.keep_statements(source.store.uri, list(found.values()))
+    found = {seq: _read(access, seq) for seq in statement_numbers(access)}
+    statements = _row(access, found)
+    if access.cache and found:
+        access.cache.keep_statements(access.store.uri, list(found.values()))
     return statements
 
 
-def _known_statements(source: Source) -> tuple[SameBackbone, ...]:
+def _known_statements(access: BankAccess) -> tuple[SameBackbone, ...]:
     """Those of the bank, or while its store is gone those that this machine saw last."""
     try:
-        return read_statements(source)
+        return read_statements(access)
     except StorageError as error:
-        kept = source.cache.last_statements(source.store.uri) if source.cache else None
+        kept = access.cache.last_statements(access.store.uri) if access.cache else None
         if not kept:
             raise
         _log.warning("%s; going on with the statements on backbones that were seen last", error)
-        return _row(source, dict(enumerate(kept, 1)))
+        return _row(access, dict(enumerate(kept, 1)))
 
 
-def _row(source: Source, found: Mapping[int, bytes]) -> tuple[SameBackbone, ...]:
+def _row(access: BankAccess, found: Mapping[int, bytes]) -> tuple[SameBackbone, ...]:
     statements: list[SameBackbone] = []
     before: str | None = None
     for seq, data in found.items():
-        statement, digest = _checked(source, seq, data, _where(source, seq))
+        statement, digest = _checked(access, seq, data, _where(access, seq))
         if statement.previous != before:
-            raise BankError(follows_no_other(_where(source, seq)))
+            raise BankError(follows_no_other(_where(access, seq)))
         statements.append(statement)
         before = digest
     return tuple(statements)
@@ -111,47 +111,47 @@ def follows_no_other(where: str) -> str:
     return f"{where} is refused: it does not follow the statement before it, which was removed or replaced"
 
 
-def _checked(source: Source, seq: int, data: bytes, where: str) -> tuple[SameBackbone, str]:
+def _checked(access: BankAccess, seq: int, data: bytes, where: str) -> tuple[SameBackbone, str]:
     """The statement and its digest."""
     sealed = check_sealed(data, where)
-    if source.trusted:
+    if access.trusted:
         from pipeline.bank.signing import check_signature
 
-        check_signature(sealed, source.trusted, where)
+        check_signature(sealed, access.trusted, where)
     statement = parse(SameBackbone, data, where)
     if statement.seq != seq:
         raise BankError(f"{where} is refused: it says that it is statement {statement.seq}")
     return statement, sealed.digest
 
 
-def _read(source: Source, seq: int) -> bytes:
-    return source.store.read(f"{FOLDER}/{seq}.json", _MAX_BYTES)
+def _read(access: BankAccess, seq: int) -> bytes:
+    return access.store.read(f"{FOLDER}/{seq}.json", _MAX_BYTES)
 
 
-def _where(source: Source, seq: int) -> str:
-    return source.store.where(f"{FOLDER}/{seq}.json")
+def _where(access: BankAccess, seq: int) -> str:
+    return access.store.where(f"{FOLDER}/{seq}.json")
 
 
-def state(
-    source: Source, first: BackboneId, second: BackboneId, rows: int, largest_difference: float, by: str, same: bool
+def append_statement(
+    access: BankAccess, first: BackboneId, second: BackboneId, rows: int, largest_difference: float, by: str, same: bool
 ) -> SameBackbone:
     """Append a statement. Raises: BankError when it cannot be true or may not be made, StorageError."""
-    if source.trusted and source.sign is None:
-        raise BankError(f"cannot write to {source.store.uri}: trusted keys are given, so a signing key is needed too")
+    if access.trusted and access.sign is None:
+        raise BankError(f"cannot write to {access.store.uri}: trusted keys are given, so a signing key is needed too")
     for part in _MUST_AGREE:
         if getattr(first, part) != getattr(second, part):
             raise BankError(f"{first.model} and {second.model} differ in {part}, and cannot be the same backbone")
     if first.fingerprint == second.fingerprint:
         raise BankError(f"{first.model} and {second.model} have one fingerprint, and need no statement")
-    newest = max(version_numbers(source.store), default=0)
-    if source.sign is None and newest and read_version(source, newest).seal.signature:
+    newest = max(version_numbers(access.store), default=0)
+    if access.sign is None and newest and read_version(access, newest).seal.signature:
         raise BankError(
-            f"cannot write to {source.store.uri}: its newest version is signed, and a statement that is not would stop "
+            f"cannot write to {access.store.uri}: its newest version is signed, and a statement that is not would stop "
             "every reader with trusted keys; give the signing key (--signing-key)"
         )
     while True:
-        last = max(statement_numbers(source), default=0)
-        previous = read_link(source, last)[1] if last else None
+        last = max(statement_numbers(access), default=0)
+        previous = read_with_digest(access, last)[1] if last else None
         statement = SameBackbone(
             seq=last + 1,
             previous=previous,
@@ -164,17 +164,17 @@ def state(
             id=new_id(),
             by=by,
         )
-        data = seal(canonical(statement.model_dump(mode="json"))[1:] + b"\n", source.sign)
-        if source.store.create(f"{FOLDER}/{statement.seq}.json", data):
+        data = seal(canonical(statement.model_dump(mode="json"))[1:] + b"\n", access.sign)
+        if access.store.create(f"{FOLDER}/{statement.seq}.json", data):
             return statement
 
 
-def same_as(source: Source, backbone: BackboneId) -> dict[str, BackboneId]:
+def same_as(access: BankAccess, backbone: BackboneId) -> dict[str, BackboneId]:
     """Fingerprint -> backbone of all that statements say is the same as this one, itself included.
 
     Raises: as `read_statement`.
     """
-    last = {frozenset((each.first.fingerprint, each.second.fingerprint)): each for each in _known_statements(source)}
+    last = {frozenset((each.first.fingerprint, each.second.fingerprint)): each for each in _known_statements(access)}
     found = {backbone.fingerprint: backbone}
     while True:
         before = len(found)
@@ -186,6 +186,6 @@ def same_as(source: Source, backbone: BackboneId) -> dict[str, BackboneId]:
             return found
 
 
-def is_same(source: Source, backbone: BackboneId, other: BackboneId) -> bool:
+def is_same(access: BankAccess, backbone: BackboneId, other: BackboneId) -> bool:
     """Whether two fingerprints are equal, or stated to be of the same backbone. Raises: as `read_statement`."""
-    return backbone.fingerprint == other.fingerprint or other.fingerprint in same_as(source, backbone)
+    return backbone.fingerprint == other.fingerprint or other.fingerprint in same_as(access, backbone)

@@ -37,7 +37,7 @@ Address = Annotated[str, AfterValidator(_fit_to_be_written_down)]
 Paths = Annotated[str | list[str], AfterValidator(_fit_to_be_written_down)]
 
 
-class Frozen(BaseModel):
+class SettingsModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.bank.cache import Cache
-from pipeline.bank.content import Content, Damaged, Verified
+from pipeline.bank.content import Content, DamagedContentError, VerifiedContent
 from pipeline.bank.local_store import open_local_store
 from pipeline.bank.manifest import MAX_MANIFEST_BYTES
 from pipeline.bank.sealed import Seal, Signature, open_sealed
@@ -37,7 +37,7 @@ def blob_key(digest: str) -> str:
 
 
 @dataclass(frozen=True)
-class Source:
+class BankAccess:
     store: Store
     cache: Cache | None = None
     trusted: tuple[str, ...] = ()
@@ -45,7 +45,7 @@ class Source:
     sign: Callable[[str], Signature] | None = None
     """What signs the manifests that are published."""
 
-    def open_manifest(self, key: str, digest: str | None) -> tuple[Verified, Seal]:
+    def open_manifest(self, key: str, digest: str | None) -> tuple[VerifiedContent, Seal]:
         """A manifest that matches its seal, the digest that is expected of it, and a trusted key.
 
         Raises: BankError naming the file, StorageError.
@@ -83,7 +83,7 @@ class Source:
             raise BankError(f"{where} is damaged: its bytes do not match the digest in its name")
         return data
 
-    def _checked(self, content: Content, where: str, digest: str | None) -> tuple[Verified, Seal]:
+    def _checked(self, content: Content, where: str, digest: str | None) -> tuple[VerifiedContent, Seal]:
         seal, verified = open_sealed(content, where)
         if digest is not None and seal.digest != digest:
             raise BankError(f"{where} is refused: its digest is not the one that the alias names; it was replaced")
@@ -94,8 +94,8 @@ class Source:
         return verified, seal
 
 
-def _whole(verified: Verified, where: str) -> bytes:
+def _whole(verified: VerifiedContent, where: str) -> bytes:
     try:
         return verified.read(0, verified.size)
-    except Damaged as error:
+    except DamagedContentError as error:
         raise BankError(f"{where} is damaged: its bytes changed while it was read") from error

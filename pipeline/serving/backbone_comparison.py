@@ -11,7 +11,7 @@ from pipeline.corpus.encoding import encode_targets
 from pipeline.errors import BackboneError
 from pipeline.serving.served_backbone import ServedBackbone, load_backbone
 
-ALLOWED = 0.01
+TOLERANCE = 0.01
 """Nats by which the log-likelihood of a row may differ: rounding, and no other weights."""
 
 # Digits, spaces, marks and scripts are where tokenizers that are nearly the same differ.
@@ -32,7 +32,7 @@ _SEPARATOR = " "
 
 
 @dataclass(frozen=True)
-class Compared:
+class BackboneComparison:
     """What two models made of the same rows."""
 
     first: BackboneId
@@ -42,7 +42,7 @@ class Compared:
     """Between the log-likelihoods of a row, in nats."""
 
 
-def compare_models(first: str, second: str, weights: str = "int8", rows: Sequence[str] = ROWS) -> Compared:
+def compare_models(first: str, second: str, weights: str = "int8", rows: Sequence[str] = ROWS) -> BackboneComparison:
     """Run both models, one after the other, over rows of text; each is held as `weights` says.
 
     Raises: BackboneError naming what differs: the token that ends an answer or starts a decoder, the context, or the
@@ -68,13 +68,13 @@ def compare_models(first: str, second: str, weights: str = "int8", rows: Sequenc
         if ours.target != theirs.target:
             raise BackboneError(f"{first} and {second} are not the same: they cut {row!r} differently as a target")
         difference = abs(ours.likelihood - theirs.likelihood)
-        if not difference <= ALLOWED:  # not-a-number is no likeness
+        if not difference <= TOLERANCE:  # not-a-number is no likeness
             raise BackboneError(
                 f"{first} and {second} are not the same: the log-likelihood of {row!r} is {ours.likelihood:.4f} "
-                f"and {theirs.likelihood:.4f}, and {ALLOWED} apart is allowed"
+                f"and {theirs.likelihood:.4f}, and {TOLERANCE} apart is allowed"
             )
         largest = max(largest, difference)
-    return Compared(one.identity, other.identity, len(rows), largest)
+    return BackboneComparison(one.identity, other.identity, len(rows), largest)
 
 
 @dataclass(frozen=True)

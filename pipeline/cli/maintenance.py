@@ -8,7 +8,7 @@ import typer
 
 from pipeline.bank.verify import Verification
 from pipeline.cli import output
-from pipeline.cli.options import AsJson, Bank, TrustedKeys, connect_bank, existing_versions
+from pipeline.cli.options import BankOption, JsonOption, TrustedKeysOption, connect_bank, existing_versions
 from pipeline.errors import BankError, SettingsError
 from pipeline.reporting.words import counted
 
@@ -16,7 +16,7 @@ _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
-def verify(bank: Bank = None, trusted_key: TrustedKeys = None, as_json: AsJson = False) -> None:
+def verify(bank: BankOption = None, trusted_key: TrustedKeysOption = None, as_json: JsonOption = False) -> None:
     """Read the whole bank and tell what is wrong with it.
 
     One problem a line, and exit code 1 if there is any. Every version, every move of an alias and every blob is
@@ -48,9 +48,9 @@ def collect_garbage(
         str, typer.Option(metavar="TIME", help="Spare what is younger: a number and s, m, h, d or w; 1h at least.")
     ] = "7d",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be deleted.")] = False,
-    bank: Bank = None,
-    trusted_key: TrustedKeys = None,
-    as_json: AsJson = False,
+    bank: BankOption = None,
+    trusted_key: TrustedKeysOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Delete what killed publishers have left.
 

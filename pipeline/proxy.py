@@ -1,8 +1,9 @@
-"""What stands before Serve's routes, in the process of its HTTP proxy, which has neither: an end and a limit of time.
+"""Draining and a request timeout for Ray Serve's HTTP proxy, which has neither.
 
-Serve forgets an application's routes while its port is still open, and answers 404 then. uvicorn waits for ever
-for the rest of a request's head. Knows nothing of Ray, which finds `in_proxy` by name (`environment`). It is not in
-`serving`: a proxy that had to wait for torch would be taken for one that hangs.
+Without draining, Serve forgets an application's routes while its port is still open, and answers 404. Without the
+timeout, uvicorn waits for ever for the rest of a request's head. This module runs in the proxy's process and imports
+no Ray: Serve finds `proxy_middleware` by its name (see `environment`). It is not in `serving`, because a proxy that
+had to import torch would be taken for one that hangs.
 """
 
 import asyncio
@@ -23,13 +24,13 @@ _TOO_LATE = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-lengt
 
 
 def environment(token: str, request_s: float) -> Mapping[str, str]:
-    """What the proxy's process needs; who knows the token may end the service."""
-    place = f"{__name__}.{in_proxy.__name__}"
+    """Environment variables for the proxy's process. Whoever knows the token may drain the service."""
+    place = f"{__name__}.{proxy_middleware.__name__}"
     return {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": place, _TOKEN: token, _SECONDS: str(request_s)}
 
 
-def end(host: str, port: int, token: str, patience: float) -> None:
-    """Have new requests refused from now on, and wait until those that are here are answered, `patience` at most."""
+def drain(host: str, port: int, token: str, patience: float) -> None:
+    """Refuse new requests from now on, and wait at most `patience` seconds until those under way are answered."""
     near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     url = f"http://{f'[{near}]' if ':' in near else near}:{port}{_path(token)}"
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -37,14 +38,14 @@ def end(host: str, port: int, token: str, patience: float) -> None:
         opener.open(urllib.request.Request(url, method="POST"), timeout=max(patience, 1)).close()
 
 
-def in_proxy() -> list[Middleware]:
-    """Called by Serve in its proxy, before that listens."""
-    uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{TimelyProtocol.__name__}"  # Serve gives it no other
-    return [Middleware(Front, token=os.environ[_TOKEN])]
+def proxy_middleware() -> list[Middleware]:
+    """The middleware that Serve asks for in its proxy before the proxy listens."""
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{HeadTimeoutProtocol.__name__}"  # Serve gives it no other
+    return [Middleware(DrainMiddleware, token=os.environ[_TOKEN])]
 
 
-class Front:
-    """Passes requests on until it is told to end; then new ones are told to come back."""
+class DrainMiddleware:
+    """Passes requests on until it is told to drain; then it answers new ones with 503 and Retry-After."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self._app = app
@@ -72,8 +73,8 @@ class Front:
                 self._idle.set()
 
 
-class TimelyProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """uvicorn's own, which also closes a connection whose request has not a whole head in time."""
+class HeadTimeoutProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """uvicorn's own protocol, which also closes a connection whose request head does not arrive in time."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)

@@ -12,7 +12,7 @@ from pipeline.bank import BackboneId, Prompt
 from pipeline.errors import BackboneError
 
 if TYPE_CHECKING:
-    from pipeline.serving.likeness import Compared
+    from pipeline.serving.backbone_comparison import BackboneComparison
 
 Words = list[list[tuple[str, float]]]
 """For each vector of a prompt its nearest tokens and their cosines."""
@@ -26,7 +26,7 @@ def nearest_words(model: str, array: np.ndarray, count: int) -> Words:
     return nearest_tokens(model, array, count)
 
 
-def why_not_of(model: str, prompt: Prompt, same: Callable[[], Sequence[BackboneId]]) -> str | None:
+def mismatch_warning(model: str, prompt: Prompt, same: Callable[[], Sequence[BackboneId]]) -> str | None:
     """Why the prompt is not of this model, as far as that can be told without reading its weights.
 
     `same` gives the prompt's backbone and those that the bank states to be the same; asked only where parts differ.
@@ -66,13 +66,13 @@ def identity_of(model: str, weights: Weights | None, like: BackboneId | None) ->
     return identify(model, config, read_tokenizer(files), source, held)
 
 
-def compared(
+def compare_on_rows(
     first: str, second: str, weights: Weights | None, like: BackboneId, rows: Sequence[str] | None
-) -> "Compared":
+) -> "BackboneComparison":
     """Run two models over rows of text. Raises: BackboneError unless they are the same there."""
     with _libraries():
         from pipeline.backbone.fingerprint import weights_setting
-        from pipeline.serving.likeness import ROWS, compare_models
+        from pipeline.serving.backbone_comparison import ROWS, compare_models
     return compare_models(first, second, weights or weights_setting(like), ROWS if rows is None else rows)
 
 
