@@ -20,12 +20,10 @@ from torch.nn import Parameter
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jobs.make_quickstart_corpora import make_corpora
-from pipeline.bank import Metrics, NewPrompt, PromptBank, Template
 from pipeline.corpus.encoding import encode_targets
 from pipeline.corpus.reader import TokenSet, token_set
 from pipeline.corpus.rows import Recipe, RowStatus, tokenise_rows
 from pipeline.corpus.template import parse_template
-from pipeline.serving import load_backbone
 from pipeline.settings import TaskSettings
 from pipeline.tuning.evaluate import EvalRequest, evaluate
 from pipeline.tuning.initialise import initial_prompt
@@ -34,6 +32,7 @@ from pipeline.tuning.optimise import make_optimizer, update
 from pipeline.tuning.state import Evaluation
 from pipeline.tuning.step import TrialStep, losses_and_gradients
 from pipeline.tuning.trials import make_trial
+from promptbank import Metrics, NewPrompt, PromptBank, Template, load_backbone
 
 QUICKSTART = Path("quickstart/corpora")
 

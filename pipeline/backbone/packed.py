@@ -72,8 +72,8 @@ def make_layout(lengths: Sequence[int], parents: Sequence[int | None], device: t
 
 def run_packed(model: Any, embeddings: Tensor, layout: Layout, given: Sequence[PromptState] = ()) -> Tensor:
     """Last hidden states `[N, H]` of packed input embeddings `[N, H]`, behind the layout's given segments."""
-    # A token's position counts its ancestors' tokens, not its neighbours in the packed row: every row has its prompt as
-    # if to itself. A prompt that many rows share runs once, and autograd sums their gradients in its keys and values.
+    # A token's position counts its ancestors' tokens, not its neighbours in the packed row: each row runs as if it had
+    # its prompt to itself. A prompt that many rows share runs once, and autograd sums their gradients in it.
     positions = torch.as_tensor(layout.segments.positions()[None], dtype=torch.long, device=layout.device)
     with _packed_attention(model):
         output = model.base_model(
