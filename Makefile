@@ -18,12 +18,14 @@ PRINT_SCHEMA := $(BIN)/python -c "from pipeline.settings import settings_schema;
 SITE := site
 DOCS_STAMP := .venv-docs/.installed
 
-.PHONY: help setup quickstart test test-all lint schema docs clean
+.PHONY: help setup quickstart test-fast test test-all lint schema docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make quickstart  set up, then tune prompts on a small real model and publish a bank"
-	@echo "make test        the tests (ARGS=... goes to pytest); test-all adds those that take minutes"
+	@echo "make test-fast   the tests without Ray, other processes and real models: about three minutes"
+	@echo "make test        those and one whole job of each kind, about ten minutes (ARGS=... goes to pytest)"
+	@echo "make test-all    every test: about an hour and a half"
 	@echo "make lint        ruff, mypy, import rules, and whether the settings schema is up to date"
 	@echo "make schema      write $(SCHEMA) anew"
 	@echo "make docs        the documentation as a site, in $(SITE)/ (links are checked)"
@@ -45,6 +47,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: $(STAMP)
 	$(BIN)/python jobs/tune_prompts.py
+
+test-fast: $(STAMP)
+	$(PYTEST) -p tests.no_processes -m "not slow and not processes" $(ARGS)
 
 test: $(STAMP)
 	$(PYTEST) -m "not slow" $(ARGS)

@@ -29,6 +29,17 @@ _START_A_RAY = (
 _NEED_NONE = ("jobs/test_quickstart_corpora.py", "run/test_lease.py", "run/test_supervision.py")
 
 
+def _starts_a_ray(nodeid: str) -> bool:
+    place = nodeid.partition("::")[0].removeprefix("tests/")
+    return place.startswith(_START_A_RAY) and not place.startswith(_NEED_NONE)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if _starts_a_ray(item.nodeid):
+            item.add_marker("processes")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With several processes (`make test`): one has all tests that start a Ray, since two that start at once take each
@@ -38,8 +49,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class OneForRay(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            place = nodeid.partition("::")[0].removeprefix("tests/")
-            needs_one = place.startswith(_START_A_RAY) and not place.startswith(_NEED_NONE)
-            return "ray" if needs_one else place
+            return "ray" if _starts_a_ray(nodeid) else nodeid.partition("::")[0]
 
     return OneForRay(config, log)
