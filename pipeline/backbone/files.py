@@ -69,8 +69,8 @@ def find_model(path: str) -> ModelFiles:
     return _checked_folder(path, local.resolve())
 
 
-def absolute_model_path(path: str) -> str:
-    """The same model for a process with another working directory (Ray gives each worker its own)."""
+def absolute_if_local(path: str) -> str:
+    """A path or name that means the same in another working directory (Ray gives each worker its own)."""
     local = Path(path).expanduser()
     return path if path in PACKAGED or not local.exists() else str(local.resolve())
 

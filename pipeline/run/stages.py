@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
-from pipeline.backbone.files import absolute_model_path, save_config_and_tokenizer, short_embedding_table
+from pipeline.backbone.files import absolute_if_local, save_config_and_tokenizer, short_embedding_table
 from pipeline.corpus.encoding import TokenizerSpec
 from pipeline.corpus.task_corpus import TaskCorpus, prepare_task
 from pipeline.errors import PromptBankError, SettingsError, StorageError, TuningError, UnreachableError
@@ -55,7 +55,7 @@ def make_rank_job(
 def settings_for_ranks(settings: Settings) -> dict[str, Any]:
     """As plain values, with paths that hold anywhere: Ray gives each worker a working directory of its own."""
     plain = settings.model_dump(mode="json")
-    plain["model"]["path"] = absolute_model_path(settings.model.path)
+    plain["model"]["path"] = absolute_if_local(settings.model.path)
     if settings.model.offload_folder is not None:
         plain["model"]["offload_folder"] = str(Path(settings.model.offload_folder).expanduser().resolve())
     return plain

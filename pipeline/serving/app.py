@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from pipeline import proxy
-from pipeline.backbone.files import absolute_model_path
+from pipeline.backbone.files import absolute_if_local
 from pipeline.backbone.fingerprint import weights_setting
 from pipeline.bank import PromptBank, Snapshot, WatchEvent
 from pipeline.errors import BankError, OverloadedError, PromptBankError, SettingsError
@@ -39,10 +39,10 @@ _SPARE_REQUESTS = 64
 
 def build(settings: ServiceSettings) -> serve.Application:
     """The application, for `serve.run` and `serve run`."""
-    # A replica has another working directory.
-    places = {"bank": absolute_model_path(settings.bank), "model": absolute_model_path(settings.model)}
+    # A replica has another working directory than this process.
+    places = {"bank": absolute_if_local(settings.bank), "model": absolute_if_local(settings.model)}
     settings = settings.model_copy(
-        update=places | {"trusted_keys": tuple(map(absolute_model_path, settings.trusted_keys))}
+        update=places | {"trusted_keys": tuple(map(absolute_if_local, settings.trusted_keys))}
     )
     deployment = serve.deployment(
         serve.ingress()(PromptService),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.backbone.files import absolute_model_path, find_model, save_config_and_tokenizer, short_embedding_table
+from pipeline.backbone.files import absolute_if_local, find_model, save_config_and_tokenizer, short_embedding_table
 from pipeline.backbone.fingerprint import identify
 from pipeline.backbone.loading import build_skeleton
 from pipeline.backbone.weights import open_weights
@@ -102,7 +102,7 @@ def _rank_job(
     place = TrainingPlace(
         run_folder=str(folder),
         name=run.name,
-        model=absolute_model_path(start.path),
+        model=absolute_if_local(start.path),
         description=str(description),
         dtype=settings.model.dtype,
         cpus_per_worker=cluster.cpus_per_worker,

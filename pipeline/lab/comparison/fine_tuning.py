@@ -6,7 +6,7 @@ A tuned model is kept until it has answered. It answers without a prompt, in pla
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.backbone.files import absolute_model_path
+from pipeline.backbone.files import absolute_if_local
 from pipeline.errors import TuningError
 from pipeline.lab.comparison.candidates import Candidate, Cost, MeasuredCandidate
 from pipeline.lab.comparison.derived_settings import training_grid, training_settings
@@ -73,7 +73,7 @@ def _weights(study: Study, result: FineTuningResult | Diverged) -> OtherWeights:
     if isinstance(result, Diverged):
         raise TuningError(f"a training that succeeded before failed when it was repeated: {result.reason}")
     # Where no step was better than the start, the untrained model is the best one.
-    return OtherWeights(result.model or absolute_model_path(study.settings.model.path), result.digest)
+    return OtherWeights(result.model or absolute_if_local(study.settings.model.path), result.digest)
 
 
 def _jobs(study: Study, settings: FineTuningSettings) -> list[_Training]:
@@ -90,7 +90,7 @@ def _rank_job(study: Study, settings: FineTuningSettings, job: _Training) -> Fin
     place = TrainingPlace(
         run_folder=str(study.folder / job.phase),
         name=job.candidate.name,
-        model=absolute_model_path(run.model.path),
+        model=absolute_if_local(run.model.path),
         description=str(study.model_folder),
         dtype=run.model.dtype,
         cpus_per_worker=run.cluster.cpus_per_worker,
