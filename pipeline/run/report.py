@@ -9,7 +9,7 @@ from rich.console import Console
 from pipeline.bank import BackboneId, PromptBank
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.reporting.html import NightReport, PastVersion, TaskNight, Verdict, render
-from pipeline.reporting.html.history import past_versions
+from pipeline.reporting.html.from_record import past_versions
 from pipeline.reporting.html.run_files import faults_of, read_curve, stages_of
 from pipeline.reporting.watched import read_events
 from pipeline.run.bank import readable_bank

@@ -12,9 +12,7 @@ from rich.console import Console
 from pipeline.reporting.events import Event
 from pipeline.reporting.progress import follow
 from pipeline.reporting.state import RunState
-from pipeline.reporting.to_mlflow import MLflow
-from pipeline.reporting.to_tensorboard import TensorBoard
-from pipeline.reporting.trackers import Tracker
+from pipeline.reporting.trackers import MLflow, TensorBoard, Tracker
 from pipeline.settings import Settings
 
 STAGES = ("corpus", "backbone", "tuning", "publish")

@@ -9,9 +9,7 @@ from rich.console import Console
 
 from pipeline.reporting.events import Event, EventLog
 from pipeline.reporting.progress import follow
-from pipeline.reporting.to_mlflow import MLflow
-from pipeline.reporting.to_tensorboard import TensorBoard
-from pipeline.reporting.trackers import Tracker, scalars
+from pipeline.reporting.trackers import MLflow, TensorBoard, Tracker, scalars
 
 
 def step(number: int, loss: float | None) -> Event:

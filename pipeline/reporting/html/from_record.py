@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.bank import PromptBank
-from pipeline.errors import StorageError
+from pipeline.errors import BankError, StorageError
 from pipeline.reporting.events import Event
-from pipeline.reporting.html.history import past_versions
 from pipeline.reporting.html.night import (
     Condition,
     Curve,
@@ -25,6 +24,8 @@ from pipeline.reporting.html.run_files import faults_of, read_curve, stages_of
 from pipeline.reporting.watched import read_events
 
 _ALL_REFRESHED = 0
+PAST_VERSIONS = 5
+"""Number of versions before tonight's that the page shows."""
 
 
 def night_of_record(
@@ -66,6 +67,28 @@ def night_of_record(
         price_per_rank_hour=price_per_rank_hour,
         facts=_facts(folder, night),
     )
+
+
+def past_versions(
+    bank: PromptBank, metrics: Mapping[str, str], tonight: int | None, most: int = PAST_VERSIONS
+) -> dict[str, list[PastVersion]]:
+    """The last versions of each prompt in `metrics` (its name -> its dev metric), oldest first.
+
+    `tonight` is the version that was published, which is added to `most`; later ones do not count. A version in which
+    the prompt was measured by another metric has no value; a damaged version is skipped.
+    Raises: StorageError.
+    """
+    numbers = [number for number in bank.versions() if tonight is None or number <= tonight]
+    found: dict[str, list[PastVersion]] = {name: [] for name in metrics}
+    for number in numbers[-most - (tonight is not None) :]:
+        try:
+            records = [record for record in bank.at(str(number)).records() if record.name in metrics]
+        except BankError:
+            continue
+        for record in records:
+            value = record.metrics.dev_after if record.metric == metrics[record.name] else None
+            found[record.name].append(PastVersion(number, value, record.status))
+    return found
 
 
 def _verdict(night: Mapping[str, Any]) -> Verdict:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pipeline.bank import Metrics, PromptBank
 from pipeline.reporting.html import Fault, PastVersion, Stage
-from pipeline.reporting.html.history import past_versions
+from pipeline.reporting.html.from_record import past_versions
 from pipeline.reporting.html.run_files import faults_of, read_curve, stages_of
 from tests.bank.conftest import make_prompt, publish
 
