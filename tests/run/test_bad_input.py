@@ -1,4 +1,4 @@
-"""A user's mistake: one clear sentence that names the place and the mend, and nothing published."""
+"""A user's mistake: one clear sentence that names the place and the fix, and nothing published."""
 
 import subprocess
 import threading
