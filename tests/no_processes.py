@@ -1,4 +1,4 @@
-"""A pytest plugin of `make test-fast`: a test that starts a process or reads a real model fails, and is told its mark."""
+"""A plugin of `make test-fast`: a test that starts a process or reads a real model fails, and is told its mark."""
 
 import multiprocessing.util
 import os

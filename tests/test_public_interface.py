@@ -77,6 +77,7 @@ def test_a_name_that_is_not_there_says_so():
         promptbank.PromptBnak  # noqa: B018
 
 
+@pytest.mark.processes
 def test_using_a_bank_imports_neither_torch_nor_ray(tmp_path):
     backbone = promptbank.BackboneId(
         fingerprint="f", config="c", tokenizer="t", weights="w", quantization="int8", model="tiny",

@@ -195,6 +195,7 @@ def answers(model):
     return model(input_ids=torch.tensor([[3, 4, 5, 0, 41]])).logits
 
 
+@pytest.mark.processes
 def test_over_two_ranks_a_scaled_embedding_answers_as_in_one_process(tmp_path, monkeypatch):
     monkeypatch.setitem(FAMILIES, "gemma3_text", "decoder-only")
     torch.manual_seed(0)

@@ -219,6 +219,7 @@ def test_a_split_of_text_that_is_not_known_is_told_by_its_name(pre, told, tmp_pa
     assert all(files.gguf in remark and (pre or "does not name") in remark for remark in remarks)
 
 
+@pytest.mark.processes
 def test_the_packaged_model_is_the_backbone_that_it_was():
     try:
         files = find_model("smollm2-135m")

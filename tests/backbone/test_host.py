@@ -13,6 +13,8 @@ from pipeline.lab.benchmark.resident import resident
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB, make_model
 
+pytestmark = pytest.mark.processes
+
 CPU = torch.device("cpu")
 
 

@@ -16,6 +16,8 @@ from tests.backbone.test_host import LARGE, load, loss_and_gradients
 from tests.ranks import run_ranks
 from tests.tiny import make_model
 
+pytestmark = pytest.mark.processes
+
 
 def pieces_of(rank: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(rank)

@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.processes
+
 
 def test_the_warning_of_a_missing_product_of_4_bits_is_silent_and_no_other():
     code = """

@@ -227,6 +227,7 @@ def test_a_file_uri_is_the_same_folder(bank, uri, new_prompt, publish):
     assert PromptBank.open(f"file://{uri}").load("sst2").version == 1
 
 
+@pytest.mark.processes
 def test_the_bank_imports_neither_torch_transformers_nor_ray():
     heavy = {"torch", "transformers", "ray", "yaml"}
     code = f"import sys, pipeline.bank; print({{m.split('.')[0] for m in sys.modules}} & {heavy})"

@@ -18,6 +18,8 @@ LOAD = """
 import importlib.util, json, sys, time
 start = time.perf_counter()
 from promptbank import PromptBank
+
+pytestmark = pytest.mark.processes
 bank = PromptBank.open(sys.argv[1])
 prompt = bank.load("sst2")
 first = time.perf_counter() - start

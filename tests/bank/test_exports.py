@@ -154,6 +154,7 @@ def test_a_template_of_any_characters_survives_in_the_script(bank, publish, new_
     assert {template.input, template.separator, "it's \\ here"} <= set(script.co_consts)
 
 
+@pytest.mark.processes
 def test_neither_torch_nor_transformers_is_needed():
     code = (
         "import sys, pipeline.bank.exports, pipeline.bank.imports;"

@@ -279,6 +279,7 @@ def look_at(uri: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", OTHERS)
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.processes
 def test_what_is_no_file_is_refused_by_name_and_kind_and_holds_nobody_up(one_prompt, place, kind):
     path = file_at(one_prompt, place)
     path.unlink()
@@ -299,6 +300,7 @@ def test_a_link_to_a_file_is_read_as_the_file(one_prompt, tmp_path):
     assert PromptBank.open(one_prompt).verify().problems == ()
 
 
+@pytest.mark.processes
 def test_what_is_no_folder_in_an_aliass_place_is_listed(one_prompt):
     _make_fifo(one_prompt / "aliases" / "stable")
     told = look_at(one_prompt)
@@ -316,6 +318,7 @@ def test_an_empty_folder_is_no_alias(one_prompt):
 
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a folder"])
+@pytest.mark.processes
 def test_what_is_no_file_in_the_cache_is_passed_over(one_prompt, tmp_path, kind):
     cache = tmp_path / "cache"
     PromptBank.open(one_prompt, cache=cache).load("sst2")

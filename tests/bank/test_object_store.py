@@ -128,6 +128,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> None:
 # What every store promises
 
 
+@pytest.mark.processes
 def test_what_was_created_is_there_and_can_be_read(store):
     assert store.create("versions/1.json", b"one")
     assert store.exists("versions/1.json")
@@ -269,6 +270,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.processes
 def test_of_many_processes_that_create_one_key_exactly_one_wins(store):
     size, rounds = 3, 60
     processes = [start(COMPETITOR, store.uri, me) for me in range(size)]
@@ -305,6 +307,7 @@ def test_threads_may_share_a_store(store):
 # What only object stores have to promise
 
 
+@pytest.mark.processes
 def test_banks_in_one_bucket_do_not_see_each_other(s3):
     uri = s3.new_uri()
     one, other, below = (open_object_store(f"{uri}{end}") for end in ("/a", "/ab/", "/a/versions/more"))
@@ -316,6 +319,7 @@ def test_banks_in_one_bucket_do_not_see_each_other(s3):
     assert open_object_store(f"{uri}/a/").uri == one.uri == f"{uri}/a"
 
 
+@pytest.mark.processes
 def test_a_bank_may_be_a_whole_bucket(s3):
     s3.put("s3://whole")
     store = open_object_store("s3://whole")
@@ -323,6 +327,7 @@ def test_a_bank_may_be_a_whole_bucket(s3):
     assert store.where("versions/1.json") == "s3://whole/versions/1.json"
 
 
+@pytest.mark.processes
 def test_folders_that_a_console_made_and_other_stray_objects_are_ignored(s3):
     uri = s3.new_uri()
     store = open_object_store(uri)
@@ -333,6 +338,7 @@ def test_folders_that_a_console_made_and_other_stray_objects_are_ignored(s3):
     assert [entry.name for entry in store.list_files("versions")] == ["1.json"]
 
 
+@pytest.mark.processes
 def test_an_object_whose_name_nobody_can_read_is_named(s3):
     uri = s3.new_uri()
     s3.put(f"{uri}/versions//1.json")
@@ -407,6 +413,7 @@ LOST = {
 
 
 @pytest.mark.parametrize("lost", LOST.values(), ids=LOST.keys())
+@pytest.mark.processes
 def test_a_put_whose_answer_was_lost_is_ours_when_it_arrived(s3, monkeypatch, impatient, lost):
     arrived = []
 
@@ -429,6 +436,7 @@ def test_a_put_whose_answer_was_lost_is_ours_when_it_arrived(s3, monkeypatch, im
 
 
 @pytest.mark.parametrize("lost", LOST.values(), ids=LOST.keys())
+@pytest.mark.processes
 def test_a_put_that_was_lost_is_not_ours_when_another_was_first(s3, probed, monkeypatch, impatient, lost):
     uri = s3.new_uri()
     refusals = []
@@ -448,6 +456,7 @@ def test_a_put_that_was_lost_is_not_ours_when_another_was_first(s3, probed, monk
 
 
 @pytest.mark.parametrize("lost", LOST.values(), ids=LOST.keys())
+@pytest.mark.processes
 def test_a_put_that_never_arrived_is_sent_again(s3, probed, monkeypatch, impatient, lost):
     lost_ones = []
 
@@ -467,12 +476,14 @@ def test_a_put_that_never_arrived_is_sent_again(s3, probed, monkeypatch, impatie
     assert lost_ones == [b"mine"]
 
 
+@pytest.mark.processes
 def test_equal_bytes_are_ours_but_a_blobs(cloud):
     """Of stores this one alone: see `ObjectStore.create`."""
     assert cloud.create("versions/1.json", b"same") and cloud.create("versions/1.json", b"same")
     assert cloud.create("blobs/a", b"same") and not cloud.create("blobs/a", b"same")
 
 
+@pytest.mark.processes
 def test_a_conflict_with_a_writer_that_came_to_nothing_is_tried_again(s3, monkeypatch):
     """S3 answers 409 while another conditional put or a deletion is under way, and obstore says "already exists"."""
     conflicts = iter(range(3))
@@ -500,6 +511,7 @@ def test_a_conflict_with_a_writer_that_came_to_nothing_is_tried_again(s3, monkey
         ("az://prompts/a", ("If-None-Match", "*"), (409, "BlobAlreadyExists")),
     ],
 )
+@pytest.mark.processes
 def test_every_cloud_is_asked_to_create_only_what_is_absent(s3, probed, elsewhere, uri, condition, refusal):
     asked = []
 
@@ -519,6 +531,7 @@ def test_every_cloud_is_asked_to_create_only_what_is_absent(s3, probed, elsewher
 GMT = "Mon, 01 Jan 2024 00:00:00 GMT"
 
 
+@pytest.mark.processes
 def test_a_gigabyte_above_the_limit_is_not_downloaded(s3, monkeypatch):
     sent = []
 
@@ -542,6 +555,7 @@ def test_a_gigabyte_above_the_limit_is_not_downloaded(s3, monkeypatch):
     assert sum(sent) < 2**25
 
 
+@pytest.mark.processes
 def test_a_body_that_breaks_off_is_fetched_on(s3, monkeypatch):
     data = os.urandom(100_000)
     ranges = []
@@ -564,6 +578,7 @@ def test_a_body_that_breaks_off_is_fetched_on(s3, monkeypatch):
 # Whether a store is fit
 
 
+@pytest.mark.processes
 def test_a_store_that_overwrites_what_it_should_only_create_is_refused_before_the_first_write(
     s3, monkeypatch, new_prompt, publish
 ):
@@ -584,6 +599,7 @@ def test_a_store_that_overwrites_what_it_should_only_create_is_refused_before_th
 
 
 @pytest.mark.parametrize("lost", LOST.values(), ids=LOST.keys())
+@pytest.mark.processes
 def test_an_unfit_store_is_refused_although_the_probes_second_put_fails_once(s3, monkeypatch, impatient, lost):
     puts = []
 
@@ -605,6 +621,7 @@ def test_an_unfit_store_is_refused_although_the_probes_second_put_fails_once(s3,
     assert len(puts) == 3
 
 
+@pytest.mark.processes
 def test_who_may_not_write_probes_is_told_of_the_right_that_every_writer_needs(s3, monkeypatch):
     def refuse_probes(visit: Visit) -> None:
         visit.complain(403, "AccessDenied") if "/probes/" in visit.path else visit.forward(s3.endpoint)()
@@ -615,6 +632,7 @@ def test_who_may_not_write_probes_is_told_of_the_right_that_every_writer_needs(s
             open_object_store(s3.new_uri()).create("versions/1.json", b"mine")
 
 
+@pytest.mark.processes
 def test_a_store_is_probed_once_a_process_by_its_writers_alone(s3, monkeypatch):
     asked = []
 
@@ -636,6 +654,7 @@ def test_a_store_is_probed_once_a_process_by_its_writers_alone(s3, monkeypatch):
     assert [condition for command, condition in asked if command == "PUT"] == ["*", "*"]
 
 
+@pytest.mark.processes
 def test_who_may_not_delete_may_publish_and_the_collector_takes_the_probe(s3, monkeypatch, new_prompt, publish):
     def refuse_deletions(visit: Visit) -> None:
         visit.complain(403, "AccessDenied") if "?delete" in visit.path else visit.forward(s3.endpoint)()
@@ -654,6 +673,7 @@ def test_who_may_not_delete_may_publish_and_the_collector_takes_the_probe(s3, mo
     assert not open_object_store(uri).list_names("probes")
 
 
+@pytest.mark.processes
 def test_publishers_whose_every_answer_is_lost_overwrite_nothing(s3, monkeypatch, impatient, new_prompt, publish):
     """The put of a version or a move is carried out, and then its connection is dropped, once a put and publisher."""
     puts: list[tuple[str, str | None]] = []
@@ -724,6 +744,7 @@ def sentence_of(operation: str, uri: str = "s3://prompts/nightly") -> str:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.processes
 def test_a_store_that_nobody_serves_is_a_sentence(s3, probed, monkeypatch, impatient, operation):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     expected = "nothing answers at http://127.0.0.1:1; check the endpoint and the network"
@@ -731,11 +752,13 @@ def test_a_store_that_nobody_serves_is_a_sentence(s3, probed, monkeypatch, impat
 
 
 @pytest.mark.parametrize("operation", sorted(OPERATIONS.keys() - {"exists"}))  # its answer says nothing of buckets
+@pytest.mark.processes
 def test_a_bucket_that_is_not_there_is_a_sentence(s3, probed, operation):
     assert sentence_of(operation, "s3://none/nightly") == "there is no such bucket; make it, or fix the address"
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.processes
 def test_forbidden_is_a_sentence(s3, probed, monkeypatch, operation):
     visits = []
 
@@ -752,6 +775,7 @@ def test_forbidden_is_a_sentence(s3, probed, monkeypatch, operation):
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.processes
 def test_a_store_that_fails_for_ever_is_a_sentence(s3, probed, monkeypatch, impatient, operation):
     visits = []
 
@@ -767,6 +791,7 @@ def test_a_store_that_fails_for_ever_is_a_sentence(s3, probed, monkeypatch, impa
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.processes
 def test_a_store_that_hangs_is_a_sentence(s3, probed, monkeypatch, impatient, operation):
     over = Event()
     with serving(lambda visit: over.wait(20) and None) as server:
@@ -804,6 +829,7 @@ def test_a_store_that_hangs_is_a_sentence(s3, probed, monkeypatch, impatient, op
         ),
     ],
 )
+@pytest.mark.processes
 def test_other_refusals_of_a_write_are_sentences(s3, probed, monkeypatch, impatient, operation, answer, expected):
     def refuse_writes(visit: Visit) -> None:
         visit.body()
@@ -814,6 +840,7 @@ def test_other_refusals_of_a_write_are_sentences(s3, probed, monkeypatch, impati
         assert sentence_of(operation) == expected.format(server=server)
 
 
+@pytest.mark.processes
 def test_a_host_without_an_address_is_a_sentence(s3, monkeypatch, impatient):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://bank.invalid")
     monkeypatch.setenv("NO_PROXY", "bank.invalid")  # a proxy would say something else
@@ -824,6 +851,7 @@ def test_a_host_without_an_address_is_a_sentence(s3, monkeypatch, impatient):
     ("uri", "allow"),
     [("s3://a/b", "AWS_ALLOW_HTTP"), ("gs://a/b", "GOOGLE_ALLOW_HTTP"), ("az://a/b", "AZURE_ALLOW_HTTP")],
 )
+@pytest.mark.processes
 def test_plain_http_that_was_not_allowed_is_a_sentence_for_its_cloud(s3, elsewhere, monkeypatch, uri, allow):
     elsewhere(s3.endpoint)
     monkeypatch.delenv("AWS_ALLOW_HTTP")
@@ -844,6 +872,7 @@ def outcome(work: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.parametrize("uri", ["s3://prompts/a", "gs://prompts/a", "az://prompts/a"])
+@pytest.mark.processes
 def test_a_web_server_is_told_from_a_store(s3, elsewhere, tmp_path, uri):
     """Python's own: it answers 404 with a page to GET, 404 to HEAD and 501 to PUT."""
     names = {"s": "AWS_ENDPOINT_URL", "g": "GOOGLE_BASE_URL", "a": "AZURE_STORAGE_ENDPOINT"}
@@ -865,12 +894,14 @@ def test_a_web_server_is_told_from_a_store(s3, elsewhere, tmp_path, uri):
         server.server_close()
 
 
+@pytest.mark.processes
 def test_a_server_without_tls_under_https_is_a_sentence(s3, monkeypatch, impatient):
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3.endpoint.replace("http:", "https:"))
     assert "does not speak TLS that can be trusted; check its certificate" in sentence_of("read")
 
 
 @pytest.mark.parametrize("missing", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "both"])
+@pytest.mark.processes
 def test_missing_credentials_are_a_sentence(s3, monkeypatch, impatient, missing):
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY") if missing == "both" else (missing,):
@@ -902,6 +933,7 @@ def test_missing_credentials_are_a_sentence(s3, monkeypatch, impatient, missing)
         "s3://key:secret@bucket/a",
     ],
 )
+@pytest.mark.processes
 def test_an_address_that_cannot_be_is_refused_and_told_what_can(s3, monkeypatch, uri):
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
     with pytest.raises(BankError) as caught:
@@ -923,12 +955,14 @@ def test_an_address_that_cannot_be_is_refused_and_told_what_can(s3, monkeypatch,
         "https://bucket.s3.eu-west-1.amazonaws.com/a",
     ],
 )
+@pytest.mark.processes
 def test_every_cloud_has_an_address(s3, monkeypatch, uri):
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
     store = open_store(uri, create=True)
     assert isinstance(store, ObjectStore) and store.where("a") == f"{uri.rstrip('/')}/a"
 
 
+@pytest.mark.processes
 def test_an_endpoint_without_a_scheme_is_refused(s3, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:9000")
     with pytest.raises(BankError, match=r"AWS_ENDPOINT_URL is '127\.0\.0\.1:9000', and must begin with https:// or"):
@@ -971,6 +1005,7 @@ print(opened.read("before", 1))
 """
 
 
+@pytest.mark.processes
 def test_a_forked_process_is_told_so_instead_of_hanging(s3):
     process = start(FORKING, s3.new_uri())
     out, _ = process.communicate(timeout=60)
@@ -981,6 +1016,7 @@ def test_a_forked_process_is_told_so_instead_of_hanging(s3):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("silent", [False, True])
+@pytest.mark.processes
 def test_a_dead_store_holds_a_reader_for_less_than_a_minute(s3, monkeypatch, silent):
     over = Event()
     with serving(lambda visit: over.wait(100) and None) as server:

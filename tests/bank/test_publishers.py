@@ -41,6 +41,7 @@ def place(request, uri) -> str:
     return str(uri) if request.param == "folder" else request.getfixturevalue("s3").new_uri()
 
 
+@pytest.mark.processes
 def test_two_processes_publishing_at_once_get_every_number_once_and_lose_nothing(place):
     uri = place
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -101,6 +102,7 @@ def test_of_two_publications_of_the_same_prompts_in_the_same_second_one_becomes_
 
 
 @pytest.mark.parametrize("level", ["store operations", "system calls"])
+@pytest.mark.processes
 def test_a_publisher_killed_after_any_step_leaves_a_readable_bank_and_the_next_publishes(tmp_path, level):
     outcome = run("killed", tmp_path, level)
     visible = outcome["visible"]
@@ -108,6 +110,7 @@ def test_a_publisher_killed_after_any_step_leaves_a_readable_bank_and_the_next_p
     assert outcome["steps"] >= {"store operations": 9, "system calls": 20}[level]
 
 
+@pytest.mark.processes
 def test_a_publisher_killed_after_any_operation_leaves_a_readable_bank_in_an_object_store(s3, new_prompt, publish):
     visible = []
     for step in count():
@@ -121,6 +124,7 @@ def test_a_publisher_killed_after_any_operation_leaves_a_readable_bank_in_an_obj
     assert visible == sorted(visible) and set(visible) == {1, 2} and len(visible) > 9
 
 
+@pytest.mark.processes
 def test_a_full_disk_is_one_sentence_and_leaves_the_version_before(tmp_path):
     tmpfs = 'mount -t tmpfs -o size=256k tmpfs "$0" && exec "$@"'
     probe = ["unshare", "--mount", "sh", "-c", tmpfs, str(tmp_path)]
@@ -134,6 +138,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_version_before(tmp_path):
     assert set(places) == {"blobs", "versions", "aliases"}
 
 
+@pytest.mark.processes
 def test_a_bank_that_this_user_may_not_write_is_one_sentence_and_leaves_the_version_before():
     with tempfile.TemporaryDirectory() as folder:  # not tmp_path, which is closed to other users
         Path(folder).chmod(0o755)

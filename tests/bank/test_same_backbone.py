@@ -102,6 +102,7 @@ def test_what_cannot_be_the_same_is_not_stated(bank, uri, change, match):
     assert not (uri / "backbones").exists()
 
 
+@pytest.mark.processes
 def test_with_trusted_keys_a_statement_must_be_signed_by_one_of_them(tmp_path, uri):
     (ours, our_key), (theirs, _) = make_key(tmp_path, "ours"), make_key(tmp_path, "theirs")
     signed = PromptBank.open(uri, create=True, trusted_keys=[our_key], signing_key=ours)
@@ -159,6 +160,7 @@ def test_a_statement_whose_bytes_were_changed_anywhere_is_refused_and_found_by_v
     assert len(bank.verify().problems) == 2, "one is missing, and one stands in another's place"
 
 
+@pytest.mark.processes
 def test_a_statement_from_elsewhere_or_one_whose_predecessor_was_replaced_is_refused(tmp_path, uri):
     """Signed by the same key, both."""
     (key, public) = make_key(tmp_path, "ours")
@@ -239,6 +241,7 @@ def test_statements_made_at_once_are_all_kept_and_gc_spares_them(bank, uri):
     assert bank.verify().statements == 8
 
 
+@pytest.mark.processes
 def test_an_object_store_keeps_statements_as_a_folder_does(s3):
     bank = PromptBank.open(s3.new_uri(), create=True)
     publish(bank, make_prompt())

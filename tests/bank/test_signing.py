@@ -31,6 +31,7 @@ def signed(uri, keys, new_prompt, publish):
     return uri
 
 
+@pytest.mark.processes
 def test_what_a_trusted_key_signed_is_read_with_and_without_the_key(signed, keys, new_prompt):
     for trusted in ([], [keys["ours"][1]], [keys["theirs"][1], keys["ours"][1]]):
         assert (PromptBank.open(signed, trusted_keys=trusted).load("sst2").array == new_prompt().array).all()
@@ -92,6 +93,7 @@ def test_publishing_without_the_key_or_with_one_that_readers_refuse_is_refused_b
 
 
 @pytest.mark.parametrize(("argument", "index"), [("trusted_keys", 1), ("signing_key", 0)])
+@pytest.mark.processes
 def test_files_that_are_no_such_key_get_one_sentence(uri, tmp_path, keys, argument, index):
     rsa = tmp_path / "rsa.key"
     subprocess.run(["openssl", "genpkey", "-algorithm", "rsa", "-out", rsa], check=True, capture_output=True)

@@ -159,6 +159,7 @@ def test_tail_without_following_tells_the_last_lines(runs):
     assert [event["event"] for event in events] == ["finished", "end"]
 
 
+@pytest.mark.processes
 def test_tail_follows_until_the_run_ends(storage):
     words = [*COMMAND, "runs", "tail", "going", "--storage", str(storage), "-n", "1"]
     child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment())
@@ -170,6 +171,7 @@ def test_tail_follows_until_the_run_ends(storage):
     assert child.communicate(timeout=20)[0] == "ended: nothing was published\n" and child.returncode == 0
 
 
+@pytest.mark.processes
 def test_tail_says_that_a_run_is_silent_and_goes_on(storage):
     words = [*COMMAND, "runs", "tail", "quiet", "--storage", str(storage), "-n", "0"]
     child = subprocess.Popen(
@@ -182,6 +184,7 @@ def test_tail_says_that_a_run_is_silent_and_goes_on(storage):
 
 
 @pytest.mark.parametrize("command", ["ls", "show", "tail"])
+@pytest.mark.processes
 def test_every_command_has_examples_and_a_summary_that_fits_its_line(command):
     assert f"Examples:\n\n  promptbank runs {command}" in start("runs", command, "--help").stdout
     line = next(line for line in start("runs", "--help").stdout.splitlines() if line.startswith(f"  {command} "))
@@ -189,6 +192,7 @@ def test_every_command_has_examples_and_a_summary_that_fits_its_line(command):
     assert start("runs").stdout == start("runs", "--help").stdout
 
 
+@pytest.mark.processes
 def test_a_shell_is_offered_the_runs(storage):
     asked = {"_PROMPTBANK_COMPLETE": "complete_bash", "COMP_WORDS": "promptbank runs show ", "COMP_CWORD": "3"}
     done = start(PROMPT_BANK_RUNS=str(storage), **asked)
@@ -199,6 +203,7 @@ def test_a_shell_is_offered_the_runs(storage):
 
 
 @pytest.mark.parametrize("command", [["ls"], ["show", "over"], ["tail", "over"]], ids=" ".join)
+@pytest.mark.processes
 def test_neither_torch_nor_ray_nor_jinja2_is_imported(storage, command):
     code = (
         "import sys; from pipeline.cli.app import app\n"

@@ -12,6 +12,8 @@ import pytest
 
 from tests.cli.conftest import COMMAND, ROOT, environment, start
 
+pytestmark = pytest.mark.processes
+
 READING = [["ls"], ["show", "sst2"], ["log"], ["log", "prod"], ["diff", "1", "3"], ["verify"], ["gc", "--dry-run"]]
 
 

@@ -4,6 +4,10 @@ import subprocess
 import sys
 from importlib.metadata import version
 
+import pytest
+
+pytestmark = pytest.mark.processes
+
 
 def test_the_version_is_told_and_nothing_else():
     command = [sys.executable, "-m", "pipeline.cli.main", "--version"]

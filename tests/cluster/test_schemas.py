@@ -64,6 +64,7 @@ def test_a_mistake_in_a_plain_object_is_found():
 
 @needs_kubectl
 @pytest.mark.parametrize("folder", ["kubernetes", "kubernetes-gpu"])
+@pytest.mark.processes
 def test_what_kustomize_makes_of_them_still_fits(folder):
     rendered = subprocess.run(["kubectl", "kustomize", CLUSTER / folder], capture_output=True, text=True, check=True)
     objects = list(yaml.safe_load_all(rendered.stdout))

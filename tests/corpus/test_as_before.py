@@ -17,6 +17,8 @@ from pipeline.corpus.shards import shard_key
 from pipeline.corpus.template import parse_template
 from pipeline.errors import BackboneError
 
+pytestmark = pytest.mark.processes
+
 _PARTS = (
     "a good film", "  two  spaces", "né ☃ 12345", "tab\tand\nline", "{braces}", "<|im_start|>", "x" * 90, "",
     "It's 3.14",

@@ -102,6 +102,7 @@ def test_a_tokenizer_without_eos_or_without_files_is_refused_in_one_sentence(tmp
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.processes
 def test_importing_the_room_loads_neither_ray_nor_transformers() -> None:
     code = "import sys, pipeline.corpus; print({'ray', 'transformers', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

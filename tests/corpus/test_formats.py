@@ -103,6 +103,7 @@ def _in_another_format(file: Path, kind: str) -> None:
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:Feather V1")
+@pytest.mark.processes
 def test_another_format_is_refused_with_the_code_that_converts_it(tmp_path: Path, name: str, kind: str) -> None:
     file = tmp_path / "data" / name
     file.parent.mkdir()

@@ -134,6 +134,7 @@ def test_a_star_passes_over_hidden_names_as_folders_do(tmp_path: Path) -> None:
         assert {Path(file.path).stem for file in inspect_files(f"{lake}/{path}", HERE).files} == names, path
 
 
+@pytest.mark.processes
 def test_a_table_in_an_object_store_is_found_by_few_questions(s3: "S3Server", tmp_path: Path) -> None:
     for kind, make in TABLES.items():
         uri, table = s3.new_uri(), make(tmp_path / kind)

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.corpus.shard_folders import being_built, mark_finished, remove_abandoned
 
+pytestmark = pytest.mark.processes
 ROOT = Path(__file__).resolve().parents[2]
 BUILDER = """
 import sys, time

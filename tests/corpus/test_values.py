@@ -84,6 +84,7 @@ def test_names_of_classes_are_texts_whatever_numbers_stand_for_them(tmp_path: Pa
         check_task("x", task)
 
 
+@pytest.mark.processes
 def test_a_memory_that_does_not_suffice_is_not_called_damage(tmp_path: Path) -> None:
     place = tmp_path / "x.parquet"
     pq.write_table(pa.table({"text": ["x" * (200 * MEBIBYTE)]}), place, compression="zstd", write_statistics=False)
@@ -203,6 +204,7 @@ def _read_apart(place: Path, gibibytes: float = 6) -> list[str]:
     return subprocess.run(limited, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
+@pytest.mark.processes
 def test_a_small_file_of_huge_cells_is_read_in_a_bounded_memory(tmp_path: Path) -> None:
     many = tmp_path / "many.parquet"
     pq.write_table(pa.table({"text": ["x" * (5 * MEBIBYTE)] * 400}), many, compression="zstd")
@@ -213,6 +215,7 @@ def test_a_small_file_of_huge_cells_is_read_in_a_bounded_memory(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("dictionary", [True, False])
+@pytest.mark.processes
 def test_a_page_that_would_unpack_beyond_the_bound_is_refused_unread(tmp_path: Path, dictionary: bool) -> None:
     place = tmp_path / "one.parquet"
     cell = "x" * (MOST_PAGE_BYTES + MEBIBYTE)

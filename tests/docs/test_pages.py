@@ -137,6 +137,7 @@ def test_the_glossary_names_classes_that_exist():
     assert named and [name for name in named if not re.search(rf"^class {name}\b", sources, re.M)] == []
 
 
+@pytest.mark.processes
 def test_the_settings_reference_is_that_of_the_schema():
     script = ROOT / "docs/print_settings_reference.py"
     printed = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout

@@ -64,6 +64,7 @@ def test_a_reply_names_the_version_that_answered():
     assert reply.json() == {"version": 3, "rows": [{"task": "film", "text": "fine"}]}
 
 
+@pytest.mark.processes
 def test_a_program_that_serves_itself_needs_no_ray():
     code = "import sys, pipeline.serving; sys.exit('ray' in sys.modules or 'fastapi' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

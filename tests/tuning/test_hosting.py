@@ -33,6 +33,7 @@ def folder(tmp_path_factory):
     "setting, full_rank, partitioned",
     [("auto", None, False), ("auto", 1, True), ("auto", 0, True), ("always", None, True), ("never", 0, False)],
 )
+@pytest.mark.processes
 def test_a_model_is_partitioned_on_all_ranks_as_soon_as_one_lacks_room(folder, setting, full_rank, partitioned):
     assert run_ranks(2, decide, folder, setting, full_rank) == [partitioned] * 2
 

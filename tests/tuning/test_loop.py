@@ -174,6 +174,7 @@ def tune_on_rank(folder, model_folder, sharded):
 
 
 @pytest.mark.parametrize("sharded", [True, False], ids=["partitioned", "whole"])
+@pytest.mark.processes
 def test_two_ranks_reach_the_prompts_and_metrics_of_one_process(model, tmp_path, sharded):
     backbone, tokenizer, folder = model
     alone = tune(make_run(tmp_path / "one", tokenizer, backbone.architecture), backbone, tokenizer)

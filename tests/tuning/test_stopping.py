@@ -107,6 +107,7 @@ def tune_until_one_rank_is_told(folder, model_folder):
     return [state.step for state in tune(run, backbone, read_tokenizer(files), StopSignal(run.folder))]
 
 
+@pytest.mark.processes
 def test_a_sigterm_of_one_rank_stops_all_after_the_same_step(model, tmp_path):
     _, _, folder = model
     assert run_ranks(2, tune_until_one_rank_is_told, tmp_path, folder) == [[5] * 4] * 2
@@ -137,6 +138,7 @@ with watched(0.5, Path(sys.argv[1])) as alive:
 """
 
 
+@pytest.mark.processes
 def test_a_process_that_hangs_is_ended_and_its_stack_is_kept(tmp_path):
     started = time.monotonic()
     command = [sys.executable, "-c", HANGING, str(tmp_path / "hangs/rank.txt")]

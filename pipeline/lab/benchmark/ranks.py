@@ -63,6 +63,7 @@ def _run(call: _Call) -> tuple[int, Any]:
         backend, init_method=f"file://{call.meeting}", rank=call.rank, world_size=call.world_size
     )  # fmt: skip
     try:
+        dist.barrier()  # or a rank that is done at once closes connections that another is still making
         return call.rank, call.function(*call.args)
     finally:
         dist.destroy_process_group()

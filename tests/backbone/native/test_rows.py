@@ -95,6 +95,7 @@ def test_the_gated_product_and_its_gradients_are_pytorchs():
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.processes
 def test_without_a_compiler_pytorchs_operators_do_the_work(tmp_path):
     program = """
 import torch

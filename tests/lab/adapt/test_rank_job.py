@@ -132,6 +132,7 @@ def on_rank(job):
 
 
 @pytest.mark.parametrize("changes", [OBJECTIVES["prefix_lm"], OBJECTIVES["spans"]], ids=["prefix_lm", "spans"])
+@pytest.mark.processes
 def test_two_ranks_reach_the_weights_of_one(make_job, tmp_path, changes):
     fresh = {"config": CONFIG, "tokenizer": str(tmp_path / "tokenizer"), "sentinels": 8}
     alone = make_job(tmp_path / "one", model=fresh, **changes)

@@ -31,6 +31,7 @@ def count_on_rank(folder) -> int:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@pytest.mark.processes
 def test_a_step_gathers_the_bytes_that_the_model_says(tmp_path, family):
     make_model(tmp_path, family)
     expected = gathered_bytes(read_config(find_model(str(tmp_path))))

@@ -4,6 +4,7 @@ import json
 import mmap
 
 import numpy as np
+import pytest
 
 from pipeline.lab.benchmark.fit import FitOptions, measure_fit, save_fits, size_of
 from pipeline.lab.benchmark.resident import MemoryWatch
@@ -12,6 +13,7 @@ from pipeline.lab.benchmark.tables import fit_table
 from tests.lab.benchmark.test_synthetic import tiny_config
 
 
+@pytest.mark.processes
 def test_two_ranks_load_and_train_a_shape_and_its_checkpoint_is_deleted(tmp_path):
     config = tmp_path / "small.json"
     config.write_text(tiny_config("t5").to_json_string(use_diff=False))

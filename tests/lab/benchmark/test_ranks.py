@@ -17,6 +17,8 @@ sys.path.insert(0, {root!r})
 from pipeline.lab.benchmark.ranks import run_ranks
 from tests.lab.benchmark.test_ranks import compute_for_ever
 
+pytestmark = pytest.mark.processes
+
 if __name__ == "__main__":
     run_ranks(2, compute_for_ever, {folder!r})
 """

@@ -125,6 +125,7 @@ def test_words_for_means_and_seeds():
 @pytest.mark.skipif(FOUND is None, reason="no Chromium here")
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.processes
 def test_a_browser_shows_it_without_a_complaint_or_a_sideways_scroll(found, tmp_path, width, dark):
     path = tmp_path / "report.html"
     path.write_text(render_comparison(found))

@@ -180,6 +180,7 @@ def on_rank(job):
     job.carry_out(CPU, lambda: False)
 
 
+@pytest.mark.processes
 def test_two_ranks_reach_the_result_of_one(ready, tmp_path):
     make_job, _ = ready
     alone = carry_out(make_job(tmp_path / "one"))

@@ -66,6 +66,7 @@ def test_one_rank_steps_as_transformers_does():
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.processes
 def test_pieces_on_several_ranks_become_pieces_of_what_transformers_makes_of_the_whole(ranks):
     by_rank = run_ranks(ranks, on_rank)
     for parts, reference in zip(zip(*by_rank, strict=True), of_transformers(), strict=True):

@@ -85,6 +85,7 @@ def on_rank(folder, run, settings, dtype, save):
 
 @pytest.mark.parametrize("settings", [ADAFACTOR, ADAMW], ids=["adafactor", "adamw"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@pytest.mark.processes
 def test_two_ranks_reach_the_weights_of_one_process_and_save_the_same_folder(family, settings, tmp_path):
     folder = make_model(tmp_path / family, family, scale=1.0)
     alone, losses, _ = trained(folder, make_plan(tmp_path / "one", settings), save=tmp_path / "saved")
@@ -98,6 +99,7 @@ def test_two_ranks_reach_the_weights_of_one_process_and_save_the_same_folder(fam
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.processes
 def test_bfloat16_keeps_float32_weights_for_the_optimizer_and_learns(ranks, tmp_path):
     # Steps so small that weights kept in bfloat16 would stay where they are; larger ones make this model's losses jump.
     calm = OptimizerSettings(lr=1e-3, weight_decay=1e-3)
@@ -154,6 +156,7 @@ def test_a_training_killed_at_any_step_and_started_again_ends_with_the_same_weig
 
 @pytest.mark.parametrize("settings", [pytest.param(ADAFACTOR, id="adafactor"), pytest.param(ADAMW, id="adamw")])
 @pytest.mark.slow
+@pytest.mark.processes
 def test_two_ranks_killed_end_bit_by_bit_as_two_undisturbed_and_may_go_on_as_another_number(settings, tmp_path):
     folder = make_model(tmp_path / "llama", "llama", scale=1.0)
     (undisturbed, losses, _), _ = run_ranks(2, on_rank, folder, tmp_path / "whole", settings, torch.float32, None)
@@ -179,6 +182,7 @@ def test_the_two_newest_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tm
     assert starts[0] == 6
 
 
+@pytest.mark.processes
 def test_a_flipped_bit_of_any_file_of_a_checkpoint_is_found_by_every_rank(tmp_path):
     folder, run = make_model(tmp_path / "gpt2", "gpt2", scale=1.0), tmp_path / "run"
     assert run_ranks(2, kill_on_rank, folder, run, ADAMW, 10) == ["killed", "killed"]

@@ -9,6 +9,8 @@ from tests.reporting.html.browser import FOUND, Browser
 from tests.reporting.html.nights import night, task
 from tests.reporting.html.test_page import poisoned
 
+pytestmark = pytest.mark.processes
+
 WIDER = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 SHOWN = "[...document.querySelectorAll('.filtered tbody tr')].filter((row) => !row.hidden)"
 SEARCH = """(() => {
