@@ -11,6 +11,8 @@ import pytest
 
 from promptbank import PromptBank
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("pipeline", "promptbank", "pyproject.toml", "README.md", "LICENSE")
 
@@ -18,8 +20,6 @@ LOAD = """
 import importlib.util, json, sys, time
 start = time.perf_counter()
 from promptbank import PromptBank
-
-pytestmark = pytest.mark.processes
 bank = PromptBank.open(sys.argv[1])
 prompt = bank.load("sst2")
 first = time.perf_counter() - start

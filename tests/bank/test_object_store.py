@@ -63,7 +63,13 @@ class Place:
     plant: Callable[[str, bytes], None]
 
 
-@pytest.fixture(params=["folder", "object store", pytest.param("Azure", marks=pytest.mark.slow)])
+@pytest.fixture(
+    params=[
+        "folder",
+        pytest.param("object store", marks=pytest.mark.processes),
+        pytest.param("Azure", marks=[pytest.mark.processes, pytest.mark.slow]),
+    ]
+)
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     if request.param == "Azure":
         elsewhere = open_object_store(request.getfixturevalue("azure_uri"))

@@ -33,7 +33,13 @@ def run(*args: object) -> dict:
     return json.loads(done.stdout)
 
 
-@pytest.fixture(params=["folder", "s3", pytest.param("azure", marks=pytest.mark.slow)])
+@pytest.fixture(
+    params=[
+        "folder",
+        pytest.param("s3", marks=pytest.mark.processes),
+        pytest.param("azure", marks=[pytest.mark.processes, pytest.mark.slow]),
+    ]
+)
 def place(request, uri) -> str:
     """Where nothing lies yet; child processes find it too."""
     if request.param == "azure":

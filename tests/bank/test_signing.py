@@ -8,6 +8,8 @@ from pipeline.bank import PromptBank
 from pipeline.errors import BankError
 from tests.bank.test_integrity import overwrite
 
+pytestmark = pytest.mark.processes
+
 
 def make_key(folder, name):
     """A key pair made as the documentation says."""

@@ -16,6 +16,8 @@ import pytest
 from pipeline.errors import LeaseError, StorageError
 from pipeline.run.lease import held, run_lease
 
+pytestmark = pytest.mark.processes
+
 HOLD = """
 import sys, time
 from pathlib import Path

@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = """
 import sys, time
@@ -16,8 +18,6 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from pipeline.lab.benchmark.ranks import run_ranks
 from tests.lab.benchmark.test_ranks import compute_for_ever
-
-pytestmark = pytest.mark.processes
 
 if __name__ == "__main__":
     run_ranks(2, compute_for_ever, {folder!r})
