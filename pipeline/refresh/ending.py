@@ -9,7 +9,7 @@ from pipeline.reporting.html import Condition
 from pipeline.settings import RefreshSettings
 
 
-class Exit(IntEnum):
+class NightExit(IntEnum):
     """Exit codes of the job; 1 is Python's own, for a defect."""
 
     REFRESHED = 0
@@ -28,10 +28,10 @@ DEFECT = 1
 def exit_of(error: BaseException) -> int:
     """The exit code of a night that this error stopped."""
     if isinstance(error, LeaseError):
-        return Exit.LEASE_HELD
+        return NightExit.LEASE_HELD
     if isinstance(error, TuningError | StorageError | KeyboardInterrupt):
-        return Exit.INTERRUPTED
-    return Exit.BAD_INPUT if isinstance(error, PromptBankError) else DEFECT
+        return NightExit.INTERRUPTED
+    return NightExit.BAD_INPUT if isinstance(error, PromptBankError) else DEFECT
 
 
 def check_conditions(tasks: Sequence[TaskRecord], settings: RefreshSettings) -> tuple[Condition, ...]:
@@ -62,20 +62,23 @@ def _harm(task: TaskRecord | None) -> str:
     return "came out worse" if task.worse else ""
 
 
-def verdict(record: NightRecord, version: int | None) -> tuple[Exit, str]:
+def verdict(record: NightRecord, version: int | None) -> tuple[NightExit, str]:
     """Exit code and sentence of a night that came to its end; `version` is the one that it published, if any."""
     failed = sum(task.result == "failed" for task in record.tasks)
     worse = sum(task.worse for task in record.tasks)
     promoted = sum(task.result == "promoted" for task in record.tasks)
     if version is None:
         if failed:
-            return Exit.NONE_PUBLISHED, f"Nothing was published: {failed} task(s) failed, and no other had changed."
-        return Exit.REFRESHED, "Nothing had changed: the bank is as it was."
+            return (
+                NightExit.NONE_PUBLISHED,
+                f"Nothing was published: {failed} task(s) failed, and no other had changed.",
+            )
+        return NightExit.REFRESHED, "Nothing had changed: the bank is as it was."
     told = f"Version {version} is published: {promoted} new prompt(s), {failed} task(s) failed, {worse} came out worse"
     unlearned = sum(task.result == "promoted" and task.learned is False for task in record.tasks)
     told += f", {unlearned} of the new have not learned" if unlearned else ""
     if not record.alias_may_move:
         broken = "; ".join(condition.found for condition in record.conditions if not condition.held)
-        return Exit.ALIAS_STAYED, f"{told}. The alias '{record.alias}' stays where it was: {broken}."
-    code = Exit.SOME_NOT_REFRESHED if failed or worse else Exit.REFRESHED
+        return NightExit.ALIAS_STAYED, f"{told}. The alias '{record.alias}' stays where it was: {broken}."
+    code = NightExit.SOME_NOT_REFRESHED if failed or worse else NightExit.REFRESHED
     return code, f"{told}. The alias '{record.alias}' follows."

@@ -13,7 +13,7 @@ from pipeline.corpus.plain_text import TextCorpus, read_text
 from pipeline.errors import DivergedError, SettingsError
 from pipeline.lab.adapt.batches import TextBatches
 from pipeline.lab.adapt.start import markers_of
-from pipeline.lab.full_weights.checkpoint import Progress, save_progress
+from pipeline.lab.full_weights.checkpoint import TrainingProgress, save_progress
 from pipeline.lab.full_weights.model_folder import save_model_folder
 from pipeline.lab.full_weights.pieces import trained_parameters
 from pipeline.lab.full_weights.rank_setup import TrainingPlace, TrainingRank, max_peak_memory, training_rank
@@ -112,7 +112,7 @@ def _adapt(job: AdaptationJob, settings: AdaptationSettings, here: TrainingRank,
         token_budget=job.place.tokens_per_microbatch,
     )
 
-    def keep_if_wanted(progress: Progress) -> bool:
+    def keep_if_wanted(progress: TrainingProgress) -> bool:
         gone = [step for step in settings.kept_steps if step < progress.step and not job.model_at(step).exists()]
         if gone:
             raise SettingsError(

@@ -29,7 +29,7 @@ _UNSEALED = ("step", "seconds", "notes", "digest", "has_best", "files")
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """How far a training has come; the same on every rank, except for the weights."""
 
     step: int = 0
@@ -42,7 +42,7 @@ class Progress:
     """Best values `[stop - start]` of each piece, in the type that the model runs in."""
 
 
-def save_progress(folder: Path, digest: str, model: TrainedModel, progress: Progress) -> None:
+def save_progress(folder: Path, digest: str, model: TrainedModel, progress: TrainingProgress) -> None:
     """Write a checkpoint; every rank must call this. `digest`: of the training; only the same one may resume from it.
 
     Raises: StorageError when the disk is full or not writable; older checkpoints stay.
@@ -73,7 +73,7 @@ def save_progress(folder: Path, digest: str, model: TrainedModel, progress: Prog
             remove(other)
 
 
-def load_progress(folder: Path, digest: str, model: TrainedModel) -> Progress | None:
+def load_progress(folder: Path, digest: str, model: TrainedModel) -> TrainingProgress | None:
     """Resume from the newest valid checkpoint of this digest; None when there is none. Every rank must call this.
 
     Raises: StorageError when ranks see different ones, or one cannot be read.
@@ -97,7 +97,7 @@ def load_progress(folder: Path, digest: str, model: TrainedModel) -> Progress | 
         raise StorageError(
             f"the checkpoint {found} cannot be read ({error}); remove it to resume from an earlier one"
         ) from error
-    return Progress(record["step"], record["seconds"], record["notes"], best)
+    return TrainingProgress(record["step"], record["seconds"], record["notes"], best)
 
 
 def remove_checkpoints(folder: Path) -> None:
@@ -106,7 +106,7 @@ def remove_checkpoints(folder: Path) -> None:
         remove(folder)
 
 
-def _tensors_of(model: TrainedModel, progress: Progress) -> dict[str, Tensor]:
+def _tensors_of(model: TrainedModel, progress: TrainingProgress) -> dict[str, Tensor]:
     tensors = {}
     for index, piece in enumerate(model.pieces):
         tensors[f"weights/{piece.name}"] = piece.values.detach()[: len(piece)]

@@ -22,7 +22,7 @@ import torch
 from pipeline.corpus.reader import TokenSet, open_split
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import DivergedError
-from pipeline.lab.full_weights.checkpoint import Progress, remove_checkpoints
+from pipeline.lab.full_weights.checkpoint import TrainingProgress, remove_checkpoints
 from pipeline.lab.full_weights.model_folder import save_model_folder, stored_bytes
 from pipeline.lab.full_weights.pieces import trained_parameters
 from pipeline.lab.full_weights.rank_setup import TrainingPlace, TrainingRank, max_peak_memory, training_rank
@@ -169,7 +169,7 @@ class _Run:
         (score,) = evaluate(model.backbone, self.here.tokenizer, [request], self.job.place.tokens_per_microbatch)
         return score
 
-    def evaluate_if_due(self, progress: Progress) -> bool:
+    def evaluate_if_due(self, progress: TrainingProgress) -> bool:
         """Measure dev if it is due, keep the best weights, and return whether to go on."""
         settings, history = self.trial.settings, [Evaluation(*past) for past in progress.notes.get("history", [])]
         due = progress.step % settings.eval_every == 0 or progress.step >= settings.max_steps
@@ -225,7 +225,7 @@ def _fine_tune(job: FineTuningJob, here: TrainingRank, device: torch.device) -> 
     remove_checkpoints(job.place.checkpoints)
 
 
-def _result(run: _Run, progress: Progress, test: Score | None, peak: int) -> FineTuningResult:
+def _result(run: _Run, progress: TrainingProgress, test: Score | None, peak: int) -> FineTuningResult:
     job, settings, model = run.job, run.trial.settings, run.here.model
     history = [Evaluation(*past) for past in progress.notes["history"]]
     best = history[progress.notes["best_at"]]

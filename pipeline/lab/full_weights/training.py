@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import DivergedError
-from pipeline.lab.full_weights.checkpoint import Progress, load_progress, save_progress
+from pipeline.lab.full_weights.checkpoint import TrainingProgress, load_progress, save_progress
 from pipeline.lab.full_weights.pieces import TrainedModel
 from pipeline.lab.full_weights.step import Examples, loss_and_gradient
 from pipeline.lab.full_weights.training_log import TrainingLog
@@ -37,16 +37,16 @@ def train(
     model: TrainedModel,
     plan: TrainingPlan,
     log: TrainingLog,
-    between_steps: Callable[[Progress], bool],
+    between_steps: Callable[[TrainingProgress], bool],
     stop_signal: StopSignal | None = None,
-) -> Progress | None:
+) -> TrainingProgress | None:
     """Train from the newest checkpoint to the last step; None where it was told to stop earlier, with a checkpoint.
 
     `between_steps` is called before each step and after the last one, and returns whether to go on. It may be called
     twice at a step, since a training that was killed repeats the steps after its last checkpoint.
     Raises: DivergedError when the loss becomes infinite or NaN; StorageError when a checkpoint cannot be written.
     """
-    progress = load_progress(plan.checkpoints, plan.digest, model) or Progress()
+    progress = load_progress(plan.checkpoints, plan.digest, model) or TrainingProgress()
     log.begins(progress.step)
     while True:
         since = time.monotonic()
@@ -65,7 +65,7 @@ def train(
             save_progress(plan.checkpoints, plan.digest, model, progress)
 
 
-def _step(model: TrainedModel, plan: TrainingPlan, progress: Progress, log: TrainingLog) -> None:
+def _step(model: TrainedModel, plan: TrainingPlan, progress: TrainingProgress, log: TrainingLog) -> None:
     examples = plan.examples(progress.step)
     loss = loss_and_gradient(model, examples, plan.token_budget)
     if not math.isfinite(loss):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from pipeline.backbone.files import find_model, read_config, read_tokenizer
-from pipeline.lab.full_weights.checkpoint import Progress
+from pipeline.lab.full_weights.checkpoint import TrainingProgress
 from pipeline.lab.full_weights.loading import load_trained
 from pipeline.lab.full_weights.model_folder import save_model_folder
 from pipeline.lab.full_weights.step import Examples
@@ -46,7 +46,7 @@ def trained(model_folder: Path, what: TrainingPlan, pause=lambda progress: True,
     if save is not None:
         save_model_folder(model, read_tokenizer(files), save)
     weights = {name: weight.float().numpy().copy() for name, weight in model.weights()}
-    return weights, losses(run), progress or Progress()
+    return weights, losses(run), progress or TrainingProgress()
 
 
 def losses(run: Path) -> list[float]:
