@@ -9,7 +9,7 @@ TESTERS ?= 2
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
-PYTEST := $(BIN)/python -m pytest -n $(TESTERS)
+PYTEST := $(BIN)/python -m pytest -n $(TESTERS) --durations=20
 STAMP := .venv/.installed
 SCHEMA := docs/settings.schema.json
 PRINT_SCHEMA := $(BIN)/python -c "from pipeline.settings import settings_schema; print(settings_schema(), end='')"
@@ -30,7 +30,7 @@ help:
 	@echo "make schema      write $(SCHEMA) anew"
 	@echo "make docs        the documentation as a site, in $(SITE)/ (links are checked)"
 	@echo "make setup       .venv from the pins in constraints.txt (PYTHON=$(PYTHON))"
-	@echo "make clean       remove caches; .venv, runs and banks stay"
+	@echo "make clean       remove caches and the site; .venv, .venv-docs, runs and banks stay"
 
 setup: $(STAMP)
 
@@ -74,7 +74,7 @@ docs: $(DOCS_STAMP) docs/settings.md
 	@echo "$(SITE)/index.html"
 
 docs/settings.md: docs/print_settings_reference.py $(SCHEMA)
-	$(PYTHON) docs/print_settings_reference.py > $@
+	$(PYTHON) docs/print_settings_reference.py > $@.new && mv $@.new $@
 
 $(DOCS_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-docs
@@ -83,4 +83,5 @@ $(DOCS_STAMP): pyproject.toml constraints.txt
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	rm -rf $(SITE)
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

@@ -4,7 +4,8 @@
     python examples/one_prompt.py      # the quickstart's task `sentiment`, on the model that `make setup` installs
     python examples/one_prompt.py --task topic --train train.parquet --dev dev.parquet --input '{text}' --max-steps 50
 
-jobs/tune_prompts.py ends with the same prompt. It tunes many in the same batches, over many ranks, and can be killed.
+jobs/tune_prompts.py on one rank ends with the same prompt, bit by bit. It tunes many in the same batches, over many
+ranks, and can be killed.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 import typer
 from torch.nn import Parameter
 
@@ -26,6 +28,7 @@ from pipeline.corpus.rows import Recipe, RowStatus, tokenise_rows
 from pipeline.corpus.template import parse_template
 from pipeline.settings import TaskSettings
 from pipeline.tuning.evaluate import EvalRequest, evaluate
+from pipeline.tuning.hosting import agreed_products
 from pipeline.tuning.initialise import initial_prompt
 from pipeline.tuning.metrics import goodness
 from pipeline.tuning.optimise import make_optimizer, update
@@ -56,7 +59,8 @@ def main(
     )  # fmt: skip
 
     # The model: its matrices are int8, all of it is frozen, and only embeddings [P, H] before the input are learnt.
-    hosted = load_backbone(model)
+    # As in the job, its products run in int8 too where the processor does that fast.
+    hosted = load_backbone(model, products=agreed_products("auto", torch.device("cpu")))
     backbone, tokenizer = hosted.backbone, hosted.tokenizer
 
     # The rows: texts by the task's templates, then tokens. Rows that are empty or too long are left out.

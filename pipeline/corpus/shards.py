@@ -35,7 +35,7 @@ from pipeline.corpus.tally import EMPTY_TALLY, ShardTally, manifest_figures
 from pipeline.corpus.values import changed_texts
 from pipeline.corpus.writing import write_shard
 from pipeline.errors import CorpusError, PromptBankError, StorageError, TuningError
-from pipeline.reporting.memory_kill import memory_kill
+from pipeline.reporting.memory_kill import MORE_MEMORY, memory_kill
 from pipeline.sealed_files import file_digest, sealed_json
 
 FORMAT_VERSION = 2
@@ -247,8 +247,8 @@ def _without_ray(error: Exception, where: str, storage: Path) -> Exception:
         if isinstance(cause, OutOfMemoryError):
             return TuningError(
                 f"{where}: tokenising stopped after several tries, and the last one ended like this: "
-                f"{memory_kill(str(cause)) or 'its worker was killed when the memory of its node ran low'}; "
-                "or write the files with shorter cells; then start the same run again"
+                f"{memory_kill(str(cause)) or 'the memory of its node ran low'}; write the files with shorter cells, "
+                f"{MORE_MEMORY}; then start the same run again"
             )
         if isinstance(inner, OSError):  # it came from writing, since reading raises CorpusError
             return _storage_error(storage, inner)

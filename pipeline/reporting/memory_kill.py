@@ -6,8 +6,12 @@ _NODE = re.compile(r"Memory on the node \(IP: ([^,)]+)[^)]*\) was ([\d.]+)\s?GB 
 _PROCESS = re.compile(r"(?:task name=([^,\n]*),[^\n]*?)?pid=(\d+), actual memory used=([\d.]+)\s?GB")
 
 
+MORE_MEMORY = "give the node more memory, run less beside it, or raise RAY_memory_usage_threshold"
+"""What helps whoever took the memory; a caller puts before it what its own processes could do with less."""
+
+
 def memory_kill(text: str) -> str | None:
-    """Which process was killed, how much memory was in use, and what to set; None for a text on anything else."""
+    """Which process was killed, and how much memory was in use; None for a text on anything else."""
     if "running low on memory" not in text:
         return None
     process, node = _PROCESS.search(text), _NODE.search(text)
@@ -16,7 +20,4 @@ def memory_kill(text: str) -> str | None:
         name = f"{process[1].strip()}, " if process[1] and process[1].strip() else ""
         who = f"process {process[2]} ({name}{process[3]} GB)"
     used = f"{node[2]} of {node[3]} GB were in use on node {node[1]}" if node else "its node ran low on memory"
-    return (
-        f"Ray ended {who} because {used}: lower cluster.num_workers or cluster.tokens_per_microbatch, "
-        "give the node more memory, or raise RAY_memory_usage_threshold"
-    )
+    return f"Ray ended {who} because {used}"

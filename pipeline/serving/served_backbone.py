@@ -31,10 +31,13 @@ class ServedBackbone:
         return context_length(self.backbone.config)
 
 
-def load_backbone(model: str, weights: str = "int8", device: str = "cpu", dtype: str = "auto") -> ServedBackbone:
+def load_backbone(
+    model: str, weights: str = "int8", device: str = "cpu", dtype: str = "auto", products: str = "exact"
+) -> ServedBackbone:
     """Load a whole model into this process: a folder, hub name, .gguf file or packaged name.
 
     `weights` is "int8" or "full", as the prompts were tuned on; `dtype` is the type of activations.
+    `products` tells how int8 layers multiply (`int8.set_products`): exactly, or faster in int8.
     Raises: BackboneError when it cannot be loaded.
     """
     files = find_model(model)
@@ -43,6 +46,12 @@ def load_backbone(model: str, weights: str = "int8", device: str = "cpu", dtype:
     identity = identify(model, config, tokenizer, open_weights(files, build_skeleton(config, False)), weights)
     place = torch.device(device)
     backbone = host_backbone(
-        files, config, int8=weights == "int8", dtype=compute_dtype(dtype, place), device=place, sharded=False
+        files,
+        config,
+        int8=weights == "int8",
+        dtype=compute_dtype(dtype, place),
+        device=place,
+        sharded=False,
+        products=products,
     )
     return ServedBackbone(backbone, tokenizer, identity)

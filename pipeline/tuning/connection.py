@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayError
 
 from pipeline.errors import PromptBankError, SettingsError, TuningError
-from pipeline.reporting.memory_kill import memory_kill
+from pipeline.reporting.memory_kill import MORE_MEMORY, memory_kill
 from pipeline.settings import ClusterSettings
 from pipeline.tuning.interruption.signals import held_back
 
@@ -142,7 +142,8 @@ def _ray_speaks_in_sentences() -> Iterator[None]:
             rays(data, **options)
             return
         text = "\n".join(data["lines"]).strip()
-        _log.warning("%s", memory_kill(text) or text)
+        killed = memory_kill(text)
+        _log.warning("%s", f"{killed}: {MORE_MEMORY}" if killed else text)
 
     worker.print_to_stdstream = speak
     try:

@@ -19,7 +19,7 @@ from ray.train.torch.config import _TorchBackend
 
 from pipeline.errors import PromptBankError, TuningError
 from pipeline.reporting.events import EventLog
-from pipeline.reporting.memory_kill import memory_kill
+from pipeline.reporting.memory_kill import MORE_MEMORY, memory_kill
 from pipeline.settings import ClusterSettings, RunSettings
 from pipeline.tuning.interruption.signals import heed_sigterm, stop_by_signal
 from pipeline.tuning.interruption.stop_signal import allow_to_run, ask_to_stop, forget_request
@@ -167,6 +167,6 @@ def _reason(failure: BaseException, hung: Sequence[Path], timeout: float) -> str
     if type(failure).__name__ == "WorkerHealthCheckTimeoutError":
         return f"a rank's process did not answer for {timeout:g} s (run.hang_timeout)"
     if (killed := memory_kill(str(failure))) is not None:
-        return killed
+        return f"{killed}: lower cluster.num_workers or cluster.tokens_per_microbatch, {MORE_MEMORY}"
     lines = str(failure).strip().splitlines()
     return lines[-1] if lines else type(failure).__name__

@@ -2,20 +2,24 @@
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 
 from examples import one_prompt
+from pipeline.backbone.files import find_model, read_config, save_config_and_tokenizer
 from pipeline.bank import PromptBank
 from pipeline.serving import PromptedModel, load_backbone
-from pipeline.settings import TaskSettings
+from pipeline.settings import Settings, TaskSettings
+from pipeline.tuning.hosting import host_on_rank
 from pipeline.tuning.loop import tune
 from pipeline.tuning.progress import TuningRun
+from pipeline.tuning.run_log import RunLog
 from pipeline.tuning.trials import make_trial
 from tests.corpora import task_corpus
 from tests.jobs_data import make_project
 
 
 def test_it_ends_with_the_main_jobs_prompt_bit_by_bit_and_what_it_published_loads(tmp_path):
-    make_project(tmp_path)
+    project = make_project(tmp_path)
     files = {split: tmp_path / f"corpora/film/{split}.parquet" for split in ("train", "dev")}
     numbers = {"batch_size": 6, "max_steps": 25, "eval_every": 10}
     one_prompt.main(
@@ -35,7 +39,12 @@ def test_it_ends_with_the_main_jobs_prompt_bit_by_bit_and_what_it_published_load
     )  # fmt: skip
     trial = make_trial("film", settings, 3, corpus.digest, hosted.identity.fingerprint)
     run = TuningRun([trial], {"film": corpus}, tmp_path / "run", 1, checkpoint_every=100, token_budget=256)
-    (state,) = tune(run, hosted.backbone, hosted.tokenizer)
+    job = Settings.model_validate(project)
+    files_of_model = find_model(job.model.path)
+    model_folder = tmp_path / "run/model"
+    save_config_and_tokenizer(read_config(files_of_model), hosted.tokenizer, model_folder)
+    backbone = host_on_rank(job, model_folder, torch.device("cpu"), RunLog(tmp_path / "run", silent=True))
+    (state,) = tune(run, backbone, hosted.tokenizer)
 
     bank = PromptBank.open(tmp_path / "bank")
     published = bank.load("film", backbone=hosted.identity)

@@ -57,12 +57,12 @@ def tune_prompts(study: Study, checked: CheckedRun, phase: str, method: Method) 
         log.write("stage", name="publish", text=f"{len(states)} trials")
         costs = _costs(folder, states, settings.cluster.num_workers)
         measured = [_measured(state, method, settings.tasks[state.trial.task], costs) for state in states]
-        entries = _entries(states, measured, study.metrics)
-        write_trials(folder / "trials.json", entries)
+        results = _task_results(states, measured, study.metrics)
+        write_trials(folder / "trials.json", results)
         version = None
         if own:
             bank = with_own_bank(settings, study.folder)
-            put = partial(publish_prompts, bank, checked.identity, entries, corpora)
+            put = partial(publish_prompts, bank, checked.identity, results, corpora)
             version = retry_while_unreachable(put, "publish", log)
         log.write("end", version=version, exit=0)
     names = [one.candidate.name for one in measured]
@@ -73,18 +73,18 @@ def tune_prompts(study: Study, checked: CheckedRun, phase: str, method: Method) 
     )
 
 
-def _entries(
+def _task_results(
     states: Sequence[TrialState], measured: Sequence[MeasuredCandidate], metrics: Mapping[str, str]
 ) -> list[TaskResult]:
     """The tasks' trials for the report; the chosen one is the best seed of the task's best choice."""
     best = {
         task: group.best(metrics[task]) for (_, task), group in choose_best(group_over_seeds(measured), metrics).items()
     }
-    entries = []
+    results = []
     for task, trials in by_task(states).items():
         own = [state for state, one in zip(states, measured, strict=True) if one is best.get(task)]
-        entries.append(TaskResult(trials, own[0] if own else trials[0]))
-    return entries
+        results.append(TaskResult(trials, own[0] if own else trials[0]))
+    return results
 
 
 def _measured(state: TrialState, method: Method, task: TaskSettings, costs: Mapping[str, Cost]) -> MeasuredCandidate:

@@ -218,10 +218,6 @@ class Results:
     libraries: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def last_ensembles(self) -> list[EnsembleRow]:
-        """Each task's ensemble on test, or on dev for a task without a test split."""
-        return list({row.task: row for row in sorted(self.ensembles, key=lambda row: row.split)}.values())
-
     def metric(self, task: str) -> str:
         return next(facts.metric for facts in self.tasks if facts.name == task)
 

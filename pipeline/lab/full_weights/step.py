@@ -31,8 +31,8 @@ def loss_and_gradient(model: TrainedModel, examples: Examples, token_budget: int
     """
     backbone = model.backbone
     weight = 1.0 / sum(map(len, examples.targets))
-    loads = [RowCost(0, 0, len(x) + len(y)) for x, y in zip(examples.inputs, examples.targets, strict=True)]
-    plan = plan_rows(loads, world_size(), token_budget, backbone.pads_rows)
+    costs = [RowCost(0, 0, len(x) + len(y)) for x, y in zip(examples.inputs, examples.targets, strict=True)]
+    plan = plan_rows(costs, world_size(), token_budget, backbone.pads_rows)
     loss = torch.zeros(1, device=backbone.device)
     for place, shares in enumerate(plan):
         # A rank without a share runs another's first row at weight zero: all gather weights together.

@@ -59,7 +59,7 @@ def told_to_stop(run_folder: Path) -> bool:
 def _is_asked(run_folder: Path) -> bool:
     try:
         return _request(run_folder).read_bytes() == _STOP
-    except OSError:  # not there, or a network file system that stutters
+    except OSError:  # not there, or a network file system that fails for a moment
         return False
 
 
