@@ -13,13 +13,15 @@ HEAD = """\
 
 <!-- From docs/print_settings_reference.py: edit the docstrings in pipeline/settings/, then run make schema docs. -->
 
-A settings file is YAML. All jobs read the same file, and each job takes the blocks that it needs. This page lists
-every key with its type, its default and its meaning. A job refuses an unknown key and suggests the right one.
+A settings file is YAML. `jobs/tune_prompts.py`, `jobs/refresh_prompts.py` and `jobs/compare_methods.py` read the same
+file, and each job takes the blocks that it needs. This page lists every key with its type, its default and its
+meaning. A job refuses an unknown key and suggests the right one.
 
 `--set block.key=value` overrides a key on the command line. An editor completes keys from
 [`settings.schema.json`](settings.schema.json), a JSON Schema of the file. `jobs/adapt_backbone.py` has
-[settings of its own](adaptation.md).
+[settings of its own](adaptation.md). The other jobs read no settings file: their options are on the command line.
 """
+LAST = "Next: [corpora](corpora.md).\n"
 LARGE = 10**6
 """Bounds from here on only catch mistakes, and are left out."""
 
@@ -40,7 +42,7 @@ def reference(schema: Json) -> str:
         sections.append(_section(place, block))
         inside = {key: definitions[name] for key, field in block["properties"].items() if (name := _block(field))}
         waiting[:0] = [(f"{place}.{key}", inner) for key, inner in inside.items() if inner["title"] not in told]
-    return "\n".join(sections)
+    return "\n".join([*sections, LAST])
 
 
 def _without(block: Json, told: Json) -> Json:

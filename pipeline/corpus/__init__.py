@@ -1,4 +1,4 @@
-"""Parquet -> text-to-text pairs -> token shards. Importing this room loads neither ray nor transformers."""
+"""Parquet -> text-to-text pairs -> token shards. Importing this package loads neither ray nor transformers."""
 
 from pipeline.corpus.encoding import Architecture, TokenizerSpec, encode_inputs, encode_targets, load_tokenizer
 from pipeline.corpus.reader import SplitRef, TokenSet, open_split

@@ -48,14 +48,14 @@ class RunSettings(SettingsModel):
     checkpoint_every: Count = 25
     """Steps between checkpoints of the prompts and their optimizers."""
     max_failures: int = Field(3, ge=0, le=1_000_000)
-    """How often lost workers are restarted before the run gives up."""
+    """How many times the ranks are restarted after a loss. Then the run gives up."""
     hang_timeout: float = Field(600.0, gt=0, le=MOST_SECONDS)
-    """Seconds without a sign of life (no layer of the model begins to run) after which a rank is ended. All ranks then
-    start again from the last checkpoint, as after a loss. While ranks load, they have four times as long. It must be
-    longer than the backward pass of `cluster.tokens_per_microbatch` tokens."""
+    """A rank is ended after this many seconds without a sign of life. A sign of life is that a layer of the model
+    begins to run. All ranks then start again from the last checkpoint, as after a loss. While ranks load, they have
+    four times as long. It must be longer than the backward pass of `cluster.tokens_per_microbatch` tokens."""
     on_bad_task: Literal["refuse", "skip"] = "refuse"
-    """What a task does whose corpus cannot be used: it stops the run before training, or it is reported as failed while
-    the others go on. A nightly refresh always goes on."""
+    """What happens when a task's corpus cannot be used. `refuse` stops the run before training. `skip` reports the task
+    as failed and goes on. A nightly refresh always goes on."""
 
 
 class ModelSettings(SettingsModel):
@@ -91,7 +91,8 @@ class ClusterSettings(SettingsModel):
     """Number of ranks. They share the rows of every step, and the model when it is partitioned."""
     partition: Literal["auto", "always", "never"] = "auto"
     """Whether ZeRO-3 partitions the model over the ranks. `auto` does so unless the model takes less than a quarter of
-    every rank's free memory. A model that is whole on every rank need not be gathered."""
+    every rank's free memory. A model that is whole on every rank need not be gathered. With `model.offload`, `auto`
+    means `always`."""
     use_gpu: bool = False
     """Whether each rank takes one GPU."""
     address: Address | None = None
@@ -155,7 +156,7 @@ class HalvingSettings(SettingsModel):
     first: Count = 1
     """Evaluations of a trial before the first rung; each rung after it is `factor` times as far."""
     factor: int = Field(3, ge=2, le=LARGEST)
-    """One in so many goes on from a rung, and at least one."""
+    """At each rung one trial in `factor` goes on, and never fewer than one."""
 
 
 class TaskDefaults(SettingsModel):

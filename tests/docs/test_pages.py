@@ -114,7 +114,7 @@ def test_make_has_the_targets_that_pages_name():
     targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.M))
     texts = [page.read_text() for page in PAGES if page not in HISTORY]
     named = {word for text in texts for word in re.findall(r"(?:^|`)make ([a-z][\w-]*)", text, re.M)}
-    assert named <= targets, named - targets  # test-fast is made on another branch
+    assert named <= targets, named - targets
 
 
 def test_promptbank_has_the_commands_that_pages_name():

@@ -14,7 +14,7 @@ from tests.corpora import make_corpus, reviews, task_corpus
 
 
 @pytest.fixture
-def exams(model, tmp_path):
+def requests(model, tmp_path):
     backbone, tokenizer, _ = model
     out = []
     for i, metric in enumerate(("accuracy", "f1", "rouge_l", "exact_match", "loss")):
@@ -25,43 +25,43 @@ def exams(model, tmp_path):
     return out
 
 
-def test_exams_taken_together_score_as_each_alone(model, exams):
+def test_requests_taken_together_score_as_each_alone(model, requests):
     backbone, tokenizer, _ = model
-    together = evaluate(backbone, tokenizer, exams, token_budget=100)
-    for exam, score in zip(exams, together, strict=True):
-        (alone,) = evaluate(backbone, tokenizer, [exam], token_budget=10_000)
+    together = evaluate(backbone, tokenizer, requests, token_budget=100)
+    for request, score in zip(requests, together, strict=True):
+        (alone,) = evaluate(backbone, tokenizer, [request], token_budget=10_000)
         assert score.value == pytest.approx(alone.value, rel=1e-5)
         assert score.loss == pytest.approx(alone.loss, rel=1e-4)
 
 
-def test_the_loss_is_the_mean_over_target_tokens(model, exams):
+def test_the_loss_is_the_mean_over_target_tokens(model, requests):
     backbone, tokenizer, _ = model
-    for exam in exams:
-        (score,) = evaluate(backbone, tokenizer, [exam], 1000)
+    for request in requests:
+        (score,) = evaluate(backbone, tokenizer, [request], 1000)
         rows = prompted.Rows(
-            [exam.prompt], [0] * len(exam.split), [exam.split.input_ids(i) for i in range(len(exam.split))]
+            [request.prompt], [0] * len(request.split), [request.split.input_ids(i) for i in range(len(request.split))]
         )
-        targets = [exam.split.target_ids(i) for i in range(len(exam.split))]
+        targets = [request.split.target_ids(i) for i in range(len(request.split))]
         nll = backbone.run(prompted.target_nll, rows, targets).sum().item()
         assert score.loss == pytest.approx(nll / sum(map(len, targets)), rel=1e-4)
 
 
-def test_a_metric_named_loss_is_the_loss(model, exams):
+def test_a_metric_named_loss_is_the_loss(model, requests):
     backbone, tokenizer, _ = model
-    (score,) = evaluate(backbone, tokenizer, [replace(exams[0], metric="loss")], 1000)
+    (score,) = evaluate(backbone, tokenizer, [replace(requests[0], metric="loss")], 1000)
     assert score.value == score.loss
 
 
-def test_the_answer_is_the_label_with_the_highest_log_likelihood(model, exams):
+def test_the_answer_is_the_label_with_the_highest_log_likelihood(model, requests):
     backbone, tokenizer, _ = model
-    exam = exams[0]
-    inputs = [exam.split.input_ids(i) for i in range(len(exam.split))]
-    rows = prompted.Rows([exam.prompt], [0] * len(inputs), inputs)
+    request = requests[0]
+    inputs = [request.split.input_ids(i) for i in range(len(request.split))]
+    rows = prompted.Rows([request.prompt], [0] * len(inputs), inputs)
     with torch.no_grad():
-        nll = [backbone.run(prompted.target_nll, rows, [np.array(ids)] * len(inputs)) for ids in exam.label_ids]
+        nll = [backbone.run(prompted.target_nll, rows, [np.array(ids)] * len(inputs)) for ids in request.label_ids]
     answers = torch.stack(nll).argmin(0).tolist()
-    right = [exam.labels[answer] == exam.split.target(i) for i, answer in enumerate(answers)]
-    (score,) = evaluate(backbone, tokenizer, [exam], 1000)
+    right = [request.labels[answer] == request.split.target(i) for i, answer in enumerate(answers)]
+    (score,) = evaluate(backbone, tokenizer, [request], 1000)
     assert score.value == pytest.approx(np.mean(right))
 
 
@@ -70,19 +70,19 @@ def test_a_target_behind_a_special_token_is_met_by_what_the_service_would_show(m
     rows = reviews(12, seed=0)
     prompt = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
 
-    def exam_with(name, targets):
+    def request_with(name, targets):
         pairs = [(text, target) for (text, _), target in zip(rows, targets, strict=True)]
         corpus = task_corpus(tmp_path, tokenizer, backbone.architecture, name, {"train": pairs, "dev": pairs})
         return EvalRequest(prompt, open_split(corpus.splits["dev"]), "exact_match", None, None, 4)
 
-    plain = exam_with("plain", ["good"] * len(rows))
+    plain = request_with("plain", ["good"] * len(rows))
     (first,) = answer(backbone, tokenizer, [plain], 1000)
     inputs = [plain.split.input_ids(i) for i in range(len(rows))]
     shown = {
         tokenizer.decode(ids, skip_special_tokens=True).strip(): text
         for ids, text in zip(inputs, first.texts, strict=True)
     }
-    behind = exam_with("behind", [f"<unk> {shown[text]}" for text, _ in rows])
+    behind = request_with("behind", [f"<unk> {shown[text]}" for text, _ in rows])
     (again,) = answer(backbone, tokenizer, [behind], 1000)
     assert sorted(again.wanted) == sorted(first.texts)
     assert evaluate(backbone, tokenizer, [behind], 1000)[0].value == 1

@@ -28,57 +28,57 @@ def sweeps(draw):
 
 def run(levels, of_rungs, factor, slots):
     """A sweep run to its end, an evaluation a round; who was judged out, and how full each round was."""
-    entrants = [SweepTrial((), "waiting") for _ in levels]
+    trials = [SweepTrial((), "waiting") for _ in levels]
     out, rounds = set(), []
     while True:
-        judged = verdicts(entrants, of_rungs, factor)
-        assert set(judged) == {place for place, entrant in enumerate(entrants) if entrant.status == "paused"}
+        judged = verdicts(trials, of_rungs, factor)
+        assert set(judged) == {place for place, trial in enumerate(trials) if trial.status == "paused"}
         for place in [place for place, verdict in judged.items() if verdict == "out"]:
-            entrants[place] = replace(entrants[place], status="ended")
+            trials[place] = replace(trials[place], status="ended")
             out.add(place)
         wanting = [place for place, verdict in judged.items() if verdict == "go on"]
-        wanting += [place for place, entrant in enumerate(entrants) if entrant.status == "waiting"]
-        free = slots - sum(entrant.status == "live" for entrant in entrants)
+        wanting += [place for place, trial in enumerate(trials) if trial.status == "waiting"]
+        free = slots - sum(trial.status == "live" for trial in trials)
         for place in wanting[:free]:
-            entrants[place] = replace(entrants[place], status="live")
-        live = [place for place, entrant in enumerate(entrants) if entrant.status == "live"]
+            trials[place] = replace(trials[place], status="live")
+        live = [place for place, trial in enumerate(trials) if trial.status == "live"]
         if not live:
-            return entrants, out
+            return trials, out
         rounds.append(len(live))
         assert len(live) == slots or not wanting[free:], "a slot is free while a trial could run"
         for place in live:
-            scores = tuple((score, 0.0) for score in levels[place][: len(entrants[place].scores) + 1])
+            scores = tuple((score, 0.0) for score in levels[place][: len(trials[place].scores) + 1])
             status = "ended" if len(scores) == len(levels[place]) else "paused" if len(scores) in of_rungs else "live"
-            entrants[place] = SweepTrial(scores, status)
+            trials[place] = SweepTrial(scores, status)
 
 
 @given(sweeps())
 def test_a_sweep_always_comes_to_an_end_and_at_least_one_trial_to_its_last_step(sweep):
     levels, of_rungs, factor, slots = sweep
-    entrants, out = run(levels, of_rungs, factor, slots)
-    assert all(entrant.status == "ended" for entrant in entrants)
-    whole = {place for place, entrant in enumerate(entrants) if len(entrant.scores) == len(levels[place])}
+    trials, out = run(levels, of_rungs, factor, slots)
+    assert all(trial.status == "ended" for trial in trials)
+    whole = {place for place, trial in enumerate(trials) if len(trial.scores) == len(levels[place])}
     assert whole and not whole & out and len(whole) + len(out) == len(levels)
 
 
 @given(sweeps())
 def test_with_a_slot_for_every_trial_it_is_synchronous_halving(sweep):
     levels, of_rungs, factor, _ = sweep
-    entrants, _ = run(levels, of_rungs, factor, len(levels))
+    trials, _ = run(levels, of_rungs, factor, len(levels))
     left = list(range(len(levels)))
     for rung in of_rungs:
-        assert [p for p, entrant in enumerate(entrants) if len(entrant.scores) >= rung] == sorted(left)
+        assert [p for p, trial in enumerate(trials) if len(trial.scores) >= rung] == sorted(left)
         left = sorted(sorted(left), key=lambda place: -max(levels[place][:rung]))[: max(1, len(left) // factor)]
 
 
 @given(sweeps())
 def test_the_best_of_a_rung_goes_on_however_few_slots_there_are(sweep):
     levels, of_rungs, factor, slots = sweep
-    entrants, out = run(levels, of_rungs, factor, slots)
+    trials, out = run(levels, of_rungs, factor, slots)
     for rung in of_rungs:
-        reached = [place for place, entrant in enumerate(entrants) if len(entrant.scores) >= rung]
+        reached = [place for place, trial in enumerate(trials) if len(trial.scores) >= rung]
         first = max(reached, key=lambda place: (max(levels[place][:rung]), -place))
-        assert first not in out or len(entrants[first].scores) > rung
+        assert first not in out or len(trials[first].scores) > rung
 
 
 def test_equal_scores_fall_to_the_earlier_trial():

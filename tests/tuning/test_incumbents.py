@@ -51,8 +51,8 @@ def test_both_sides_answer_the_same_rows_and_their_metrics_are_those_of_an_evalu
         metric, corpus = state.trial.task, run.corpora[state.trial.task]
         rows = open_split(corpus.splits["dev"], state.trial.settings.eval_rows)
         incumbent = torch.as_tensor(old.prompts[metric])
-        exam = EvalRequest(incumbent, rows, metric, corpus.labels, corpus.label_ids, 6)
-        (score,) = evaluate(backbone, tokenizer, [exam], 10_000)
+        request = EvalRequest(incumbent, rows, metric, corpus.labels, corpus.label_ids, 6)
+        (score,) = evaluate(backbone, tokenizer, [request], 10_000)
         values = compare(metric, pairs[metric])[:2]
         best = state.history[state.best_at].value
         assert values == pytest.approx((score.value, best), rel=1e-4) and len(pairs[metric].new) == len(rows) == 12

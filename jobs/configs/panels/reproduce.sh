@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The paper's four panels at a size that two cores train, from labelled corpora in ../shared/data to one page: about
-# two hours and a half. Started again, it goes on where it stopped.
+# two hours and a half. Started again, it goes on where it stopped. The corpora are not in the repository: see
+# docs/comparison.md.
 #   bash jobs/configs/panels/reproduce.sh
 set -euo pipefail
 settings=jobs/configs/panels
