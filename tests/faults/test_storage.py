@@ -86,9 +86,9 @@ def test_a_store_that_stays_away_is_one_sentence_and_the_next_start_only_publish
 
     from jobs.tune_prompts import main
     from pipeline.bank import object_store
-    from pipeline.run import patience
+    from pipeline.run import stages
 
-    monkeypatch.setattr(patience, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(stages, "PATIENCE_S", 1.0)
     monkeypatch.setattr(object_store, "_RETRY_SECONDS", 0.5)
     outage, uri = Outage(s3.endpoint, "nobody", seconds=3600), s3.new_uri()
     log = undisturbed / "runs/small"

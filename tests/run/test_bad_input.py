@@ -117,7 +117,7 @@ def test_a_label_outside_the_label_set_is_named(project, tmp_path):
 def test_a_label_that_the_tokenizer_cannot_say_is_refused_before_anything_is_done(project):
     name = next(iter(project["tasks"]))
     project["tasks"][name]["labels"] = ["yes", "{no}"]
-    with pytest.raises(CorpusError, match=r"the tokenizer cannot say the label '\{no\}'"):
+    with pytest.raises(CorpusError, match=r"the tokenizer cannot encode the label '\{no\}'"):
         check_run(parse_settings(project, []))
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.lab.comparison.candidates import Candidate, MeasuredCandidate
-from pipeline.lab.comparison.prompts import _entries, _spent
+from pipeline.lab.comparison.prompts import _task_results, _spent
 
 
 def test_a_tasks_best_prompt_is_the_best_seed_of_its_best_choice_not_the_luckiest_of_all():
@@ -17,7 +17,7 @@ def test_a_tasks_best_prompt_is_the_best_seed_of_its_best_choice_not_the_luckies
         )
         for (length, seed), value in figures.items()
     ]
-    (entry,) = _entries(states, measured, {"a": "accuracy"})
+    (entry,) = _task_results(states, measured, {"a": "accuracy"})
     assert entry.chosen is states[3] and list(entry.trials) == states
 
 
