@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.lab.comparison.candidates import Candidate, MeasuredCandidate
-from pipeline.lab.comparison.prompts import _task_results, _spent
+from pipeline.lab.comparison.prompts import _spent, _task_results
 
 
 def test_a_tasks_best_prompt_is_the_best_seed_of_its_best_choice_not_the_luckiest_of_all():
