@@ -18,10 +18,10 @@ from promptbank import PromptBank, PromptedModel, load_backbone
 
 # (task, text): rows of different tasks, in any order, are one batch.
 ROWS = (
-    ("sentiment", "adorable"),
+    ("sentiment", "wonderful"),
     ("language", "Was ist Geschichte?"),
     ("sentiment", "horrible"),
-    ("language", "Qu'est-ce que l'histoire?"),
+    ("language", "¿Qué es la historia?"),
     ("sentiment", "thankful"),
     ("language", "What is history?"),
 )
