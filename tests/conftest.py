@@ -26,7 +26,7 @@ _START_A_RAY = (
     "run/",
     "serving/test_app.py",
 )
-_NEED_NONE = ("jobs/test_quickstart_corpora.py", "run/test_lease.py", "run/test_supervision.py")
+_NEED_NONE = ("jobs/test_quickstart_corpora.py", "run/test_lease.py")
 
 
 def _starts_a_ray(nodeid: str) -> bool:

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from enum import IntEnum
 
-from pipeline.errors import LeaseError, PromptBankError, StorageError, TuningError
+from pipeline.errors import PromptBankError
 from pipeline.refresh.record import NightRecord, TaskRecord
 from pipeline.reporting.html import Condition
+from pipeline.run.terminal import exit_code_of
 from pipeline.settings import RefreshSettings
 
 
@@ -27,11 +28,9 @@ DEFECT = 1
 
 def exit_of(error: BaseException) -> int:
     """The exit code of a night that this error stopped."""
-    if isinstance(error, LeaseError):
-        return NightExit.LEASE_HELD
-    if isinstance(error, TuningError | StorageError | KeyboardInterrupt):
-        return NightExit.INTERRUPTED
-    return NightExit.BAD_INPUT if isinstance(error, PromptBankError) else DEFECT
+    if isinstance(error, PromptBankError):
+        return exit_code_of(error)
+    return NightExit.INTERRUPTED if isinstance(error, KeyboardInterrupt) else DEFECT
 
 
 def check_conditions(tasks: Sequence[TaskRecord], settings: RefreshSettings) -> tuple[Condition, ...]:

@@ -15,6 +15,7 @@ from pipeline.tuning.progress import TuningRun
 from pipeline.tuning.state import winner
 from pipeline.tuning.trials import make_trials
 from tests.corpora import make_corpus, make_task, trial
+from tests.killed import killed_at_call
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.parametrize("model", ["llama"], indirect=True)
@@ -115,26 +116,12 @@ def test_halving_stops_trials_early_and_leaves_the_survivors_as_they_are_without
     assert states[-1].step == 13, "a task without halving is left alone"
 
 
-class _Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("at", [2, 5, 9, 14, 20])
-def test_a_run_killed_at_any_step_takes_the_same_decisions_as_one_left_alone(model, tmp_path, monkeypatch, at):
+def test_a_run_killed_at_any_step_takes_the_same_decisions_as_one_left_alone(model, tmp_path, at):
     backbone, tokenizer, _ = model
     undisturbed = run(model, tmp_path / "whole", 3, HALVING)
-    real = loop.losses_and_gradients
-    taken = []
-
-    def killing(backbone, work, budget):
-        taken.append(work)
-        if len(taken) == at:
-            raise _Killed
-        return real(backbone, work, budget)
-
-    monkeypatch.setattr(loop, "losses_and_gradients", killing)
     killed = make_run(tmp_path / "killed", tokenizer, 3, HALVING)
-    with pytest.raises(_Killed):
+    with killed_at_call(loop, "losses_and_gradients", at):
         tune(killed, backbone, tokenizer)
     for state, other in zip(tune(killed, backbone, tokenizer), undisturbed, strict=True):
         assert (state.status, state.step, state.reason) == (other.status, other.step, other.reason)

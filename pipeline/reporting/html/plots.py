@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.reporting.html.night import Curve, PastVersion, Series, TaskNight
-from pipeline.reporting.html.scale import Axis, Bucket, axis_of, thin
+from pipeline.reporting.html.scale import Axis, Bucket, axis_of, coordinate, thin
 from pipeline.reporting.words import figure
 
 WIDTH, HEIGHT = 340, 156
@@ -72,7 +72,7 @@ def metric_plot(task: TaskNight) -> Plot | None:
     x = _steps(drawn)
     lines = [("other", _path(part, x, y)) for part in drawn[1:]]
     if task.incumbent is not None:
-        level = _number(y.place(task.incumbent))
+        level = coordinate(y.place(task.incumbent))
         lines.append(("incumbent", f"M{_LEFT},{level}H{_RIGHT}"))
     lines.append(("metric", _path(drawn[0], x, y)))
     dots = [
@@ -92,7 +92,7 @@ def history_plot(task: TaskNight) -> Plot | None:
         return None
     y = axis_of([value for *_, value in known], _BOTTOM, _TOP)
     x = Axis(-0.4, max(len(task.history) - 0.6, 0.4), _LEFT, _RIGHT)
-    line = "M" + "L".join(f"{_number(x.place(place))},{_number(y.place(value))}" for place, _, value in known)
+    line = "M" + "L".join(f"{coordinate(x.place(place))},{coordinate(y.place(value))}" for place, _, value in known)
     dots = [
         Dot(x.place(place), y.place(value), "tuned" if past.status == "tuned" else "carried", _told(past))
         for place, past, value in known
@@ -110,7 +110,7 @@ def history_spark(task: TaskNight) -> Plot | None:
     if len(known) < 2:
         return None
     x, y = Axis(0, len(values) - 1, 4, 76), axis_of([value for _, value in known], 18, 4)
-    line = "M" + "L".join(f"{_number(x.place(place))},{_number(y.place(value))}" for place, value in known)
+    line = "M" + "L".join(f"{coordinate(x.place(place))},{coordinate(y.place(value))}" for place, value in known)
     place, value = known[-1]
     title = f"Last versions: {', '.join(map(figure, values))}"
     return Plot(title, 80, 22, [("history", line)], [Dot(x.place(place), y.place(value), "tuned", title)])
@@ -164,7 +164,7 @@ def _path(buckets: Sequence[Bucket], x: Axis, y: Axis) -> str:
         if bucket.mean is None:
             pen = "M"
             continue
-        parts.append(f"{pen}{_number(x.place(bucket.step))},{_number(y.place(bucket.mean))}")
+        parts.append(f"{pen}{coordinate(x.place(bucket.step))},{coordinate(y.place(bucket.mean))}")
         pen = "L"
     return "".join(parts) + ("h1" if len(parts) == 1 else "")
 
@@ -174,8 +174,8 @@ def _band(buckets: Sequence[Bucket], x: Axis, y: Axis) -> str:
     known = [bucket for bucket in buckets if bucket.mean is not None]
     if all(bucket.low == bucket.high for bucket in known):
         return ""
-    above = [f"{_number(x.place(b.step))},{_number(y.place(b.high))}" for b in known]
-    below = [f"{_number(x.place(b.step))},{_number(y.place(b.low))}" for b in reversed(known)]
+    above = [f"{coordinate(x.place(b.step))},{coordinate(y.place(b.high))}" for b in known]
+    below = [f"{coordinate(x.place(b.step))},{coordinate(y.place(b.low))}" for b in reversed(known)]
     return "M" + "L".join([*above, *below]) + "Z"
 
 
@@ -187,8 +187,3 @@ def _ends(series: Series) -> str:
 
 def _told(past: PastVersion) -> str:
     return f"version {past.version}: {figure(past.value)} ({past.status.replace('_', ' ')})"
-
-
-def _number(place: float) -> str:
-    """With one decimal, finer than a pixel of any screen."""
-    return f"{place:.1f}".removesuffix(".0")

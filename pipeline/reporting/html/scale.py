@@ -80,3 +80,8 @@ def axis_of(values: Sequence[float], start: float, end: float, may_be_log: bool 
     # Differences near a float's precision are not stretched to the whole height.
     room = max(0.06 * (high - low), 1e-6 * largest, 1e-9) if high > low else 0.1 * largest or 0.1
     return Axis(low - room, high + room, start, end)
+
+
+def coordinate(place: float) -> str:
+    """A coordinate with one digit, which is a fifth of a pixel on the finest screen."""
+    return f"{place:.1f}".removesuffix(".0")

@@ -13,6 +13,7 @@ from pipeline.lab.adapt.rank_job import read_adaptation
 from pipeline.lab.full_weights import training
 from pipeline.tuning.interruption import stop_signal
 from pipeline.tuning.interruption.stop_signal import allow_to_run, ask_to_stop
+from tests.killed import killed_at_call
 from tests.lab.adapt.conftest import CONFIG
 from tests.ranks import run_ranks
 
@@ -81,24 +82,12 @@ def test_a_fresh_model_of_an_existing_folders_shape_has_other_weights_and_the_sa
     assert len(ours["shared.weight"]) == len(load_file(tmp_path / "t5/model.safetensors")["shared.weight"]) + 4
 
 
-class _Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("at", [1, 6, 9, 11])
-def test_killed_and_started_again_it_keeps_the_models_of_one_left_alone(make_job, tmp_path, monkeypatch, at):
+def test_killed_and_started_again_it_keeps_the_models_of_one_left_alone(make_job, tmp_path, at):
     undisturbed = make_job(tmp_path / "whole")
     carry_out(undisturbed)
-    job, real, seen = make_job(tmp_path / "killed"), training.loss_and_gradient, []
-
-    def killed(*arguments):
-        seen.append(1)
-        if len(seen) == at:
-            raise _Killed
-        return real(*arguments)
-
-    monkeypatch.setattr(training, "loss_and_gradient", killed)
-    with pytest.raises(_Killed):
+    job = make_job(tmp_path / "killed")
+    with killed_at_call(training, "loss_and_gradient", at):
         job.carry_out(CPU, lambda: False)
     assert read_adaptation(job) is None
     assert carry_out(job) is not None

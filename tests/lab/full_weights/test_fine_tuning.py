@@ -19,6 +19,7 @@ from pipeline.tuning.batches import rows_of_step
 from pipeline.tuning.evaluate import eval_request, evaluate
 from pipeline.tuning.machine import peak_bytes
 from tests.corpora import make_corpus, make_task
+from tests.killed import killed_at_call
 from tests.ranks import run_ranks
 from tests.tiny import make_model
 
@@ -150,24 +151,12 @@ def test_a_training_that_leaves_the_range_of_numbers_says_so_and_is_not_trained_
     assert len(steps) == 1 and not job.place.checkpoints.exists()
 
 
-class _Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("at", [3, 10, 19, 25])
-def test_killed_and_started_again_it_ends_with_the_same_result(ready, tmp_path, monkeypatch, at):
+def test_killed_and_started_again_it_ends_with_the_same_result(ready, tmp_path, at):
     make_job, _ = ready
     undisturbed = carry_out(make_job(tmp_path / "whole"))
-    job, real, seen = make_job(tmp_path / "killed"), training.loss_and_gradient, []
-
-    def killed(*arguments):
-        seen.append(1)
-        if len(seen) == at:
-            raise _Killed
-        return real(*arguments)
-
-    monkeypatch.setattr(training, "loss_and_gradient", killed)
-    with pytest.raises(_Killed):
+    job = make_job(tmp_path / "killed")
+    with killed_at_call(training, "loss_and_gradient", at):
         job.carry_out(CPU, lambda: False)
     again = carry_out(job)
     varying = {"seconds": 0.0, "peak_memory_bytes": 0, "model": None, "digest": ""}

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.reporting.html.scale import coordinate
+
 SHAPES = ("circle", "square", "diamond", "up", "down")
 """Shapes of marks, which tell methods apart beside their colours."""
 
@@ -75,8 +77,3 @@ def mark(kind: str, shape: str, x: float, y: float, size: float, text: str) -> M
         f"h-{coordinate(2.4 * size)}z",
     }
     return Mark(kind, paths[shape], text)
-
-
-def coordinate(place: float) -> str:
-    """A coordinate with one digit, which is a fifth of a pixel on the finest screen."""
-    return f"{place:.1f}".removesuffix(".0")

@@ -5,13 +5,13 @@ from itertools import chain
 from typing import Any
 
 from pipeline.lab.comparison.joined import JoinedPlot
-from pipeline.lab.comparison.page.drawing import SHAPES, Drawing, Label, Line, Mark, coordinate, mark
+from pipeline.lab.comparison.page.drawing import SHAPES, Drawing, Label, Line, Mark, mark
 from pipeline.lab.comparison.page.markdown import table
 from pipeline.lab.comparison.page.plots import ends, is_number, short, tick_text
 from pipeline.lab.comparison.page.render import OWN_TEMPLATES, seeds
 from pipeline.lab.comparison.results import with_spread
 from pipeline.reporting.html.pages import environment, own_texts
-from pipeline.reporting.html.scale import axis_of
+from pipeline.reporting.html.scale import axis_of, coordinate
 from pipeline.reporting.words import figure
 
 _WIDTH, _LEFT, _BOTTOM, _TOP = 400, 46, 190, 34

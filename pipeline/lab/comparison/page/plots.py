@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 
 from pipeline.lab.comparison.candidates import METHODS
-from pipeline.lab.comparison.page.drawing import SHAPES, Drawing, Label, Line, Mark, coordinate, mark
+from pipeline.lab.comparison.page.drawing import SHAPES, Drawing, Label, Line, Mark, mark
 from pipeline.lab.comparison.results import EnsembleRow, Mean, Panel, Results, ShiftRow, with_spread
-from pipeline.reporting.html.scale import Axis, axis_of
+from pipeline.reporting.html.scale import Axis, axis_of, coordinate
 from pipeline.reporting.words import figure
 
 WIDTH = 340
