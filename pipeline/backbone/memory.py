@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from pipeline.backbone.int8 import CONVERTED_AT_ONCE
-from pipeline.backbone.loading import build_skeleton, untie_separate_weights
+from pipeline.backbone.loading import build_skeleton, input_width, untie_separate_weights
 from pipeline.backbone.weights import WeightSource
 
 # Imported libraries and the allocator, as measured on an idle rank.
@@ -53,7 +53,7 @@ def estimate_memory(
     if source is not None:
         untie_separate_weights(skeleton, source)
     size = dtype.itemsize
-    whole = 2 * int(config.hidden_size)  # up to here a parameter stays on every rank, see host.py
+    whole = 2 * input_width(skeleton)  # up to here a parameter stays on every rank, see host.py
     parameters = list(skeleton.parameters())
     weights = sum(_bytes(p, size) // (world_size if p.numel() > whole else 1) for p in parameters)
     gathered = max(sum(_bytes(p, size) for p in group) for group in gathered_together(skeleton))

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from pipeline.backbone import decoder_only, encoder_decoder
-from pipeline.backbone.files import FAMILIES
 from pipeline.backbone.rows import PromptState, Rows, TokenRows
 
 __all__ = ["PromptState", "Rows", "greedy_decode", "label_log_likelihoods", "prompt_state", "target_nll"]
@@ -74,4 +73,4 @@ def greedy_decode(
 
 
 def _family(model: Any) -> ModuleType:
-    return decoder_only if FAMILIES[model.config.model_type] == "decoder-only" else encoder_decoder
+    return encoder_decoder if model.config.is_encoder_decoder else decoder_only

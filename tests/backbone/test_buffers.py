@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from pipeline.backbone.files import FAMILIES, find_model, read_config
+from pipeline.backbone.files import find_model, read_config
 from pipeline.backbone.host import host_backbone
 from pipeline.backbone.int8 import Int8Embedding, Int8Linear
 from pipeline.backbone.loading import Partition, Placement, build_skeleton, load_weights, stored_buffers
@@ -64,7 +64,6 @@ def folder(request, tmp_path, monkeypatch):
     kind, sizes = MODELS[request.param]
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **sizes)
-    monkeypatch.setitem(FAMILIES, kind, "encoder-decoder" if config.is_encoder_decoder else "decoder-only")
     model = auto_of(config).from_config(config)
     with torch.no_grad():
         for module, key in stored_buffers(model).values():
@@ -184,7 +183,6 @@ def test_an_odd_embedding_in_int8_answers_as_it_does_in_transformers(tmp_path, m
 
 
 def sharded_answers(folder):
-    FAMILIES["gemma3_text"] = "decoder-only"
     files = find_model(str(folder))
     backbone = host_backbone(files, read_config(files), int8=True, dtype=torch.float32, device=CPU, sharded=True)
     with torch.no_grad():
@@ -197,7 +195,6 @@ def answers(model):
 
 @pytest.mark.processes
 def test_over_two_ranks_a_scaled_embedding_answers_as_in_one_process(tmp_path, monkeypatch):
-    monkeypatch.setitem(FAMILIES, "gemma3_text", "decoder-only")
     torch.manual_seed(0)
     config = AutoConfig.for_model("gemma3_text", **MODELS["gemma3_text"][1])
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from pipeline.backbone.files import (
-    FAMILIES,
     ModelFiles,
     architecture_of,
     canonical_config,
@@ -121,9 +121,8 @@ def _read_tokenizer(path: str) -> Any:
 
 def _config_of(values: dict[str, Any]) -> PretrainedConfig:
     kind = values.get("model_type")
-    if FAMILIES.get(str(kind)) != "encoder-decoder":
-        known = ", ".join(name for name, architecture in FAMILIES.items() if architecture == "encoder-decoder")
-        raise SettingsError(f"model.config.model_type: {kind!r} is no encoder-decoder that is supported; give {known}")
+    if kind not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        raise SettingsError(f"model.config.model_type: {kind!r} is no encoder-decoder; give one, such as t5")
     try:
         return AutoConfig.for_model(**values)
     except (TypeError, ValueError) as error:

@@ -24,7 +24,7 @@ from pipeline.backbone.host import (
     zero3_placement,
     zero_settings,
 )
-from pipeline.backbone.loading import Partition, load_weights
+from pipeline.backbone.loading import Partition, input_width, load_weights
 from pipeline.backbone.offload import on_device
 from pipeline.backbone.weights import WeightSource
 from pipeline.lab.full_weights.optimise import PartitionedAdafactor, Span, make_weight_optimizer
@@ -85,7 +85,8 @@ def load_partitioned(
     start_deepspeed(device)
     import deepspeed
 
-    zero = _settings(int(config.hidden_size), settings.clip_norm, dtype)
+    width = input_width(model)
+    zero = _settings(width, settings.clip_norm, dtype)
     traffic = Traffic()
     set_gather(None, traffic)
     load_weights(model, source, dtype, zero3_placement(zero, dtype, device, on_device(device)))
@@ -105,7 +106,8 @@ def load_partitioned(
     ]
     if isinstance(optimizer, PartitionedAdafactor):
         optimizer.describe({piece.values: Span(piece.shape, piece.start, piece.stop) for piece in pieces})
-    return PartitionedModel(Backbone(config, engine, device, dtype, traffic), pieces, parameters, optimizer, engine)
+    backbone = Backbone(config, engine, device, dtype, width, traffic)
+    return PartitionedModel(backbone, pieces, parameters, optimizer, engine)
 
 
 def _settings(hidden_size: int, clip_norm: float | None, dtype: torch.dtype) -> dict[str, Any]:

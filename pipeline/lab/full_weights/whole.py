@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from transformers import PretrainedConfig
 
 from pipeline.backbone.host import Backbone, Hosted, whole_placement
-from pipeline.backbone.loading import load_weights
+from pipeline.backbone.loading import input_width, load_weights
 from pipeline.backbone.offload import on_device
 from pipeline.backbone.weights import WeightSource
 from pipeline.lab.full_weights.optimise import PartitionedAdafactor, Span, make_weight_optimizer
@@ -73,5 +73,5 @@ def load_whole(
     optimizer = make_weight_optimizer([piece.values for piece in pieces], settings)
     if isinstance(optimizer, PartitionedAdafactor):
         optimizer.describe({piece.values: Span(piece.shape, piece.start, piece.stop) for piece in pieces})
-    backbone = Backbone(config, Hosted(model), device, dtype)
+    backbone = Backbone(config, Hosted(model), device, dtype, input_width(model))
     return WholeModel(backbone, pieces, [weight for _, weight in named], optimizer, settings.clip_norm)

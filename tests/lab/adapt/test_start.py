@@ -37,7 +37,7 @@ def test_sentinels_are_those_that_the_tokenizer_names_in_their_order():
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({"model_type": "llama"}, "is no encoder-decoder that is supported; give t5, mt5"),
+        ({"model_type": "llama"}, "'llama' is no encoder-decoder; give one, such as t5"),
         ({"d_model": 8}, "None is no encoder-decoder"),
     ],
 )
