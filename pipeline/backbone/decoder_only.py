@@ -8,17 +8,15 @@ Shapes: B rows, S prompts, T tokens, P prompt tokens, N tokens of all segments, 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
-from transformers import DynamicCache
 
-from pipeline.backbone.packed import Layout, make_layout, run_packed
-from pipeline.backbone.rows import PromptState, Rows, TokenRows, as_indices, mask_of, pad_embeddings, pad_ids
+from pipeline.backbone.output import best_tokens, layers_of, token_nll
+from pipeline.backbone.packed import KeysAndValues, Layout, make_layout, run_packed
+from pipeline.backbone.rows import PromptState, Rows, TokenRows, as_indices
 
 
 def target_nll(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
@@ -35,27 +33,45 @@ def target_nll(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
         for b, (x, y) in enumerate(zip(rows.inputs, targets, strict=True))
     ]
     # Logits at these positions alone: over all positions they would be the step's largest tensor.
-    nll = token_nll(model, hidden, np.concatenate(before), np.concatenate(targets))  # [sum T]
+    nll = nll_at(model, hidden, np.concatenate(before), np.concatenate(targets))  # [sum T]
     row_index = np.repeat(np.arange(len(targets)), [len(y) for y in targets])
     return nll.new_zeros(len(targets)).index_add(0, as_indices(row_index, hidden), nll)
 
 
 def run_behind_prompts(
-    model: Any, prompts: Sequence[Tensor | PromptState], texts: TokenRows, parents: Sequence[int]
+    model: Any,
+    prompts: Sequence[Tensor | PromptState],
+    texts: TokenRows,
+    parents: Sequence[int],
+    kept: KeysAndValues | None = None,
 ) -> tuple[Tensor, Layout]:
     """Run prompts and the texts behind them, packed: hidden states `[N, H]` and where they lie.
 
     `parents` has an entry for each text: the index of the prompt that it follows, or `len(prompts)` + the index of the
-    text that it follows.
+    text that it follows. Keys and values of what runs go into `kept`, if it is there.
     """
     device = prompts[0].device
     given, fresh = _given_and_fresh(prompts)
     lengths = [*map(len, prompts), *map(len, texts)]
     layout = make_layout(lengths, [*(None for _ in prompts), *map(int, parents)], device, len(given))
-    words = model.get_input_embeddings()(as_indices(np.concatenate(texts), prompts[0]))
+    ids = as_indices(np.concatenate(texts), prompts[0])
+    words = model.get_input_embeddings()(ids)
     # Prompts are float32 for their optimizer; the model runs in its own type, and the cast passes gradients on.
     embeddings = torch.cat([*(prompt.to(words.dtype) for prompt in fresh), words])
-    return run_packed(model, embeddings, layout, given), layout
+    more = inputs_beside(model, torch.cat([ids.new_full((sum(map(len, fresh)),), pad_token(model)), ids])[None])
+    return run_packed(model, embeddings, layout, given, kept, more), layout
+
+
+def inputs_beside(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    """What some families' layers get from token ids `[B, T]` beside embeddings: Gemma's inputs of each layer."""
+    if not getattr(model.config, "hidden_size_per_layer_input", None):
+        return {}
+    return {"per_layer_inputs": layers_of(model).get_per_layer_inputs(ids)}
+
+
+def pad_token(model: Any) -> int:
+    """The token that a prompt's rows are where a family asks for tokens."""
+    return int(model.config.pad_token_id or 0)
 
 
 def _given_and_fresh(prompts: Sequence[Tensor | PromptState]) -> tuple[list[PromptState], list[Tensor]]:
@@ -69,23 +85,22 @@ def _given_and_fresh(prompts: Sequence[Tensor | PromptState]) -> tuple[list[Prom
 def prompt_states(model: Any, prompts: Sequence[Tensor]) -> list[PromptState]:
     """Run prompts `[P_s, H]` and keep their keys and values, which the tokens behind them attend to."""
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    embeds = pad_embeddings(prompts).to(dtype)  # [S, P, H]
-    cache = DynamicCache()
-    # No mask is needed: padding stands behind a prompt's tokens, and causal attention does not look there.
-    model.base_model(inputs_embeds=embeds, use_cache=True, past_key_values=cache)
-    keys = torch.stack([layer.keys for layer in cache.layers]).transpose(2, 3)  # [L, S, P, A', D]
-    values = torch.stack([layer.values for layer in cache.layers]).transpose(2, 3)
-    # Contiguous copies: a view would keep the padded tensor of all prompts in memory.
+    kept: KeysAndValues = {}
+    lengths, device = [len(prompt) for prompt in prompts], prompts[0].device
+    ids = torch.full((1, sum(lengths)), pad_token(model), device=device)
+    layout = make_layout(lengths, [None] * len(prompts), device)
+    run_packed(model, torch.cat(list(prompts)).to(dtype), layout, (), kept, inputs_beside(model, ids))
+    # Copies: a view would keep the tensors of all prompts in memory.
+    parts = [[part.split(lengths) for part in pair] for pair in _by_layer(kept)]
     return [
-        PromptState(keys[:, s, : len(prompt)].contiguous(), values[:, s, : len(prompt)].contiguous())
-        for s, prompt in enumerate(prompts)
+        PromptState([keys[s].clone() for keys, _ in parts], [values[s].clone() for _, values in parts])
+        for s in range(len(prompts))
     ]
 
 
-def token_nll(model: Any, hidden: Tensor, places: np.ndarray, tokens: np.ndarray) -> Tensor:
+def nll_at(model: Any, hidden: Tensor, places: np.ndarray, tokens: np.ndarray) -> Tensor:
     """-log P of `tokens` `[n]`, each predicted from the hidden state at its place: `[n]`."""
-    logits = model.get_output_embeddings()(hidden[as_indices(places, hidden)]).float()
-    return functional.cross_entropy(logits, as_indices(tokens, hidden), reduction="none")
+    return token_nll(model, hidden[as_indices(places, hidden)], as_indices(tokens, hidden))
 
 
 def label_nll(model: Any, rows: Rows, pairs: np.ndarray, candidates: TokenRows) -> Tensor:
@@ -106,70 +121,63 @@ def label_nll(model: Any, rows: Rows, pairs: np.ndarray, candidates: TokenRows) 
         places.append(layout.starts[segment] + np.arange(len(candidates[i]) - 1))
         tokens.append(candidates[i][1:])
         of_label.append(np.full(len(candidates[i]) - 1, i))
-    nll = token_nll(model, hidden, np.concatenate(places), np.concatenate(tokens))
+    nll = nll_at(model, hidden, np.concatenate(places), np.concatenate(tokens))
     return nll.new_zeros(len(candidates)).index_add(0, as_indices(np.concatenate(of_label), hidden), nll)
 
 
-# Decoding runs the prompt, the input, and then token after token, each behind the keys and values of what came before.
-# It uses transformers' own cache, since rows that grow token by token gain nothing from packing.
-
-
-@dataclass
-class _Context:
-    """What B rows have run so far."""
-
-    cache: DynamicCache
-    mask: np.ndarray
-    """`[B, T]`: 1 where the cache holds a token, 0 where it holds padding."""
-    device: torch.device
-
-
-def _prompt_context(model: Any, rows: Rows) -> _Context:
-    """A cache that starts with each row's prompt, right-padded to the longest prompt."""
-    used, of_row = np.unique(rows.prompt_of_row, return_inverse=True)
-    given, fresh = _given_and_fresh([rows.prompts[s] for s in used])
-    device, cache = rows.prompts[used[0]].device, DynamicCache()
-    if not any(len(rows.prompts[s]) for s in used):  # no prompt before any row
-        return _Context(cache, np.zeros((len(rows.inputs), 0), dtype=np.int64), device)
-    states = given or prompt_states(model, fresh)
-    index = as_indices(of_row, states[0].keys)
-    for layer in range(len(states[0].keys)):
-        keys = pad_embeddings([state.keys[layer] for state in states])[index]  # [B, P, A', D]
-        values = pad_embeddings([state.values[layer] for state in states])[index]
-        cache.update(keys.transpose(1, 2), values.transpose(1, 2), layer)
-    lengths = np.array([len(state) for state in states])
-    return _Context(cache, mask_of(lengths, max(lengths))[of_row], device)
-
-
-def _extend(model: Any, context: _Context, tokens: TokenRows) -> Tensor:
-    """Run the rows' next tokens, right-padded, and remember them: hidden states `[B, T, H]`."""
-    lengths = np.array([len(row) for row in tokens])
-    ids = pad_ids(tokens)
-    # A row that is done runs on beside longer ones, maybe beyond the model's context. Its tokens are not used, but its
-    # position must stay within the table of positions. Padding before a token takes no position.
-    positions = np.minimum(
-        context.mask.sum(1)[:, None] + np.arange(ids.shape[1]), model.config.max_position_embeddings - 1
-    )
-    context.mask = np.concatenate([context.mask, mask_of(lengths, ids.shape[1])], axis=1)
-    output = model.base_model(
-        input_ids=torch.as_tensor(ids, device=context.device),
-        past_key_values=context.cache,
-        attention_mask=torch.as_tensor(context.mask, device=context.device),
-        position_ids=torch.as_tensor(positions, device=context.device),
-        use_cache=True,
-    )
-    return output.last_hidden_state
+# Decoding runs prompts and inputs, packed, and then token after token, each behind the keys and values of what came
+# before. They are kept as the attention of the layers saw them, so this is exact for whatever is exact when packed.
 
 
 def decoding_steps(model: Any, rows: Rows) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
     """Two functions: one returns the first tokens `[B]`, the other takes tokens `[B]` and returns the next ones."""
-    context = _prompt_context(model, rows)
-    hidden = _extend(model, context, rows.inputs)
-    last = [len(x) - 1 for x in rows.inputs]
-    first = model.get_output_embeddings()(hidden[torch.arange(len(last)), last]).argmax(-1)
+    used, of_row = np.unique(rows.prompt_of_row, return_inverse=True)
+    prompts, kept = [rows.prompts[s] for s in used], KeysAndValues()
+    hidden, layout = run_behind_prompts(model, prompts, rows.inputs, list(of_row), kept)
+    texts = len(prompts) + np.arange(len(rows.inputs))  # the segments of rows, each of which grows token by token
+    lengths, parents = layout.segments.lengths.copy(), layout.segments.parents
+    memory = _joined([*_given_and_fresh(prompts)[0], _state(kept)])
+    ends = layout.starts[texts] + lengths[texts] - 1
+    first = best_tokens(model, hidden[as_indices(ends, hidden)])
 
     def step(tokens: Tensor) -> Tensor:
-        hidden = _extend(model, context, list(tokens[:, None].cpu().numpy()))
-        return model.get_output_embeddings()(hidden[:, -1]).argmax(-1)
+        nonlocal memory
+        new = make_layout([*lengths, *np.ones_like(texts)], [*parents, *texts], tokens.device, len(lengths))
+        kept = KeysAndValues()
+        more = inputs_beside(model, tokens[None])
+        hidden = run_packed(model, model.get_input_embeddings()(tokens), new, [memory], kept, more)
+        order = as_indices(_with_one_more(lengths, texts), tokens)
+        joined = _joined([memory, _state(kept)])
+        memory = PromptState([part[order] for part in joined.keys], [part[order] for part in joined.values])
+        lengths[texts] += 1
+        return best_tokens(model, hidden)
 
     return lambda: first, step
+
+
+def _by_layer(kept: KeysAndValues) -> list[tuple[Tensor, Tensor]]:
+    return [kept[layer] for layer in sorted(kept)]
+
+
+def _state(kept: KeysAndValues) -> PromptState:
+    pairs = _by_layer(kept)
+    return PromptState([keys for keys, _ in pairs], [values for _, values in pairs])
+
+
+def _joined(states: Sequence[PromptState]) -> PromptState:
+    """One behind the other."""
+    if len(states) == 1:
+        return states[0]
+    keys, values = (
+        [torch.cat(parts) for parts in zip(*of_all, strict=True)]
+        for of_all in ([state.keys for state in states], [state.values for state in states])
+    )
+    return PromptState(keys, values)
+
+
+def _with_one_more(lengths: np.ndarray, growing: np.ndarray) -> np.ndarray:
+    """The order in which each growing segment's new token, all of which lie behind all segments, follows it."""
+    starts, total = np.cumsum(lengths) - lengths, int(lengths.sum())
+    new_of = {int(segment): total + place for place, segment in enumerate(growing)}
+    segments = [starts[s] + np.arange(n) for s, n in enumerate(lengths)]
+    return np.concatenate([np.append(part, new_of[s]) if s in new_of else part for s, part in enumerate(segments)])

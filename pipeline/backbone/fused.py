@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from pipeline.backbone.native import attention as native_attention
 from pipeline.backbone.native import rows as native
+from pipeline.backbone.packed import current_run
 
 # By class name: transformers has a copy of each class in every family's module, without a common parent.
 _RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "T5LayerNorm", "MT5LayerNorm")
@@ -65,12 +66,12 @@ class RotaryAttention(nn.Module):
         super().__init__()
         self._modules = usual._modules  # one shared dictionary: a layer that is replaced later is replaced in both
         self._usual: list[Any] = [usual]  # in a list, which hides it from PyTorch: its parameters would be listed twice
-        self.kernels = False
 
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **rest: Any) -> Any:
         """`[1, N, H]` -> `[1, N, H]`, and no attention weights."""
-        # Without a layout this is no packed run: decoding, say, has its own cache and mask.
-        if not self.kernels or "layout" not in rest or not native.supports(hidden_states):
+        # Without a packed run this is transformers' own pass, with its own cache and mask.
+        run = current_run()
+        if run is None or not run.kernels or not native.supports(hidden_states) or run.biases(rest["attention_mask"]):
             return self._usual[0](hidden_states, position_embeddings=position_embeddings, **rest)
         usual = self._usual[0]
         q, k, v = (
@@ -79,12 +80,10 @@ class RotaryAttention(nn.Module):
         )
         if hasattr(usual, "q_norm"):
             q, k = usual.q_norm(q), usual.k_norm(k)
-        given = rest["given"]
-        if given:  # [G + N, A', D]; their keys are rotated already, which the kernel knows by their number
-            k = torch.cat([*(state.keys[usual.layer_idx] for state in given), k])
-            v = torch.cat([*(state.values[usual.layer_idx] for state in given), v])
-        rotation = rest["layout"].rotation(position_embeddings)
-        out = native_attention.attend(q, k, v, usual.scaling, rest["layout"].forest, rotation)
+        # Given keys are rotated already, which the kernel knows by their number.
+        k, v = run.with_given(usual.layer_idx, k, v)
+        rotation = run.layout.rotation(position_embeddings)
+        out = native_attention.attend(q, k, v, usual.scaling, run.layout.forest, rotation)
         return usual.o_proj(out.flatten(1))[None], None
 
 
@@ -113,7 +112,3 @@ def use_kernels(model: nn.Module, kernels: bool) -> None:
     for module in (model, *model.modules()):
         if module is model or hasattr(module, "kernels"):
             setattr(module, "kernels", kernels)  # noqa: B010 (an attribute of some modules alone)
-
-
-def uses_kernels(model: nn.Module) -> bool:
-    return bool(getattr(model, "kernels", False))

@@ -30,7 +30,9 @@ from pipeline.backbone.loading import (
 )
 from pipeline.backbone.node_memory import NodeMemory, join_node_memory
 from pipeline.backbone.offload import Keep, on_device
+from pipeline.backbone.proof import Proof, Way, prove
 from pipeline.backbone.weights import open_weights
+from pipeline.errors import BackboneError
 
 
 class Hosted(nn.Module):
@@ -62,11 +64,18 @@ class Backbone:
     dtype: torch.dtype
     hidden_size: int
     """H: the width of an input embedding, and so of a prompt's row."""
+    proof: Proof
+    """What decided how rows run."""
     traffic: Traffic = field(default_factory=Traffic)
 
     @property
     def architecture(self) -> Architecture:
         return architecture_of(self.config)
+
+    @property
+    def way(self) -> Way:
+        assert self.proof.way is not None, "a model without an exact way is refused when it is loaded"
+        return self.proof.way
 
     @property
     def embedding_rows(self) -> int:
@@ -75,8 +84,8 @@ class Backbone:
 
     @property
     def pads_rows(self) -> bool:
-        """Whether rows of a batch are padded to the longest; decoder-only models run them packed."""
-        return self.architecture == "encoder-decoder"
+        """Whether rows of a batch are padded to the longest; if not, they run packed, and keep what a prompt made."""
+        return self.way == "padded"
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(model, *args)`, with every weight that it touches gathered while it is used."""
@@ -122,18 +131,19 @@ def host_backbone(
     `keep` tells where weights stay between uses (`offload`), by default on the device. `share_memory` lets ranks on
     CPUs of one machine read each other's parts directly (`node_memory`).
     With `sharded`, no rank ever holds the whole model, nor a whole matrix: it reads and quantises its own part.
-    Raises: BackboneError when weights are damaged or missing.
+    Raises: BackboneError when weights are damaged or missing, or the model cannot be run exactly.
     """
     model = build_skeleton(config, int8, dtype)
     width = input_width(model)
-    set_products(model, products, device)
     use_kernels(model, kernels)
     source = open_weights(files, model)
     # Before weights are loaded and partitioned: afterwards a tied parameter is one partition.
     untie_separate_weights(model, source)
     if not sharded:
         load_weights(model, source, dtype, whole_placement(device, keep or on_device(device)))
-        return Backbone(config, Hosted(model), device, dtype, width)
+        whole = Hosted(model)
+        proof = choose_way(whole, model, files.name, device, dtype, products)
+        return Backbone(config, whole, device, dtype, width, proof)
     start_deepspeed(device)
     import deepspeed
 
@@ -151,7 +161,43 @@ def host_backbone(
     deepspeed.utils.set_z3_leaf_modules(hosted, layer_types(model))
     # The engine installs the hooks that gather and release. Its own `forward` and `step` are for training: unused.
     engine, *_ = deepspeed.initialize(model=hosted, config=zero)
-    return Backbone(config, engine.module, device, dtype, width, traffic)
+    proof = choose_way(engine.module, model, files.name, device, dtype, products)
+    traffic.gathered = 0
+    return Backbone(config, engine.module, device, dtype, width, proof, traffic)
+
+
+def choose_way(
+    hosted: nn.Module,
+    model: Any,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    products: str = "exact",
+    gradients: bool = True,
+) -> Proof:
+    """Find out how the model's rows run from now on (see `proof`), and note it in the model.
+
+    Under ZeRO-3 every rank calls this. Raises: BackboneError when no way is exact.
+    """
+
+    def on_all_ranks(yes: bool) -> bool:
+        if not dist.is_initialized():
+            return yes
+        said = torch.tensor(int(yes), device=device)
+        dist.all_reduce(said, dist.ReduceOp.MIN)
+        return bool(said)
+
+    set_products(model, "exact", device)  # rounding to int8 would hide a small difference
+    proof = prove(hosted, model, device, dtype, gradients, on_all_ranks)
+    set_products(model, products, device)
+    if proof.way is None:
+        found = "; ".join(f"{way}: {difference}" for way, difference in proof.differences.items())
+        raise BackboneError(
+            f"model.path {name}: no way of running it behind soft prompts gives what its own forward pass gives "
+            f"({found}); prompts tuned on it would be wrong, so it is refused"
+        )
+    model.way = proof.way
+    return proof
 
 
 def whole_placement(device: torch.device, keep: Keep) -> Placement:

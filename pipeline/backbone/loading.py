@@ -7,6 +7,7 @@ import copy
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.backbone.files import architecture_of
 from pipeline.backbone.fused import fuse
 from pipeline.backbone.int8 import Int8Embedding, Int8Linear, empty_int8, quantize_matrix
+from pipeline.backbone.output import let_layers_be_passed_over
 from pipeline.backbone.weights import WeightSource, require_stored_name, same_bytes, stored_name
 from pipeline.errors import BackboneError
 
@@ -62,10 +64,16 @@ def build_skeleton(config: PretrainedConfig, int8: bool, dtype: torch.dtype = to
     auto = AutoModelForCausalLM if architecture_of(config) == "decoder-only" else AutoModelForSeq2SeqLM
     # A copy: transformers notes `dtype` in the config that it is given.
     own = copy.deepcopy(config)
+    make = partial(auto.from_config, own, dtype=dtype, trust_remote_code=False)
+    model: PreTrainedModel
     with torch.device("meta"):
-        model: PreTrainedModel = auto.from_config(own, attn_implementation="sdpa", dtype=dtype, trust_remote_code=False)
+        try:
+            model = make(attn_implementation="sdpa")
+        except ValueError:  # some families have no such attention
+            model = make(attn_implementation="eager")
     model.eval().requires_grad_(False)  # eval: dropout would make ranks disagree, and a frozen model has no use for it
     _make_buffers(model, model)
+    let_layers_be_passed_over(model)
     fuse(model)
     if int8:
         _replace_matrices(model, dtype)

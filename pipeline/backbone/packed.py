@@ -5,27 +5,41 @@ to its ancestors and, causally, to itself. So a prompt that many rows share runs
 gradient is the exact sum over them (known as shared-prefix forward, arXiv 2506.05433). Products
 with weights see every token once. A prompt whose keys and values are given does not run at all.
 
+Nothing here knows a family: transformers' own layers run, and hand their queries, keys and values to
+`_attend` through its attention interface. What a token may look at is the family's own rule (a window,
+a chunk), which transformers hands over through its mask interface; here it is asked about positions.
+
 Shapes: N tokens that run, G tokens that are given. A heads, A' heads of keys, D head size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function
 
 from pipeline.backbone import packed_attention
-from pipeline.backbone.fused import uses_kernels
 from pipeline.backbone.native import attention as native_attention
+from pipeline.backbone.output import layers_of
 from pipeline.backbone.rows import PromptState
 from pipeline.backbone.segments import Segments, make_segments
 
 _NAME = "prompt_bank_packed"
+
+KeysAndValues = dict[int, tuple[Tensor, Tensor]]
+"""Keys and values `[N, A', D]` by the index of their layer."""
+
+
+class NotPackedError(Exception):
+    """The family's layers do not take part: they pass over the interface, or hand over what is not known here."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,32 +84,120 @@ def make_layout(lengths: Sequence[int], parents: Sequence[int | None], device: t
     return Layout(make_segments(lengths, parents, given), device)
 
 
-def run_packed(model: Any, embeddings: Tensor, layout: Layout, given: Sequence[PromptState] = ()) -> Tensor:
-    """Last hidden states `[N, H]` of packed input embeddings `[N, H]`, behind the layout's given segments."""
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """What a token may look at, as a family says it: a function of positions. It travels as an attention mask."""
+
+    function: Callable[[Any, Any, Tensor, Tensor], Tensor]
+
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
+        """Whether the token at position q sees the one at k."""
+        none = torch.zeros((), dtype=torch.long, device=q.device)  # the rule is the same for every row and head
+        return self.function(none, none, q, k)
+
+    def __getitem__(self, _: Any) -> "Rule":
+        return self  # Gemma 4 slices the masks of layers that share keys
+
+    def is_causal(self, positions: int, device: torch.device) -> bool:
+        """Whether it is the plain causal rule on so many positions: a window that is longer does nothing."""
+        if self.function is causal_mask_function:
+            return True
+        at = torch.arange(positions, device=device)
+        return torch.equal(self(at[:, None], at[None]), at[:, None] >= at[None])
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRun:
+    """One forward pass of a packed row, as the attention of its layers sees it."""
+
+    layout: Layout
+    given: Sequence[PromptState]
+    kernels: bool
+    kept: KeysAndValues | None = None
+    """Where keys and values go, if they are wanted."""
+    _biases: dict[int, tuple[Rule, packed_attention.Biases | None]] = field(default_factory=dict)
+
+    def biases(self, rule: Rule | None) -> packed_attention.Biases | None:
+        """What the rule adds to scores; None where it is plain causal. Once a pass, for all layers."""
+        if rule is None:
+            return None
+        if id(rule) not in self._biases:
+            segments, device = self.layout.segments, self.layout.device
+            positions = torch.as_tensor(segments.all_positions(), device=device)
+            plain = rule.is_causal(int(positions.max()) + 1, device)
+            made = None if plain else packed_attention.make_biases(self.layout.levels, rule, positions)
+            self._biases[id(rule)] = (rule, made)  # the rule is kept, so that no other gets its id
+        return self._biases[id(rule)][1]
+
+    def with_given(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[N, A', D]` behind those of the prompts that are given: `[G + N, A', D]`."""
+        # A prompt that was run before ran by itself: it attends to nothing but itself, so its keys and values are the
+        # same behind whatever input, and a service need not compute them again.
+        if not self.given:
+            return k, v
+        return (
+            torch.cat([*(state.keys[layer] for state in self.given), k]),
+            torch.cat([*(state.values[layer] for state in self.given), v]),
+        )
+
+
+# Not by keyword arguments through the model: some families' layers drop those that they do not know.
+_current: ContextVar[PackedRun | None] = ContextVar("packed run", default=None)
+
+
+def current_run() -> PackedRun | None:
+    """The packed run that is under way in this thread, if there is one."""
+    return _current.get()
+
+
+def run_packed(
+    model: Any,
+    embeddings: Tensor,
+    layout: Layout,
+    given: Sequence[PromptState] = (),
+    kept: KeysAndValues | None = None,
+    more: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Tensor:
+    """Last hidden states `[N, H]` of packed input embeddings `[N, H]`, behind the layout's given segments.
+
+    Keys and values of every layer go into `kept`, if it is there. `more` are inputs that the family has beside them.
+    """
     # A token's position counts its ancestors' tokens, not its neighbours in the packed row: each row runs as if it had
     # its prompt to itself. A prompt that many rows share runs once, and autograd sums their gradients in it.
-    positions = torch.as_tensor(layout.segments.positions()[None], dtype=torch.long, device=layout.device)
-    with _packed_attention(model):
-        output = model.base_model(
-            inputs_embeds=embeddings[None],
-            position_ids=positions,
-            use_cache=False,
-            layout=layout,
-            given=given,
-            kernels=uses_kernels(model),
-        )
+    # A row that is done may be decoded on beside longer ones, beyond the model's table of positions.
+    last = (getattr(model.config, "max_position_embeddings", None) or 2**62) - 1
+    positions = torch.as_tensor(layout.segments.positions()[None].clip(max=last), device=layout.device)
+    # The kernel that rotates keys itself cannot hand them over, so runs that keep them do without.
+    run = PackedRun(layout, given, bool(getattr(model, "kernels", False)) and kept is None, kept)
+    token = _current.set(run)
+    try:
+        with _attention_of_all(model, _NAME):
+            output = layers_of(model)(
+                inputs_embeds=embeddings[None],
+                position_ids=positions,
+                # Of ones: without it transformers takes positions that jump for sequences of its own packing.
+                attention_mask=torch.ones_like(positions),
+                use_cache=False,
+                **more,
+            )
+    finally:
+        _current.reset(token)
     return output.last_hidden_state[0]
 
 
 @contextmanager
-def _packed_attention(model: Any) -> Iterator[None]:
-    """Let transformers call `_attend` in place of its own attention, for this forward pass alone."""
-    usual = model.config._attn_implementation
-    model.config._attn_implementation = _NAME
+def _attention_of_all(model: Any, name: str) -> Iterator[None]:
+    """Let transformers call another attention in place of its own, for this forward pass alone."""
+    # Every config that some module holds: parts of a model may have one of their own.
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    usual = {key: config._attn_implementation for key, config in configs.items()}
+    for config in configs.values():
+        config._attn_implementation = name
     try:
         yield
     finally:
-        model.config._attn_implementation = usual
+        for key, config in configs.items():
+            config._attn_implementation = usual[key]
 
 
 def _attend(
@@ -103,27 +205,38 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: None,
+    attention_mask: Rule | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    *,
-    layout: Layout,
-    given: Sequence[PromptState],
-    kernels: bool,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: q `[1, A, N, D]`, k and v `[1, A', N, D]` -> `[1, N, A, D]`."""
-    assert attention_mask is None and dropout == 0.0
+    """transformers' attention interface: q `[1, A, N, D]`, k and v `[1, A', N, D]` -> `[1, N, A, D]`.
+
+    `softcap` bounds scores (Gemma 2); `s_aux` `[A]` are sinks, which a head may look at in place of a token (gpt-oss).
+    """
+    run = _current.get()
+    assert run is not None and dropout == 0.0
+    if not isinstance(attention_mask, Rule | None):
+        raise NotPackedError(f"its layers hand over a mask of their own ({type(attention_mask).__name__})")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, A, D]
-    # A prompt whose keys and values are given was run before, by itself: it attends to nothing but itself, so they are
-    # the same behind whatever input, and a service need not compute them again.
-    if given:  # [G + N, A', D]
-        k = torch.cat([*(state.keys[module.layer_idx] for state in given), k])
-        v = torch.cat([*(state.values[module.layer_idx] for state in given), v])
+    if run.kept is not None:
+        run.kept[module.layer_idx] = (k, v)
+    k, v = run.with_given(getattr(module, "layer_idx", -1), k, v)
     scaling = scaling or q.shape[-1] ** -0.5
-    if kernels and native_attention.supports(q, k, v):
+    biases, layout = run.biases(attention_mask), run.layout
+    plain = biases is None and softcap is None and s_aux is None and k.shape[-1] == v.shape[-1]
+    if run.kernels and plain and native_attention.supports(q, k, v):
         return native_attention.attend(q, k, v, scaling, layout.forest)[None], None
-    return packed_attention.attend(q * scaling, k, v, layout.levels)[None], None
+    scores = packed_attention.Scores(biases, softcap, s_aux)
+    return packed_attention.attend(q * scaling, k, v, layout.levels, scores)[None], None
 
 
-ALL_ATTENTION_FUNCTIONS.register(_NAME, _attend)
+def _rule(mask_function: Callable[..., Tensor], **_: Any) -> Rule:
+    """transformers' mask interface, which makes a mask from a family's rule; here the rule itself is wanted."""
+    return Rule(mask_function)
+
+
+AttentionInterface.register(_NAME, _attend)
+AttentionMaskInterface.register(_NAME, _rule)

@@ -8,6 +8,7 @@ longest, F families (segments with one parent), M tokens of the largest family, 
 A heads, A' heads of keys, D head size.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,13 +78,54 @@ def make_levels(segments: Segments, device: torch.device) -> Levels:
     return Levels(tuple(levels), _tensor(np.argsort(np.concatenate(seen)), device))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, levels: Levels) -> Tensor:
-    """Q `[N, A, D]`, scaled, k and v `[G + N, A', D]` -> `[N, A, D]`."""
+Biases = Sequence[tuple[Tensor, Tensor | None]]
+"""For each level what its tokens may look at, 0 or -inf: of their own segment `[R, T, T]`, and of their ancestors
+`[F, M, K]`."""
+
+
+def make_biases(levels: Levels, sees: Callable[[Tensor, Tensor], Tensor], positions: Tensor) -> Biases:
+    """Ask a family's rule about `positions` `[G + N]` of all tokens: `sees(query, key)` of two tensors of positions."""
+    given = len(positions) - len(levels.order)
+
+    def bias(queries: Tensor, keys: Tensor) -> Tensor:
+        """Indices among the tokens that run `[..., M]` and among all `[..., K]` -> `[..., M, K]`."""
+        seen = sees(positions[queries + given].unsqueeze(-1), positions[keys].unsqueeze(-2))
+        return torch.where(seen, 0.0, -torch.inf)
+
+    return [
+        (
+            # Causal by index as well: padding has the position of the token that it repeats.
+            bias(level.own, level.own_keys) + level.causal,
+            None if (a := level.ancestors) is None else bias(a.tokens, a.keys) + a.hidden[:, 0],
+        )
+        for level in levels.levels
+    ]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a family does with scores before their softmax, beside the plain causal rule."""
+
+    biases: Biases | None = None
+    softcap: float | None = None
+    """Scores are bounded to ± so much."""
+    sinks: Tensor | None = None
+    """`[A]`: a score of each head for looking at no token."""
+
+
+PLAIN = Scores()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, levels: Levels, scores: Scores = PLAIN) -> Tensor:
+    """Q `[N, A, D]`, scaled, k `[G + N, A', D]` and v `[G + N, A', D']` -> `[N, A, D']`."""
     remember = torch.is_grad_enabled() and q.requires_grad
+    biases: Sequence[tuple[Tensor | None, Tensor | None]] = scores.biases or [(None, None)] * len(levels.levels)
     outputs = [
         # Scores are computed again in the backward pass: kept for every layer, they would outgrow all else.
-        checkpoint(_attend_level, q, k, v, level, use_reentrant=False) if remember else _attend_level(q, k, v, level)
-        for level in levels.levels
+        checkpoint(_attend_level, q, k, v, level, bias, scores, use_reentrant=False)
+        if remember
+        else _attend_level(q, k, v, level, bias, scores)
+        for level, bias in zip(levels.levels, biases, strict=True)
     ]
     return torch.cat(outputs)[levels.order]
 
@@ -149,27 +191,54 @@ def _tensor(values: np.ndarray, device: torch.device) -> Tensor:
     return torch.as_tensor(values, dtype=torch.long, device=device)
 
 
-def _attend_level(q: Tensor, k: Tensor, v: Tensor, level: _Level) -> Tensor:
-    """Outputs `[n, A, D]` of one level's tokens."""
+def _attend_level(
+    q: Tensor, k: Tensor, v: Tensor, level: _Level, bias: tuple[Tensor | None, Tensor | None], scores: Scores
+) -> Tensor:
+    """Outputs `[n, A, D']` of one level's tokens."""
     heads, length = k.shape[1], level.own.shape[1]
     own_k, own_v = (_by_head(_take(x, level.own_keys), heads) for x in (k, v))  # [R * A', T, D]
-    scores = _by_head(_take(q, level.own), heads) @ own_k.mT  # [R * A', (A/A') * T, T]
-    scores = (scores.unflatten(1, (-1, length)) + level.causal.to(q.dtype)).flatten(1, 2)
+    own = _capped(_by_head(_take(q, level.own), heads) @ own_k.mT, scores)  # [R * A', (A/A') * T, T]
+    own = _biased(own, level.causal if bias[0] is None else bias[0], heads)
     if level.ancestors is None:  # prompts, which have nothing before them
-        return _take(_by_token(scores.softmax(-1) @ own_v, heads, length), level.used)
+        return _take(_by_token(_softmax(own, heads, scores) @ own_v, heads, length), level.used)
     family = level.ancestors
     tokens = family.tokens.shape[1]
     before_k, before_v = (_by_head(_take(x, family.keys), heads) for x in (k, v))  # [F * A', K, D]
-    before = _by_head(_take(q, family.tokens), heads) @ before_k.mT  # [F * A', (A/A') * M, K]
-    before = (before.unflatten(0, (-1, heads)) + family.hidden.to(q.dtype)).flatten(0, 1)
+    before = _capped(_by_head(_take(q, family.tokens), heads) @ before_k.mT, scores)  # [F * A', (A/A') * M, K]
+    if bias[1] is None:
+        before = (before.unflatten(0, (-1, heads)) + family.hidden.to(q.dtype)).flatten(0, 1)
+    else:
+        before = _biased(before, bias[1], heads)
     # Scores against the own segment move into the families' order, so that one softmax covers both.
-    own = _by_head(_take(_by_token(scores, heads, length), family.own_of_family).unflatten(0, (-1, tokens)), heads)
-    weights = torch.cat([before, own], -1).softmax(-1)
+    own = _by_head(_take(_by_token(own, heads, length), family.own_of_family).unflatten(0, (-1, tokens)), heads)
+    weights = _softmax(torch.cat([before, own], -1), heads, scores)
     to_before, to_own = weights.split([before.shape[-1], length], -1)
     # And the weights move back, for the product with the own segment's values.
     out = _take(_by_token(to_before @ before_v, heads, tokens), family.used)
     to_own = _take(_by_token(to_own, heads, tokens), family.family_of_own).unflatten(0, (-1, length))
     return out + _take(_by_token(_by_head(to_own, heads) @ own_v, heads, length), level.used)
+
+
+def _capped(scores: Tensor, how: Scores) -> Tensor:
+    return scores if how.softcap is None else torch.tanh(scores / how.softcap) * how.softcap
+
+
+def _biased(scores: Tensor, bias: Tensor, heads: int) -> Tensor:
+    """Scores `[R * A', (A/A') * T, K]` + bias `[T, K]` or `[R, T, K]`."""
+    if bias.dim() == 2:
+        return (scores.unflatten(1, (-1, len(bias))) + bias.to(scores.dtype)).flatten(1, 2)
+    split = scores.unflatten(0, (-1, heads)).unflatten(2, (-1, bias.shape[1]))  # [R, A', A/A', T, K]
+    return (split + bias[:, None, None].to(scores.dtype)).flatten(2, 3).flatten(0, 1)
+
+
+def _softmax(scores: Tensor, heads: int, how: Scores) -> Tensor:
+    """Over the keys of scores `[R * A', (A/A') * T, K]`; a sink takes its part and gives nothing."""
+    if how.sinks is None:
+        return scores.softmax(-1)
+    sinks = how.sinks.to(scores.dtype).view(heads, -1, 1)  # [A', A/A', 1]
+    of_query = sinks.repeat_interleave(scores.shape[1] // sinks.shape[1], 1)  # [A', (A/A') * T, 1]
+    joined = torch.cat([scores, of_query.repeat(len(scores) // heads, 1, 1)], -1)
+    return joined.softmax(-1)[..., :-1]
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:

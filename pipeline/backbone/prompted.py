@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.backbone import decoder_only, encoder_decoder
+from pipeline.backbone import decoder_only, encoder_decoder, padded
 from pipeline.backbone.rows import PromptState, Rows, TokenRows
 
 __all__ = ["PromptState", "Rows", "greedy_decode", "label_log_likelihoods", "prompt_state", "target_nll"]
@@ -31,7 +31,7 @@ def target_nll(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
 
 @torch.no_grad()
 def prompt_state(model: Any, prompt: Tensor) -> PromptState:
-    """Run a soft prompt `[P, H]` of a decoder-only model once; `Rows` take the returned state in its place."""
+    """Run a soft prompt `[P, H]` of a packed model once; `Rows` take the returned state in its place."""
     (state,) = decoder_only.prompt_states(model, [prompt])
     return state
 
@@ -73,4 +73,6 @@ def greedy_decode(
 
 
 def _family(model: Any) -> ModuleType:
-    return encoder_decoder if model.config.is_encoder_decoder else decoder_only
+    if model.config.is_encoder_decoder:
+        return encoder_decoder
+    return decoder_only if model.way == "packed" else padded

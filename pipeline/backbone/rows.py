@@ -1,6 +1,6 @@
 """Rows to run behind soft prompts, and ways to pad rows of different lengths.
 
-Shapes: B rows, T tokens, P prompt tokens, H hidden, L layers, A' heads of keys, D head size.
+Shapes: B rows, T tokens, P prompt tokens, H hidden, A' heads of keys, D head size.
 """
 
 from collections.abc import Sequence
@@ -18,22 +18,22 @@ TokenRows = Sequence[np.ndarray]
 class PromptState:
     """Keys and values of a soft prompt that ran through a decoder-only model: all that tokens behind it attend to."""
 
-    keys: Tensor
-    """`[L, P, A', D]`, rotated to the prompt's positions where the model rotates."""
-    values: Tensor
-    """`[L, P, A', D]`"""
+    keys: Sequence[Tensor]
+    """`[P, A', D]` of each layer, rotated to the prompt's positions where the model rotates."""
+    values: Sequence[Tensor]
+    """`[P, A', D]` of each layer."""
 
     def __len__(self) -> int:
         """P"""
-        return self.keys.shape[1]
+        return len(self.keys[0])
 
     @property
     def device(self) -> torch.device:
-        return self.keys.device
+        return self.keys[0].device
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return sum(part.nbytes for part in (*self.keys, *self.values))
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,10 @@ class Segments:
         """`[N]` position of each token that runs, as if it stood right behind its ancestors."""
         return np.concatenate([self.before[s] + np.arange(self.lengths[s]) for s in self.run])
 
+    def all_positions(self) -> np.ndarray:
+        """`[G + N]`: those of given segments too, which come first."""
+        return np.concatenate([before + np.arange(n) for before, n in zip(self.before, self.lengths, strict=True)])
+
 
 def make_segments(lengths: Sequence[int], parents: Sequence[int | None], given: int = 0) -> Segments:
     """Check the order of segments, and lift what follows an empty segment to that segment's own parent."""

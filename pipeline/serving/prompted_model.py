@@ -161,12 +161,12 @@ class PromptedModel:
         ]
 
     def _packed(self, rows: Sequence[EncodedRow]) -> prompted.Rows:
-        """The rows with each of their prompts once: as keys and values from the cache, or for an encoder as vectors."""
+        """The rows with each of their prompts once: as keys and values from the cache, or where rows pad as vectors."""
         of_digest = {str(row.prompt.record.digest): row.prompt for row in rows}
         place = {digest: i for i, digest in enumerate(of_digest)}
         of_row = [place[str(row.prompt.record.digest)] for row in rows]
         inputs = [row.input_ids for row in rows]
-        if self.backbone.architecture == "encoder-decoder":
+        if self.backbone.backbone.pads_rows:
             return prompted.Rows([self._tensor(prompt) for prompt in of_digest.values()], of_row, inputs)
         return prompted.Rows([self._state(*item) for item in of_digest.items()], of_row, inputs)
 

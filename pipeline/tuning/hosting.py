@@ -46,6 +46,8 @@ def host_on_rank(settings: Settings, model_folder: Path, device: torch.device, r
         products=agreed_products(model.products, device),
         keep=offload_of_settings(model.offload, model.offload_folder),
     )
+    exact = f"rows run {backbone.way}, {backbone.proof.differences[backbone.way]} from rows alone"
+    run_log.event("stage", name="backbone", text=f"{model.path}: {exact}")
     configure_allocator(sum(held_bytes(backbone).values()))
     return backbone
 

@@ -27,7 +27,7 @@ def padded_rows(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
     padded = [np.pad(text, (0, longest - len(text))) for text in texts]
     hidden, layout = decoder_only.run_behind_prompts(model, rows.prompts, padded, rows.prompt_of_row)
     places, tokens = _predicted(rows, targets, layout)
-    return _by_row(decoder_only.token_nll(model, hidden, places, tokens), targets)
+    return _by_row(decoder_only.nll_at(model, hidden, places, tokens), targets)
 
 
 def all_logits(model: Any, rows: Rows, targets: TokenRows) -> Tensor:

@@ -18,6 +18,7 @@ from pipeline.backbone.host import (
     Backbone,
     Hosted,
     Traffic,
+    choose_way,
     layer_types,
     set_gather,
     start_deepspeed,
@@ -106,7 +107,8 @@ def load_partitioned(
     ]
     if isinstance(optimizer, PartitionedAdafactor):
         optimizer.describe({piece.values: Span(piece.shape, piece.start, piece.stop) for piece in pieces})
-    backbone = Backbone(config, engine, device, dtype, width, traffic)
+    proof = choose_way(engine, model, source.origin, device, dtype, gradients=False)
+    backbone = Backbone(config, engine, device, dtype, width, proof, traffic)
     return PartitionedModel(backbone, pieces, parameters, optimizer, engine)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PretrainedConfig
 
-from pipeline.backbone.host import Backbone, Hosted, whole_placement
+from pipeline.backbone.host import Backbone, Hosted, choose_way, whole_placement
 from pipeline.backbone.loading import input_width, load_weights
 from pipeline.backbone.offload import on_device
 from pipeline.backbone.weights import WeightSource
@@ -73,5 +73,7 @@ def load_whole(
     optimizer = make_weight_optimizer([piece.values for piece in pieces], settings)
     if isinstance(optimizer, PartitionedAdafactor):
         optimizer.describe({piece.values: Span(piece.shape, piece.start, piece.stop) for piece in pieces})
-    backbone = Backbone(config, Hosted(model), device, dtype, input_width(model))
+    hosted = Hosted(model)
+    proof = choose_way(hosted, model, source.origin, device, dtype, gradients=False)
+    backbone = Backbone(config, hosted, device, dtype, input_width(model), proof)
     return WholeModel(backbone, pieces, [weight for _, weight in named], optimizer, settings.clip_norm)

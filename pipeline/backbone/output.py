@@ -1,0 +1,119 @@
+"""The output layer as the model itself applies it, a bounded number of places at a time.
+
+Families do more there than one product: Granite divides logits, Gemma caps them, T5 scales what goes in, BART adds a
+bias. So the model's own forward pass runs for it, with its layers passed over. Logits are the largest tensor of a pass
+where a vocabulary is large (262,144 entries of float32 are 1 MiB a place), and several copies of them are needed:
+therefore only a block of places has logits at a time.
+
+Shapes: n places, H hidden, V vocabulary.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers.modeling_outputs import BaseModelOutput
+
+LOGIT_BYTES = 256 * 2**20
+"""What the logits of one block may take, copies included."""
+_COPIES = 4
+"""In float32: the logits, what the softmax keeps, their gradient, and one that comes and goes."""
+
+_given_hidden: ContextVar[Tensor | None] = ContextVar("hidden states in place of the layers", default=None)
+
+
+class _LayersOutput(BaseModelOutput):
+    """Hidden states alone; whatever else a family's own output has is absent."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def layers_of(model: Any) -> Any:
+    """The part of a model that makes the hidden states of which its forward makes logits; of two parts, the decoder."""
+    parts = (model.get_decoder(), model.base_model, getattr(model, "model", None))
+    return next(part for part in parts if part is not None and part is not model)  # by whichever name a family has
+
+
+def let_layers_be_passed_over(model: Any) -> None:
+    """Prepare a model for `own_logits`: its layers return given hidden states while there are some."""
+    layers = layers_of(model)
+    usual = layers.forward
+
+    @functools.wraps(usual)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = _given_hidden.get()
+        return usual(*args, **kwargs) if hidden is None else _LayersOutput(last_hidden_state=hidden)
+
+    layers.forward = forward
+
+
+def own_logits(model: Any, hidden: Tensor) -> Tensor:
+    """Logits `[n, V]` of last hidden states `[n, H]`."""
+    row = hidden[None]
+    token = _given_hidden.set(row)
+    try:
+        if model.config.is_encoder_decoder:
+            start = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+            encoded = BaseModelOutput(last_hidden_state=row)  # nothing looks at it
+            output = model(encoder_outputs=encoded, decoder_input_ids=start, use_cache=False)
+        else:
+            output = model(inputs_embeds=row, use_cache=False)
+    finally:
+        _given_hidden.reset(token)
+    logits: Tensor = output.logits[0]
+    return logits
+
+
+def token_nll(model: Any, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """-log P of tokens `[n]`, each predicted from its hidden state `[n, H]`: `[n]` float32."""
+    # Where the output layer itself is trained, autograd has to see it.
+    frozen = not any(parameter.requires_grad for parameter in model.get_output_embeddings().parameters())
+    if torch.is_grad_enabled() and hidden.requires_grad and frozen:
+        nll: Tensor = _TokenNll.apply(hidden, tokens, model)
+        return nll
+    return torch.cat([_block_nll(model, h, t) for h, t in _blocks(model, hidden, tokens)])
+
+
+def best_tokens(model: Any, hidden: Tensor) -> Tensor:
+    """The most likely token `[n]` after each hidden state `[n, H]`."""
+    return torch.cat([own_logits(model, h).argmax(-1) for (h,) in _blocks(model, hidden)])
+
+
+def _block_nll(model: Any, hidden: Tensor, tokens: Tensor) -> Tensor:
+    return functional.cross_entropy(own_logits(model, hidden).float(), tokens, reduction="none")
+
+
+def _blocks(model: Any, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    entries = int(model.config.get_text_config(decoder=True).vocab_size)
+    places = max(1, LOGIT_BYTES // (4 * _COPIES * entries))
+    return zip(*(tensor.split(places) for tensor in tensors), strict=True)
+
+
+class _TokenNll(torch.autograd.Function):
+    """Each block's gradient is computed with its loss, while its logits are there.
+
+    A place's loss depends on its own hidden state alone, so the gradient of the sum is each place's own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, tokens: Tensor, model: Any) -> Tensor:
+        losses, gradients = list[Tensor](), list[Tensor]()
+        for of_block, wanted in _blocks(model, hidden.detach(), tokens):
+            with torch.enable_grad():
+                leaf = of_block.requires_grad_()
+                nll = _block_nll(model, leaf, wanted)
+                gradients += torch.autograd.grad(nll.sum(), leaf)
+            losses.append(nll.detach())
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (grads[0].unsqueeze(-1) * gradient).to(gradient.dtype), None, None

@@ -1,0 +1,98 @@
+"""Decoder-only models whose rows run padded, `[P; X; Y]` each: the way for what cannot be packed.
+
+A state-space layer or linear attention runs over its whole row, and some families build their own masks. Every row has
+its own copy of its prompt, as in other libraries. Padding stands behind a row, where nothing causal looks.
+
+Shapes: B rows, T tokens, P prompt tokens, H hidden.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.backbone.decoder_only import inputs_beside, pad_token
+from pipeline.backbone.output import best_tokens, layers_of, token_nll
+from pipeline.backbone.rows import Rows, TokenRows, as_indices, mask_of, pad_embeddings, pad_ids
+
+
+def target_nll(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
+    """-log P of each row's target: `[B]` float32."""
+    # A target's last token predicts nothing that is scored, so it does not run.
+    texts = [np.concatenate([x, y[:-1]]) for x, y in zip(rows.inputs, targets, strict=True)]
+    hidden = _run(model, rows.prompts, rows.prompt_of_row, texts)
+    return _scored(model, hidden, _ends(rows), np.arange(len(targets)), targets)
+
+
+def label_nll(model: Any, rows: Rows, pairs: np.ndarray, candidates: TokenRows) -> Tensor:
+    """-log P of candidates, each behind the row that `pairs` names: `[len(candidates)]` float32."""
+    # Labels of one token are predicted at the end of their row, which runs once for all of them. A longer label is
+    # a row of its own, and the first one of each row serves those too.
+    texts, of_text, text_of = list[np.ndarray](), list[int](), np.zeros(len(candidates), dtype=np.int64)
+    for row, x in enumerate(rows.inputs):
+        own = np.flatnonzero(pairs == row).tolist()
+        longer = [i for i in own if len(candidates[i]) > 1]
+        text_of[own] = len(texts)
+        text_of[longer] += np.arange(len(longer))
+        texts += [np.concatenate([x, candidates[i][:-1]]) for i in longer] or [x]
+        of_text += [row] * max(1, len(longer))
+    hidden = _run(model, rows.prompts, [rows.prompt_of_row[row] for row in of_text], texts)
+    return _scored(model, hidden, _ends(rows)[of_text], text_of, candidates)
+
+
+def decoding_steps(model: Any, rows: Rows) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
+    """Two functions: one returns the first tokens `[B]`, the other takes tokens `[B]` and returns the next ones."""
+    # Every token runs the whole row again. A cache would hold padding between a row and its next token, which states
+    # cannot leave out.
+    texts = list(rows.inputs)
+    prompt_lengths = np.array([len(rows.prompts[s]) for s in rows.prompt_of_row])
+
+    def next_tokens() -> Tensor:
+        hidden = _run(model, rows.prompts, rows.prompt_of_row, texts)
+        last = prompt_lengths + [len(text) - 1 for text in texts]
+        return best_tokens(model, hidden[torch.arange(len(texts)), as_indices(last, hidden)])
+
+    def step(tokens: Tensor) -> Tensor:
+        texts[:] = [np.append(text, token) for text, token in zip(texts, tokens.tolist(), strict=True)]
+        return next_tokens()
+
+    return next_tokens, step
+
+
+def _ends(rows: Rows) -> np.ndarray:
+    """`[B]`: the place in each row that predicts its target's first token."""
+    return np.array([len(rows.prompts[s]) + len(x) - 1 for s, x in zip(rows.prompt_of_row, rows.inputs, strict=True)])
+
+
+def _run(model: Any, prompts: Sequence[Any], of_row: Sequence[int], texts: TokenRows) -> Tensor:
+    """Last hidden states `[B, T, H]` of prompts and the texts behind them, right-padded."""
+    like = prompts[0]
+    words = model.get_input_embeddings()(as_indices(pad_ids(texts), like))
+    joined = [
+        torch.cat([prompts[s].to(words.dtype), of_text[: len(text)]])
+        for s, of_text, text in zip(of_row, words, texts, strict=True)
+    ]
+    embeddings = pad_embeddings(joined)
+    lengths = np.array([len(row) for row in joined])
+    ids = [np.concatenate([np.full(len(prompts[s]), pad_token(model)), x]) for s, x in zip(of_row, texts, strict=True)]
+    # Positions are not given: some families have none, and the others count from the row's first token.
+    output = layers_of(model)(
+        inputs_embeds=embeddings,
+        attention_mask=as_indices(mask_of(lengths, embeddings.shape[1]), like),
+        use_cache=False,
+        **inputs_beside(model, as_indices(pad_ids(ids), like)),
+    )
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def _scored(model: Any, hidden: Tensor, ends: np.ndarray, row_of: np.ndarray, targets: TokenRows) -> Tensor:
+    """-log P of targets, the i-th behind the place `ends[row_of[i]]` of its row: `[len(targets)]`."""
+    lengths = [len(y) for y in targets]
+    of_target = np.repeat(np.arange(len(targets)), lengths)
+    places = np.concatenate([ends[row] + np.arange(n) for row, n in zip(row_of, lengths, strict=True)])
+    chosen = hidden[as_indices(row_of[of_target], hidden), as_indices(places, hidden)]
+    nll = token_nll(model, chosen, as_indices(np.concatenate(targets), hidden))
+    return nll.new_zeros(len(targets)).index_add(0, as_indices(of_target, hidden), nll)

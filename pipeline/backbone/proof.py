@@ -1,0 +1,234 @@
+"""Choose how a model's rows run, by proof: the fastest way that gives what the model itself gives.
+
+No list says which families are supported. When a model is loaded, two short rows behind two prompts run in every way
+that is known, fastest first, and alone, from token ids, through the model's own forward pass. A prompt whose vectors
+are the embeddings of known tokens must give the likelihood that those tokens give, and the gradient that it has alone.
+
+Shapes: P prompt tokens, H hidden, T tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.backbone import decoder_only, encoder_decoder, padded
+from pipeline.backbone.rows import Rows, as_indices
+
+Way = Literal["packed", "padded"]
+"""How rows run: all in one row behind prompts that they share, or each in a row of its own with its own prompt."""
+
+Run = Callable[..., Any]
+"""Calls a function of the model, as `Backbone.run` does."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between a way and the rows alone; infinite where the way cannot run the model at all."""
+
+    likelihood: float
+    """Nats, of the row that is farthest off."""
+    gradient: float
+    """Size of the difference of the prompts' gradients, as a part of the gradients' own size."""
+    reason: str = ""
+    """Why the way cannot run the model."""
+
+    def __str__(self) -> str:
+        return self.reason or f"{self.likelihood:.1e} nats and {self.gradient:.1e} of the gradient off"
+
+
+@dataclass(frozen=True)
+class Proof:
+    way: Way | None
+    """The fastest way that is exact; None if there is none."""
+    differences: dict[str, Difference]
+    """Of every way that was tried."""
+
+
+def prove(
+    run: Run,
+    model: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    gradients: bool = True,
+    agree: Callable[[bool], bool] = bool,
+) -> Proof:
+    """Try the ways in turn. Under ZeRO-3 every rank calls this, and `agree` tells whether all ranks say yes.
+
+    `run` calls functions of the model; `model` itself is asked about its parts alone.
+    """
+    probe = _probe(model.config)
+    differences: dict[str, Difference] = {}
+    from_ids = run(_from_ids, probe.of_ids, device)
+    embedded = _prompts(run, probe.of_ids, device)
+    with torch.no_grad():
+        differences["alone"] = Difference(_farthest(run(_alone, embedded, probe.of_ids).cpu(), from_ids), 0.0)
+    if not agree(_is_exact(differences["alone"], dtype)):
+        return Proof(None, differences)
+    prompts = _prompts(run, probe, device)
+    wanted = _losses(run, _alone, prompts, probe, gradients)
+    for way, together in _ways(model):
+        try:
+            found = _losses(run, together, prompts, probe, gradients)
+            # What stands in another row must not matter at all, however little it adds to the difference.
+            beside = run(together, prompts, probe.with_another_neighbour()).detach()[1].cpu()
+            leak = float((beside - found[0][1]).abs())
+            differences[way] = Difference(_farthest(found[0], wanted[0]) + leak, _relative(found[1], wanted[1]))
+        except Exception as error:  # whatever a family's layers raise when they are not run as they are used to
+            first = (str(error).splitlines() or [""])[0]
+            differences[way] = Difference(np.inf, np.inf, f"{type(error).__name__}: {first}")
+        if agree(_is_exact(differences[way], dtype)):
+            return Proof(way, differences)
+    return Proof(None, differences)
+
+
+def _ways(model: Any) -> list[tuple[Way, Callable[..., Tensor]]]:
+    """The ways that a model may run, the fastest first."""
+    if model.config.is_encoder_decoder:
+        return [("padded", _encoder_decoder)]
+    # A convolution over tokens, as state-space and linear attention have, would run over the packed row as a whole.
+    if any(isinstance(module, nn.Conv1d) for module in model.modules()):
+        return [("padded", _padded)]
+    return [("packed", _packed), ("padded", _padded)]
+
+
+def _is_exact(difference: Difference, dtype: torch.dtype) -> bool:
+    # In 16 bits the same sums in another order differ in their third digit, and a deep model amplifies that.
+    most = (2e-3, 2e-2) if dtype == torch.float32 else (0.3, 0.5)
+    return difference.likelihood <= most[0] and difference.gradient <= most[1]
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Two rows, each behind its prompt."""
+
+    prompts: Sequence[np.ndarray]
+    """Token ids whose embeddings are the prompts."""
+    inputs: Sequence[np.ndarray]
+    targets: Sequence[np.ndarray]
+    of_ids: "_Probe"
+    """The same with prompts that are the same to the model as token ids and as embeddings."""
+
+    def with_another_neighbour(self) -> "_Probe":
+        first, second = self.inputs
+        return replace(self, inputs=[first[::-1].copy(), second])
+
+
+def _probe(config: Any) -> _Probe:
+    rng = np.random.default_rng(0)
+    text = config.get_text_config(decoder=True)
+    # Special tokens may stand for an image, or for the beginning of a row.
+    special = {value for key, value in text.to_dict().items() if key.endswith("_token_id") and isinstance(value, int)}
+    usual = np.setdiff1d(np.arange(min(text.vocab_size, 2**15)), list(special))
+
+    def some(tokens: int) -> np.ndarray:
+        return rng.choice(usual, tokens, replace=False)
+
+    prompts, rows, targets = [some(4), some(3)], [some(5), some(2)], [some(3), some(3)]
+    plain = prompts
+    if getattr(config, "hidden_size_per_layer_input", None):
+        # Such a family's layers ask for tokens, too, and a prompt's rows are the padding token there.
+        plain = [np.full(len(prompt), config.pad_token_id or 0) for prompt in prompts]
+    of_ids: Any = None
+    of_ids = _Probe(plain, rows, targets, of_ids)
+    return _Probe(prompts, rows, targets, of_ids)
+
+
+def _prompts(run: Run, probe: _Probe, device: torch.device) -> list[Tensor]:
+    """Prompts `[P, H]` whose vectors are their tokens' embeddings."""
+    ids = [torch.as_tensor(prompt, device=device) for prompt in probe.prompts]
+    with torch.no_grad():
+        return [run(_embed, of).float() for of in ids]
+
+
+def _embed(model: Any, ids: Tensor) -> Tensor:
+    embeddings: Tensor = model.get_input_embeddings()(ids)
+    return embeddings
+
+
+def _losses(
+    run: Run, losses: Callable[..., Tensor], prompts: Sequence[Tensor], probe: _Probe, gradients: bool
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Losses `[2]`, and the prompts' gradients `[P, H]`."""
+    with torch.set_grad_enabled(gradients):
+        leaves = [prompt.detach().clone().requires_grad_(gradients) for prompt in prompts]
+        nll = run(losses, leaves, probe)
+        found = torch.autograd.grad(nll.sum(), leaves) if gradients else []
+    return nll.detach().float().cpu(), [gradient.float().cpu() for gradient in found]
+
+
+# The losses of the probe's rows `[2]`: as the model itself computes them, and in each way.
+
+
+def _from_ids(model: Any, probe: _Probe, device: torch.device) -> Tensor:
+    """Each target's tokens one by one, from what stands before each alone: a model that looks ahead is found out."""
+    losses = []
+    with torch.no_grad():
+        for prompt, x, y in zip(probe.prompts, probe.inputs, probe.targets, strict=True):
+            before = np.concatenate([prompt, x])
+            logits = [_last_logits(model, before, y[:place], device) for place in range(len(y))]
+            losses.append(-sum(float(of.log_softmax(-1)[token]) for of, token in zip(logits, y, strict=True)))
+    return torch.tensor(losses)
+
+
+def _last_logits(model: Any, before: np.ndarray, target: np.ndarray, device: torch.device) -> Tensor:
+    """Logits `[V]` of the token behind `target`, through the model's own forward pass."""
+    if model.config.is_encoder_decoder:
+        start = np.append(model.config.decoder_start_token_id, target)
+        decoder = torch.as_tensor(start, dtype=torch.long, device=device)[None]
+        ids = torch.as_tensor(before, device=device)[None]
+        output = model(input_ids=ids, decoder_input_ids=decoder, use_cache=False)
+    else:
+        ids = torch.as_tensor(np.concatenate([before, target]), device=device)[None]
+        output = model(input_ids=ids, use_cache=False)
+    logits: Tensor = output.logits[0, -1]
+    return logits.float()
+
+
+def _alone(model: Any, prompts: Sequence[Tensor], probe: _Probe) -> Tensor:
+    """Each row by itself, from embeddings, through the model's own forward pass."""
+    losses = []
+    for prompt, x, y in zip(prompts, probe.inputs, probe.targets, strict=True):
+        if model.config.is_encoder_decoder:
+            losses.append(encoder_decoder.target_nll(model, Rows([prompt], [0], [x]), [y])[0])
+            continue
+        ids = as_indices(np.concatenate([x, y[:-1]]), prompt)
+        words = model.get_input_embeddings()(ids)
+        padding = ids.new_full((len(prompt),), decoder_only.pad_token(model))
+        more = decoder_only.inputs_beside(model, torch.cat([padding, ids])[None])
+        logits = model(inputs_embeds=torch.cat([prompt.to(words.dtype), words])[None], use_cache=False, **more).logits
+        losses.append(functional.cross_entropy(logits[0, -len(y) :].float(), as_indices(y, prompt), reduction="sum"))
+    return torch.stack(losses)
+
+
+def _encoder_decoder(model: Any, prompts: Sequence[Tensor], probe: _Probe) -> Tensor:
+    return encoder_decoder.target_nll(model, Rows(prompts, range(2), probe.inputs), probe.targets)
+
+
+def _padded(model: Any, prompts: Sequence[Tensor], probe: _Probe) -> Tensor:
+    return padded.target_nll(model, Rows(prompts, range(2), probe.inputs), probe.targets)
+
+
+def _packed(model: Any, prompts: Sequence[Tensor], probe: _Probe) -> Tensor:
+    losses = decoder_only.target_nll(model, Rows(prompts, range(2), probe.inputs), probe.targets)
+    # Keys and values of prompts that ran before serve decoding and services, so they belong to this way.
+    with torch.no_grad():
+        states = decoder_only.prompt_states(model, prompts)
+        kept = decoder_only.target_nll(model, Rows(states, range(2), probe.inputs), probe.targets)
+    return losses + (kept - losses).abs().detach()  # an error of either shows
+
+
+def _farthest(losses: Tensor, wanted: Tensor) -> float:
+    return float((losses - wanted).abs().nan_to_num(nan=np.inf).max())
+
+
+def _relative(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    if not wanted:
+        return 0.0
+    size = float(torch.cat([of.flatten() for of in wanted]).norm())
+    off = float(torch.cat([(a - b).flatten() for a, b in zip(found, wanted, strict=True)]).norm())
+    return off / size if size and np.isfinite(off) else np.inf
