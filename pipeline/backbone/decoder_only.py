@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.backbone.embedding import embed_words
 from pipeline.backbone.output import best_tokens, layers_of, token_nll
 from pipeline.backbone.packed import KeysAndValues, Layout, make_layout, run_packed
 from pipeline.backbone.rows import PromptState, Rows, TokenRows, as_indices
@@ -55,7 +56,7 @@ def run_behind_prompts(
     lengths = [*map(len, prompts), *map(len, texts)]
     layout = make_layout(lengths, [*(None for _ in prompts), *map(int, parents)], device, len(given))
     ids = as_indices(np.concatenate(texts), prompts[0])
-    words = model.get_input_embeddings()(ids)
+    words = embed_words(model, ids)
     # Prompts are float32 for their optimizer; the model runs in its own type, and the cast passes gradients on.
     embeddings = torch.cat([*(prompt.to(words.dtype) for prompt in fresh), words])
     more = inputs_beside(model, torch.cat([ids.new_full((sum(map(len, fresh)),), pad_token(model)), ids])[None])
@@ -145,7 +146,7 @@ def decoding_steps(model: Any, rows: Rows) -> tuple[Callable[[], Tensor], Callab
         new = make_layout([*lengths, *np.ones_like(texts)], [*parents, *texts], tokens.device, len(lengths))
         kept = KeysAndValues()
         more = inputs_beside(model, tokens[None])
-        hidden = run_packed(model, model.get_input_embeddings()(tokens), new, [memory], kept, more)
+        hidden = run_packed(model, embed_words(model, tokens), new, [memory], kept, more)
         order = as_indices(_with_one_more(lengths, texts), tokens)
         joined = _joined([memory, _state(kept)])
         memory = PromptState([part[order] for part in joined.keys], [part[order] for part in joined.values])

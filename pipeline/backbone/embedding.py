@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backbone.files import embedding_rows
+from pipeline.backbone.output import layers_of
 from pipeline.errors import BackboneError
 
 _WORDS = 16
@@ -46,7 +47,7 @@ def _some_words(config: Any, device: torch.device) -> Tensor:
 @torch.no_grad()
 def _factor_of_ids(model: Any, ids: Tensor) -> float:
     """What a model multiplies the embeddings of ids by, but not embeddings that it is given."""
-    stack = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+    stack = model.get_encoder() if model.config.is_encoder_decoder else layers_of(model)
     embedded = model.get_input_embeddings()(ids)
     wanted = _enters_layers(stack, input_ids=ids)
     # Nothing is done to most families' embeddings. (Gemma 4, given embeddings, would search its table for their ids.)

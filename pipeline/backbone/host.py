@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from pipeline.backbone.allocator import configure_allocator_for_loading
+from pipeline.backbone.embedding import embed_words
 from pipeline.backbone.files import Architecture, ModelFiles, architecture_of, embedding_rows
 from pipeline.backbone.fused import use_kernels
 from pipeline.backbone.int8 import set_products
@@ -94,7 +95,7 @@ class Backbone:
     def embed(self, token_ids: Tensor) -> Tensor:
         """Input embeddings `[..., H]` in float32 of token ids `[...]`."""
         with torch.no_grad():
-            embeddings = self.run(lambda model, ids: model.get_input_embeddings()(ids), token_ids.to(self.device))
+            embeddings: Tensor = self.run(embed_words, token_ids.to(self.device))
             return embeddings.float()
 
     def no_prompt(self) -> Tensor:

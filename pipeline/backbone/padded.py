@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.backbone.decoder_only import inputs_beside, pad_token
+from pipeline.backbone.embedding import embed_words
 from pipeline.backbone.output import best_tokens, layers_of, token_nll
 from pipeline.backbone.rows import Rows, TokenRows, as_indices, mask_of, pad_embeddings, pad_ids
 
@@ -69,7 +70,7 @@ def _ends(rows: Rows) -> np.ndarray:
 def _run(model: Any, prompts: Sequence[Any], of_row: Sequence[int], texts: TokenRows) -> Tensor:
     """Last hidden states `[B, T, H]` of prompts and the texts behind them, right-padded."""
     like = prompts[0]
-    words = model.get_input_embeddings()(as_indices(pad_ids(texts), like))
+    words = embed_words(model, as_indices(pad_ids(texts), like))
     joined = [
         torch.cat([prompts[s].to(words.dtype), of_text[: len(text)]])
         for s, of_text, text in zip(of_row, words, texts, strict=True)

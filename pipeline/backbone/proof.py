@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.backbone import decoder_only, encoder_decoder, padded
+from pipeline.backbone.embedding import embed_words
 from pipeline.backbone.rows import Rows, as_indices
 
 Way = Literal["packed", "padded"]
@@ -142,12 +143,7 @@ def _prompts(run: Run, probe: _Probe, device: torch.device) -> list[Tensor]:
     """Prompts `[P, H]` whose vectors are their tokens' embeddings."""
     ids = [torch.as_tensor(prompt, device=device) for prompt in probe.prompts]
     with torch.no_grad():
-        return [run(_embed, of).float() for of in ids]
-
-
-def _embed(model: Any, ids: Tensor) -> Tensor:
-    embeddings: Tensor = model.get_input_embeddings()(ids)
-    return embeddings
+        return [run(embed_words, of).float() for of in ids]
 
 
 def _losses(
@@ -197,7 +193,7 @@ def _alone(model: Any, prompts: Sequence[Tensor], probe: _Probe) -> Tensor:
             losses.append(encoder_decoder.target_nll(model, Rows([prompt], [0], [x]), [y])[0])
             continue
         ids = as_indices(np.concatenate([x, y[:-1]]), prompt)
-        words = model.get_input_embeddings()(ids)
+        words = embed_words(model, ids)
         padding = ids.new_full((len(prompt),), decoder_only.pad_token(model))
         more = decoder_only.inputs_beside(model, torch.cat([padding, ids])[None])
         logits = model(inputs_embeds=torch.cat([prompt.to(words.dtype), words])[None], use_cache=False, **more).logits

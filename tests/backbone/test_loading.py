@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -36,12 +37,13 @@ def load_and_watch(folder):
     loading._CHUNK = 2**18
     # Everything that loading imports and starts is paid for by a first, tiny model.
     load_sharded(folder.parent / "tiny")
-    before, peaks, choose_way = resident(), [], host.choose_way
-    with MemoryWatch() as watch:
+    before, choose_way = resident(), host.choose_way
+    with ExitStack() as loading_alone:
+        watch = loading_alone.enter_context(MemoryWatch())
         # Loading ends where the model first runs, to find out how its rows run.
-        host.choose_way = lambda *args: peaks.append(watch.peak.total) or choose_way(*args)
+        host.choose_way = lambda *args: loading_alone.close() or choose_way(*args)
         backbone = load_sharded(folder)
-    return peaks[0] - before.total, held_bytes(backbone)
+    return watch.peak.total - before.total, held_bytes(backbone)
 
 
 def load_sharded(folder):
