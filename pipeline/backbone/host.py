@@ -292,8 +292,14 @@ def _move_buffers(module: nn.Module, device: torch.device) -> None:
 
 
 def layer_types(model: nn.Module) -> list[type[nn.Module]]:
-    """The classes of the model's transformer layers, which every family keeps in a `ModuleList`."""
-    return list({type(layers[0]) for layers in model.modules() if isinstance(layers, nn.ModuleList) and len(layers)})
+    """The classes of the model's transformer layers, which every family keeps in a `ModuleList`.
+
+    A hybrid has layers of several classes in one list.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    types = dict.fromkeys(type(layer) for layers in lists for layer in layers if any(layer.children()))
+    # A container has no forward of its own, around which weights could be gathered.
+    return [kind for kind in types if kind.forward is not nn.ModuleList.forward]
 
 
 def zero_settings(hidden_size: int) -> dict[str, Any]:

@@ -12,7 +12,8 @@ There are two kinds of product. Both treat each row by itself, so that trials in
   with the gradient, its scales folded in ("SwitchBack", Wortsman et al. 2023). Weights are frozen and have no gradient,
   so every large product is in int8. The backward pass alone can be exact.
 
-Nothing but a reference to the matrix is stored for the backward pass.
+Nothing but a reference to the matrix is stored for the backward pass. Experts of one layer are one parameter
+`[E, O, I]`; a product converts the matrix of one expert at a time.
 """
 
 import copy
@@ -21,7 +22,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,16 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 )
 
 
+class Multiplies(Protocol):
+    """How a module multiplies by its int8 parameters; see `set_products`."""
+
+    int8_products: bool
+    exact_backward: bool
+    """Whether int8 products forward have an exact gradient."""
+    kernels: bool
+    """Whether what surrounds the int8 product runs as compiled kernels, where these can be used."""
+
+
 class Int8Linear(nn.Module):
     """`y = x Wᵀ + b` with W `[O, I]` frozen in int8 and one float32 scale per output row."""
 
@@ -53,29 +64,48 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, stored_transposed: bool = False) -> None:
         super().__init__()
-        self.weight = weight
+        self._parameters["weight"] = weight
         self.bias = bias
         self.stored_transposed = stored_transposed
         """Whether checkpoints hold `[I, O]`, as for GPT-2's `Conv1D`."""
         self.sides = (int(weight.shape[0]), int(weight.shape[1]))
         self.int8_products = False
         self.exact_backward = False
-        """Whether int8 products forward have an exact gradient."""
         self.kernels = False
-        """Whether what surrounds the int8 product runs as compiled kernels, where these can be used."""
-        self.register_buffer("scale", _unknown_scale(weight), persistent=False)
+        self.register_buffer("scale", unknown_scale(weight), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., I]` of any float type -> `[..., O]` of the same type."""
-        if self.int8_products:
-            kernels = self.kernels and native.supports(x, self.scale)
-            y = _Int8Product.apply(x, *_quantized(x, kernels), self.weight, self.scale, kernels, self.exact_backward)
-        else:
-            y = _ExactProduct.apply(x, self.weight, self.scale)
+        y = multiply(self, x, self._parameters["weight"], self.scale)  # type: ignore[arg-type]
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         return f"{len(self.scale)} rows of int8"
+
+
+class ReadInt8Linear(Int8Linear):
+    """A layer of which a model's code reads the matrix by itself: it sees one of floats, made when it is used."""
+
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, stored_transposed: bool, dtype: torch.dtype
+    ) -> None:
+        super().__init__(weight, bias, stored_transposed)
+        self.dtype = dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """W `[O, I]` in float, or `[I, O]` where the usual layer has it so."""
+        seen = _FloatTable(self._parameters["weight"], self.scale, self.dtype)  # type: ignore[arg-type]
+        return seen.mT if self.stored_transposed else seen
+
+
+def make_int8_linear(
+    weight: nn.Parameter, bias: nn.Parameter | None, stored_transposed: bool, seen_as: torch.dtype | None
+) -> Int8Linear:
+    """A layer of an int8 parameter; `seen_as` is the type of the matrix that other code reads, None if none does."""
+    if seen_as is None:
+        return Int8Linear(weight, bias, stored_transposed)
+    return ReadInt8Linear(weight, bias, stored_transposed, seen_as)
 
 
 class Int8Embedding(nn.Module):
@@ -97,7 +127,7 @@ class Int8Embedding(nn.Module):
         if usual is not None and type(usual).forward is not nn.Embedding.forward:
             usual._parameters["weight"] = None
             self.usual = usual
-        self.register_buffer("scale", _unknown_scale(weight), persistent=False)
+        self.register_buffer("scale", unknown_scale(weight), persistent=False)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Token ids `[...]` -> embeddings `[..., H]`."""
@@ -116,7 +146,10 @@ def _embedded(token_ids: Tensor, table: Tensor, scale: Tensor, dtype: torch.dtyp
 
 
 class _FloatTable(Tensor):
-    """An int8 table that looks like a float one: only the rows that are looked up become float."""
+    """An int8 matrix that looks like a float one, and becomes one where it is used: of a table only the rows looked up.
+
+    For the backward pass it keeps a reference to the parameter, as the products above do.
+    """
 
     _table: Tensor
     _scale: Tensor
@@ -139,14 +172,20 @@ class _FloatTable(Tensor):
         return (self._table * self._scale.unsqueeze(-1)).to(self.dtype)
 
 
-def empty_int8(rows: int, columns: int) -> nn.Parameter:
-    """A parameter `[rows, columns]` on the meta device, to be loaded."""
-    return nn.Parameter(torch.empty(rows, columns, dtype=torch.int8, device="meta"), requires_grad=False)
+def empty_int8(*shape: int) -> nn.Parameter:
+    """A parameter `[O, I]`, or of experts `[E, O, I]`, on the meta device, to be loaded."""
+    return nn.Parameter(torch.empty(shape, dtype=torch.int8, device="meta"), requires_grad=False)
 
 
-def _unknown_scale(weight: nn.Parameter) -> Tensor:
+def scale_of(key: str) -> str:
+    """The name of the buffer that holds the scales of a module's int8 parameter."""
+    return "scale" if key == "weight" else f"{key}_scale"
+
+
+def unknown_scale(weight: nn.Parameter) -> Tensor:
+    """A scale for each row of an int8 parameter, to be loaded."""
     # A buffer and no parameter: DeepSpeed would cast a float32 parameter to bf16 without a word.
-    return torch.empty(weight.shape[0], dtype=torch.float32, device="meta")
+    return torch.empty(weight.shape[:-1], dtype=torch.float32, device="meta")
 
 
 def quantize_matrix(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,19 +207,47 @@ def quantize_matrix(weight: Tensor) -> tuple[Tensor, Tensor]:
     return rows, scale
 
 
+def multiply(how: Multiplies, x: Tensor, weight: Tensor, scale: Tensor, expert: int | None = None) -> Tensor:
+    """x `[..., I]` times an int8 matrix -> `[..., O]` of the type of x.
+
+    The matrix is `weight` `[O, I]`, or that of an expert in `weight` `[E, O, I]`; `scale` `[O]` is the matrix' own.
+    """
+    if not how.int8_products:
+        y: Tensor = _ExactProduct.apply(x, weight, scale, expert)
+        return y
+    kernels = how.kernels and native.supports(x, scale)
+    y = _Int8Product.apply(x, *_quantized(x, kernels), weight, scale, expert, kernels, how.exact_backward)
+    # Out here: what a function returns may not be a view, since some models change it in place.
+    return y.view(*x.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A frozen int8 matrix, for the backward pass.
+
+    It keeps a reference to the parameter, and is not for `save_for_backward`, which would keep its data: ZeRO-3
+    releases the data after this layer, and gathers it again behind the same object before this layer's backward.
+    """
+
+    weight: Tensor
+    expert: int | None
+
+    def rows(self) -> Tensor:
+        """int8 `[O, I]`, while the parameter is gathered."""
+        return self.weight if self.expert is None else self.weight[self.expert]
+
+
 class _ExactProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        # A reference to the parameter, not `save_for_backward`, which would keep its data: ZeRO-3 releases the data
-        # after this layer, and gathers it again behind the same object before this layer's backward.
-        ctx.weight, ctx.scale = weight, scale
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, expert: int | None) -> Tensor:
+        ctx.matrix, ctx.scale = _Matrix(weight, expert), scale
         # Some rows at a time, so that the whole matrix is never there in float.
-        parts = [x @ part.to(x.dtype).t() for part in _some_rows(weight)]
+        parts = [x @ part.to(x.dtype).t() for part in _some_rows(ctx.matrix.rows())]
         return ((parts[0] if len(parts) == 1 else torch.cat(parts, -1)) * scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _exact_gradient(grads[0], ctx.weight, ctx.scale), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exact_gradient(grads[0], ctx.matrix.rows(), ctx.scale), None, None, None
 
 
 def _exact_gradient(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -206,24 +273,25 @@ class _Int8Product(torch.autograd.Function):
         row_scale: Tensor,
         weight: Tensor,
         scale: Tensor,
+        expert: int | None,
         kernels: bool,
         exact_backward: bool,
     ) -> Tensor:
-        ctx.weight, ctx.scale, ctx.kernels, ctx.exact_backward = weight, scale, kernels, exact_backward
-        y = _rescale(_multiply(rows, weight.t()), row_scale, scale, kernels)
-        return y.view(*x.shape[:-1], -1).to(x.dtype)
+        ctx.matrix, ctx.scale, ctx.kernels, ctx.exact_backward = _Matrix(weight, expert), scale, kernels, exact_backward
+        ctx.shape = x.shape
+        return _rescale(_multiply(rows, ctx.matrix.rows().t()), row_scale, scale, kernels).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), others = grads, (None,) * 6
+        (grad,), others = grads, (None,) * 7
         if ctx.exact_backward:
-            return _exact_gradient(grad, ctx.weight, ctx.scale), *others
+            return _exact_gradient(grad, ctx.matrix.rows(), ctx.scale).view(ctx.shape), *others
         kernels = ctx.kernels and native.supports(grad)
         # The scale of W's rows first: each column of the gradient has another one, which could not be taken out after
         # the sum over columns.
-        rows, row_scale = _quantize(grad.flatten(0, -2), kernels, ctx.scale)
-        dx = _rescale(_multiply(rows, ctx.weight), row_scale, None, kernels)
-        return dx.view(*grad.shape[:-1], -1).to(grad.dtype), *others
+        rows, row_scale = _quantize(grad, kernels, ctx.scale)
+        dx = _rescale(_multiply(rows, ctx.matrix.rows()), row_scale, None, kernels)
+        return dx.view(ctx.shape).to(grad.dtype), *others
 
 
 @dataclass(frozen=True)
@@ -294,7 +362,8 @@ def set_products(model: nn.Module, setting: str, device: torch.device) -> None:
     output = getattr(model, "get_output_embeddings", lambda: None)()
     assert setting in ("int8", "int8_forward", "exact"), setting
     for module in model.modules():
-        if isinstance(module, Int8Linear):
-            sides_fit = device.type != "cuda" or all(side % 8 == 0 for side in module.sides)
-            module.int8_products = setting != "exact" and sides_fit and module is not output
-            module.exact_backward = setting == "int8_forward"
+        if hasattr(module, "int8_products"):
+            how: Any = module
+            sides_fit = device.type != "cuda" or all(side % 8 == 0 for side in how.sides)
+            how.int8_products = setting != "exact" and sides_fit and module is not output
+            how.exact_backward = setting == "int8_forward"

@@ -4,26 +4,38 @@ No rank ever holds the whole model, so `from_pretrained` cannot be used: it load
 """
 
 import copy
+import dis
+import inspect
+import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from pipeline.backbone import conversion
+from pipeline.backbone.conversion import StoredTensor, require_stored
+from pipeline.backbone.experts import make_experts_int8
 from pipeline.backbone.files import architecture_of
 from pipeline.backbone.fused import fuse
-from pipeline.backbone.int8 import Int8Embedding, Int8Linear, empty_int8, quantize_matrix
+from pipeline.backbone.int8 import Int8Embedding, empty_int8, make_int8_linear, quantize_matrix, scale_of
 from pipeline.backbone.output import let_layers_be_passed_over
-from pipeline.backbone.weights import WeightSource, require_stored_name, same_bytes, stored_name
+from pipeline.backbone.weights import WeightSource, same_bytes
 from pipeline.errors import BackboneError
 
 _CHUNK = 2**18
 """Weights that are read at a time: so few stay in the processor's cache until they are quantised."""
+_LARGE_TABLE = 2**24
+"""Weights from which a table other than that of the input embeddings is kept in int8."""
+_LINEAR = ("FalconLinear",)
+"""Classes of linear layers, by name, whose forward of their own computes the same."""
+_ROUTERS = ("gate", "router", "shared_expert_gate")
+"""What routers are called beside experts."""
 
 
 @dataclass(frozen=True)
@@ -85,18 +97,32 @@ def input_width(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[1])
 
 
+def stored_tensors(model: nn.Module, source: WeightSource) -> dict[str, StoredTensor]:
+    """What a source has of a skeleton: name in transformers' model -> how stored tensors make it.
+
+    Raises: BackboneError when one tensor is stored under two names, or cannot be put together.
+    """
+    # The skeleton may have turned a tensor; names and shapes here are those of transformers' model.
+    shapes = {
+        _name_in_checkpoint(name): _turned(parameter.shape) if _is_turned(module, parameter) else tuple(parameter.shape)
+        for name, module, parameter in _named_parameters(model)
+    }
+    buffers = {name: tuple(module._buffers[key].shape) for name, (module, key) in stored_buffers(model).items()}  # type: ignore[union-attr]
+    return conversion.stored_tensors(model, shapes | buffers, source)
+
+
 def untie_separate_weights(model: nn.Module, source: WeightSource) -> None:
     """Untie a tied parameter that the source stores under two names with different values.
 
     transformers ties T5's output layer to its embedding whatever the checkpoint says, and `from_pretrained` unties them
     by the same rule. T5 1.1 and the LM-adapted checkpoints need it.
     """
-    prefix = str(model.base_model_prefix)
-    for names in _names_by_parameter(model).values():
-        there = {name: stored for name in names if (stored := stored_name(source, name, prefix)) is not None}
-        first, *others = there or [""]
-        for name in others:
-            if not same_bytes(source, there[name], there[first]):
+    tied = [names for names in _names_by_parameter(model).values() if len(names) > 1]
+    stored = stored_tensors(model, source) if tied else {}
+    for names in tied:
+        there = [name for name in names if name in stored]
+        for name in there[1:]:
+            if not same_bytes(source, stored[name].names, stored[there[0]].names):
                 module_name, _, key = name.rpartition(".")
                 module = model.get_submodule(module_name)
                 module._parameters[key] = nn.Parameter(torch.empty_like(model.get_parameter(name)), requires_grad=False)
@@ -105,14 +131,14 @@ def untie_separate_weights(model: nn.Module, source: WeightSource) -> None:
 def load_weights(model: nn.Module, source: WeightSource, dtype: torch.dtype, placement: Placement) -> None:
     """Give every parameter of a skeleton its data, in `dtype` or int8, and load the buffers that are stored.
 
-    A rank reads and quantises only the rows that it holds a piece of; every rank has the scales of all int8 rows.
-    Beyond its own piece a rank holds at most some rows, as stored and once converted, or one whole tensor where the
-    source cannot read rows.
+    A rank reads the rows that it holds a piece of, and of experts those experts, and quantises only these rows; every
+    rank has the scales of all int8 rows. Beyond its own piece a rank holds at most some rows or one expert, as stored
+    and once converted, or one whole tensor where the source cannot read rows or stores several tensors as one.
     Raises: BackboneError when a tensor is missing or has another shape.
     """
     names = _names_by_parameter(model)
-    prefix = str(model.base_model_prefix)
-    _load_buffers(model, source)
+    stored = stored_tensors(model, source)
+    _load_buffers(model, stored, source)
     loaded: dict[int, _Loaded] = {}
     # Children before parents: `finish` then sees a module whose whole subtree is loaded.
     for module in _leaves_first(model):
@@ -120,14 +146,16 @@ def load_weights(model: nn.Module, source: WeightSource, dtype: torch.dtype, pla
             if parameter is None:
                 continue
             if id(parameter) not in loaded:
-                rows = _rows_of(module, parameter, source, require_stored_name(source, names[id(parameter)], prefix))
+                rows = _computed_rows(model, module, key, names[id(parameter)], stored) or _rows_of(
+                    module, parameter, require_stored(stored, names[id(parameter)], source), source
+                )
                 piece, scale = _read_partition(rows, parameter, dtype, placement)
                 loaded[id(parameter)] = _Loaded(placement.parameter(piece, parameter.shape), scale, parameter)
             # A tied parameter stays one object; each of its layers has the scale.
             entry = loaded[id(parameter)]
             module._parameters[key] = entry.parameter
             if entry.scale is not None:
-                module.scale = entry.scale
+                setattr(module, scale_of(key), entry.scale)
         placement.finish(module)
 
 
@@ -141,30 +169,61 @@ class _Loaded:
 
 @dataclass(frozen=True)
 class _Rows:
-    """A stored tensor that is read by rows."""
+    """A stored tensor that is read by entries along its first side: by rows, or by experts of many rows each."""
 
     read: Callable[[int, int], Tensor]
     at_a_time: int
 
 
-def _rows_of(module: nn.Module, parameter: nn.Parameter, source: WeightSource, name: str) -> _Rows:
+def _rows_of(module: nn.Module, parameter: nn.Parameter, stored: StoredTensor, source: WeightSource) -> _Rows:
     # GPT-2's `Conv1D` stores `[I, O]`: a row of the layer is a column of the file, so the tensor is read as a whole.
-    turned = getattr(module, "stored_transposed", False) and parameter.dim() == 2
-    stored = source.shape(name)
-    shape = stored[::-1] if turned else stored
+    # Of experts `[E, I, O]` each is turned by itself.
+    turned = _is_turned(module, parameter)
+    shape = _turned(stored.shape) if turned else stored.shape
     if tuple(parameter.shape) != shape:
-        raise _other_shape(source, name, shape, parameter.shape)
-    if source.reads_rows and not turned:
-        width = parameter.numel() // max(1, len(parameter))
-        return _Rows(lambda first, last: source.read(name, first, last), max(1, _CHUNK // max(1, width)))
+        raise _other_shape(source, stored, shape, parameter.shape)
+    entries = len(parameter) if shape else 1
+    if stored.in_parts and not (turned and parameter.dim() == 2):
+        at_a_time = max(1, _CHUNK // max(1, parameter.numel() // entries))
+        if not turned:
+            return _Rows(stored.read, at_a_time)
+        return _Rows(lambda first, last: stored.read(first, last).mT, at_a_time)
+    everything = (0, stored.shape[0] if shape else 1)
     return _Rows(
-        lambda first, last: (source.read(name).t() if turned else source.read(name))[first:last], len(parameter)
+        lambda first, last: (stored.read(*everything).mT if turned else stored.read(*everything))[first:last], entries
     )
 
 
-def _other_shape(source: WeightSource, name: str, stored: Sequence[int], wanted: Sequence[int]) -> BackboneError:
+def _computed_rows(
+    model: Any, module: Any, key: str, names: Sequence[str], stored: dict[str, StoredTensor]
+) -> _Rows | None:
+    """A parameter that need not be stored, since transformers computes it (sinusoids, say); None if it is stored."""
+    optional = list(model._keys_to_ignore_on_load_missing or ())
+    if any(name in stored for name in names) or not any(re.search(o, name) for o in optional for name in names):
+        return None
+    made, empty = copy.copy(module), nn.Parameter(torch.empty_like(module._parameters[key], device="cpu"))
+    made._parameters = {**module._parameters, key: empty}
+    with torch.random.fork_rng(devices=[]):
+        model._init_weights(made)
+    tensor = empty.detach()
+    return _Rows(lambda first, last: tensor[first:last], len(tensor))
+
+
+def _is_turned(module: nn.Module, parameter: nn.Parameter) -> bool:
+    """Whether transformers has the last two sides of an int8 matrix the other way round."""
+    return bool(getattr(module, "stored_transposed", False)) and parameter.dtype == torch.int8
+
+
+def _turned(shape: Sequence[int]) -> tuple[int, ...]:
+    return (*shape[:-2], shape[-1], shape[-2])
+
+
+def _other_shape(
+    source: WeightSource, stored: StoredTensor, shape: Sequence[int], wanted: Sequence[int]
+) -> BackboneError:
+    name = stored.names[0] + (f" (with {len(stored.names) - 1} others)" if len(stored.names) > 1 else "")
     return BackboneError(
-        f"{source.origin}: the weight {name} has the shape {list(stored)} where config.json says {list(wanted)}"
+        f"{source.origin}: the weight {name} has the shape {list(shape)} where config.json says {list(wanted)}"
     )
 
 
@@ -174,16 +233,22 @@ def _read_partition(
     """This rank's piece, flat and padded with zeros, and the scales of all rows if the parameter is int8."""
     # A piece may begin and end within a row; a row is quantised as a whole by each rank that holds some of it.
     int8 = parameter.dtype == torch.int8
-    partition, numel, width = placement.partition, parameter.numel(), parameter.numel() // len(parameter)
+    partition, numel = placement.partition, parameter.numel()
+    entries = len(parameter) if parameter.dim() else 1
+    width = parameter.shape[-1] if int8 else numel // entries
+    of_entry = numel // entries // width  # rows: more than one of an expert
     start, stop = partition.span(numel)
     size = partition.size(numel)
     piece = torch.empty(size, dtype=torch.int8 if int8 else dtype)
     piece[stop - start :] = 0
-    scale = torch.zeros(len(parameter))
+    scale = torch.zeros(numel // width)
     first_row, last_row = start // width, -(-stop // width)
-    for first in range(first_row, last_row, rows.at_a_time):
-        last = min(first + rows.at_a_time, last_row)
-        part = rows.read(first, last)
+    last_entry = -(-last_row // of_entry)
+    for entry in range(first_row // of_entry, last_entry, rows.at_a_time):
+        read = rows.read(entry, min(entry + rows.at_a_time, last_entry)).reshape(-1, width)
+        first = max(first_row, entry * of_entry)
+        part = read[first - entry * of_entry : last_row - entry * of_entry]
+        last = first + len(part)
         if int8:
             part, scale[first:last] = quantize_matrix(part)
         into, out_of = max(start, first * width), min(stop, last * width)
@@ -192,7 +257,7 @@ def _read_partition(
         return piece, None
     # Scales are summed over ranks, so one rank alone may count a row that two share: the one with its beginning.
     scale[: -(-start // width)] = 0
-    return piece, placement.sum_over_ranks(scale)
+    return piece, placement.sum_over_ranks(scale).view(parameter.shape[:-1])
 
 
 def _replace_matrices(model: nn.Module, dtype: torch.dtype) -> None:
@@ -205,14 +270,52 @@ def _replace_matrices(model: nn.Module, dtype: torch.dtype) -> None:
         # The old parameter is kept beside the new one, so that no other object gets its id.
         return replaced.setdefault(id(weight), (weight, empty_int8(rows, columns)))[1]
 
+    # An embedding that shares its table with an output layer goes with it.
+    shared = {id(table)} | {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear)}
+    make_experts_int8(model)
     for parent in list(model.modules()):
         for key, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(parent, key, Int8Linear(int8_of(child.weight), child.bias))
-            elif isinstance(child, Conv1D):
-                setattr(parent, key, Int8Linear(int8_of(child.weight, True), child.bias, stored_transposed=True))
-            elif isinstance(child, nn.Embedding) and child.weight is table:
+            if isinstance(child, Conv1D) or (_is_linear(child) and not _is_router(parent, key)):
+                transposed = isinstance(child, Conv1D)
+                seen_as = dtype if _reads_matrix(parent, key) else None
+                layer = make_int8_linear(int8_of(child.weight, transposed), child.bias, transposed, seen_as)
+                setattr(parent, key, layer)
+            elif isinstance(child, nn.Embedding) and (
+                id(child.weight) in shared or child.weight.numel() >= _LARGE_TABLE
+            ):
                 setattr(parent, key, Int8Embedding(int8_of(child.weight), dtype, child))
+
+
+def _reads_matrix(parent: nn.Module, key: str) -> bool:
+    """Whether the code of a module reads the matrix of its child: for a product of its own, or for its type."""
+    kind: Any = type(parent)
+    return (key, "weight") in _read_of_children(kind)
+
+
+@cache
+def _read_of_children(kind: Any) -> frozenset[tuple[Any, Any]]:
+    """Pairs of attributes, (a child, `weight`), that a class of transformers reads one after the other."""
+    functions = [
+        inspect.unwrap(function)
+        for above in kind.__mro__
+        if above.__module__.startswith("transformers.models.")
+        for name, function in vars(above).items()
+        if inspect.isfunction(function) and name != "_init_weights"
+    ]
+    loads = [[step.argval for step in dis.get_instructions(function)] for function in functions]
+    return frozenset(pair for names in loads for pair in itertools.pairwise(names) if pair[1] == "weight")
+
+
+def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module multiplies by its matrix and does nothing else."""
+    return isinstance(module, nn.Linear) and (
+        type(module).forward is nn.Linear.forward or type(module).__name__ in _LINEAR
+    )
+
+
+def _is_router(parent: nn.Module, key: str) -> bool:
+    # A router is small, and rounding it sends tokens to other experts.
+    return "Router" in type(parent).__name__ or (hasattr(parent, "experts") and key in _ROUTERS)
 
 
 def stored_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
@@ -225,27 +328,34 @@ def stored_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     }
 
 
-def _load_buffers(model: Any, source: WeightSource) -> None:
+def _load_buffers(model: Any, tensors: dict[str, StoredTensor], source: WeightSource) -> None:
     """Raises: BackboneError when one is missing or has another shape."""
     optional = list(model._keys_to_ignore_on_load_missing or ())
     for name, (module, key) in stored_buffers(model).items():
-        if any(re.search(pattern, name) for pattern in optional) and (
-            stored_name(source, name, model.base_model_prefix) is None
-        ):
+        if name not in tensors and any(re.search(pattern, name) for pattern in optional):
             continue
-        stored, buffer = source.read(require_stored_name(source, [name], model.base_model_prefix)), module._buffers[key]
+        found, buffer = require_stored(tensors, [name], source), module._buffers[key]
         assert buffer is not None
-        if stored.shape != buffer.shape:
-            raise _other_shape(source, name, stored.shape, buffer.shape)
+        if found.shape != tuple(buffer.shape):
+            raise _other_shape(source, found, found.shape, buffer.shape)
+        stored = found.read(0, found.shape[0] if found.shape else 1)
         module._buffers[key] = stored.to(buffer.dtype)
 
 
 def _names_by_parameter(model: nn.Module) -> dict[int, list[str]]:
     """The names that a checkpoint may have for each parameter."""
     names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, _, parameter in _named_parameters(model):
         names.setdefault(id(parameter), []).append(_name_in_checkpoint(name))
     return names
+
+
+def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    """Every parameter under each of its names, with the module that holds it."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{path}.{key}" if path else key, module, parameter
 
 
 def _name_in_checkpoint(name: str) -> str:
@@ -259,16 +369,18 @@ def _leaves_first(module: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def _make_buffers(module: nn.Module, model: PreTrainedModel) -> None:
+def _make_buffers(module: nn.Module, model: PreTrainedModel) -> bool:
     """Compute buffers as `from_pretrained` does: by the `_init_weights` of the nearest model above each of them.
 
-    Parameters are on the meta device meanwhile, so it changes nothing in them.
+    Parameters are on the meta device meanwhile, so it changes nothing in them. Returns whether there were any buffers.
     """
     model = module if isinstance(module, PreTrainedModel) else model
-    for child in module.children():
-        _make_buffers(child, model)
+    below = [_make_buffers(child, model) for child in module.children()]
     missing = {key: buffer for key, buffer in module._buffers.items() if buffer is not None and buffer.is_meta}
     for key, buffer in missing.items():
-        module._buffers[key] = torch.empty_like(buffer, device="cpu")
-    if missing:
+        # A buffer that nothing sets must be seen, so it does not hold what lay in memory.
+        empty = torch.nan if buffer.is_floating_point() else 0
+        module._buffers[key] = torch.full_like(buffer, empty, device="cpu")
+    if missing or any(below):  # some models set the buffers of their layers
         model._init_weights(module)
+    return bool(missing) or any(below)

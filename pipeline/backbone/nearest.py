@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.backbone.conversion import require_stored
 from pipeline.backbone.files import ModelFiles, find_model, read_config, read_tokenizer
-from pipeline.backbone.loading import build_skeleton
-from pipeline.backbone.weights import open_weights, require_stored_name
+from pipeline.backbone.loading import build_skeleton, stored_tensors
+from pipeline.backbone.weights import open_weights
 from pipeline.errors import BankError
 
 _ROWS_AT_ONCE = 2**14
@@ -45,4 +46,4 @@ def read_input_embeddings(files: ModelFiles) -> Tensor:
     table = skeleton.get_input_embeddings().weight  # type: ignore[operator]
     names = [name for name, tensor in skeleton.named_parameters(remove_duplicate=False) if tensor is table]
     source = open_weights(files, skeleton)
-    return source.read(require_stored_name(source, names, skeleton.base_model_prefix))  # type: ignore[arg-type]
+    return require_stored(stored_tensors(skeleton, source), names, source).read(0, len(table))

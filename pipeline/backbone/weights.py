@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,6 @@ from pipeline.errors import BackboneError
 _PIECE = 2**22
 """Entries that are read at a time for a digest."""
 _MOST_READERS = 8
-_OF_QUANTISED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax", ".SCB", "_blocks")
-"""Ends of names that only the weights of a quantised model have."""
 
 
 class Read(Protocol):
@@ -31,7 +29,7 @@ class Read(Protocol):
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Tensors by the name that transformers gives them."""
+    """Tensors by the name under which they are stored."""
 
     origin: str
     names: frozenset[str]
@@ -42,6 +40,8 @@ class WeightSource:
     """Name -> the tensor's stored bytes, piece by piece, for a digest."""
     reads_rows: bool
     """Whether reading some rows costs less than reading the whole tensor."""
+    whole: frozenset[str] = frozenset()
+    """Names of tensors of which this is not so."""
 
 
 def open_weights(files: ModelFiles, skeleton: nn.Module) -> WeightSource:
@@ -74,40 +74,12 @@ def _digest(pieces: Iterator[Any]) -> bytes:
     return digest.digest()
 
 
-def same_bytes(source: WeightSource, name: str, other: str) -> bool:
-    """Whether two tensors have the same stored bytes."""
-    return _digest(source.stored(name)) == _digest(source.stored(other))
-
-
-def require_stored_name(source: WeightSource, candidates: Iterable[str], prefix: str) -> str:
-    """The first candidate that the source has; see `stored_name`.
-
-    Raises: BackboneError naming what is missing.
-    """
-    candidates = list(candidates)
-    for name in candidates:
-        if (stored := stored_name(source, name, prefix)) is not None:
-            return stored
-    # A quantised checkpoint has its matrices under other names; say so, and not only that one is missing.
-    packed = next((name for name in sorted(source.names) if name.endswith(_OF_QUANTISED)), None)
-    reason = f"it has '{packed}', so it is quantised; {UNQUANTISED}" if packed else "the checkpoint is incomplete"
-    raise BackboneError(f"{source.origin}: the weights lack '{candidates[0]}'; {reason}")
-
-
-def stored_name(source: WeightSource, name: str, prefix: str) -> str | None:
-    """The name under which a source has a model's tensor: with the model's `prefix` or without it.
-
-    transformers takes both, too.
-
-    Raises: BackboneError where it has both.
-    """
-    alike = dict.fromkeys((name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")))
-    there = [other for other in alike if other in source.names]
-    if len(there) > 1:
-        raise BackboneError(
-            f"{source.origin}: the weights hold one tensor as '{there[0]}' and as '{there[1]}'; keep only one of them"
-        )
-    return there[0] if there else None
+def same_bytes(source: WeightSource, names: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether the first tensors have the stored bytes of the others, one by one."""
+    return len(names) == len(others) and all(
+        name == other or _digest(source.stored(name)) == _digest(source.stored(other))
+        for name, other in zip(names, others, strict=True)
+    )
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def test_a_large_matrix_is_converted_in_pieces_and_multiplies_the_same(monkeypat
     whole = layer(x)
     (whole_gradient,) = torch.autograd.grad((whole * upstream).sum(), x)
     monkeypatch.setattr(int8, "CONVERTED_AT_ONCE", 7 * 24)
-    torch.testing.assert_close(layer(x), whole, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(layer(x), whole, rtol=1e-5, atol=1e-5)
     (gradient,) = torch.autograd.grad((layer(x) * upstream).sum(), x)
     torch.testing.assert_close(gradient, whole_gradient, rtol=1e-5, atol=1e-6)
 
