@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from pipeline.backbone import prompted
 from pipeline.backbone.files import find_model, read_config
@@ -38,8 +38,8 @@ def hosted(folder, int8, **options):
 
 
 def theirs(folder):
-    config = AutoConfig.from_pretrained(folder).get_text_config()
-    return AutoModelForCausalLM.from_pretrained(folder, config=config).eval()
+    seeing = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
+    return (AutoModelForImageTextToText if seeing else AutoModelForCausalLM).from_pretrained(folder).eval()
 
 
 @pytest.fixture(scope="module")
