@@ -330,6 +330,8 @@ def stored_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 def _load_buffers(model: Any, tensors: dict[str, StoredTensor], source: WeightSource) -> None:
     """Raises: BackboneError when one is missing or has another shape."""
+    # Some are kept in float32 whatever the model's type: biases that decide which experts a token goes to, say.
+    wide = list(model._get_dtype_plan(model.dtype))
     optional = list(model._keys_to_ignore_on_load_missing or ())
     for name, (module, key) in stored_buffers(model).items():
         if name not in tensors and any(re.search(pattern, name) for pattern in optional):
@@ -339,7 +341,8 @@ def _load_buffers(model: Any, tensors: dict[str, StoredTensor], source: WeightSo
         if found.shape != tuple(buffer.shape):
             raise _other_shape(source, found, found.shape, buffer.shape)
         stored = found.read(0, found.shape[0] if found.shape else 1)
-        module._buffers[key] = stored.to(buffer.dtype)
+        keep = any(re.search(pattern.replace("*", ".*"), name) for pattern in wide)
+        module._buffers[key] = stored.to(torch.float32 if keep else buffer.dtype)
 
 
 def _names_by_parameter(model: nn.Module) -> dict[int, list[str]]:
