@@ -131,7 +131,19 @@ def read_config(files: ModelFiles) -> PretrainedConfig:
     text = config if config.is_encoder_decoder else config.get_text_config()
     if architecture_of(text, files.name) == "encoder-decoder":
         _complete_start(text, files)
+    _check_experts(text, files.name)
     return text
+
+
+def _check_experts(config: PretrainedConfig, name: str) -> None:
+    # NLLB's experts take so much of a whole batch. Switch counts each row for itself, so there is nothing to check.
+    share = getattr(config, "moe_eval_capacity_token_fraction", 1.0)
+    if share < 1:
+        raise BackboneError(
+            f"model.path {name}: its experts drop tokens where they are full of other rows' "
+            f"(moe_eval_capacity_token_fraction {share}), so rows of one batch would change each other's results; "
+            "set it to 1.0 in config.json, which drops none"
+        )
 
 
 def _complete_start(config: PretrainedConfig, files: ModelFiles) -> None:
