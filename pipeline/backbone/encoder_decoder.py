@@ -1,6 +1,9 @@
 """Encoder-decoder models behind soft prompts: `[P; X]` before the encoder, row by row (Lester et al. 2021).
 
-Shapes: B rows, T tokens, P prompt tokens, H hidden.
+The model itself does what families do differently: masks, windows and blocks, the head with its scale, bias or cap,
+and the token that a target begins behind. So no family is named here.
+
+Shapes: B rows, T tokens, P prompt tokens, H hidden, N tokens of all targets.
 """
 
 from collections.abc import Callable
@@ -9,10 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
-from transformers.modeling_outputs import BaseModelOutput
 
+from pipeline.backbone.embedding import embed_words
+from pipeline.backbone.output import token_nll
 from pipeline.backbone.rows import Rows, TokenRows, as_indices, mask_of, pad_embeddings, pad_ids
+
+_UNLABELLED = -100
+"""What transformers' models take for padding among labels."""
 
 
 def target_nll(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
@@ -24,8 +30,9 @@ def label_nll(model: Any, rows: Rows, pairs: np.ndarray, candidates: TokenRows) 
     """-log P of candidates, each behind the row that `pairs` names: `[len(candidates)]` float32."""
     encoded, mask = _encode(model, rows)
     # The encoder ran once a row; its output is repeated for each of the row's labels.
-    index = as_indices(pairs, encoded)
-    return _decoder_nll(model, encoded[index], mask[index], candidates)
+    index = as_indices(pairs, mask)
+    repeated = type(encoded)(last_hidden_state=encoded.last_hidden_state[index])
+    return _decoder_nll(model, repeated, mask[index], candidates)
 
 
 def decoding_steps(model: Any, rows: Rows) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
@@ -35,7 +42,7 @@ def decoding_steps(model: Any, rows: Rows) -> tuple[Callable[[], Tensor], Callab
 
     def step(tokens: Tensor) -> Tensor:
         output = model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
+            encoder_outputs=encoded,
             attention_mask=mask,
             decoder_input_ids=tokens[:, None],
             use_cache=True,
@@ -44,35 +51,65 @@ def decoding_steps(model: Any, rows: Rows) -> tuple[Callable[[], Tensor], Callab
         memory["past_key_values"] = output.past_key_values
         return output.logits[:, -1].argmax(-1)
 
-    first = torch.full((len(mask),), model.config.decoder_start_token_id, device=mask.device)
-    return lambda: step(first), step
+    def start() -> Tensor:
+        tokens = step(torch.full((len(mask),), first_token(model), device=mask.device))
+        # A translator is told its language so, as in transformers' `generate`. Its targets begin with that token, too.
+        forced = model.generation_config.forced_bos_token_id
+        return tokens if forced is None else torch.full_like(tokens, forced)
+
+    return start, step
 
 
-def _encode(model: Any, rows: Rows) -> tuple[Tensor, Tensor]:
-    """The encoder's output `[B, T, H]` for `[P; X]`, right-padded, and its mask `[B, T]`."""
+def first_token(model: Any) -> int:
+    """The token that decoding begins behind, by the rule of transformers' `generate`."""
+    known = model.generation_config
+    first = known.bos_token_id if known.decoder_start_token_id is None else known.decoder_start_token_id
+    assert first is not None, "`read_config` refuses a model without one"
+    return int(first)
+
+
+def decoder_inputs(model: Any, targets: TokenRows, device: torch.device) -> Tensor:
+    """What the decoder reads `[B, T]` while it is scored on targets: each shifted by one, behind the token before it.
+
+    The family's own rule for training says which token that is: mBART's and PLBart's is the target's own last one.
+    """
+    lengths = np.array([len(target) for target in targets])
+    ids = pad_ids(targets)
+    labels = torch.as_tensor(np.where(mask_of(lengths, ids.shape[1]), ids, _UNLABELLED), device=device)
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        shifted: Tensor = model.prepare_decoder_input_ids_from_labels(labels)
+        return shifted
+    start = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
+    return torch.cat([start, torch.as_tensor(ids[:, :-1], device=device)], dim=1)
+
+
+def _encode(model: Any, rows: Rows) -> tuple[Any, Tensor]:
+    """The encoder's output for `[P; X]`, right-padded, as its own kind of object, and its mask `[B, T]`."""
     # The encoder looks both ways, so a prompt has no state of its own that could be kept.
     prompts = [prompt for prompt in rows.prompts if isinstance(prompt, Tensor)]
-    texts = model.get_input_embeddings()(as_indices(pad_ids(rows.inputs), prompts[0]))  # [B, T, H]
+    texts = embed_words(model, as_indices(pad_ids(rows.inputs), prompts[0]))  # [B, T, H]
     joined = [
         torch.cat([prompts[s].to(texts.dtype), text[: len(x)]])
         for s, text, x in zip(rows.prompt_of_row, texts, rows.inputs, strict=True)
     ]
     embeds = pad_embeddings(joined)
     mask = as_indices(mask_of(np.array([len(row) for row in joined]), embeds.shape[1]), embeds)
-    return model.get_encoder()(inputs_embeds=embeds, attention_mask=mask).last_hidden_state, mask
+    output = model.get_encoder()(inputs_embeds=embeds, attention_mask=mask)
+    # The family's own kind: a mixture of experts looks there for more than hidden states.
+    return type(output)(last_hidden_state=output.last_hidden_state), mask
 
 
-def _decoder_nll(model: Any, encoded: Tensor, mask: Tensor, targets: TokenRows) -> Tensor:
+def _decoder_nll(model: Any, encoded: Any, mask: Tensor, targets: TokenRows) -> Tensor:
     """-log P of targets `[B]`, one for each row of the encoder's output."""
-    ids = torch.as_tensor(pad_ids(targets), device=encoded.device)
-    # Teacher forcing: the decoder sees the target shifted by one, behind its start token.
-    start = torch.full_like(ids[:, :1], model.config.decoder_start_token_id)
-    logits = model(
-        encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
-        attention_mask=mask,
-        decoder_input_ids=torch.cat([start, ids[:, :-1]], dim=1),
+    # Teacher forcing. Padding stands behind a target's tokens, where a decoder does not look.
+    hidden = model.get_decoder()(
+        input_ids=decoder_inputs(model, targets, mask.device),
+        encoder_hidden_states=encoded.last_hidden_state,
+        encoder_attention_mask=mask,
         use_cache=False,
-    ).logits.float()
-    nll = functional.cross_entropy(logits.transpose(1, 2), ids, reduction="none")  # [B, T]
+    ).last_hidden_state  # [B, T, H]
     lengths = np.array([len(target) for target in targets])
-    return (nll * as_indices(mask_of(lengths, ids.shape[1]), ids)).sum(1)
+    places = as_indices(mask_of(lengths, hidden.shape[1]), hidden).bool()
+    nll = token_nll(model, hidden[places], as_indices(np.concatenate(targets), hidden))  # [N]
+    of_row = as_indices(np.repeat(np.arange(len(targets)), lengths), hidden)
+    return nll.new_zeros(len(targets)).index_add(0, of_row, nll)

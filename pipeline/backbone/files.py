@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -129,8 +129,56 @@ def read_config(files: ModelFiles) -> PretrainedConfig:
     else:
         _refuse_quantised(config, files.name)
     text = config if config.is_encoder_decoder else config.get_text_config()
-    architecture_of(text, files.name)
+    if architecture_of(text, files.name) == "encoder-decoder":
+        _complete_start(text, files)
+    _check_experts(text, files.name)
     return text
+
+
+def _check_experts(config: PretrainedConfig, name: str) -> None:
+    # NLLB's experts take so much of a whole batch. Switch counts each row for itself, so there is nothing to check.
+    share = getattr(config, "moe_eval_capacity_token_fraction", 1.0)
+    if share < 1:
+        raise BackboneError(
+            f"model.path {name}: its experts drop tokens where they are full of other rows' "
+            f"(moe_eval_capacity_token_fraction {share}), so rows of one batch would change each other's results; "
+            "set it to 1.0 in config.json, which drops none"
+        )
+
+
+def _complete_start(config: PretrainedConfig, files: ModelFiles) -> None:
+    """Note in the configuration what the decoder begins behind, where only `generation_config.json` says it."""
+    if getattr(config, "decoder_start_token_id", None) is None:
+        known = read_generation(files, config)
+        config.decoder_start_token_id = (
+            known.bos_token_id if known.decoder_start_token_id is None else known.decoder_start_token_id
+        )
+    if config.decoder_start_token_id is None:
+        raise BackboneError(
+            f"model.path {files.name}: nothing says which token its decoder begins behind; write "
+            "decoder_start_token_id into generation_config.json (for a translator such as mBART, the token of the "
+            "language that it answers in)"
+        )
+
+
+def read_generation(files: ModelFiles, config: PretrainedConfig) -> GenerationConfig:
+    """What the model says of decoding, from where transformers' `from_pretrained` takes it.
+
+    Raises: BackboneError when it cannot be read.
+    """
+    if files.gguf:
+        return GenerationConfig.from_model_config(config)
+    own = (files.folder / "generation_config.json").is_file()
+    try:
+        return GenerationConfig.from_pretrained(
+            files.folder,
+            config_file_name="generation_config.json" if own else "config.json",
+            _from_model_config=not own,
+        )
+    except Exception as error:
+        raise BackboneError(
+            f"model.path {files.name}: its generation_config.json cannot be read: {_reason(error)}"
+        ) from error
 
 
 def _refuse_quantised(config: PretrainedConfig, name: str) -> None:
@@ -175,8 +223,14 @@ def context_length(config: PretrainedConfig) -> int | None:
 
     A window of attention is no limit: it moves along with the text.
     """
-    positions = getattr(config, "max_position_embeddings", None)
-    return int(positions) if positions else None
+    # The stacks of an encoder-decoder may each have a configuration, and a limit, of their own.
+    stacks = [config, config.get_text_config(encoder=True), config.get_text_config(decoder=True)]
+    keys = ("max_position_embeddings", "max_encoder_position_embeddings", "max_decoder_position_embeddings")
+    limits = [int(limit) for stack in stacks for key in keys if (limit := getattr(stack, key, None))]
+    if config.is_encoder_decoder and getattr(config, "attention_type", None) == "block_sparse":
+        # BigBird reads longer rows by blocks, of which it draws some at random and counts a row's padding.
+        limits.append((5 + 2 * config.num_random_blocks) * config.block_size)
+    return min(limits, default=None)
 
 
 def read_tokenizer(files: ModelFiles) -> Any:

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from pipeline.backbone.allocator import configure_allocator_for_loading
 from pipeline.backbone.embedding import embed_words
-from pipeline.backbone.files import Architecture, ModelFiles, architecture_of, embedding_rows
+from pipeline.backbone.files import Architecture, ModelFiles, architecture_of, embedding_rows, read_generation
 from pipeline.backbone.fused import use_kernels
 from pipeline.backbone.int8 import set_products
 from pipeline.backbone.loading import (
@@ -135,6 +135,7 @@ def host_backbone(
     Raises: BackboneError when weights are damaged or missing, or the model cannot be run exactly.
     """
     model = build_skeleton(config, int8, dtype)
+    model.generation_config = read_generation(files, config)
     width = input_width(model)
     use_kernels(model, kernels)
     source = open_weights(files, model)

@@ -60,7 +60,7 @@ def own_logits(model: Any, hidden: Tensor) -> Tensor:
     try:
         if model.config.is_encoder_decoder:
             start = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-            encoded = BaseModelOutput(last_hidden_state=row)  # nothing looks at it
+            encoded = _LayersOutput(last_hidden_state=row)  # nothing looks at it
             output = model(encoder_outputs=encoded, decoder_input_ids=start, use_cache=False)
         else:
             output = model(inputs_embeds=row, use_cache=False)

@@ -166,20 +166,19 @@ def _from_ids(model: Any, probe: _Probe, device: torch.device) -> Tensor:
     with torch.no_grad():
         for prompt, x, y in zip(probe.prompts, probe.inputs, probe.targets, strict=True):
             before = np.concatenate([prompt, x])
-            logits = [_last_logits(model, before, y[:place], device) for place in range(len(y))]
+            logits = [_last_logits(model, before, y, place, device) for place in range(len(y))]
             losses.append(-sum(float(of.log_softmax(-1)[token]) for of, token in zip(logits, y, strict=True)))
     return torch.tensor(losses)
 
 
-def _last_logits(model: Any, before: np.ndarray, target: np.ndarray, device: torch.device) -> Tensor:
-    """Logits `[V]` of the token behind `target`, through the model's own forward pass."""
+def _last_logits(model: Any, before: np.ndarray, target: np.ndarray, place: int, device: torch.device) -> Tensor:
+    """Logits `[V]` of the target's token at `place`, through the model's own forward pass."""
     if model.config.is_encoder_decoder:
-        start = np.append(model.config.decoder_start_token_id, target)
-        decoder = torch.as_tensor(start, dtype=torch.long, device=device)[None]
+        decoder = encoder_decoder.decoder_inputs(model, [target], device)[:, : place + 1]
         ids = torch.as_tensor(before, device=device)[None]
         output = model(input_ids=ids, decoder_input_ids=decoder, use_cache=False)
     else:
-        ids = torch.as_tensor(np.concatenate([before, target]), device=device)[None]
+        ids = torch.as_tensor(np.concatenate([before, target[:place]]), device=device)[None]
         output = model(input_ids=ids, use_cache=False)
     logits: Tensor = output.logits[0, -1]
     return logits.float()
@@ -190,7 +189,13 @@ def _alone(model: Any, prompts: Sequence[Tensor], probe: _Probe) -> Tensor:
     losses = []
     for prompt, x, y in zip(prompts, probe.inputs, probe.targets, strict=True):
         if model.config.is_encoder_decoder:
-            losses.append(encoder_decoder.target_nll(model, Rows([prompt], [0], [x]), [y])[0])
+            words = embed_words(model, as_indices(x, prompt))
+            logits = model(
+                inputs_embeds=torch.cat([prompt.to(words.dtype), words])[None],
+                decoder_input_ids=encoder_decoder.decoder_inputs(model, [y], prompt.device),
+                use_cache=False,
+            ).logits
+            losses.append(functional.cross_entropy(logits[0].float(), as_indices(y, prompt), reduction="sum"))
             continue
         ids = as_indices(np.concatenate([x, y[:-1]]), prompt)
         words = embed_words(model, ids)

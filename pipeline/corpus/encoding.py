@@ -3,11 +3,13 @@
 transformers is imported only to load a tokenizer, and ray never.
 """
 
+import copy
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, Protocol
+from weakref import WeakKeyDictionary
 
 from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import ByteLevel
@@ -45,10 +47,17 @@ class TokenizerContent:
     eos_token_id: int | None
     split_special_tokens: bool
     name_or_path: str
+    target_marks: "TargetMarks | None" = None
 
     @property
     def backend_tokenizer(self) -> Tokenizer:
         return _parsed(self.json)
+
+
+TargetMarks = tuple[tuple[int, ...], tuple[int, ...]]
+"""Ids that a translator's tokenizer puts before and behind a target, which name the language that it is in."""
+
+_target_marks: WeakKeyDictionary[Any, TargetMarks] = WeakKeyDictionary()
 
 
 @lru_cache(maxsize=2)
@@ -98,6 +107,7 @@ def tokenizer_content(tokenizer: FastTokenizer) -> TokenizerContent:
         tokenizer.eos_token_id,
         tokenizer.split_special_tokens,
         tokenizer.name_or_path,
+        target_marks(tokenizer),
     )
 
 
@@ -146,6 +156,7 @@ def encode_targets(
 ) -> list[list[int]]:
     """[B] texts -> [B][T] ids that end with eos. Decoder-only targets begin with the separator, as behind an input.
 
+    A translator's target is that of `tokenizer(text_target=…)`: with the token of its language first, or behind eos.
     Raises: CorpusError when the tokenizer has no eos token.
     """
     eos = tokenizer.eos_token_id
@@ -159,7 +170,26 @@ def encode_targets(
         return [
             [*row, eos] for row in (_encode_after_text(tokenizer, texts) if behind else encode_plain(tokenizer, texts))
         ]
+    if (marks := target_marks(tokenizer)) is not None:
+        before, after = marks
+        return [[*before, *row, *after] for row in encode_plain(tokenizer, targets)]
     return [row if row[-1:] == [eos] else [*row, eos] for row in _encode(tokenizer, targets, special=True)]
+
+
+def target_marks(tokenizer: FastTokenizer) -> TargetMarks | None:
+    """What stands around a target; None where the tokenizer encodes targets as it does inputs."""
+    if isinstance(tokenizer, TokenizerContent):
+        return tokenizer.target_marks
+    if not hasattr(tokenizer, "_switch_to_target_mode"):
+        return None
+    if tokenizer not in _target_marks:
+        # A copy: other threads may encode inputs meanwhile.
+        own: Any = copy.deepcopy(tokenizer)
+        own._switch_to_target_mode()
+        (whole,), (bare,) = (_encode(own, ["a"], special) for special in (True, False))
+        first = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+        _target_marks[tokenizer] = tuple(whole[:first]), tuple(whole[first + len(bare) :])
+    return _target_marks[tokenizer]
 
 
 def encodes_beginnings_differently(tokenizer: FastTokenizer, separator: str) -> bool:

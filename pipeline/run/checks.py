@@ -19,6 +19,7 @@ from pipeline.backbone.files import (
     embedding_rows,
     find_model,
     read_config,
+    read_generation,
     read_tokenizer,
 )
 from pipeline.backbone.fingerprint import identify
@@ -27,9 +28,9 @@ from pipeline.backbone.loading import build_skeleton
 from pipeline.backbone.memory import MemoryEstimate, estimate_memory
 from pipeline.backbone.weights import open_weights
 from pipeline.bank import BackboneId, PromptBank
-from pipeline.corpus.encoding import missing_embedding
+from pipeline.corpus.encoding import encode_targets, missing_embedding
 from pipeline.corpus.task_corpus import TaskPlan, check_encodable, check_task
-from pipeline.errors import BankError, PromptBankError, SettingsError, StorageError
+from pipeline.errors import BackboneError, BankError, PromptBankError, SettingsError, StorageError
 from pipeline.reporting.plan import PlanRow, memory_table, plan_table
 from pipeline.reporting.words import millions
 from pipeline.run.bank import find_bank
@@ -69,6 +70,7 @@ def check_run(settings: Settings, new_backbone: bool = False, publishes: bool = 
     files = find_model(settings.model.path)
     config, tokenizer = read_config(files), read_tokenizer(files)
     check_eos(files.name, config, tokenizer)
+    check_forced_start(files, config, tokenizer)
     plans: dict[str, TaskPlan] = {}
     refused: dict[str, PromptBankError] = {}
     for name, task in settings.tasks.items():
@@ -129,12 +131,28 @@ def check_context(name: str, task: TaskSettings, config: PretrainedConfig) -> No
     """Raises: SettingsError when prompt, input and target may be longer than the model's context."""
     context = context_length(config)
     length = max(trial.prompt.length for trial in task.trials(name).values())
-    most = length + task.max_input_tokens + task.max_target_tokens
-    if context is not None and most > context:
-        raise SettingsError(
-            f"task '{name}': prompt.length {length} + max_input_tokens {task.max_input_tokens} + "
-            f"max_target_tokens {task.max_target_tokens} = {most} is longer than the model's context of {context} "
-            f"tokens; lower one of them"
+    before = f"prompt.length {length} + max_input_tokens {task.max_input_tokens}"
+    target = f"max_target_tokens {task.max_target_tokens}"
+    rows = {f"{before} + {target}": length + task.max_input_tokens + task.max_target_tokens}
+    if config.is_encoder_decoder:  # its decoder counts anew
+        rows = {before: length + task.max_input_tokens, target: task.max_target_tokens}
+    for what, most in rows.items():
+        if context is not None and most > context:
+            raise SettingsError(
+                f"task '{name}': {what} = {most} is longer than the model's context of {context} tokens; lower one of "
+                "them"
+            )
+
+
+def check_forced_start(files: ModelFiles, config: PretrainedConfig, tokenizer: Any) -> None:
+    """Raises: BackboneError when the model begins its answers with a token that targets do not begin with."""
+    forced = read_generation(files, config).forced_bos_token_id if config.is_encoder_decoder else None
+    if forced is not None and (first := encode_targets(tokenizer, "encoder-decoder", "", ["a"])[0][0]) != forced:
+        forced_word, word = tokenizer.convert_ids_to_tokens([forced, first])
+        raise BackboneError(
+            f"model.path {files.name}: every answer has to begin with {forced_word!r} (forced_bos_token_id), but its "
+            f"tokenizer begins targets with {word!r}; for a translator set tgt_lang in tokenizer_config.json to the "
+            "language that it answers in, else take forced_bos_token_id out of generation_config.json"
         )
 
 

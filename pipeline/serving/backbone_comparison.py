@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pipeline.backbone.encoder_decoder import decoder_inputs
 from pipeline.bank import BackboneId
 from pipeline.corpus.encoding import encode_targets
 from pipeline.errors import BackboneError
@@ -115,17 +117,17 @@ def _score(served: ServedBackbone, row: str) -> _RowScore:
     if len(ids) < 2:
         raise BackboneError(f"the row {row!r} has fewer than two tokens, which shows nothing; give longer rows")
     (target,) = encode_targets(served.tokenizer, served.architecture, _SEPARATOR, [row])
-    likelihood = served.backbone.run(_log_likelihood, torch.tensor([ids]), _start(served))
+    likelihood = served.backbone.run(_log_likelihood, torch.tensor([ids]))
     return _RowScore(ids, target, float(likelihood))
 
 
 @torch.no_grad()
-def _log_likelihood(model: nn.Module, ids: Tensor, start: int | None) -> Tensor:
+def _log_likelihood(model: Any, ids: Tensor) -> Tensor:
     """Log-likelihood of ids `[1, T]`, in nats: each token given those before it; for an encoder-decoder, as the
     decoder's target for the same row."""
-    if start is None:
-        logits, told = model(input_ids=ids[:, :-1]).logits, ids[:, 1:]
-    else:
-        before = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
+    if model.config.is_encoder_decoder:
+        before = decoder_inputs(model, list(ids.numpy()), ids.device)
         logits, told = model(input_ids=ids, decoder_input_ids=before).logits, ids
+    else:
+        logits, told = model(input_ids=ids[:, :-1]).logits, ids[:, 1:]
     return logits.float().log_softmax(-1).gather(-1, told[:, :, None]).sum()

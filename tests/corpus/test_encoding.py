@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer, MBart50Tokenizer, MBartTokenizer, NllbTokenizer
 
 from pipeline.corpus import encode_inputs, encode_targets, load_tokenizer
 from pipeline.corpus.encoding import tokenizer_content
@@ -107,3 +108,25 @@ def test_importing_the_room_loads_neither_ray_nor_transformers() -> None:
     code = "import sys, pipeline.corpus; print({'ray', 'transformers', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+_LETTERS = ["▁", "a", "b", "▁a", "▁b"]
+_SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
+_PIECES = [(piece, 0.0) for piece in _SPECIAL] + [(piece, -1.0) for piece in _LETTERS]
+_IDS = {piece: place for place, piece in enumerate([*_SPECIAL, *_LETTERS])}
+TRANSLATORS = {
+    "mbart": (MBartTokenizer, {"vocab": _PIECES}, "en_XX", "de_DE"),
+    "mbart50": (MBart50Tokenizer, {"vocab": _PIECES}, "en_XX", "de_DE"),
+    "nllb": (NllbTokenizer, {"vocab": _IDS, "merges": [("▁", "a"), ("▁", "b")]}, "eng_Latn", "deu_Latn"),
+}
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told its language", "not told"])
+@pytest.mark.parametrize("kind", TRANSLATORS)
+def test_a_translators_target_is_encoded_as_transformers_encodes_targets(kind: str, told: bool, tmp_path: Path) -> None:
+    make, words, source, target = TRANSLATORS[kind]
+    make(**words, src_lang=source, tgt_lang=target if told else None).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    for own in (tokenizer, tokenizer_content(tokenizer)):
+        assert encode_targets(own, "encoder-decoder", "", ["b a"]) == tokenizer(text_target=["b a"]).input_ids
+        assert encode_inputs(own, "encoder-decoder", ["a b"]) == tokenizer(["a b"]).input_ids

@@ -1,5 +1,6 @@
 """A user's mistake: one clear sentence that names the place and the fix, and nothing published."""
 
+import json
 import subprocess
 import threading
 import time
@@ -20,6 +21,7 @@ from pipeline.run.terminal import ending_in_a_sentence
 from pipeline.settings import parse_settings
 from tests.bank.test_object_store import Visit, serving
 from tests.jobs_data import write_parquet
+from tests.seq2seq_families import make_seq2seq
 from tests.tiny import make_model
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -142,6 +144,22 @@ def test_a_model_folder_without_weights_is_refused(project, tmp_path):
 
 def test_a_prompt_longer_than_the_context_is_refused_with_the_sum(project):
     refused(project, SettingsError, "task 'film'", "context of 256", overrides=["tasks.film.prompt.length=300"])
+
+
+def test_an_encoder_decoders_context_holds_for_what_its_encoder_reads_and_for_the_target(project, tmp_path):
+    project["model"]["path"] = str(make_seq2seq(tmp_path / "bart", "bart", max_position_embeddings=64))
+    lengths = "tasks.film.prompt.length={} tasks.film.max_input_tokens=40 tasks.film.max_target_tokens={}"
+    check_run(parse_settings(project, lengths.format(20, 60).split()))
+    refused(project, SettingsError, "length 30 + max_input_tokens 40 = 70", overrides=lengths.format(30, 60).split())
+    refused(project, SettingsError, "max_target_tokens 65", overrides=lengths.format(20, 65).split())
+
+
+def test_a_forced_first_token_that_targets_do_not_begin_with_is_refused(project, tmp_path):
+    folder = make_seq2seq(tmp_path / "bart", "bart")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "forced_bos_token_id": 2}))
+    project["model"]["path"] = str(folder)
+    refused(project, BackboneError, "has to begin with '<unk>'", "begins targets with")
 
 
 def test_a_prompt_to_start_from_that_is_not_in_the_bank_is_refused(project):

@@ -3,7 +3,7 @@
 import torch
 from transformers import PretrainedConfig
 
-from pipeline.backbone.files import ModelFiles
+from pipeline.backbone.files import ModelFiles, read_generation
 from pipeline.backbone.fused import RmsNorm, use_kernels
 from pipeline.backbone.loading import build_skeleton, untie_separate_weights
 from pipeline.backbone.weights import open_weights
@@ -27,6 +27,7 @@ def load_trained(
     Raises: BackboneError when weights are damaged or missing.
     """
     model = build_skeleton(config, int8=False, dtype=dtype)
+    model.generation_config = read_generation(files, config)
     use_kernels(model, True)
     for module in model.modules():
         if isinstance(module, RmsNorm):  # its kernel has no gradient of the norm's weight

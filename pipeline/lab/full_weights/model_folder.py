@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from pipeline.backbone.loading import stored_buffers
 from pipeline.lab.full_weights.pieces import TrainedModel
@@ -35,6 +35,8 @@ def save_model_folder(model: TrainedModel, tokenizer: Any, folder: Path) -> None
         config = copy.deepcopy(model.backbone.config)
         config.dtype = model.backbone.dtype
         config.save_pretrained(path)
+        if config.is_encoder_decoder:
+            _first_tokens(_hosted(model).generation_config).save_pretrained(path)
         tokenizer.save_pretrained(path)
         _write_weights(parts, len(_files(model)), path)
 
@@ -79,12 +81,22 @@ def _parts(model: TrainedModel) -> Iterator[dict[str, Tensor]]:
 
 def _buffers(model: TrainedModel) -> dict[str, Tensor]:
     """Buffers that are stored but not trained; each rank has all of them."""
-    run = next(module for module in model.backbone.hosted.modules() if isinstance(module, PreTrainedModel))
     return {
         name: tensor.cpu().contiguous().clone()
-        for name, (module, key) in stored_buffers(run).items()
+        for name, (module, key) in stored_buffers(_hosted(model)).items()
         if (tensor := module._buffers[key]) is not None
     }
+
+
+def _first_tokens(known: GenerationConfig) -> GenerationConfig:
+    """What a decoder begins behind and with. Settings of beams and lengths, which are not used here, may not be saved:
+    transformers refuses some that it has read."""
+    keys = ("decoder_start_token_id", "forced_bos_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+    return GenerationConfig(**{key: getattr(known, key) for key in keys})
+
+
+def _hosted(model: TrainedModel) -> PreTrainedModel:
+    return next(module for module in model.backbone.hosted.modules() if isinstance(module, PreTrainedModel))
 
 
 def _files(model: TrainedModel) -> list[list[str]]:

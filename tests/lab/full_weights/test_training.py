@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 from transformers.optimization import Adafactor
 
 from pipeline.errors import DivergedError
@@ -19,6 +19,7 @@ from pipeline.tuning.optimise import schedule_factor
 from tests.backbone.test_buffers import with_stored_buffers
 from tests.lab.full_weights.training_plan import ADAFACTOR, ADAMW, STEPS, examples, make_plan, trained
 from tests.ranks import run_ranks
+from tests.seq2seq_families import CONFIGS, make_seq2seq
 from tests.tiny import make_model
 
 FAMILIES = ["llama", "llama_untied", "qwen3", "gpt2", "t5", "t5_tied"]
@@ -27,7 +28,7 @@ FAMILIES = ["llama", "llama_untied", "qwen3", "gpt2", "t5", "t5_tied"]
 def of_transformers(folder: Path, settings: OptimizerSettings) -> tuple[dict[str, np.ndarray], list[float]]:
     """A plain loop of torch and transformers, row by row: the weights and the losses."""
     torch.manual_seed(0)
-    seq2seq = "t5" in folder.name
+    seq2seq = folder.name in CONFIGS
     model = (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_pretrained(folder).eval()
     if settings.name == "adamw":
         optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
@@ -76,6 +77,20 @@ def test_losses_and_weights_are_those_of_a_plain_loop_of_transformers(family, se
     np.testing.assert_allclose(losses, plain, rtol=1e-4)
     assert_close(weights, reference, 1e-3)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("family", ["bart", "pegasus"])
+def test_an_encoder_decoder_with_scales_and_a_forced_first_token_trains_as_in_transformers(family, tmp_path):
+    folder = make_seq2seq(tmp_path / family, family)
+    known = GenerationConfig.from_pretrained(folder)
+    known.forced_bos_token_id = 7
+    known.save_pretrained(folder)
+    weights, losses, _ = trained(folder, make_plan(tmp_path / "run", ADAMW), save=tmp_path / "saved")
+    reference, plain = of_transformers(folder, ADAMW)
+    np.testing.assert_allclose(losses, plain, rtol=1e-4)
+    learned = {name: weight for name, weight in weights.items() if "k_proj.bias" not in name}  # its gradient is noise
+    assert_close(learned, {name: reference[name] for name in learned}, 1e-3)
+    assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "saved").generation_config.forced_bos_token_id == 7
 
 
 def on_rank(folder, run, settings, dtype, save):
