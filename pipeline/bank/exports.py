@@ -216,7 +216,7 @@ def _description(prompt: Prompt) -> bytes:
         "version": prompt.version,
         "task": record.task,
         "shape": prompt.array.shape,
-        "template": record.template.model_dump(),
+        "template": record.template.model_dump(exclude_none=True),
         "labels": record.labels,
         "metric": record.metric,
         "metrics": record.metrics.model_dump(),
