@@ -6,6 +6,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from tests.tiny import make_model
+
 CHATML = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}"
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -88,6 +90,10 @@ def chat_tokenizer(template: str | None) -> Any:
     return loaded
 
 
-def save_chat_tokenizer(folder: Path, template: str | None) -> Path:
-    chat_tokenizer(template).save_pretrained(folder)
+def make_chat_model(folder: Path, template: str | None, family: str = "llama", **changes: Any) -> Path:
+    """A tiny model with a chat template; it has a token for every byte."""
+    tokenizer = chat_tokenizer(template)
+    sizes = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    make_model(folder, family, **{**sizes, **changes})
+    tokenizer.save_pretrained(folder)
     return folder
