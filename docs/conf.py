@@ -8,7 +8,15 @@ import shutil
 from pathlib import Path
 
 ORDER_OF_READING = {
-    "Use it": ["docs/get-started", "docs/settings", "docs/corpora", "docs/bank", "pipeline/bank/FORMAT", "docs/stores"],
+    "Use it": [
+        "docs/get-started",
+        "docs/settings",
+        "docs/corpora",
+        "docs/chats",
+        "docs/bank",
+        "pipeline/bank/FORMAT",
+        "docs/stores",
+    ],
     "Run it": [
         "docs/serving",
         "docs/nightly",

@@ -2,14 +2,14 @@
 
 import json
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from pipeline.backbone.files import find_model
 from pipeline.bank import PromptBank
-from pipeline.errors import BackboneError, CorpusError
+from pipeline.corpus.encoding import TokenizerSpec, load_tokenizer
+from pipeline.corpus.task_corpus import TaskCorpus, prepare_task
+from pipeline.errors import CorpusError
 from pipeline.run.checks import check_run
 from pipeline.run.job import run_job
 from pipeline.serving import PromptedModel, load_backbone
@@ -34,7 +34,6 @@ def chats(tmp_path):
     settings = make_project(tmp_path, input=MESSAGES, max_input_tokens=160)
     settings["cluster"]["num_workers"] = 1
     make_chat_model(tmp_path / "model", QWEN3, scale=1.0)
-    settings["tasks"]["book"]["test"] = settings["tasks"]["film"]["test"]
     return settings
 
 
@@ -50,23 +49,31 @@ def test_a_prompt_tuned_on_chats_is_served_with_the_scores_that_it_was_published
         pq.read_table(tmp_path / "corpora/film/test.parquet")[name].to_pylist() for name in ("text", "label")
     )
     chosen = [max(scores, key=scores.get) for scores in served.classify(texts, ["film"] * len(texts))]
-    answered = served.generate(texts, ["book"] * len(texts), 8)
     # A run multiplies in int8, and the service exactly: a row in between may fall to either side.
     assert score_texts("accuracy", chosen, labels) == pytest.approx(record.metrics.test, abs=0.05)
-    of_book = bank.load("book").record.metrics.test
-    assert score_texts("rouge_l", answered, labels) == pytest.approx(of_book, abs=0.05) and of_book > 0.2
     assert run(chats).version == 1, "started again, it publishes nothing new"
 
 
-def test_another_chat_template_is_another_corpus(chats, tmp_path):
-    assert run(chats).version == 1
-    tokenizer = chat_tokenizer(CHATML)
-    tokenizer.save_pretrained(tmp_path / "model")
-    assert run(chats, "run.name=again").version == 2
-    bank = PromptBank.open(tmp_path / "bank")
-    one, two = (bank.load(f"film@{number}").record for number in (1, 2))
-    assert one.corpus_digest != two.corpus_digest and one.template.chat != two.template.chat
-    assert len(list((tmp_path / "runs/token_shards").glob("[!.]*"))) == 8
+def prepared(project, folder, *overrides):
+    """The corpus of the task `film`, tokenised by Ray as a run does it."""
+    settings = parse_settings(project, overrides)
+    spec = TokenizerSpec(str(folder / "model"), "digest of the tokenizer", "decoder-only")
+    load_tokenizer.cache_clear()  # a run's own folder is written once
+    return prepare_task("film", settings.tasks["film"], spec, folder / "runs")
+
+
+def test_another_chat_template_or_option_is_another_corpus_and_the_same_one_is_tokenised_once(chats, tmp_path):
+    def folders():
+        return len(list((tmp_path / "runs/token_shards").glob("[!.]*")))
+
+    one = prepared(chats, tmp_path)
+    assert prepared(chats, tmp_path) == one and folders() == 3
+    option = prepared(chats, tmp_path, "tasks.film.chat_options={tone: dry}")
+    chat_tokenizer(CHATML).save_pretrained(tmp_path / "model")
+    other = prepared(chats, tmp_path)
+    assert len({one.digest, option.digest, other.digest}) == 3 and folders() == 9
+    assert one.chat["template"] == option.chat["template"] != other.chat["template"]
+    assert TaskCorpus.from_dict(json.loads(json.dumps(one.to_dict()))) == one
 
 
 @pytest.mark.parametrize(
@@ -101,38 +108,11 @@ def test_an_encoder_decoder_takes_no_chat(tmp_path):
 
 
 def test_rows_whose_target_the_template_changes_are_counted_and_refused_above_the_bound(chats, tmp_path):
-    tokenizer = chat_tokenizer(GEMMA)
-    tokenizer.save_pretrained(tmp_path / "model")
-    del chats["tasks"]["book"]
+    chat_tokenizer(GEMMA).save_pretrained(tmp_path / "model")
     pairs = [(text, label + " " * (row % 10 == 0)) for row, (text, label) in enumerate(reviews(60, 0))]
     write_parquet(tmp_path / "corpora/film/train.parquet", pairs)
     told = "6 with a target that the chat template does not write as it stands, such as '(posi|nega)tive '"
     with pytest.raises(CorpusError, match=told):
-        run(chats)
-    assert run(chats, "defaults.max_bad_rows=0.2").exit == 0
-
-
-def test_the_packaged_chat_model_renders_tunes_and_answers_a_chat(tmp_path):
-    try:
-        find_model("smollm2-135m")
-    except BackboneError as error:
-        pytest.skip(str(error))
-    task = {"input": [{"role": "system", "content": "Answer in one word."}, *MESSAGES], "prompt": {"length": 2}}
-    short = {"batch_size": 2, "max_steps": 1, "eval_every": 1, "eval_rows": 4, "max_target_tokens": 4}
-    for number, split in enumerate(("train", "dev")):
-        write_parquet(tmp_path / f"{split}.parquet", reviews(8, number))
-        task[split] = str(tmp_path / f"{split}.parquet")
-    project = {
-        "run": {"name": "chat", "storage": str(tmp_path / "runs")},
-        "model": {"path": "smollm2-135m"},
-        "defaults": short,
-        "tasks": {"film": task},
-        "bank": {"uri": str(tmp_path / "bank")},
-    }
-    assert run(project).version == 1
-    served = PromptedModel(load_backbone("smollm2-135m"), PromptBank.open(tmp_path / "bank"))
-    form = served.bank.load("film").record.template.chat
-    assert form is not None and (form.lead, form.end) == ("", "<|im_end|>")
-    (scores,) = served.classify(["a good film"], ["film"])
-    assert set(scores) == {"positive", "negative"} and all(np.isfinite(list(scores.values())))
-    assert "<|im_end|>" not in served.generate(["a good film"], ["film"], 4)[0]
+        prepared(chats, tmp_path)
+    corpus = prepared(chats, tmp_path, "defaults.max_bad_rows=0.2")
+    assert corpus.labels == ("negative", "positive") and corpus.counts["train"]["target_changed"] == 6

@@ -19,7 +19,7 @@ from pipeline.corpus.encoding import encode_targets
 from pipeline.corpus.reader import token_set
 from pipeline.corpus.rows import Recipe, tokenise_rows
 from pipeline.corpus.template import parse_template
-from pipeline.errors import BankError, CorpusError
+from pipeline.errors import BackboneError, BankError, CorpusError
 from pipeline.serving import PromptedModel, load_backbone
 from pipeline.tuning.evaluate import EvalRequest, answer
 from tests.chats import CHATML, ENDS, TEMPLATES, make_chat_model
@@ -227,3 +227,26 @@ def test_a_row_that_the_chat_template_refuses_is_named(tmp_path):
         CorpusError, match=r"row 1 for task 'chat': the model's chat template refuses the messages \(No\)"
     ):
         model.generate(["good", "awful"], ["chat"] * 2)
+
+
+@pytest.mark.processes
+def test_the_packaged_chat_model_renders_a_chat_and_answers_it_as_its_evaluation_does(tmp_path):
+    try:
+        served = load_backbone("smollm2-135m")
+    except BackboneError as error:
+        pytest.skip(str(error))
+    tokenizer = served.tokenizer
+    array = served.backbone.embed(torch.arange(200, 204)).numpy()
+    bank = PromptBank.open(tmp_path / "bank", create=True)
+    bank.publish([prompt_of_chat("chat", tokenizer, array=array)], served.identity, "test", {}, "latest")
+    model, chat = PromptedModel(served, bank), chat_of(tokenizer)
+    asked = [{"role": "user", "content": f"Is it good? {TEXTS[0]}"}]
+    (text,) = chat.render([[asked[0]["content"]]])
+    rendered = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    assert text == rendered and "<|im_start|>system" in text
+    assert (chat.lead, chat.end_token) == ("", "<|im_end|>")
+    order, given = measured(model, "accuracy")
+    scores = model.classify([TEXTS[at] for at in order], ["chat"] * len(order))
+    ours = np.array([[of_row[label] for label in LABELS] for of_row in scores])
+    np.testing.assert_allclose(ours, given.label_scores, rtol=1e-3, atol=1e-3)
+    assert "<|im_end|>" not in model.generate(TEXTS[:1], ["chat"], 8)[0]
