@@ -13,6 +13,7 @@ ORDER_OF_READING = {
         "docs/settings",
         "docs/corpora",
         "docs/encoder-decoders",
+        "docs/chats",
         "docs/bank",
         "pipeline/bank/FORMAT",
         "docs/stores",

@@ -83,7 +83,8 @@ def _type(field: Json) -> str:
         return " or ".join(f"`{value}`" for value in field["enum"])
     match field.get("type"):
         case "array":
-            return f"list of {_type(field.get('items', {}))}"
+            items = field.get("items", {})
+            return "list of mappings" if "$ref" in items else f"list of {_type(items)}"
         case "object":
             return "mapping"
         case "integer" | "number" as number:

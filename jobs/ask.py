@@ -40,12 +40,12 @@ def main(
 
 def _answers(texts: list[str], task: str, bank: PromptBank, model: str, max_new_tokens: int) -> list[str]:
     from pipeline.backbone.fingerprint import weights_setting
-    from pipeline.corpus.template import parse_template
+    from pipeline.corpus.chat import recorded_input
     from promptbank import PromptedModel, load_backbone
 
     prompt = bank.load(task)
     record = prompt.record
-    columns = parse_template(record.template.input, f"prompt '{task}'").columns
+    columns = recorded_input(record.template, f"prompt '{task}'").columns
     rows = [dict.fromkeys(columns, text) for text in texts]
     served = PromptedModel(load_backbone(model, weights_setting(prompt.backbone)), bank)
     if not record.labels or record.metric not in ("accuracy", "f1"):

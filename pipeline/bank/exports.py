@@ -19,6 +19,7 @@ from uuid import uuid4
 import numpy as np
 from safetensors.numpy import save
 
+from pipeline.bank.manifest import FIXED_DAY, Template
 from pipeline.bank.snapshot import Prompt
 from pipeline.errors import BankError, PromptBankError, StorageError
 
@@ -80,26 +81,35 @@ def export_vllm(prompt: Prompt, folder: str | Path) -> Path:
             f"prompt '{prompt.record.name}' belongs to the {prompt.backbone.architecture} model "
             f"{prompt.backbone.model}, for which vLLM takes no prompt embeddings; export it for PEFT"
         )
-    constants = {
-        "MODEL": prompt.backbone.model,
-        "TEMPLATE": prompt.record.template.input,
-        "SEPARATOR": prompt.record.template.separator,
-    }
-    lines = "\n".join(f"{name} = {value!r}" for name, value in constants.items())
     files = {
         "prompt_embeds.safetensors": _safetensors(prompt, "prompt_embeds"),
-        "ask_vllm.py": ASK_VLLM.replace("CONSTANTS", lines).encode(),
+        "ask_vllm.py": _vllm_script(prompt.backbone.model, prompt.record.template).encode(),
     }
     return _create_folder(folder, prompt, files)
+
+
+def _vllm_script(model: str, template: Template) -> str:
+    constants: dict[str, Any] = {"MODEL": model}
+    if template.chat is None:
+        constants |= {"TEMPLATE": template.input, "SEPARATOR": template.separator}
+        input_ids = TEXT_IDS
+    else:
+        constants |= {"MESSAGES": json.loads(template.input), "OPTIONS": dict(template.chat.options)}
+        constants |= {"LEAD": template.chat.lead, "END": template.chat.end, "SEPARATOR": template.separator}
+        constants |= {"CHAT_TEMPLATE": template.chat.template, "FIXED_DAY": FIXED_DAY}
+        input_ids = CHAT_IDS
+    lines = "\n".join(f"{name} = {value!r}" for name, value in constants.items())
+    return ASK_VLLM.replace("CONSTANTS", lines).replace("INPUT_IDS", input_ids.strip())
 
 
 ASK_VLLM = '''\
 """Ask vLLM behind the soft prompt that lies beside this file: python ask_vllm.py text='a fine film'
 
-One COLUMN=TEXT for each column that TEMPLATE names. Needs vLLM 0.11 or newer, and transformers.
+One COLUMN=TEXT for each column that the template names. Needs vLLM 0.11 or newer, and transformers.
 """
 
 import argparse
+import hashlib
 from pathlib import Path
 from string import Formatter
 
@@ -109,13 +119,17 @@ from safetensors.torch import load_file
 CONSTANTS
 
 
+def filled(template, row):
+    pieces = Formatter().parse(template)
+    return "".join(literal + ("" if column is None else str(row[column])) for literal, column, _, _ in pieces)
+
+
+INPUT_IDS
+
+
 def prompt_embeds(row, embedding, tokenizer):
     """[P + T, H]: the prompt's rows, then the input embeddings of the template filled with a row's columns."""
-    pieces = Formatter().parse(TEMPLATE)
-    text = "".join(literal + ("" if column is None else str(row[column])) for literal, column, _, _ in pieces)
-    ids = tokenizer(text).input_ids
-    if tokenizer("a").input_ids[-1:] == [tokenizer.eos_token_id]:
-        ids = ids[:-1]  # the answer goes on from the text
+    ids = input_ids(row, tokenizer)
     prompt = load_file(Path(__file__).with_name("prompt_embeds.safetensors"))["prompt_embeds"]
     with torch.no_grad():
         embedded = embedding(torch.tensor(ids, dtype=torch.long))
@@ -135,7 +149,8 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=False)
     tensor = prompt_embeds(row, model.get_input_embeddings(), tokenizer)
     llm = LLM(model=options.model, enable_prompt_embeds=True)
-    (answer,) = llm.generate({"prompt_embeds": tensor}, SamplingParams(temperature=0.0, max_tokens=64))
+    sampling = SamplingParams(temperature=0.0, max_tokens=64, **ending(tokenizer))
+    (answer,) = llm.generate({"prompt_embeds": tensor}, sampling)
     # The model was tuned to write the separator itself, before its answer.
     print(answer.outputs[0].text.removeprefix(SEPARATOR).strip())
 
@@ -143,6 +158,37 @@ def main():
 if __name__ == "__main__":
     main()
 '''
+
+
+TEXT_IDS = """
+def input_ids(row, tokenizer):
+    ids = tokenizer(filled(TEMPLATE, row)).input_ids
+    if tokenizer("a").input_ids[-1:] == [tokenizer.eos_token_id]:
+        ids = ids[:-1]  # the answer goes on from the text
+    return ids
+
+
+def ending(tokenizer):
+    return {}  # the tokenizer's eos
+"""
+
+CHAT_IDS = """
+def input_ids(row, tokenizer):
+    template = tokenizer.get_chat_template()
+    if hashlib.sha256(template.encode()).hexdigest() != CHAT_TEMPLATE:
+        raise SystemExit("this model has another chat template than the one that the prompt was tuned with")
+    if "strftime_now" in template:
+        template = FIXED_DAY + template  # the day that the prompt was tuned with, not today
+    messages = [{**message, "content": filled(message["content"], row)} for message in MESSAGES]
+    text = tokenizer.apply_chat_template(
+        messages, chat_template=template, add_generation_prompt=True, tokenize=False, **OPTIONS
+    )
+    return tokenizer(text + LEAD, add_special_tokens=False).input_ids
+
+
+def ending(tokenizer):
+    return {"stop_token_ids": [tokenizer.convert_tokens_to_ids(END)]}
+"""
 
 
 def _peft_config(prompt: Prompt, base_model: str) -> dict[str, Any]:
@@ -170,7 +216,7 @@ def _description(prompt: Prompt) -> bytes:
         "version": prompt.version,
         "task": record.task,
         "shape": prompt.array.shape,
-        "template": record.template.model_dump(),
+        "template": record.template.model_dump(exclude_none=True),
         "labels": record.labels,
         "metric": record.metric,
         "metrics": record.metrics.model_dump(),

@@ -52,12 +52,42 @@ class BackboneId(StoredModel):
         return tuple(part for part in parts if getattr(self, part) != getattr(other, part)) or ("fingerprint",)
 
 
+# A chat template that writes today's date writes this one instead, the one that Llama 3's own falls back on. A prompt
+# would otherwise be tuned behind another input than it is served behind.
+_DAY = {
+    **{"%Y": "2024", "%m": "07", "%d": "26", "%B": "July", "%b": "Jul", "%A": "Friday", "%a": "Fri", "%y": "24"},
+    **{"%F": "2024-07-26", "%H": "00", "%M": "00", "%S": "00"},
+}
+FIXED_DAY = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace('{code}', '{text}')" for code, text in _DAY.items())
+    + " }}{%- endmacro %}\n"  # the line break is trimmed, and the template begins on a line of its own
+)
+"""Jinja that stands before a chat template in which `strftime_now` occurs."""
+
+
+class ChatForm(StoredModel):
+    """How a chat template made a prompt's input of messages."""
+
+    template: Digest
+    """SHA-256 of the chat template's text; with another one the prompt is not answered."""
+    options: Mapping[str, Any]
+    """What the template was given besides the messages."""
+    lead: str
+    """What stood between the template's generation prompt and the answer; empty for most models."""
+    end: str
+    """The token that ended every target."""
+
+
 class Template(StoredModel):
     """How the prompt's input and target were written while it was tuned."""
 
     input: str
+    """A template; of a chat its messages as JSON, a list of `{"role": …, "content": <template>}`."""
     target: str
     separator: str
+    chat: ChatForm | None = None
+    """Written only where the input was a chat."""
 
 
 class Metrics(StoredModel):
@@ -169,7 +199,8 @@ def encode_manifest(manifest: Manifest, sign: Callable[[str], Signature] | None 
     header = canonical(manifest.model_dump(mode="json", exclude=left_out))
     lines = []
     for name, record in sorted(manifest.prompts.items()):
-        absent = set() if record.tuned_on else {"tuned_on"}
+        absent: dict[str, Any] = {} if record.tuned_on else {"tuned_on": True}
+        absent |= {} if record.template.chat else {"template": {"chat"}}
         lines.append(b'"%s":%s' % (name.encode(), canonical(record.model_dump(mode="json", exclude=absent))))
     return seal(header[1:-1] + PROMPTS_OPEN + b",\n".join(lines) + PROMPTS_CLOSE, sign)
 

@@ -1,11 +1,12 @@
 """`ls` and `show`: the prompts of a version."""
 
+import json
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
 import typer
 
-from pipeline.bank import Metrics, PromptBank, PromptRecord, Snapshot
+from pipeline.bank import Metrics, PromptBank, PromptRecord, Snapshot, Template
 from pipeline.bank.manifest import NOT_LEARNED
 from pipeline.cli import completion, output
 from pipeline.cli.models import Words, mismatch_warning, nearest_words
@@ -203,8 +204,7 @@ def _fields(bank: PromptBank, snapshot: Snapshot, record: PromptRecord, pointing
         ("shape", shape and f"{shape[0]} × {shape[1]} {record.dtype}, {shape[0] * shape[1] * 4:,} bytes"),
         ("digest", record.digest),
         ("task", record.task),
-        ("input", output.quoted(record.template.input)),
-        ("separator", output.quoted(record.template.separator)),
+        *_input_fields(record.template),
         ("target", output.quoted(record.template.target)),
         ("labels", ", ".join(map(output.quoted, record.labels)) if record.labels else None),
         ("metric", record.metric),
@@ -220,6 +220,20 @@ def _fields(bank: PromptBank, snapshot: Snapshot, record: PromptRecord, pointing
         *((part, getattr(backbone, part)) for part in ("fingerprint", "config", "tokenizer", "weights")),
         ("quantization", backbone.quantization),
         ("libraries", ", ".join(f"{name} {version}" for name, version in sorted(libraries.items())) or None),
+    ]
+
+
+def _input_fields(template: Template) -> list[tuple[str, Cell]]:
+    form = template.chat
+    if form is None:
+        return [("input", output.quoted(template.input)), ("separator", output.quoted(template.separator))]
+    options = ", ".join(f"{name} {json.dumps(value)}" for name, value in form.options.items())
+    return [
+        ("messages", template.input),
+        ("chat template", form.template),
+        ("chat options", options or None),
+        ("before an answer", output.quoted(form.lead) if form.lead else None),
+        ("end of an answer", output.quoted(form.end)),
     ]
 
 

@@ -67,7 +67,7 @@ def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for field, value in fields.items():
         if isinstance(value, dict):
-            flat |= {f"{field}.{key}": inner for key, inner in value.items()}
+            flat |= {f"{field}.{key}": inner for key, inner in _flat(value).items()}
         else:
             flat[field] = value
     return flat

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import ByteLevel
 
+from pipeline.corpus.chat import ModelChat
 from pipeline.errors import CorpusError
 
 Architecture = Literal["decoder-only", "encoder-decoder"]
@@ -122,11 +123,15 @@ def missing_embedding(tokenizer: Any, ids: Iterable[int], rows: int | None) -> s
     )
 
 
-def encode_inputs(tokenizer: FastTokenizer, architecture: Architecture, inputs: Sequence[str]) -> list[list[int]]:
-    """[B] texts -> [B][T] ids with the special tokens that the tokenizer adds.
+def encode_inputs(
+    tokenizer: FastTokenizer, architecture: Architecture, inputs: Sequence[str], chat: ModelChat | None = None
+) -> list[list[int]]:
+    """[B] texts -> [B][T] ids with the special tokens that the tokenizer adds; a rendered chat has all of its own.
 
     Decoder-only inputs lose the eos that some tokenizers put at the end, since the target continues them.
     """
+    if chat is not None:
+        return encode_plain(tokenizer, inputs)
     ids = _encode(tokenizer, inputs, special=True)
     # Whether eos is added is tested with a word, not with the row: where bos is eos, an empty row is one bos that must
     # stay.
@@ -135,8 +140,13 @@ def encode_inputs(tokenizer: FastTokenizer, architecture: Architecture, inputs: 
     return ids
 
 
-def decode_inputs(tokenizer: Any, architecture: Architecture, rows: Sequence[Sequence[int]]) -> list[str]:
+def decode_inputs(
+    tokenizer: Any, architecture: Architecture, rows: Sequence[Sequence[int]], chat: ModelChat | None = None
+) -> list[str]:
     """[B][T] ids of `encode_inputs` -> texts that have the same ids, as far as the tokenizer can decode them."""
+    if chat is not None:
+        written: list[str] = tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
+        return written
     whole, bare = encode_inputs(tokenizer, architecture, ["a"])[0], _encode(tokenizer, ["a"], special=False)[0]
     first = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
     behind = len(whole) - first - len(bare)
@@ -152,13 +162,20 @@ def encode_plain(tokenizer: FastTokenizer, texts: Sequence[str]) -> list[list[in
 
 
 def encode_targets(
-    tokenizer: FastTokenizer, architecture: Architecture, separator: str, targets: Sequence[str]
+    tokenizer: FastTokenizer,
+    architecture: Architecture,
+    separator: str,
+    targets: Sequence[str],
+    chat: ModelChat | None = None,
 ) -> list[list[int]]:
-    """[B] texts -> [B][T] ids that end with eos. Decoder-only targets begin with the separator, as behind an input.
+    """[B] texts -> [B][T] ids that end with eos, or as a chat's answers do.
 
+    Decoder-only targets begin with the separator, as behind an input; those of a chat stand as in the rendered chat.
     A translator's target is that of `tokenizer(text_target=…)`: with the token of its language first, or behind eos.
     Raises: CorpusError when the tokenizer has no eos token.
     """
+    if chat is not None:
+        return _encode_answers(tokenizer, chat, targets)
     eos = tokenizer.eos_token_id
     if eos is None:
         raise CorpusError(
@@ -190,6 +207,19 @@ def target_marks(tokenizer: FastTokenizer) -> TargetMarks | None:
         first = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
         _target_marks[tokenizer] = tuple(whole[:first]), tuple(whole[first + len(bare) :])
     return _target_marks[tokenizer]
+
+
+def _encode_answers(tokenizer: FastTokenizer, chat: ModelChat, targets: Sequence[str]) -> list[list[int]]:
+    """[B] texts -> [B][T] the ids that the rendered chat has from the end of its input to the end of the answer."""
+    texts = [chat.separator + target + chat.closing for target in targets]
+    (before,) = encode_plain(tokenizer, [chat.before])
+    whole = encode_plain(tokenizer, [chat.before + text for text in texts])
+    alone = encode_plain(tokenizer, texts)
+    # A target that merges with what stands before it is encoded alone: the input's tokens are there already.
+    return [
+        [*(row[len(before) :] if row[: len(before)] == before else own), chat.end_id]
+        for row, own in zip(whole, alone, strict=True)
+    ]
 
 
 def encodes_beginnings_differently(tokenizer: FastTokenizer, separator: str) -> bool:
@@ -236,7 +266,11 @@ def can_lose_text(tokenizer: FastTokenizer) -> bool:
 
 
 def unencodable(
-    tokenizer: FastTokenizer, architecture: Architecture, separator: str, targets: Sequence[str]
+    tokenizer: FastTokenizer,
+    architecture: Architecture,
+    separator: str,
+    targets: Sequence[str],
+    chat: ModelChat | None = None,
 ) -> list[bool]:
     """[B] whether a target's own text, separator and specials aside, is lost in its tokens."""
     if not targets or not can_lose_text(tokenizer):
@@ -250,7 +284,7 @@ def unencodable(
         ]
     # The unknown token must come from the target: not from the separator, nor from a target that spells it out.
     own = encode_plain(tokenizer, targets)
-    joined = encode_targets(tokenizer, architecture, separator, targets)
+    joined = encode_targets(tokenizer, architecture, separator, targets, chat)
     (alone,) = encode_plain(tokenizer, [separator])
     mark, of_separator = backend.id_to_token(unknown) or "", alone.count(unknown)
     return [

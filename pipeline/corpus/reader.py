@@ -163,10 +163,19 @@ def unique_targets(ref: SplitRef) -> Iterator[str]:
 
 def unencodable_targets(ref: SplitRef) -> Iterator[str]:
     """The targets of a whole folder's rows that the tokenizer cannot encode, in the order of the files."""
-    if not summarise_split(ref).counts.get("target_unsayable"):
+    return _refused_targets(ref, RowStatus.TARGET_UNSAYABLE)
+
+
+def changed_targets(ref: SplitRef) -> Iterator[str]:
+    """The targets of a whole folder's rows that the chat template changes, in the order of the files."""
+    return _refused_targets(ref, RowStatus.TARGET_CHANGED)
+
+
+def _refused_targets(ref: SplitRef, status: RowStatus) -> Iterator[str]:
+    if not summarise_split(ref).counts.get(status.name.lower()):
         return
     for batch in _batches(ref, ["status", "target"]):
-        lost = batch["status"].to_numpy() == RowStatus.TARGET_UNSAYABLE
+        lost = batch["status"].to_numpy() == status
         yield from batch["target"].filter(pa.array(lost)).to_pylist()
 
 

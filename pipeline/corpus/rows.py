@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.corpus.chat import ModelChat, render_chats
 from pipeline.corpus.encoding import (
     Architecture,
     FastTokenizer,
@@ -37,6 +38,8 @@ class RowStatus(IntEnum):
     """It has a token without a row in the model's table of embeddings."""
     TARGET_UNSAYABLE = 6
     """The tokenizer cannot encode it; the row keeps its text."""
+    TARGET_CHANGED = 7
+    """The chat template would write another text, for example without the white space at its end."""
 
 
 SHARD_SCHEMA = pa.schema(
@@ -54,7 +57,7 @@ SHARD_SCHEMA = pa.schema(
 class Recipe:
     """All that decides a row's tokens besides the tokenizer."""
 
-    input: TextTemplate
+    input: TextTemplate | ModelChat
     target: TextTemplate | None
     """None for plain text, which is cut into examples later: its rows have no target and no special tokens."""
     separator: str
@@ -70,6 +73,10 @@ class Recipe:
     """The tokenizer encodes beginnings differently (`encodes_beginnings_differently`), and a target is none."""
     counts_unencodable: bool = False
     """The tokenizer loses some text (`can_lose_text`), and targets that it loses have a status of their own."""
+
+    @property
+    def chat(self) -> ModelChat | None:
+        return self.input if isinstance(self.input, ModelChat) else None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -94,7 +101,7 @@ def tokenise_rows(
     recipe: Recipe, tokenizer: FastTokenizer, columns: Mapping[str, Sequence[str | None]], rows: int
 ) -> pa.Table:
     """Columns of B texts -> a table of B rows with SHARD_SCHEMA; unusable rows have a status and no tokens."""
-    inputs = render_rows(recipe.input, columns, rows)
+    inputs = _rendered_inputs(recipe, columns, rows)
     targets = render_rows(recipe.target, columns, rows) if recipe.target else RenderedRows([""] * rows, [False] * rows)
     statuses = _text_statuses(inputs, targets)
     _mark_oversized(statuses, recipe, columns, inputs, targets)
@@ -105,17 +112,19 @@ def tokenise_rows(
     place_of = {target: place for place, target in enumerate(dict.fromkeys(kept_targets))}
     places = np.fromiter(map(place_of.__getitem__, kept_targets), np.int64, len(kept))
     input_ids, target_ids, unencoded = _encode(recipe, tokenizer, _texts(inputs, statuses), list(place_of))
+    changed = np.asarray(recipe.chat.changed(list(place_of)) if recipe.chat else [False] * len(place_of), bool)[places]
 
     input_long = _lengths(input_ids) > recipe.max_input_tokens
     target_long = (_lengths(target_ids) > recipe.max_target_tokens)[places]
     no_embedding = _any_from(recipe.embedding_rows, input_ids) | _any_from(recipe.embedding_rows, target_ids)[places]
     lost = np.asarray(unencoded, bool)[places]
     # In reverse order of precedence: a later assignment wins.
+    statuses[kept[changed]] = RowStatus.TARGET_CHANGED
     statuses[kept[lost]] = RowStatus.TARGET_UNSAYABLE
     statuses[kept[no_embedding]] = RowStatus.NO_EMBEDDING
     statuses[kept[target_long]] = RowStatus.TARGET_LONG
     statuses[kept[input_long]] = RowStatus.INPUT_LONG
-    used = ~(input_long | target_long | no_embedding | lost)
+    used = ~(input_long | target_long | no_embedding | lost | changed)
     used_rows = kept[used]
     row_inputs: list[Sequence[int]] = [()] * rows
     for row, ids in zip(used_rows.tolist(), compress(input_ids, used.tolist()), strict=True):
@@ -124,7 +133,7 @@ def tokenise_rows(
     target_of = np.full(rows, len(place_of))
     target_of[used_rows] = places[used]
     shown = np.full(rows, len(place_of))
-    shown[kept] = np.where(statuses[kept] == RowStatus.TARGET_UNSAYABLE, places, len(place_of))
+    shown[kept] = np.where(statuses[kept] >= RowStatus.TARGET_UNSAYABLE, places, len(place_of))
     shown[used_rows] = places[used]
     return pa.table(
         {
@@ -138,17 +147,23 @@ def tokenise_rows(
     )
 
 
+def _rendered_inputs(recipe: Recipe, columns: Mapping[str, Sequence[str | None]], rows: int) -> RenderedRows:
+    if isinstance(recipe.input, ModelChat):
+        return render_chats(recipe.input, columns, rows)
+    return render_rows(recipe.input, columns, rows)
+
+
 def _encode(
     recipe: Recipe, tokenizer: FastTokenizer, inputs: Sequence[str], targets: Sequence[str]
 ) -> tuple[list[list[int]], list[list[int]], list[bool]]:
     """-> ids of the inputs, ids of the targets, and for each target whether it is lost in its tokens."""
     if recipe.target is None:  # plain text, which has no special tokens and no targets
         return encode_plain(tokenizer, inputs), [[] for _ in targets], [False] * len(targets)
-    input_ids = encode_inputs(tokenizer, recipe.architecture, inputs)
-    target_ids = encode_targets(tokenizer, recipe.architecture, recipe.separator, targets)
+    input_ids = encode_inputs(tokenizer, recipe.architecture, inputs, recipe.chat)
+    target_ids = encode_targets(tokenizer, recipe.architecture, recipe.separator, targets, recipe.chat)
     lost = [False] * len(targets)
     if recipe.counts_unencodable:
-        lost = unencodable(tokenizer, recipe.architecture, recipe.separator, targets)
+        lost = unencodable(tokenizer, recipe.architecture, recipe.separator, targets, recipe.chat)
     return input_ids, target_ids, lost
 
 

@@ -5,10 +5,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import compress, islice
+from itertools import chain, compress, islice
 from pathlib import Path
 from typing import Any
 
+from pipeline.corpus.chat import ChatInput, ModelChat, bind_chat, parse_chat
 from pipeline.corpus.encoding import (
     Architecture,
     TokenizerSpec,
@@ -21,7 +22,7 @@ from pipeline.corpus.encoding import (
     unencodable,
 )
 from pipeline.corpus.files import ParquetSource, inspect_files
-from pipeline.corpus.reader import SplitRef, summarise_split, unencodable_targets, unique_targets
+from pipeline.corpus.reader import SplitRef, changed_targets, summarise_split, unencodable_targets, unique_targets
 from pipeline.corpus.rows import Recipe
 from pipeline.corpus.tally import SplitSummary
 from pipeline.corpus.template import TextTemplate, check_class_names, check_columns, parse_template, render_row
@@ -40,7 +41,7 @@ class TaskPlan:
     task: str
     sources: Mapping[str, ParquetSource]
     """By setting: `train`, and `dev` and `test` where they are given."""
-    input: TextTemplate
+    input: TextTemplate | ChatInput
     target: TextTemplate
     dev_fraction: float | None
     integer_columns: Mapping[str, str] = field(default_factory=dict)
@@ -79,6 +80,8 @@ class TaskCorpus:
     """Rows per split by status: ok, null, empty, input_long, target_long."""
     digest: str
     """Digest of all splits' rows: the same rows in other files give the same digest."""
+    chat: Mapping[str, Any] | None = None
+    """What the prompt's record tells of a chat (`ChatForm`)."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` gives the same corpus back."""
@@ -95,6 +98,7 @@ class TaskCorpus:
             label_ids=None if label_ids is None else tuple(map(tuple, label_ids)),
             counts=plain["counts"],
             digest=plain["digest"],
+            chat=plain.get("chat"),
         )
 
 
@@ -104,9 +108,11 @@ def check_task(name: str, task: TaskSettings) -> TaskPlan:
     Raises: CorpusError naming the task, the file and the fix.
     """
     here = f"task '{name}'"
-    templates = parse_template(task.input, f"{here}, input"), parse_template(task.target, f"{here}, target")
-    if not templates[0].columns:
-        raise CorpusError(f"{here}, input: the template {task.input!r} names no column; write one such as {{text}}")
+    asked, target = task_input(name, task), parse_template(task.target, f"{here}, target")
+    if not asked.columns:
+        raise CorpusError(f"{here}, input: the template {asked.text!r} names no column; write one such as {{text}}")
+    inputs = [message.content for message in asked.messages] if isinstance(asked, ChatInput) else [asked]
+    templates = [*inputs, target]
     sources: dict[str, ParquetSource] = {}
     for split, paths in (("train", task.train), ("dev", task.dev), ("test", task.test)):
         if paths is not None:
@@ -115,9 +121,39 @@ def check_task(name: str, task: TaskSettings) -> TaskPlan:
             if not source.rows:
                 raise CorpusError(f"{source.where}: {source.files[0].path} holds no row; give a file that does")
     check_class_names(list(sources.values()), templates)
-    _check_labels_are_names(here, task, templates[1], sources["train"])
+    _check_labels_are_names(here, task, target, sources["train"])
     columns = dict.fromkeys(column for template in templates for column in template.columns)
-    return TaskPlan(name, sources, *templates, task.dev_fraction, find_integer_columns(sources, columns))
+    return TaskPlan(name, sources, asked, target, task.dev_fraction, find_integer_columns(sources, columns))
+
+
+def task_input(name: str, task: TaskSettings) -> TextTemplate | ChatInput:
+    """The template of a task's input. Raises: CorpusError when it is broken."""
+    where = f"task '{name}', input"
+    if isinstance(task.input, str):
+        return parse_template(task.input, where)
+    return parse_chat([(message.role, message.content) for message in task.input], task.chat_options, where)
+
+
+def task_chat(
+    name: str, task: TaskSettings, asked: TextTemplate | ChatInput, architecture: Architecture, tokenizer: Any
+) -> ModelChat | None:
+    """A task's chat as the model writes it; None for a task whose input is one text.
+
+    Raises: CorpusError naming the task when the model takes no such chat, or its template would change a label.
+    """
+    if not isinstance(asked, ChatInput):
+        return None
+    where = f"task '{name}', input"
+    if architecture != "decoder-only":
+        raise CorpusError(f"{where}: messages are for decoder-only models, and this is an {architecture}; write a text")
+    chat = bind_chat(asked, tokenizer, where)
+    labels = task.labels or ()
+    for label in compress(labels, chat.changed(labels)):
+        raise CorpusError(
+            f"task '{name}': the model's chat template does not write the label {label!r} as it stands; "
+            "write it without white space around it, and without the template's own marks"
+        )
+    return chat
 
 
 def _check_labels_are_names(here: str, task: TaskSettings, target: TextTemplate, train: ParquetSource) -> None:
@@ -146,15 +182,17 @@ def prepare_task(
     plan = check_task(name, task)
     recipe = task_recipe(plan, task, tokenizer)
     loaded = load_tokenizer(tokenizer.dir)
-    encode_targets(loaded, tokenizer.architecture, "", ["a"])  # has an eos, before any work
-    check_encodable(name, task, task.labels or (), recipe.architecture, loaded)
+    encode_targets(loaded, tokenizer.architecture, "", ["a"], recipe.chat)  # has an eos, before any work
+    check_encodable(name, task, task.labels or (), recipe.architecture, loaded, recipe.chat)
     build = partial(build_shards, recipe=recipe, tokenizer=tokenizer, storage=storage, connect=connect)
     built = {split: SplitRef(str(build(source))) for split, source in plan.sources.items()}
     # Labels must be encodable; of other targets a few may be lost, which `max_bad_rows` bounds.
     for split, ref in built.items():
         if task.labels is not None or task.metric in ("accuracy", "f1"):
-            check_encodable(name, task, tuple(islice(unencodable_targets(ref), 1)), recipe.architecture, loaded)
-        _check_bad_rows(plan.sources[split].where, task, summarise_split(ref), next(unencodable_targets(ref), None))
+            lost = tuple(islice(unencodable_targets(ref), 1))
+            check_encodable(name, task, lost, recipe.architecture, loaded, recipe.chat)
+        refused = next(chain(unencodable_targets(ref), changed_targets(ref)), None)
+        _check_bad_rows(plan.sources[split].where, task, summarise_split(ref), refused)
     # Both splits by fraction are ranges of ids in one shard folder: no row is written twice.
     splits = dict(built)
     if plan.dev_fraction is not None:
@@ -176,31 +214,45 @@ def prepare_task(
         label_ids=None if labels is None else _label_ids(name, labels, recipe, tokenizer),
         counts={split: summary.counts for split, summary in summaries.items()},
         digest=_digest(summaries, recipe),
+        chat=recipe.chat.form.model_dump(mode="json") if recipe.chat else None,
     )
 
 
 def task_recipe(plan: TaskPlan, task: TaskSettings, tokenizer: TokenizerSpec) -> Recipe:
-    """All that decides the task's tokens besides the tokenizer; an encoder-decoder has no separator."""
+    """All that decides the task's tokens besides the tokenizer; encoder-decoders and chats have no separator.
+
+    Raises: CorpusError naming the task when the model takes no such chat.
+    """
     loaded, decodes_alone = load_tokenizer(tokenizer.dir), tokenizer.architecture == "decoder-only"
+    chat = task_chat(plan.task, task, plan.input, tokenizer.architecture, loaded)
+    separated = decodes_alone and chat is None
+    asked = chat or plan.input
+    assert not isinstance(asked, ChatInput), "a chat was bound to its model"
     return Recipe(
-        input=plan.input,
+        input=asked,
         target=plan.target,
-        separator=task.separator if decodes_alone else "",
+        separator=task.separator if separated else "",
         max_input_tokens=task.max_input_tokens,
         max_target_tokens=task.max_target_tokens,
         architecture=tokenizer.architecture,
         embedding_rows=tokenizer.embedding_rows,
         integer_columns=plan.integer_columns,
-        targets_encoded_after_text=decodes_alone and encodes_beginnings_differently(loaded, task.separator),
+        targets_encoded_after_text=separated and encodes_beginnings_differently(loaded, task.separator),
         counts_unencodable=can_lose_text(loaded),
     )
 
 
 def check_encodable(
-    name: str, task: TaskSettings, labels: Sequence[str], architecture: Architecture, tokenizer: Any
+    name: str,
+    task: TaskSettings,
+    labels: Sequence[str],
+    architecture: Architecture,
+    tokenizer: Any,
+    chat: ModelChat | None = None,
 ) -> None:
     """Raises: CorpusError naming a label that is lost in its tokens, so that no prompt could ever produce it."""
-    lost = unencodable(tokenizer, architecture, task.separator if architecture == "decoder-only" else "", labels)
+    separator = task.separator if architecture == "decoder-only" and chat is None else ""
+    lost = unencodable(tokenizer, architecture, separator, labels, chat)
     for label in compress(labels, lost):
         tokens = " ".join(tokenizer.convert_ids_to_tokens(encode_plain(tokenizer, [label])[0]))
         raise CorpusError(
@@ -209,9 +261,9 @@ def check_encodable(
         )
 
 
-def _check_bad_rows(where: str, task: TaskSettings, summary: SplitSummary, unsaid: str | None) -> None:
+def _check_bad_rows(where: str, task: TaskSettings, summary: SplitSummary, refused: str | None) -> None:
     share = 1 - summary.counts["ok"] / summary.rows
-    example = "" if unsaid is None else f", such as {unsaid[:60]!r}"
+    example = "" if refused is None else f", such as {refused[:60]!r}"
     if share > task.max_bad_rows:
         raise CorpusError(
             f"{where}: {share:.1%} of {summary.rows} rows cannot be used ({_counted(summary)}{example}), "
@@ -224,6 +276,7 @@ def _counted(summary: SplitSummary) -> str:
     words = {"null": "null", "empty": "empty", "input_long": "input over-long", "target_long": "target over-long"}
     words["no_embedding"] = "with a token that the model has no embedding for"
     words["target_unsayable"] = "with a target that the tokenizer cannot encode"
+    words["target_changed"] = "with a target that the chat template does not write as it stands"
     return ", ".join(f"{count} {word}" for key, word in words.items() if (count := summary.counts.get(key))) or "0 rows"
 
 
@@ -259,7 +312,7 @@ def _label_ids(
     name: str, labels: tuple[str, ...], recipe: Recipe, tokenizer: TokenizerSpec
 ) -> tuple[tuple[int, ...], ...]:
     loaded = load_tokenizer(tokenizer.dir)
-    ids = [tuple(row) for row in encode_targets(loaded, recipe.architecture, recipe.separator, labels)]
+    ids = [tuple(row) for row in encode_targets(loaded, recipe.architecture, recipe.separator, labels, recipe.chat)]
     for label, tokens, alone in zip(labels, ids, encode_plain(loaded, labels), strict=True):
         if (reason := missing_embedding(loaded, [*tokens, *alone], recipe.embedding_rows)) is not None:
             raise CorpusError(f"task '{name}': the label {label!r} {reason}")
@@ -278,6 +331,8 @@ def _digest(summaries: Mapping[str, SplitSummary], recipe: Recipe) -> str:
     parts: dict[str, Any] = {split: summary.digest for split, summary in summaries.items()}
     if recipe.targets_encoded_after_text:
         parts["targets"] = "behind a text"
+    if recipe.chat is not None:
+        parts["chat"] = recipe.chat.digest
     lost = {split: count for split, s in summaries.items() if (count := s.counts.get("target_unsayable"))}
     if lost:
         parts["unsayable"] = lost

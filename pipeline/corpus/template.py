@@ -25,6 +25,16 @@ class TextTemplate:
         """The columns used, each once, in the order of their first use."""
         return tuple(dict.fromkeys(column for _, column in self.pieces if column is not None))
 
+    @property
+    def literals(self) -> list[str]:
+        """The texts before, between and behind the columns."""
+        texts = [""]
+        for literal, column in self.pieces:
+            texts[-1] += literal
+            if column is not None:
+                texts.append("")
+        return texts
+
 
 def parse_template(text: str, where: str) -> TextTemplate:
     """Raises: CorpusError for unbalanced braces and for anything but a plain column name between them."""

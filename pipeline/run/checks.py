@@ -29,7 +29,7 @@ from pipeline.backbone.memory import MemoryEstimate, estimate_memory
 from pipeline.backbone.weights import open_weights
 from pipeline.bank import BackboneId, PromptBank
 from pipeline.corpus.encoding import encode_targets, missing_embedding
-from pipeline.corpus.task_corpus import TaskPlan, check_encodable, check_task
+from pipeline.corpus.task_corpus import TaskPlan, check_encodable, check_task, task_chat
 from pipeline.errors import BackboneError, BankError, PromptBankError, SettingsError, StorageError
 from pipeline.reporting.plan import PlanRow, memory_table, plan_table
 from pipeline.reporting.words import millions
@@ -77,7 +77,8 @@ def check_run(settings: Settings, new_backbone: bool = False, publishes: bool = 
         try:
             check_context(name, task, config)
             plan = check_task(name, task)
-            check_encodable(name, task, task.labels or (), architecture_of(config), tokenizer)
+            chat = task_chat(name, task, plan.input, architecture_of(config), tokenizer)
+            check_encodable(name, task, task.labels or (), architecture_of(config), tokenizer, chat)
             plans[name] = plan
         except StorageError:  # no mistake of the task's
             raise

@@ -5,11 +5,11 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
-from pipeline.bank import BackboneId, Metrics, NewPrompt, PromptBank, Template
-from pipeline.corpus.task_corpus import TaskCorpus
+from pipeline.bank import BackboneId, ChatForm, Metrics, NewPrompt, PromptBank, Template
+from pipeline.corpus.task_corpus import TaskCorpus, task_input
 from pipeline.run.bank import open_bank
 from pipeline.run.results import NO_GAIN, TaskResult
-from pipeline.settings import Settings
+from pipeline.settings import Settings, TaskSettings
 from pipeline.tuning.trials import inputs_digest
 
 _LOOK_BACK = 20
@@ -69,7 +69,7 @@ def new_prompt(result: TaskResult, corpus: TaskCorpus, run: Settings) -> NewProm
         name=result.task,
         array=None if absent else state.best.cpu().numpy(),
         task=result.task,
-        template=Template(input=settings.input, target=settings.target, separator=settings.separator),
+        template=_template(result.task, settings, corpus),
         labels=corpus.labels,
         metric=settings.metric,
         metrics=Metrics() if failed else Metrics(**metrics),
@@ -84,6 +84,13 @@ def new_prompt(result: TaskResult, corpus: TaskCorpus, run: Settings) -> NewProm
         learned=result.learned,
         inputs_digest=inputs_digest(run, result.task, corpus.digest),
     )
+
+
+def _template(task: str, settings: TaskSettings, corpus: TaskCorpus) -> Template:
+    if corpus.chat is None:
+        return Template(input=task_input(task, settings).text, target=settings.target, separator=settings.separator)
+    chat = ChatForm.model_validate(corpus.chat)
+    return Template(input=task_input(task, settings).text, target=settings.target, separator="", chat=chat)
 
 
 def _published_before(bank: PromptBank, run: str, prompts: Sequence[NewPrompt]) -> int | None:

@@ -16,7 +16,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.bank import Snapshot
-from pipeline.corpus.template import parse_template
+from pipeline.corpus.chat import recorded_input
 from pipeline.errors import (
     CorpusError,
     NoLabelsError,
@@ -128,7 +128,7 @@ def _add_views(api: FastAPI, service: Service) -> None:
         for name in snapshot.names():
             record = snapshot.record(name)
             assert record is not None
-            columns = parse_template(record.template.input, f"prompt '{name}'").columns
+            columns = recorded_input(record.template, f"prompt '{name}'").columns
             labels = list(record.labels) if record.labels else None
             told = {"labels": labels, "metric": record.metric, "prompt_length": record.length}
             found.append(bodies.TaskTold(name=name, columns=list(columns), **told))

@@ -148,9 +148,16 @@ class PromptedModel:
 
     def _decode(self, rows: Sequence[EncodedRow]) -> list[str]:
         tokenizer = self.backbone.tokenizer
-        limits = [row.max_new_tokens for row in rows]
-        ids = self.backbone.backbone.run(prompted.greedy_decode, self._packed(rows), limits, tokenizer.eos_token_id)
-        return [tokenizer.decode(of_row, skip_special_tokens=True).strip() for of_row in ids]
+        answers: dict[int, str] = {}
+        for end in dict.fromkeys(row.end for row in rows):  # chats may end otherwise than texts
+            places = [place for place, row in enumerate(rows) if row.end == end]
+            packed = self._packed([rows[place] for place in places])
+            limits = [rows[place].max_new_tokens for place in places]
+            ids = self.backbone.backbone.run(prompted.greedy_decode, packed, limits, end)
+            answers |= zip(
+                places, (tokenizer.decode(of_row, skip_special_tokens=True).strip() for of_row in ids), strict=True
+            )
+        return [answers[place] for place in range(len(rows))]
 
     def _score(self, rows: Sequence[EncodedRow]) -> list[dict[str, float]]:
         labels = [list(row.labels.values()) for row in rows]

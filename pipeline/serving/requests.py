@@ -1,5 +1,6 @@
 """Turns what a caller gives, a task and a text, into token ids behind a prompt. Shapes: T tokens, P prompt tokens."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from pipeline.bank import Prompt, PromptRecord
+from pipeline.corpus.chat import ModelChat, recorded_chat, recorded_input
 from pipeline.corpus.encoding import encode_inputs, encode_targets, missing_embedding
-from pipeline.corpus.template import parse_template, render_row
+from pipeline.corpus.template import TextTemplate, render_row
 from pipeline.corpus.values import value_text
-from pipeline.errors import CorpusError, NoLabelsError, RowTooLongError
+from pipeline.errors import BankError, CorpusError, NoLabelsError, RowTooLongError
 from pipeline.serving.served_backbone import ServedBackbone
 
 Text = str | Mapping[str, Any]
@@ -37,6 +39,8 @@ class EncodedRow:
     max_new_tokens: int
     labels: Mapping[str, np.ndarray]
     """Token ids of each label; empty when text is to be generated."""
+    end: int
+    """The token that ends an answer."""
 
     @property
     def length(self) -> int:
@@ -50,19 +54,24 @@ def encode_rows(
     """Render and tokenise a request's rows; prompt, input and answer together may be `longest` tokens.
 
     Raises: what `load` raises; NoLabelsError; CorpusError for a row that lacks a column, is empty or has a
-    token without an embedding; RowTooLongError.
+    token without an embedding; BankError for a prompt whose chat this model's template writes otherwise;
+    RowTooLongError.
     """
     prompts = {task: load(task) for task in request.tasks}
-    labels = {task: _label_ids(prompt.record, served) if labelled else {} for task, prompt in prompts.items()}
+    chats = {task: _chat(prompt.record, served) for task, prompt in prompts.items()}
+    labels = {
+        task: _label_ids(prompt.record, served, chats[task]) if labelled else {} for task, prompt in prompts.items()
+    }
     where = [f"row {number} for task '{task}'" for number, task in enumerate(request.tasks)]
     texts = [
-        _rendered(text, prompts[task].record, of_row)
+        _rendered(text, prompts[task].record, chats[task], of_row)
         for text, task, of_row in zip(request.texts, request.tasks, where, strict=True)
     ]
     rows = []
-    inputs = encode_inputs(served.tokenizer, served.architecture, texts)
-    for ids, task, of_row in zip(inputs, request.tasks, where, strict=True):
-        row = EncodedRow(prompts[task], np.array(ids, dtype=np.int64), request.max_new_tokens, labels[task])
+    for ids, task, of_row in zip(_encoded(texts, request.tasks, chats, served), request.tasks, where, strict=True):
+        chat = chats[task]
+        end = served.tokenizer.eos_token_id if chat is None else chat.end_id
+        row = EncodedRow(prompts[task], np.array(ids, dtype=np.int64), request.max_new_tokens, labels[task], end)
         _check_length(row, of_row, longest)
         if (reason := missing_embedding(served.tokenizer, ids, served.backbone.embedding_rows)) is not None:
             raise CorpusError(f"{of_row} {reason}")
@@ -70,8 +79,43 @@ def encode_rows(
     return rows
 
 
-def _rendered(row: Text, record: PromptRecord, where: str) -> str:
-    template = parse_template(record.template.input, f"prompt '{record.name}'")
+def _encoded(
+    texts: Sequence[str], tasks: Sequence[str], chats: Mapping[str, ModelChat | None], served: ServedBackbone
+) -> list[list[int]]:
+    """[B][T] ids; texts that are no chats go to the tokenizer together."""
+    rows: list[list[int]] = [[] for _ in texts]
+    for chat in {id(chat): chat for chat in chats.values()}.values():
+        places = [place for place, task in enumerate(tasks) if chats[task] is chat]
+        ids = encode_inputs(served.tokenizer, served.architecture, [texts[place] for place in places], chat)
+        for place, of_row in zip(places, ids, strict=True):
+            rows[place] = of_row
+    return rows
+
+
+def _chat(record: PromptRecord, served: ServedBackbone) -> ModelChat | None:
+    """The prompt's chat as this model writes it; None for a prompt whose input is one text.
+
+    Raises: BankError when the model has another chat template than the one that the prompt was tuned with.
+    """
+    form = record.template.chat
+    if form is None:
+        return None
+    where = f"prompt '{record.name}'"
+    try:
+        chat = recorded_chat(served.tokenizer, record.template.input, json.dumps(dict(form.options)))
+    except CorpusError as error:
+        raise BankError(f"{where} was tuned on a chat, and {error}") from error
+    if chat.form != form:
+        raise BankError(
+            f"{where} was tuned with another chat template than {served.identity.model} has here (SHA-256 "
+            f"{form.template[:12]}, here {chat.form.template[:12]}), so its input would differ; give the model the "
+            "template that it had, or tune the prompt again"
+        )
+    return chat
+
+
+def _rendered(row: Text, record: PromptRecord, chat: ModelChat | None, where: str) -> str:
+    template = recorded_input(record.template, f"prompt '{record.name}'")
     if isinstance(row, str):
         if len(template.columns) != 1:
             columns = ", ".join(template.columns) or "none"
@@ -80,7 +124,15 @@ def _rendered(row: Text, record: PromptRecord, where: str) -> str:
     missing = [column for column in template.columns if row.get(column) is None]
     if missing:
         raise CorpusError(f"{where} needs the column(s) {', '.join(missing)}")
-    text = render_row(template, {column: value_text(row[column]) for column in template.columns})
+    values = {column: value_text(row[column]) for column in template.columns}
+    if isinstance(template, TextTemplate):
+        text = render_row(template, values)
+    else:
+        assert chat is not None, "a record with messages has a chat"
+        try:
+            (text,) = chat.render([[render_row(message.content, values) for message in template.messages]])
+        except CorpusError as error:
+            raise CorpusError(f"{where}: {error}") from error
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -88,10 +140,10 @@ def _rendered(row: Text, record: PromptRecord, where: str) -> str:
     return text
 
 
-def _label_ids(record: PromptRecord, served: ServedBackbone) -> Mapping[str, np.ndarray]:
+def _label_ids(record: PromptRecord, served: ServedBackbone, chat: ModelChat | None) -> Mapping[str, np.ndarray]:
     if not record.labels:
         raise NoLabelsError(f"prompt '{record.name}' was tuned without a label set; use generate")
-    ids = encode_targets(served.tokenizer, served.architecture, record.template.separator, record.labels)
+    ids = encode_targets(served.tokenizer, served.architecture, record.template.separator, record.labels, chat)
     for label, of_label in zip(record.labels, ids, strict=True):
         if (reason := missing_embedding(served.tokenizer, of_label, served.backbone.embedding_rows)) is not None:
             raise CorpusError(f"prompt '{record.name}': its label {label!r} {reason}")

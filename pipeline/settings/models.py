@@ -30,6 +30,7 @@ Sweep = Annotated[
 ]
 
 
+_OF_CHAT_TEMPLATES = ("messages", "add_generation_prompt", "continue_final_message", "chat_template", "conversations")
 MOST_SECONDS = 10**9
 """About thirty years."""
 
@@ -159,13 +160,27 @@ class HalvingSettings(SettingsModel):
     """At each rung one trial in `factor` goes on, and never fewer than one."""
 
 
+class Message(SettingsModel):
+    """One message of a chat."""
+
+    role: str = Field(min_length=1)
+    """Who says it, as the model's chat template calls it: `system`, `user`, `assistant`."""
+    content: str
+    """Template of what is said; `{column}` stands for a column of the corpus."""
+
+
 class TaskDefaults(SettingsModel):
     """What every task may set. The defaults are Lester et al. (2021), section 3 and appendix A."""
 
-    input: str = "{text}"
-    """Template of the model's input; `{column}` stands for a column of the corpus."""
+    input: str | Annotated[list[Message], Field(min_length=1)] = "{text}"
+    """Template of the model's input; `{column}` stands for a column of the corpus. For a chat model also a list of
+    messages, each with a `role` and a `content`, which is a template: the model's own chat template renders them, and
+    the target is what the assistant says next."""
     target: str = "{label}"
     """Template of what the model should answer."""
+    chat_options: dict[str, Any] = Field(default_factory=dict)
+    """What the chat template is given besides the messages of `input`. `enable_thinking` is false unless it stands
+    here, so that a thinking model writes an empty thought, and the target follows at once."""
     metric: Literal["accuracy", "exact_match", "f1", "rouge_l", "loss"] = "accuracy"
     """What chooses the best step and trial on dev. `accuracy` and `f1` are of labels, `exact_match` and `rouge_l` of
     decoded texts."""
@@ -188,7 +203,7 @@ class TaskDefaults(SettingsModel):
     dev_fraction: float | None = Field(None, gt=0, lt=1)
     """Share of the train rows held out as the dev split; the rows' content alone decides which."""
     separator: str = " "
-    """Put between input and target for decoder-only models."""
+    """Put between input and target for decoder-only models; a chat has none."""
     max_input_tokens: Tokens = 256
     """A row with a longer input is left out and counted."""
     max_target_tokens: Tokens = 64
@@ -232,6 +247,20 @@ class TaskDefaults(SettingsModel):
             if count > MOST_TRIALS:
                 raise ValueError(f"sweep: its lists make {count:,} trials, more than {MOST_TRIALS:,}; shorten them")
             self.trials("")
+        return self
+
+    @model_validator(mode="after")
+    def _chat_is_the_templates(self) -> Self:
+        taken = next((key for key in _OF_CHAT_TEMPLATES if key in self.chat_options), None)
+        if taken is not None:
+            raise ValueError(f"chat_options: '{taken}' is given to every chat template; leave it out")
+        wrong = next(
+            (key for key, value in self.chat_options.items() if not isinstance(value, str | int | float)), None
+        )
+        if wrong is not None:
+            raise ValueError(f"chat_options: '{wrong}' must be a text, a number, true or false")
+        if not isinstance(self.input, str) and self.input[-1].role == "assistant":
+            raise ValueError("input: the last message is the assistant's, but the target is what it says; leave it out")
         return self
 
     @model_validator(mode="after")

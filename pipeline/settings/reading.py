@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import date
 from functools import partial
@@ -166,8 +166,11 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_meant_alternative(details: Sequence[Any]) -> list[Any]:
-    """The mistakes without those of the alternative that was not meant, for fields of "a text, or a list of texts"."""
-    either = {detail["loc"][: detail["loc"].index("list[str]")] for detail in details if "list[str]" in detail["loc"]}
+    """The mistakes without those of the alternative that was not meant, for fields of "a text, or a list"."""
+    either = {
+        detail["loc"][:place] for detail in details for place, part in enumerate(detail["loc"]) if _is_list_kind(part)
+    }
+    # A mistake inside the list shows that a list was meant.
     other_half = (("string_type", True), ("list_type", False))
     return [
         detail
@@ -176,8 +179,12 @@ def _of_meant_alternative(details: Sequence[Any]) -> list[Any]:
     ]
 
 
+def _is_list_kind(part: int | str) -> bool:
+    return isinstance(part, str) and part.startswith("list[")
+
+
 def _sentence(detail: Any, root: Any = Settings, spelt: Spellings | None = None) -> str:
-    place = tuple(part for part in detail["loc"] if part not in ("str", "list[str]", "[key]"))
+    place = tuple(part for part in detail["loc"] if part not in ("str", "[key]") and not _is_list_kind(part))
     where = ".".join(map(str, place))
     message = detail["msg"].removeprefix("Value error, ")
     match detail["type"]:
@@ -195,6 +202,14 @@ def _sentence(detail: Any, root: Any = Settings, spelt: Spellings | None = None)
             return f"'{where or 'the file'}': {message[:1].lower()}{message[1:]}"
 
 
+def _models_in(annotation: Any) -> Iterator[Any]:
+    """The settings models in a field's annotation, also those of a list's entries."""
+    if hasattr(annotation, "model_fields"):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models_in(inner)
+
+
 def _text_meant(value: Any, place: Place, spelt: Spellings) -> str:
     """The spelling of a value that YAML does not read as text; empty for a missing value or one that is no scalar."""
     if isinstance(value, bool | int | float | date):
@@ -209,12 +224,13 @@ def _short(text: Any) -> str:
 def _suggestion(loc: tuple[int | str, ...], root: Any) -> str:
     model: Any = root
     for part in loc[:-1]:
-        if isinstance(part, int):  # an index: the model of the list's entries was found with the list
+        # An index, or which alternative: the model of the list's entries was found with the list.
+        if isinstance(part, int) or _is_list_kind(part):
             continue
         # Under `tasks` the key is a task's name; elsewhere it is a field of a model, which may be optional.
         model = TaskSettings if model is _TASKS else model.model_fields[str(part)].annotation
         if model is not _TASKS:
-            model = next((kind for kind in get_args(model) if hasattr(kind, "model_fields")), model)
+            model = next(_models_in(model), model)
     known = list(model.model_fields)
     close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else f"; known keys here: {', '.join(known)}"

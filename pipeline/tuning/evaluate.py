@@ -110,7 +110,10 @@ def answer(backbone: Backbone, tokenizer: Any, requests: Sequence[EvalRequest], 
         answered[s] = [labels[int(i)] for i in np.nan_to_num(label_scores[s], nan=-np.inf).argmax(axis=1)]
     for s, outcome in run.each_row(others, _score_targets, width=1).items():
         nll[s] = outcome[:, 0]
-    answered |= _decode(run, tokenizer, [s for s in others if requests[s].metric != "loss"])
+    # A target's last token ends an answer, too: eos, or in a chat what its template ends a turn with.
+    ends = {s: int(requests[s].split.target_tokens[-1]) for s in others if requests[s].metric != "loss"}
+    for end in dict.fromkeys(ends.values()):
+        answered |= _decode(run, tokenizer, [s for s in ends if ends[s] == end], end)
     return [Answers(nll[s], wanted[s], answered.get(s), label_scores.get(s)) for s in range(len(requests))]
 
 
@@ -189,9 +192,8 @@ def _score_targets(run: _Runner, items: list[_Item]) -> np.ndarray:
     return nll.cpu().numpy()[:, None]
 
 
-def _decode(run: _Runner, tokenizer: Any, slots: Sequence[int]) -> dict[int, list[str]]:
-    if not slots:
-        return {}
+def _decode(run: _Runner, tokenizer: Any, slots: Sequence[int], end: int) -> dict[int, list[str]]:
+    """Answers up to the token `end` to every row of these requests."""
     longest = max(run.requests[s].max_target_tokens for s in slots)
 
     def outcomes(run: _Runner, items: list[_Item]) -> np.ndarray:
@@ -199,7 +201,7 @@ def _decode(run: _Runner, tokenizer: Any, slots: Sequence[int]) -> dict[int, lis
             prompted.greedy_decode,
             run.rows(items),
             longest,
-            tokenizer.eos_token_id,
+            end,
             lambda done: true_on_all(done, run.backbone.device),
         )
         table = np.full((len(items), longest + 1), -1)

@@ -93,4 +93,6 @@ def _deciding(settings: TaskSettings) -> dict[str, Any]:
     deciding = settings.model_dump(mode="json", exclude={"train", "dev", "test", "seed", "max_bad_rows", "sweep"})
     if settings.halving is None:
         del deciding["halving"]  # as before there was any: runs begun then can be taken up
+    if isinstance(settings.input, str):
+        del deciding["chat_options"]  # they matter to chats alone
     return deciding

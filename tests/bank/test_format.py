@@ -10,8 +10,11 @@ import jsonschema
 import numpy as np
 import pytest
 
+from pipeline.bank import ChatForm, PromptBank, Template
 from pipeline.bank.blobs import encode_blob
 from pipeline.bank.manifest import manifest_schema
+from pipeline.corpus.template import parse_template
+from pipeline.errors import CorpusError
 
 
 def read_by_the_letter(uri: Path, name: str, alias: str) -> list[float]:
@@ -74,3 +77,33 @@ def test_the_shipped_schema_accepts_written_manifests_and_refuses_others(bank, u
         jsonschema.validate(
             {**written[0], "prompts": {"sst2": {**written[0]["prompts"]["sst2"], "shape": [4]}}}, schema
         )
+
+
+CHAT = Template(
+    input='[{"role": "user", "content": "Is it good? {text}"}]',
+    target="{label}",
+    separator="",
+    chat=ChatForm(template="c" * 64, options={"enable_thinking": False}, lead="", end="<|im_end|>"),
+)
+
+
+def test_a_chats_record_holds_its_messages_template_and_options_and_other_records_are_as_they_were(
+    bank, uri, new_prompt, publish
+):
+    publish(bank, new_prompt("chat", template=CHAT), new_prompt("sst2"))
+    assert PromptBank.open(uri).load("chat").record.template == CHAT
+    written = json.loads((uri / "versions/1.json").read_text())
+    jsonschema.validate(written, json.loads(files("pipeline.bank").joinpath("manifest.schema.json").read_text()))
+    assert set(written["prompts"]["sst2"]["template"]) == {"input", "target", "separator"}
+    assert written["prompts"]["chat"]["template"]["chat"] == {
+        "end": "<|im_end|>",
+        "lead": "",
+        "options": {"enable_thinking": False},
+        "template": "c" * 64,
+    }
+
+
+def test_a_reader_that_knows_no_chats_finds_no_template_in_the_messages():
+    """It lists the prompt, and refuses to fill in the JSON as if it were one text."""
+    with pytest.raises(CorpusError, match="plain column names only"):
+        parse_template(CHAT.input, "prompt 'chat'")

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from pipeline.bank import PromptBank
+from pipeline.bank import ChatForm, PromptBank, Template
 from tests.bank.conftest import make_backbone, make_prompt, publish
 from tests.tiny import make_model
 
@@ -78,6 +78,20 @@ def test_show_tells_everything_that_the_manifest_tells(run, document, uri):
     assert shown["dev"] == "0.500 → 0.940" and shown["parent's dev"] == "0.500 → 0.900"
     assert shown["input"] == '"{text}\\n“quoted” \\\\ {x}"' and shown["labels"] == '"no", "yes"'
     assert shown["digest"] == manifest.prompts["sst2"].digest and shown["fingerprint"] == "f" * 64
+
+
+def test_show_tells_the_messages_of_a_chat_its_template_and_what_ends_an_answer(run, document, tmp_path):
+    form = ChatForm(template="c" * 64, options={"enable_thinking": False}, lead="", end="<|im_end|>")
+    template = Template(input='[{"role": "user", "content": "{text}"}]', target="{label}", separator="", chat=form)
+    publish(PromptBank.open(tmp_path / "chats", create=True), make_prompt("sst2", template=template))
+    code, stdout, _ = run("show", "sst2", bank=tmp_path / "chats")
+    told = dict(re.split(r" {2,}", line, maxsplit=1) for line in stdout.splitlines())
+    assert code == 0 and told["messages"] == template.input
+    assert told["chat template"] == "c" * 64 and told["end of an answer"] == '"<|im_end|>"'
+    assert told["chat options"] == "enable_thinking false"
+    assert "separator" not in told and "before an answer" not in told
+    shown = document("show", "sst2", bank=tmp_path / "chats")
+    assert shown["prompt"]["template"] == template.model_dump(mode="json")
 
 
 def test_show_tells_of_a_failed_prompt_why(run, document):

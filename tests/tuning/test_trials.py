@@ -1,7 +1,7 @@
 """Trials: what makes two of them the same."""
 
 from pipeline.settings import parse_settings
-from pipeline.tuning.trials import make_trials
+from pipeline.tuning.trials import inputs_digest, make_trials
 
 
 def test_a_trial_begun_with_other_products_is_not_taken_up_again():
@@ -16,3 +16,29 @@ def test_a_trial_begun_with_other_products_is_not_taken_up_again():
         for products in ("auto", "int8", "exact")
     }
     assert len({trial.digest for trial in made.values()}) == 3
+
+
+def test_runs_and_nights_begun_before_there_were_chats_are_taken_up_again():
+    task = {"train": "t", "dev": "d", "separator": "\n", "sweep": {"prompt.length": [4, 8]}}
+    settings = parse_settings({"model": {"path": "x"}, "tasks": {"film": task}})
+    digests = [trial.digest for trial in make_trials(settings, {"film": "corpus"}, "backbone", {})]
+    assert digests == [
+        "3ef4abb13bb5833b29202ac4b82b8a3dfe8a1a6b0bfd2cc30e4124e42543eaa8",
+        "72cc35c52545205b93fe23984c64e15ce23ec4934480fa9426946da35a28a50f",
+    ]
+    assert inputs_digest(settings, "film", "corpus") == (
+        "38367b2fe6b091f1962d73f368899730f7e9deb843671fc84ce1548192929048"
+    )
+
+
+def test_a_chats_options_decide_its_prompt_and_a_texts_do_not():
+    def digests(**task):
+        given = {"train": "t", "dev": "d", **task}
+        settings = parse_settings({"model": {"path": "x"}, "tasks": {"film": given}})
+        (trial,) = make_trials(settings, {"film": "corpus"}, "backbone", {})
+        return trial.digest, inputs_digest(settings, "film", "corpus")
+
+    options = {"chat_options": {"enable_thinking": True}}
+    assert digests() == digests(**options)
+    chat = {"input": [{"role": "user", "content": "{text}"}]}
+    assert len({*digests(), *digests(**chat), *digests(**chat, **options)}) == 6

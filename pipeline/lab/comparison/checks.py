@@ -10,7 +10,13 @@ from pipeline.run.checks import CheckedRun
 
 
 def check_model(checked: CheckedRun) -> None:
-    """Check what concerns the model alone. Raises: SettingsError."""
+    """Check what concerns the model and the tasks' inputs. Raises: SettingsError."""
+    chat = next((name for name, task in checked.settings.tasks.items() if not isinstance(task.input, str)), None)
+    if chat is not None and checked.settings.compare.hard_prompts is not None:
+        raise SettingsError(
+            f"compare.hard_prompts: the input of '{chat}' is a chat, before which no text can stand; leave hard "
+            "prompts out, or compare them on tasks whose input is one text"
+        )
     if checked.settings.compare.lora is not None:
         add_adapter(build_skeleton(checked.config, int8=False), checked.settings.compare.lora)
 

@@ -5,14 +5,15 @@ What was trained on a row may have memorised its answer. Counted on another task
 
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import cache
 
 import numpy as np
 
 from pipeline.corpus.encoding import decode_inputs
 from pipeline.corpus.reader import SplitRef, open_split
-from pipeline.corpus.template import parse_template
+from pipeline.corpus.task_corpus import task_chat, task_input
+from pipeline.corpus.template import TextTemplate
 from pipeline.lab.comparison.questions import Split, SplitAnswers
 from pipeline.lab.comparison.study import Study
 
@@ -28,11 +29,14 @@ def find_seen_rows(study: Study) -> SeenRows:
     """A function that tells the seen rows of a comparison. Two texts count as one if their letters are equal."""
 
     def letters(task: str, ref: SplitRef, limit: int | None = None) -> Iterator[str]:
-        split, tokenizer = open_split(ref, limit), study.checked.tokenizer
-        own = row_letters(study.settings.tasks[task].input)
+        split, tokenizer, architecture = open_split(ref, limit), study.checked.tokenizer, study.checked.architecture
+        settings = study.settings.tasks[task]
+        asked = task_input(task, settings)
+        chat = task_chat(task, settings, asked, architecture, tokenizer)
+        own = row_letters(asked.literals if isinstance(asked, TextTemplate) else chat.literals if chat else [])
         for first in range(0, len(split), _AT_ONCE):
             rows = [split.input_ids(row).tolist() for row in range(first, min(first + _AT_ONCE, len(split)))]
-            yield from map(own, decode_inputs(tokenizer, study.checked.architecture, rows))
+            yield from map(own, decode_inputs(tokenizer, architecture, rows, chat))
 
     @cache
     def learnt(task: str) -> np.ndarray:
@@ -50,11 +54,9 @@ def find_seen_rows(study: Study) -> SeenRows:
     return seen
 
 
-def row_letters(template: str) -> Callable[[str], str]:
-    """A function that returns a row's own letters, without those that its template puts around and between them."""
-    pieces = parse_template(template, "input").pieces
-    parts = (re.escape(_letters(literal)) + ("(.*?)" if column is not None else "") for literal, column in pieces)
-    pattern = re.compile("".join(parts))
+def row_letters(literals: Sequence[str]) -> Callable[[str], str]:
+    """A function that returns a row's own letters, without those of the literals around and between its columns."""
+    pattern = re.compile("(.*?)".join(re.escape(_letters(literal)) for literal in literals))
 
     def own(text: str) -> str:
         found = _letters(text)
