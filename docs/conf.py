@@ -12,6 +12,7 @@ ORDER_OF_READING = {
         "docs/get-started",
         "docs/settings",
         "docs/corpora",
+        "docs/models",
         "docs/encoder-decoders",
         "docs/chats",
         "docs/bank",
