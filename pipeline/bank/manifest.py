@@ -144,6 +144,9 @@ class PromptRecord(StoredModel):
     tuned_on: BackboneId | None = None
     """The backbone that the blob was tuned on, where a statement alone says that it is the version's; else None.
     Written only where there is one."""
+    rows_run: Literal["packed", "padded"] | None = None
+    """How the model's rows ran while the prompt was tuned, which was found out by proof (docs/models.md). Written only
+    where it is known."""
 
     @property
     def state(self) -> str:
@@ -200,6 +203,7 @@ def encode_manifest(manifest: Manifest, sign: Callable[[str], Signature] | None 
     lines = []
     for name, record in sorted(manifest.prompts.items()):
         absent: dict[str, Any] = {} if record.tuned_on else {"tuned_on": True}
+        absent |= {} if record.rows_run else {"rows_run": True}
         absent |= {} if record.template.chat else {"template": {"chat"}}
         lines.append(b'"%s":%s' % (name.encode(), canonical(record.model_dump(mode="json", exclude=absent))))
     return seal(header[1:-1] + PROMPTS_OPEN + b",\n".join(lines) + PROMPTS_CLOSE, sign)

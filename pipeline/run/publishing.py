@@ -9,7 +9,9 @@ from pipeline.bank import BackboneId, ChatForm, Metrics, NewPrompt, PromptBank, 
 from pipeline.corpus.task_corpus import TaskCorpus, task_input
 from pipeline.run.bank import open_bank
 from pipeline.run.results import NO_GAIN, TaskResult
+from pipeline.run.stages import make_run_folder
 from pipeline.settings import Settings, TaskSettings
+from pipeline.tuning.hosting import ROWS_RUN
 from pipeline.tuning.trials import inputs_digest
 
 _LOOK_BACK = 20
@@ -83,7 +85,14 @@ def new_prompt(result: TaskResult, corpus: TaskCorpus, run: Settings) -> NewProm
         reason=result.reason or (None if failed or state.best_at else NO_GAIN),
         learned=result.learned,
         inputs_digest=inputs_digest(run, result.task, corpus.digest),
+        rows_run=_rows_run(run),
     )
+
+
+def _rows_run(settings: Settings) -> Any:
+    """How the ranks ran rows, as they noted it; None of a run that was tuned before they did."""
+    noted = make_run_folder(settings) / "model" / ROWS_RUN
+    return noted.read_text() if noted.is_file() else None
 
 
 def _template(task: str, settings: TaskSettings, corpus: TaskCorpus) -> Template:

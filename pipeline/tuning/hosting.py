@@ -16,9 +16,12 @@ from pipeline.backbone.memory import estimate_memory
 from pipeline.backbone.offload import offload_of_settings
 from pipeline.settings import Settings
 from pipeline.tuning.machine import free_bytes
-from pipeline.tuning.ranks import true_on_all, world_size
+from pipeline.tuning.ranks import rank, true_on_all, world_size
 from pipeline.tuning.run_log import RunLog
+from pipeline.whole_files import write_atomically
 
+ROWS_RUN = "rows_run.txt"
+"""The file in the model's folder of a run that tells how its rows ran."""
 _MOST = 0.25
 """The share of a rank's free memory that a whole backbone may take; the rest is for activations and for others."""
 
@@ -48,6 +51,8 @@ def host_on_rank(settings: Settings, model_folder: Path, device: torch.device, r
     )
     exact = f"rows run {backbone.way}, {backbone.proof.differences[backbone.way]} from rows alone"
     run_log.event("stage", name="backbone", text=f"{model.path}: {exact}")
+    if rank() == 0:
+        write_atomically(model_folder / ROWS_RUN, backbone.way.encode())
     configure_allocator(sum(held_bytes(backbone).values()))
     return backbone
 

@@ -877,6 +877,7 @@ def outcome(work: Callable[[], Any]) -> Any:
         return error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("uri", ["s3://prompts/a", "gs://prompts/a", "az://prompts/a"])
 @pytest.mark.processes
 def test_a_web_server_is_told_from_a_store(s3, elsewhere, tmp_path, uri):

@@ -43,6 +43,7 @@ def test_a_rank_that_hangs_is_killed_and_the_prompts_are_those_of_an_undisturbed
     assert_no_temporary_files(tmp_path / "project")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "whom"),
     [

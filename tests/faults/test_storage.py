@@ -80,6 +80,7 @@ def test_a_store_that_is_away_for_a_minute_when_the_night_is_published_is_waited
     assert "step" not in {event["event"] for event in events(log.parent)[before:]}, "it trained again"
 
 
+@pytest.mark.slow
 def test_a_store_that_stays_away_is_one_sentence_and_the_next_start_only_publishes(undisturbed, s3, monkeypatch):
     """In this process, where patience can be cut short."""
     import typer

@@ -44,6 +44,7 @@ def test_layers_that_the_model_lacks_are_refused_by_the_plan(tmp_path):
     assert output.count("error:") == 1 and "compare.lora.targets" in output and "q_proj" in output
 
 
+@pytest.mark.slow
 def test_prompts_and_hard_prompts_over_two_ranks_leave_a_report_of_every_seed(tmp_path):
     output = run(write_settings(tmp_path, small(tmp_path)), job=JOB)
     folder = tmp_path / "runs/small"

@@ -95,6 +95,7 @@ def test_ranks_run_on_different_nodes_and_tune_what_one_machine_tunes(cluster, s
         np.testing.assert_array_equal(array, undisturbed[name])
 
 
+@pytest.mark.slow
 def test_the_corpus_is_read_on_different_nodes(cluster, submitted):
     tasks = [task for task in cluster.listed("tasks") if "_tokenise_units" in (task["name"] or "")]
     assert len(tasks) >= FILES

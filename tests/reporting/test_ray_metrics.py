@@ -52,6 +52,7 @@ def wait_for(endpoint: str, expected: dict[str, float]) -> None:
         time.sleep(0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_the_clusters_metrics_endpoint_tells_stage_step_speed_and_trials_and_none_after_the_end(endpoint):
     metrics = RayMetrics("night")

@@ -106,6 +106,7 @@ def test_a_missing_target_column_names_the_file(project, tmp_path):
     refused(project, CorpusError, "task 'film'", "'sentiment'", "train.parquet")
 
 
+@pytest.mark.slow
 def test_an_empty_split_is_refused(project, tmp_path):
     write_parquet(tmp_path / "corpora/film/dev.parquet", [("", "positive")])
     refused(project, CorpusError, "task 'film'", "dev", overrides=["defaults.max_bad_rows=1"])
@@ -171,11 +172,13 @@ def test_a_text_without_tokens_is_refused(project):
     refused(project, SettingsError, "task 'film'", "no token", overrides=["tasks.film.prompt={init: text, text: ' '}"])
 
 
+@pytest.mark.slow
 def test_a_cluster_that_does_not_answer_is_refused(project, monkeypatch):
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     refused(project, SettingsError, "cluster.address", "nowhere", overrides=["cluster.address=ray-nowhere:1"])
 
 
+@pytest.mark.slow
 def test_a_row_with_a_token_that_has_no_embedding_is_left_out_and_the_others_train(project, tmp_path):
     folder = Path(project["model"]["path"])
     tokenizer = read_tokenizer(find_model(str(folder)))
@@ -208,6 +211,7 @@ def test_a_bank_that_belongs_to_another_backbone_is_refused_before_any_training(
     assert len(list((tmp_path / "bank/versions").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_bad_task_can_be_left_out_while_the_others_are_published(project):
     project["tasks"]["film"]["train"] = "nowhere.parquet"
     outcome = run(project, "run.on_bad_task=skip")

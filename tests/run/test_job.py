@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +17,44 @@ from pipeline.reporting.watched import read_run
 from pipeline.run.checks import check_run
 from pipeline.run.job import run_job
 from pipeline.settings import parse_settings
+from tests.families import DECODERS, make_decoder
 from tests.jobs_data import make_project
+from tests.tiny import make_model
 
 pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+def read_events(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def run(project, *overrides):
     return run_job(check_run(parse_settings(project, overrides)), Console(quiet=True))
 
 
-@pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.slow), "t5"])
-def test_every_kind_of_family_goes_the_whole_way(tmp_path, family):
-    outcome = run(make_project(tmp_path, family), "run.max_failures=0")
+@pytest.mark.parametrize(
+    ("family", "rows_run"),
+    [
+        ("t5", "padded"),
+        ("lfm2", "padded"),  # a hybrid
+        ("qwen3_moe", "packed"),
+        pytest.param("gpt2", "packed", marks=pytest.mark.slow),
+        pytest.param("gemma3_text", "packed", marks=pytest.mark.slow),
+        pytest.param("gpt_oss, sinks", "packed", marks=pytest.mark.slow),
+        pytest.param("mamba2", "padded", marks=pytest.mark.slow),
+    ],
+)
+def test_every_kind_of_family_goes_the_whole_way_over_two_ranks(tmp_path, family, rows_run):
+    project = make_project(tmp_path)
+    shutil.rmtree(tmp_path / "model")
+    make_decoder(tmp_path / "model", DECODERS[family]) if family in DECODERS else make_model(tmp_path / "model", family)
+    outcome = run(project, "run.max_failures=0")
     assert outcome.exit == 0 and outcome.version == 1
-    assert PromptBank.open(tmp_path / "bank").load("book").array.shape == (7, 32)
+    prompt = PromptBank.open(tmp_path / "bank").load("book")
+    assert prompt.array.shape == (7, 32)
+    assert prompt.record.rows_run == rows_run
+    told = [event.get("text", "") for event in read_events(tmp_path / "runs" / "small" / "events.jsonl")]
+    assert any(f"rows run {rows_run}, " in text for text in told)
 
 
 def test_a_finished_run_publishes_nothing_twice_whatever_came_after_it_or_where_it_was_killed(project, tmp_path):
@@ -80,6 +105,7 @@ def test_a_run_leaves_a_page_with_its_curves_and_rows_and_says_that_it_has_ended
     assert "was at 1" in page and "version 1: " in page and "version 2: " in page and "2.00 per rank-hour" in page
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_go_on_says_so_to_whoever_watches_it(project, tmp_path):
     checked = check_run(parse_settings(project, ()))
     (tmp_path / "bank").write_text("a file where the bank should be")
@@ -96,6 +122,7 @@ def test_a_run_that_cannot_go_on_says_so_to_whoever_watches_it(project, tmp_path
     )
 
 
+@pytest.mark.slow
 def test_a_prompt_started_from_the_bank_starts_where_that_one_ended_also_when_the_bank_moved_on(project, tmp_path):
     first = {result.trial: result for result in run(project).results}
     warm = ["run.name=warm", "tasks.film.prompt={init: bank, source: film@latest}"]
@@ -202,6 +229,7 @@ def test_asked_for_all_the_bank_gets_every_trials_prompt_under_its_own_name_and_
     assert run(project, *every).version == 1, "started again it publishes nothing new"
 
 
+@pytest.mark.slow
 def test_a_task_whose_every_trial_fails_has_failed_and_says_of_how_many(project):
     outcome = run(project, "tasks.film.sweep={optimizer.lr: [1e30, 1e29]}")
     assert outcome.exit == 3

@@ -107,6 +107,7 @@ def tune_until_one_rank_is_told(folder, model_folder):
     return [state.step for state in tune(run, backbone, read_tokenizer(files), StopSignal(run.folder))]
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_sigterm_of_one_rank_stops_all_after_the_same_step(model, tmp_path):
     _, _, folder = model

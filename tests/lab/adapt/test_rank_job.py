@@ -120,6 +120,7 @@ def on_rank(job):
     job.carry_out(CPU, lambda: False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [OBJECTIVES["prefix_lm"], OBJECTIVES["spans"]], ids=["prefix_lm", "spans"])
 @pytest.mark.processes
 def test_two_ranks_reach_the_weights_of_one(make_job, tmp_path, changes):

@@ -28,6 +28,7 @@ def test_a_generated_corpus_has_the_size_asked_for_and_few_texts_twice(data, tmp
     assert len(table["text"].unique()) > 0.95 * rows
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_the_bare_tokenizer_sees_every_text_once_in_each_way_to_use_the_cores(data, tmp_path):
     write_corpus(tmp_path / "a.parquet", 0.1, read_sentences(data))

@@ -30,6 +30,7 @@ def count_on_rank(folder) -> int:
     return traffic.gathered
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 @pytest.mark.processes
 def test_a_step_gathers_the_bytes_that_the_model_says(tmp_path, family):

@@ -13,6 +13,7 @@ from pipeline.lab.benchmark.tables import fit_table
 from tests.lab.benchmark.test_synthetic import tiny_config
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_two_ranks_load_and_train_a_shape_and_its_checkpoint_is_deleted(tmp_path):
     config = tmp_path / "small.json"

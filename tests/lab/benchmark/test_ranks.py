@@ -32,6 +32,7 @@ def compute_for_ever(folder: str) -> None:
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_the_ranks_of_a_benchmark_that_is_ended_end_with_it(how, tmp_path):
     script, marks = tmp_path / "bench.py", tmp_path / "marks"

@@ -32,6 +32,7 @@ def options(folder, tasks=("film", "book")) -> SweepOptions:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_trials_together_alone_and_under_halving_end_with_the_same_prompts(tmp_path):
     files = [f"{task}/{split}.parquet" for task in ("film", "book") for split in ("train", "dev")]

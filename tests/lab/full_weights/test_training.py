@@ -98,6 +98,7 @@ def on_rank(folder, run, settings, dtype, save):
     return weights, losses, dist.get_world_size()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [ADAFACTOR, ADAMW], ids=["adafactor", "adamw"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 @pytest.mark.processes
@@ -113,6 +114,7 @@ def test_two_ranks_reach_the_weights_of_one_process_and_save_the_same_folder(fam
     assert_close(load_file(tmp_path / "saved/model.safetensors"), alone, 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.processes
 def test_bfloat16_keeps_float32_weights_for_the_optimizer_and_learns(ranks, tmp_path):
@@ -197,6 +199,7 @@ def test_the_two_newest_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tm
     assert starts[0] == 6
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_flipped_bit_of_any_file_of_a_checkpoint_is_found_by_every_rank(tmp_path):
     folder, run = make_model(tmp_path / "gpt2", "gpt2", scale=1.0), tmp_path / "run"
