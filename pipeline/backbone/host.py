@@ -198,7 +198,7 @@ def choose_way(
             f"model.path {name}: no way of running it behind soft prompts gives what its own forward pass gives "
             f"({found}); prompts tuned on it would be wrong, so it is refused"
         )
-    model.way = proof.way
+    model.way, model.keeps_rows = proof.way, proof.keeps_rows
     return proof
 
 

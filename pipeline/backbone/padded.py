@@ -7,6 +7,7 @@ Shapes: B rows, T tokens, P prompt tokens, H hidden.
 """
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -45,21 +46,61 @@ def label_nll(model: Any, rows: Rows, pairs: np.ndarray, candidates: TokenRows) 
 
 def decoding_steps(model: Any, rows: Rows) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
     """Two functions: one returns the first tokens `[B]`, the other takes tokens `[B]` and returns the next ones."""
-    # Every token runs the whole row again. A cache would hold padding between a row and its next token, which states
-    # cannot leave out.
-    texts = list(rows.inputs)
-    prompt_lengths = np.array([len(rows.prompts[s]) for s in rows.prompt_of_row])
+    first, step = growing_rows(model, rows, model.keeps_rows)
+    return lambda: best_tokens(model, first), lambda tokens: best_tokens(model, step(tokens))
 
-    def next_tokens() -> Tensor:
+
+def growing_rows(model: Any, rows: Rows, kept: bool) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The rows' last hidden states `[B, H]`, and a function from their next tokens `[B]` to those behind them.
+
+    `kept`: the family's own cache holds what ran before, which is exact only for some (see `proof`); without it each
+    token runs its whole row again.
+    """
+    return _kept_rows(model, rows) if kept else _rows_run_again(model, rows)
+
+
+def _rows_run_again(model: Any, rows: Rows) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    texts = list(rows.inputs)
+    before = np.array([len(rows.prompts[s]) for s in rows.prompt_of_row])
+
+    def last() -> Tensor:
         hidden = _run(model, rows.prompts, rows.prompt_of_row, texts)
-        last = prompt_lengths + [len(text) - 1 for text in texts]
-        return best_tokens(model, hidden[torch.arange(len(texts)), as_indices(last, hidden)])
+        return hidden[torch.arange(len(texts)), as_indices(before + [len(text) - 1 for text in texts], hidden)]
 
     def step(tokens: Tensor) -> Tensor:
         texts[:] = [np.append(text, token) for text, token in zip(texts, tokens.tolist(), strict=True)]
-        return next_tokens()
+        return last()
 
-    return next_tokens, step
+    return last(), step
+
+
+def _kept_rows(model: Any, rows: Rows) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    # Padding stands before rows here: behind them a state would run on over it.
+    joined, ids = _joined(model, rows.prompts, rows.prompt_of_row, rows.inputs)
+    lengths = np.array([len(row) for row in joined])
+    longest = int(lengths.max())
+    mask = as_indices(mask_of(lengths, longest)[:, ::-1].copy(), joined[0])
+    embeddings = torch.stack([torch.cat([row[:1].expand(longest - len(row), -1), row]) for row in joined])
+    padded_ids = np.stack([np.pad(of_row, (longest - len(of_row), 0)) for of_row in ids])
+    layers, cache = layers_of(model), None
+
+    def run(embeddings: Tensor, ids: Tensor) -> Tensor:
+        nonlocal cache
+        given = {} if cache is None else {"past_key_values": cache}
+        if "position_ids" in signature(layers.forward).parameters:
+            given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        more = inputs_beside(model, ids)
+        output = layers(inputs_embeds=embeddings, attention_mask=mask, use_cache=True, **given, **more)
+        cache = output.past_key_values
+        hidden: Tensor = output.last_hidden_state[:, -1]
+        return hidden
+
+    def step(tokens: Tensor) -> Tensor:
+        nonlocal mask
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        return run(embed_words(model, tokens[:, None]), tokens[:, None])
+
+    return run(embeddings, as_indices(padded_ids, embeddings)), step
 
 
 def _ends(rows: Rows) -> np.ndarray:
@@ -67,23 +108,31 @@ def _ends(rows: Rows) -> np.ndarray:
     return np.array([len(rows.prompts[s]) + len(x) - 1 for s, x in zip(rows.prompt_of_row, rows.inputs, strict=True)])
 
 
-def _run(model: Any, prompts: Sequence[Any], of_row: Sequence[int], texts: TokenRows) -> Tensor:
-    """Last hidden states `[B, T, H]` of prompts and the texts behind them, right-padded."""
-    like = prompts[0]
-    words = embed_words(model, as_indices(pad_ids(texts), like))
+def _joined(
+    model: Any, prompts: Sequence[Any], of_row: Sequence[int], texts: TokenRows
+) -> tuple[list[Tensor], list[np.ndarray]]:
+    """Each row's prompt and text, as embeddings `[T_b, H]` and as tokens `[T_b]`, where a prompt's are padding."""
+    words = embed_words(model, as_indices(pad_ids(texts), prompts[0]))
     joined = [
         torch.cat([prompts[s].to(words.dtype), of_text[: len(text)]])
         for s, of_text, text in zip(of_row, words, texts, strict=True)
     ]
+    padding = pad_token(model)
+    ids = [np.concatenate([np.full(len(prompts[s]), padding), x]) for s, x in zip(of_row, texts, strict=True)]
+    return joined, ids
+
+
+def _run(model: Any, prompts: Sequence[Any], of_row: Sequence[int], texts: TokenRows) -> Tensor:
+    """Last hidden states `[B, T, H]` of prompts and the texts behind them, right-padded."""
+    joined, ids = _joined(model, prompts, of_row, texts)
     embeddings = pad_embeddings(joined)
     lengths = np.array([len(row) for row in joined])
-    ids = [np.concatenate([np.full(len(prompts[s]), pad_token(model)), x]) for s, x in zip(of_row, texts, strict=True)]
     # Positions are not given: some families have none, and the others count from the row's first token.
     output = layers_of(model)(
         inputs_embeds=embeddings,
-        attention_mask=as_indices(mask_of(lengths, embeddings.shape[1]), like),
+        attention_mask=as_indices(mask_of(lengths, embeddings.shape[1]), embeddings),
         use_cache=False,
-        **inputs_beside(model, as_indices(pad_ids(ids), like)),
+        **inputs_beside(model, as_indices(pad_ids(ids), embeddings)),
     )
     hidden: Tensor = output.last_hidden_state
     return hidden

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from pipeline.backbone import decoder_only, encoder_decoder, padded
 from pipeline.backbone.embedding import embed_words
+from pipeline.backbone.packed import Rule
 from pipeline.backbone.rows import Rows, as_indices
 
 Way = Literal["packed", "padded"]
@@ -48,6 +49,27 @@ class Proof:
     """The fastest way that is exact; None if there is none."""
     differences: dict[str, Difference]
     """Of every way that was tried."""
+    keeps_rows: bool = False
+    """Whether a decoder's padded rows may go on, token by token, from the family's own cache of what ran."""
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Two rows, each behind its prompt."""
+
+    prompts: Sequence[np.ndarray]
+    """Token ids whose embeddings are the prompts."""
+    prompts_of_ids: Sequence[np.ndarray]
+    """The same to the model as token ids and as embeddings."""
+    inputs: Sequence[np.ndarray]
+    targets: Sequence[np.ndarray]
+
+    def of_ids(self) -> "_Probe":
+        return replace(self, prompts=self.prompts_of_ids)
+
+    def with_another_neighbour(self) -> "_Probe":
+        first, second = self.inputs
+        return replace(self, inputs=[first[::-1].copy(), second])
 
 
 def prove(
@@ -64,10 +86,11 @@ def prove(
     """
     probe = _probe(model.config)
     differences: dict[str, Difference] = {}
-    from_ids = run(_from_ids, probe.of_ids, device)
-    embedded = _prompts(run, probe.of_ids, device)
+    of_ids = probe.of_ids()
+    from_ids = run(_from_ids, of_ids, device)
     with torch.no_grad():
-        differences["alone"] = Difference(_farthest(run(_alone, embedded, probe.of_ids).cpu(), from_ids), 0.0)
+        alone = run(_alone, _prompts(run, of_ids, device), of_ids)
+    differences["alone"] = Difference(_farthest(alone.float().cpu(), from_ids), 0.0)
     if not agree(_is_exact(differences["alone"], dtype)):
         return Proof(None, differences)
     prompts = _prompts(run, probe, device)
@@ -80,11 +103,36 @@ def prove(
             leak = float((beside - found[0][1]).abs())
             differences[way] = Difference(_farthest(found[0], wanted[0]) + leak, _relative(found[1], wanted[1]))
         except Exception as error:  # whatever a family's layers raise when they are not run as they are used to
-            first = (str(error).splitlines() or [""])[0]
-            differences[way] = Difference(np.inf, np.inf, f"{type(error).__name__}: {first}")
+            differences[way] = Difference(np.inf, np.inf, _reason(error))
         if agree(_is_exact(differences[way], dtype)):
-            return Proof(way, differences)
+            keeps = together is _padded and agree(_keeps_rows(run, prompts, probe, dtype))
+            return Proof(way, differences, keeps)
     return Proof(None, differences)
+
+
+def _keeps_rows(run: Run, prompts: Sequence[Tensor], probe: _Probe, dtype: torch.dtype) -> bool:
+    """Whether rows of different lengths that grow in the family's own cache are those that run again as a whole."""
+    try:
+        again, kept = (run(_grown, prompts, probe, kept) for kept in (False, True))
+    except Exception:  # the family's cache is asked what it may not know
+        return False
+    most = 1e-3 if dtype == torch.float32 else 0.1
+    return float((again - kept).norm() / again.norm()) <= most
+
+
+@torch.no_grad()
+def _grown(model: Any, prompts: Sequence[Tensor], probe: _Probe, kept: bool) -> Tensor:
+    """Hidden states `[2, T, H]` of rows that grow by their targets."""
+    first, step = padded.growing_rows(model, Rows(prompts, range(2), probe.inputs), kept)
+    tokens = torch.as_tensor(np.stack(probe.targets), device=first.device)
+    return torch.stack([first, *(step(of_rows) for of_rows in tokens.T)], 1)
+
+
+def _reason(error: Exception) -> str:
+    first = (str(error).splitlines() or [""])[0]
+    if Rule.__name__ in first and isinstance(error, TypeError | AttributeError):
+        return "its attention does not go through transformers' interface"
+    return f"{type(error).__name__}: {first}"
 
 
 def _ways(model: Any) -> list[tuple[Way, Callable[..., Tensor]]]:
@@ -103,22 +151,6 @@ def _is_exact(difference: Difference, dtype: torch.dtype) -> bool:
     return difference.likelihood <= most[0] and difference.gradient <= most[1]
 
 
-@dataclass(frozen=True)
-class _Probe:
-    """Two rows, each behind its prompt."""
-
-    prompts: Sequence[np.ndarray]
-    """Token ids whose embeddings are the prompts."""
-    inputs: Sequence[np.ndarray]
-    targets: Sequence[np.ndarray]
-    of_ids: "_Probe"
-    """The same with prompts that are the same to the model as token ids and as embeddings."""
-
-    def with_another_neighbour(self) -> "_Probe":
-        first, second = self.inputs
-        return replace(self, inputs=[first[::-1].copy(), second])
-
-
 def _probe(config: Any) -> _Probe:
     rng = np.random.default_rng(0)
     text = config.get_text_config(decoder=True)
@@ -134,9 +166,7 @@ def _probe(config: Any) -> _Probe:
     if getattr(config, "hidden_size_per_layer_input", None):
         # Such a family's layers ask for tokens, too, and a prompt's rows are the padding token there.
         plain = [np.full(len(prompt), config.pad_token_id or 0) for prompt in prompts]
-    of_ids: Any = None
-    of_ids = _Probe(plain, rows, targets, of_ids)
-    return _Probe(prompts, rows, targets, of_ids)
+    return _Probe(prompts, plain, rows, targets)
 
 
 def _prompts(run: Run, probe: _Probe, device: torch.device) -> list[Tensor]:
