@@ -4,38 +4,33 @@ No rank ever holds the whole model, so `from_pretrained` cannot be used: it load
 """
 
 import copy
-import dis
-import inspect
-import itertools
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any, TypeGuard
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from pipeline.backbone import conversion
 from pipeline.backbone.conversion import StoredTensor, require_stored
-from pipeline.backbone.experts import make_experts_int8
 from pipeline.backbone.files import architecture_of
 from pipeline.backbone.fused import fuse
-from pipeline.backbone.int8 import Int8Embedding, empty_int8, make_int8_linear, quantize_matrix, scale_of
+from pipeline.backbone.int8 import Int8Embedding, quantize_matrix, scale_of
+from pipeline.backbone.int8_layers import make_int8, weights_in_float
 from pipeline.backbone.output import let_layers_be_passed_over
 from pipeline.backbone.weights import WeightSource, same_bytes
 from pipeline.errors import BackboneError
 
 _CHUNK = 2**18
 """Weights that are read at a time: so few stay in the processor's cache until they are quantised."""
-_LARGE_TABLE = 2**24
-"""Weights from which a table other than that of the input embeddings is kept in int8."""
-_LINEAR = ("FalconLinear",)
-"""Classes of linear layers, by name, whose forward of their own computes the same."""
-_ROUTERS = ("gate", "router", "shared_expert_gate")
-"""What routers are called beside experts."""
+_MUCH = 0.05
+"""Part of the weights' bytes from which it is told what stays in float."""
+_NAMED = 4
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,7 @@ def build_skeleton(config: PretrainedConfig, int8: bool, dtype: torch.dtype = to
     let_layers_be_passed_over(model)
     fuse(model)
     if int8:
-        _replace_matrices(model, dtype)
+        make_int8(model, dtype)
     return model
 
 
@@ -139,6 +134,7 @@ def load_weights(model: nn.Module, source: WeightSource, dtype: torch.dtype, pla
     names = _names_by_parameter(model)
     stored = stored_tensors(model, source)
     _load_buffers(model, stored, source)
+    in_float = _large_part_in_float(model, dtype)
     loaded: dict[int, _Loaded] = {}
     # Children before parents: `finish` then sees a module whose whole subtree is loaded.
     for module in _leaves_first(model):
@@ -157,6 +153,19 @@ def load_weights(model: nn.Module, source: WeightSource, dtype: torch.dtype, pla
             if entry.scale is not None:
                 setattr(module, scale_of(key), entry.scale)
         placement.finish(module)
+    if placement.partition.rank == 0 and in_float:
+        _log.info("%s", in_float)
+
+
+def _large_part_in_float(model: nn.Module, dtype: torch.dtype) -> str | None:
+    """A sentence on what of an int8 model stays in float, if that is much."""
+    int8 = sum(parameter.numel() for parameter in model.parameters() if parameter.dtype == torch.int8)
+    in_float = weights_in_float(model, dtype)
+    total = sum(in_float.values())
+    if not int8 or total <= _MUCH * (total + int8):
+        return None
+    named = ", ".join(f"{name} ({size / 1e6:.1f} MB)" for name, size in list(in_float.items())[:_NAMED])
+    return f"{total / (total + int8):.0%} of the weights' bytes stay in float: {named}{' …' * (len(in_float) > _NAMED)}"
 
 
 @dataclass(frozen=True)
@@ -258,64 +267,6 @@ def _read_partition(
     # Scales are summed over ranks, so one rank alone may count a row that two share: the one with its beginning.
     scale[: -(-start // width)] = 0
     return piece, placement.sum_over_ranks(scale).view(parameter.shape[:-1])
-
-
-def _replace_matrices(model: nn.Module, dtype: torch.dtype) -> None:
-    """Put int8 layers in place of every linear layer and of the input embedding; tied weights stay tied."""
-    table = model.get_input_embeddings().weight  # type: ignore[operator]
-    replaced: dict[int, tuple[Tensor, nn.Parameter]] = {}
-
-    def int8_of(weight: Tensor, transposed: bool = False) -> nn.Parameter:
-        rows, columns = reversed(weight.shape) if transposed else weight.shape
-        # The old parameter is kept beside the new one, so that no other object gets its id.
-        return replaced.setdefault(id(weight), (weight, empty_int8(rows, columns)))[1]
-
-    # An embedding that shares its table with an output layer goes with it.
-    shared = {id(table)} | {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear)}
-    make_experts_int8(model)
-    for parent in list(model.modules()):
-        for key, child in list(parent.named_children()):
-            if isinstance(child, Conv1D) or (_is_linear(child) and not _is_router(parent, key)):
-                transposed = isinstance(child, Conv1D)
-                seen_as = dtype if _reads_matrix(parent, key) else None
-                layer = make_int8_linear(int8_of(child.weight, transposed), child.bias, transposed, seen_as)
-                setattr(parent, key, layer)
-            elif isinstance(child, nn.Embedding) and (
-                id(child.weight) in shared or child.weight.numel() >= _LARGE_TABLE
-            ):
-                setattr(parent, key, Int8Embedding(int8_of(child.weight), dtype, child))
-
-
-def _reads_matrix(parent: nn.Module, key: str) -> bool:
-    """Whether the code of a module reads the matrix of its child: for a product of its own, or for its type."""
-    kind: Any = type(parent)
-    return (key, "weight") in _read_of_children(kind)
-
-
-@cache
-def _read_of_children(kind: Any) -> frozenset[tuple[Any, Any]]:
-    """Pairs of attributes, (a child, `weight`), that a class of transformers reads one after the other."""
-    functions = [
-        inspect.unwrap(function)
-        for above in kind.__mro__
-        if above.__module__.startswith("transformers.models.")
-        for name, function in vars(above).items()
-        if inspect.isfunction(function) and name != "_init_weights"
-    ]
-    loads = [[step.argval for step in dis.get_instructions(function)] for function in functions]
-    return frozenset(pair for names in loads for pair in itertools.pairwise(names) if pair[1] == "weight")
-
-
-def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module multiplies by its matrix and does nothing else."""
-    return isinstance(module, nn.Linear) and (
-        type(module).forward is nn.Linear.forward or type(module).__name__ in _LINEAR
-    )
-
-
-def _is_router(parent: nn.Module, key: str) -> bool:
-    # A router is small, and rounding it sends tokens to other experts.
-    return "Router" in type(parent).__name__ or (hasattr(parent, "experts") and key in _ROUTERS)
 
 
 def stored_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:

@@ -1,11 +1,13 @@
 """How much memory a rank will need, counted from the model's shapes before anything is loaded."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from pipeline.backbone.files import embedding_rows
 from pipeline.backbone.int8 import CONVERTED_AT_ONCE
 from pipeline.backbone.loading import build_skeleton, input_width, untie_separate_weights
 from pipeline.backbone.weights import WeightSource
@@ -55,15 +57,18 @@ def estimate_memory(
     size = dtype.itemsize
     whole = 2 * input_width(skeleton)  # up to here a parameter stays on every rank, see host.py
     parameters = list(skeleton.parameters())
-    weights = sum(_bytes(p, size) // (world_size if p.numel() > whole else 1) for p in parameters)
+    int8_parameters = [p for p in parameters if p.dtype == torch.int8]
+    on_every_rank = sum(buffer.nbytes for buffer in skeleton.buffers())  # scales of all rows among them
+    weights = sum(_bytes(p, size) // (world_size if p.numel() > whole else 1) for p in parameters) + on_every_rank
     gathered = max(sum(_bytes(p, size) for p in group) for group in gathered_together(skeleton))
-    converted = max((min(p.numel(), CONVERTED_AT_ONCE) for p in parameters if p.dtype == torch.int8), default=0)
-    hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
-    inner = int(getattr(config, "intermediate_size", None) or getattr(config, "d_ff", None) or 4 * hidden)
+    # Of experts, the matrix of one is converted at a time.
+    converted = max((min(p.shape[-2] * p.shape[-1], CONVERTED_AT_ONCE) for p in int8_parameters), default=0)
+    text: Any = config.get_text_config(decoder=True)
     # A layer keeps norms, projections, residuals and the feed-forward's two branches. Logits are assumed at a quarter
     # of the positions.
-    layer = 10 * hidden + 4 * inner
-    activations = tokens_per_microbatch * (layers * layer * size + int(config.vocab_size) * 8 // 4)
+    layer = 10 * input_width(skeleton) + 4 * _inner_width(text)
+    layers = int(text.num_hidden_layers)
+    activations = tokens_per_microbatch * (layers * layer * size + embedding_rows(config) * 8 // 4)
     return MemoryEstimate(
         parameters=sum(p.numel() for p in parameters),
         weights=weights,
@@ -83,3 +88,14 @@ def gathered_together(model: nn.Module) -> list[list[nn.Parameter]]:
 
 def _bytes(parameter: nn.Parameter, size: int) -> int:
     return parameter.numel() * (1 if parameter.dtype == torch.int8 else size)
+
+
+def _inner_width(config: Any) -> int:
+    """Hidden units of a layer's feed-forward for a token: of the experts that it goes to, where there are some."""
+    widths = (getattr(config, "intermediate_size", None), getattr(config, "d_ff", None), 4 * config.hidden_size)
+    dense = next(width for width in widths if width)
+    of_expert = getattr(config, "moe_intermediate_size", None) or dense
+    experts = getattr(config, "num_experts_per_tok", None) or 1
+    # Some families give a number for each layer.
+    dense, of_expert, experts = (max(n) if isinstance(n, list) else n for n in (dense, of_expert, experts))
+    return int(max(dense, of_expert * experts))

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from pipeline.backbone import loading
+from pipeline.backbone import int8_layers, loading
 from pipeline.backbone.files import find_model, read_config
-from pipeline.backbone.host import host_backbone, layer_types, whole_placement
+from pipeline.backbone.host import held_bytes, host_backbone, layer_types, whole_placement
 from pipeline.backbone.int8 import scale_of, set_products
+from pipeline.backbone.int8_layers import weights_in_float
 from pipeline.backbone.loading import (
     Partition,
     Placement,
@@ -21,6 +23,7 @@ from pipeline.backbone.loading import (
     stored_buffers,
     untie_separate_weights,
 )
+from pipeline.backbone.memory import estimate_memory
 from pipeline.backbone.offload import on_device
 from pipeline.backbone.weights import open_weights
 from pipeline.errors import BackboneError
@@ -291,10 +294,36 @@ def test_a_table_of_embeddings_besides_the_first_is_int8_where_it_is_large(saved
     config = read_config(find_model(str(saved("gemma4_text_per_layer"))))
     table = "model.embed_tokens_per_layer"
     assert build_skeleton(config, int8=True).get_submodule(table).weight.dtype == torch.float32
-    monkeypatch.setattr(loading, "_LARGE_TABLE", 1000)
+    monkeypatch.setattr(int8_layers, "_LARGE_TABLE", 1000)
     model = load(saved("gemma4_text_per_layer"), int8=True)
     assert model.get_submodule(table).weight.dtype == torch.int8
     ids = torch.arange(VOCAB)[None]
     usual = AutoModelForCausalLM.from_pretrained(saved("gemma4_text_per_layer")).get_submodule(table)(ids)
     step = usual.abs().amax(-1, keepdim=True) / 127
     assert bool(((model.get_submodule(table)(ids) - usual).abs() <= 0.51 * step).all())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_plan_counts_what_a_family_holds(family, saved):
+    files = find_model(str(saved(family)))
+    config = read_config(files)
+    source = open_weights(files, build_skeleton(config, int8=True))
+    planned = estimate_memory(config, True, torch.float32, 1, tokens_per_microbatch=100, source=source)
+    model = load(saved(family), int8=True)
+    held = held_bytes(SimpleNamespace(hosted=model))
+    assert planned.weights == pytest.approx(sum(held.values()), rel=0.02)
+    in_float = weights_in_float(build_skeleton(config, int8=True), torch.float32)
+    buffers = sum(buffer.nbytes for buffer in model.buffers())  # scales among them
+    assert held["int8"] + sum(in_float.values()) + buffers == pytest.approx(planned.weights, rel=0.01)
+
+
+def test_what_stays_in_float_is_told_by_name_and_bytes_where_it_is_much(saved, caplog):
+    with caplog.at_level("INFO"):
+        load(saved("opt"), int8=True)
+        load(saved("opt"), int8=False)
+    (told,) = (record.getMessage() for record in caplog.records if "stay in float" in record.getMessage())
+    assert "model.decoder.embed_positions.weight (0.0 MB)" in told
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        load(saved("llama"), int8=True)
+    assert not any("stay in float" in record.getMessage() for record in caplog.records)
