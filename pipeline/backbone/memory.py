@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from pipeline.backbone.files import embedding_rows
 from pipeline.backbone.int8 import CONVERTED_AT_ONCE
 from pipeline.backbone.loading import build_skeleton, input_width, untie_separate_weights
 from pipeline.backbone.weights import WeightSource
@@ -58,12 +59,14 @@ def estimate_memory(
     weights = sum(_bytes(p, size) // (world_size if p.numel() > whole else 1) for p in parameters)
     gathered = max(sum(_bytes(p, size) for p in group) for group in gathered_together(skeleton))
     converted = max((min(p.numel(), CONVERTED_AT_ONCE) for p in parameters if p.dtype == torch.int8), default=0)
-    hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
-    inner = int(getattr(config, "intermediate_size", None) or getattr(config, "d_ff", None) or 4 * hidden)
+    # T5Gemma's halves have a configuration each, nearly alike; a token passes through one of them.
+    stack = config if hasattr(config, "hidden_size") else config.get_text_config(decoder=True)
+    hidden, layers = int(stack.hidden_size), int(stack.num_hidden_layers)
+    inner = int(getattr(stack, "intermediate_size", None) or getattr(stack, "d_ff", None) or 4 * hidden)
     # A layer keeps norms, projections, residuals and the feed-forward's two branches. Logits are assumed at a quarter
     # of the positions.
     layer = 10 * hidden + 4 * inner
-    activations = tokens_per_microbatch * (layers * layer * size + int(config.vocab_size) * 8 // 4)
+    activations = tokens_per_microbatch * (layers * layer * size + embedding_rows(config) * 8 // 4)
     return MemoryEstimate(
         parameters=sum(p.numel() for p in parameters),
         weights=weights,

@@ -16,6 +16,7 @@ from transformers import AutoModelForSeq2SeqLM
 from pipeline.backbone import output, prompted
 from pipeline.backbone.files import context_length, find_model, read_config
 from pipeline.backbone.host import host_backbone
+from pipeline.backbone.memory import estimate_memory
 from pipeline.errors import BackboneError
 from tests.ranks import run_ranks
 from tests.seq2seq_families import FACTORS, FAMILIES, make_config, make_seq2seq
@@ -196,6 +197,12 @@ def test_the_context_is_that_of_the_smaller_stack_and_of_full_attention():
     # Beyond (5 + 2 * 1) blocks of 4, BigBird reads by blocks, some of them drawn at random.
     assert context_length(make_config("bigbird_pegasus_sparse")) == 28
     assert context_length(make_config("bigbird_pegasus")) == 256
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_memory_is_estimated_whatever_the_shape_of_the_configuration(family):
+    estimate = estimate_memory(make_config(family), True, torch.float32, 2, 1000)
+    assert estimate.activations > 0 and estimate.weights < 4 * estimate.parameters
 
 
 def losses_of(folder, sharded):
