@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from pipeline.backbone.files import embedding_rows
 from pipeline.backbone.int8 import CONVERTED_AT_ONCE
 from pipeline.backbone.loading import build_skeleton, input_width, untie_separate_weights
+from pipeline.backbone.output import LOGIT_BYTES, logit_bytes
 from pipeline.backbone.weights import WeightSource
 
 # Imported libraries and the allocator, as measured on an idle rank.
@@ -64,11 +64,12 @@ def estimate_memory(
     # Of experts, the matrix of one is converted at a time.
     converted = max((min(p.shape[-2] * p.shape[-1], CONVERTED_AT_ONCE) for p in int8_parameters), default=0)
     text: Any = config.get_text_config(decoder=True)
-    # A layer keeps norms, projections, residuals and the feed-forward's two branches. Logits are assumed at a quarter
-    # of the positions.
+    # A layer keeps norms, projections, residuals and the feed-forward's two branches. T5Gemma's halves are nearly alike,
+    # and a token passes through one of them. Logits are assumed at a quarter of the positions.
     layer = 10 * input_width(skeleton) + 4 * _inner_width(text)
     layers = int(text.num_hidden_layers)
-    activations = tokens_per_microbatch * (layers * layer * size + embedding_rows(config) * 8 // 4)
+    logits = min(logit_bytes(config, tokens_per_microbatch // 4), LOGIT_BYTES)
+    activations = tokens_per_microbatch * layers * layer * size + logits
     return MemoryEstimate(
         parameters=sum(p.numel() for p in parameters),
         weights=weights,

@@ -34,6 +34,11 @@ class _LayersOutput(BaseModelOutput):
             raise AttributeError(name)
 
 
+def logit_bytes(config: Any, places: int) -> int:
+    """What the logits of so many places take, copies included."""
+    return 4 * _COPIES * places * int(config.get_text_config(decoder=True).vocab_size)
+
+
 def layers_of(model: Any) -> Any:
     """The part of a model that makes the hidden states of which its forward makes logits; of two parts, the decoder."""
     parts = (model.get_decoder(), model.base_model, getattr(model, "model", None))
@@ -90,8 +95,7 @@ def _block_nll(model: Any, hidden: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _blocks(model: Any, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    entries = int(model.config.get_text_config(decoder=True).vocab_size)
-    places = max(1, LOGIT_BYTES // (4 * _COPIES * entries))
+    places = max(1, LOGIT_BYTES // logit_bytes(model.config, 1))
     return zip(*(tensor.split(places) for tensor in tensors), strict=True)
 
 

@@ -16,9 +16,12 @@ from pipeline.errors import LeaseError, PromptBankError, UnreachableError
 from pipeline.reporting.watched import read_run
 from pipeline.run.checks import check_run
 from pipeline.run.job import run_job
+from pipeline.serving.prompted_model import PromptedModel
+from pipeline.serving.served_backbone import load_backbone
 from pipeline.settings import parse_settings
 from tests.families import DECODERS, make_decoder
 from tests.jobs_data import make_project
+from tests.seq2seq_families import make_seq2seq
 from tests.tiny import make_model
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -55,6 +58,18 @@ def test_every_kind_of_family_goes_the_whole_way_over_two_ranks(tmp_path, family
     assert prompt.record.rows_run == rows_run
     told = [event.get("text", "") for event in read_events(tmp_path / "runs" / "small" / "events.jsonl")]
     assert any(f"rows run {rows_run}, " in text for text in told)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bart", "switch", "t5gemma2"])
+def test_an_encoder_decoder_unlike_t5_goes_the_whole_way_and_answers(tmp_path, family):
+    project = make_project(tmp_path, "t5")
+    project["model"]["path"] = str(make_seq2seq(tmp_path / "other", family))
+    assert run(project, "run.max_failures=0").version == 1
+    model = PromptedModel(load_backbone(project["model"]["path"]), PromptBank.open(tmp_path / "bank"))
+    texts, tasks = ["good film", "awful food and plain story"], ["film", "book"]
+    assert all(np.isfinite(list(scores.values())).all() for scores in model.classify(texts, tasks))
+    assert len(model.generate(texts, tasks, max_new_tokens=4)) == 2
 
 
 def test_a_finished_run_publishes_nothing_twice_whatever_came_after_it_or_where_it_was_killed(project, tmp_path):

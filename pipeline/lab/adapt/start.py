@@ -102,6 +102,11 @@ def _fresh_config(model: AdaptedModelSettings) -> tuple[PretrainedConfig, Any]:
     else:
         tokenizer = _read_tokenizer(str(model.tokenizer))
         config = _config_of(model.config)
+    if not hasattr(config, "vocab_size"):
+        raise SettingsError(
+            f"model: the halves of '{config.model_type}' have a configuration each, and a fresh model is made of a "
+            "family with one for both, such as t5"
+        )
     there = len(markers_of(tokenizer).sentinels)
     missing = [_sentinel(number) for number in range(there, model.sentinels)]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing], special_tokens=True)

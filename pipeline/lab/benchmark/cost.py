@@ -80,7 +80,7 @@ def gathered_bytes(config: PretrainedConfig) -> int:
 
     Small parameters stay on every rank (see `host`).
     """
-    hidden, total = int(config.hidden_size), 0
+    hidden, total = int(config.get_text_config(decoder=True).hidden_size), 0
     for name, module in build_skeleton(config, int8=True).named_modules():
         if name == "shared":  # T5's encoder and decoder call this table, each under another name
             continue
@@ -143,7 +143,7 @@ def costs_of(
     costs = {}
     for shape in shapes:
         config = published_config(shape)
-        values = trials * length * int(config.hidden_size)
+        values = trials * length * int(config.get_text_config(decoder=True).hidden_size)
         costs[shape] = [step_cost(config, count, tokens, values, H100_NODES) for count in counts]
     return costs
 

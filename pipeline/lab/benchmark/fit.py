@@ -187,7 +187,7 @@ def _on_rank(folder: Path, options: FitOptions) -> RankFit:
         backbone = host_model(str(folder), options.threads // options.ranks, hosted)
     seconds = time.perf_counter() - start
     plain.append(_plain_read(weights))
-    tasks = [_random_task(place, backbone.config.vocab_size, options) for place in range(options.prompts)]
+    tasks = [_random_task(place, backbone.embedding_rows, options) for place in range(options.prompts)]
     rng = np.random.default_rng(0)
     prompts = [rng.normal(size=(options.length, backbone.hidden_size)).astype(np.float32) for _ in tasks]
     with MemoryWatch() as training:

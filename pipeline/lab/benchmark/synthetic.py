@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
+from pipeline.backbone.files import embedding_rows
 from pipeline.backbone.loading import build_skeleton
 from pipeline.errors import BackboneError, StorageError
 
@@ -35,8 +36,8 @@ def write_checkpoint(
     Raises: BackboneError when the vocabulary is too small for bytes, StorageError when the disk is full.
     """
     tokenizer = byte_tokenizer(eos_template=bool(config.is_encoder_decoder))
-    if config.vocab_size < len(tokenizer):
-        raise BackboneError(f"vocab_size {config.vocab_size}: a byte-level tokenizer needs at least {len(tokenizer)}")
+    if (rows := embedding_rows(config)) < len(tokenizer):
+        raise BackboneError(f"vocab_size {rows}: a byte-level tokenizer needs at least {len(tokenizer)}")
     skeleton = build_skeleton(config, int8=False)
     untied = not getattr(config, "scale_decoder_outputs", True)  # T5 1.1; transformers always ties in memory
     if untied:
