@@ -57,6 +57,28 @@ OPEN_THOUGHT = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
+NEW_THOUGHT = (
+    "{{ bos_token }}{%- for m in messages %}"
+    "{{- '<start_of_turn>' + m.role + '\n' + m.content | trim + '<end_of_turn>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<start_of_turn>assistant\n' }}"
+    "{%- if not enable_thinking %}{{- '<|channel|>thought\n<|channel|>' }}{%- endif %}{%- endif %}"
+)
+"""Only before a new answer does it write an empty thought."""
+LAST_SYSTEM = (
+    "{{ bos_token }}{%- for m in messages if m.role != 'system' %}"
+    "{%- if m.role == 'user' %}{{- '[INST] ' }}"
+    "{%- if loop.last and messages[0].role == 'system' %}{{- messages[0].content + '\n\n' }}{%- endif %}"
+    "{{- m.content + '[/INST]' }}{%- else %}{{- ' ' + m.content + eos_token }}{%- endif %}{%- endfor %}"
+)
+"""The system's text stands in the last user's message, while that is the last."""
+NEXT_TURN = (
+    "{%- for m in messages %}{{- '<|start|>' if m.role == 'user' else '<|message|>' }}"
+    "{%- if m.role == 'assistant' %}{{- '\n<think></think>\n' }}{%- endif %}{{- m.content | trim }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|message|>' }}"
+    "{%- if not enable_thinking %}{{- '\n<think></think>' }}{%- endif %}{%- endif %}"
+)
+"""Nothing ends an answer but the mark of the next turn."""
+SILENT = "{% for m in messages %}<|im_start|>{{ m.role }}<|im_end|>{% endfor %}"
 TEMPLATES = {
     "chatml": CHATML,
     "gemma": GEMMA,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from pipeline.corpus.chat import ModelChat
 from pipeline.corpus.encoding import encode_targets
 from pipeline.corpus.reader import SplitRef
 from pipeline.corpus.rows import Recipe, tokenise_rows
@@ -30,9 +31,12 @@ def reviews(rows: int, seed: int) -> list[tuple[str, str]]:
     return out
 
 
-def write_split(folder: Path, tokenizer: Any, architecture: Any, pairs: list[tuple[str, str]]) -> SplitRef:
+def write_split(
+    folder: Path, tokenizer: Any, architecture: Any, pairs: list[tuple[str, str]], chat: ModelChat | None = None
+) -> SplitRef:
     folder.mkdir(parents=True)
-    recipe = Recipe(parse_template("{text}", ""), parse_template("{label}", ""), " ", 256, 16, architecture)
+    asked = chat or parse_template("{text}", "")
+    recipe = Recipe(asked, parse_template("{label}", ""), " ", 256, 16, architecture)
     columns = {"text": [text for text, _ in pairs], "label": [label for _, label in pairs]}
     shard = folder / "part.parquet"
     pq.write_table(tokenise_rows(recipe, tokenizer, columns, len(pairs)), shard)
@@ -49,12 +53,19 @@ def make_corpus(
 
 
 def task_corpus(
-    folder: Path, tokenizer: Any, architecture: Any, task: str, splits: dict[str, list[tuple[str, str]]]
+    folder: Path,
+    tokenizer: Any,
+    architecture: Any,
+    task: str,
+    splits: dict[str, list[tuple[str, str]]],
+    chat: ModelChat | None = None,
 ) -> TaskCorpus:
     """A task's splits as token shards; its labels are the targets of train."""
     labels = tuple(sorted({label for _, label in splits["train"]}))
-    ids = encode_targets(tokenizer, architecture, " ", labels)
-    refs = {name: write_split(folder / task / name, tokenizer, architecture, pairs) for name, pairs in splits.items()}
+    ids = encode_targets(tokenizer, architecture, " ", labels, chat)
+    refs = {
+        name: write_split(folder / task / name, tokenizer, architecture, pairs, chat) for name, pairs in splits.items()
+    }
     counts = {name: {"ok": len(pairs)} for name, pairs in splits.items()}
     return TaskCorpus(task, refs, labels, tuple(map(tuple, ids)), counts, f"digest of {task}")
 

@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -36,17 +36,32 @@ def mismatch_warning(model: str, prompt: Prompt, same: Callable[[], Sequence[Bac
         from pipeline.backbone.files import canonical_config, find_model, read_config, read_tokenizer
         from pipeline.backbone.fingerprint import tokenizer_digest
     files = find_model(model)
+    tokenizer = read_tokenizer(files)
     found = {
         "config": hashlib.sha256(canonical_config(read_config(files)).encode()).hexdigest(),
-        "tokenizer": tokenizer_digest(read_tokenizer(files)),
+        "tokenizer": tokenizer_digest(tokenizer),
     }
     differing = [part for part, digest in found.items() if digest != getattr(prompt.backbone, part)]
     if not differing or any(all(digest == getattr(each, part) for part, digest in found.items()) for each in same()):
-        return None
+        return _chat_warning(model, prompt, tokenizer)
     return (
         f"'{prompt.record.name}' was tuned on {prompt.backbone.model}, and {model} is another model: "
         f"they differ in {' and '.join(differing)}"
     )
+
+
+def _chat_warning(model: str, prompt: Prompt, tokenizer: Any) -> str | None:
+    """A warning when a service on this model would refuse the prompt for its chat template; else None."""
+    form = prompt.record.template.chat
+    if form is None:
+        return None
+    try:
+        template: str = tokenizer.get_chat_template()
+    except ValueError:
+        return f"'{prompt.record.name}' was tuned on a chat, and {model} has no chat template"
+    if hashlib.sha256(template.encode()).hexdigest() == form.template:
+        return None
+    return f"'{prompt.record.name}' was tuned with another chat template than that of {model}"
 
 
 def identity_of(model: str, weights: Weights | None, like: BackboneId | None) -> BackboneId:

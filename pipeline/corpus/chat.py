@@ -12,6 +12,7 @@ target stands where the template puts what an assistant says, and ends with the 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import compress
@@ -64,8 +65,10 @@ class ModelChat:
     """The model's chat template."""
     names: Mapping[str, Any]
     """Special tokens that the template may name, such as `bos_token`."""
+    asked: str = ""
+    """An input with a fixed word in each column's place."""
     start: str = ""
-    """All that the template writes before an answer, with a fixed word in each column's place."""
+    """All that the template writes before an answer, in the chat that has one: nearly always the same."""
     rest: str = ""
     """All that it writes behind one."""
     lead: str = ""
@@ -89,17 +92,17 @@ class ModelChat:
     @property
     def before(self) -> str:
         """What stands before every target, back to the last column."""
-        return self.start.removesuffix(self.separator).rpartition(_COLUMN)[2]
+        return self.asked.rpartition(_COLUMN)[2]
 
     @property
     def literals(self) -> list[str]:
         """What the template and the messages write before, between and behind the columns of an input."""
-        return self.start.removesuffix(self.separator).split(_COLUMN)
+        return self.asked.split(_COLUMN)
 
     @property
     def digest(self) -> str:
         """Digest of all that decides tokens, besides the messages and the tokenizer."""
-        parts = [self.jinja, {**_DEFAULTS, **self.chat.options}, dict(self.names)]
+        parts = [self.jinja, dict(self.names), self.separator, self.closing, self.form.model_dump(mode="json")]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -121,10 +124,15 @@ class ModelChat:
             for text, target in zip(self.answered(targets), targets, strict=True)
         ]
 
-    def answered(self, targets: Sequence[str]) -> list[str]:
-        """[B] the whole chat with each target as the assistant's answer, and a fixed word in each column's place."""
+    def answered(self, targets: Sequence[str], answered_by: str | None = None) -> list[str]:
+        """[B] the whole chat with each target as the assistant's answer, and a fixed word in each column's place.
+
+        answered_by: who then has a last word.
+        """
         asked = self._with_roles(self.sample)
-        return self._written([[*asked, {"role": ASSISTANT, "content": target}] for target in targets], generation=False)
+        more = [] if answered_by is None else [{"role": answered_by, "content": _COLUMN}]
+        chats = [[*asked, {"role": ASSISTANT, "content": target}, *more] for target in targets]
+        return self._written(chats, generation=False)
 
     @property
     def sample(self) -> list[str]:
@@ -178,8 +186,8 @@ def recorded_input(template: Template, where: str) -> TextTemplate | ChatInput:
 def bind_chat(chat: ChatInput, tokenizer: Any, where: str) -> ModelChat:
     """A chat as the model of this tokenizer writes it.
 
-    Raises: CorpusError for a tokenizer without a chat template, and for a template that refuses the messages or does
-    not write an answer behind its generation prompt.
+    Raises: CorpusError for a tokenizer without a chat template, and for a template that refuses the messages, does not
+    write what they or an answer say, or opens a thought that nothing closes.
     """
     try:
         jinja = tokenizer.get_chat_template()
@@ -194,21 +202,23 @@ def bind_chat(chat: ChatInput, tokenizer: Any, where: str) -> ModelChat:
     except CorpusError as error:
         raise CorpusError(f"{where}: {error}") from error
     start, found, rest = whole.partition(_ANSWER)
-    if not found or not start.startswith(asked):
+    if asked.count(_COLUMN) != "".join(bare.sample).count(_COLUMN) or not found:
         raise CorpusError(
-            f"{where}: the model's chat template writes no answer behind its generation prompt, which ends with "
-            f"{asked[-40:]!r}; give it chat_options with which it does, or write 'input' as one text"
+            f"{where}: the model's chat template does not write what the messages or the answer say; write them as it "
+            "takes them, or write 'input' as one text"
         )
-    lead = start[len(asked) :]
+    lead = _lead(asked, start, where)
     separator = lead[len(lead.rstrip(" ")) :]
-    closing, end = _end(rest, tokenizer, where)
+    lead = lead.removesuffix(separator)
+    closing, end = _end(bare, rest, tokenizer, where)
     return ModelChat(
         chat=chat,
         jinja=jinja,
         names=bare.names,
+        asked=asked + lead,
         start=start,
         rest=rest,
-        lead=lead.removesuffix(separator),
+        lead=lead,
         separator=separator,
         closing=closing,
         end_token=end,
@@ -243,14 +253,37 @@ def _plain(special_tokens: Mapping[str, Any]) -> dict[str, Any]:
     return {name: str(token) for name, token in special_tokens.items() if not isinstance(token, list | tuple)}
 
 
-def _end(rest: str, tokenizer: Any, where: str) -> tuple[str, str]:
+def _lead(asked: str, start: str, where: str) -> str:
+    """What the template writes between its generation prompt and an answer, from the last column on.
+
+    Before that it may write a chat otherwise that has an answer: Mistral's puts the system's text to the last user's
+    message, and only while that is the last.
+    """
+    prompt, answered = (text.rpartition(_COLUMN)[2] for text in (asked, start))
+    if answered.startswith(prompt):
+        return answered[len(prompt) :]
+    thought = prompt.removeprefix(answered)
+    if thought != prompt and thought.count("<think>") <= thought.count("</think>"):
+        return ""  # an empty thought that is written before a new answer alone, as Gemma 4's template does
+    raise CorpusError(
+        f"{where}: the model's chat template writes no answer at once behind its generation prompt, which ends with "
+        f"{prompt[-40:]!r}; give it chat_options with which it does, or write 'input' as one text"
+    )
+
+
+def _end(bare: ModelChat, rest: str, tokenizer: Any, where: str) -> tuple[str, str]:
     """-> white space, and the token behind it that ends an answer, of all that the template writes behind one."""
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
-    found = [(rest.index(token), -len(token), token) for token in added if token.strip() and token in rest]
-    if found:
-        place, _, token = min(found)
-        if not rest[:place].strip():
-            return rest[:place], token
+    tokens = {token for token in added if token.strip() and token != tokenizer.bos_token}
+    behind = [rest]
+    with suppress(CorpusError):  # GLM's template ends an answer with the mark of the next turn alone
+        behind.append(bare.answered([_ANSWER], answered_by="user")[0].partition(_ANSWER)[2])
+    for text in behind:
+        found = [(text.index(token), -len(token), token) for token in tokens if token in text]
+        if found:
+            place, _, token = min(found)
+            if not text[:place].strip():
+                return text[:place], token
     if tokenizer.eos_token is None:
         raise CorpusError(
             f"{where}: neither the chat template nor the tokenizer in {tokenizer.name_or_path} has a token that ends "

@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.bank import ChatForm, PromptBank, Template
 from tests.bank.conftest import make_backbone, make_prompt, publish
+from tests.chats import CHATML, make_chat_model
 from tests.tiny import make_model
 
 
@@ -159,6 +160,23 @@ def test_show_warns_in_one_line_of_a_model_that_is_not_the_prompts(run, document
     assert stderr == f"warning: 'sst2' was tuned on first, and {model} is another model: they differ in {part}\n"
     code, stdout, stderr = run("show", "sst2", "--model", model, "--json", bank=uri)
     assert f"they differ in {part}" in stdout and stderr == ""
+
+
+def test_show_warns_of_a_model_whose_chat_template_is_not_the_prompts(run, tmp_path):
+    from pipeline.cli.models import identity_of
+
+    model = make_chat_model(tmp_path / "chat-model", CHATML)
+    form = ChatForm(template="c" * 64, options={}, lead="", end="<|im_end|>")
+    template = Template(input='[{"role": "user", "content": "{text}"}]', target="{label}", separator="", chat=form)
+    prompt = make_prompt("sst2", array=np.ones((1, 32), np.float32), length=1, template=template)
+    uri = tmp_path / "of-chat"
+    publish(PromptBank.open(uri, create=True), prompt, **identity_of(str(model), None, None).model_dump())
+    told = f"warning: 'sst2' was tuned with another chat template than that of {model}\n"
+    assert run("show", "sst2", "--model", model, bank=uri)[2] == told
+    (model / "chat_template.jinja").unlink()
+    assert run("show", "sst2", "--model", model, bank=uri)[2] == (
+        f"warning: 'sst2' was tuned on a chat, and {model} has no chat template\n"
+    )
 
 
 def test_show_refuses_a_model_of_another_width_or_none(refusal, model, tmp_path):

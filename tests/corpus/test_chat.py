@@ -9,7 +9,20 @@ from pipeline.corpus.encoding import encode_inputs, encode_targets, tokenizer_co
 from pipeline.corpus.rows import Recipe, RowStatus, tokenise_rows
 from pipeline.corpus.template import parse_template
 from pipeline.errors import CorpusError
-from tests.chats import CHATML, ENDS, GEMMA, LLAMA3, OPEN_THOUGHT, QWEN3, TEMPLATES, chat_tokenizer
+from tests.chats import (
+    CHATML,
+    ENDS,
+    GEMMA,
+    LAST_SYSTEM,
+    LLAMA3,
+    NEW_THOUGHT,
+    NEXT_TURN,
+    OPEN_THOUGHT,
+    QWEN3,
+    SILENT,
+    TEMPLATES,
+    chat_tokenizer,
+)
 
 USER = [("user", "Is it good? {text}")]
 TEXTS = ["the film is good", " a bad story\n", "red {braces}", "<|im_end|> 1 2 3"]
@@ -84,6 +97,41 @@ def test_a_thinking_models_empty_thought_stands_before_the_target_as_its_templat
     (text,) = chat.render([["Is it good?"]])
     assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert chat.end_token == "<|im_end|>"
+
+
+def test_a_thought_that_the_template_leaves_empty_before_a_new_answer_alone_belongs_to_the_input():
+    chat, tokenizer = bound(NEW_THOUGHT)
+    inputs, targets = our_ids(chat, tokenizer, TEXTS[:1], ["good"])
+    assert inputs == [their_ids(tokenizer, TEXTS[0])]
+    assert tokenizer.decode(inputs[0]).endswith("<start_of_turn>assistant\n<|channel|>thought\n<|channel|>")
+    assert tokenizer.decode(targets[0]) == "good<end_of_turn>" and not any(chat.changed(["good"]))
+    open_thought, _ = bound(NEW_THOUGHT, enable_thinking=True)
+    assert open_thought.render([["good"]])[0].endswith("<start_of_turn>assistant\n")
+
+
+def test_what_a_template_writes_only_while_the_users_message_is_the_last_stands_in_the_input():
+    messages = [("system", "Judge."), *USER]
+    chat, tokenizer = bound(LAST_SYSTEM, messages)
+    (text,) = chat.render([["Judge.", "Is it good? red"]])
+    asked = [{"role": "system", "content": "Judge."}, {"role": "user", "content": "Is it good? red"}]
+    assert text == tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    assert text == "<s>[INST] Judge.\n\nIs it good? red[/INST]"
+    (target,) = encode_targets(tokenizer, "decoder-only", "", ["good"], chat)
+    assert tokenizer.decode(target) == " good</s>"
+
+
+def test_where_nothing_but_the_mark_of_the_next_turn_ends_an_answer_a_target_ends_with_that():
+    chat, tokenizer = bound(NEXT_TURN)
+    assert (chat.lead, chat.end_token) == ("\n", "<|start|>")
+    inputs, targets = our_ids(chat, tokenizer, TEXTS[:1], ["good"])
+    assert tokenizer.decode(inputs[0]).endswith("<|message|>\n<think></think>\n")
+    assert tokenizer.decode(targets[0]) == "good<|start|>"
+
+
+def test_a_template_without_any_mark_behind_an_answer_leaves_the_tokenizers_eos():
+    said = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    chat, _ = bound(said + "{% if add_generation_prompt %}assistant:{% endif %}")
+    assert (chat.separator, chat.end_token) == (" ", "</s>")
 
 
 def test_a_template_that_reads_the_clock_writes_the_same_day_always(monkeypatch):
@@ -163,8 +211,9 @@ def test_the_last_shot_of_a_chat_may_be_an_answer_given_before():
         (GEMMA, [("system", "Judge."), *USER], "refuses the messages (System role not supported)"),
         ("{{ messages[0].nothing.at.all }}", USER, "refuses the messages"),
         ("{{ messages[0].content", USER, "refuses the messages"),
-        (OPEN_THOUGHT, USER, "writes no answer behind its generation prompt, which ends with"),
-        ("{{ messages[0].content }}", USER, "writes no answer behind its generation prompt"),
+        (OPEN_THOUGHT, USER, "writes no answer at once behind its generation prompt, which ends with"),
+        (SILENT, USER, "does not write what the messages or the answer say"),
+        ("{{ messages[0].content }}", USER, "does not write what the messages or the answer say"),
         (CHATML, [("user", "{text.of}")], "may hold plain column names only"),
     ],
 )

@@ -83,7 +83,7 @@ def test_another_chat_template_or_option_is_another_corpus_and_the_same_one_is_t
         (GEMMA, {"input": [{"role": "system", "content": "Judge."}, *MESSAGES]}, "(System role not supported)"),
         (CHATML, {"input": [{"role": "user", "content": "{txt}"}]}, "names the column 'txt', which"),
         (CHATML, {"input": [{"role": "user", "content": "Hello"}]}, "names no column; write one such as {text}"),
-        (OPEN_THOUGHT, {}, "writes no answer behind its generation prompt, which ends with"),
+        (OPEN_THOUGHT, {}, "writes no answer at once behind its generation prompt, which ends with"),
         (GEMMA, {"labels": ["positive", "negative "]}, "does not write the label 'negative ' as it stands"),
     ],
 )

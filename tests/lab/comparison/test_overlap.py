@@ -6,12 +6,17 @@ import numpy as np
 import pytest
 
 from pipeline.corpus.reader import open_split
+from pipeline.corpus.task_corpus import task_chat, task_input
 from pipeline.corpus.template import parse_template
+from pipeline.errors import SettingsError
 from pipeline.lab.comparison import tables
 from pipeline.lab.comparison.candidates import Candidate, MeasuredCandidate
+from pipeline.lab.comparison.checks import check_model
 from pipeline.lab.comparison.choice import choose_best, group_over_seeds
 from pipeline.lab.comparison.overlap import find_seen_rows, row_letters
 from pipeline.lab.comparison.questions import SplitAnswers
+from pipeline.settings import parse_settings
+from tests.chats import TEMPLATES, chat_tokenizer
 from tests.corpora import make_task, reviews, task_corpus
 from tests.tiny import make_tokenizer
 
@@ -75,6 +80,32 @@ def test_rows_that_train_or_dev_of_another_task_hold_are_seen_and_no_others(tmp_
     held = [tokenizer.decode(split.input_ids(row)) in learnt for row in range(len(split))]
     assert len(seen) == 25 and seen.tolist() == held and 0 < seen.sum() < 25
     assert not find_seen_rows(study)("other", "own", "test").any()
+
+
+@pytest.mark.parametrize("template", ["chatml", "gemma", "llama3"])
+def test_rows_of_a_chat_are_compared_by_what_their_columns_say(tmp_path, template):
+    tokenizer = chat_tokenizer(TEMPLATES[template])
+    pairs = list(dict.fromkeys(reviews(60, 0)))
+    task = make_task(input=[{"role": "user", "content": "Is it good? {text}"}])
+    asked = task_chat("chat", task, task_input("chat", task), "decoder-only", tokenizer)
+    texts = task_corpus(tmp_path, tokenizer, "decoder-only", "text", {"train": pairs[:20], "dev": pairs[20:30]})
+    splits = {"train": pairs[40:45], "dev": pairs[45:50], "test": pairs[25:40]}
+    chats = task_corpus(tmp_path, tokenizer, "decoder-only", "chat", splits, asked)
+    study = SimpleNamespace(
+        checked=SimpleNamespace(tokenizer=tokenizer, architecture="decoder-only"),
+        corpora={"text": texts, "chat": chats},
+        settings=SimpleNamespace(tasks={"text": make_task(), "chat": task}),
+        rows=lambda task, split: 25,
+    )
+    seen = find_seen_rows(study)("text", "chat", "test")
+    assert (len(seen), seen.sum()) == (15, 5)
+
+
+def test_hard_prompts_are_refused_for_chats_before_anything_is_tuned():
+    task = {"train": "t", "dev": "d", "input": [{"role": "user", "content": "{text}"}]}
+    settings = parse_settings({"model": {"path": "x"}, "tasks": {"film": task}})
+    with pytest.raises(SettingsError, match=r"compare\.hard_prompts: the input of 'film' is a chat"):
+        check_model(SimpleNamespace(settings=settings))
 
 
 def answered(right: np.ndarray) -> SplitAnswers:
