@@ -64,7 +64,7 @@ def estimate_memory(
     # Of experts, the matrix of one is converted at a time.
     converted = max((min(p.shape[-2] * p.shape[-1], CONVERTED_AT_ONCE) for p in int8_parameters), default=0)
     text: Any = config.get_text_config(decoder=True)
-    # A layer keeps norms, projections, residuals and the feed-forward's two branches. T5Gemma's halves are nearly alike,
+    # A layer keeps norms, projections, residuals and the feed-forward's branches. T5Gemma's halves are nearly alike,
     # and a token passes through one of them. Logits are assumed at a quarter of the positions.
     layer = 10 * input_width(skeleton) + 4 * _inner_width(text)
     layers = int(text.num_hidden_layers)
