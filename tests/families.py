@@ -55,7 +55,7 @@ _QWEN_3_5 = {
 }
 _FALCON = {**_SIZES, "new_decoder_architecture": False}
 _GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3}
-_MAMBA_2 = {"mamba_n_heads": 8, "mamba_d_state": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+_MAMBA_2 = {"mamba_n_heads": 8, "mamba_d_state": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_chunk_size": 4}
 
 
 @dataclass(frozen=True)
@@ -197,14 +197,14 @@ DECODERS = {
     "mamba2": Family(
         "mamba2",
         {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 8}
-        | {"n_groups": 1, "chunk_size": 16},
+        | {"n_groups": 1, "chunk_size": 4},
         "padded",
     ),
     "nemotron": Family("nemotron", _HEADS_OF_8),
     "nemotron_h": Family(
         "nemotron_h",
         {**_HEADS_OF_8, "layers_block_type": ["mamba", "attention"], "mamba_num_heads": 8, "mamba_head_dim": 8}
-        | {"n_groups": 1, "ssm_state_size": 8, "chunk_size": 16},
+        | {"n_groups": 1, "ssm_state_size": 8, "chunk_size": 4},
         "padded",
     ),
     "exaone4, windows": Family("exaone4", {**_DENSE, **_MIXED}),

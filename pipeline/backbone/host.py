@@ -190,6 +190,7 @@ def choose_way(
         return bool(said)
 
     set_products(model, "exact", device)  # rounding to int8 would hide a small difference
+    model.keeps_rows = model.keeps_prompts = False  # nothing is kept before it is proved
     proof = prove(hosted, model, device, dtype, gradients, on_all_ranks)
     set_products(model, products, device)
     if proof.way is None:
@@ -199,6 +200,8 @@ def choose_way(
             f"({found}); prompts tuned on it would be wrong, so it is refused"
         )
     model.way, model.keeps_rows = proof.way, proof.keeps_rows
+    # Partitioned, all ranks must run the same passes, and each has other prompts.
+    model.keeps_prompts = proof.keeps_prompts and not dist.is_initialized()
     return proof
 
 

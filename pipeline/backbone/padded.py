@@ -123,7 +123,20 @@ def _joined(
 
 
 def _run(model: Any, prompts: Sequence[Any], of_row: Sequence[int], texts: TokenRows) -> Tensor:
-    """Last hidden states `[B, T, H]` of prompts and the texts behind them, right-padded."""
+    kept = model.keeps_prompts and not torch.is_grad_enabled()
+    return hidden_states(model, prompts, of_row, texts, kept)
+
+
+def hidden_states(
+    model: Any, prompts: Sequence[Any], of_row: Sequence[int], texts: TokenRows, kept: bool = False
+) -> Tensor:
+    """Last hidden states `[B, T, H]` of prompts and the texts behind them, right-padded.
+
+    `kept`: each prompt runs once, and its rows go on from its state. This is exact only for some families (see
+    `proof`), has no gradients, and zeros at the prompts' own places.
+    """
+    if kept:
+        return _behind_kept_prompts(model, prompts, of_row, texts)
     joined, ids = _joined(model, prompts, of_row, texts)
     embeddings = pad_embeddings(joined)
     lengths = np.array([len(row) for row in joined])
@@ -134,6 +147,40 @@ def _run(model: Any, prompts: Sequence[Any], of_row: Sequence[int], texts: Token
         use_cache=False,
         **inputs_beside(model, as_indices(pad_ids(ids), embeddings)),
     )
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def _behind_kept_prompts(model: Any, prompts: Sequence[Any], of_row: Sequence[int], texts: TokenRows) -> Tensor:
+    lengths = [len(prompts[s]) + len(text) for s, text in zip(of_row, texts, strict=True)]
+    hidden: Tensor | None = None
+    for s in sorted(set(of_row)):
+        rows = [row for row, of in enumerate(of_row) if of == s]
+        found = _behind_one(model, prompts[s], [texts[row] for row in rows])
+        if hidden is None:
+            hidden = found.new_zeros(len(texts), max(lengths), found.shape[-1])
+        start = len(prompts[s])
+        hidden[rows, start : start + found.shape[1]] = found
+    assert hidden is not None
+    return hidden
+
+
+def _behind_one(model: Any, prompt: Tensor, texts: TokenRows) -> Tensor:
+    """Last hidden states `[B, T, H]` of right-padded texts that follow one prompt `[P, H]`."""
+    layers, before = layers_of(model), len(prompt)
+    ids = as_indices(pad_ids(texts), prompt)
+    words = embed_words(model, ids)
+    given: dict[str, Any] = {}
+    if before:
+        padding = ids.new_full((1, before), pad_token(model))
+        first = layers(inputs_embeds=prompt[None].to(words.dtype), use_cache=True, **inputs_beside(model, padding))
+        cache = first.past_key_values
+        cache.reorder_cache(ids.new_zeros(len(texts)))  # a copy for each row
+        given = {"past_key_values": cache, "use_cache": True}
+        if "position_ids" in signature(layers.forward).parameters:
+            given["position_ids"] = (before + torch.arange(ids.shape[1], device=ids.device))[None].expand_as(ids)
+    mask = mask_of(np.array([before + len(text) for text in texts]), before + ids.shape[1])
+    output = layers(inputs_embeds=words, attention_mask=as_indices(mask, prompt), **given, **inputs_beside(model, ids))
     hidden: Tensor = output.last_hidden_state
     return hidden
 

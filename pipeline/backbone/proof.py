@@ -9,6 +9,7 @@ Shapes: P prompt tokens, H hidden, T tokens.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -51,6 +52,8 @@ class Proof:
     """Of every way that was tried."""
     keeps_rows: bool = False
     """Whether a decoder's padded rows may go on, token by token, from the family's own cache of what ran."""
+    keeps_prompts: bool = False
+    """Whether a decoder's padded rows may go on from the state of a prompt that ran once; without gradients."""
 
 
 @dataclass(frozen=True)
@@ -105,27 +108,37 @@ def prove(
         except Exception as error:  # whatever a family's layers raise when they are not run as they are used to
             differences[way] = Difference(np.inf, np.inf, _reason(error))
         if agree(_is_exact(differences[way], dtype)):
-            keeps = together is _padded and agree(_keeps_rows(run, prompts, probe, dtype))
-            return Proof(way, differences, keeps)
+            if together is not _padded:
+                return Proof(way, differences)
+            keeps = [agree(_agrees(run, partial(of, probe), prompts, dtype)) for of in (_grown, _behind_prompts)]
+            return Proof(way, differences, *keeps)
     return Proof(None, differences)
 
 
-def _keeps_rows(run: Run, prompts: Sequence[Tensor], probe: _Probe, dtype: torch.dtype) -> bool:
-    """Whether rows of different lengths that grow in the family's own cache are those that run again as a whole."""
+def _agrees(run: Run, function: Callable[..., Tensor], prompts: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether hidden states are the same when what ran is kept in the family's own cache as when it runs again."""
     try:
-        again, kept = (run(_grown, prompts, probe, kept) for kept in (False, True))
+        with torch.no_grad():
+            again, kept = (run(function, prompts, kept) for kept in (False, True))
     except Exception:  # the family's cache is asked what it may not know
         return False
     most = 1e-3 if dtype == torch.float32 else 0.1
     return float((again - kept).norm() / again.norm()) <= most
 
 
-@torch.no_grad()
-def _grown(model: Any, prompts: Sequence[Tensor], probe: _Probe, kept: bool) -> Tensor:
-    """Hidden states `[2, T, H]` of rows that grow by their targets."""
+def _grown(probe: _Probe, model: Any, prompts: Sequence[Tensor], kept: bool) -> Tensor:
+    """Hidden states `[2, T, H]` of rows that grow by their targets, token by token."""
     first, step = padded.growing_rows(model, Rows(prompts, range(2), probe.inputs), kept)
     tokens = torch.as_tensor(np.stack(probe.targets), device=first.device)
     return torch.stack([first, *(step(of_rows) for of_rows in tokens.T)], 1)
+
+
+def _behind_prompts(probe: _Probe, model: Any, prompts: Sequence[Tensor], kept: bool) -> Tensor:
+    """Hidden states `[3, H]` at the ends of rows, two of them behind the first prompt."""
+    rows = [*probe.inputs, probe.inputs[0]]
+    hidden = padded.hidden_states(model, prompts, [0, 1, 0], rows, kept)
+    ends = [len(prompts[s]) + len(x) - 1 for s, x in zip([0, 1, 0], rows, strict=True)]
+    return hidden[torch.arange(3), torch.tensor(ends)]
 
 
 def _reason(error: Exception) -> str:

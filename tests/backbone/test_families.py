@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from pipeline.backbone import prompted
+from pipeline.backbone import padded, prompted
 from pipeline.backbone.files import find_model, read_config
 from pipeline.backbone.host import host_backbone
 from tests.families import DECODERS, make_decoder
@@ -152,3 +152,17 @@ def test_a_prompt_that_is_not_a_number_touches_no_other_row(both, rows):
         )
     assert [bool(loss.isnan()) for loss in found] == [s == 0 for s in OF_ROW]
     torch.testing.assert_close(found[1:3], wanted[1:3], rtol=1e-5, atol=1e-6)
+
+
+def test_rows_longer_than_any_chunk_go_on_from_a_prompts_state_as_they_run_behind_it(both):
+    _, ours, _ = both
+    if not ours.proof.keeps_prompts:
+        pytest.skip("its prompts run again with every row, or once a batch where rows are packed")
+    rng = np.random.default_rng(1)
+    prompts = [ours.embed(torch.as_tensor(rng.integers(6, VOCAB, n))) for n in (70, 5)]
+    rows = [rng.integers(6, VOCAB, n) for n in (150, 3, 90)]
+    with torch.no_grad():
+        again, kept = (ours.run(padded.hidden_states, prompts, [0, 0, 1], rows, kept) for kept in (False, True))
+    for row, (text, prompt) in enumerate(zip(rows, (70, 70, 5), strict=True)):
+        places = slice(prompt, prompt + len(text))
+        torch.testing.assert_close(kept[row, places], again[row, places], rtol=1e-3, atol=1e-4)
