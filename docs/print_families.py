@@ -11,13 +11,14 @@ import transformers
 
 from pipeline.backbone.files import find_model, read_config
 from pipeline.backbone.host import host_backbone
+from pipeline.backbone.proof import Proof
 from tests.families import DECODERS, make_decoder
 
 
 def main() -> None:
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     print(f"Measured with transformers {transformers.__version__}.\n")
-    print("| family | rows run | likelihood off, nats | gradient off |\n|---|---|---|---|")
+    print("| family | rows run | kept | likelihood off, nats | gradient off |\n|---|---|---|---|---|")
     for name, family in DECODERS.items():
         with tempfile.TemporaryDirectory() as folder:
             files = find_model(str(make_decoder(Path(folder), family)))
@@ -30,7 +31,12 @@ def main() -> None:
                 sharded=False,
             )
         off = backbone.proof.differences[backbone.way]
-        print(f"| {name} | {backbone.way} | {off.likelihood:.0e} | {off.gradient:.0e} |")
+        kept = "prompts, rows" if backbone.way == "packed" else _kept(backbone.proof)
+        print(f"| {name} | {backbone.way} | {kept} | {off.likelihood:.0e} | {off.gradient:.0e} |")
+
+
+def _kept(proof: Proof) -> str:
+    return ", ".join(["prompts"] * proof.keeps_prompts + ["rows"] * proof.keeps_rows) or "nothing"
 
 
 if __name__ == "__main__":

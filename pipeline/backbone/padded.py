@@ -86,12 +86,12 @@ def _kept_rows(model: Any, rows: Rows) -> tuple[Tensor, Callable[[Tensor], Tenso
 
     def run(embeddings: Tensor, ids: Tensor) -> Tensor:
         nonlocal cache
-        given = {} if cache is None else {"past_key_values": cache}
+        given = {} if cache is None else {_cache_name(layers): cache}
         if "position_ids" in signature(layers.forward).parameters:
             given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         more = inputs_beside(model, ids)
         output = layers(inputs_embeds=embeddings, attention_mask=mask, use_cache=True, **given, **more)
-        cache = output.past_key_values
+        cache = getattr(output, _cache_name(layers))
         hidden: Tensor = output.last_hidden_state[:, -1]
         return hidden
 
@@ -174,15 +174,20 @@ def _behind_one(model: Any, prompt: Tensor, texts: TokenRows) -> Tensor:
     if before:
         padding = ids.new_full((1, before), pad_token(model))
         first = layers(inputs_embeds=prompt[None].to(words.dtype), use_cache=True, **inputs_beside(model, padding))
-        cache = first.past_key_values
+        cache = getattr(first, _cache_name(layers))
         cache.reorder_cache(ids.new_zeros(len(texts)))  # a copy for each row
-        given = {"past_key_values": cache, "use_cache": True}
+        given = {_cache_name(layers): cache, "use_cache": True}
         if "position_ids" in signature(layers.forward).parameters:
             given["position_ids"] = (before + torch.arange(ids.shape[1], device=ids.device))[None].expand_as(ids)
     mask = mask_of(np.array([before + len(text) for text in texts]), before + ids.shape[1])
     output = layers(inputs_embeds=words, attention_mask=as_indices(mask, prompt), **given, **inputs_beside(model, ids))
     hidden: Tensor = output.last_hidden_state
     return hidden
+
+
+def _cache_name(layers: Any) -> str:
+    """What the family calls its cache: Mamba has a word of its own."""
+    return "cache_params" if "cache_params" in signature(layers.forward).parameters else "past_key_values"
 
 
 def _scored(model: Any, hidden: Tensor, ends: np.ndarray, row_of: np.ndarray, targets: TokenRows) -> Tensor:
