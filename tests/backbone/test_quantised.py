@@ -19,7 +19,7 @@ from pipeline.backbone.loading import Partition, Placement, build_skeleton, load
 from pipeline.backbone.offload import on_device
 from pipeline.backbone.weights import open_weights
 from pipeline.errors import BackboneError
-from tests.decoder_families import make_decoder
+from tests.families import DECODERS, make_decoder
 from tests.tiny import make_model
 
 CPU = torch.device("cpu")
@@ -88,7 +88,7 @@ def in_blocks(name, tensor):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_fp8_in_blocks_is_read_as_transformers_dequantises_it(family, tmp_path):
-    made = make_decoder(tmp_path / "m", family, **(EXPERTS if "moe" in family else {"hidden_size": 64}))
+    made = make_decoder(tmp_path / "m", DECODERS[family], **(EXPERTS if "moe" in family else {"hidden_size": 64}))
     settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": BLOCK}
     folder = rewritten(made, in_blocks, settings)
     dequantise = FineGrainedFP8Config(weight_block_size=BLOCK, dequantize=True)
@@ -150,7 +150,7 @@ def test_mxfp4_as_gpt_oss_ships_it_is_read_as_transformers_dequantises_it(tmp_pa
         scales = torch.randint(118, 126, (experts, outputs, inputs // 32), generator=generator, dtype=torch.uint8)
         return {f"{name}_blocks": blocks, f"{name}_scales": scales}
 
-    made = make_decoder(tmp_path / "m", "gpt_oss", hidden_size=64, intermediate_size=96)
+    made = make_decoder(tmp_path / "m", DECODERS["gpt_oss, sinks"], hidden_size=64, intermediate_size=96)
     folder = rewritten(made, change, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]})
     reference = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.float32
@@ -242,7 +242,7 @@ def pieces(folder, partition):
 
 def test_ranks_read_their_rows_of_a_quantised_checkpoint(tmp_path):
     folder = rewritten(
-        make_decoder(tmp_path / "m", "qwen3_moe", **EXPERTS),
+        make_decoder(tmp_path / "m", DECODERS["qwen3_moe"], **EXPERTS),
         in_blocks,
         {"quant_method": "fp8", "weight_block_size": BLOCK},
     )
