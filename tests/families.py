@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.tiny import VOCAB, make_tokenizer
@@ -226,15 +226,18 @@ DECODERS = {
 }
 
 
-def make_decoder(folder: Path, family: Family, seed: int = 0) -> Path:
-    """Save a random model of the family, whose outputs differ clearly between inputs, with a tokenizer."""
+def make_decoder(folder: Path, family: Family, seed: int = 0, **changes: Any) -> Path:
+    """Save a random model of the family, whose outputs differ clearly between inputs, with a tokenizer.
+
+    It is saved under the names that a hub's files have. `changes` are sizes in place of the family's own.
+    """
     ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     if family.text_of:
         config = CONFIG_MAPPING[family.kind](text_config=dict(family.sizes), **family.text_of, **ids)
     else:
-        config = CONFIG_MAPPING[family.kind](**{**family.sizes, **ids, "vocab_size": VOCAB})
+        config = CONFIG_MAPPING[family.kind](**{**family.sizes, **ids, "vocab_size": VOCAB, **changes})
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model = (AutoModelForImageTextToText if family.text_of else AutoModelForCausalLM).from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 and "norm" in name:  # as trained ones are: not all alike
@@ -243,6 +246,9 @@ def make_decoder(folder: Path, family: Family, seed: int = 0) -> Path:
                 parameter.normal_()
             elif parameter.dim() >= 2 and "embed" not in name:
                 parameter.mul_(3.0)
+        for name, buffer in model.named_buffers():
+            if "correction_bias" in name:  # which experts a token goes to
+                buffer.normal_()
         model.get_input_embeddings().weight[0].normal_(std=0.02)  # zeros have no direction, which some families ask for
     model.save_pretrained(folder)
     make_tokenizer(eos_template=False).save_pretrained(folder)

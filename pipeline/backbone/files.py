@@ -33,6 +33,8 @@ _QUANTISATIONS = {
     "mxfp4": "MXFP4",
 }
 
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+
 
 @dataclass(frozen=True)
 class ModelFiles:
@@ -127,11 +129,14 @@ def read_config(files: ModelFiles) -> PretrainedConfig:
     if path:
         complete_config(config, path)
     else:
-        _refuse_quantised(config, files.name)
+        _check_quantised(config, files.name)
     text = config if config.is_encoder_decoder else config.get_text_config()
     if architecture_of(text, files.name) == "encoder-decoder":
         _complete_start(text, files)
     _check_experts(text, files.name)
+    for key in _QUANTIZATION_KEYS:  # from here on weights are floats
+        if hasattr(text, key):
+            delattr(text, key)
     return text
 
 
@@ -181,23 +186,58 @@ def read_generation(files: ModelFiles, config: PretrainedConfig) -> GenerationCo
         ) from error
 
 
-def _refuse_quantised(config: PretrainedConfig, name: str) -> None:
-    found = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
-    if not found:
+def _check_quantised(config: PretrainedConfig, name: str) -> None:
+    """Raises: BackboneError for weights that are quantised in a way that is not read."""
+    settings = _quantization(config)
+    if not settings or readable_method(settings):
         return
-    quantization: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
-    method = str(quantization.get("quant_method") or "").lower() or (
-        "bitsandbytes" if "load_in_4bit" in quantization else ""
-    )
+    method = method_of(settings)
     if method == "gguf":  # saved from a GGUF file; its weights are floats again
         return
-    bits = (
-        quantization.get("bits")
-        or quantization.get("w_bit")
-        or (8 if quantization.get("load_in_8bit") else 4 if quantization.get("load_in_4bit") else "")
-    )
+    bits = settings.get("bits") or settings.get("w_bit") or ""
     kind = f"{_QUANTISATIONS.get(method, method) or 'of an unnamed kind'}{f', {bits} bit' if bits else ''}"
     raise BackboneError(f"model.path {name}: its weights are quantised ({kind}: quantization_config); {UNQUANTISED}")
+
+
+def _quantization(config: PretrainedConfig) -> dict[str, Any]:
+    """How a checkpoint is quantised, from its own or its text model's configuration; empty if it is not."""
+    for part in (config, config.get_text_config()):
+        for key in _QUANTIZATION_KEYS:
+            if found := getattr(part, key, None):
+                return found if isinstance(found, dict) else dict(found.to_dict())
+    return {}
+
+
+def quantization_of(files: ModelFiles) -> dict[str, Any]:
+    """The `quantization_config` of a model folder that is read here; empty if its weights are floats."""
+    path = files.folder / "config.json"
+    if files.gguf or not path.is_file():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    parts = (content, content.get("text_config") or {})
+    found: Any = next((part[key] for part in parts for key in _QUANTIZATION_KEYS if part.get(key)), {})
+    return found if isinstance(found, dict) and readable_method(found) else {}
+
+
+def readable_method(settings: dict[str, Any]) -> str | None:
+    """The format of a `quantization_config`, if weights of it are read here (see `quantised`)."""
+    method = method_of(settings)
+    readable = {
+        "mxfp4": True,
+        "fp8": True,
+        "fbgemm_fp8": True,
+        "bitsandbytes": True,
+        "compressed-tensors": settings.get("format") in ("float-quantized", "int-quantized", "naive-quantized"),
+        "gptq": settings.get("bits") in (2, 4, 8),
+        "awq": settings.get("bits", settings.get("w_bit")) == 4 and str(settings.get("version", "gemm")) == "gemm",
+    }
+    return method if readable.get(method) else None
+
+
+def method_of(settings: dict[str, Any]) -> str:
+    """The name of a `quantization_config`'s format, in small letters; empty for an unnamed one."""
+    of_bitsandbytes = "load_in_4bit" in settings or "load_in_8bit" in settings
+    return str(settings.get("quant_method") or ("bitsandbytes" if of_bitsandbytes else "")).lower()
 
 
 def _reason(error: Exception) -> str:

@@ -14,13 +14,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pipeline.backbone.files import UNQUANTISED, ModelFiles
+from pipeline.backbone.files import UNQUANTISED, ModelFiles, quantization_of
 from pipeline.backbone.weight_files import weight_files
 from pipeline.errors import BackboneError
 
 _PIECE = 2**22
 """Entries that are read at a time for a digest."""
 _MOST_READERS = 8
+_OF_MATRICES = ("weight_scale_inv", "weight_scale", "weight.absmax", "SCB")
+"""What is stored beside a quantised matrix, in place of `weight`."""
 
 
 class Read(Protocol):
@@ -53,7 +55,25 @@ def open_weights(files: ModelFiles, skeleton: nn.Module) -> WeightSource:
         from pipeline.backbone.gguf_weights import open_gguf  # which needs the types above
 
         return open_gguf(files, skeleton)
-    return _open_safetensors(files)
+    source = _open_safetensors(files)
+    settings = quantization_of(files)
+    if not settings:
+        _check_floats(source)
+        return source
+    from pipeline.backbone.quantised import dequantised  # which needs the types above
+
+    return dequantised(source, settings)
+
+
+def _check_floats(source: WeightSource) -> None:
+    """Raises: BackboneError for scales of quantised matrices, which would be passed over without a word."""
+    stems = {name.removesuffix("weight") for name in source.names if name.endswith(".weight")}
+    scale = next((f"{stem}{end}" for end in _OF_MATRICES for stem in stems if f"{stem}{end}" in source.names), None)
+    if scale:
+        raise BackboneError(
+            f"{source.origin}: the weights hold '{scale}', so they are quantised, but config.json has no "
+            f"quantization_config that tells how; {UNQUANTISED}"
+        )
 
 
 def weights_digest(source: WeightSource) -> str:
@@ -115,6 +135,9 @@ _TYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "BOOL": torch.bool,
 }
 

@@ -27,13 +27,47 @@ from pipeline.backbone.memory import estimate_memory
 from pipeline.backbone.offload import on_device
 from pipeline.backbone.weights import open_weights
 from pipeline.errors import BackboneError
-from tests.decoder_families import CONFIGS, FAMILIES, WITH_EXPERTS, make_decoder
+from tests.families import DECODERS, Family, make_decoder
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB
 
 CPU = torch.device("cpu")
+FAMILIES = {
+    **DECODERS,
+    "qwen3_5, with vision": Family(
+        "qwen3_5",
+        {**DECODERS["qwen3_5_text"].sizes, "vocab_size": VOCAB},
+        text_of={
+            "vision_config": {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+            | {"out_hidden_size": 32, "num_position_embeddings": 16},
+            "image_token_id": 3,
+            "video_token_id": 4,
+            "vision_start_token_id": 5,
+            "vision_end_token_id": 6,
+        },
+    ),
+}
+WITH_EXPERTS = [
+    "deepseek_v3",
+    "gemma4_text, experts",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "gpt_oss, sinks",
+    "granitemoehybrid",
+    "jamba",
+    "llama4_text, chunks",
+    "minimax_m2",
+    "mixtral",
+    "olmoe",
+    "phimoe",
+    "qwen2_moe",
+    "qwen3_5_moe_text",
+    "qwen3_moe",
+    "qwen3_next",
+]
+"""Families whose experts are one tensor of three sides."""
 HYBRIDS = ["falcon_h1", "lfm2", "mamba", "mamba2", "nemotron_h", "qwen3_5_text"]
-PER_LAYER = ["gemma4_text_per_layer"]
+PER_LAYER = ["gemma4_text, inputs of layers"]
 """Families whose own forward needs ids beside embeddings."""
 
 
@@ -44,7 +78,7 @@ def saved(tmp_path_factory):
 
     def folder_of(family):
         if family not in made:
-            made[family] = make_decoder(tmp_path_factory.mktemp(family), family)
+            made[family] = make_decoder(tmp_path_factory.mktemp("family"), FAMILIES[family])
         return made[family]
 
     return folder_of
@@ -96,7 +130,7 @@ def test_every_tensor_of_a_family_is_the_one_that_transformers_reads(family, sav
 
 
 @pytest.mark.parametrize("layers, head", [("model.language_model.", ""), ("language_model.model.", "language_model.")])
-@pytest.mark.parametrize("family", [f for f in FAMILIES if "text_config" in CONFIGS[f][1]])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if FAMILIES[f].text_of])
 def test_the_text_model_is_found_under_each_prefix_that_files_of_multimodal_models_have(
     family, layers, head, saved, tmp_path
 ):
@@ -121,7 +155,7 @@ def test_a_file_that_lacks_one_expert_is_refused_in_a_sentence(saved, tmp_path):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4_text", "jamba"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss, sinks", "llama4_text, chunks", "jamba"])
 @pytest.mark.parametrize("int8", [True, False])
 def test_the_ranks_pieces_of_experts_put_together_are_the_model_bit_by_bit(family, int8, saved, monkeypatch):
     whole = pieces_of(saved(family), int8, Partition())
@@ -153,7 +187,7 @@ def pieces_of(folder, int8, partition):
 
 
 def test_a_rank_reads_of_a_layers_experts_only_those_that_it_holds(saved, tmp_path, monkeypatch):
-    folder = make_decoder(tmp_path / "m", "qwen3_moe", num_experts=32)
+    folder = make_decoder(tmp_path / "m", DECODERS["qwen3_moe"], num_experts=32)
     monkeypatch.setattr(loading, "_CHUNK", 100)
     read = []
     files = find_model(str(folder))
@@ -265,7 +299,7 @@ def on_rank(folder):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt_oss", "jamba"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt_oss, sinks", "jamba"])
 def test_two_zero3_ranks_give_the_loss_and_gradients_of_one_process(family, saved):
     model = load(saved(family), int8=True)
     generator = torch.Generator().manual_seed(0)
@@ -291,14 +325,14 @@ def test_buffers_that_decide_the_experts_come_from_the_checkpoint(saved):
 
 
 def test_a_table_of_embeddings_besides_the_first_is_int8_where_it_is_large(saved, monkeypatch):
-    config = read_config(find_model(str(saved("gemma4_text_per_layer"))))
+    config = read_config(find_model(str(saved(PER_LAYER[0]))))
     table = "model.embed_tokens_per_layer"
     assert build_skeleton(config, int8=True).get_submodule(table).weight.dtype == torch.float32
     monkeypatch.setattr(int8_layers, "_LARGE_TABLE", 1000)
-    model = load(saved("gemma4_text_per_layer"), int8=True)
+    model = load(saved(PER_LAYER[0]), int8=True)
     assert model.get_submodule(table).weight.dtype == torch.int8
     ids = torch.arange(VOCAB)[None]
-    usual = AutoModelForCausalLM.from_pretrained(saved("gemma4_text_per_layer")).get_submodule(table)(ids)
+    usual = AutoModelForCausalLM.from_pretrained(saved(PER_LAYER[0])).get_submodule(table)(ids)
     step = usual.abs().amax(-1, keepdim=True) / 127
     assert bool(((model.get_submodule(table)(ids) - usual).abs() <= 0.51 * step).all())
 

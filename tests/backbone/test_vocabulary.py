@@ -123,13 +123,11 @@ def test_a_model_whose_eos_has_no_embedding_is_refused(tmp_path):
 
 
 QUANTISED = {
-    "GPTQ, 4 bit": {"quant_method": "gptq", "bits": 4},
-    "AWQ, 4 bit": {"quant_method": "awq", "bits": 4},
-    "bitsandbytes, 4 bit": {"quant_method": "bitsandbytes", "load_in_4bit": True},
-    "bitsandbytes, 8 bit": {"quant_method": "bitsandbytes", "load_in_8bit": True},
-    "FP8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
-    "MXFP4": {"quant_method": "mxfp4"},
+    "GPTQ, 3 bit": {"quant_method": "gptq", "bits": 3},
+    "AWQ, 4 bit": {"quant_method": "awq", "bits": 4, "version": "gemv"},
     "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+    "hqq": {"quant_method": "hqq"},
+    "of an unnamed kind": {"zero_point": True},
 }
 
 
