@@ -1,6 +1,7 @@
 """Where a model's files are: a folder, a hub name, a .gguf file, or a packaged model's short name."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from pipeline.backbone.gguf_metadata import check_metadata, complete_config, warn_of_unknown_split
+from pipeline.backbone.gguf_metadata import (
+    check_metadata,
+    complete_config,
+    quick_gguf_reader,
+    warn_of_unknown_split,
+)
 from pipeline.backbone.packaged import PACKAGED, find_packaged
 from pipeline.backbone.weight_files import weight_files, weights_to_fetch
 from pipeline.errors import BackboneError
@@ -109,7 +115,8 @@ def read_config(files: ModelFiles) -> PretrainedConfig:
     try:
         if path:
             check_metadata(path)
-        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False, **_gguf(files))
+        with quick_gguf_reader() if path else nullcontext():
+            config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False, **_gguf(files))
     except BackboneError:
         raise
     except Exception as error:
@@ -226,7 +233,8 @@ def context_length(config: PretrainedConfig) -> int | None:
 def read_tokenizer(files: ModelFiles) -> Any:
     """The model's fast tokenizer. Raises: BackboneError when it has none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False, **_gguf(files))
+        with quick_gguf_reader() if files.gguf else nullcontext():
+            tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False, **_gguf(files))
     except Exception as error:
         raise BackboneError(f"model.path {files.name}: its tokenizer cannot be read: {_reason(error)}") from error
     if not tokenizer.is_fast:

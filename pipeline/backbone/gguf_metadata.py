@@ -6,7 +6,9 @@ changes, nobody reads a warning in a nightly job, and there is a way out, the mo
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -86,6 +88,41 @@ _OFF: dict[str, tuple[Any, ...]] = {
 _LAYERS_OF_GEMMA_3_27B = 62
 # Values of tokenizer.ggml.pre that mean GPT-2's split, which transformers uses where it does not know the name.
 _AS_GPT2 = {"gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "mellum", "a.x-4.0"}
+
+
+@contextmanager
+def quick_gguf_reader() -> Iterator[None]:
+    """Let whoever reads a GGUF file meanwhile, transformers included, use the gguf library's reader, but quickly.
+
+    It makes two arrays of each word of a vocabulary. As parts of a mapped file, as it has them, they take many times as
+    long as ordinary arrays (half a minute for 262,144 words, and a start reads a file three times).
+    """
+    import gguf
+
+    usual = gguf.GGUFReader
+    gguf.GGUFReader = _quick_reader()
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = usual
+
+
+@cache
+def _quick_reader() -> Any:
+    import gguf
+
+    class Reader(gguf.GGUFReader):
+        _data: Any
+
+        @property
+        def data(self) -> Any:
+            return self._data
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self._data = np.asarray(mapped)
+
+    return Reader
 
 
 def check_metadata(path: str) -> None:
@@ -275,7 +312,8 @@ def _set_rope(config: Any, **parameters: Any) -> None:
 def _rope_factors(path: str, config: PretrainedConfig) -> np.ndarray:
     import gguf
 
-    tensor = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == ROPE_FACTORS)
+    with quick_gguf_reader():
+        tensor = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == ROPE_FACTORS)
     factors: np.ndarray = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(-1)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if len(factors) != size // 2:

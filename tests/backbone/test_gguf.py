@@ -2,6 +2,7 @@
 
 import logging
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from pipeline.backbone.files import find_model, read_config, read_tokenizer
 from pipeline.backbone.fingerprint import identify
+from pipeline.backbone.gguf_metadata import quick_gguf_reader
 from pipeline.backbone.host import host_backbone
 from pipeline.backbone.loading import build_skeleton
 from pipeline.backbone.packaged import PACKAGED
@@ -72,6 +74,20 @@ def test_a_model_and_its_gguf_give_the_same_logits(family, tmp_path):
     path = write_gguf(tmp_path / "m.gguf", model, arch)
     with torch.no_grad():
         torch.testing.assert_close(logits_of(path), logits(model), rtol=0, atol=1e-4)
+
+
+def test_the_quick_reader_gives_what_the_gguf_librarys_own_gives(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", open_model(make_model(tmp_path / "m")), "llama")
+    usual = gguf.GGUFReader(path)
+    with quick_gguf_reader():
+        quick = gguf.GGUFReader(path)
+    assert type(quick) is not type(usual) and gguf.GGUFReader is type(usual)
+    assert list(quick.fields) == list(usual.fields)
+    for key, field in usual.fields.items():
+        assert quick.fields[key].contents() == field.contents() and quick.fields[key].types == field.types
+    for mine, theirs in zip(quick.tensors, usual.tensors, strict=True):
+        assert (mine.name, list(mine.shape), mine.tensor_type) == (theirs.name, list(theirs.shape), theirs.tensor_type)
+        assert mine.data.dtype == theirs.data.dtype and mine.data.tobytes() == theirs.data.tobytes()
 
 
 def test_t5_with_plain_relu_is_not_taken_for_a_gated_one(tmp_path):
