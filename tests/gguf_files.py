@@ -92,9 +92,10 @@ def _shape(config: Any, arch: str) -> dict[str, Any]:
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        "rope.freq_base": float(config.rope_parameters.get("full_attention", config.rope_parameters)["rope_theta"]),
         **({"rope.dimension_count": size} if arch == "llama" else {}),
-        **({"attention.key_length": size, "attention.value_length": size} if arch == "qwen3" else {}),
+        **({"attention.key_length": size, "attention.value_length": size} if arch in ("qwen3", "gemma3") else {}),
+        **({"attention.sliding_window": config.sliding_window} if arch == "gemma3" else {}),
     }
 
 
@@ -130,4 +131,6 @@ def _laid_out(array: np.ndarray, place: str, arch: str, config: Any) -> np.ndarr
         array = halves.swapaxes(1, 2).reshape(array.shape)
     if arch == "gpt2" and place.endswith(_TURNED):
         array = array.T
+    if arch == "gemma3" and "norm" in place:
+        array = array + 1
     return np.ascontiguousarray(array)

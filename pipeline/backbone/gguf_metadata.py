@@ -6,7 +6,9 @@ changes, nobody reads a warning in a nightly job, and there is a way out, the mo
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -45,6 +47,9 @@ _APPLIED_BY = {
     "llama": _APPLIED | _ROTARY,
     "qwen2": _APPLIED | _ROTARY,
     "qwen3": _APPLIED | _ROTARY,
+    "gemma3": _APPLIED
+    | _ROTARY
+    | {"attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"},
     "gpt2": _APPLIED | {"attention.layer_norm_epsilon"},
     "t5": _APPLIED
     | {
@@ -80,8 +85,44 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_log_multiplier": (0,),
     "use_parallel_residual": (False,),
 }
+_LAYERS_OF_GEMMA_3_27B = 62
 # Values of tokenizer.ggml.pre that mean GPT-2's split, which transformers uses where it does not know the name.
 _AS_GPT2 = {"gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "mellum", "a.x-4.0"}
+
+
+@contextmanager
+def quick_gguf_reader() -> Iterator[None]:
+    """Let whoever reads a GGUF file meanwhile, transformers included, use the gguf library's reader, but quickly.
+
+    It makes two arrays of each word of a vocabulary. As parts of a mapped file, as it has them, they take many times as
+    long as ordinary arrays (half a minute for 262,144 words, and a start reads a file three times).
+    """
+    import gguf
+
+    usual = gguf.GGUFReader
+    gguf.GGUFReader = _quick_reader()
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = usual
+
+
+@cache
+def _quick_reader() -> Any:
+    import gguf
+
+    class Reader(gguf.GGUFReader):
+        _data: Any
+
+        @property
+        def data(self) -> Any:
+            return self._data
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self._data = np.asarray(mapped)
+
+    return Reader
 
 
 def check_metadata(path: str) -> None:
@@ -89,9 +130,16 @@ def check_metadata(path: str) -> None:
     metadata, _ = _read(path)
     _refuse_other_files(metadata, path)
     family, values = _of_family(metadata)
-    if family in _APPLIED_BY:  # any other is refused by its own name
-        for key, value in values.items():
-            _refuse_unapplied(family, key, value, path)
+    if family not in _APPLIED_BY:
+        raise BackboneError(
+            f"{path}: of GGUF files only {', '.join(_APPLIED_BY)} are read here, and its general.architecture is "
+            f"'{family}'; give the model's safetensors folder instead"
+        )
+    for key, value in values.items():
+        _refuse_unapplied(family, key, value, path)
+    # llama.cpp puts a space before the text, and transformers' tokenizer of this family does not.
+    if family == "gemma3" and metadata.get("tokenizer.ggml.add_space_prefix"):
+        raise _cannot_apply(path, "tokenizer.ggml.add_space_prefix", True)
 
 
 def complete_config(config: Any, path: str) -> None:
@@ -102,7 +150,9 @@ def complete_config(config: Any, path: str) -> None:
     metadata, tensors = _read(path)
     family, values = _of_family(metadata)
     _apply_shapes(config, family, values, tensors, path)
-    if family in ROTARY_FAMILIES:
+    if family == "gemma3":
+        _apply_windows(config, values, path)
+    elif family in ROTARY_FAMILIES:
         _apply_rope(config, family, values, tensors, path)
 
 
@@ -199,6 +249,27 @@ def _apply_shapes(config: Any, family: str, values: Mapping[str, Any], tensors: 
         config.mlp_bias = True
 
 
+def _apply_windows(config: Any, values: Mapping[str, Any], path: str) -> None:
+    """Gemma 3's layers, of which most have a window and rotate by frequencies of their own, as llama.cpp has them."""
+    window, every = values.get("attention.sliding_window", 0), values.get("attention.sliding_window_pattern", 6)
+    config.layer_types = [
+        "sliding_attention" if window and (every == 0 or (layer + 1) % every) else "full_attention"
+        for layer in range(config.num_hidden_layers)
+    ]
+    factor = values.get("rope.scaling.factor") or values.get("rope.scale_linear") or 1.0
+    kind = values.get("rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise _cannot_apply(path, "gemma3.rope.scaling.type", kind)
+    far: dict[str, Any] = {"rope_type": "default", "rope_theta": values.get("rope.freq_base", 10_000.0)}
+    if kind == "linear" and factor != 1:
+        far |= {"rope_type": "linear", "factor": factor}
+    near = {"rope_type": "default", "rope_theta": values.get("rope.freq_base_swa", 10_000.0)}
+    config.rope_parameters = {"full_attention": far, "sliding_attention": near}
+    # No key says it: llama.cpp knows the one size whose scores are scaled otherwise by its number of layers.
+    whole = config.num_hidden_layers == _LAYERS_OF_GEMMA_3_27B
+    config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if whole else config.head_dim
+
+
 def _apply_rope(config: Any, family: str, values: Mapping[str, Any], tensors: tuple[str, ...], path: str) -> None:
     """Scaling of the rotary frequencies, as llama.cpp computes it, in transformers' terms."""
     factor = values.get("rope.scaling.factor") or values.get("rope.scale_linear") or 1.0
@@ -241,7 +312,8 @@ def _set_rope(config: Any, **parameters: Any) -> None:
 def _rope_factors(path: str, config: PretrainedConfig) -> np.ndarray:
     import gguf
 
-    tensor = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == ROPE_FACTORS)
+    with quick_gguf_reader():
+        tensor = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == ROPE_FACTORS)
     factors: np.ndarray = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(-1)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if len(factors) != size // 2:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backbone.files import ModelFiles
-from pipeline.backbone.gguf_metadata import ROPE_FACTORS, ROTARY_FAMILIES
+from pipeline.backbone.gguf_metadata import ROPE_FACTORS, ROTARY_FAMILIES, quick_gguf_reader
 from pipeline.backbone.weights import WeightSource
 from pipeline.errors import BackboneError
 
@@ -29,7 +29,8 @@ def open_gguf(files: ModelFiles, skeleton: nn.Module) -> WeightSource:
 
     path = files.folder / str(files.gguf)
     try:
-        reader = gguf.GGUFReader(path)
+        with quick_gguf_reader():
+            reader = gguf.GGUFReader(path)
         family = reader.fields["general.architecture"].contents()
     except (ValueError, KeyError, OSError) as error:
         raise BackboneError(f"{path} is damaged or no GGUF file ({error}); fetch the model again") from error

@@ -63,7 +63,7 @@ class ModelSettings(SettingsModel):
     """The frozen model."""
 
     path: Address
-    """A folder, a hub name, a .gguf file, or the name of a packaged model (`smollm2-135m`)."""
+    """A folder, a hub name, a .gguf file, or the name of a packaged model (`smollm2-135m`, `gemma3-270m`)."""
     weights: Literal["int8", "full"] = "int8"
     """`int8` quantises every linear layer row by row; `full` keeps the `dtype` below."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -2,14 +2,18 @@
 
 import logging
 
+import gguf
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
-from pipeline.backbone.files import PACKAGED, find_model, read_config, read_tokenizer
+from pipeline.backbone.files import find_model, read_config, read_tokenizer
 from pipeline.backbone.fingerprint import identify
+from pipeline.backbone.gguf_metadata import quick_gguf_reader
 from pipeline.backbone.host import host_backbone
 from pipeline.backbone.loading import build_skeleton
+from pipeline.backbone.packaged import PACKAGED
 from pipeline.backbone.weights import open_weights
 from pipeline.errors import BackboneError
 from tests.gguf_files import open_model, write_gguf
@@ -72,6 +76,20 @@ def test_a_model_and_its_gguf_give_the_same_logits(family, tmp_path):
         torch.testing.assert_close(logits_of(path), logits(model), rtol=0, atol=1e-4)
 
 
+def test_the_quick_reader_gives_what_the_gguf_librarys_own_gives(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", open_model(make_model(tmp_path / "m")), "llama")
+    usual = gguf.GGUFReader(path)
+    with quick_gguf_reader():
+        quick = gguf.GGUFReader(path)
+    assert type(quick) is not type(usual) and gguf.GGUFReader is type(usual)
+    assert list(quick.fields) == list(usual.fields)
+    for key, field in usual.fields.items():
+        assert quick.fields[key].contents() == field.contents() and quick.fields[key].types == field.types
+    for mine, theirs in zip(quick.tensors, usual.tensors, strict=True):
+        assert (mine.name, list(mine.shape), mine.tensor_type) == (theirs.name, list(theirs.shape), theirs.tensor_type)
+        assert mine.data.dtype == theirs.data.dtype and mine.data.tobytes() == theirs.data.tobytes()
+
+
 def test_t5_with_plain_relu_is_not_taken_for_a_gated_one(tmp_path):
     model = open_model(make_model(tmp_path / "m", "t5", feed_forward_proj="relu"))
     with torch.no_grad():
@@ -113,6 +131,86 @@ def test_rope_factors_rope_scaling_and_biases_are_applied_and_in_the_fingerprint
 
     model = open_model(make_model(tmp_path / "qwen2", "qwen2", rope_parameters=YARN))
     check("qwen2", randomise_biases(model), "qwen2", keys=scaling)
+
+
+def gemma3(**changes):
+    """A tiny Gemma 3 with a window that is shorter than the rows here, and norms whose weights matter."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    ids = {"vocab_size": VOCAB, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    heads = {"num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(**{**sizes, **ids, **heads, **changes}, max_position_embeddings=256)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.normal_(0, 0.3)
+            elif "embed" not in name:
+                parameter.mul_(4)
+    return model
+
+
+def test_gemma_3_has_the_windows_frequencies_and_scale_of_its_gguf(tmp_path):
+    def check(name, model, keys=None, **more):
+        path = write_gguf(tmp_path / f"{name}.gguf", model, "gemma3", keys, **more)
+        with torch.no_grad():
+            expected = logits(model)
+            torch.testing.assert_close(logits_of(path), expected, rtol=0, atol=1e-4, msg=lambda text: f"{name}: {text}")
+        return expected
+
+    def rope(near=10_000.0, far=1e6, **scaling):
+        return {
+            "sliding_attention": {"rope_type": "default", "rope_theta": near},
+            "full_attention": {"rope_type": "default", "rope_theta": far, **scaling},
+        }
+
+    found = [
+        check("plain", gemma3()),
+        check("a shorter window", gemma3(sliding_window=4)),
+        check(
+            "every second layer is global", gemma3(sliding_window_pattern=2), {"attention.sliding_window_pattern": 2}
+        ),
+        check(
+            "no window",
+            gemma3(layer_types=["full_attention"] * 4),
+            without=("attention.sliding_window",),
+        ),
+        check("near", gemma3(rope_parameters=rope(near=500.0)), {"rope.freq_base_swa": 500.0}),
+        check(
+            "far alone is scaled",
+            gemma3(sliding_window_pattern=2, rope_parameters=rope(rope_type="linear", factor=8.0)),
+            {"attention.sliding_window_pattern": 2, "rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
+        ),
+        check("the size of 27B", gemma3(num_hidden_layers=62, query_pre_attn_scalar=16, hidden_size=64)),
+        check("scores of another width", gemma3(head_dim=16, query_pre_attn_scalar=16)),
+    ]
+    for number, one in enumerate(found):
+        for other in found[:number]:
+            assert (one - other).abs().max() > 0.01, "each of these decides the output"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("gemma3.attention.scale", 0.1),
+        ("gemma3.final_logit_softcapping", 30.0),
+        ("gemma3.rope.scaling.type", "yarn"),
+        ("gemma3.rope.dimension_count_swa", 4),
+        ("gemma3.attention.sliding_window_pattern", [True, False, True, True]),
+        ("tokenizer.ggml.add_space_prefix", True),
+    ],
+)
+def test_what_is_not_applied_to_gemma_3_is_refused(key, value, tmp_path):
+    path = write_gguf(tmp_path / "odd.gguf", gemma3(), "gemma3", {f".{key}": value})
+    with pytest.raises(BackboneError, match=key.replace(".", r"\.")):
+        read_config(find_model(str(path)))
+
+
+def test_a_gguf_of_another_architecture_is_refused_by_its_name(tmp_path):
+    model = open_model(make_model(tmp_path / "m", "qwen2"))
+    path = write_gguf(tmp_path / "m.gguf", model, "gemma2")
+    with pytest.raises(BackboneError, match=r"general\.architecture is 'gemma2'; give the model's safetensors"):
+        read_config(find_model(str(path)))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
@@ -224,5 +322,5 @@ def test_the_packaged_model_is_the_backbone_that_it_was():
     try:
         files = find_model("smollm2-135m")
     except BackboneError:
-        pytest.skip(f"the package {PACKAGED['smollm2-135m'][1]} is not installed")
+        pytest.skip(f"the package {PACKAGED['smollm2-135m'].install} is not installed")
     assert identity_of(files.name).fingerprint == "1c5068bc55bda517a2c95b67b94bcc2f015b19b3e6a63a776f3de841b95c3b8a"

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.backbone import host, loading, weights
-from pipeline.backbone.files import PACKAGED, find_model, read_config, read_tokenizer
+from pipeline.backbone.files import find_model, read_config, read_tokenizer
 from pipeline.backbone.fingerprint import identify
 from pipeline.backbone.host import held_bytes, host_backbone
 from pipeline.backbone.loading import Partition, Placement, build_skeleton, load_weights
 from pipeline.backbone.memory import estimate_memory
+from pipeline.backbone.packaged import PACKAGED
 from pipeline.backbone.weights import open_weights
 from pipeline.errors import BackboneError
 from pipeline.lab.benchmark.resident import MemoryWatch, resident
@@ -220,7 +221,7 @@ def test_gguf_weights_are_read_as_transformers_reads_them():
     try:
         files = find_model("smollm2-135m")
     except BackboneError:
-        pytest.skip(f"the package {PACKAGED['smollm2-135m'][1]} is not installed")
+        pytest.skip(f"the package {PACKAGED['smollm2-135m'].install} is not installed")
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     skeleton = build_skeleton(read_config(files), int8=False)
