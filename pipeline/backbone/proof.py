@@ -25,6 +25,11 @@ from pipeline.backbone.rows import Rows, as_indices
 Way = Literal["packed", "padded"]
 """How rows run: all in one row behind prompts that they share, or each in a row of its own with its own prompt."""
 
+_TARGET = 3
+"""Tokens of the target of each row that is tried."""
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+"""The types of layers, as transformers names them, whose tokens meet in attention alone."""
+
 Run = Callable[..., Any]
 """Calls a function of the model, as `Backbone.run` does."""
 
@@ -34,14 +39,17 @@ class Difference:
     """Between a way and the rows alone; infinite where the way cannot run the model at all."""
 
     likelihood: float
-    """Nats, of the row that is farthest off."""
+    """Nats a token, of the row that is farthest off."""
     gradient: float
     """Size of the difference of the prompts' gradients, as a part of the gradients' own size."""
+    leak: float
+    """Nats by which a token changes with what it must not see: another row, or what stands behind it."""
     reason: str = ""
     """Why the way cannot run the model."""
 
     def __str__(self) -> str:
-        return self.reason or f"{self.likelihood:.1e} nats and {self.gradient:.1e} of the gradient off"
+        leak = f", {self.leak:.1e} nats by what must not be seen" if self.leak else ""
+        return self.reason or f"{self.likelihood:.1e} nats a token and {self.gradient:.1e} of the gradient off{leak}"
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,7 @@ def prove(
     from_ids = run(_from_ids, of_ids, device)
     with torch.no_grad():
         alone = run(_alone, _prompts(run, of_ids, device), of_ids)
-    differences["alone"] = Difference(_farthest(alone.float().cpu(), from_ids), 0.0)
+    differences["alone"] = Difference(_farthest(alone.float().cpu(), from_ids), 0.0, run(_seen_ahead, of_ids, device))
     if not agree(_is_exact(differences["alone"], dtype)):
         return Proof(None, differences)
     prompts = _prompts(run, probe, device)
@@ -101,12 +109,12 @@ def prove(
     for way, together in _ways(model):
         try:
             found = _losses(run, together, prompts, probe, gradients)
-            # What stands in another row must not matter at all, however little it adds to the difference.
-            beside = run(together, prompts, probe.with_another_neighbour()).detach()[1].cpu()
-            leak = float((beside - found[0][1]).abs())
-            differences[way] = Difference(_farthest(found[0], wanted[0]) + leak, _relative(found[1], wanted[1]))
+            with torch.no_grad():
+                plain, beside = (run(together, prompts, of)[1:] for of in (probe, probe.with_another_neighbour()))
+            leak = _farthest(plain.float().cpu(), beside.float().cpu())
+            differences[way] = Difference(_farthest(found[0], wanted[0]), _relative(found[1], wanted[1]), leak)
         except Exception as error:  # whatever a family's layers raise when they are not run as they are used to
-            differences[way] = Difference(np.inf, np.inf, _reason(error))
+            differences[way] = Difference(np.inf, np.inf, np.inf, _reason(error))
         if agree(_is_exact(differences[way], dtype)):
             if together is not _padded:
                 return Proof(way, differences)
@@ -152,16 +160,19 @@ def _ways(model: Any) -> list[tuple[Way, Callable[..., Tensor]]]:
     """The ways that a model may run, the fastest first."""
     if model.config.is_encoder_decoder:
         return [("padded", _encoder_decoder)]
-    # A convolution over tokens, as state-space and linear attention have, would run over the packed row as a whole.
-    if any(isinstance(module, nn.Conv1d) for module in model.modules()):
+    # State-space layers, linear attention and their convolutions would run over the packed row as a whole.
+    others = set(getattr(model.config, "layer_types", None) or ()) - _ATTENTION
+    if others or any(isinstance(module, nn.Conv1d) for module in model.modules()):
         return [("padded", _padded)]
     return [("packed", _packed), ("padded", _padded)]
 
 
 def _is_exact(difference: Difference, dtype: torch.dtype) -> bool:
-    # In 16 bits the same sums in another order differ in their third digit, and a deep model amplifies that.
-    most = (2e-3, 2e-2) if dtype == torch.float32 else (0.3, 0.5)
-    return difference.likelihood <= most[0] and difference.gradient <= most[1]
+    # In 16 bits the same sums in another order differ in their third digit, and a deep model amplifies that: SmolLM2 is
+    # 0.07 nats and 6 % of the gradient off in bfloat16, and 9e-6 nats in float32.
+    most = (1e-3, 2e-2, 5e-5) if dtype == torch.float32 else (0.4, 0.5, 0.1)
+    found = (difference.likelihood, difference.gradient, difference.leak)
+    return all(off <= limit for off, limit in zip(found, most, strict=True))
 
 
 def _probe(config: Any) -> _Probe:
@@ -174,7 +185,7 @@ def _probe(config: Any) -> _Probe:
     def some(tokens: int) -> np.ndarray:
         return rng.choice(usual, tokens, replace=False)
 
-    prompts, rows, targets = [some(4), some(3)], [some(5), some(2)], [some(3), some(3)]
+    prompts, rows, targets = [some(4), some(3)], [some(5), some(2)], [some(_TARGET), some(_TARGET)]
     plain = prompts
     if getattr(config, "hidden_size_per_layer_input", None):
         # Such a family's layers ask for tokens, too, and a prompt's rows are the padding token there.
@@ -204,18 +215,30 @@ def _losses(
 
 
 def _from_ids(model: Any, probe: _Probe, device: torch.device) -> Tensor:
-    """Each target's tokens one by one, from what stands before each alone: a model that looks ahead is found out."""
+    """Each target's tokens one by one, from what stands before each alone."""
     losses = []
     with torch.no_grad():
         for prompt, x, y in zip(probe.prompts, probe.inputs, probe.targets, strict=True):
             before = np.concatenate([prompt, x])
-            logits = [_last_logits(model, before, y, place, device) for place in range(len(y))]
+            logits = [_logits(model, before, y, place, device)[-1] for place in range(len(y))]
             losses.append(-sum(float(of.log_softmax(-1)[token]) for of, token in zip(logits, y, strict=True)))
     return torch.tensor(losses)
 
 
-def _last_logits(model: Any, before: np.ndarray, target: np.ndarray, place: int, device: torch.device) -> Tensor:
-    """Logits `[V]` of the target's token at `place`, through the model's own forward pass."""
+@torch.no_grad()
+def _seen_ahead(model: Any, probe: _Probe, device: torch.device) -> float:
+    """Nats by which a token changes with the one behind it: 0 of a model that does not look ahead."""
+    # Passes of one shape are alike to the last bit where nothing is seen, however little the likelihood shows it.
+    before, (first, second, last) = np.concatenate([probe.prompts[0], probe.inputs[0]]), probe.targets[0]
+    one, other = (
+        _logits(model, before, np.array(target), 2, device)[-2].log_softmax(-1)
+        for target in ([first, second, last], [first, last, last])
+    )
+    return float((one - other).abs().max())
+
+
+def _logits(model: Any, before: np.ndarray, target: np.ndarray, place: int, device: torch.device) -> Tensor:
+    """Logits `[T, V]` up to those of the target's token at `place`, through the model's own forward pass."""
     if model.config.is_encoder_decoder:
         decoder = encoder_decoder.decoder_inputs(model, [target], device)[:, : place + 1]
         ids = torch.as_tensor(before, device=device)[None]
@@ -223,7 +246,7 @@ def _last_logits(model: Any, before: np.ndarray, target: np.ndarray, place: int,
     else:
         ids = torch.as_tensor(np.concatenate([before, target[:place]]), device=device)[None]
         output = model(input_ids=ids, use_cache=False)
-    logits: Tensor = output.logits[0, -1]
+    logits: Tensor = output.logits[0]
     return logits.float()
 
 
@@ -267,7 +290,7 @@ def _packed(model: Any, prompts: Sequence[Tensor], probe: _Probe) -> Tensor:
 
 
 def _farthest(losses: Tensor, wanted: Tensor) -> float:
-    return float((losses - wanted).abs().nan_to_num(nan=np.inf).max())
+    return float((losses - wanted).abs().nan_to_num(nan=np.inf).max()) / _TARGET
 
 
 def _relative(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from pipeline.backbone import padded, prompted
 from pipeline.backbone.files import find_model, read_config
 from pipeline.backbone.host import host_backbone
+from pipeline.errors import BackboneError
 from tests.families import DECODERS, make_decoder
 from tests.tiny import VOCAB
 
@@ -166,3 +167,12 @@ def test_rows_longer_than_any_chunk_go_on_from_a_prompts_state_as_they_run_behin
     for row, (text, prompt) in enumerate(zip(rows, (70, 70, 5), strict=True)):
         places = slice(prompt, prompt + len(text))
         torch.testing.assert_close(kept[row, places], again[row, places], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "xlnet"])
+def test_a_model_that_looks_ahead_is_refused_with_the_numbers(tmp_path, kind):
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "d_model": 32}
+    config = AutoConfig.for_model(kind, **sizes, n_layer=2, n_head=4, d_inner=64, intermediate_size=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match=r"no way of running it .* nats by what must not be seen.* is refused"):
+        hosted(tmp_path, int8=False)
