@@ -124,6 +124,8 @@ class BlockExperts(nn.Module):
     def _run(self, x: Tensor, expert: int) -> Tensor:
         # A row of zeros gives zeros, and no gradient: SiLU(0) is 0.
         rows = x.any(-1).nonzero().squeeze(-1)
+        if not len(rows):
+            return torch.zeros_like(x)
         gate, up = _product(self, "gate_up_proj", x[rows], expert).chunk(2, dim=-1)
         return torch.zeros_like(x).index_copy(0, rows, _product(self, "down_proj", up * self.act_fn(gate), expert))
 

@@ -295,6 +295,17 @@ def test_a_token_is_not_touched_by_the_others_that_go_to_its_experts(saved):
         torch.testing.assert_close(experts(spoiled)[:, :3], experts(x)[:, :3], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("products", ["exact", "int8"])
+@pytest.mark.parametrize("family", WITH_EXPERTS)
+def test_one_token_runs_though_most_experts_have_none(family, products, saved):
+    model = load(saved(family), int8=True, dtype=torch.bfloat16)
+    set_products(model, products, CPU)
+    embeddings = some_embeddings(model)[:1, :1].bfloat16().requires_grad_()
+    logits = model(inputs_embeds=embeddings, use_cache=False).logits
+    (gradient,) = torch.autograd.grad(logits.float().logsumexp(-1).sum(), embeddings)
+    assert logits.isfinite().all() and gradient.isfinite().all() and gradient.any()
+
+
 def test_layers_of_every_class_of_a_hybrid_are_found(saved):
     skeleton = build_skeleton(read_config(find_model(str(saved("jamba")))), int8=True)
     assert {kind.__name__ for kind in layer_types(skeleton)} == {"JambaMambaDecoderLayer", "JambaAttentionDecoderLayer"}
