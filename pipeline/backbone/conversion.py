@@ -157,11 +157,9 @@ def _converted(name: str, parts: _Parts, model: Any, places: _Places, source: We
     converter = parts.converter
     assert converter is not None
     cut_by_number = _is_merge(converter.operations[0])
-    in_parts = (
-        source.reads_rows
-        and not any(stored in source.whole for stored in parts.all_names)
-        and all(_keeps_entries(operation) for operation in converter.operations[cut_by_number:])
-    )
+    # Where each stored tensor is one entry, an entry reads it whole anyway.
+    read_by_entry = cut_by_number or (source.reads_rows and not any(part in source.whole for part in parts.all_names))
+    in_parts = read_by_entry and all(_keeps_entries(operation) for operation in converter.operations[cut_by_number:])
 
     def convert(read: Callable[[str], Tensor], first: int | None = None, last: int | None = None) -> dict[str, Any]:
         """The tensors from entry `first` up to `last`; all entries without them."""

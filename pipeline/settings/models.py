@@ -65,7 +65,7 @@ class ModelSettings(SettingsModel):
     path: Address
     """A folder, a hub name, a .gguf file, or the name of a packaged model (`smollm2-135m`, `gemma3-270m`)."""
     weights: Literal["int8", "full"] = "int8"
-    """`int8` quantises every linear layer row by row; `full` keeps the `dtype` below."""
+    """`int8` quantises linear layers and experts row by row; `full` keeps the `dtype` below."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of activations and unquantised weights; `auto` is float32 on a CPU, bfloat16 on a GPU."""
     products: Literal["auto", "int8", "int8_forward", "exact"] = "auto"

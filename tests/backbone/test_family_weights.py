@@ -1,4 +1,4 @@
-"""Every decoder-only family: its tensors are transformers' own, and int8 is the model that its kept weights make."""
+"""Every family: its tensors are transformers' own, and int8 is the model that its kept weights make."""
 
 import shutil
 from dataclasses import replace
@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
 from pipeline.backbone import int8_layers, loading
 from pipeline.backbone.files import find_model, read_config
@@ -27,13 +27,26 @@ from pipeline.backbone.memory import estimate_memory
 from pipeline.backbone.offload import on_device
 from pipeline.backbone.weights import open_weights
 from pipeline.errors import BackboneError
+from tests import seq2seq_families
 from tests.families import DECODERS, Family, make_decoder
 from tests.ranks import run_ranks
+from tests.seq2seq_families import make_seq2seq
 from tests.tiny import VOCAB
 
 CPU = torch.device("cpu")
 FAMILIES = {
     **DECODERS,
+    # Experts of classes of their own.
+    "jetmoe": Family(
+        "jetmoe",
+        {"hidden_size": 32, "num_hidden_layers": 2, "num_key_value_heads": 2, "kv_channels": 8, "intermediate_size": 64}
+        | {"num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 256},
+    ),
+    "longcat_flash": Family(
+        "longcat_flash",
+        {**DECODERS["deepseek_v3"].sizes, "num_layers": 2, "ffn_hidden_size": 64, "expert_ffn_hidden_size": 16}
+        | {"moe_topk": 2, "zero_expert_num": 2, "head_dim": 8},
+    ),
     "qwen3_5, with vision": Family(
         "qwen3_5",
         {**DECODERS["qwen3_5_text"].sizes, "vocab_size": VOCAB},
@@ -55,7 +68,9 @@ WITH_EXPERTS = [
     "gpt_oss, sinks",
     "granitemoehybrid",
     "jamba",
+    "jetmoe",
     "llama4_text, chunks",
+    "longcat_flash",
     "minimax_m2",
     "mixtral",
     "olmoe",
@@ -66,7 +81,7 @@ WITH_EXPERTS = [
     "qwen3_next",
 ]
 """Families whose experts are one tensor of three sides."""
-HYBRIDS = ["falcon_h1", "lfm2", "mamba", "mamba2", "nemotron_h", "qwen3_5_text"]
+SEQ2SEQ = seq2seq_families.FAMILIES
 PER_LAYER = ["gemma4_text, inputs of layers"]
 """Families whose own forward needs ids beside embeddings."""
 
@@ -78,7 +93,9 @@ def saved(tmp_path_factory):
 
     def folder_of(family):
         if family not in made:
-            made[family] = make_decoder(tmp_path_factory.mktemp("family"), FAMILIES[family])
+            folder = tmp_path_factory.mktemp("family")
+            of_two = family in seq2seq_families.CONFIGS
+            made[family] = make_seq2seq(folder, family) if of_two else make_decoder(folder, FAMILIES[family])
         return made[family]
 
     return folder_of
@@ -111,6 +128,8 @@ def tensors_of(model):
 def theirs(folder):
     """transformers' own reading of a folder; of a multimodal one, the text model's part."""
     config = AutoConfig.from_pretrained(folder)
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     if config.get_text_config() is config:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     whole = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).state_dict()
@@ -124,7 +143,7 @@ def assert_same_tensors(ours, reference):
         assert torch.equal(ours[name], tensor), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *SEQ2SEQ])
 def test_every_tensor_of_a_family_is_the_one_that_transformers_reads(family, saved):
     assert_same_tensors(tensors_of(load(saved(family), int8=False)), theirs(saved(family)))
 
@@ -211,7 +230,8 @@ TARGETS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_see
 
 def nll_and_gradient(model, embeddings):
     embeddings = embeddings.clone().requires_grad_()
-    logits = model(inputs_embeds=embeddings, use_cache=False).logits.float()
+    target = {"decoder_input_ids": TARGETS} if model.config.is_encoder_decoder else {}
+    logits = model(inputs_embeds=embeddings, use_cache=False, **target).logits.float()
     nll = -logits.log_softmax(-1)[:, :-1].gather(-1, TARGETS[:, 1:, None]).sum()
     (gradient,) = torch.autograd.grad(nll, embeddings)
     return nll.detach(), gradient
@@ -228,14 +248,7 @@ def some_embeddings(model):
     return (words + 0.1 * words.std() * torch.randn(words.shape, generator=generator)).detach()
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        family if family in (*WITH_EXPERTS, *HYBRIDS, "gpt2") else pytest.param(family, marks=pytest.mark.slow)
-        for family in FAMILIES
-        if family not in PER_LAYER
-    ],
-)
+@pytest.mark.parametrize("family", [family for family in [*FAMILIES, *SEQ2SEQ] if family not in PER_LAYER])
 def test_a_family_in_int8_is_the_model_that_its_kept_weights_make_and_near_the_one_in_float(family, saved):
     int8 = load(saved(family), int8=True)
     set_products(int8, "exact", CPU)
@@ -264,7 +277,10 @@ def test_no_large_matrix_of_experts_stays_in_float(family, saved):
     large = [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "conv1d" not in name]
     assert large and all(model.get_parameter(name).dtype == torch.int8 for name in large)
     modules = [model.get_submodule(name.rpartition(".")[0]) for name in large]
-    assert all(scale_of("down_proj") in module._non_persistent_buffers_set for module in modules)
+    assert all(
+        module._non_persistent_buffers_set >= {scale_of(name.rpartition(".")[2])}
+        for name, module in zip(large, modules, strict=True)
+    )
 
 
 def test_a_token_is_not_touched_by_the_others_that_go_to_its_experts(saved):
@@ -277,6 +293,17 @@ def test_a_token_is_not_touched_by_the_others_that_go_to_its_experts(saved):
         spoiled[:, 3:] = torch.nan
         spoiled[:, 4:] = 1e9
         torch.testing.assert_close(experts(spoiled)[:, :3], experts(x)[:, :3], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("products", ["exact", "int8"])
+@pytest.mark.parametrize("family", WITH_EXPERTS)
+def test_one_token_runs_though_most_experts_have_none(family, products, saved):
+    model = load(saved(family), int8=True, dtype=torch.bfloat16)
+    set_products(model, products, CPU)
+    embeddings = some_embeddings(model)[:1, :1].bfloat16().requires_grad_()
+    logits = model(inputs_embeds=embeddings, use_cache=False).logits
+    (gradient,) = torch.autograd.grad(logits.float().logsumexp(-1).sum(), embeddings)
+    assert logits.isfinite().all() and gradient.isfinite().all() and gradient.any()
 
 
 def test_layers_of_every_class_of_a_hybrid_are_found(saved):

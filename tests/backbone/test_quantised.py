@@ -15,7 +15,7 @@ from transformers import (
 from pipeline.backbone.files import find_model, read_config, read_tokenizer
 from pipeline.backbone.fingerprint import identify
 from pipeline.backbone.host import whole_placement
-from pipeline.backbone.loading import Partition, Placement, build_skeleton, load_weights
+from pipeline.backbone.loading import Partition, Placement, build_skeleton, load_weights, stored_tensors
 from pipeline.backbone.offload import on_device
 from pipeline.backbone.weights import open_weights
 from pipeline.errors import BackboneError
@@ -202,6 +202,34 @@ def test_gptq_is_read_as_its_format_is_published(bits, version, in_order, tmp_pa
     assert len(expected) == 14
     for name, tensor in expected.items():
         torch.testing.assert_close(own[name], tensor, rtol=1e-6, atol=0)
+
+
+def test_experts_that_are_stored_one_by_one_in_gptq_are_read_one_by_one(tmp_path):
+    generator, expected = torch.Generator().manual_seed(0), {}
+
+    def change(name, tensor):
+        if ".experts." not in name:
+            return {name: tensor}
+        numbers, zeros, scales, of_input = grouped(tensor, 4, 16, generator)
+        expected[name] = (numbers - zeros[of_input].t()) * scales[of_input].t().float()
+        stem = name.removesuffix("weight")
+        return {
+            f"{stem}qweight": packed(numbers, 4).t(),
+            f"{stem}qzeros": packed(zeros - 1, 4),
+            f"{stem}scales": scales,
+        }
+
+    made = make_decoder(tmp_path / "m", DECODERS["qwen3_moe"], **EXPERTS)
+    folder = rewritten(made, change, {"quant_method": "gptq", "bits": 4, "group_size": 16})
+    files = find_model(str(folder))
+    skeleton = build_skeleton(read_config(files), int8=False)
+    stored = stored_tensors(skeleton, open_weights(files, skeleton))
+    for layer in range(2):
+        down = stored[f"model.layers.{layer}.mlp.experts.down_proj"]
+        assert down.in_parts
+        for expert in range(4):
+            wanted = expected[f"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"]
+            torch.testing.assert_close(down.read(expert, expert + 1)[0], wanted, rtol=1e-6, atol=0)
 
 
 def test_awq_is_read_as_its_format_is_published(tmp_path):
