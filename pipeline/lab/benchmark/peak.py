@@ -50,9 +50,15 @@ def _rate(device: torch.device, n: int, k: int, m: int) -> float:
 def useful_operations(config: PretrainedConfig, tokens: float) -> float:
     """4 x parameters outside the embeddings x tokens: the forward pass, and the backward pass to the activations.
 
-    In an encoder-decoder a token passes through about half of the parameters.
+    In an encoder-decoder a token passes through about half of the parameters, and of experts through those that it is
+    sent to.
     """
     skeleton = build_skeleton(config, int8=False)
     tables = {id(p) for name, p in skeleton.named_parameters() if "embed" in name or "lm_head" in name}
-    parameters = sum(p.numel() for p in skeleton.parameters() if id(p) not in tables)
+    text: Any = config.get_text_config(decoder=True)
+    experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
+    sent = getattr(text, "num_experts_per_tok", None) or experts
+    # Fused experts are the parameters of three sides.
+    used = {id(p): p.numel() * (sent / experts if p.dim() == 3 else 1.0) for p in skeleton.parameters()}
+    parameters = sum(number for key, number in used.items() if key not in tables)
     return 4.0 * parameters * tokens / (2 if config.is_encoder_decoder else 1)
