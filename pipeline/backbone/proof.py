@@ -101,7 +101,8 @@ def prove(
     from_ids = run(_from_ids, of_ids, device)
     with torch.no_grad():
         alone = run(_alone, _prompts(run, of_ids, device), of_ids)
-    differences["alone"] = Difference(_farthest(alone.float().cpu(), from_ids), 0.0, run(_seen_ahead, of_ids, device))
+    ahead = float(run(_seen_ahead, of_ids, device))
+    differences["alone"] = Difference(_farthest(alone.float().cpu(), from_ids), 0.0, ahead)
     if not agree(_is_exact(differences["alone"], dtype)):
         return Proof(None, differences)
     prompts = _prompts(run, probe, device)
@@ -226,7 +227,7 @@ def _from_ids(model: Any, probe: _Probe, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def _seen_ahead(model: Any, probe: _Probe, device: torch.device) -> float:
+def _seen_ahead(model: Any, probe: _Probe, device: torch.device) -> Tensor:
     """Nats by which a token changes with the one behind it: 0 of a model that does not look ahead."""
     # Passes of one shape are alike to the last bit where nothing is seen, however little the likelihood shows it.
     before, (first, second, last) = np.concatenate([probe.prompts[0], probe.inputs[0]]), probe.targets[0]
@@ -234,7 +235,7 @@ def _seen_ahead(model: Any, probe: _Probe, device: torch.device) -> float:
         _logits(model, before, np.array(target), 2, device)[-2].log_softmax(-1)
         for target in ([first, second, last], [first, last, last])
     )
-    return float((one - other).abs().max())
+    return (one - other).abs().max()  # a tensor: DeepSpeed looks into what a pass returns
 
 
 def _logits(model: Any, before: np.ndarray, target: np.ndarray, place: int, device: torch.device) -> Tensor:
