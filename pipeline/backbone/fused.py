@@ -4,6 +4,11 @@ They keep the names of parameters and compute the same. Where a kernel cannot be
 compiler), PyTorch's operators run as before.
 """
 
+import copy
+import inspect
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,47 +19,58 @@ from pipeline.backbone.native import attention as native_attention
 from pipeline.backbone.native import rows as native
 from pipeline.backbone.packed import current_run
 
-# By class name: transformers has a copy of each class in every family's module, without a common parent.
-_RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "T5LayerNorm", "MT5LayerNorm")
-_ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
-_GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+# By class name: what they compute takes a whole model's configuration to try.
+_ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention", "Gemma3Attention")
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+}
 
 
 class RmsNorm(nn.Module):
-    """`x / rms(x) * weight`, as transformers' norms of that kind compute it."""
+    """`x / rms(x) * weight`, or `* (1 + weight)`, as transformers' norms of that kind compute it."""
 
-    def __init__(self, weight: nn.Parameter, epsilon: float) -> None:
+    def __init__(self, weight: nn.Parameter, epsilon: float, plus_one: bool = False, wide: bool = False) -> None:
         super().__init__()
         self.weight = weight
         self.epsilon = epsilon
+        self.plus_one = plus_one
+        self.wide = wide
+        """Whether weights, too, multiply in float32, before the result gets the type of x."""
         self.kernels = False
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., H]` -> `[..., H]`."""
-        if self.kernels and native.supports(x, self.weight):
-            y: Tensor = native.RmsNormFunction.apply(x, self.weight, self.epsilon)
+        weight: Tensor = self.weight
+        if self.wide:
+            weight = weight.float()
+        if self.plus_one:
+            weight = 1.0 + weight
+        if self.kernels and native.supports(x, weight):
+            y: Tensor = native.RmsNormFunction.apply(x, weight, self.epsilon)
             return y
         # Squares overflow in 16 bits; transformers, too, computes norms in float32.
         wide = x.to(torch.float32)
         normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.epsilon)
-        return self.weight * normal.to(x.dtype)
+        return (normal * weight).to(x.dtype) if self.wide else weight * normal.to(x.dtype)
 
 
 class GatedMlp(nn.Module):
-    """`down(silu(gate(x)) * up(x))`."""
+    """`down(activation(gate(x)) * up(x))`."""
 
-    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module) -> None:
+    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module, activation: str) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+        self.activation = activation
         self.kernels = False
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., H]` -> `[..., H]`."""
         gate, up = self.gate_proj(x), self.up_proj(x)
         if self.kernels and native.supports(gate, up):
-            inner = native.SiluProductFunction.apply(gate, up)
+            inner = native.GatedProductFunction.apply(gate, up, self.activation)
         else:
-            inner = functional.silu(gate) * up
+            inner = _ACTIVATIONS[self.activation](gate) * up
         y: Tensor = self.down_proj(inner)
         return y
 
@@ -90,21 +106,78 @@ class RotaryAttention(nn.Module):
 def fuse(model: nn.Module) -> None:
     """Put fused parts in place of those that transformers made."""
     for parent in list(model.modules()):
+        # Experts of one layer are made int8 together, by the class that the family gave them.
+        of_experts = isinstance(parent, nn.ModuleList) or hasattr(parent, "experts")
         for key, child in list(parent.named_children()):
-            fused = _fused(child)
+            fused: nn.Module | None = _fused_norm(child) or (None if of_experts else _fused_mlp(child))
+            if type(child).__name__ in _ATTENTIONS:
+                fused = RotaryAttention(child)
             if fused is not None:
                 setattr(parent, key, fused)
 
 
-def _fused(usual: Any) -> nn.Module | None:
-    kind = type(usual).__name__
-    if kind in _RMS_NORMS:
-        return RmsNorm(usual.weight, usual.variance_epsilon)
-    if kind in _ATTENTIONS:
-        return RotaryAttention(usual)
-    if kind in _GATED_MLPS and usual.config.hidden_act in ("silu", "swish"):
-        return GatedMlp(usual.gate_proj, usual.up_proj, usual.down_proj)
+# transformers has a copy of each class in every family's module, without a common parent, and what bears one name does
+# not always compute the same. So a module is tried: where its numbers are a fused part's, to the last bit and in each
+# type, it is replaced.
+
+
+def _fused_norm(usual: Any) -> RmsNorm | None:
+    weight = usual._parameters.get("weight")
+    if weight is None or weight.dim() != 1 or len([*usual.named_parameters(), *usual.named_buffers()]) != 1:
+        return None
+    # Of a size at which epsilon counts.
+    x, w = (torch.randn(shape, generator=_generator()) for shape in ((2, len(weight)), (len(weight),)))
+    found = [_tried(usual, {"weight": nn.Parameter(w.to(dtype))}, x.to(dtype) * 1e-3) for dtype in _TYPES]
+    if any(y is None for y in found):
+        return None
+    for epsilon in dict.fromkeys(value for value in vars(usual).values() if isinstance(value, float)):
+        for plus_one, wide in itertools.product((False, True), repeat=2):
+            norms = [RmsNorm(nn.Parameter(w.to(dtype)), epsilon, plus_one, wide) for dtype in _TYPES]
+            if _are_equal(found, [norm(x.to(dtype) * 1e-3) for norm, dtype in zip(norms, _TYPES, strict=True)]):
+                return RmsNorm(weight, epsilon, plus_one, wide)
     return None
+
+
+def _fused_mlp(usual: Any) -> GatedMlp | None:
+    if not {"gate_proj", "up_proj", "down_proj"} <= usual._modules.keys():
+        return None
+    with torch.random.fork_rng(devices=[]):
+        layers = {"gate_proj": nn.Linear(3, 5), "up_proj": nn.Linear(3, 5), "down_proj": nn.Linear(5, 3)}
+    x = torch.randn((1, 2, 3), generator=_generator()) * 3
+    found = _tried(usual, layers, x)
+    for activation in _ACTIVATIONS:
+        if _are_equal([found], [GatedMlp(**layers, activation=activation)(x)]):
+            return GatedMlp(usual.gate_proj, usual.up_proj, usual.down_proj, activation)
+    return None
+
+
+_TYPES = (torch.float32, torch.bfloat16)
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@torch.no_grad()
+def _tried(usual: nn.Module, parts: dict[str, Any], x: Tensor) -> Tensor | None:
+    """What a module makes of x with other parts; None where it takes more than x, or fails."""
+    if len(inspect.signature(usual.forward).parameters) != 1:
+        return None
+    tried = copy.copy(usual)
+    tried._parameters = {key: parts.get(key, value) for key, value in usual._parameters.items()}
+    tried._modules = {key: parts.get(key, value) for key, value in usual._modules.items()}
+    try:
+        y = tried(x)
+    except Exception:  # other parts of it are on the meta device, or do not fit
+        return None
+    return y if isinstance(y, Tensor) else None
+
+
+def _are_equal(found: Sequence[Tensor | None], wanted: Sequence[Tensor]) -> bool:
+    return all(
+        a is not None and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+        for a, b in zip(found, wanted, strict=True)
+    )
 
 
 def use_kernels(model: nn.Module, kernels: bool) -> None:

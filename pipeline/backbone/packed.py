@@ -48,6 +48,7 @@ class Layout:
 
     segments: Segments
     device: torch.device
+    _rotations: dict[int, tuple[Tensor, native_attention.Rotation]] = field(default_factory=dict)
 
     @property
     def starts(self) -> np.ndarray:
@@ -62,14 +63,12 @@ class Layout:
         return packed_attention.make_levels(self.segments, self.device)
 
     def rotation(self, embeddings: tuple[Tensor, Tensor]) -> native_attention.Rotation:
-        """From transformers' cosine and sine `[1, N, D]`, the same for every layer."""
-        # Kept by hand: `cached_property` takes no argument, and the dataclass is frozen.
-        if "_rotation" not in self.__dict__:
+        """From transformers' cosine and sine `[1, N, D]`, the same for every layer of a kind."""
+        if id(embeddings[0]) not in self._rotations:
             # Both halves of a head turn by the same angles, so one half is enough.
             cosine, sine = (part[0, :, : part.shape[-1] // 2].float().contiguous() for part in embeddings)
-            self.__dict__["_rotation"] = (cosine, sine)
-        kept: native_attention.Rotation = self.__dict__["_rotation"]
-        return kept
+            self._rotations[id(embeddings[0])] = (embeddings[0], (cosine, sine))  # kept, so that no other gets its id
+        return self._rotations[id(embeddings[0])][1]
 
     @cached_property
     def forest(self) -> native_attention.Forest:

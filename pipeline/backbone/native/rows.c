@@ -101,3 +101,37 @@ void silu_product_backward(
         }
     }
 }
+
+// y = gelu(gate) x up, with gelu's tanh form: g x sigmoid(z), z = 2 sqrt(2 / pi) (g + 0.044715 g^3).
+#define GELU_OUTER 1.5957691216057308f
+#define GELU_CUBE 0.044715f
+
+void gelu_tanh_product(const float *gate, const float *up, float *y, int64_t n, int64_t width) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        const float *g = gate + i * width, *u = up + i * width;
+        float *to = y + i * width;
+#pragma omp simd
+        for (int64_t j = 0; j < width; j++) {
+            float z = GELU_OUTER * (g[j] + GELU_CUBE * g[j] * g[j] * g[j]);
+            to[j] = g[j] / (1.0f + exponential(-z)) * u[j];
+        }
+    }
+}
+
+void gelu_tanh_product_backward(
+    const float *dy, const float *gate, const float *up, float *dgate, float *dup, int64_t n, int64_t width) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        const float *grad = dy + i * width, *g = gate + i * width, *u = up + i * width;
+        float *to_gate = dgate + i * width, *to_up = dup + i * width;
+#pragma omp simd
+        for (int64_t j = 0; j < width; j++) {
+            float square = GELU_CUBE * g[j] * g[j];
+            float sigmoid = 1.0f / (1.0f + exponential(-GELU_OUTER * (g[j] + square * g[j])));
+            float slope = GELU_OUTER * (1.0f + 3.0f * square);
+            to_up[j] = grad[j] * g[j] * sigmoid;
+            to_gate[j] = grad[j] * u[j] * sigmoid * (1.0f + g[j] * slope * (1.0f - sigmoid));
+        }
+    }
+}

@@ -23,6 +23,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "rms_norm_backward": [_P, _P, _P, _P, _P, _N, _N],
     "silu_product": [_P, _P, _P, _N, _N],
     "silu_product_backward": [_P, _P, _P, _P, _P, _N, _N],
+    "gelu_tanh_product": [_P, _P, _P, _N, _N],
+    "gelu_tanh_product_backward": [_P, _P, _P, _P, _P, _N, _N],
 }
 
 
@@ -82,24 +84,25 @@ class RmsNormFunction(torch.autograd.Function):
         return dx.view(grad.shape), None, None
 
 
-class SiluProductFunction(torch.autograd.Function):
-    """`silu(gate) * up`, both `[..., X]`."""
+class GatedProductFunction(torch.autograd.Function):
+    """`activation(gate) * up`, both `[..., X]`; the activation is `silu` or `gelu_tanh`."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
+        ctx.activation = activation
         y = torch.empty_like(gate)
-        _call("silu_product", gate, up, y, *_rows(gate))
+        _call(f"{activation}_product", gate, up, y, *_rows(gate))
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (grad,) = grads
         gate, up = ctx.saved_tensors
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        _call("silu_product_backward", grad.contiguous(), gate, up, dgate, dup, *_rows(gate))
-        return dgate, dup
+        _call(f"{ctx.activation}_product_backward", grad.contiguous(), gate, up, dgate, dup, *_rows(gate))
+        return dgate, dup, None
 
 
 def _rows(x: Tensor) -> tuple[int, int]:

@@ -18,7 +18,7 @@ _PARTS = {
     "attention": ("_PackedAttention", "PackedAttention"),
     "quantising and rescaling": ("_Int8Product",),
     "output layer and losses": ("aten::mm", "aten::_log_softmax", "_ExactProduct", "aten::nll", "aten::gather"),
-    "gates": ("SiluProduct",),
+    "gates": ("GatedProduct",),
     "norms": ("RmsNorm",),
     "gathers and reductions over ranks": ("c10d::", "gloo:", "nccl:"),
 }

@@ -9,7 +9,7 @@ import torch
 from bitsandbytes.functional import int8_vectorwise_quant
 
 from pipeline.backbone import int8
-from pipeline.backbone.fused import RmsNorm
+from pipeline.backbone.fused import _ACTIVATIONS, RmsNorm
 from pipeline.backbone.native import rows
 from pipeline.backbone.native.build import load_kernels
 
@@ -75,8 +75,9 @@ def values_and_gradients(function, *inputs):
 
 @needs_compiler
 @pytest.mark.parametrize("width", [5, 576])
-def test_the_norm_and_its_gradient_are_pytorchs(width):
-    norm = RmsNorm(torch.nn.Parameter(torch.rand(width) + 0.5, requires_grad=False), 1e-5)
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_the_norm_and_its_gradient_are_pytorchs(width, plus_one):
+    norm = RmsNorm(torch.nn.Parameter(torch.rand(width) + 0.5, requires_grad=False), 1e-5, plus_one)
     x = torch.randn(2, 9, width) * 3
     results = []
     for norm.kernels in (True, False):
@@ -86,11 +87,12 @@ def test_the_norm_and_its_gradient_are_pytorchs(width):
 
 
 @needs_compiler
-def test_the_gated_product_and_its_gradients_are_pytorchs():
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_the_gated_product_and_its_gradients_are_pytorchs(activation):
     gate = torch.cat([torch.randn(9, 33) * 3, torch.tensor([[-200.0, -90.0, 90.0] * 11])])
     up = torch.randn_like(gate)
-    ours = values_and_gradients(rows.SiluProductFunction.apply, gate, up)
-    reference = values_and_gradients(lambda g, u: torch.nn.functional.silu(g) * u, gate, up)
+    ours = values_and_gradients(lambda g, u: rows.GatedProductFunction.apply(g, u, activation), gate, up)
+    reference = values_and_gradients(lambda g, u: _ACTIVATIONS[activation](g) * u, gate, up)
     for mine, theirs in zip(ours, reference, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
