@@ -219,6 +219,7 @@ def _fields(bank: PromptBank, snapshot: Snapshot, record: PromptRecord, pointing
         ("backbone", f"{backbone.model}, {backbone.architecture}, hidden size {backbone.hidden_size}"),
         *((part, getattr(backbone, part)) for part in ("fingerprint", "config", "tokenizer", "weights")),
         ("quantization", backbone.quantization),
+        ("rows ran", record.rows_run),
         ("libraries", ", ".join(f"{name} {version}" for name, version in sorted(libraries.items())) or None),
     ]
 
