@@ -130,7 +130,18 @@ DECODERS = {
     "llama4_text, chunks": Family(
         "llama4_text",
         {**_HEADS_OF_8, "intermediate_size_mlp": 64, "num_local_experts": 4, "num_experts_per_tok": 1}
-        | {"attention_chunk_size": WINDOW, "moe_layers": [1], "no_rope_layers": [1, 0]},
+        | {
+            "attention_chunk_size": WINDOW,
+            "moe_layers": [1],
+            "no_rope_layers": [1, 0],
+            "attn_temperature_tuning": False,
+        },
+    ),
+    "llama4_text, scaled by place": Family(
+        "llama4_text",
+        {**_HEADS_OF_8, "intermediate_size_mlp": 64, "num_local_experts": 4, "num_experts_per_tok": 1}
+        | {"attention_chunk_size": 4096, "moe_layers": [1], "no_rope_layers": [1, 0], "floor_scale": 40},
+        "padded",
     ),
     "gpt_oss, sinks": Family(
         "gpt_oss",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.backbone.embedding import embed_words
-from pipeline.backbone.output import token_nll
+from pipeline.backbone.output import best_tokens, layers_of, token_nll
 from pipeline.backbone.rows import Rows, TokenRows, as_indices, mask_of, pad_embeddings, pad_ids
 
 _UNLABELLED = -100
@@ -41,15 +41,15 @@ def decoding_steps(model: Any, rows: Rows) -> tuple[Callable[[], Tensor], Callab
     memory: dict[str, Any] = {"past_key_values": None}
 
     def step(tokens: Tensor) -> Tensor:
-        output = model(
-            encoder_outputs=encoded,
-            attention_mask=mask,
-            decoder_input_ids=tokens[:, None],
+        output = layers_of(model)(
+            input_ids=tokens[:, None],
+            encoder_hidden_states=encoded.last_hidden_state,
+            encoder_attention_mask=mask,
             use_cache=True,
             **memory,
         )
         memory["past_key_values"] = output.past_key_values
-        return output.logits[:, -1].argmax(-1)
+        return best_tokens(model, output.last_hidden_state[:, -1])
 
     def start() -> Tensor:
         tokens = step(torch.full((len(mask),), first_token(model), device=mask.device))
@@ -102,7 +102,7 @@ def _encode(model: Any, rows: Rows) -> tuple[Any, Tensor]:
 def _decoder_nll(model: Any, encoded: Any, mask: Tensor, targets: TokenRows) -> Tensor:
     """-log P of targets `[B]`, one for each row of the encoder's output."""
     # Teacher forcing. Padding stands behind a target's tokens, where a decoder does not look.
-    hidden = model.get_decoder()(
+    hidden = layers_of(model)(
         input_ids=decoder_inputs(model, targets, mask.device),
         encoder_hidden_states=encoded.last_hidden_state,
         encoder_attention_mask=mask,

@@ -258,7 +258,8 @@ def architecture_of(config: PretrainedConfig, name: str = "") -> Architecture:
 def context_length(config: PretrainedConfig) -> int | None:
     """Most positions that a sequence may have, prompt included; None where positions are relative or a state.
 
-    A window of attention is no limit: it moves along with the text.
+    A window of attention is no limit: it moves along with the text. Phi-3's long rotations end at their original
+    length.
     """
     # The stacks of an encoder-decoder may each have a configuration, and a limit, of their own.
     stacks = [config, config.get_text_config(encoder=True), config.get_text_config(decoder=True)]
@@ -267,6 +268,11 @@ def context_length(config: PretrainedConfig) -> int | None:
     if config.is_encoder_decoder and getattr(config, "attention_type", None) == "block_sparse":
         # BigBird reads longer rows by blocks, of which it draws some at random and counts a row's padding.
         limits.append((5 + 2 * config.num_random_blocks) * config.block_size)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Beyond the original length all rows of a pass get other factors, as soon as one of them is longer.
+        original = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+        limits.append(int(original))
     return min(limits, default=None)
 
 

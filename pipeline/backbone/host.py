@@ -144,7 +144,7 @@ def host_backbone(
     if not sharded:
         load_weights(model, source, dtype, whole_placement(device, keep or on_device(device)))
         whole = Hosted(model)
-        proof = choose_way(whole, model, files.name, device, dtype, products)
+        proof = choose_way(whole, model, files.name, device, dtype, partitioned=False, products=products)
         return Backbone(config, whole, device, dtype, width, proof)
     start_deepspeed(device)
     import deepspeed
@@ -163,7 +163,7 @@ def host_backbone(
     deepspeed.utils.set_z3_leaf_modules(hosted, layer_types(model))
     # The engine installs the hooks that gather and release. Its own `forward` and `step` are for training: unused.
     engine, *_ = deepspeed.initialize(model=hosted, config=zero)
-    proof = choose_way(engine.module, model, files.name, device, dtype, products)
+    proof = choose_way(engine.module, model, files.name, device, dtype, partitioned=True, products=products)
     traffic.gathered = 0
     return Backbone(config, engine.module, device, dtype, width, proof, traffic)
 
@@ -174,6 +174,8 @@ def choose_way(
     name: str,
     device: torch.device,
     dtype: torch.dtype,
+    *,
+    partitioned: bool,
     products: str = "exact",
     gradients: bool = True,
 ) -> Proof:
@@ -190,6 +192,7 @@ def choose_way(
         return bool(said)
 
     set_products(model, "exact", device)  # rounding to int8 would hide a small difference
+    model.partitioned = partitioned
     model.keeps_rows = model.keeps_prompts = False  # nothing is kept before it is proved
     proof = prove(hosted, model, device, dtype, gradients, on_all_ranks)
     set_products(model, products, device)
@@ -201,7 +204,7 @@ def choose_way(
         )
     model.way, model.keeps_rows = proof.way, proof.keeps_rows
     # Partitioned, all ranks must run the same passes, and each has other prompts.
-    model.keeps_prompts = proof.keeps_prompts and not dist.is_initialized()
+    model.keeps_prompts = proof.keeps_prompts and not partitioned
     return proof
 
 

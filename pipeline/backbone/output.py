@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutput
@@ -47,6 +48,7 @@ def layers_of(model: Any) -> Any:
 
 def let_layers_be_passed_over(model: Any) -> None:
     """Prepare a model for `own_logits`: its layers return given hidden states while there are some."""
+    model.partitioned = False  # until it is
     layers = layers_of(model)
     usual = layers.forward
 
@@ -82,12 +84,12 @@ def token_nll(model: Any, hidden: Tensor, tokens: Tensor) -> Tensor:
     if torch.is_grad_enabled() and hidden.requires_grad and frozen:
         nll: Tensor = _TokenNll.apply(hidden, tokens, model)
         return nll
-    return torch.cat([_block_nll(model, h, t) for h, t in _blocks(model, hidden, tokens)])
+    return torch.cat([_block_nll(model, h, t) for h, t in _blocks(model, hidden, tokens)])[: len(hidden)]
 
 
 def best_tokens(model: Any, hidden: Tensor) -> Tensor:
     """The most likely token `[n]` after each hidden state `[n, H]`."""
-    return torch.cat([own_logits(model, h).argmax(-1) for (h,) in _blocks(model, hidden)])
+    return torch.cat([own_logits(model, h).argmax(-1) for (h,) in _blocks(model, hidden)])[: len(hidden)]
 
 
 def _block_nll(model: Any, hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -95,8 +97,17 @@ def _block_nll(model: Any, hidden: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _blocks(model: Any, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    places = max(1, LOGIT_BYTES // logit_bytes(model.config, 1))
-    return zip(*(tensor.split(places) for tensor in tensors), strict=True)
+    """The places in blocks; a rank that has fewer blocks than another gives its last place again for each."""
+    total, places = len(tensors[0]), max(1, LOGIT_BYTES // logit_bytes(model.config, 1))
+    blocks = -(-total // places)
+    if model.partitioned:
+        # Each block gathers the output layer, and all ranks must gather alike.
+        most = torch.tensor(blocks, device=tensors[0].device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        blocks = int(most)
+    for start in range(0, blocks * places, places):
+        first = min(start, total - 1)
+        yield tuple(tensor[first : max(first + 1, start + places)] for tensor in tensors)
 
 
 class _TokenNll(torch.autograd.Function):
@@ -114,8 +125,8 @@ class _TokenNll(torch.autograd.Function):
                 nll = _block_nll(model, leaf, wanted)
                 gradients += torch.autograd.grad(nll.sum(), leaf)
             losses.append(nll.detach())
-        ctx.save_for_backward(torch.cat(gradients))
-        return torch.cat(losses)
+        ctx.save_for_backward(torch.cat(gradients)[: len(hidden)])
+        return torch.cat(losses)[: len(hidden)]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:

@@ -34,6 +34,9 @@ from pipeline.backbone.segments import Segments, make_segments
 
 _NAME = "prompt_bank_packed"
 
+_QUERIES = 256
+"""Positions of queries that a rule is asked about at a time."""
+
 KeysAndValues = dict[int, tuple[Tensor, Tensor]]
 """Keys and values `[N, A', D]` by the index of their layer."""
 
@@ -97,12 +100,15 @@ class Rule:
     def __getitem__(self, _: Any) -> "Rule":
         return self  # Gemma 4 slices the masks of layers that share keys
 
-    def is_causal(self, positions: int, device: torch.device) -> bool:
-        """Whether it is the plain causal rule on so many positions: a window that is longer does nothing."""
+    def is_causal(self, queries: Tensor) -> bool:
+        """Whether it is the plain causal rule for tokens at these positions: a window that is longer does nothing."""
         if self.function is causal_mask_function:
             return True
-        at = torch.arange(positions, device=device)
-        return torch.equal(self(at[:, None], at[None]), at[:, None] >= at[None])
+        # The last one first, since a window shows there; and some at a time, since the whole is positions by positions.
+        queries = queries.unique().flip(0)
+        keys = torch.arange(int(queries[0]) + 1, device=queries.device)
+        parts = (queries[:1], *queries[1:].split(_QUERIES))
+        return all(torch.equal(self(q[:, None], keys[None]), q[:, None] >= keys[None]) for q in parts if len(q))
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +129,7 @@ class PackedRun:
         if id(rule) not in self._biases:
             segments, device = self.layout.segments, self.layout.device
             positions = torch.as_tensor(segments.all_positions(), device=device)
-            plain = rule.is_causal(int(positions.max()) + 1, device)
+            plain = rule.is_causal(positions[segments.given_tokens :])
             made = None if plain else packed_attention.make_biases(self.layout.levels, rule, positions)
             self._biases[id(rule)] = (rule, made)  # the rule is kept, so that no other gets its id
         return self._biases[id(rule)][1]

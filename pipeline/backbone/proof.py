@@ -47,6 +47,10 @@ class Difference:
     reason: str = ""
     """Why the way cannot run the model."""
 
+    def within(self, limits: "Difference") -> bool:
+        """Whether each part is at most that of `limits`."""
+        return self.likelihood <= limits.likelihood and self.gradient <= limits.gradient and self.leak <= limits.leak
+
     def __str__(self) -> str:
         leak = f", {self.leak:.1e} nats by what must not be seen" if self.leak else ""
         return self.reason or f"{self.likelihood:.1e} nats a token and {self.gradient:.1e} of the gradient off{leak}"
@@ -95,15 +99,13 @@ def prove(
 
     `run` calls functions of the model; `model` itself is asked about its parts alone.
     """
-    probe = _probe(model.config)
+    probe, limits = _probe(model.config), _limits(model, dtype)
     differences: dict[str, Difference] = {}
-    of_ids = probe.of_ids()
-    from_ids = run(_from_ids, of_ids, device)
-    with torch.no_grad():
-        alone = run(_alone, _prompts(run, of_ids, device), of_ids)
-    ahead = float(run(_seen_ahead, of_ids, device))
-    differences["alone"] = Difference(_farthest(alone.float().cpu(), from_ids), 0.0, ahead)
-    if not agree(_is_exact(differences["alone"], dtype)):
+    try:
+        differences["alone"] = _alone_from_ids(run, probe.of_ids(), device)
+    except Exception as error:  # a family may ask for more than tokens, or make its embeddings in a way of its own
+        differences["alone"] = Difference(np.inf, np.inf, np.inf, _reason(error))
+    if not agree(differences["alone"].within(limits)):
         return Proof(None, differences)
     prompts = _prompts(run, probe, device)
     wanted = _losses(run, _alone, prompts, probe, gradients)
@@ -116,12 +118,20 @@ def prove(
             differences[way] = Difference(_farthest(found[0], wanted[0]), _relative(found[1], wanted[1]), leak)
         except Exception as error:  # whatever a family's layers raise when they are not run as they are used to
             differences[way] = Difference(np.inf, np.inf, np.inf, _reason(error))
-        if agree(_is_exact(differences[way], dtype)):
+        if agree(differences[way].within(limits)):
             if together is not _padded:
                 return Proof(way, differences)
             keeps = [agree(_agrees(run, partial(of, probe), prompts, dtype)) for of in (_grown, _behind_prompts)]
             return Proof(way, differences, *keeps)
     return Proof(None, differences)
+
+
+def _alone_from_ids(run: Run, probe: _Probe, device: torch.device) -> Difference:
+    """Of rows by themselves from embeddings to the model's own forward pass from token ids."""
+    from_ids = run(_from_ids, probe, device)
+    with torch.no_grad():
+        alone = run(_alone, _prompts(run, probe, device), probe)
+    return Difference(_farthest(alone.float().cpu(), from_ids), 0.0, float(run(_seen_ahead, probe, device)))
 
 
 def _agrees(run: Run, function: Callable[..., Tensor], prompts: Sequence[Tensor], dtype: torch.dtype) -> bool:
@@ -131,7 +141,7 @@ def _agrees(run: Run, function: Callable[..., Tensor], prompts: Sequence[Tensor]
             again, kept = (run(function, prompts, kept) for kept in (False, True))
     except Exception:  # the family's cache is asked what it may not know
         return False
-    most = 1e-3 if dtype == torch.float32 else 0.1
+    most = 1e-3 if dtype == torch.float32 else 1e-2
     return float((again - kept).norm() / again.norm()) <= most
 
 
@@ -161,6 +171,9 @@ def _ways(model: Any) -> list[tuple[Way, Callable[..., Tensor]]]:
     """The ways that a model may run, the fastest first."""
     if model.config.is_encoder_decoder:
         return [("padded", _encoder_decoder)]
+    # Llama 4 scales queries by their place in the packed row, from 8,192 on.
+    if getattr(model.config, "attn_temperature_tuning", False):
+        return [("padded", _padded)]
     # State-space layers, linear attention and their convolutions would run over the packed row as a whole.
     others = set(getattr(model.config, "layer_types", None) or ()) - _ATTENTION
     if others or any(isinstance(module, nn.Conv1d) for module in model.modules()):
@@ -168,12 +181,15 @@ def _ways(model: Any) -> list[tuple[Way, Callable[..., Tensor]]]:
     return [("packed", _packed), ("padded", _padded)]
 
 
-def _is_exact(difference: Difference, dtype: torch.dtype) -> bool:
+def _limits(model: Any, dtype: torch.dtype) -> Difference:
+    """The most that an exact way may differ."""
+    if dtype == torch.float32:
+        return Difference(1e-3, 2e-2, 5e-5)
     # In 16 bits the same sums in another order differ in their third digit, and a deep model amplifies that: SmolLM2 is
-    # 0.07 nats and 6 % of the gradient off in bfloat16, and 9e-6 nats in float32.
-    most = (1e-3, 2e-2, 5e-5) if dtype == torch.float32 else (0.4, 0.5, 0.1)
-    found = (difference.likelihood, difference.gradient, difference.leak)
-    return all(off <= limit for off, limit in zip(found, most, strict=True))
+    # 0.07 nats and 6 % of the gradient off in bfloat16, and 9e-6 nats in float32. But what must not be seen changes
+    # nothing, in passes of one shape, unless an expert gets another number of tokens with it.
+    experts = any("expert" in name for name, _ in model.named_modules())
+    return Difference(0.4, 0.5, 0.1 if experts else 5e-5)
 
 
 def _probe(config: Any) -> _Probe:

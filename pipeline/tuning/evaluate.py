@@ -110,11 +110,16 @@ def answer(backbone: Backbone, tokenizer: Any, requests: Sequence[EvalRequest], 
         answered[s] = [labels[int(i)] for i in np.nan_to_num(label_scores[s], nan=-np.inf).argmax(axis=1)]
     for s, outcome in run.each_row(others, _score_targets, width=1).items():
         nll[s] = outcome[:, 0]
-    # A target's last token ends an answer, too: eos, or in a chat what its template ends a turn with.
-    ends = {s: int(requests[s].split.target_tokens[-1]) for s in others if requests[s].metric != "loss"}
+    ends = {s: _end_of(requests[s], tokenizer) for s in others if requests[s].metric != "loss"}
     for end in dict.fromkeys(ends.values()):
         answered |= _decode(run, tokenizer, [s for s in ends if ends[s] == end], end)
     return [Answers(nll[s], wanted[s], answered.get(s), label_scores.get(s)) for s in range(len(requests))]
+
+
+def _end_of(request: EvalRequest, tokenizer: Any) -> int:
+    """The token that ends an answer: eos, behind which mBART's targets have a language; or that of a chat's turn."""
+    target = request.split.target_ids(0)
+    return int(tokenizer.eos_token_id if tokenizer.eos_token_id in target else target[-1])
 
 
 def wanted_texts(metric: str, split: TokenSet, tokenizer: Any) -> list[str]:

@@ -7,7 +7,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from pipeline.backbone import padded, prompted
-from pipeline.backbone.files import find_model, read_config
+from pipeline.backbone.files import context_length, find_model, read_config
 from pipeline.backbone.host import host_backbone
 from pipeline.errors import BackboneError
 from tests.families import DECODERS, make_decoder
@@ -31,11 +31,9 @@ def both(family):
     return known, hosted(folder, int8=False), theirs(folder)
 
 
-def hosted(folder, int8, **options):
+def hosted(folder, int8, dtype=torch.float32):
     files = find_model(str(folder))
-    return host_backbone(
-        files, read_config(files), int8=int8, dtype=torch.float32, device=CPU, sharded=False, **options
-    )
+    return host_backbone(files, read_config(files), int8=int8, dtype=dtype, device=CPU, sharded=False)
 
 
 def theirs(folder):
@@ -169,10 +167,30 @@ def test_rows_longer_than_any_chunk_go_on_from_a_prompts_state_as_they_run_behin
         torch.testing.assert_close(kept[row, places], again[row, places], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["bert", "roberta", "xlnet"])
-def test_a_model_that_looks_ahead_is_refused_with_the_numbers(tmp_path, kind):
+def test_a_model_that_looks_ahead_is_refused_with_the_numbers(tmp_path, kind, dtype):
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "d_model": 32}
     config = AutoConfig.for_model(kind, **sizes, n_layer=2, n_head=4, d_inner=64, intermediate_size=64)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(BackboneError, match=r"no way of running it .* nats by what must not be seen.* is refused"):
-        hosted(tmp_path, int8=False)
+        hosted(tmp_path, int8=False, dtype=dtype)
+
+
+def test_in_16_bits_a_state_that_is_not_exact_is_not_kept_either(tmp_path):
+    folder = make_decoder(tmp_path, DECODERS["jamba"])
+    assert not any(hosted(folder, int8=False, dtype=of).proof.keeps_prompts for of in (torch.float32, torch.bfloat16))
+
+
+def test_rotations_that_change_with_the_longest_row_end_the_context(tmp_path):
+    # transformers picks the long factors for a whole pass, so a short row would change beside a longer one.
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    config = AutoConfig.for_model(
+        "phi3",
+        max_position_embeddings=4096,
+        original_max_position_embeddings=64,
+        rope_parameters=rope,
+        hidden_size=32,
+        num_attention_heads=4,
+    )
+    assert context_length(config) == 64

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -11,7 +12,8 @@ from pipeline.backbone.files import find_model, read_config
 from pipeline.backbone.host import host_backbone
 from pipeline.backbone.prompted import Rows, greedy_decode, label_log_likelihoods, target_nll
 from pipeline.lab.benchmark.resident import MemoryWatch, resident
-from tests.tiny import make_model
+from tests.ranks import run_ranks
+from tests.tiny import VOCAB, make_model
 
 ENTRIES = 262_144
 """Gemma's vocabulary: 1 MiB of logits a place."""
@@ -32,14 +34,18 @@ class Largest(TorchDispatchMode):
         return made
 
 
+SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 4}
+
+
+def large_vocabulary(folder, family, int8, **sizes):
+    files = find_model(str(make_model(folder, family, vocab_size=ENTRIES, **sizes)))
+    config, device = read_config(files), torch.device("cpu")
+    return host_backbone(files, config, int8=int8, dtype=torch.float32, device=device, sharded=False)
+
+
 @pytest.fixture(scope="module", params=["int8", "float"])
 def backbone(request, tmp_path_factory):
-    sizes = {"vocab_size": ENTRIES, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 4}
-    files = find_model(str(make_model(tmp_path_factory.mktemp("m"), "llama", **sizes)))
-    config = read_config(files)
-    return host_backbone(
-        files, config, int8=request.param == "int8", dtype=torch.float32, device=torch.device("cpu"), sharded=False
-    )
+    return large_vocabulary(tmp_path_factory.mktemp("m"), "llama", request.param == "int8", **SIZES)
 
 
 def tokens(*lengths: int) -> list[np.ndarray]:
@@ -78,7 +84,16 @@ def decoding(backbone):
 )
 def test_logits_of_a_large_vocabulary_are_bounded_and_blocks_change_no_result(backbone, work, way, monkeypatch):
     monkeypatch.setattr(backbone.hosted.model, "way", way)
-    run = work(backbone)
+    check_bounded(work(backbone), monkeypatch)
+
+
+@pytest.mark.parametrize("work", [training, scoring, decoding])
+def test_logits_of_an_encoder_decoder_are_bounded_alike(tmp_path, work, monkeypatch):
+    backbone = large_vocabulary(tmp_path, "t5", False, d_model=16, d_ff=16, d_kv=4, num_layers=1, num_decoder_layers=1)
+    check_bounded(work(backbone), monkeypatch)
+
+
+def check_bounded(run, monkeypatch):
     before = resident().own
     with MemoryWatch() as watch, Largest() as largest:
         found = run()
@@ -90,3 +105,45 @@ def test_logits_of_a_large_vocabulary_are_bounded_and_blocks_change_no_result(ba
     assert largest.bytes >= 4 * ENTRIES * PLACES // 2, "the test asks for many places"
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def losses_on_rank(folder, share_memory):
+    """Of rows whose targets fill one block of places on rank 0, and three on rank 1; and what they answer."""
+    output.LOGIT_BYTES = 4 * output.logit_bytes(read_config(find_model(str(folder))), 1)
+    files, rng = find_model(str(folder)), np.random.default_rng(0)
+    backbone = host_backbone(
+        files,
+        read_config(files),
+        int8=True,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        sharded=dist.is_initialized(),
+        share_memory=share_memory,
+    )
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    lengths = ((1,), (6, 6))
+    targets = [[rng.integers(3, VOCAB, n) for n in of_rank] for of_rank in lengths]
+    inputs = [[rng.integers(3, VOCAB, 4) for _ in of_rank] for of_rank in lengths]
+    found = []
+    for mine in [rank] if dist.is_initialized() else [0, 1]:
+        prompt = torch.ones(2, 32, requires_grad=True)
+        rows = Rows([prompt], [0] * len(inputs[mine]), inputs[mine])
+        losses = backbone.run(target_nll, rows, targets[mine])
+        losses.sum().backward()
+        labels = backbone.run(label_log_likelihoods, rows, [targets[mine]] * len(inputs[mine]))
+        answers = backbone.run(greedy_decode, rows, 3, -1)
+        found.append([losses.detach().numpy(), prompt.grad.numpy(), *labels, *answers])
+    return found
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("share_memory", [True, False])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_ranks_with_other_numbers_of_blocks_gather_alike_and_reach_one_process(tmp_path, family, share_memory):
+    folder = make_model(tmp_path / "m", family)
+    usual = output.LOGIT_BYTES
+    alone = losses_on_rank(folder, True)
+    output.LOGIT_BYTES = usual
+    for (of_rank,), expected in zip(run_ranks(2, losses_on_rank, folder, share_memory), alone, strict=True):
+        for mine, theirs in zip(of_rank, expected, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)

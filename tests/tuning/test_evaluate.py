@@ -102,3 +102,28 @@ def test_more_is_better_but_for_loss_and_ties_fall_to_the_lower_loss():
     assert goodness("accuracy", 0.8, 0.6) < goodness("accuracy", 0.8, 0.5)
     assert goodness("accuracy", 0.8, 0.4) > goodness("accuracy", 0.8, 0.5)
     assert goodness("loss", 0.4, 0.4) > goodness("loss", 0.5, 0.5)
+
+
+def test_an_answer_ends_at_eos_also_where_targets_have_their_language_behind_it(model, requests):
+    backbone, tokenizer, _ = model
+    request = next(request for request in requests if request.metric == "exact_match")
+    marked = _LanguageLast(request.split, language=int(request.split.target_ids(0)[0]))
+    asked = [request, replace(request, split=marked)]
+    plain, behind = (of.texts for of in answer(backbone, tokenizer, asked, 1000))
+    assert plain == behind
+
+
+class _LanguageLast:
+    """A split whose targets end as mBART's do, with a token of their language behind eos."""
+
+    def __init__(self, split, language):
+        self._split, self._language = split, language
+
+    def __len__(self):
+        return len(self._split)
+
+    def __getattr__(self, name):
+        return getattr(self._split, name)
+
+    def target_ids(self, number):
+        return np.append(self._split.target_ids(number), self._language)

@@ -74,6 +74,6 @@ def load_whole(
     if isinstance(optimizer, PartitionedAdafactor):
         optimizer.describe({piece.values: Span(piece.shape, piece.start, piece.stop) for piece in pieces})
     hosted = Hosted(model)
-    proof = choose_way(hosted, model, source.origin, device, dtype, gradients=False)
+    proof = choose_way(hosted, model, source.origin, device, dtype, partitioned=False, gradients=False)
     backbone = Backbone(config, hosted, device, dtype, input_width(model), proof)
     return WholeModel(backbone, pieces, [weight for _, weight in named], optimizer, settings.clip_norm)
