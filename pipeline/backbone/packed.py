@@ -12,6 +12,7 @@ a chunk), which transformers hands over through its mask interface; here it is a
 Shapes: N tokens that run, G tokens that are given. A heads, A' heads of keys, D head size.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -150,6 +151,9 @@ class PackedRun:
 _current: ContextVar[PackedRun | None] = ContextVar("packed run", default=None)
 
 
+_setting = threading.Lock()
+
+
 def current_run() -> PackedRun | None:
     """The packed run that is under way in this thread, if there is one."""
     return _current.get()
@@ -176,7 +180,8 @@ def run_packed(
     run = PackedRun(layout, given, bool(getattr(model, "kernels", False)) and kept is None, kept)
     token = _current.set(run)
     try:
-        with _attention_of_all(model, _NAME):
+        # One pass at a time, whichever thread calls: the setting is the whole model's.
+        with _setting, _attention_of_all(model, _NAME):
             output = layers_of(model)(
                 inputs_embeds=embeddings[None],
                 position_ids=positions,

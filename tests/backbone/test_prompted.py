@@ -1,5 +1,7 @@
 """The model behind soft prompts, against transformers' own forward pass, row by row."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -153,3 +155,18 @@ def test_int8_in_bfloat16_as_on_a_gpu_stays_close_to_the_full_model(family, any_
     torch.testing.assert_close(close, exact, rtol=0.03, atol=0.05)
     assert len(half.run(prompted.greedy_decode, run, 4, EOS)) == len(OF_ROW)
     assert [len(s) for s in half.run(prompted.label_log_likelihoods, run, [targets] * 4)] == [4] * 4
+
+
+def test_threads_that_share_a_model_leave_its_attention_as_it_was(tmp_path):
+    folder = make_model(tmp_path / "m", "llama")
+    files = find_model(str(folder))
+    ours = host_backbone(
+        files, read_config(files), int8=False, dtype=torch.float32, device=torch.device("cpu"), sharded=False
+    )
+    usual = ours.hosted.model.config._attn_implementation
+    run, targets = make_rows((3, 7))
+    wanted = ours.run(prompted.target_nll, run, targets).detach()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: ours.run(prompted.target_nll, run, targets).detach(), range(40)))
+    assert ours.hosted.model.config._attn_implementation == usual
+    assert all(torch.equal(of_thread, wanted) for of_thread in found)
