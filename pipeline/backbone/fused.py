@@ -110,7 +110,7 @@ def fuse(model: nn.Module) -> None:
         of_experts = isinstance(parent, nn.ModuleList) or hasattr(parent, "experts")
         for key, child in list(parent.named_children()):
             fused: nn.Module | None = _fused_norm(child) or (None if of_experts else _fused_mlp(child))
-            if type(child).__name__ in _ATTENTIONS:
+            if type(child).__name__ in _ATTENTIONS and not getattr(child, "attn_logit_softcapping", None):
                 fused = RotaryAttention(child)
             if fused is not None:
                 setattr(parent, key, fused)

@@ -106,10 +106,14 @@ def _chat(record: PromptRecord, served: ServedBackbone) -> ModelChat | None:
     except CorpusError as error:
         raise BankError(f"{where} was tuned on a chat, and {error}") from error
     if chat.form != form:
+        parts = {
+            name: (getattr(form, name), getattr(chat.form, name)) for name in ("template", "options", "lead", "end")
+        }
+        name, (had, has) = next((name, both) for name, both in parts.items() if both[0] != both[1])
+        what = f"SHA-256 {had[:12]}, here {has[:12]}" if name == "template" else f"its {name} is {had!r}, here {has!r}"
         raise BankError(
-            f"{where} was tuned with another chat template than {served.identity.model} has here (SHA-256 "
-            f"{form.template[:12]}, here {chat.form.template[:12]}), so its input would differ; give the model the "
-            "template that it had, or tune the prompt again"
+            f"{where} was tuned with another chat template than {served.identity.model} has here ({what}), so its "
+            "input would differ; give the model the template that it had, or tune the prompt again"
         )
     return chat
 
