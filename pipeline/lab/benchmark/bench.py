@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from pipeline.backbone import prompted
 from pipeline.backbone.allocator import configure_allocator
 from pipeline.backbone.files import architecture_of, find_model, read_config, read_tokenizer
+from pipeline.backbone.gguf_metadata import quick_gguf_reader
 from pipeline.backbone.host import Backbone, compute_dtype, held_bytes, host_backbone
 from pipeline.backbone.nearest import read_input_embeddings
 from pipeline.backbone.offload import offload_of_settings
@@ -143,9 +144,10 @@ def _as_safetensors(model: str, folder: Path) -> Path:
     if files.gguf is None:
         return files.folder
     saved = folder / "model"
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        files.folder, dtype=torch.float32, gguf_file=files.gguf, trust_remote_code=False
-    )
+    with quick_gguf_reader():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            files.folder, dtype=torch.float32, gguf_file=files.gguf, trust_remote_code=False
+        )
     loaded.config.quantization_config = None
     loaded.hf_quantizer = None
     loaded.save_pretrained(saved)
