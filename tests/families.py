@@ -172,7 +172,7 @@ DECODERS = {
     "glm4_moe_lite": Family(
         "glm4_moe_lite", {**_DENSE, **_LATENT, **_ROUTED, "num_key_value_heads": 4, "n_shared_experts": 1}
     ),
-    "falcon, rotary": Family("falcon", {**_FALCON, "multi_query": True, "bias": False}, "padded"),
+    "falcon, rotary": Family("falcon", {**_FALCON, "multi_query": True, "bias": False}, "shared"),
     "falcon, alibi": Family(
         "falcon", {**_FALCON, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}, "padded"
     ),
@@ -183,8 +183,8 @@ DECODERS = {
     ),
     "gpt2": Family("gpt2", _GPT),
     "gpt_bigcode": Family("gpt_bigcode", _GPT),
-    "gptj": Family("gptj", {**_GPT, "rotary_dim": 4}, "padded"),
-    "codegen": Family("codegen", {**_GPT, "rotary_dim": 4, "n_ctx": 256}, "padded"),
+    "gptj": Family("gptj", {**_GPT, "rotary_dim": 4}, "shared"),
+    "codegen": Family("codegen", {**_GPT, "rotary_dim": 4, "n_ctx": 256}, "shared"),
     "gpt_neo, window": Family(
         "gpt_neo",
         {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 256}

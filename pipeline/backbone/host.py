@@ -86,7 +86,7 @@ class Backbone:
     @property
     def pads_rows(self) -> bool:
         """Whether rows of a batch are padded to the longest; if not, they run packed, and keep what a prompt made."""
-        return self.way == "padded"
+        return self.way != "packed"
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(model, *args)`, with every weight that it touches gathered while it is used."""

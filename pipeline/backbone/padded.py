@@ -7,6 +7,7 @@ Shapes: B rows, T tokens, P prompt tokens, H hidden.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -18,6 +19,9 @@ from pipeline.backbone.decoder_only import inputs_beside, pad_token
 from pipeline.backbone.embedding import embed_words
 from pipeline.backbone.output import best_tokens, layers_of, token_nll
 from pipeline.backbone.rows import Rows, TokenRows, as_indices, mask_of, pad_embeddings, pad_ids
+
+_SHARED_TOKENS = 384
+"""Tokens of texts that share a row at most."""
 
 
 def target_nll(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
@@ -123,8 +127,11 @@ def _joined(
 
 
 def _run(model: Any, prompts: Sequence[Any], of_row: Sequence[int], texts: TokenRows) -> Tensor:
-    kept = model.keeps_prompts and not torch.is_grad_enabled()
-    return hidden_states(model, prompts, of_row, texts, kept)
+    if model.keeps_prompts and not torch.is_grad_enabled():
+        return hidden_states(model, prompts, of_row, texts, kept=True)
+    if model.way == "shared":
+        return sharing_prompts(model, prompts, of_row, texts)
+    return hidden_states(model, prompts, of_row, texts)
 
 
 def hidden_states(
@@ -149,6 +156,83 @@ def hidden_states(
     )
     hidden: Tensor = output.last_hidden_state
     return hidden
+
+
+def sharing_prompts(model: Any, prompts: Sequence[Any], of_row: Sequence[int], texts: TokenRows) -> Tensor:
+    """The same for families that take a mask of tokens by tokens: some texts share a row, and its prompt.
+
+    Their layers must keep to the mask and to given positions, and have no window of their own (see `proof`).
+    """
+    shared = _shared_rows(of_row, texts)
+    rows = [_SharedRow(prompts[s], [texts[b] for b in members]) for s, members in shared]
+    longest = max(len(row) for row in rows)
+    joined, ids = _joined(model, prompts, [s for s, _ in shared], [np.concatenate(row.texts) for row in rows])
+    embeddings = pad_embeddings(joined)
+    seen = torch.as_tensor(np.stack([row.seen(longest) for row in rows]), device=embeddings.device)
+    mask = torch.zeros(seen.shape, dtype=embeddings.dtype, device=embeddings.device)
+    output = layers_of(model)(
+        inputs_embeds=embeddings,
+        attention_mask=mask.masked_fill(~seen, torch.finfo(mask.dtype).min)[:, None],
+        position_ids=as_indices(np.stack([row.positions(longest) for row in rows]), embeddings),
+        use_cache=False,
+        **inputs_beside(model, as_indices(pad_ids(ids), embeddings)),
+    )
+    # Each text behind its prompt again, as if it had a row of its own.
+    width = max(len(prompts[s]) + len(text) for s, text in zip(of_row, texts, strict=True))
+    places = np.zeros((len(texts), width), dtype=np.int64)
+    for at, ((_, members), row) in enumerate(zip(shared, rows, strict=True)):
+        for b, own in zip(members, row.places(), strict=True):
+            places[b, : len(own)] = at * longest + own
+    hidden: Tensor = output.last_hidden_state.flatten(0, 1)[as_indices(places, embeddings)]
+    return hidden
+
+
+def _shared_rows(of_row: Sequence[int], texts: TokenRows) -> list[tuple[int, list[int]]]:
+    """Texts that share a row, each with the prompt that stands there: attention is within a row, so rows stay short."""
+    shared: list[tuple[int, list[int]]] = []
+    for s in sorted(set(of_row)):
+        room = 0
+        for b in (b for b, of in enumerate(of_row) if of == s):
+            room -= len(texts[b])
+            if room < 0:
+                shared.append((s, []))
+                room = _SHARED_TOKENS - len(texts[b])
+            shared[-1][1].append(b)
+    return shared
+
+
+@dataclass(frozen=True)
+class _SharedRow:
+    """A prompt and the texts behind it, one after the other."""
+
+    prompt: Tensor
+    texts: Sequence[np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + sum(map(len, self.texts))
+
+    def _padded(self, values: list[np.ndarray], width: int) -> np.ndarray:
+        return np.pad(np.concatenate(values), (0, width - len(self)), mode="edge")
+
+    def positions(self, width: int) -> np.ndarray:
+        """`[width]`: each text's begin behind the prompt."""
+        before = len(self.prompt)
+        return self._padded([np.arange(before), *(before + np.arange(len(text)) for text in self.texts)], width)
+
+    def seen(self, width: int) -> np.ndarray:
+        """`[width, width]`: a token sees what stands before it of its own text and of the prompt."""
+        owners = [np.zeros(len(self.prompt), int), *(np.full(len(text), i) for i, text in enumerate(self.texts, 1))]
+        owner, order = self._padded(owners, width), np.arange(width)
+        of_prompt = order[None] < len(self.prompt)
+        return (order[None] <= order[:, None]) & (of_prompt | (owner[:, None] == owner[None]))
+
+    def places(self) -> list[np.ndarray]:
+        """Of each text, the places of the prompt and its own."""
+        starts = len(self.prompt) + np.cumsum([0, *map(len, self.texts)])
+        prompt = np.arange(len(self.prompt))
+        return [
+            np.append(prompt, start + np.arange(len(text))) for start, text in zip(starts, self.texts, strict=False)
+        ]
 
 
 def _behind_kept_prompts(model: Any, prompts: Sequence[Any], of_row: Sequence[int], texts: TokenRows) -> Tensor:

@@ -22,8 +22,9 @@ from pipeline.backbone.embedding import embed_words
 from pipeline.backbone.packed import Rule
 from pipeline.backbone.rows import Rows, as_indices
 
-Way = Literal["packed", "padded"]
-"""How rows run: all in one row behind prompts that they share, or each in a row of its own with its own prompt."""
+Way = Literal["packed", "shared", "padded"]
+"""How rows run: all in one row behind prompts that they share; some in a row behind one prompt, by a mask of tokens by
+tokens; or each in a row of its own with its own prompt."""
 
 _TARGET = 3
 """Tokens of the target of each row that is tried."""
@@ -119,7 +120,7 @@ def prove(
         except Exception as error:  # whatever a family's layers raise when they are not run as they are used to
             differences[way] = Difference(np.inf, np.inf, np.inf, _reason(error))
         if agree(differences[way].within(limits)):
-            if together is not _padded:
+            if together is _packed or model.config.is_encoder_decoder:
                 return Proof(way, differences)
             keeps = [agree(_agrees(run, partial(of, probe), prompts, dtype)) for of in (_grown, _behind_prompts)]
             return Proof(way, differences, *keeps)
@@ -178,7 +179,10 @@ def _ways(model: Any) -> list[tuple[Way, Callable[..., Tensor]]]:
     others = set(getattr(model.config, "layer_types", None) or ()) - _ATTENTION
     if others or any(isinstance(module, nn.Conv1d) for module in model.modules()):
         return [("padded", _padded)]
-    return [("packed", _packed), ("padded", _padded)]
+    # A window that the family applies by itself would count places of a shared row; two short rows do not show it.
+    windowed = any("window" in name or "chunk" in name for name, value in vars(model.config).items() if value)
+    shared: list[tuple[Way, Callable[..., Tensor]]] = [] if windowed else [("shared", _shared)]
+    return [("packed", _packed), *shared, ("padded", _padded)]
 
 
 def _limits(model: Any, dtype: torch.dtype) -> Difference:
@@ -294,7 +298,16 @@ def _encoder_decoder(model: Any, prompts: Sequence[Tensor], probe: _Probe) -> Te
 
 
 def _padded(model: Any, prompts: Sequence[Tensor], probe: _Probe) -> Tensor:
+    model.way = "padded"
     return padded.target_nll(model, Rows(prompts, range(2), probe.inputs), probe.targets)
+
+
+def _shared(model: Any, prompts: Sequence[Tensor], probe: _Probe) -> Tensor:
+    # Each row twice: the second stands behind the first in their shared row, and must not show it.
+    model.way = "shared"
+    rows = Rows(prompts, [0, 1, 0, 1], [*probe.inputs, *probe.inputs])
+    first, second = padded.target_nll(model, rows, [*probe.targets, *probe.targets]).view(2, 2)
+    return second + (second - first).abs().detach()
 
 
 def _packed(model: Any, prompts: Sequence[Tensor], probe: _Probe) -> Tensor:

@@ -144,7 +144,7 @@ class PromptRecord(StoredModel):
     tuned_on: BackboneId | None = None
     """The backbone that the blob was tuned on, where a statement alone says that it is the version's; else None.
     Written only where there is one."""
-    rows_run: Literal["packed", "padded"] | None = None
+    rows_run: Literal["packed", "shared", "padded"] | None = None
     """How the model's rows ran while the prompt was tuned, which was found out by proof (docs/models.md). Written only
     where it is known."""
 

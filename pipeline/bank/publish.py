@@ -44,7 +44,7 @@ class NewPrompt:
     reason: str | None = None
     inputs_digest: str | None = None
     learned: bool | None = None
-    rows_run: Literal["packed", "padded"] | None = None
+    rows_run: Literal["packed", "shared", "padded"] | None = None
 
 
 @dataclass(frozen=True)
