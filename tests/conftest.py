@@ -51,4 +51,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             return "ray" if _starts_a_ray(nodeid) else nodeid.partition("::")[0]
 
+        def _assign_work_unit(self, node: Any) -> None:
+            # They take longest, so they begin first: started late, they would run on alone.
+            if "ray" in self.workqueue:
+                self.workqueue.move_to_end("ray", last=False)
+            super()._assign_work_unit(node)
+
     return OneForRay(config, log)
