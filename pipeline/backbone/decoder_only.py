@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.backbone.embedding import embed_words
-from pipeline.backbone.output import best_tokens, layers_of, token_nll
+from pipeline.backbone.output import best_tokens, layers_of, summed, token_nll
 from pipeline.backbone.packed import KeysAndValues, Layout, make_layout, run_packed
 from pipeline.backbone.rows import PromptState, Rows, TokenRows, as_indices
 
@@ -36,7 +36,7 @@ def target_nll(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
     # Logits at these positions alone: over all positions they would be the step's largest tensor.
     nll = nll_at(model, hidden, np.concatenate(before), np.concatenate(targets))  # [sum T]
     row_index = np.repeat(np.arange(len(targets)), [len(y) for y in targets])
-    return nll.new_zeros(len(targets)).index_add(0, as_indices(row_index, hidden), nll)
+    return summed(nll, row_index, len(targets))
 
 
 def run_behind_prompts(
@@ -65,9 +65,14 @@ def run_behind_prompts(
 
 def inputs_beside(model: Any, ids: Tensor) -> dict[str, Tensor]:
     """What some families' layers get from token ids `[B, T]` beside embeddings: Gemma's inputs of each layer."""
-    if not getattr(model.config, "hidden_size_per_layer_input", None):
+    if not asks_for_tokens(model):
         return {}
     return {"per_layer_inputs": layers_of(model).get_per_layer_inputs(ids)}
+
+
+def asks_for_tokens(model: Any) -> bool:
+    """Whether the family's layers get inputs of their own from tokens."""
+    return bool(getattr(model.config, "hidden_size_per_layer_input", None))
 
 
 def pad_token(model: Any) -> int:
@@ -123,7 +128,7 @@ def label_nll(model: Any, rows: Rows, pairs: np.ndarray, candidates: TokenRows) 
         tokens.append(candidates[i][1:])
         of_label.append(np.full(len(candidates[i]) - 1, i))
     nll = nll_at(model, hidden, np.concatenate(places), np.concatenate(tokens))
-    return nll.new_zeros(len(candidates)).index_add(0, as_indices(np.concatenate(of_label), hidden), nll)
+    return summed(nll, np.concatenate(of_label), len(candidates))
 
 
 # Decoding runs prompts and inputs, packed, and then token after token, each behind the keys and values of what came

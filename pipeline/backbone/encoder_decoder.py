@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.backbone.embedding import embed_words
-from pipeline.backbone.output import best_tokens, layers_of, token_nll
+from pipeline.backbone.output import best_tokens, layers_of, summed, token_nll
 from pipeline.backbone.rows import Rows, TokenRows, as_indices, mask_of, pad_embeddings, pad_ids
 
 _UNLABELLED = -100
@@ -111,5 +111,4 @@ def _decoder_nll(model: Any, encoded: Any, mask: Tensor, targets: TokenRows) -> 
     lengths = np.array([len(target) for target in targets])
     places = as_indices(mask_of(lengths, hidden.shape[1]), hidden).bool()
     nll = token_nll(model, hidden[places], as_indices(np.concatenate(targets), hidden))  # [N]
-    of_row = as_indices(np.repeat(np.arange(len(targets)), lengths), hidden)
-    return nll.new_zeros(len(targets)).index_add(0, of_row, nll)
+    return summed(nll, np.repeat(np.arange(len(targets)), lengths), len(targets))

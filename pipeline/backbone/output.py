@@ -13,11 +13,14 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutput
+
+from pipeline.backbone.rows import as_indices
 
 LOGIT_BYTES = 256 * 2**20
 """What the logits of one block may take, copies included."""
@@ -85,6 +88,11 @@ def token_nll(model: Any, hidden: Tensor, tokens: Tensor) -> Tensor:
         nll: Tensor = _TokenNll.apply(hidden, tokens, model)
         return nll
     return torch.cat([_block_nll(model, h, t) for h, t in _blocks(model, hidden, tokens)])[: len(hidden)]
+
+
+def summed(nll: Tensor, of_target: np.ndarray, targets: int) -> Tensor:
+    """Sums `[targets]` of tokens' losses `[n]`, each of the target whose number stands in `of_target` `[n]`."""
+    return nll.new_zeros(targets).index_add(0, as_indices(of_target, nll), nll)
 
 
 def best_tokens(model: Any, hidden: Tensor) -> Tensor:

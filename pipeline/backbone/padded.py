@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.backbone.decoder_only import inputs_beside, pad_token
 from pipeline.backbone.embedding import embed_words
-from pipeline.backbone.output import best_tokens, layers_of, token_nll
+from pipeline.backbone.output import best_tokens, layers_of, summed, token_nll
 from pipeline.backbone.rows import Rows, TokenRows, as_indices, mask_of, pad_embeddings, pad_ids
 
 _SHARED_TOKENS = 384
@@ -281,4 +281,4 @@ def _scored(model: Any, hidden: Tensor, ends: np.ndarray, row_of: np.ndarray, ta
     places = np.concatenate([ends[row] + np.arange(n) for row, n in zip(row_of, lengths, strict=True)])
     chosen = hidden[as_indices(row_of[of_target], hidden), as_indices(places, hidden)]
     nll = token_nll(model, chosen, as_indices(np.concatenate(targets), hidden))
-    return nll.new_zeros(len(targets)).index_add(0, as_indices(of_target, hidden), nll)
+    return summed(nll, of_target, len(targets))

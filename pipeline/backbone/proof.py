@@ -100,7 +100,7 @@ def prove(
 
     `run` calls functions of the model; `model` itself is asked about its parts alone.
     """
-    probe, limits = _probe(model.config), _limits(model, dtype)
+    probe, limits = _probe(model), _limits(model, dtype)
     differences: dict[str, Difference] = {}
     try:
         differences["alone"] = _alone_from_ids(run, probe.of_ids(), device)
@@ -196,9 +196,9 @@ def _limits(model: Any, dtype: torch.dtype) -> Difference:
     return Difference(0.4, 0.5, 0.1 if experts else 5e-5)
 
 
-def _probe(config: Any) -> _Probe:
+def _probe(model: Any) -> _Probe:
     rng = np.random.default_rng(0)
-    text = config.get_text_config(decoder=True)
+    text = model.config.get_text_config(decoder=True)
     # Special tokens may stand for an image, or for the beginning of a row.
     special = {value for key, value in text.to_dict().items() if key.endswith("_token_id") and isinstance(value, int)}
     usual = np.setdiff1d(np.arange(min(text.vocab_size, 2**15)), list(special))
@@ -208,9 +208,9 @@ def _probe(config: Any) -> _Probe:
 
     prompts, rows, targets = [some(4), some(3)], [some(5), some(2)], [some(_TARGET), some(_TARGET)]
     plain = prompts
-    if getattr(config, "hidden_size_per_layer_input", None):
+    if decoder_only.asks_for_tokens(model):
         # Such a family's layers ask for tokens, too, and a prompt's rows are the padding token there.
-        plain = [np.full(len(prompt), config.pad_token_id or 0) for prompt in prompts]
+        plain = [np.full(len(prompt), decoder_only.pad_token(model)) for prompt in prompts]
     return _Probe(prompts, plain, rows, targets)
 
 

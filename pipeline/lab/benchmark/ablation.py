@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.backbone import decoder_only
+from pipeline.backbone.output import summed
 from pipeline.backbone.packed import Layout
 from pipeline.backbone.rows import Rows, TokenRows, as_indices
 
@@ -52,4 +53,4 @@ def _predicted(rows: Rows, targets: TokenRows, layout: Layout) -> tuple[np.ndarr
 
 def _by_row(nll: Tensor, targets: TokenRows) -> Tensor:
     of_row = np.repeat(np.arange(len(targets)), [len(y) for y in targets])
-    return nll.new_zeros(len(targets)).index_add(0, as_indices(of_row, nll), nll)
+    return summed(nll, of_row, len(targets))
