@@ -42,7 +42,7 @@ def load_and_watch(folder):
     with ExitStack() as loading_alone:
         watch = loading_alone.enter_context(MemoryWatch())
         # Loading ends where the model first runs, to find out how its rows run.
-        host.choose_way = lambda *args: loading_alone.close() or choose_way(*args)
+        host.choose_way = lambda *args, **options: loading_alone.close() or choose_way(*args, **options)
         backbone = load_sharded(folder)
     return watch.peak.total - before.total, held_bytes(backbone)
 
