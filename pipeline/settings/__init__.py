@@ -23,15 +23,10 @@ from pipeline.settings.joining import JoinedPanel, JoinSettings
 from pipeline.settings.models import (
     BankSettings,
     ClusterSettings,
-    HalvingSettings,
     ModelSettings,
-    OptimizerSettings,
-    PromptSettings,
     RefreshSettings,
     RunSettings,
     Settings,
-    TaskDefaults,
-    TaskSettings,
 )
 from pipeline.settings.reading import (
     changed_settings,
@@ -41,6 +36,7 @@ from pipeline.settings.reading import (
     parse_settings,
     settings_schema,
 )
+from pipeline.settings.tasks import HalvingSettings, OptimizerSettings, PromptSettings, TaskDefaults, TaskSettings
 
 __all__ = [
     "AdaptationSettings",

@@ -5,7 +5,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.settings.fields import Address, Count, Paths, SettingsModel
-from pipeline.settings.models import ClusterSettings, OptimizerSettings, RunSettings
+from pipeline.settings.models import ClusterSettings, RunSettings
+from pipeline.settings.tasks import OptimizerSettings
 
 
 class AdaptedModelSettings(SettingsModel):

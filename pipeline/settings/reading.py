@@ -14,8 +14,9 @@ from pydantic import BaseModel, ValidationError
 from pipeline.errors import SettingsError
 from pipeline.settings.adaptation import AdaptationSettings
 from pipeline.settings.joining import JoinSettings
-from pipeline.settings.models import Settings, TaskSettings
+from pipeline.settings.models import Settings
 from pipeline.settings.sweeps import expand_seeds
+from pipeline.settings.tasks import TaskSettings
 from pipeline.settings.yaml_text import Place, Spellings, quoted, read_yaml_text
 
 Root = TypeVar("Root", bound=BaseModel)

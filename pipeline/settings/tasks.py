@@ -1,0 +1,220 @@
+"""What a task may set: its prompt, how that is trained and measured, and its corpora."""
+
+from collections.abc import Mapping
+from operator import attrgetter
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from pipeline.settings.comparing import parts
+from pipeline.settings.fields import LARGEST, Count, Paths, Seed, SettingsModel, Tokens
+from pipeline.settings.sweeps import (
+    MOST_TRIALS,
+    SweptKey,
+    WrittenSweep,
+    apply_choice,
+    choices,
+    count_choices,
+    expand_seeds,
+    trial_name,
+)
+
+Sweep = Annotated[
+    dict[SweptKey, Annotated[list[Any], Field(min_length=1)]],
+    BeforeValidator(expand_seeds, json_schema_input_type=WrittenSweep),
+]
+
+
+_OF_CHAT_TEMPLATES = ("messages", "add_generation_prompt", "continue_final_message", "chat_template", "conversations")
+
+
+class PromptSettings(SettingsModel):
+    """The length of a prompt, and where it starts."""
+
+    length: Tokens = 100
+    """Vectors of the prompt."""
+    init: Literal["random", "sampled_vocab", "class_labels", "text", "bank"] = "sampled_vocab"
+    """Where the prompt starts: at random vectors, at embeddings of tokens drawn from the vocabulary, at embeddings of
+    the labels (and drawn tokens behind them), at embeddings of your own words (`text`), or at a prompt of the bank
+    (`source`)."""
+    text: str | None = None
+    """The words to start from, with `init: text`."""
+    source: str | None = None
+    """The prompt to start from, `name` or `name@version`, with `init: bank`; of several, `sst2+mr@3`, their mean."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The prompts of a bank whose mean this one starts from, with `init: bank`."""
+        return parts(self.source or "")
+
+    @model_validator(mode="after")
+    def _init_has_its_source(self) -> "PromptSettings":
+        if self.init == "text" and not self.text:
+            raise ValueError("init 'text' needs the setting 'text': the words to start from")
+        if self.init == "bank" and not all(self.sources):
+            raise ValueError("init 'bank' needs the setting 'source': a prompt's name, such as sst2@latest, or sst2+mr")
+        return self
+
+
+class OptimizerSettings(SettingsModel):
+    """How a prompt is updated."""
+
+    name: Literal["adafactor", "adamw"] = "adafactor"
+    """Adafactor as in Lester et al. (2021), or AdamW."""
+    lr: float = Field(0.3, gt=0)
+    """The learning rate."""
+    weight_decay: float = Field(1e-5, ge=0)
+    """How strongly the prompt is drawn towards zero."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the rate does after the warm-up: it stays, or it falls to 0 at `max_steps`."""
+    warmup_steps: int = Field(0, ge=0, le=LARGEST)
+    """Steps in which the rate rises to `lr`."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Largest norm of this prompt's own gradient; without it, only Adafactor clips its updates."""
+
+
+class HalvingSettings(SettingsModel):
+    """Successive halving (Jamieson & Talwalkar 2016): of a sweep's trials that reach a rung, the best go on."""
+
+    first: Count = 1
+    """Evaluations of a trial before the first rung; each rung after it is `factor` times as far."""
+    factor: int = Field(3, ge=2, le=LARGEST)
+    """At each rung one trial in `factor` goes on, and never fewer than one."""
+
+
+class Message(SettingsModel):
+    """One message of a chat."""
+
+    role: str = Field(min_length=1)
+    """Who says it, as the model's chat template calls it: `system`, `user`, `assistant`."""
+    content: str
+    """Template of what is said; `{column}` stands for a column of the corpus."""
+
+
+class TaskDefaults(SettingsModel):
+    """What every task may set. The defaults are Lester et al. (2021), section 3 and appendix A."""
+
+    input: str | Annotated[list[Message], Field(min_length=1)] = "{text}"
+    """Template of the model's input; `{column}` stands for a column of the corpus. For a chat model also a list of
+    messages, each with a `role` and a `content`, which is a template: the model's own chat template renders them, and
+    the target is what the assistant says next."""
+    target: str = "{label}"
+    """Template of what the model should answer."""
+    chat_options: dict[str, Any] = Field(default_factory=dict)
+    """What the chat template is given besides the messages of `input`. `enable_thinking` is false unless it stands
+    here, so that a thinking model writes an empty thought, and the target follows at once."""
+    metric: Literal["accuracy", "exact_match", "f1", "rouge_l", "loss"] = "accuracy"
+    """What chooses the best step and trial on dev. `accuracy` and `f1` are of labels, `exact_match` and `rouge_l` of
+    decoded texts."""
+    labels: list[str] | None = None
+    """The label set for accuracy and f1; without it, the distinct targets of the train split."""
+    prompt: PromptSettings = PromptSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    batch_size: int = Field(32, ge=1, le=10**7)
+    """Rows that the task has in every step."""
+    max_steps: Count = 30_000
+    """Steps after which a trial ends."""
+    eval_every: Count = 500
+    """Steps between two evaluations on dev."""
+    patience: Count | None = 10
+    """Evaluations without a better dev metric after which a trial stops; null: it never stops early."""
+    eval_rows: Count = 500
+    """Most dev (and test) rows that an evaluation uses, a fixed random subset."""
+    seed: Seed | None = None
+    """The trial's own seed; without it `run.seed`."""
+    dev_fraction: float | None = Field(None, gt=0, lt=1)
+    """Share of the train rows held out as the dev split; the rows' content alone decides which."""
+    separator: str = " "
+    """Put between input and target for decoder-only models; a chat has none."""
+    max_input_tokens: Tokens = 256
+    """A row with a longer input is left out and counted."""
+    max_target_tokens: Tokens = 64
+    """A row with a longer target is left out and counted. Decoded answers are no longer than this."""
+    max_bad_rows: float = Field(0.05, ge=0, le=1)
+    """Largest share of null, empty and over-long rows that is dropped without refusing the task."""
+    sweep: Sweep | None = None
+    """Lists of values, such as `{prompt.length: [20, 100], optimizer.lr: [0.03, 0.1], seeds: 3}`: every combination is
+    tuned as a trial of its own, and the one with the best dev metric is published (all of them: `bank.publish`).
+    `seeds: 3` is short for `seed: [0, 1, 2]`."""
+    halving: HalvingSettings | None = None
+    """Stops hopeless trials of a sweep early; without it, every trial is tuned to its end."""
+
+    def trials(self, name: str) -> dict[str, Self]:
+        """The settings of every trial of the task of this name, by trial; one, of the task's name, without a sweep.
+
+        Raises: ValueError naming the choice that is not valid, or is there twice.
+        """
+        if self.sweep is None:
+            return {name: self}
+        whole = self.model_dump(exclude={"sweep"})
+        trials: dict[str, Self] = {}
+        for choice in choices(self.sweep):
+            try:
+                trial = type(self).model_validate(apply_choice(whole, choice))
+            except ValidationError as error:
+                detail = error.errors()[0]
+                wrong = f"{'.'.join(map(str, detail['loc']))}: {detail['msg'].removeprefix('Value error, ')}"
+                raise ValueError(f"sweep: with {_written(choice)}, {wrong}") from error
+            # After validation, because 1 and 1.0 are one learning rate.
+            read = {key: attrgetter(key)(trial) for key in choice}
+            if trial_name(name, read) in trials:
+                raise ValueError(f"sweep: {_written(read)} is there twice; give each value once")
+            trials[trial_name(name, read)] = trial
+        return trials
+
+    @model_validator(mode="after")
+    def _sweep_is_valid(self) -> Self:
+        if self.sweep is not None:
+            count = count_choices(self.sweep)
+            if count > MOST_TRIALS:
+                raise ValueError(f"sweep: its lists make {count:,} trials, more than {MOST_TRIALS:,}; shorten them")
+            self.trials("")
+        return self
+
+    @model_validator(mode="after")
+    def _chat_is_the_templates(self) -> Self:
+        taken = next((key for key in _OF_CHAT_TEMPLATES if key in self.chat_options), None)
+        if taken is not None:
+            raise ValueError(f"chat_options: '{taken}' is given to every chat template; leave it out")
+        wrong = next(
+            (key for key, value in self.chat_options.items() if not isinstance(value, str | int | float)), None
+        )
+        if wrong is not None:
+            raise ValueError(f"chat_options: '{wrong}' must be a text, a number, true or false")
+        if not isinstance(self.input, str) and self.input[-1].role == "assistant":
+            raise ValueError("input: the last message is the assistant's, but the target is what it says; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_are_a_choice(self) -> Self:
+        if self.labels is not None:
+            twice = next((label for at, label in enumerate(self.labels) if label in self.labels[:at]), None)
+            if twice is not None:
+                raise ValueError(f"labels: {twice!r} is there twice; give each label once")
+            if len(self.labels) < 2:
+                raise ValueError(
+                    f"labels: {len(self.labels)} label(s) leave nothing to choose from; give two or more, or leave "
+                    "'labels' out to take the targets of the train split"
+                )
+        return self
+
+
+class TaskSettings(TaskDefaults):
+    """A task by name: its corpora, and what it sets differently from `defaults`."""
+
+    train: Paths
+    """Parquet files: a path, folder, glob or object-store URI, or a list of them."""
+    dev: Paths | None = None
+    """The rows that choose the best step and trial; without them, `dev_fraction`."""
+    test: Paths | None = None
+    """Rows that are measured once, for the prompt that is published."""
+
+    @model_validator(mode="after")
+    def _one_dev_split(self) -> "TaskSettings":
+        if (self.dev is None) == (self.dev_fraction is None):
+            raise ValueError("give either 'dev' (a path) or 'dev_fraction' (a share of train), and not both")
+        return self
+
+
+def _written(choice: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in choice.items())
