@@ -11,6 +11,7 @@ SweptKey = Literal[
     "prompt.length",
     "prompt.init",
     "prompt.text",
+    "prompt.starts",
     "prompt.source",
     "optimizer.name",
     "optimizer.lr",

@@ -33,12 +33,16 @@ class PromptSettings(SettingsModel):
 
     length: Tokens = 100
     """Vectors of the prompt."""
-    init: Literal["random", "sampled_vocab", "class_labels", "text", "bank"] = "sampled_vocab"
+    init: Literal["random", "sampled_vocab", "class_labels", "text", "examples", "bank"] = "sampled_vocab"
     """Where the prompt starts: at random vectors, at embeddings of tokens drawn from the vocabulary, at embeddings of
-    the labels (and drawn tokens behind them), at embeddings of your own words (`text`), or at a prompt of the bank
-    (`source`)."""
+    the labels (and drawn tokens behind them), at embeddings of your own words (`text`), at those of solved train rows
+    (`examples`), or at a prompt of the bank (`source`)."""
     text: str | None = None
-    """The words to start from, with `init: text`."""
+    """The words to start from, with `init: text`: repeated to the prompt's length, or, where they have more tokens,
+    each vector is the mean of several."""
+    starts: int = Field(1, ge=1, le=100)
+    """How many starts are drawn (`random`, `sampled_vocab`, `class_labels`, `examples`); the one with the lowest loss
+    on a few dev rows is taken."""
     source: str | None = None
     """The prompt to start from, `name` or `name@version`, with `init: bank`; of several, `sst2+mr@3`, their mean."""
 
@@ -51,6 +55,8 @@ class PromptSettings(SettingsModel):
     def _init_has_its_source(self) -> "PromptSettings":
         if self.init == "text" and not self.text:
             raise ValueError("init 'text' needs the setting 'text': the words to start from")
+        if self.starts > 1 and self.init in ("text", "bank"):
+            raise ValueError(f"'starts' is for drawn starts, and init '{self.init}' draws nothing; leave 'starts' out")
         if self.init == "bank" and not all(self.sources):
             raise ValueError("init 'bank' needs the setting 'source': a prompt's name, such as sst2@latest, or sst2+mr")
         return self

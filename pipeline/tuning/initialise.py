@@ -1,4 +1,4 @@
-"""Starting points of a soft prompt (Lester et al. 2021, section 3.2 and appendix)."""
+"""Starting points of a soft prompt (Lester et al. 2021, section 3.2 and appendix; `examples`: Context Tuning, 2025)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.backbone.host import Backbone
+from pipeline.corpus.reader import TokenSet
 from pipeline.tuning.trials import Trial
 
 COMMON_TOKENS = 5_000
@@ -20,25 +21,53 @@ def initial_prompt(
     tokenizer: Any,
     labels: Sequence[str] | None,
     warm_starts: Mapping[str, np.ndarray],
+    train: TokenSet | None = None,
+    draw: int = 0,
 ) -> Tensor:
-    """A trial's first prompt `[P, H]`, float32. Every rank makes the same one, in the same order."""
-    prompt, generator = trial.settings.prompt, trial.generator("init")
+    """A trial's first prompt `[P, H]`, float32. Every rank makes the same one, in the same order.
+
+    `train` is needed for `init: examples`. `draw` numbers the starts that a trial may choose from.
+    """
+    prompt, generator = trial.settings.prompt, trial.generator("init", draw)
     if prompt.init == "random":
         values = generator.uniform(-0.5, 0.5, (prompt.length, backbone.hidden_size))
         return torch.as_tensor(values, dtype=torch.float32, device=backbone.device)
     if prompt.init == "bank":
         return torch.as_tensor(fit_length(warm_starts[trial.name], prompt.length), device=backbone.device)
-    sampled = _sampled_tokens(generator, tokenizer, backbone.embedding_rows, prompt.length)
-    if prompt.init == "sampled_vocab":
-        return backbone.embed(torch.as_tensor(sampled))
     if prompt.init == "text":
         assert prompt.text is not None
         ids = tokenizer(prompt.text, add_special_tokens=False).input_ids
-        return backbone.embed(torch.as_tensor(np.resize(ids, prompt.length)))
+        if len(ids) <= prompt.length:
+            return backbone.embed(torch.as_tensor(np.resize(ids, prompt.length)))
+        # No word of the user's own is left out: neighbours share a vector.
+        return torch.stack(
+            [words.mean(0) for words in backbone.embed(torch.as_tensor(ids)).tensor_split(prompt.length)]
+        )
+    if prompt.init == "examples":
+        assert train is not None
+        tokens = np.concatenate([solved_row(train, row) for row in example_rows(trial, train, draw)])
+        # Cut at its beginning: the example next to the input is whole.
+        return backbone.embed(torch.as_tensor(np.resize(tokens[-prompt.length :], prompt.length)))
+    sampled = _sampled_tokens(generator, tokenizer, backbone.embedding_rows, prompt.length)
+    if prompt.init == "sampled_vocab":
+        return backbone.embed(torch.as_tensor(sampled))
     known = [ids for label in labels or () if (ids := tokenizer(label, add_special_tokens=False).input_ids)]
     rows = [backbone.embed(torch.as_tensor(ids)).mean(0, keepdim=True) for ids in known[: prompt.length]]  # [1, H] each
     rest = backbone.embed(torch.as_tensor(sampled[len(rows) :])) if len(rows) < prompt.length else None
     return torch.cat([*rows, *([] if rest is None else [rest])])
+
+
+def example_rows(trial: Trial, train: TokenSet, draw: int) -> np.ndarray:
+    """Numbers `[n]` of the solved rows that a prompt starts from: as many as its length has room for, at least one."""
+    length = trial.settings.prompt.length
+    drawn = trial.generator("init", draw).choice(len(train), min(length, len(train)), replace=False)
+    tokens = np.cumsum([len(solved_row(train, row)) for row in drawn])
+    return drawn[: 1 + int(np.searchsorted(tokens, length))]
+
+
+def solved_row(train: TokenSet, row: int) -> np.ndarray:
+    """Token ids `[T]` of a row's input and target."""
+    return np.concatenate([train.input_ids(row), train.target_ids(row)])
 
 
 def fit_length(prompt: np.ndarray, length: int) -> np.ndarray:

@@ -53,9 +53,9 @@ class Progress:
     """Of the trials that have started, by name."""
     splits: dict[tuple[str, str], TokenSet] = field(default_factory=dict)
 
-    def split(self, state: TrialState, name: str) -> TokenSet:
-        task = state.trial.task
-        limit = None if name == "train" else state.trial.settings.eval_rows
+    def split(self, trial: Trial, name: str) -> TokenSet:
+        task = trial.task
+        limit = None if name == "train" else trial.settings.eval_rows
         if (task, name) not in self.splits:
             self.splits[task, name] = open_split(self.run.corpora[task].splits[name], limit)
         return self.splits[task, name]
@@ -92,18 +92,25 @@ class Progress:
 
     def drop_unreadable(self, states: Sequence[TrialState]) -> None:
         """End the trials whose token shards a rank cannot read any more; the others must not stop for them."""
-        lost, reason = torch.zeros(len(states), device=self.backbone.device), ""
-        for place, state in enumerate(states):
+        unreadable = self.unreadable([state.trial for state in states])
+        for state in states:
+            if state.trial.name in unreadable:
+                state.lose(unreadable[state.trial.name])
+                self.run_log.finished(state)
+
+    def unreadable(self, trials: Sequence[Trial]) -> dict[str, str]:
+        """By trial, why its token shards cannot be read by every rank."""
+        lost, reason = torch.zeros(len(trials), device=self.backbone.device), ""
+        for place, trial in enumerate(trials):
             try:
-                for split in self.run.corpora[state.trial.task].splits:
-                    self.split(state, split)
+                for split in self.run.corpora[trial.task].splits:
+                    self.split(trial, split)
             except (CorpusError, OSError, ValueError) as error:
                 lost[place], reason = 1.0, f" ({one_line(error)})"
-        if len(states):
+        if len(trials):
             sum_over_ranks(lost)
-        for state in itertools.compress(states, lost.tolist()):
-            state.lose(f"its token shards could not be read{reason}; a run of another run.name makes them anew")
-            self.run_log.finished(state)
+        sentence = f"its token shards could not be read{reason}; a run of another run.name makes them anew"
+        return {trial.name: sentence for trial in itertools.compress(trials, lost.tolist())}
 
     def _test_winners(self) -> None:
         """Measure the prompt that a finished task publishes, and no other, on the test split."""
@@ -122,7 +129,7 @@ class Progress:
         for state in states:
             prompt = state.best if split == "test" else state.prompt
             corpus = self.run.corpora[state.trial.task]
-            requests.append(eval_request(state.trial.settings, prompt, self.split(state, split), corpus))
+            requests.append(eval_request(state.trial.settings, prompt, self.split(state.trial, split), corpus))
         return evaluate(self.backbone, self.tokenizer, requests, self.run.token_budget)
 
 

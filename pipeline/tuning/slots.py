@@ -1,9 +1,20 @@
 """Which trials are tuned now: a run has `max_live_trials` slots, and a trial that ends frees its own."""
 
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from pipeline.corpus.reader import open_split
+from pipeline.tuning.evaluate import eval_request, evaluate
 from pipeline.tuning.halving import SweepTrial, ranking, rungs, verdicts
 from pipeline.tuning.initialise import initial_prompt
 from pipeline.tuning.progress import Progress
 from pipeline.tuning.state import TrialState, start
+from pipeline.tuning.trials import Trial
+
+_LOOKED_AT = 64
+"""Dev rows that tell starts apart, before the first step."""
 
 
 def fill_slots(progress: Progress) -> None:
@@ -17,18 +28,49 @@ def fill_slots(progress: Progress) -> None:
         resumed = _halve(progress)[:free]
         for state in resumed:
             state.status = "live"
-        admitted = []
-        for trial in progress.waiting()[: free - len(resumed)]:
-            labels = run.corpora[trial.task].labels
-            prompt = initial_prompt(trial, progress.backbone, progress.tokenizer, labels, run.warm_starts)
-            state = progress.states[trial.name] = start(trial, prompt)
-            run_log.started(state)
-            admitted.append(state)
-        if not admitted:
+        waiting = progress.waiting()[: free - len(resumed)]
+        if not waiting:
             return
-        progress.drop_unreadable(admitted)
-        progress.measure([state for state in admitted if not state.ended])
+        unreadable = progress.unreadable(waiting)
+        starts = _starting_prompts(progress, [trial for trial in waiting if trial.name not in unreadable])
+        admitted = []
+        for trial in waiting:
+            state = start(trial, starts.get(trial.name, progress.backbone.no_prompt()))
+            progress.states[trial.name] = state
+            run_log.started(state)
+            if trial.name in unreadable:
+                state.lose(unreadable[trial.name])
+                run_log.finished(state)
+            else:
+                admitted.append(state)
+        progress.measure(admitted)
         progress.save()
+
+
+def _starting_prompts(progress: Progress, trials: Sequence[Trial]) -> dict[str, Tensor]:
+    """The prompt `[P, H]` that each trial starts from: of `prompt.starts` draws, that of the lowest loss on dev."""
+    drawn = {trial.name: [_draw(progress, trial, i) for i in range(trial.settings.prompt.starts)] for trial in trials}
+    choosing = [trial for trial in trials if len(drawn[trial.name]) > 1]
+    requests = []
+    for trial in choosing:
+        corpus = progress.run.corpora[trial.task]
+        few = open_split(corpus.splits["dev"], _LOOKED_AT)
+        only_loss = trial.settings.model_copy(update={"metric": "loss"})
+        requests += [eval_request(only_loss, prompt, few, corpus) for prompt in drawn[trial.name]]
+    chosen = {name: prompts[0] for name, prompts in drawn.items()}
+    if not requests:
+        return chosen
+    scores = iter(evaluate(progress.backbone, progress.tokenizer, requests, progress.run.token_budget))
+    for trial in choosing:
+        losses = [next(scores).loss for _ in drawn[trial.name]]
+        chosen[trial.name] = drawn[trial.name][int(np.nan_to_num(losses, nan=np.inf).argmin())]
+    return chosen
+
+
+def _draw(progress: Progress, trial: Trial, draw: int) -> Tensor:
+    run = progress.run
+    labels, train = run.corpora[trial.task].labels, progress.split(trial, "train")
+    return initial_prompt(trial, progress.backbone, progress.tokenizer, labels, run.warm_starts, train, draw)
 
 
 def _halve(progress: Progress) -> list[TrialState]:

@@ -91,8 +91,16 @@ def make_trial(
 def _deciding(settings: TaskSettings) -> dict[str, Any]:
     # Where the files lie does not matter; what they hold is in the corpus digest. Nor which other trials there are.
     deciding = settings.model_dump(mode="json", exclude={"train", "dev", "test", "seed", "max_bad_rows", "sweep"})
-    if settings.halving is None:
-        del deciding["halving"]  # as before there was any: runs begun then can be taken up
+    for key, first in _ADDED_LATER.items():
+        part, _, leaf = key.rpartition(".")
+        holder = deciding[part] if part else deciding
+        if holder[leaf] == first:
+            del holder[leaf]
     if isinstance(settings.input, str):
-        del deciding["chat_options"]  # they matter to chats alone
+        deciding.pop("chat_options", None)  # they matter to chats alone
     return deciding
+
+
+_ADDED_LATER: dict[str, Any] = {"halving": None, "prompt.starts": 1}
+"""Keys that settings did not have at first, and the value that does what was done before there was the key. With it
+they are left out of digests, so that runs and nights of earlier versions are taken up."""

@@ -26,6 +26,7 @@ CHANGES = {
         "max_steps": 13,
     },
     "fourth": {"prompt": {"length": 6, "init": "text", "text": "is it good or bad"}, "metric": "rouge_l"},
+    "fifth": {"prompt": {"length": 12, "init": "examples", "starts": 3}},
 }
 
 
