@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from pipeline.tuning.evaluate import Score
 from pipeline.tuning.halving import rungs
 from pipeline.tuning.metrics import goodness
-from pipeline.tuning.optimise import make_optimizer, update
+from pipeline.tuning.optimise import make_optimizer, resume_optimizer, update
 from pipeline.tuning.trials import Trial
 
 Status = Literal["live", "paused", "tuned", "stopped early", "halved", "no gain", "failed"]
@@ -176,10 +176,7 @@ def from_record(trial: Trial, record: dict[str, Any], tensors: dict[str, Tensor]
     state = start(trial, tensors["prompt"].to(device))
     state.best = tensors["best"].to(device)
     kept = {k.removeprefix("optimizer/"): v for k, v in tensors.items() if k.startswith("optimizer/")}
-    if kept or record["optimizer"]:
-        whole = state.optimizer.state_dict()
-        whole["state"] = {0: {**record["optimizer"], **kept}}
-        state.optimizer.load_state_dict(whole)
+    resume_optimizer(state.optimizer, [{**record["optimizer"], **kept}])
     state.step, state.best_at = record["step"], record["best_at"]
     state.status, state.reason = record["status"], record["reason"]
     state.history = [Evaluation(**evaluation) for evaluation in record["history"]]
