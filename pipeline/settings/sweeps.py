@@ -12,6 +12,8 @@ SweptKey = Literal[
     "prompt.init",
     "prompt.text",
     "prompt.source",
+    "prompt.parameters",
+    "prompt.width",
     "optimizer.name",
     "optimizer.lr",
     "optimizer.weight_decay",

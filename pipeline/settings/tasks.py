@@ -29,18 +29,25 @@ _OF_CHAT_TEMPLATES = ("messages", "add_generation_prompt", "continue_final_messa
 
 
 class PromptSettings(SettingsModel):
-    """The length of a prompt, and where it starts."""
+    """The length of a prompt, where it starts, and what of it is trained."""
 
     length: Tokens = 100
     """Vectors of the prompt."""
     init: Literal["random", "sampled_vocab", "class_labels", "text", "bank"] = "sampled_vocab"
-    """Where the prompt starts: at random vectors, at embeddings of tokens drawn from the vocabulary, at embeddings of
-    the labels (and drawn tokens behind them), at embeddings of your own words (`text`), or at a prompt of the bank
-    (`source`)."""
+    """Where the prompt starts: at random vectors of the size of the model's embeddings, at embeddings of tokens drawn
+    from the vocabulary, at embeddings of the labels (and drawn tokens behind them), at embeddings of your own words
+    (`text`), or at a prompt of the bank (`source`)."""
     text: str | None = None
     """The words to start from, with `init: text`."""
     source: str | None = None
     """The prompt to start from, `name` or `name@version`, with `init: bank`; of several, `sst2+mr@3`, their mean."""
+    parameters: Literal["direct", "residual", "mlp", "superposition", "low_rank"] = "direct"
+    """What is trained: the prompt itself (`direct`), or parameters from which it is computed. `residual`: vectors, and
+    a small network whose output is added to them. `mlp`: P-tuning's encoder. `superposition`: each vector as a mix of
+    vocabulary embeddings. `low_rank`: a change of low rank. All start at `init`, and only the prompt is published."""
+    width: Count | None = None
+    """How wide these parameters are: the hidden layer of `residual` and `mlp` (null: 128), the vocabulary embeddings of
+    `superposition` (null: 128), or the rank of `low_rank` (null: 8). A direct prompt has no width."""
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -64,7 +71,7 @@ class OptimizerSettings(SettingsModel):
     lr: float = Field(0.3, gt=0)
     """The learning rate."""
     weight_decay: float = Field(1e-5, ge=0)
-    """How strongly the prompt is drawn towards zero."""
+    """How strongly the prompt, or what is trained in its place, is drawn towards zero."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What the rate does after the warm-up: it stays, or it falls to 0 at `max_steps`."""
     warmup_steps: int = Field(0, ge=0, le=LARGEST)

@@ -2,6 +2,7 @@
 
 from pipeline.tuning.halving import SweepTrial, ranking, rungs, verdicts
 from pipeline.tuning.initialise import initial_prompt
+from pipeline.tuning.parameters import initial_parameters
 from pipeline.tuning.progress import Progress
 from pipeline.tuning.state import TrialState, start
 
@@ -21,7 +22,8 @@ def fill_slots(progress: Progress) -> None:
         for trial in progress.waiting()[: free - len(resumed)]:
             labels = run.corpora[trial.task].labels
             prompt = initial_prompt(trial, progress.backbone, progress.tokenizer, labels, run.warm_starts)
-            state = progress.states[trial.name] = start(trial, prompt)
+            parameters = initial_parameters(trial, prompt, progress.backbone, progress.tokenizer)
+            state = progress.states[trial.name] = start(trial, prompt, parameters)
             run_log.started(state)
             admitted.append(state)
         if not admitted:

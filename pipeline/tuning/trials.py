@@ -10,6 +10,10 @@ import numpy as np
 
 from pipeline.settings import Settings, TaskSettings
 
+LATER_KEYS: Mapping[str, Any] = {"halving": None, "prompt.parameters": "direct", "prompt.width": None}
+"""Keys that came later, and the value of each under which a trial is what it was before: its digest leaves the key out
+there, so that runs and nights of then are taken up."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -91,8 +95,11 @@ def make_trial(
 def _deciding(settings: TaskSettings) -> dict[str, Any]:
     # Where the files lie does not matter; what they hold is in the corpus digest. Nor which other trials there are.
     deciding = settings.model_dump(mode="json", exclude={"train", "dev", "test", "seed", "max_bad_rows", "sweep"})
-    if settings.halving is None:
-        del deciding["halving"]  # as before there was any: runs begun then can be taken up
+    for key, before in LATER_KEYS.items():
+        part, _, leaf = key.rpartition(".")
+        place = deciding[part] if part else deciding
+        if place[leaf] == before:
+            del place[leaf]
     if isinstance(settings.input, str):
         del deciding["chat_options"]  # they matter to chats alone
     return deciding
