@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from operator import attrgetter
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from pipeline.settings.comparing import parts
 from pipeline.settings.fields import LARGEST, Count, Paths, Seed, SettingsModel, Tokens
+from pipeline.settings.recipes import RECIPES, Recipe, laid_over
 from pipeline.settings.sweeps import (
     MOST_TRIALS,
     SweptKey,
@@ -101,6 +102,10 @@ class Message(SettingsModel):
 class TaskDefaults(SettingsModel):
     """What every task may set. The defaults are Lester et al. (2021), section 3 and appendix A."""
 
+    recipe: Recipe | None = None
+    """A paper's choices, which take the place of the defaults; what `defaults` or a task sets itself wins.
+    `lester2021`: length 100 from class labels, Adafactor at a constant 0.3 with weight decay 1e-5, 30,000 steps of 32
+    rows."""
     input: str | Annotated[list[Message], Field(min_length=1)] = "{text}"
     """Template of the model's input; `{column}` stands for a column of the corpus. For a chat model also a list of
     messages, each with a `role` and a `content`, which is a template: the model's own chat template renders them, and
@@ -168,6 +173,13 @@ class TaskDefaults(SettingsModel):
                 raise ValueError(f"sweep: {_written(read)} is there twice; give each value once")
             trials[trial_name(name, read)] = trial
         return trials
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe_fills_in(cls, written: Any) -> Any:
+        if isinstance(written, dict) and written.get("recipe") in get_args(Recipe):
+            return laid_over(RECIPES[written["recipe"]], written)
+        return written
 
     @model_validator(mode="after")
     def _sweep_is_valid(self) -> Self:
