@@ -79,6 +79,8 @@ def _type(field: Json) -> str:
     """A type in words, with its bounds."""
     if "anyOf" in field:
         return " or ".join(dict.fromkeys(map(_type, field["anyOf"])))
+    if "const" in field:
+        return f"`{field['const']}`"
     if "enum" in field:
         return " or ".join(f"`{value}`" for value in field["enum"])
     match field.get("type"):

@@ -121,6 +121,44 @@ def test_a_sweep_has_a_trial_for_every_combination_and_its_lists_are_inherited_o
     )
 
 
+def chosen_by(task) -> tuple:
+    prompt, optimizer = task.prompt, task.optimizer
+    of_prompt = prompt.length, prompt.init, prompt.parameters
+    of_optimizer = optimizer.name, optimizer.lr, optimizer.weight_decay, optimizer.schedule
+    return (*of_prompt, *of_optimizer, optimizer.warmup_steps, optimizer.clip_norm, task.batch_size, task.max_steps)
+
+
+LESTER = (100, "class_labels", "direct", "adafactor", 0.3, 1e-5, "constant", 0, None, 32, 30_000)
+
+
+@pytest.mark.parametrize("overrides", [["defaults.recipe=lester2021"], ["tasks.a.recipe=lester2021"]])
+def test_one_word_in_the_defaults_or_a_task_stands_for_all_that_a_paper_chose(overrides):
+    tasks = {"a": {"train": "a.parquet", "dev": "d"}}
+    assert chosen_by(parse_settings({"model": {"path": "x"}, "tasks": tasks}, overrides).tasks["a"]) == LESTER
+
+
+def test_what_the_defaults_or_a_task_sets_wins_over_the_recipe_wherever_that_stands(raw):
+    raw["defaults"]["optimizer"] = {"schedule": "cosine"}
+    for overrides in (["defaults.recipe=lester2021"], ["tasks.a.recipe=lester2021", "tasks.b.recipe=lester2021"]):
+        settings = parse_settings(raw, [*overrides, "tasks.b.optimizer.lr=0.01", "tasks.b.max_steps=7"])
+        assert chosen_by(settings.tasks["a"]) == (16, "random", *LESTER[2:6], "cosine", *LESTER[7:9], 8, 30_000)
+        assert chosen_by(settings.tasks["b"]) == (
+            *(3, "random", "direct", "adafactor", 0.01, 1e-5, "cosine"),
+            *(0, None, 8, 7),
+        )
+        assert Settings.model_validate(json.loads(settings.model_dump_json())) == settings
+
+
+def test_a_task_is_rid_of_an_inherited_recipe_by_null_and_a_sweep_wins_over_one(raw):
+    usual = parse_settings(raw)
+    raw["defaults"]["recipe"] = "lester2021"
+    assert parse_settings(raw, ["tasks.a.recipe=null"]).tasks["a"] == usual.tasks["a"]
+    swept = parse_settings(raw, ["tasks.a.sweep={optimizer.lr: [0.1, 0.2]}"]).tasks["a"].trials("a")
+    assert [trial.optimizer.lr for trial in swept.values()] == [0.1, 0.2]
+    with pytest.raises(SettingsError, match=r"'defaults\.recipe': input should be 'lester2021'"):
+        parse_settings(raw, ["defaults.recipe=lester2022"])
+
+
 def test_a_number_of_seeds_is_the_list_of_them_also_where_lists_are_inherited(raw):
     raw["defaults"]["sweep"] = {"seeds": 3, "prompt.length": [4, 8]}
     raw["tasks"]["b"] |= {"sweep": {"seed": [7]}, "prompt": {"length": 3}}

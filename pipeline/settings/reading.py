@@ -15,6 +15,7 @@ from pipeline.errors import SettingsError
 from pipeline.settings.adaptation import AdaptationSettings
 from pipeline.settings.joining import JoinSettings
 from pipeline.settings.models import Settings
+from pipeline.settings.recipes import laid_over
 from pipeline.settings.sweeps import expand_seeds
 from pipeline.settings.tasks import TaskSettings
 from pipeline.settings.yaml_text import Place, Spellings, quoted, read_yaml_text
@@ -123,7 +124,7 @@ def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(defaults, dict) or not isinstance(tasks, dict):
         return raw
     defaults, tasks = _spelled_out(defaults), {name: _spelled_out(task) for name, task in tasks.items()}
-    merged = {name: _merge(defaults, task) if isinstance(task, dict) else task for name, task in tasks.items()}
+    merged = {name: laid_over(defaults, task) if isinstance(task, dict) else task for name, task in tasks.items()}
     for name, task in tasks.items():
         if not isinstance(task, dict):
             continue
@@ -156,14 +157,6 @@ def _drop_what_is_set(merged: dict[str, Any], task: dict[str, Any]) -> None:
 def _is_set(task: Any, key: str) -> bool:
     part, _, rest = key.partition(".")
     return isinstance(task, dict) and part in task and (not rest or _is_set(task[part], rest))
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
 
 
 def _of_meant_alternative(details: Sequence[Any]) -> list[Any]:

@@ -13,6 +13,8 @@ SweptKey = Literal[
     "prompt.text",
     "prompt.starts",
     "prompt.source",
+    "prompt.parameters",
+    "prompt.width",
     "optimizer.name",
     "optimizer.lr",
     "optimizer.weight_decay",

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from operator import attrgetter
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from pipeline.settings.comparing import parts
 from pipeline.settings.fields import LARGEST, Count, Paths, Seed, SettingsModel, Tokens
+from pipeline.settings.recipes import RECIPES, Recipe, laid_over
 from pipeline.settings.sweeps import (
     MOST_TRIALS,
     SweptKey,
@@ -29,14 +30,14 @@ _OF_CHAT_TEMPLATES = ("messages", "add_generation_prompt", "continue_final_messa
 
 
 class PromptSettings(SettingsModel):
-    """The length of a prompt, and where it starts."""
+    """The length of a prompt, where it starts, and what of it is trained."""
 
     length: Tokens = 100
     """Vectors of the prompt."""
     init: Literal["random", "sampled_vocab", "class_labels", "text", "examples", "bank"] = "sampled_vocab"
-    """Where the prompt starts: at random vectors, at embeddings of tokens drawn from the vocabulary, at embeddings of
-    the labels (and drawn tokens behind them), at embeddings of your own words (`text`), at those of solved train rows
-    (`examples`), or at a prompt of the bank (`source`)."""
+    """Where the prompt starts: at random vectors of the size of the model's embeddings, at embeddings of tokens drawn
+    from the vocabulary, at embeddings of the labels (and drawn tokens behind them), at embeddings of your own words
+    (`text`), at those of solved train rows (`examples`), or at a prompt of the bank (`source`)."""
     text: str | None = None
     """The words to start from, with `init: text`: repeated to the prompt's length, or, where they have more tokens,
     each vector is the mean of several."""
@@ -45,6 +46,13 @@ class PromptSettings(SettingsModel):
     on a few dev rows is taken."""
     source: str | None = None
     """The prompt to start from, `name` or `name@version`, with `init: bank`; of several, `sst2+mr@3`, their mean."""
+    parameters: Literal["direct", "residual", "mlp", "superposition", "low_rank"] = "direct"
+    """What is trained: the prompt itself (`direct`), or parameters from which it is computed. `residual`: vectors, and
+    a small network whose output is added to them. `mlp`: P-tuning's encoder. `superposition`: each vector as a mix of
+    vocabulary embeddings. `low_rank`: a change of low rank. All start at `init`, and only the prompt is published."""
+    width: Count | None = None
+    """How wide these parameters are: the hidden layer of `residual` and `mlp` (null: 128), the vocabulary embeddings of
+    `superposition` (null: 128), or the rank of `low_rank` (null: 8). A direct prompt has no width."""
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -70,7 +78,7 @@ class OptimizerSettings(SettingsModel):
     lr: float = Field(0.3, gt=0)
     """The learning rate."""
     weight_decay: float = Field(1e-5, ge=0)
-    """How strongly the prompt is drawn towards zero."""
+    """How strongly the prompt, or what is trained in its place, is drawn towards zero."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What the rate does after the warm-up: it stays, or it falls to 0 at `max_steps`."""
     warmup_steps: int = Field(0, ge=0, le=LARGEST)
@@ -100,6 +108,10 @@ class Message(SettingsModel):
 class TaskDefaults(SettingsModel):
     """What every task may set. The defaults are Lester et al. (2021), section 3 and appendix A."""
 
+    recipe: Recipe | None = None
+    """A paper's choices, which take the place of the defaults; what `defaults` or a task sets itself wins.
+    `lester2021`: length 100 from class labels, Adafactor at a constant 0.3 with weight decay 1e-5, 30,000 steps of 32
+    rows."""
     input: str | Annotated[list[Message], Field(min_length=1)] = "{text}"
     """Template of the model's input; `{column}` stands for a column of the corpus. For a chat model also a list of
     messages, each with a `role` and a `content`, which is a template: the model's own chat template renders them, and
@@ -167,6 +179,13 @@ class TaskDefaults(SettingsModel):
                 raise ValueError(f"sweep: {_written(read)} is there twice; give each value once")
             trials[trial_name(name, read)] = trial
         return trials
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe_fills_in(cls, written: Any) -> Any:
+        if isinstance(written, dict) and written.get("recipe") in get_args(Recipe):
+            return laid_over(RECIPES[written["recipe"]], written)
+        return written
 
     @model_validator(mode="after")
     def _sweep_is_valid(self) -> Self:

@@ -1,5 +1,6 @@
 """Starting points of a soft prompt (Lester et al. 2021, section 3.2 and appendix; `examples`: Context Tuning, 2025)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,10 +10,12 @@ from torch import Tensor
 
 from pipeline.backbone.host import Backbone
 from pipeline.corpus.reader import TokenSet
-from pipeline.tuning.trials import Trial
+from pipeline.tuning.trials import Trial, random_numbers
 
 COMMON_TOKENS = 5_000
 """Vocabularies list frequent tokens first; the paper samples from the 5,000 most common."""
+SIZED_BY = 500
+"""Tokens whose embeddings tell how large those of a model are."""
 
 
 def initial_prompt(
@@ -26,12 +29,15 @@ def initial_prompt(
 ) -> Tensor:
     """A trial's first prompt `[P, H]`, float32. Every rank makes the same one, in the same order.
 
+    `random` is uniform with the RMS of the model's own embeddings. The paper's ±0.5 fits the T5 that it tunes;
+    embeddings of other models are a tenth of that, or three times as large.
     `train` is needed for `init: examples`. `draw` numbers the starts that a trial may choose from.
     """
     prompt, generator = trial.settings.prompt, trial.generator("init", draw)
     if prompt.init == "random":
-        values = generator.uniform(-0.5, 0.5, (prompt.length, backbone.hidden_size))
-        return torch.as_tensor(values, dtype=torch.float32, device=backbone.device)
+        values = generator.uniform(-1.0, 1.0, (prompt.length, backbone.hidden_size))
+        largest = math.sqrt(3.0) * embeddings_rms(backbone, tokenizer)  # that of a uniform draw with this RMS
+        return torch.as_tensor(values * largest, dtype=torch.float32, device=backbone.device)
     if prompt.init == "bank":
         return torch.as_tensor(fit_length(warm_starts[trial.name], prompt.length), device=backbone.device)
     if prompt.init == "text":
@@ -48,7 +54,7 @@ def initial_prompt(
         tokens = np.concatenate([solved_row(train, row) for row in example_rows(trial, train, draw)])
         # Cut at its beginning: the example next to the input is whole.
         return backbone.embed(torch.as_tensor(np.resize(tokens[-prompt.length :], prompt.length)))
-    sampled = _sampled_tokens(generator, tokenizer, backbone.embedding_rows, prompt.length)
+    sampled = sampled_tokens(generator, tokenizer, backbone.embedding_rows, prompt.length)
     if prompt.init == "sampled_vocab":
         return backbone.embed(torch.as_tensor(sampled))
     known = [ids for label in labels or () if (ids := tokenizer(label, add_special_tokens=False).input_ids)]
@@ -81,7 +87,17 @@ def mean_prompt(prompts: Sequence[np.ndarray]) -> np.ndarray:
     return np.stack([fit_length(prompt, longest) for prompt in prompts]).mean(axis=0)
 
 
-def _sampled_tokens(generator: np.random.Generator, tokenizer: Any, rows: int, length: int) -> np.ndarray:
+def embeddings_rms(backbone: Backbone, tokenizer: Any) -> float:
+    """RMS of the embeddings' entries as the model's first layer sees them, over some common tokens.
+
+    Every rank must call this, and gets the same.
+    """
+    sampled = sampled_tokens(random_numbers("embeddings_rms"), tokenizer, backbone.embedding_rows, SIZED_BY)
+    return float(backbone.embed(torch.as_tensor(sampled)).pow(2).mean().sqrt())
+
+
+def sampled_tokens(generator: np.random.Generator, tokenizer: Any, rows: int, length: int) -> np.ndarray:
+    """Ids of `length` common tokens, different ones as far as there are enough; `rows` of them have an embedding."""
     special = set(tokenizer.all_special_ids)
     common = [token for token in range(min(len(tokenizer), rows, COMMON_TOKENS)) if token not in special]
     return generator.choice(common, size=length, replace=length > len(common))

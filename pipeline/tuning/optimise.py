@@ -1,23 +1,40 @@
 """One optimizer a prompt: the reference implementations, each with its own schedule and clipping."""
 
 import math
+from collections.abc import Iterable, Sequence
+from typing import Any, TypedDict
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 
 from pipeline.settings import OptimizerSettings
 
 
-def make_optimizer(prompt: Parameter, settings: OptimizerSettings) -> Optimizer:
-    """Adafactor as in Lester et al. (2021): constant rate, no parameter scaling, decay 0.8; or AdamW."""
-    if settings.name == "adamw":
-        return AdamW([prompt], lr=settings.lr, weight_decay=settings.weight_decay)
-    # Only where prompts are tuned: it imports transformers' Trainer and PEFT, which takes seconds.
-    from transformers.optimization import Adafactor
+class Group(TypedDict):
+    """What an optimizer trains at one rate."""
 
-    return Adafactor(
-        [prompt],
+    params: list[Tensor]
+    relative_rate: float
+    """Their rate as a share of the optimizer's own."""
+
+
+def make_optimizer(trained: Parameter | Sequence[Group], settings: OptimizerSettings) -> Optimizer:
+    """Adafactor as in Lester et al. (2021): constant rate, no parameter scaling, decay 0.8; or AdamW.
+
+    `trained` is a prompt, or what folds into one.
+    """
+    if isinstance(trained, Tensor):
+        trained = [Group(params=[trained], relative_rate=1.0)]
+    groups: list[dict[str, Any]] = [{**group} for group in trained]
+    if settings.name == "adamw":
+        return AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+    # Only where prompts are tuned: its import takes seconds.
+    from pipeline.tuning.adafactor import T5XAdafactor
+
+    return T5XAdafactor(
+        groups,
         lr=settings.lr,
         weight_decay=settings.weight_decay,
         decay_rate=-0.8,
@@ -27,12 +44,33 @@ def make_optimizer(prompt: Parameter, settings: OptimizerSettings) -> Optimizer:
     )
 
 
+def resume_optimizer(optimizer: Optimizer, states: Sequence[dict[str, Any]]) -> None:
+    """Give an optimizer just made the recorded states of its parameters, in their order."""
+    for group, state in zip(optimizer.param_groups, states, strict=True):
+        if "exp_avg_sq_row" in state:  # begun factored, as every matrix was before T5X's rule was kept: it stays so
+            group["factored_from"] = 1
+    whole = optimizer.state_dict()
+    whole["state"] = {place: state for place, state in enumerate(states) if state}
+    optimizer.load_state_dict(whole)
+
+
 def update(optimizer: Optimizer, settings: OptimizerSettings, step: int, max_steps: int) -> None:
     """One update of a prompt from its `.grad` at its own step (from 0)."""
-    (group,) = optimizer.param_groups
-    group["lr"] = settings.lr * schedule_factor(settings, step, max_steps)
+    clip_gradients([parameter for group in optimizer.param_groups for parameter in group["params"]], settings)
+    take_step(optimizer, settings, step, max_steps)
+
+
+def clip_gradients(parameters: Iterable[Tensor], settings: OptimizerSettings) -> None:
+    """Shorten the gradients to the largest norm that they may have together, if one is set."""
     if settings.clip_norm is not None:
-        torch.nn.utils.clip_grad_norm_(group["params"], settings.clip_norm)
+        torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+
+
+def take_step(optimizer: Optimizer, settings: OptimizerSettings, step: int, max_steps: int) -> None:
+    """One update from the gradients as they are, at the rate of this step."""
+    rate = settings.lr * schedule_factor(settings, step, max_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("relative_rate", 1.0)
     optimizer.step()
 
 

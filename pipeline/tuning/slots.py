@@ -9,6 +9,7 @@ from pipeline.corpus.reader import open_split
 from pipeline.tuning.evaluate import eval_request, evaluate
 from pipeline.tuning.halving import SweepTrial, ranking, rungs, verdicts
 from pipeline.tuning.initialise import initial_prompt
+from pipeline.tuning.parameters import initial_parameters
 from pipeline.tuning.progress import Progress
 from pipeline.tuning.state import TrialState, start
 from pipeline.tuning.trials import Trial
@@ -35,8 +36,7 @@ def fill_slots(progress: Progress) -> None:
         starts = _starting_prompts(progress, [trial for trial in waiting if trial.name not in unreadable])
         admitted = []
         for trial in waiting:
-            state = start(trial, starts.get(trial.name, progress.backbone.no_prompt()))
-            progress.states[trial.name] = state
+            state = progress.states[trial.name] = _started(progress, trial, starts.get(trial.name))
             run_log.started(state)
             if trial.name in unreadable:
                 state.lose(unreadable[trial.name])
@@ -45,6 +45,13 @@ def fill_slots(progress: Progress) -> None:
                 admitted.append(state)
         progress.measure(admitted)
         progress.save()
+
+
+def _started(progress: Progress, trial: Trial, prompt: Tensor | None) -> TrialState:
+    """A trial at its first prompt `[P, H]`; None where its rows cannot be read."""
+    if prompt is None:
+        return start(trial, progress.backbone.no_prompt())
+    return start(trial, prompt, initial_parameters(trial, prompt, progress.backbone, progress.tokenizer))
 
 
 def _starting_prompts(progress: Progress, trials: Sequence[Trial]) -> dict[str, Tensor]:

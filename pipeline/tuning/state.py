@@ -1,6 +1,6 @@
 """Where a trial stands: everything needed to go on with it, or to publish it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from pipeline.tuning.evaluate import Score
 from pipeline.tuning.halving import rungs
 from pipeline.tuning.metrics import goodness
-from pipeline.tuning.optimise import make_optimizer, update
+from pipeline.tuning.optimise import clip_gradients, make_optimizer, resume_optimizer, take_step
+from pipeline.tuning.parameters import PromptParameters, recorded_parameters
 from pipeline.tuning.trials import Trial
 
 Status = Literal["live", "paused", "tuned", "stopped early", "halved", "no gain", "failed"]
@@ -40,6 +41,8 @@ class TrialState:
     optimizer: Optimizer = field(compare=False)
     best: Tensor = field(compare=False)
     """The prompt at its best evaluation, `[P, H]` float32."""
+    parameters: PromptParameters | None = field(default=None, compare=False)
+    """What is trained in the prompt's place and folds into it; None: the prompt itself."""
     step: int = 0
     history: list[Evaluation] = field(default_factory=list)
     best_at: int = 0
@@ -77,7 +80,13 @@ class TrialState:
         if not np.isfinite(loss) or not bool(self.prompt.grad.isfinite().all()):
             self.fail_at("loss", loss)
             return
-        update(self.optimizer, settings.optimizer, self.step, settings.max_steps)
+        clip_gradients([self.prompt], settings.optimizer)
+        if self.parameters is not None:
+            self.parameters.pull_back(self.prompt.grad)
+        take_step(self.optimizer, settings.optimizer, self.step, settings.max_steps)
+        if self.parameters is not None:
+            with torch.no_grad():
+                self.prompt.copy_(self.parameters.fold())
         self.step += 1
 
     def judge(self, score: Score) -> None:
@@ -114,10 +123,11 @@ class TrialState:
         self.reason = f"the {what} was {value} at step {self.step}; lower optimizer.lr or set optimizer.clip_norm"
 
 
-def start(trial: Trial, prompt: Tensor) -> TrialState:
-    parameter = Parameter(prompt.clone())
-    optimizer = make_optimizer(parameter, trial.settings.optimizer)
-    return TrialState(trial, parameter, optimizer, best=prompt.clone())
+def start(trial: Trial, prompt: Tensor, parameters: PromptParameters | None = None) -> TrialState:
+    """A trial at this prompt `[P, H]`, into which its `parameters` fold."""
+    leaf = Parameter(prompt.clone())
+    optimizer = make_optimizer(leaf if parameters is None else parameters.groups(), trial.settings.optimizer)
+    return TrialState(trial, leaf, optimizer, prompt.clone(), parameters)
 
 
 def winner(states: Iterable[TrialState | None]) -> TrialState | None:
@@ -151,13 +161,15 @@ def to_record(state: TrialState) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A state as plain JSON and named tensors."""
     numbers: dict[str, Any] = {}
     tensors = {"prompt": state.prompt.detach(), "best": state.best}
-    # An ended trial takes no step any more: of a long sweep only the live trials' optimizers are written.
-    optimizer = {} if state.ended else state.optimizer.state_dict()["state"].get(0, {})
-    for key, value in optimizer.items():
-        if isinstance(value, Tensor):
-            tensors[f"optimizer/{key}"] = value
-        else:
-            numbers[key] = value
+    # An ended trial takes no step any more: of a long sweep only what the live trials train with is written.
+    if not state.ended:
+        if state.parameters is not None:
+            tensors |= {f"parameters/{name}": tensor.detach() for name, tensor in state.parameters.tensors().items()}
+        for key, value in _optimizer_state(state).items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{key}"] = value
+            else:
+                numbers[key] = value
     record = {
         "digest": state.trial.digest,
         "step": state.step,
@@ -173,15 +185,29 @@ def to_record(state: TrialState) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def from_record(trial: Trial, record: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> TrialState:
     """The inverse of `to_record`."""
-    state = start(trial, tensors["prompt"].to(device))
+    own = {name: tensor.to(device) for name, tensor in _below("parameters/", tensors).items()}
+    parameters = recorded_parameters(trial.settings.prompt.parameters, own) if own else None
+    state = start(trial, tensors["prompt"].to(device), parameters)
     state.best = tensors["best"].to(device)
-    kept = {k.removeprefix("optimizer/"): v for k, v in tensors.items() if k.startswith("optimizer/")}
-    if kept or record["optimizer"]:
-        whole = state.optimizer.state_dict()
-        whole["state"] = {0: {**record["optimizer"], **kept}}
-        state.optimizer.load_state_dict(whole)
+    kept = record["optimizer"] | _below("optimizer/", tensors)
+    resume_optimizer(state.optimizer, [_below(prefix, kept) for prefix in _prefixes(parameters)])
     state.step, state.best_at = record["step"], record["best_at"]
     state.status, state.reason = record["status"], record["reason"]
     state.history = [Evaluation(**evaluation) for evaluation in record["history"]]
     state.test = None if record["test"] is None else Score(**record["test"])
     return state
+
+
+def _optimizer_state(state: TrialState) -> dict[str, Any]:
+    """What the optimizer keeps: of a prompt by its own key, of each trained parameter behind the parameter's name."""
+    kept = state.optimizer.state_dict()["state"]
+    prefixes = enumerate(_prefixes(state.parameters))
+    return {f"{prefix}{key}": value for place, prefix in prefixes for key, value in kept.get(place, {}).items()}
+
+
+def _prefixes(parameters: PromptParameters | None) -> list[str]:
+    return [""] if parameters is None else [f"{name}/" for name in parameters.rates()]
+
+
+def _below(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}

@@ -10,6 +10,15 @@ import numpy as np
 
 from pipeline.settings import Settings, TaskSettings
 
+LATER_KEYS: Mapping[str, Any] = {
+    "halving": None,
+    "prompt.starts": 1,
+    "prompt.parameters": "direct",
+    "prompt.width": None,
+}
+"""Keys that came later, and the value of each under which a trial is what it was before: its digest leaves the key out
+there, so that runs and nights of then are taken up."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -90,17 +99,14 @@ def make_trial(
 
 def _deciding(settings: TaskSettings) -> dict[str, Any]:
     # Where the files lie does not matter; what they hold is in the corpus digest. Nor which other trials there are.
-    deciding = settings.model_dump(mode="json", exclude={"train", "dev", "test", "seed", "max_bad_rows", "sweep"})
-    for key, first in _ADDED_LATER.items():
+    # What a recipe chose stands in the other keys.
+    beside = {"train", "dev", "test", "seed", "max_bad_rows", "sweep", "recipe"}
+    deciding = settings.model_dump(mode="json", exclude=beside)
+    for key, before in LATER_KEYS.items():
         part, _, leaf = key.rpartition(".")
-        holder = deciding[part] if part else deciding
-        if holder[leaf] == first:
-            del holder[leaf]
+        place = deciding[part] if part else deciding
+        if place[leaf] == before:
+            del place[leaf]
     if isinstance(settings.input, str):
-        deciding.pop("chat_options", None)  # they matter to chats alone
+        del deciding["chat_options"]  # they matter to chats alone
     return deciding
-
-
-_ADDED_LATER: dict[str, Any] = {"halving": None, "prompt.starts": 1}
-"""Keys that settings did not have at first, and the value that does what was done before there was the key. With it
-they are left out of digests, so that runs and nights of earlier versions are taken up."""

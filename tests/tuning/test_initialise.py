@@ -34,10 +34,15 @@ def rows_in(prompt: torch.Tensor, table: torch.Tensor) -> list[int]:
     return equal.float().argmax(1).tolist()
 
 
-def test_random_is_uniform_between_minus_and_plus_one_half(model):
-    prompt = start(model, length=200, init="random")
-    assert prompt.shape == (200, 32) and prompt.abs().max() <= 0.5
-    assert prompt.abs().max() > 0.49 and abs(prompt.mean()) < 0.02
+def rms(vectors: torch.Tensor) -> float:
+    return float(vectors.pow(2).mean().sqrt())
+
+
+def test_random_is_uniform_and_as_large_as_the_models_embeddings(model):
+    prompt, common = start(model, length=200, init="random"), vocabulary(model)[3:]
+    assert prompt.shape == (200, 32) and abs(prompt.mean()) < 0.02 * rms(common)
+    assert rms(prompt) == pytest.approx(rms(common), rel=0.03)
+    assert rms(common) * 3**0.5 * 0.99 < float(prompt.abs().max()) < rms(common) * 3**0.5 * 1.06
 
 
 def test_sampled_vocab_takes_different_ordinary_tokens(model):

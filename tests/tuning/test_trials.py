@@ -31,6 +31,18 @@ def test_runs_and_nights_begun_before_there_were_chats_are_taken_up_again():
     )
 
 
+def test_what_a_recipe_chose_and_the_same_written_out_are_one_trial():
+    def digest(**task):
+        settings = parse_settings({"model": {"path": "x"}, "tasks": {"film": {"train": "t", "dev": "d", **task}}})
+        (trial,) = make_trials(settings, {"film": "corpus"}, "backbone", {})
+        return trial.digest
+
+    optimizer = {"name": "adafactor", "lr": 0.3, "weight_decay": 1e-5, "schedule": "constant"}
+    prompt = {"length": 100, "init": "class_labels"}
+    written = digest(prompt=prompt, optimizer=optimizer, batch_size=32, max_steps=30_000)
+    assert digest(recipe="lester2021") == written != digest(recipe="lester2021", optimizer={"lr": 0.2})
+
+
 def test_a_chats_options_decide_its_prompt_and_a_texts_do_not():
     def digests(**task):
         given = {"train": "t", "dev": "d", **task}
