@@ -62,13 +62,24 @@ class ObjectiveSettings(SettingsModel):
     """Whether a target names each span by its sentinel, as T5's do, or is the spans' tokens alone."""
 
 
+class WeightOptimizerSettings(OptimizerSettings):
+    """How the model's own weights are updated."""
+
+    lr: float = Field(1e-3, gt=0)
+    """The learning rate."""
+    weight_decay: float = Field(0.0, ge=0)
+    """How strongly the weights are drawn towards zero."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the rate does after the warm-up: it stays, or it falls to 0 at `steps`."""
+
+
 class AdaptationSettings(SettingsModel):
     run: RunSettings = RunSettings(name="adaptation")
     model: AdaptedModelSettings
     corpus: TextSettings
     objective: ObjectiveSettings = ObjectiveSettings()
     cluster: ClusterSettings = ClusterSettings()
-    optimizer: OptimizerSettings = OptimizerSettings(lr=1e-3, weight_decay=0.0)
+    optimizer: WeightOptimizerSettings = WeightOptimizerSettings()
     """Adafactor's rate is relative to the size of each parameter, as T5 was trained."""
     tokens: int = Field(512, ge=2, le=10**7)
     """Length of the stretches of text that examples are made of."""

@@ -75,16 +75,23 @@ class OptimizerSettings(SettingsModel):
 
     name: Literal["adafactor", "adamw"] = "adafactor"
     """Adafactor as in Lester et al. (2021), or AdamW."""
-    lr: float = Field(0.3, gt=0)
-    """The learning rate."""
+    lr: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """The learning rate: how far a step may move an entry of the prompt. `auto` finds out, before the first step, how
+    far the trial's own loss still falls."""
     weight_decay: float = Field(1e-5, ge=0)
     """How strongly the prompt, or what is trained in its place, is drawn towards zero."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
     """What the rate does after the warm-up: it stays, or it falls to 0 at `max_steps`."""
     warmup_steps: int = Field(0, ge=0, le=LARGEST)
     """Steps in which the rate rises to `lr`."""
     clip_norm: float | None = Field(None, gt=0)
     """Largest norm of this prompt's own gradient; without it, only Adafactor clips its updates."""
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, where it is a number."""
+        assert isinstance(self.lr, float | int)
+        return self.lr
 
 
 class HalvingSettings(SettingsModel):

@@ -20,22 +20,24 @@ class Group(TypedDict):
     """Their rate as a share of the optimizer's own."""
 
 
-def make_optimizer(trained: Parameter | Sequence[Group], settings: OptimizerSettings) -> Optimizer:
+def make_optimizer(
+    trained: Parameter | Sequence[Group], settings: OptimizerSettings, rate: float | None = None
+) -> Optimizer:
     """Adafactor as in Lester et al. (2021): constant rate, no parameter scaling, decay 0.8; or AdamW.
 
-    `trained` is a prompt, or what folds into one.
+    `trained` is a prompt, or what folds into one. `rate` stands in for the settings' `lr`.
     """
     if isinstance(trained, Tensor):
         trained = [Group(params=[trained], relative_rate=1.0)]
     groups: list[dict[str, Any]] = [{**group} for group in trained]
     if settings.name == "adamw":
-        return AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+        return AdamW(groups, lr=settings.rate if rate is None else rate, weight_decay=settings.weight_decay)
     # Only where prompts are tuned: its import takes seconds.
     from pipeline.tuning.adafactor import T5XAdafactor
 
     return T5XAdafactor(
         groups,
-        lr=settings.lr,
+        lr=settings.rate if rate is None else rate,
         weight_decay=settings.weight_decay,
         decay_rate=-0.8,
         scale_parameter=False,
@@ -57,7 +59,7 @@ def resume_optimizer(optimizer: Optimizer, states: Sequence[dict[str, Any]]) -> 
 def update(optimizer: Optimizer, settings: OptimizerSettings, step: int, max_steps: int) -> None:
     """One update of a prompt from its `.grad` at its own step (from 0)."""
     clip_gradients([parameter for group in optimizer.param_groups for parameter in group["params"]], settings)
-    take_step(optimizer, settings, step, max_steps)
+    take_step(optimizer, settings, settings.rate, step, max_steps)
 
 
 def clip_gradients(parameters: Iterable[Tensor], settings: OptimizerSettings) -> None:
@@ -66,11 +68,11 @@ def clip_gradients(parameters: Iterable[Tensor], settings: OptimizerSettings) ->
         torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
 
 
-def take_step(optimizer: Optimizer, settings: OptimizerSettings, step: int, max_steps: int) -> None:
-    """One update from the gradients as they are, at the rate of this step."""
-    rate = settings.lr * schedule_factor(settings, step, max_steps)
+def take_step(optimizer: Optimizer, settings: OptimizerSettings, rate: float, step: int, max_steps: int) -> None:
+    """One update from the gradients as they are, at this step's share of the rate."""
+    share = schedule_factor(settings, step, max_steps)
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("relative_rate", 1.0)
+        group["lr"] = rate * share * group.get("relative_rate", 1.0)
     optimizer.step()
 
 

@@ -41,6 +41,8 @@ class TrialState:
     optimizer: Optimizer = field(compare=False)
     best: Tensor = field(compare=False)
     """The prompt at its best evaluation, `[P, H]` float32."""
+    rate: float
+    """The learning rate: as set, or as found where `lr` is `auto`; a third of it after a restart."""
     parameters: PromptParameters | None = field(default=None, compare=False)
     """What is trained in the prompt's place and folds into it; None: the prompt itself."""
     step: int = 0
@@ -83,7 +85,7 @@ class TrialState:
         clip_gradients([self.prompt], settings.optimizer)
         if self.parameters is not None:
             self.parameters.pull_back(self.prompt.grad)
-        take_step(self.optimizer, settings.optimizer, self.step, settings.max_steps)
+        take_step(self.optimizer, settings.optimizer, self.rate, self.step, settings.max_steps)
         if self.parameters is not None:
             with torch.no_grad():
                 self.prompt.copy_(self.parameters.fold())
@@ -123,11 +125,14 @@ class TrialState:
         self.reason = f"the {what} was {value} at step {self.step}; lower optimizer.lr or set optimizer.clip_norm"
 
 
-def start(trial: Trial, prompt: Tensor, parameters: PromptParameters | None = None) -> TrialState:
-    """A trial at this prompt `[P, H]`, into which its `parameters` fold."""
-    leaf = Parameter(prompt.clone())
-    optimizer = make_optimizer(leaf if parameters is None else parameters.groups(), trial.settings.optimizer)
-    return TrialState(trial, leaf, optimizer, prompt.clone(), parameters)
+def start(
+    trial: Trial, prompt: Tensor, parameters: PromptParameters | None = None, rate: float | None = None
+) -> TrialState:
+    """A trial at this prompt `[P, H]`, into which its `parameters` fold; `rate` is the one found for it."""
+    leaf, settings = Parameter(prompt.clone()), trial.settings.optimizer
+    rate = settings.rate if rate is None else rate
+    optimizer = make_optimizer(leaf if parameters is None else parameters.groups(), settings, rate)
+    return TrialState(trial, leaf, optimizer, prompt.clone(), rate, parameters)
 
 
 def winner(states: Iterable[TrialState | None]) -> TrialState | None:
@@ -174,6 +179,7 @@ def to_record(state: TrialState) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "digest": state.trial.digest,
         "step": state.step,
         "best_at": state.best_at,
+        "rate": state.rate,
         "status": state.status,
         "reason": state.reason,
         "history": [asdict(evaluation) for evaluation in state.history],
@@ -187,7 +193,7 @@ def from_record(trial: Trial, record: dict[str, Any], tensors: dict[str, Tensor]
     """The inverse of `to_record`."""
     own = {name: tensor.to(device) for name, tensor in _below("parameters/", tensors).items()}
     parameters = recorded_parameters(trial.settings.prompt.parameters, own) if own else None
-    state = start(trial, tensors["prompt"].to(device), parameters)
+    state = start(trial, tensors["prompt"].to(device), parameters, record.get("rate"))  # absent before `lr: auto`
     state.best = tensors["best"].to(device)
     kept = record["optimizer"] | _below("optimizer/", tensors)
     resume_optimizer(state.optimizer, [_below(prefix, kept) for prefix in _prefixes(parameters)])

@@ -71,7 +71,7 @@ def batch_of_step(work: Sequence[TrialStep]) -> list[BatchRow]:
     """Every trial's rows at its own step; `slot` is the trial's place in `work`."""
     rows = []
     for slot, part in enumerate(work):
-        numbers = _rows_to_learn(part)
+        numbers = rows_to_learn(part)
         # A trial's loss is the mean over the target tokens of its own rows, whichever ranks run them. Were it the mean
         # over a rank's or a micro-batch's rows, it would depend on how many ranks there are and who runs beside it.
         weight = 1.0 / sum(len(part.train.target_ids(number)) for number in numbers)
@@ -81,7 +81,7 @@ def batch_of_step(work: Sequence[TrialStep]) -> list[BatchRow]:
     return rows
 
 
-def _rows_to_learn(part: TrialStep) -> np.ndarray:
+def rows_to_learn(part: TrialStep) -> np.ndarray:
     """A step's row numbers, without rows that the prompt started from: it would find their targets in itself."""
     prompt, shown = part.trial.settings.prompt, np.empty(0, int)
     if prompt.init == "examples":

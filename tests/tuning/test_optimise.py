@@ -87,7 +87,7 @@ def test_adafactor_steps_a_prompt_as_the_papers_framework_does_and_not_factored(
 
 
 def test_warm_up_rises_to_the_full_rate():
-    settings = OptimizerSettings(lr=1.0, warmup_steps=4)
+    settings = OptimizerSettings(lr=1.0, schedule="constant", warmup_steps=4)
     prompt = Parameter(torch.zeros(2, 8))
     optimizer = make_optimizer(prompt, settings)
     rates = []

@@ -201,7 +201,7 @@ def test_a_checkpoint_holds_all_that_the_next_steps_depend_on(model, tmp_path, k
 
 
 def test_the_record_of_a_prompt_that_is_trained_itself_is_laid_out_as_before_there_were_parameters(model):
-    state = begun(model, "direct", optimizer={"name": "adamw"})
+    state = begun(model, "direct", optimizer={"name": "adamw", "lr": 0.1})
     trained_on(state, 1.0)
     record, tensors = to_record(state)
     assert tensors.keys() == {"prompt", "best", "optimizer/step", "optimizer/exp_avg", "optimizer/exp_avg_sq"}
@@ -233,7 +233,7 @@ def test_what_an_evaluation_measures_and_the_bank_gets_is_the_folded_prompt(mode
 
 def test_a_record_begun_with_every_matrix_factored_goes_on_so(model):
     """As checkpoints of before T5X's rule was kept."""
-    state = begun(model, "direct", optimizer={"lr": 0.1, "weight_decay": 0.01})
+    state = begun(model, "direct", optimizer={"lr": 0.1, "weight_decay": 0.01, "schedule": "constant"})
     prompt = torch.nn.Parameter(state.prompt.detach().clone())
     before = Adafactor([prompt], lr=0.1, scale_parameter=False, relative_step=False, weight_decay=0.01)
 

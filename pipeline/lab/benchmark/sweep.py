@@ -225,7 +225,7 @@ def _distances(ours: Sequence[TrialState], others: Sequence[TrialState]) -> dict
     by_name = {state.trial.name: state for state in ours}
     of_rate: dict[float, list[tuple[TrialState, TrialState]]] = {}
     for state in others:
-        of_rate.setdefault(state.trial.settings.optimizer.lr, []).append((by_name[state.trial.name], state))
+        of_rate.setdefault(state.trial.settings.optimizer.rate, []).append((by_name[state.trial.name], state))
     return {
         rate: Distance(
             prompt=max(float(((a.prompt - b.prompt).norm() / b.prompt.norm()).detach()) for a, b in pairs),

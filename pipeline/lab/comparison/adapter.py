@@ -122,7 +122,7 @@ def train_adapter(
     """Train a new adapter to the trial's last step, or until its patience ends; None if told to stop."""
     settings, model = trial.settings, _model(backbone)
     reset_adapter(model, trial.seed)
-    optimizer = AdamW(parameters, lr=settings.optimizer.lr, weight_decay=settings.optimizer.weight_decay)
+    optimizer = AdamW(parameters, lr=settings.optimizer.rate, weight_decay=settings.optimizer.weight_decay)
     train, dev = open_split(corpus.splits["train"]), open_split(corpus.splits["dev"], settings.eval_rows)
     request = eval_request(settings, backbone.no_prompt(), dev, corpus)
     trained, begun = TrainedAdapter(), time.monotonic()

@@ -107,5 +107,5 @@ def _moving_average(before: Tensor | None, new: Tensor, decay: float) -> Tensor:
 def make_weight_optimizer(pieces: Iterable[Tensor], settings: OptimizerSettings) -> Optimizer:
     """Adafactor relative to each parameter's size, as T5 was trained (Raffel et al. 2020), or AdamW."""
     if settings.name == "adamw":
-        return AdamW(pieces, lr=settings.lr, weight_decay=settings.weight_decay)
-    return PartitionedAdafactor(pieces, settings.lr, settings.weight_decay)
+        return AdamW(pieces, lr=settings.rate, weight_decay=settings.weight_decay)
+    return PartitionedAdafactor(pieces, settings.rate, settings.weight_decay)

@@ -70,6 +70,6 @@ def _step(model: TrainedModel, plan: TrainingPlan, progress: TrainingProgress, l
     loss = loss_and_gradient(model, examples, plan.token_budget)
     if not math.isfinite(loss):
         raise DivergedError(f"the loss was {loss} at step {progress.step}")
-    model.update(plan.optimizer.lr * schedule_factor(plan.optimizer, progress.step, plan.steps))
+    model.update(plan.optimizer.rate * schedule_factor(plan.optimizer, progress.step, plan.steps))
     progress.step += 1
     log.stepped(progress.step, loss, examples.tokens, model.backbone.traffic.gathered)
