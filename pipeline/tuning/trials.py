@@ -88,11 +88,17 @@ def make_trial(
     return Trial(name or task, task, settings, seed, digest)
 
 
+_LATER_KEYS: Mapping[str, Any] = {"halving": None, "teacher": None}
+"""Keys that tasks did not always have, and what they did before. With that value a key does not count: runs and nights
+of then can be taken up."""
+
+
 def _deciding(settings: TaskSettings) -> dict[str, Any]:
     # Where the files lie does not matter; what they hold is in the corpus digest. Nor which other trials there are.
     deciding = settings.model_dump(mode="json", exclude={"train", "dev", "test", "seed", "max_bad_rows", "sweep"})
-    if settings.halving is None:
-        del deciding["halving"]  # as before there was any: runs begun then can be taken up
+    for key, first in _LATER_KEYS.items():
+        if deciding[key] == first:
+            del deciding[key]
     if isinstance(settings.input, str):
         del deciding["chat_options"]  # they matter to chats alone
     return deciding
