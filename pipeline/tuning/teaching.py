@@ -85,7 +85,9 @@ def teacher_ids(
     """The tokens `[Q]` of a teacher's words, of which the solved rows of `shown` are the last."""
     teacher = settings.teacher
     assert teacher is not None
-    solved = solved_rows(train, shown, settings.separator, tokenizer, architecture) if train is not None else []
+    solved = []
+    if train is not None and len(shown):
+        solved = solved_rows(train, shown, settings.separator, tokenizer, architecture)
     text = joined([*([] if teacher.text is None else [teacher.text]), *solved], teacher.between)
     (ids,) = encode_inputs(tokenizer, architecture, [text])
     _, behind = added_tokens(tokenizer, architecture)  # an encoder's eos stands behind the row
