@@ -38,7 +38,7 @@ def check_examples(name: str, settings: Settings, corpus: TaskCorpus, config: Pr
                 f"task '{name}': teacher.examples {wanted} are all {len(train)} rows of train, and leave none to learn "
                 "from; lower it"
             )
-        shown = drawn_examples(trial.settings, trial.task, trial.seed, len(train))
+        shown = drawn_examples(trial, len(train))
         ids = teacher_ids(trial.settings, train, shown, tokenizer, architecture_of(config))
         _check_ids(name, trial.settings, ids, config, tokenizer)
 

@@ -40,7 +40,8 @@ class RowCost:
     own: int
     """Input, target and labels."""
     words: int | None = None
-    """Tokens of a teacher's words, behind which the row runs a second time."""
+    """Tokens of a teacher's words, behind which the row runs a second time. That pass keeps nothing for a backward
+    pass, and slots may share their words: so this counts rather too much than too little."""
 
     @property
     def prompts(self) -> int:

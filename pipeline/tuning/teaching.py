@@ -23,7 +23,7 @@ from pipeline.backbone.host import Backbone
 from pipeline.corpus.encoding import Architecture, added_tokens, decode_inputs, encode_inputs
 from pipeline.corpus.reader import TokenSet
 from pipeline.settings import TaskSettings, TeacherSettings
-from pipeline.tuning.trials import Trial, random_numbers
+from pipeline.tuning.trials import Trial
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,17 +62,17 @@ def teacher_key(trial: Trial) -> TeacherKey | None:
 def make_teacher(trial: Trial, backbone: Backbone, tokenizer: Any, train: TokenSet) -> Teacher:
     """The teacher of a trial's prompt. Every rank makes the same one, in the same order."""
     settings = trial.settings
-    shown = drawn_examples(settings, trial.task, trial.seed, len(train))
+    shown = drawn_examples(trial, len(train))
     ids = teacher_ids(settings, train, shown, tokenizer, backbone.architecture)
     skipped, _ = added_tokens(tokenizer, backbone.architecture)
     row_ids = frozenset(int(train.row_ids[row]) for row in shown)
     return Teacher(backbone.embed(torch.as_tensor(ids)), row_ids, skipped)
 
 
-def drawn_examples(settings: TaskSettings, task: str, seed: int, rows: int) -> np.ndarray:
-    """Numbers `[teacher.examples]` of the train rows, of so many, that a teacher sees solved."""
-    count = settings.teacher.examples if settings.teacher else None
-    return random_numbers(seed, task, "teacher").permutation(rows)[: count or 0]
+def drawn_examples(trial: Trial, rows: int) -> np.ndarray:
+    """Numbers `[teacher.examples]` of the train rows, of so many, that a trial's teacher sees solved."""
+    count = trial.settings.teacher.examples if trial.settings.teacher else None
+    return trial.generator("teacher").permutation(rows)[: count or 0]
 
 
 def teacher_ids(

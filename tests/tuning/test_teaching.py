@@ -71,7 +71,7 @@ def test_the_loss_is_the_rows_own_over_the_trials_target_tokens_and_shown_rows_h
     (part,) = steps_of(model, tmp_path, step=1, names=(name,))
     (found,), counts = losses_and_gradients(backbone, [part], 10_000)
     numbers, train, weight = rows_of_step(part.trial, len(part.train), 1), part.train, TEACHERS[name]["weight"]
-    shown = {int(train.row_ids[n]) for n in drawn_examples(part.trial.settings, "film", 0, len(train))}
+    shown = {int(train.row_ids[n]) for n in drawn_examples(part.trial, len(train))}
     assert len(shown) == TEACHERS[name].get("examples", 0)
     words = backbone.embed(torch.as_tensor(expected_words(part, tokenizer, backbone.architecture)))
     total, taught = 0.0, 0
@@ -95,7 +95,7 @@ def expected_words(part, tokenizer, architecture):
     settings, train = part.trial.settings, part.train
     texts = [TEXT] if settings.teacher.text else []
     end = -1 if architecture == "encoder-decoder" else None
-    for n in drawn_examples(settings, "film", 0, len(train)):
+    for n in drawn_examples(part.trial, len(train)):
         texts.append(tokenizer.decode(train.input_ids(int(n))[:end]) + " " + train.target(int(n)))
     return tokenizer(" ".join(texts), add_special_tokens=False).input_ids
 
