@@ -14,6 +14,7 @@ ORDER_OF_READING = {
         "docs/corpora",
         "docs/models",
         "docs/encoder-decoders",
+        "docs/teachers",
         "docs/chats",
         "docs/bank",
         "pipeline/bank/FORMAT",

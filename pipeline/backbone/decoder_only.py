@@ -15,13 +15,19 @@ import torch
 from torch import Tensor
 
 from pipeline.backbone.embedding import embed_words
-from pipeline.backbone.output import best_tokens, layers_of, summed, token_nll
+from pipeline.backbone.output import best_tokens, layers_of, summed, target_of_token, token_nll
 from pipeline.backbone.packed import KeysAndValues, Layout, make_layout, run_packed
 from pipeline.backbone.rows import PromptState, Rows, TokenRows, as_indices
 
 
 def target_nll(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
     """-log P of each row's target: `[B]` float32."""
+    nll = token_nll(model, target_states(model, rows, targets), as_indices(np.concatenate(targets), rows.prompts[0]))
+    return summed(nll, target_of_token(targets), len(targets))
+
+
+def target_states(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
+    """The hidden states `[N, H]` that predict the N tokens of all targets, one after the other."""
     # A target's last token predicts nothing that is scored, so it does not run.
     texts = [np.concatenate([x, y[:-1]]) for x, y in zip(rows.inputs, targets, strict=True)]
     # Only prompts that some row of this batch uses: each runs once, whatever its number of rows.
@@ -34,9 +40,7 @@ def target_nll(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
         for b, (x, y) in enumerate(zip(rows.inputs, targets, strict=True))
     ]
     # Logits at these positions alone: over all positions they would be the step's largest tensor.
-    nll = nll_at(model, hidden, np.concatenate(before), np.concatenate(targets))  # [sum T]
-    row_index = np.repeat(np.arange(len(targets)), [len(y) for y in targets])
-    return summed(nll, row_index, len(targets))
+    return hidden[as_indices(np.concatenate(before), hidden)]
 
 
 def run_behind_prompts(

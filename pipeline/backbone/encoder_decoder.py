@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.backbone.embedding import embed_words
-from pipeline.backbone.output import best_tokens, layers_of, summed, token_nll
+from pipeline.backbone.output import best_tokens, layers_of, summed, target_of_token, token_nll
 from pipeline.backbone.rows import Rows, TokenRows, as_indices, mask_of, pad_embeddings, pad_ids
 
 _UNLABELLED = -100
@@ -24,6 +24,11 @@ _UNLABELLED = -100
 def target_nll(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
     """-log P of each row's target: `[B]` float32."""
     return _decoder_nll(model, *_encode(model, rows), targets)
+
+
+def target_states(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
+    """The hidden states `[N, H]` that predict the N tokens of all targets, one after the other."""
+    return _decoder_states(model, *_encode(model, rows), targets)
 
 
 def label_nll(model: Any, rows: Rows, pairs: np.ndarray, candidates: TokenRows) -> Tensor:
@@ -101,6 +106,13 @@ def _encode(model: Any, rows: Rows) -> tuple[Any, Tensor]:
 
 def _decoder_nll(model: Any, encoded: Any, mask: Tensor, targets: TokenRows) -> Tensor:
     """-log P of targets `[B]`, one for each row of the encoder's output."""
+    states = _decoder_states(model, encoded, mask, targets)
+    nll = token_nll(model, states, as_indices(np.concatenate(targets), states))  # [N]
+    return summed(nll, target_of_token(targets), len(targets))
+
+
+def _decoder_states(model: Any, encoded: Any, mask: Tensor, targets: TokenRows) -> Tensor:
+    """The hidden states `[N, H]` that predict the tokens of targets, one for each row of the encoder's output."""
     # Teacher forcing. Padding stands behind a target's tokens, where a decoder does not look.
     hidden = layers_of(model)(
         input_ids=decoder_inputs(model, targets, mask.device),
@@ -109,6 +121,5 @@ def _decoder_nll(model: Any, encoded: Any, mask: Tensor, targets: TokenRows) -> 
         use_cache=False,
     ).last_hidden_state  # [B, T, H]
     lengths = np.array([len(target) for target in targets])
-    places = as_indices(mask_of(lengths, hidden.shape[1]), hidden).bool()
-    nll = token_nll(model, hidden[places], as_indices(np.concatenate(targets), hidden))  # [N]
-    return summed(nll, np.repeat(np.arange(len(targets)), lengths), len(targets))
+    states: Tensor = hidden[as_indices(mask_of(lengths, hidden.shape[1]), hidden).bool()]
+    return states

@@ -9,7 +9,7 @@ Shapes: n places, H hidden, V vocabulary.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutput
 
-from pipeline.backbone.rows import as_indices
+from pipeline.backbone.rows import TokenRows, as_indices
 
 LOGIT_BYTES = 256 * 2**20
 """What the logits of one block may take, copies included."""
@@ -82,12 +82,21 @@ def own_logits(model: Any, hidden: Tensor) -> Tensor:
 
 def token_nll(model: Any, hidden: Tensor, tokens: Tensor) -> Tensor:
     """-log P of tokens `[n]`, each predicted from its hidden state `[n, H]`: `[n]` float32."""
-    # Where the output layer itself is trained, autograd has to see it.
-    frozen = not any(parameter.requires_grad for parameter in model.get_output_embeddings().parameters())
-    if torch.is_grad_enabled() and hidden.requires_grad and frozen:
-        nll: Tensor = _TokenNll.apply(hidden, tokens, model)
-        return nll
-    return torch.cat([_block_nll(model, h, t) for h, t in _blocks(model, hidden, tokens)])[: len(hidden)]
+    return _place_losses(model, _block_nll, hidden, tokens)
+
+
+def token_distillation(model: Any, hidden: Tensor, tokens: Tensor, taught: Tensor, shares: Tensor) -> Tensor:
+    """`(1 - share) * -log P(token) + share * KL(teacher || model)` at each place: `[n]` float32.
+
+    hidden: `[n, H]`, tokens: `[n]`. taught: `[n, H]`, what the same output layer makes the teacher's distribution over
+    the vocabulary of, without a gradient. shares: `[n]`.
+    """
+    return _place_losses(model, _block_distillation, hidden, tokens, taught, shares)
+
+
+def target_of_token(targets: TokenRows) -> np.ndarray:
+    """`[N]`: for each of the N tokens of all targets, the number of its target."""
+    return np.repeat(np.arange(len(targets)), [len(target) for target in targets])
 
 
 def summed(nll: Tensor, of_target: np.ndarray, targets: int) -> Tensor:
@@ -104,9 +113,30 @@ def _block_nll(model: Any, hidden: Tensor, tokens: Tensor) -> Tensor:
     return functional.cross_entropy(own_logits(model, hidden).float(), tokens, reduction="none")
 
 
+def _block_distillation(model: Any, hidden: Tensor, tokens: Tensor, taught: Tensor, shares: Tensor) -> Tensor:
+    student = own_logits(model, hidden).float().log_softmax(-1)
+    with torch.no_grad():
+        teacher = own_logits(model, taught).float().log_softmax(-1)
+    nll = functional.nll_loss(student, tokens, reduction="none")
+    kl = functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    return (1 - shares) * nll + shares * kl
+
+
+def _place_losses(model: Any, of_block: "_BlockLoss", hidden: Tensor, *others: Tensor) -> Tensor:
+    """`[n]`: each place's loss of its hidden state `[n, H]` and of what else there is of it, block by block."""
+    # Where the output layer itself is trained, autograd has to see it.
+    frozen = not any(parameter.requires_grad for parameter in model.get_output_embeddings().parameters())
+    if torch.is_grad_enabled() and hidden.requires_grad and frozen:
+        losses: Tensor = _PlaceLosses.apply(model, of_block, hidden, *others)
+        return losses
+    return torch.cat([of_block(model, *block) for block in _blocks(model, hidden, *others)])[: len(hidden)]
+
+
 def _blocks(model: Any, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The places in blocks; a rank that has fewer blocks than another gives its last place again for each."""
-    total, places = len(tensors[0]), max(1, LOGIT_BYTES // logit_bytes(model.config, 1))
+    # Hidden states are two-dimensional, and each kind of them has logits of its own.
+    kinds = sum(tensor.dim() == 2 for tensor in tensors)
+    total, places = len(tensors[0]), max(1, LOGIT_BYTES // (kinds * logit_bytes(model.config, 1)))
     blocks = -(-total // places)
     if model.partitioned:
         # Each block gathers the output layer, and all ranks must gather alike.
@@ -118,25 +148,30 @@ def _blocks(model: Any, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(tensor[first : max(first + 1, start + places)] for tensor in tensors)
 
 
-class _TokenNll(torch.autograd.Function):
+_BlockLoss = Callable[..., Tensor]
+"""`(model, hidden [n, H], others [n, ...] ...) -> losses [n]` of one block of places."""
+
+
+class _PlaceLosses(torch.autograd.Function):
     """Each block's gradient is computed with its loss, while its logits are there.
 
     A place's loss depends on its own hidden state alone, so the gradient of the sum is each place's own.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, tokens: Tensor, model: Any) -> Tensor:
+    def forward(ctx: Any, model: Any, of_block: _BlockLoss, hidden: Tensor, *others: Tensor) -> Tensor:
         losses, gradients = list[Tensor](), list[Tensor]()
-        for of_block, wanted in _blocks(model, hidden.detach(), tokens):
+        for of_places, *own in _blocks(model, hidden.detach(), *others):
             with torch.enable_grad():
-                leaf = of_block.requires_grad_()
-                nll = _block_nll(model, leaf, wanted)
-                gradients += torch.autograd.grad(nll.sum(), leaf)
-            losses.append(nll.detach())
+                leaf = of_places.requires_grad_()
+                loss = of_block(model, leaf, *own)
+                gradients += torch.autograd.grad(loss.sum(), leaf)
+            losses.append(loss.detach())
         ctx.save_for_backward(torch.cat(gradients)[: len(hidden)])
         return torch.cat(losses)[: len(hidden)]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (grads[0].unsqueeze(-1) * gradient).to(gradient.dtype), None, None
+        rest = len(ctx.needs_input_grad) - 3
+        return None, None, (grads[0].unsqueeze(-1) * gradient).to(gradient.dtype), *[None] * rest

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.backbone.decoder_only import inputs_beside, pad_token
 from pipeline.backbone.embedding import embed_words
-from pipeline.backbone.output import best_tokens, layers_of, summed, token_nll
+from pipeline.backbone.output import best_tokens, layers_of, summed, target_of_token, token_nll
 from pipeline.backbone.rows import Rows, TokenRows, as_indices, mask_of, pad_embeddings, pad_ids
 
 _SHARED_TOKENS = 384
@@ -26,10 +26,16 @@ _SHARED_TOKENS = 384
 
 def target_nll(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
     """-log P of each row's target: `[B]` float32."""
+    nll = token_nll(model, target_states(model, rows, targets), as_indices(np.concatenate(targets), rows.prompts[0]))
+    return summed(nll, target_of_token(targets), len(targets))
+
+
+def target_states(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
+    """The hidden states `[N, H]` that predict the N tokens of all targets, one after the other."""
     # A target's last token predicts nothing that is scored, so it does not run.
     texts = [np.concatenate([x, y[:-1]]) for x, y in zip(rows.inputs, targets, strict=True)]
     hidden = _run(model, rows.prompts, rows.prompt_of_row, texts)
-    return _scored(model, hidden, _ends(rows), np.arange(len(targets)), targets)
+    return _states_before(hidden, _ends(rows), np.arange(len(targets)), targets)
 
 
 def label_nll(model: Any, rows: Rows, pairs: np.ndarray, candidates: TokenRows) -> Tensor:
@@ -276,9 +282,12 @@ def _cache_name(layers: Any) -> str:
 
 def _scored(model: Any, hidden: Tensor, ends: np.ndarray, row_of: np.ndarray, targets: TokenRows) -> Tensor:
     """-log P of targets, the i-th behind the place `ends[row_of[i]]` of its row: `[len(targets)]`."""
-    lengths = [len(y) for y in targets]
-    of_target = np.repeat(np.arange(len(targets)), lengths)
-    places = np.concatenate([ends[row] + np.arange(n) for row, n in zip(row_of, lengths, strict=True)])
-    chosen = hidden[as_indices(row_of[of_target], hidden), as_indices(places, hidden)]
-    nll = token_nll(model, chosen, as_indices(np.concatenate(targets), hidden))
-    return summed(nll, of_target, len(targets))
+    states = _states_before(hidden, ends, row_of, targets)
+    nll = token_nll(model, states, as_indices(np.concatenate(targets), hidden))
+    return summed(nll, target_of_token(targets), len(targets))
+
+
+def _states_before(hidden: Tensor, ends: np.ndarray, row_of: np.ndarray, targets: TokenRows) -> Tensor:
+    """The states `[N, H]` that predict the N tokens of targets, which stand as in `_scored`."""
+    places = np.concatenate([ends[row] + np.arange(len(y)) for row, y in zip(row_of, targets, strict=True)])
+    return hidden[as_indices(row_of[target_of_token(targets)], hidden), as_indices(places, hidden)]

@@ -15,9 +15,18 @@ import torch
 from torch import Tensor
 
 from pipeline.backbone import decoder_only, encoder_decoder, padded
-from pipeline.backbone.rows import PromptState, Rows, TokenRows
+from pipeline.backbone.output import summed, target_of_token, token_distillation
+from pipeline.backbone.rows import PromptState, Rows, TokenRows, as_indices
 
-__all__ = ["PromptState", "Rows", "greedy_decode", "label_log_likelihoods", "prompt_state", "target_nll"]
+__all__ = [
+    "PromptState",
+    "Rows",
+    "greedy_decode",
+    "label_log_likelihoods",
+    "prompt_state",
+    "target_distillation",
+    "target_nll",
+]
 
 
 def target_nll(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
@@ -27,6 +36,28 @@ def target_nll(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
     """
     nll: Tensor = _family(model).target_nll(model, rows, targets)
     return nll
+
+
+def target_distillation(model: Any, rows: Rows, targets: TokenRows, teacher: Rows, shares: Sequence[float]) -> Tensor:
+    """Each row's loss where the same model behind other words teaches it: `[B]` float32, in nats.
+
+    A target's tokens count `(1 - share)` of their negative log-likelihood, and `share` of KL(teacher || student): the
+    divergence of the distributions over the vocabulary that stand at that token, behind the target's own tokens before
+    it (Snell et al. 2022, "Learning by Distilling Context"; Askell et al. 2021, appendix A, for the document that
+    became a prompt). Both are summed over a target's tokens.
+
+    teacher: the same B rows behind the teacher's prompts. They run first, and without gradients; the loss is
+    differentiable in the prompts of `rows`. shares: `[B]`, from 0 to 1.
+    Logits of student and teacher are there for a bounded number of places at a time.
+    """
+    family = _family(model)
+    with torch.no_grad():
+        taught = family.target_states(model, teacher, targets)  # [N, H]
+    states = family.target_states(model, rows, targets)
+    of_target = target_of_token(targets)
+    tokens = as_indices(np.concatenate(targets), states)
+    of_token = torch.tensor(shares, dtype=torch.float32, device=states.device)[as_indices(of_target, states)]
+    return summed(token_distillation(model, states, tokens, taught, of_token), of_target, len(targets))
 
 
 @torch.no_grad()

@@ -147,13 +147,18 @@ def decode_inputs(
     if chat is not None:
         written: list[str] = tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
         return written
-    whole, bare = encode_inputs(tokenizer, architecture, ["a"])[0], _encode(tokenizer, ["a"], special=False)[0]
-    first = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
-    behind = len(whole) - first - len(bare)
+    first, behind = added_tokens(tokenizer, architecture)
     # Only the added tokens are cut off. `skip_special_tokens` would drop the token of an unknown word, too.
     own = [list(row[first : len(row) - behind]) for row in rows]
     texts: list[str] = tokenizer.batch_decode(own, clean_up_tokenization_spaces=False)
     return texts
+
+
+def added_tokens(tokenizer: FastTokenizer, architecture: Architecture) -> tuple[int, int]:
+    """How many tokens `encode_inputs` puts before a text's own, and behind them."""
+    whole, bare = encode_inputs(tokenizer, architecture, ["a"])[0], _encode(tokenizer, ["a"], special=False)[0]
+    first = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+    return first, len(whole) - first - len(bare)
 
 
 def encode_plain(tokenizer: FastTokenizer, texts: Sequence[str]) -> list[list[int]]:

@@ -34,6 +34,7 @@ from pipeline.errors import BackboneError, BankError, PromptBankError, SettingsE
 from pipeline.reporting.plan import PlanRow, memory_table, plan_table
 from pipeline.reporting.words import millions
 from pipeline.run.bank import find_bank
+from pipeline.run.teachers import check_words
 from pipeline.settings import RunSettings, Settings, TaskSettings
 from pipeline.whole_files import check_folder
 
@@ -76,6 +77,7 @@ def check_run(settings: Settings, new_backbone: bool = False, publishes: bool = 
     for name, task in settings.tasks.items():
         try:
             check_context(name, task, config)
+            check_words(name, task, config, tokenizer)
             plan = check_task(name, task)
             chat = task_chat(name, task, plan.input, architecture_of(config), tokenizer)
             check_encodable(name, task, task.labels or (), architecture_of(config), tokenizer, chat)

@@ -18,6 +18,7 @@ from pipeline.errors import PromptBankError, SettingsError, StorageError, Tuning
 from pipeline.reporting.events import EventLog
 from pipeline.run.bank import open_bank
 from pipeline.run.checks import CheckedRun, check_storage, refuse_or_skip
+from pipeline.run.teachers import check_examples
 from pipeline.sealed_files import DamagedError, open_tensors, sealed_tensors
 from pipeline.settings import RunSettings, Settings
 from pipeline.tuning.checkpoint import load_checkpoint
@@ -131,6 +132,7 @@ def prepare_corpora(
         try:
             prepare = partial(prepare_task, name, settings.tasks[name], tokenizer, storage, connect)
             corpora[name] = retry_while_unreachable(prepare, "corpus", log)
+            check_examples(name, settings, corpora[name], checked.config, checked.tokenizer)
             log.write("stage", name="corpus", text=f"{name}: {_counted(corpora[name])}")
             for remark in checked.plans[name].left_out:
                 log.write("stage", name="corpus", text=remark)

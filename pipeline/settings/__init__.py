@@ -36,7 +36,14 @@ from pipeline.settings.reading import (
     parse_settings,
     settings_schema,
 )
-from pipeline.settings.tasks import HalvingSettings, OptimizerSettings, PromptSettings, TaskDefaults, TaskSettings
+from pipeline.settings.tasks import (
+    HalvingSettings,
+    OptimizerSettings,
+    PromptSettings,
+    TaskDefaults,
+    TaskSettings,
+    TeacherSettings,
+)
 
 __all__ = [
     "AdaptationSettings",
@@ -59,6 +66,7 @@ __all__ = [
     "Settings",
     "TaskDefaults",
     "TaskSettings",
+    "TeacherSettings",
     "TextSettings",
     "TrainingSettings",
     "TransferSettings",

@@ -21,6 +21,7 @@ SweptKey = Literal[
     "optimizer.schedule",
     "optimizer.warmup_steps",
     "optimizer.clip_norm",
+    "teacher.weight",
     "seed",
 ]
 Sweep = Mapping[SweptKey, Sequence[Any]]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from operator import attrgetter
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -103,6 +104,42 @@ class HalvingSettings(SettingsModel):
     """At each rung one trial in `factor` goes on, and never fewer than one."""
 
 
+class TeacherSettings(SettingsModel):
+    """Words that a prompt is to stand for: behind them, the frozen model itself is the prompt's teacher."""
+
+    text: str | None = Field(None, min_length=1)
+    """The words: a long instruction, or a document."""
+    text_file: str | None = None
+    """A text file with the words, in place of `text`; it is read when the settings are."""
+    examples: Count | None = None
+    """So many solved rows of train, drawn by the trial's seed; they stand behind `text`, where there is one."""
+    between: str = "\n\n"
+    """Put between the text, the solved rows and the row itself."""
+    weight: float = Field(0.5, gt=0, le=1)
+    """The teacher's share of the loss; the labels have the rest. With 1, they only say where the teacher is asked."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_text_file(cls, given: Any) -> Any:
+        # Every rank validates settings anew, and the words decide the prompt: so they are read once, and here.
+        if not isinstance(given, dict) or not isinstance(path := given.get("text_file"), str):
+            return given
+        if given.get("text") is not None:
+            raise ValueError("give either 'text' or 'text_file', and not both")
+        try:
+            words = Path(path).expanduser().read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8"
+            raise ValueError(f"text_file {path}: cannot be read: {reason}") from error
+        return {**given, "text_file": None, "text": words}
+
+    @model_validator(mode="after")
+    def _has_words(self) -> Self:
+        if self.text is None and self.examples is None:
+            raise ValueError("a teacher needs 'text', 'text_file' or 'examples': the words that it stands behind")
+        return self
+
+
 class Message(SettingsModel):
     """One message of a chat."""
 
@@ -135,6 +172,8 @@ class TaskDefaults(SettingsModel):
     """The label set for accuracy and f1; without it, the distinct targets of the train split."""
     prompt: PromptSettings = PromptSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
+    teacher: TeacherSettings | None = None
+    """Words that the prompt is to stand for (context distillation): an instruction, a document, or solved rows."""
     batch_size: int = Field(32, ge=1, le=10**7)
     """Rows that the task has in every step."""
     max_steps: Count = 30_000
@@ -197,6 +236,8 @@ class TaskDefaults(SettingsModel):
     @model_validator(mode="after")
     def _sweep_is_valid(self) -> Self:
         if self.sweep is not None:
+            if "teacher.weight" in self.sweep and self.teacher is None:
+                raise ValueError("sweep: teacher.weight: there is no teacher; set 'teacher' too")
             count = count_choices(self.sweep)
             if count > MOST_TRIALS:
                 raise ValueError(f"sweep: its lists make {count:,} trials, more than {MOST_TRIALS:,}; shorten them")
@@ -215,6 +256,14 @@ class TaskDefaults(SettingsModel):
             raise ValueError(f"chat_options: '{wrong}' must be a text, a number, true or false")
         if not isinstance(self.input, str) and self.input[-1].role == "assistant":
             raise ValueError("input: the last message is the assistant's, but the target is what it says; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_is_of_texts(self) -> Self:
+        if self.teacher is not None and not isinstance(self.input, str):
+            raise ValueError(
+                "teacher: its words stand before a text, but the input is a chat; write the input as one text"
+            )
         return self
 
     @model_validator(mode="after")

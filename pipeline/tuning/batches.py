@@ -39,6 +39,19 @@ class RowCost:
     prompt: int
     own: int
     """Input, target and labels."""
+    words: int | None = None
+    """Tokens of a teacher's words, behind which the row runs a second time. That pass keeps nothing for a backward
+    pass, and slots may share their words: so this counts rather too much than too little."""
+
+    @property
+    def prompts(self) -> int:
+        """What runs once for rows of a slot that are packed, and with each row where they are padded."""
+        return self.prompt + (self.words or 0)
+
+    @property
+    def run(self) -> int:
+        """The row's own tokens as often as they run."""
+        return self.own if self.words is None else 2 * self.own
 
 
 Plan = list[list[list[int]]]
@@ -53,8 +66,8 @@ def plan_rows(costs: Sequence[RowCost], world_size: int, token_budget: int, padd
     once in every share that has rows of it, and rows behind one prompt stay together.
     """
     if padded:
-        return _plan_padded([cost.prompt + cost.own for cost in costs], world_size, token_budget)
-    total = sum({cost.slot: cost.prompt for cost in costs}.values()) + sum(cost.own for cost in costs)
+        return _plan_padded([cost.prompts + cost.run for cost in costs], world_size, token_budget)
+    total = _cost(costs, range(len(costs)))
     passes = max(1, -(-total // (token_budget * world_size)))
     while True:
         bins = _fill(costs, passes * world_size, token_budget)
@@ -70,7 +83,7 @@ def plan_rows(costs: Sequence[RowCost], world_size: int, token_budget: int, padd
 def _fill(costs: Sequence[RowCost], count: int, token_budget: int) -> list[list[int]]:
     """Rows in `count` bins of like cost; a prompt's rows are split only where they would overfill one."""
     of_slot: dict[int, list[int]] = {}
-    for row in sorted(range(len(costs)), key=lambda row: (-costs[row].own, row)):
+    for row in sorted(range(len(costs)), key=lambda row: (-costs[row].run, row)):
         of_slot.setdefault(costs[row].slot, []).append(row)
     fair = sum(_cost(costs, rows) for rows in of_slot.values()) / count
     parts = []
@@ -90,8 +103,8 @@ def _fill(costs: Sequence[RowCost], count: int, token_budget: int) -> list[list[
 
 def _cost(costs: Sequence[RowCost], rows: Sequence[int]) -> int:
     """Tokens that run when these rows are packed."""
-    prompts = {costs[row].slot: costs[row].prompt for row in rows}
-    return sum(prompts.values()) + sum(costs[row].own for row in rows)
+    prompts = {costs[row].slot: costs[row].prompts for row in rows}
+    return sum(prompts.values()) + sum(costs[row].run for row in rows)
 
 
 def _plan_padded(lengths: Sequence[int], world_size: int, token_budget: int) -> Plan:

@@ -92,7 +92,10 @@ def tune(run: TuningRun, backbone: Backbone, tokenizer: Any, stop_signal: StopSi
             break
 
         # One step of every live trial: a batch of its own rows, all in the same micro-batches.
-        work = [TrialStep(s.trial, s.prompt, s.step, progress.split(s.trial, "train")) for s in live]
+        work = [
+            TrialStep(s.trial, s.prompt, s.step, progress.split(s.trial, "train"), teacher)
+            for s, teacher in zip(live, progress.teachers_of(live), strict=True)
+        ]
         losses, tokens = losses_and_gradients(backbone, work, run.token_budget)
         for state, loss in zip(live, losses, strict=True):
             state.update(float(loss))  # by its own optimizer, schedule and clipping, as if it were alone

@@ -19,6 +19,7 @@ from pipeline.tuning.evaluate import Score, eval_request, evaluate
 from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
 from pipeline.tuning.run_log import RunLog
 from pipeline.tuning.state import TrialState, winner
+from pipeline.tuning.teaching import Teacher, TeacherKey, make_teacher, teacher_key
 from pipeline.tuning.trials import Trial
 
 
@@ -52,6 +53,8 @@ class Progress:
     states: dict[str, TrialState]
     """Of the trials that have started, by name."""
     splits: dict[tuple[str, str], TokenSet] = field(default_factory=dict)
+    teachers: dict[TeacherKey, Teacher] = field(default_factory=dict)
+    """Of the trials that took the last step."""
 
     def split(self, trial: Trial, name: str) -> TokenSet:
         task = trial.task
@@ -59,6 +62,17 @@ class Progress:
         if (task, name) not in self.splits:
             self.splits[task, name] = open_split(self.run.corpora[task].splits[name], limit)
         return self.splits[task, name]
+
+    def teachers_of(self, states: Sequence[TrialState]) -> list[Teacher | None]:
+        """What teaches each trial's prompt beside the labels. Teachers of other trials are let go."""
+        before, self.teachers = self.teachers, {}
+        keys = [teacher_key(state.trial) for state in states]
+        for key, state in zip(keys, states, strict=True):
+            if key is not None and key not in self.teachers:
+                split = self.split(state.trial, "train")
+                made = before.get(key) or make_teacher(state.trial, self.backbone, self.tokenizer, split)
+                self.teachers[key] = made
+        return [None if key is None else self.teachers[key] for key in keys]
 
     def live(self) -> list[TrialState]:
         return [state for state in self.states.values() if state.status == "live"]

@@ -13,9 +13,10 @@ from torch import Tensor
 from pipeline.backbone import prompted
 from pipeline.backbone.host import Backbone
 from pipeline.corpus.reader import TokenSet
-from pipeline.tuning.batches import RowCost, plan_rows, rows_of_step
+from pipeline.tuning.batches import Plan, RowCost, plan_rows, rows_of_step
 from pipeline.tuning.initialise import example_rows
 from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
+from pipeline.tuning.teaching import Teacher
 from pipeline.tuning.trials import Trial
 
 
@@ -29,6 +30,7 @@ class TrialStep:
     step: int
     """Steps that this trial has taken."""
     train: TokenSet
+    teacher: Teacher | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,14 @@ class BatchRow:
     length: int
     """Input and target tokens."""
     weight: float
+    teacher: Teacher | None
+    """Of the trial, where it teaches by this row."""
+    share: float
+    """The teacher's share of this row's loss."""
+
+    def cost(self, prompt: int) -> RowCost:
+        """Behind a prompt of so many tokens."""
+        return RowCost(self.slot, prompt, self.length, len(self.teacher.words) if self.teacher else None)
 
 
 @dataclass(frozen=True)
@@ -61,10 +71,14 @@ class TokenCounts:
         """Of one rank's rows in one micro-batch (see `plan_rows`)."""
         text = sum(cost.own for cost in share)
         if not padded:
-            return cls(text, text + sum({cost.slot: cost.prompt for cost in share}.values()))
-        lengths = [cost.prompt + cost.own for cost in share]
-        computed = len(share) * max(lengths, default=0)
-        return cls(text, computed, computed - sum(lengths))
+            prompts = {cost.slot: cost.prompts for cost in share}
+            return cls(text, sum(cost.run for cost in share) + sum(prompts.values()))
+        passes = [
+            [cost.prompt + cost.own for cost in share],
+            [cost.words + cost.own for cost in share if cost.words is not None],
+        ]
+        computed = sum(len(lengths) * max(lengths, default=0) for lengths in passes)
+        return cls(text, computed, computed - sum(map(sum, passes)))
 
 
 def batch_of_step(work: Sequence[TrialStep]) -> list[BatchRow]:
@@ -77,7 +91,10 @@ def batch_of_step(work: Sequence[TrialStep]) -> list[BatchRow]:
         weight = 1.0 / sum(len(part.train.target_ids(number)) for number in numbers)
         for number in numbers:
             length = len(part.train.input_ids(number)) + len(part.train.target_ids(number))
-            rows.append(BatchRow(slot, part.train, int(number), length, weight))
+            settings, teacher, share = part.trial.settings.teacher, None, 0.0
+            if part.teacher is not None and settings is not None and part.teacher.teaches(part.train, number):
+                teacher, share = part.teacher, settings.weight
+            rows.append(BatchRow(slot, part.train, int(number), length, weight, teacher, share))
     return rows
 
 
@@ -94,19 +111,42 @@ def rows_to_learn(part: TrialStep) -> np.ndarray:
     return numbers
 
 
+def plan_of_step(rows: Sequence[BatchRow], costs: Sequence[RowCost], token_budget: int, padded: bool) -> Plan:
+    """The rows' plan (see `plan_rows`), where a micro-batch has rows with teachers, or rows without.
+
+    So all ranks run the teachers' pass in the same micro-batches, and who has no teacher runs as if there were none.
+    """
+    plan: Plan = []
+    for taught in (False, True):
+        chosen = [i for i, row in enumerate(rows) if (row.teacher is not None) == taught]
+        for shares in plan_rows([costs[i] for i in chosen], world_size(), token_budget, padded):
+            plan.append([[chosen[i] for i in share] for share in shares])
+    return plan
+
+
+def behind_teachers(batch: Sequence[BatchRow]) -> tuple[prompted.Rows, list[float]]:
+    """Rows with teachers as these read them, and the share `[B]` of each row's loss that is its teacher's."""
+    of_row = [row.teacher for row in batch if row.teacher is not None]
+    places = {teacher: place for place, teacher in enumerate(dict.fromkeys(of_row))}  # each one's words run once
+    inputs = [teacher.input_ids(row.split, row.number) for teacher, row in zip(of_row, batch, strict=True)]
+    rows = prompted.Rows([teacher.words for teacher in places], [places[teacher] for teacher in of_row], inputs)
+    return rows, [row.share for row in batch]
+
+
 def losses_and_gradients(
     backbone: Backbone, work: Sequence[TrialStep], token_budget: int, nll: Callable[..., Tensor] = prompted.target_nll
 ) -> tuple[np.ndarray, TokenCounts]:
     """Each trial's loss `[S]` (nats a target token) and what was run; gradients `[P, H]` are left in the prompts.
 
-    Every rank must call this with the same work; all ranks end with the same numbers. `nll` computes the rows' losses.
+    Every rank must call this with the same work; all ranks end with the same numbers. `nll` computes the losses of rows
+    that have no teacher.
     """
     rows, prompts = batch_of_step(work), [part.prompt for part in work]
-    costs = [RowCost(row.slot, len(prompts[row.slot]), row.length) for row in rows]
+    costs = [row.cost(len(prompts[row.slot])) for row in rows]
     losses, tokens = torch.zeros(len(work), device=backbone.device), TokenCounts()
     for prompt in prompts:
         prompt.grad = None
-    for shares in plan_rows(costs, world_size(), token_budget, backbone.pads_rows):
+    for shares in plan_of_step(rows, costs, token_budget, backbone.pads_rows):
         tokens = sum((TokenCounts.of([costs[i] for i in share], backbone.pads_rows) for share in shares), tokens)
         # Under ZeRO-3 every rank must run every layer, for each holds a part of its weights. A rank that has no rows
         # in this micro-batch runs another's first row, at weight zero.
@@ -114,7 +154,11 @@ def losses_and_gradients(
         batch, factor = mine or [rows[shares[0][0]]], 1.0 if mine else 0.0
         slots = [row.slot for row in batch]
         inputs = prompted.Rows(prompts, slots, [row.split.input_ids(row.number) for row in batch])
-        row_losses = backbone.run(nll, inputs, [row.split.target_ids(row.number) for row in batch])  # [B]
+        targets = [row.split.target_ids(row.number) for row in batch]
+        if batch[0].teacher is None:
+            row_losses = backbone.run(nll, inputs, targets)  # [B]
+        else:
+            row_losses = backbone.run(prompted.target_distillation, inputs, targets, *behind_teachers(batch))
         weighted = row_losses * torch.tensor([row.weight * factor for row in batch], device=row_losses.device)
         losses.index_add_(0, torch.tensor(slots, device=losses.device), weighted.detach())
         # The batch's sum, and yet each prompt gets the gradient of its own loss: no row looks at another's prompt.

@@ -12,6 +12,7 @@ from pipeline.settings import Settings, TaskSettings
 
 LATER_KEYS: Mapping[str, Any] = {
     "halving": None,
+    "teacher": None,
     "prompt.starts": 1,
     "prompt.parameters": "direct",
     "prompt.width": None,

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from pipeline.backbone import output
 from pipeline.backbone.files import find_model, read_config
 from pipeline.backbone.host import host_backbone
-from pipeline.backbone.prompted import Rows, greedy_decode, label_log_likelihoods, target_nll
+from pipeline.backbone.prompted import Rows, greedy_decode, label_log_likelihoods, target_distillation, target_nll
 from pipeline.lab.benchmark.resident import MemoryWatch, resident
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB, make_model
@@ -68,6 +68,19 @@ def training(backbone):
     return run
 
 
+def distilling(backbone):
+    prompts, rows = prompts_and_rows(PLACES // 8)
+    targets = tokens(*[8] * (PLACES // 8))
+    teacher = Rows([torch.randn(5, 16, generator=torch.Generator().manual_seed(2))], [0] * len(targets), rows.inputs)
+    shares = [0.25, 1.0] * (len(targets) // 2)
+
+    def run():
+        losses = backbone.run(target_distillation, rows, targets, teacher, shares)
+        return [losses.detach(), *torch.autograd.grad((losses * torch.arange(1.0, len(losses) + 1)).sum(), prompts)]
+
+    return run
+
+
 def scoring(backbone):
     _, rows = prompts_and_rows(PLACES // 8)
     labels = [tokens(1, 2, 3, 2) for _ in rows.inputs]
@@ -80,14 +93,18 @@ def decoding(backbone):
 
 
 @pytest.mark.parametrize(
-    ("work", "way"), [(training, "packed"), (training, "padded"), (scoring, "packed"), (decoding, "packed")]
+    ("work", "way"),
+    [
+        *[(training, "packed"), (training, "padded"), (distilling, "packed"), (distilling, "padded")],
+        *[(scoring, "packed"), (decoding, "packed")],
+    ],
 )
 def test_logits_of_a_large_vocabulary_are_bounded_and_blocks_change_no_result(backbone, work, way, monkeypatch):
     monkeypatch.setattr(backbone.hosted.model, "way", way)
     check_bounded(work(backbone), monkeypatch)
 
 
-@pytest.mark.parametrize("work", [training, scoring, decoding])
+@pytest.mark.parametrize("work", [training, distilling, scoring, decoding])
 def test_logits_of_an_encoder_decoder_are_bounded_alike(tmp_path, work, monkeypatch):
     backbone = large_vocabulary(tmp_path, "t5", False, d_model=16, d_ff=16, d_kv=4, num_layers=1, num_decoder_layers=1)
     check_bounded(work(backbone), monkeypatch)
@@ -130,9 +147,13 @@ def losses_on_rank(folder, share_memory):
         rows = Rows([prompt], [0] * len(inputs[mine]), inputs[mine])
         losses = backbone.run(target_nll, rows, targets[mine])
         losses.sum().backward()
+        teacher = Rows([torch.full((3, 32), 0.5)], [0] * len(inputs[mine]), inputs[mine])
+        taught = backbone.run(target_distillation, rows, targets[mine], teacher, [0.75] * len(inputs[mine]))
+        (gradient,) = torch.autograd.grad(taught.sum(), prompt)
         labels = backbone.run(label_log_likelihoods, rows, [targets[mine]] * len(inputs[mine]))
         answers = backbone.run(greedy_decode, rows, 3, -1)
-        found.append([losses.detach().numpy(), prompt.grad.numpy(), *labels, *answers])
+        distilled = [taught.detach().numpy(), gradient.numpy()]
+        found.append([losses.detach().numpy(), prompt.grad.numpy(), *distilled, *labels, *answers])
     return found
 
 

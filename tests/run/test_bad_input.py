@@ -147,6 +147,51 @@ def test_a_prompt_longer_than_the_context_is_refused_with_the_sum(project):
     refused(project, SettingsError, "task 'film'", "context of 256", overrides=["tasks.film.prompt.length=300"])
 
 
+def test_a_teacher_that_does_not_fit_the_context_is_refused_with_the_sum_before_and_after_there_is_a_corpus(
+    project, tmp_path
+):
+    (tmp_path / "manual.txt").write_text("good film " * 110)
+    film = project["tasks"]["film"]
+    film |= {"max_input_tokens": 32, "max_target_tokens": 8, "max_bad_rows": 1.0}
+    film["teacher"] = {"text_file": str(tmp_path / "manual.txt")}
+    wanted = (
+        "task 'film'",
+        "a teacher of 220 tokens + max_input_tokens 32 + max_target_tokens 8 = 260",
+        "context of 256",
+    )
+    with pytest.raises(SettingsError) as caught:
+        check_run(parse_settings(project))
+    assert all(part in str(caught.value) for part in wanted)
+    film["teacher"] = {"examples": 40, "text": "good film"}
+    check_run(parse_settings(project))
+    refused(project, SettingsError, "task 'film'", "a teacher of ", "lower teacher.examples")
+    film["teacher"] = {"examples": 100_000}
+    refused(project, SettingsError, "task 'film'", "teacher.examples 100000 are all", "lower it")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "wanted"),
+    [
+        ({}, "teacher: a teacher needs 'text', 'text_file' or 'examples'"),
+        ({"text": "a", "text_file": "b"}, "teacher: give either 'text' or 'text_file'"),
+        ({"text_file": "nowhere.txt"}, "teacher: text_file nowhere.txt: cannot be read: No such file"),
+        ({"text": "a", "weight": 0}, "teacher.weight: "),
+        ({"text": " "}, "teacher.text ' ' holds no token"),
+    ],
+)
+def test_a_teacher_without_words_or_with_too_many_kinds_of_them_is_refused(project, teacher, wanted):
+    project["tasks"]["film"]["teacher"] = teacher
+    refused(project, SettingsError, "film", wanted)
+
+
+def test_a_teacher_before_a_chat_and_a_sweep_of_no_teacher_are_refused(project):
+    film = project["tasks"]["film"]
+    film["sweep"] = {"teacher.weight": [0.5, 1.0]}
+    refused(project, SettingsError, "film", "sweep: teacher.weight: there is no teacher")
+    film |= {"sweep": None, "teacher": {"text": "good"}, "input": [{"role": "user", "content": "{text}"}]}
+    refused(project, SettingsError, "film", "teacher: its words stand before a text")
+
+
 def test_an_encoder_decoders_context_holds_for_what_its_encoder_reads_and_for_the_target(project, tmp_path):
     project["model"]["path"] = str(make_seq2seq(tmp_path / "bart", "bart", max_position_embeddings=64))
     lengths = "tasks.film.prompt.length={} tasks.film.max_input_tokens=40 tasks.film.max_target_tokens={}"

@@ -72,6 +72,16 @@ def test_an_encoder_decoder_unlike_t5_goes_the_whole_way_and_answers(tmp_path, f
     assert len(model.generate(texts, tasks, max_new_tokens=4)) == 2
 
 
+def test_prompts_with_teachers_from_a_file_and_from_solved_rows_go_the_whole_way_over_two_ranks(tmp_path):
+    project = make_project(tmp_path)
+    (tmp_path / "manual.txt").write_text("the film is good or bad " * 5)
+    project["tasks"]["film"]["teacher"] = {"text_file": str(tmp_path / "manual.txt"), "weight": 1.0}
+    project["tasks"]["film"] |= {"max_input_tokens": 64, "max_target_tokens": 8}
+    project["tasks"]["book"]["teacher"] = {"examples": 3}
+    outcome = run(project, "run.max_failures=0")
+    assert outcome.exit == 0 and outcome.version == 1, outcome
+
+
 def test_a_finished_run_publishes_nothing_twice_whatever_came_after_it_or_where_it_was_killed(project, tmp_path):
     assert run(project).version == 1
     moves = tmp_path / "bank/aliases/latest"

@@ -39,13 +39,16 @@ def test_trials_of_other_names_or_seeds_take_other_rows():
 
 
 def loads_of(rows) -> list[RowCost]:
-    """Rows of five trials with prompts of 1, 21, 41, … tokens."""
-    return [RowCost(slot, 1 + 20 * slot, own) for slot, own in rows]
+    """Rows of five trials with prompts of 1, 21, 41, … tokens; every other trial has a teacher with many words."""
+    return [RowCost(slot, 1 + 20 * slot, own, 50 * slot if slot % 2 else None) for slot, own in rows]
 
 
 def tokens_run(loads, share) -> int:
-    """What a packed share runs: each of its prompts once, and its rows."""
-    return sum({loads[row].slot: loads[row].prompt for row in share}.values()) + sum(loads[row].own for row in share)
+    """What a packed share runs: each of its prompts once, and its rows; and again behind a teacher's words."""
+    taught = [row for row in share if loads[row].words is not None]
+    student = sum({loads[row].slot: loads[row].prompt for row in share}.values()) + sum(loads[row].own for row in share)
+    teacher = sum({loads[row].slot: loads[row].words for row in taught}.values())
+    return student + teacher + sum(loads[row].own for row in taught)
 
 
 rows_of_trials = st.lists(st.tuples(st.integers(0, 4), st.integers(1, 400)), min_size=1, max_size=60)
@@ -61,7 +64,7 @@ def test_every_row_is_run_once_on_one_rank_within_the_token_budget(rows, world, 
         assert len(shares) == world, "under ZeRO-3 every rank has every micro-batch"
         assert shares[0], "a rank without rows borrows from the first"
         for share in shares:
-            longest = max((loads[row].prompt + loads[row].own for row in share), default=0)
+            longest = max((tokens_run(loads, [row]) for row in share), default=0)
             cost = len(share) * longest if padded else tokens_run(loads, share)
             assert len(share) <= 1 or cost <= budget
 

@@ -27,6 +27,11 @@ CHANGES = {
     },
     "fourth": {"prompt": {"length": 6, "init": "text", "text": "is it good or bad"}, "metric": "rouge_l"},
     "fifth": {"prompt": {"length": 12, "init": "examples", "starts": 3}},
+    "sixth": {
+        "prompt": {"length": 3},
+        "teacher": {"text": "is this film good or bad", "examples": 4, "between": " ", "weight": 0.7},
+        "batch_size": 4,
+    },
 }
 
 

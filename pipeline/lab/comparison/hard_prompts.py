@@ -17,6 +17,7 @@ from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import SettingsError
 from pipeline.lab.comparison.candidates import Candidate
 from pipeline.settings import HardPromptSettings, TaskSettings
+from pipeline.tuning.teaching import joined, solved_rows
 from pipeline.tuning.trials import random_numbers
 
 
@@ -55,18 +56,6 @@ def hard_prompts(
 def drawn_rows(task: str, seed: int, shots: int, total: int) -> np.ndarray:
     """Row numbers `[shots]` of the train split. Fewer shots of a seed are the first ones of more shots."""
     return random_numbers(seed, task, "shots").permutation(total)[:shots]
-
-
-def solved_rows(
-    train: TokenSet, rows: Sequence[int] | np.ndarray, separator: str, tokenizer: Any, architecture: Architecture
-) -> list[str]:
-    """Texts of inputs, each with its target behind it."""
-    inputs = decode_inputs(tokenizer, architecture, [train.input_ids(int(row)).tolist() for row in rows])
-    return [text + separator + train.target(int(row)) for text, row in zip(inputs, rows, strict=True)]
-
-
-def joined(parts: Sequence[str], between: str) -> str:
-    return "".join(part + between for part in parts)
 
 
 def with_shared_prefix(

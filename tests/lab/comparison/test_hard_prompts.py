@@ -16,12 +16,11 @@ from pipeline.lab.comparison.hard_prompts import (
     check_hard_prompt,
     drawn_rows,
     hard_prompts,
-    joined,
-    solved_rows,
     with_shared_prefix,
 )
 from pipeline.settings import HardPromptSettings
 from pipeline.tuning.evaluate import answer, eval_request
+from pipeline.tuning.teaching import joined, solved_rows
 from tests.corpora import make_corpus, make_task, reviews, task_corpus
 from tests.tiny import make_tokenizer
 
