@@ -70,7 +70,7 @@ def batch_of_step(work: Sequence[TrialStep]) -> list[BatchRow]:
     """Every trial's rows at its own step; `slot` is the trial's place in `work`."""
     rows = []
     for slot, part in enumerate(work):
-        numbers = rows_of_step(part.trial, len(part.train), part.step)
+        numbers = rows_of_step(part.trial, part.train, part.step)
         # A trial's loss is the mean over the target tokens of its own rows, whichever ranks run them. Were it the mean
         # over a rank's or a micro-batch's rows, it would depend on how many ranks there are and who runs beside it.
         weight = 1.0 / sum(len(part.train.target_ids(number)) for number in numbers)

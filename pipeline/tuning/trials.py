@@ -4,11 +4,17 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 import numpy as np
 
 from pipeline.settings import Settings, TaskSettings
+
+_LATER_KEYS: Mapping[str, Any] = {"halving": None, "label_score": "sum", "calibrate": False, "balance": False}
+"""Keys of a task (`part.key` of a part) that earlier versions did not have, each with the value that does as they did.
+A trial with that value has the digest of then, so runs and nights begun then are taken up."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +97,11 @@ def make_trial(
 def _deciding(settings: TaskSettings) -> dict[str, Any]:
     # Where the files lie does not matter; what they hold is in the corpus digest. Nor which other trials there are.
     deciding = settings.model_dump(mode="json", exclude={"train", "dev", "test", "seed", "max_bad_rows", "sweep"})
-    if settings.halving is None:
-        del deciding["halving"]  # as before there was any: runs begun then can be taken up
+    for key, default in _LATER_KEYS.items():
+        *parts, leaf = key.split(".")
+        part = reduce(getitem, parts, deciding)
+        if part[leaf] == default:
+            del part[leaf]
     if isinstance(settings.input, str):
         del deciding["chat_options"]  # they matter to chats alone
     return deciding

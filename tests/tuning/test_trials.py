@@ -1,6 +1,9 @@
 """Trials: what makes two of them the same."""
 
+import pytest
+
 from pipeline.settings import parse_settings
+from pipeline.settings.tasks import TaskDefaults
 from pipeline.tuning.trials import inputs_digest, make_trials
 
 
@@ -29,6 +32,18 @@ def test_runs_and_nights_begun_before_there_were_chats_are_taken_up_again():
     assert inputs_digest(settings, "film", "corpus") == (
         "38367b2fe6b091f1962d73f368899730f7e9deb843671fc84ce1548192929048"
     )
+
+
+@pytest.mark.parametrize("changed", [{"label_score": "mean"}, {"calibrate": True}, {"balance": True}], ids=str)
+def test_how_labels_are_scored_and_rows_are_drawn_decides_a_trial_only_where_it_is_not_as_it_always_was(changed):
+    def digests(**task):
+        settings = parse_settings({"model": {"path": "x"}, "tasks": {"film": {"train": "t", "dev": "d", **task}}})
+        (trial,) = make_trials(settings, {"film": "corpus"}, "backbone", {})
+        return trial.digest, inputs_digest(settings, "film", "corpus")
+
+    at_its_default = {key: TaskDefaults.model_fields[key].default for key in changed}
+    assert digests(**at_its_default) == digests()
+    assert len({*digests(), *digests(**changed)}) == 4
 
 
 def test_a_chats_options_decide_its_prompt_and_a_texts_do_not():

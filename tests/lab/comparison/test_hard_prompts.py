@@ -67,7 +67,7 @@ def test_rows_behind_a_text_have_the_tokens_of_the_whole(tmp_path, kind, text):
     pairs = reviews(25, 3)
     corpus = task_corpus(tmp_path, tokenizer, architecture, "a", dict.fromkeys(("train", "dev"), pairs))
     split = open_split(corpus.splits["dev"])
-    prompt, behind = with_shared_prefix(text, split, tokenizer, architecture)
+    prompt, (behind,) = with_shared_prefix(text, [split], tokenizer, architecture)
     (whole,) = {tuple(row) for row in [prompt.tolist()]}
     ours = sorted((*whole, *behind.input_ids(row).tolist()) for row in range(len(behind)))
     theirs = sorted(tuple(ids) for ids in encode_inputs(tokenizer, architecture, [text + own for own, _ in pairs]))
@@ -123,7 +123,7 @@ def test_a_hard_prompt_scores_as_the_whole_text_does_in_transformers(model, tmp_
         pytest.skip("the tokens are the same; that its rows score as transformers' is tested for prompts")
     corpus = make_corpus(tmp_path, tokenizer, backbone.architecture, "a", rows=12)
     split = open_split(corpus.splits["dev"])
-    ids, behind = with_shared_prefix(text, split, tokenizer, backbone.architecture)
+    ids, (behind,) = with_shared_prefix(text, [split], tokenizer, backbone.architecture)
     prompt = backbone.embed(torch.as_tensor(ids, dtype=torch.long))
     (given,) = answer(backbone, tokenizer, [eval_request(make_task(), prompt, behind, corpus)], 500)
     reference = AutoModelForCausalLM.from_pretrained(folder).eval()
