@@ -116,6 +116,19 @@ def test_a_text_too_long_for_the_model_is_refused_with_what_to_lower():
         check_hard_prompt(prompt, make_task(max_input_tokens=40), tokenizer, architecture, 80)
 
 
+@pytest.mark.parametrize("text", TEXTS)
+def test_rows_that_calibrate_stand_behind_the_same_text_as_those_that_are_measured(tmp_path, text):
+    tokenizer, architecture = TOKENIZERS["bytes"]
+    pairs = {"train": reviews(9, 1), "dev": reviews(25, 3)}
+    corpus = task_corpus(tmp_path, tokenizer, architecture, "a", pairs)
+    splits = [open_split(corpus.splits[name]) for name in ("train", "dev")]
+    prompt, behind = with_shared_prefix(text, splits, tokenizer, architecture)
+    for name, split in zip(("train", "dev"), behind, strict=True):
+        ours = sorted((*prompt.tolist(), *split.input_ids(row).tolist()) for row in range(len(split)))
+        whole = encode_inputs(tokenizer, architecture, [text + own for own, _ in pairs[name]])
+        assert ours == sorted(map(tuple, whole))
+
+
 @pytest.mark.parametrize("text", ["is it good or bad ", ""])
 def test_a_hard_prompt_scores_as_the_whole_text_does_in_transformers(model, tmp_path, text):
     backbone, tokenizer, folder = model
