@@ -1,8 +1,8 @@
 """The bank's prompts measured against the new ones: what each makes of every dev row.
 
 All ranks measure once, after the last step. A prompt of any length, tuned by whatever run, is measured on exactly the
-rows that the new one is measured on, with the same products. The file says what it was measured for, so that a run that
-is started again measures only what it has not.
+rows that the new one is measured on, with the same products, and by label scores as its own record has them: as it is
+served. The file says what it was measured for, so that a run that is started again measures only what it has not.
 """
 
 import hashlib
