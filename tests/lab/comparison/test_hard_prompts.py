@@ -7,10 +7,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.backbone import prompted
+from pipeline.backbone.label_scores import label_offsets
 from pipeline.corpus.encoding import encode_inputs
 from pipeline.corpus.reader import open_split
 from pipeline.errors import SettingsError
 from pipeline.lab.comparison.candidates import Candidate
+from pipeline.lab.comparison.eval_job import _eval_request
 from pipeline.lab.comparison.hard_prompts import (
     HardPrompt,
     check_hard_prompt,
@@ -20,7 +22,8 @@ from pipeline.lab.comparison.hard_prompts import (
     solved_rows,
     with_shared_prefix,
 )
-from pipeline.settings import HardPromptSettings
+from pipeline.lab.comparison.questions import SplitQuestion
+from pipeline.settings import HardPromptSettings, parse_settings
 from pipeline.tuning.evaluate import answer, eval_request
 from tests.corpora import make_corpus, make_task, reviews, task_corpus
 from tests.tiny import make_tokenizer
@@ -149,6 +152,24 @@ def test_a_hard_prompt_scores_as_the_whole_text_does_in_transformers(model, tmp_
                 log_p = reference(whole).logits[0].log_softmax(-1)
             wanted = sum(log_p[len(tokens) + i - 1, token].item() for i, token in enumerate(label))
             assert score == pytest.approx(wanted, rel=0.05, abs=0.05)  # int8 against float
+
+
+@pytest.mark.parametrize("label_score", ["sum", "mean"])
+def test_a_hard_prompt_is_calibrated_behind_its_own_text(model, tmp_path, label_score):
+    backbone, tokenizer, _ = model
+    corpus, text = make_corpus(tmp_path, tokenizer, backbone.architecture, "a", rows=12), "is it good or bad "
+    given = {"model": {"path": "m"}, "tasks": {"a": {"train": "t", "dev": "d", "label_score": label_score}}}
+    asked = []
+    for calibrate in (True, False):
+        given["tasks"]["a"]["calibrate"] = calibrate
+        for split in ("dev", "train"):
+            question = SplitQuestion("a", split, None, text=text)
+            asked.append(_eval_request(None, parse_settings(given), {"a": corpus}, question, backbone, tokenizer))
+    calibrated, _, dev, train = answer(backbone, tokenizer, asked, 1000)
+    assert asked[0].unlabelled is not None and asked[2].unlabelled is None
+    offsets = label_offsets(train.label_scores)
+    np.testing.assert_allclose(calibrated.label_offsets, offsets, rtol=1e-3)
+    np.testing.assert_allclose(calibrated.label_scores, dev.label_scores - np.array(offsets), rtol=1e-3, atol=1e-3)
 
 
 def test_answers_tell_each_label_s_log_likelihood(model, tmp_path):
