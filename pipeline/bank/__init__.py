@@ -6,7 +6,16 @@ The layout on disk is written down in FORMAT.md.
 from pipeline.bank.aliases import AliasMove
 from pipeline.bank.client import PromptBank
 from pipeline.bank.collect import CollectedFiles
-from pipeline.bank.manifest import BackboneId, ChatForm, Manifest, ManifestHeader, Metrics, PromptRecord, Template
+from pipeline.bank.manifest import (
+    BackboneId,
+    ChatForm,
+    LabelScore,
+    Manifest,
+    ManifestHeader,
+    Metrics,
+    PromptRecord,
+    Template,
+)
 from pipeline.bank.publish import CarriedPrompt, NewPrompt
 from pipeline.bank.same_backbone import SameBackbone
 from pipeline.bank.snapshot import Prompt, Snapshot
@@ -19,6 +28,7 @@ __all__ = [
     "CarriedPrompt",
     "ChatForm",
     "CollectedFiles",
+    "LabelScore",
     "Manifest",
     "ManifestHeader",
     "Metrics",

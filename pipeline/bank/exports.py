@@ -218,6 +218,8 @@ def _description(prompt: Prompt) -> bytes:
         "shape": prompt.array.shape,
         "template": record.template.model_dump(exclude_none=True),
         "labels": record.labels,
+        **({"label_score": record.label_score} if record.label_score != "sum" else {}),
+        **({"label_offsets": record.label_offsets} if record.label_offsets is not None else {}),
         "metric": record.metric,
         "metrics": record.metrics.model_dump(),
         "backbone": backbone.model_dump(

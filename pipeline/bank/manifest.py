@@ -21,6 +21,7 @@ Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 UtcTime = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
 Id = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+LabelScore = Literal["sum", "mean"]
 Status = Literal["tuned", "carried_forward", "kept", "failed"]
 NOT_LEARNED = "not_learned"
 
@@ -147,6 +148,10 @@ class PromptRecord(StoredModel):
     rows_run: Literal["packed", "shared", "padded"] | None = None
     """How the model's rows ran while the prompt was tuned, which was found out by proof (docs/models.md). Written only
     where it is known."""
+    label_score: LabelScore = "sum"
+    """What labels were compared by: their tokens' log-likelihoods summed, or averaged. Written only where averaged."""
+    label_offsets: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] | None = None
+    """Nats that are taken off each label's score, in the order of `labels`. Written only where there are any."""
 
     @property
     def state(self) -> str:
@@ -162,6 +167,8 @@ class PromptRecord(StoredModel):
             raise ValueError(f"status '{self.status}' contradicts digest, shape, dtype or tuned_in")
         if self.shape is not None and self.shape[0] != self.length:
             raise ValueError(f"length {self.length} contradicts shape {list(self.shape)}")
+        if self.label_offsets is not None and len(self.label_offsets) != len(self.labels or ()):
+            raise ValueError(f"{len(self.label_offsets)} label offsets contradict {len(self.labels or ())} labels")
         if self.status in ("kept", "failed") and not self.reason:
             raise ValueError(f"status '{self.status}' needs a reason")
         return self
@@ -204,6 +211,8 @@ def encode_manifest(manifest: Manifest, sign: Callable[[str], Signature] | None 
     for name, record in sorted(manifest.prompts.items()):
         absent: dict[str, Any] = {} if record.tuned_on else {"tuned_on": True}
         absent |= {} if record.rows_run else {"rows_run": True}
+        absent |= {} if record.label_score != "sum" else {"label_score": True}
+        absent |= {} if record.label_offsets is not None else {"label_offsets": True}
         absent |= {} if record.template.chat else {"template": {"chat"}}
         lines.append(b'"%s":%s' % (name.encode(), canonical(record.model_dump(mode="json", exclude=absent))))
     return seal(header[1:-1] + PROMPTS_OPEN + b",\n".join(lines) + PROMPTS_CLOSE, sign)

@@ -15,7 +15,17 @@ from pydantic import ValidationError
 from pipeline.bank.access import BankAccess, blob_key
 from pipeline.bank.aliases import advance_alias, current_move
 from pipeline.bank.blobs import MAX_BLOB_BYTES, encode_blob, write_blob
-from pipeline.bank.manifest import BackboneId, Manifest, Metrics, PromptRecord, Template, check_name, new_id, utc_now
+from pipeline.bank.manifest import (
+    BackboneId,
+    LabelScore,
+    Manifest,
+    Metrics,
+    PromptRecord,
+    Template,
+    check_name,
+    new_id,
+    utc_now,
+)
 from pipeline.bank.same_backbone import is_same
 from pipeline.bank.sealed import first_problem
 from pipeline.bank.versions import create_version, read_version, version_numbers
@@ -45,6 +55,9 @@ class NewPrompt:
     inputs_digest: str | None = None
     learned: bool | None = None
     rows_run: Literal["packed", "shared", "padded"] | None = None
+    label_score: LabelScore = "sum"
+    label_offsets: Sequence[float] | None = None
+    """In the order of the labels."""
 
 
 @dataclass(frozen=True)

@@ -207,6 +207,7 @@ def _fields(bank: PromptBank, snapshot: Snapshot, record: PromptRecord, pointing
         *_input_fields(record.template),
         ("target", output.quoted(record.template.target)),
         ("labels", ", ".join(map(output.quoted, record.labels)) if record.labels else None),
+        *_label_score_fields(record),
         ("metric", record.metric),
         *_metric_fields("", record.metrics),
         *(_metric_fields("parent's ", record.metrics_previous) if record.metrics_previous else []),
@@ -235,6 +236,14 @@ def _input_fields(template: Template) -> list[tuple[str, Cell]]:
         ("chat options", options or None),
         ("before an answer", output.quoted(form.lead) if form.lead else None),
         ("end of an answer", output.quoted(form.end)),
+    ]
+
+
+def _label_score_fields(record: PromptRecord) -> list[tuple[str, Cell]]:
+    offsets = zip(record.labels or (), record.label_offsets or (), strict=False)
+    return [
+        ("label scores", "mean of a label's tokens" if record.label_score == "mean" else None),
+        ("label offsets", ", ".join(f"{output.quoted(label)} {nats:.3f}" for label, nats in offsets) or None),
     ]
 
 

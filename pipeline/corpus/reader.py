@@ -6,7 +6,7 @@ and step.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,14 @@ class TokenSet:
         """The target's text as the template rendered it."""
         text: str = self.targets[row].as_py()
         return text
+
+    @cached_property
+    def rows_by_target(self) -> Mapping[str, Int64]:
+        """The row numbers of each different target, sorted by target."""
+        codes = self.targets.dictionary_encode()
+        of_row = codes.indices.to_numpy()
+        numbers = {target: np.flatnonzero(of_row == code) for code, target in enumerate(codes.dictionary.to_pylist())}
+        return dict(sorted(numbers.items()))
 
     @property
     def input_lengths(self) -> Int32:

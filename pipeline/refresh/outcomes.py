@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.bank import CarriedPrompt, NewPrompt
+from pipeline.bank import CarriedPrompt, NewPrompt, PromptRecord
 from pipeline.refresh.gate import judge
 from pipeline.refresh.inputs import NightInputs
 from pipeline.refresh.plan import PlannedTask
@@ -85,7 +85,10 @@ def _compared(
     record = replace(
         record, incumbent=verdict.incumbent, new=verdict.new, p_value=verdict.p_value, dev_rows=len(pair.new)
     )  # fmt: skip
-    same = np.array_equal(result.chosen.best.cpu().numpy(), tuned.incumbents[planned.task])
+    same = np.array_equal(result.chosen.best.cpu().numpy(), tuned.incumbents[planned.task]) and (
+        # A prompt whose labels are scored in another way now is another one, although its vectors are the same.
+        _label_scoring(new) == _label_scoring(planned.incumbent)
+    )
     reason = _NO_BETTER if same else verdict.refused
     if reason is None and result.withheld:
         reason = f"not learned, and withheld: {result.reason}"
@@ -94,6 +97,10 @@ def _compared(
     record = replace(record, result="kept", reason=reason, worse=not same, stays=True)
     # What the refused prompt was tuned from is noted: while that stays as it is, it is not tuned again.
     return NightDecision(record, CarriedPrompt(planned.incumbent, "kept", reason, new.inputs_digest))
+
+
+def _label_scoring(prompt: NewPrompt | PromptRecord) -> tuple[str, bool]:
+    return prompt.label_score, prompt.label_offsets is not None
 
 
 def _with_figures(record: TaskRecord, result: TaskResult, version: int | None) -> TaskRecord:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save
 
 from pipeline.errors import BankError, TuningError
 from pipeline.refresh.inputs import NightInputs
@@ -20,7 +19,7 @@ from pipeline.run.results import TaskResult, choose, write_trials
 from pipeline.run.stages import announce, finished_states, make_rank_job, stopped_sentence
 from pipeline.settings import Settings
 from pipeline.tuning.connection import Connect
-from pipeline.tuning.incumbents import Pair, best_states, pair_keys, prompt_digest, read_pairs
+from pipeline.tuning.incumbents import Pair, best_states, encode_incumbent, pair_keys, prompt_digest, read_pairs
 from pipeline.tuning.launch import launch
 from pipeline.tuning.loop import tune_on_rank
 from pipeline.tuning.rank_job import RankJob
@@ -75,9 +74,11 @@ def tune(
     settings = with_warm_starts(checked.settings, inputs.plan, inputs.bank.version)
     corpora = {planned.task: inputs.corpora[planned.task] for planned in inputs.trained}
     job = make_rank_job(replace(checked, settings=settings), corpora, folder)
-    digests = {}
+    digests, records = {}, {planned.task: planned.incumbent for planned in inputs.plan}
     for task, array in incumbents.items():  # to where the ranks read them
-        data = save({"prompt": array})
+        record = records[task]
+        assert record is not None
+        data = encode_incumbent(array, record)
         write_atomically(job.incumbent(task), data)
         digests[task] = prompt_digest(data)
     job = replace(job, incumbents=digests)

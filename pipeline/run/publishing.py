@@ -86,6 +86,8 @@ def new_prompt(result: TaskResult, corpus: TaskCorpus, run: Settings) -> NewProm
         learned=result.learned,
         inputs_digest=inputs_digest(run, result.task, corpus.digest),
         rows_run=_rows_run(run),
+        label_score=settings.label_score,
+        label_offsets=None if absent else state.label_offsets,
     )
 
 

@@ -56,7 +56,7 @@ class Service(Protocol):
         """Text for each row. Raises: as `PromptedModel.generate`, OverloadedError."""
 
     async def classify(self, request: Request) -> VersionedAnswers[dict[str, float]]:
-        """Each row's log P(label | prompt, input) in nats. Raises: as `PromptedModel.classify`, OverloadedError."""
+        """Each row's score of every label, in nats. Raises: as `PromptedModel.classify`, OverloadedError."""
 
 
 _STATUS: dict[type[Exception], int] = {

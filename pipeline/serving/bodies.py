@@ -67,7 +67,8 @@ class Classified(_ReplyBody):
     label: str
     """The most likely one."""
     log_likelihoods: dict[str, float]
-    """log P(label | prompt, input) of every label, in nats."""
+    """log P(label | prompt, input) of every label, in nats. Where the prompt's record says so, it is the mean over the
+    label's tokens, less the label's offset."""
 
 
 class ClassifyReply(_ReplyBody):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.backbone import prompted
+from pipeline.backbone.label_scores import label_scores
 from pipeline.bank import Prompt, PromptBank, Snapshot
 from pipeline.errors import MissingFileError, PromptBankError, UnknownNameError, UnknownTaskError
 from pipeline.serving.requests import EncodedRow, Request, Text, encode_rows
@@ -99,6 +100,8 @@ class PromptedModel:
     def classify(self, texts: Sequence[Text], tasks: Sequence[str]) -> list[dict[str, float]]:
         """For each row, log P(label | prompt, input) in nats of every label of its task, by one version of the bank.
 
+        Where the prompt's record says so, it is the mean over a label's tokens (`label_score`), less the label's offset
+        (`label_offsets`): what the prompt was measured by.
         Raises: BankError for an unknown task or one without labels; CorpusError as `generate`.
         """
         return self.classify_each([Request(texts, tasks)]).only()
@@ -162,10 +165,12 @@ class PromptedModel:
     def _score(self, rows: Sequence[EncodedRow]) -> list[dict[str, float]]:
         labels = [list(row.labels.values()) for row in rows]
         scores = self.backbone.backbone.run(prompted.label_log_likelihoods, self._packed(rows), labels)
-        return [
-            dict(zip(row.labels, map(float, of_labels), strict=True))
-            for row, of_labels in zip(rows, scores, strict=True)
-        ]
+        answers = []
+        for row, likelihoods in zip(rows, scores, strict=True):
+            tokens, record = [len(ids) for ids in row.labels.values()], row.prompt.record
+            own = label_scores(likelihoods, tokens, record.label_score, record.label_offsets)
+            answers.append(dict(zip(row.labels, map(float, own), strict=True)))
+        return answers
 
     def _packed(self, rows: Sequence[EncodedRow]) -> prompted.Rows:
         """The rows with each of their prompts once: as keys and values from the cache, or where rows pad as vectors."""

@@ -170,6 +170,17 @@ class TaskDefaults(SettingsModel):
     decoded texts."""
     labels: list[str] | None = None
     """The label set for accuracy and f1; without it, the distinct targets of the train split."""
+    label_score: Literal["sum", "mean"] = "sum"
+    """What labels are compared by: the log-likelihood of all of a label's tokens, or its mean over them, which does not
+    favour short labels. It is recorded with the prompt, and a service scores by it."""
+    calibrate: bool = False
+    """Take each label's prior off its score (Zhao et al. 2021): the log of its mean probability over the inputs of 100
+    train rows, measured anew at every evaluation. The prior behind the published prompt is recorded, and a service
+    takes it off. For `accuracy` and `f1` where every label should be answered about equally often; on skewed rows
+    accuracy may fall."""
+    balance: bool = False
+    """Every step takes as many rows of one label as of any other, however rare it is in the train split. For skewed
+    labels, with the metric `f1`."""
     prompt: PromptSettings = PromptSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     teacher: TeacherSettings | None = None
@@ -263,6 +274,21 @@ class TaskDefaults(SettingsModel):
         if self.teacher is not None and not isinstance(self.input, str):
             raise ValueError(
                 "teacher: its words stand before a text, but the input is a chat; write the input as one text"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _targets_are_labels_where_they_must_be(self) -> Self:
+        labelled = self.metric in ("accuracy", "f1")
+        if self.calibrate and not labelled:
+            raise ValueError(
+                f"calibrate: the metric '{self.metric}' compares no labels; leave 'calibrate' out, or measure by "
+                "accuracy or f1"
+            )
+        if self.balance and not labelled and self.labels is None:
+            raise ValueError(
+                f"balance: with the metric '{self.metric}' targets are open texts, which have no equal shares; leave "
+                "'balance' out, or give 'labels'"
             )
         return self
 

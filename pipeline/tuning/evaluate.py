@@ -4,8 +4,8 @@ Labels are compared by log-likelihood (accuracy, f1); open targets are decoded g
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from pipeline.backbone import prompted
 from pipeline.backbone.host import Backbone
-from pipeline.corpus.reader import TokenSet
+from pipeline.backbone.label_scores import label_offsets, label_scores
+from pipeline.bank import LabelScore
+from pipeline.corpus.reader import SplitRef, TokenSet, open_split
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.settings import TaskSettings
 from pipeline.tuning.batches import RowCost, plan_rows
@@ -23,13 +25,14 @@ from pipeline.tuning.ranks import rank, sum_over_ranks, true_on_all, world_size
 
 # Without gradients nothing is stored for a backward pass, so more tokens fit.
 _BUDGET_FACTOR = 4
+_CALIBRATION_ROWS = 100
 LABELLED = ("accuracy", "f1")
 """Metrics of labels; of the others, all but `loss` are of texts."""
 
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """A prompt to be measured on a split."""
+    """A prompt to be measured on a split. L labels."""
 
     prompt: Tensor
     split: TokenSet
@@ -37,11 +40,41 @@ class EvalRequest:
     labels: tuple[str, ...] | None
     label_ids: tuple[tuple[int, ...], ...] | None
     max_target_tokens: int
+    label_score: LabelScore = "sum"
+    label_offsets: Sequence[float] | None = None
+    """[L] nats that are taken off each label's score."""
+    unlabelled: TokenSet | None = None
+    """Rows from whose inputs the offsets are measured, for a prompt that has none yet; their targets are not used."""
 
 
-def eval_request(settings: TaskSettings, prompt: Tensor, split: TokenSet, corpus: TaskCorpus) -> EvalRequest:
-    """A prompt of a task on one of its splits, measured as the task's settings say."""
-    return EvalRequest(prompt, split, settings.metric, corpus.labels, corpus.label_ids, settings.max_target_tokens)
+def eval_request(
+    settings: TaskSettings,
+    prompt: Tensor,
+    split: TokenSet,
+    corpus: TaskCorpus,
+    label_offsets: Sequence[float] | None = None,
+) -> EvalRequest:
+    """A prompt of a task on one of its splits, measured as the task's settings say.
+
+    label_offsets: those of an earlier evaluation; without them, `calibrate` measures them. Raises: CorpusError.
+    """
+    return EvalRequest(
+        prompt,
+        split,
+        settings.metric,
+        corpus.labels,
+        corpus.label_ids,
+        settings.max_target_tokens,
+        settings.label_score,
+        label_offsets,
+        calibration_rows(corpus.splits["train"]) if settings.calibrate and label_offsets is None else None,
+    )
+
+
+@cache
+def calibration_rows(train: SplitRef) -> TokenSet:
+    """The train rows whose inputs label offsets are measured from, a fixed random subset. Raises: CorpusError."""
+    return open_split(train, _CALIBRATION_ROWS)
 
 
 @dataclass(frozen=True)
@@ -49,6 +82,8 @@ class Score:
     value: float
     loss: float
     """Nats a target token."""
+    label_offsets: tuple[float, ...] | None = field(default=None, compare=False)
+    """[L] nats that were taken off each label's score; they belong to the prompt."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +97,9 @@ class Answers:
     texts: list[str] | None
     """The label chosen, or the text decoded, of each row; None for the metric `loss`."""
     label_scores: np.ndarray | None = None
-    """[N, L] log P of each label of the request, for metrics of labels."""
+    """[N, L] what the labels of the request were compared by, for metrics of labels: see `backbone.label_scores`."""
+    label_offsets: tuple[float, ...] | None = None
+    """[L] nats that were taken off for these scores."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +119,7 @@ def score(request: EvalRequest, answers: Answers) -> Score:
     loss = float(answers.nll.sum() / request.split.target_lengths.sum())
     if answers.texts is None:
         return Score(loss, loss)
-    return Score(score_texts(request.metric, answers.texts, answers.wanted), loss)
+    return Score(score_texts(request.metric, answers.texts, answers.wanted), loss, answers.label_offsets)
 
 
 def score_texts(metric: str, texts: Sequence[str], targets: Sequence[str]) -> float:
@@ -94,26 +131,50 @@ def score_texts(metric: str, texts: Sequence[str], targets: Sequence[str]) -> fl
 def answer(backbone: Backbone, tokenizer: Any, requests: Sequence[EvalRequest], token_budget: int) -> list[Answers]:
     """Answer every row of every request. All ranks call this with the same requests and get the same answers."""
     run = _Runner(backbone, requests, token_budget * _BUDGET_FACTOR)
-    nll = [np.zeros(len(request.split)) for request in requests]
     wanted = [wanted_texts(request.metric, request.split, tokenizer) for request in requests]
-    answered: dict[int, list[str]] = {}
     labelled = [s for s, request in enumerate(requests) if request.metric in LABELLED]
     others = [s for s, request in enumerate(requests) if s not in labelled]
-    label_scores: dict[int, np.ndarray] = {}
-    most = max((_label_copies(requests[s]) for s in labelled), default=0)
-    score_labels = partial(_score_labels, width=most)
-    for s, outcome in run.each_row(labelled, score_labels, width=most, copies=_label_copies).items():
+    answers: dict[int, Answers] = {}
+    for s, (likelihoods, offsets) in _label_likelihoods(run, labelled).items():
         labels = requests[s].labels or ()
-        label_scores[s] = outcome[:, : len(labels)]
-        nll[s] = np.array([-row[labels.index(target)] for row, target in zip(outcome, wanted[s], strict=True)])
+        nll = np.array([-row[labels.index(target)] for row, target in zip(likelihoods, wanted[s], strict=True)])
+        scores = label_scores(likelihoods, _label_tokens(requests[s]), requests[s].label_score, offsets)
         # A prompt gone NaN has no best label: it gets the first, and its loss tells.
-        answered[s] = [labels[int(i)] for i in np.nan_to_num(label_scores[s], nan=-np.inf).argmax(axis=1)]
-    for s, outcome in run.each_row(others, _score_targets, width=1).items():
-        nll[s] = outcome[:, 0]
+        best = [labels[int(i)] for i in np.nan_to_num(scores, nan=-np.inf).argmax(axis=1)]
+        answers[s] = Answers(nll, wanted[s], best, scores, offsets)
+    losses = run.each_row(others, _score_targets, width=1)
     ends = {s: _end_of(requests[s], tokenizer) for s in others if requests[s].metric != "loss"}
+    texts: dict[int, list[str]] = {}
     for end in dict.fromkeys(ends.values()):
-        answered |= _decode(run, tokenizer, [s for s in ends if ends[s] == end], end)
-    return [Answers(nll[s], wanted[s], answered.get(s), label_scores.get(s)) for s in range(len(requests))]
+        texts |= _decode(run, tokenizer, [s for s in ends if ends[s] == end], end)
+    answers |= {s: Answers(losses[s][:, 0], wanted[s], texts.get(s)) for s in others}
+    return [answers[s] for s in range(len(requests))]
+
+
+def _label_likelihoods(run: "_Runner", slots: Sequence[int]) -> dict[int, tuple[np.ndarray, tuple[float, ...] | None]]:
+    """By request, log P of its labels behind each row, `[N, L]`, and the offsets of its prompt, `[L]`."""
+    # Rows that give offsets are rows of one more request each, so that all run in the same batches.
+    unlabelled = {s: rows for s in slots if (rows := run.requests[s].unlabelled) is not None}
+    more = [replace(run.requests[s], split=rows) for s, rows in unlabelled.items()]
+    place = {s: len(run.requests) + i for i, s in enumerate(unlabelled)}
+    both = replace(run, requests=[*run.requests, *more])
+    most = max((_label_copies(run.requests[s]) for s in slots), default=0)
+    outcomes = both.each_row(
+        [*slots, *place.values()], partial(_score_labels, width=most), width=most, copies=_label_copies
+    )
+    found = {}
+    for s in slots:
+        request, count = run.requests[s], _label_copies(run.requests[s])
+        offsets = None if request.label_offsets is None else tuple(request.label_offsets)
+        if s in place:
+            likelihoods = outcomes[place[s]][:, :count]
+            offsets = label_offsets(label_scores(likelihoods, _label_tokens(request), request.label_score, None))
+        found[s] = outcomes[s][:, :count], offsets
+    return found
+
+
+def _label_tokens(request: EvalRequest) -> list[int]:
+    return [len(ids) for ids in request.label_ids or ()]
 
 
 def _end_of(request: EvalRequest, tokenizer: Any) -> int:

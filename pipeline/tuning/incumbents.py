@@ -1,14 +1,14 @@
 """The bank's prompts measured against the new ones: what each makes of every dev row.
 
 All ranks measure once, after the last step. A prompt of any length, tuned by whatever run, is measured on exactly the
-rows that the new one is measured on, with the same products. The file says what it was measured for, so that a run that
-is started again measures only what it has not.
+rows that the new one is measured on, with the same products, and by label scores as its own record has them: as it is
+served. The file says what it was measured for, so that a run that is started again measures only what it has not.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from pipeline.backbone.host import Backbone
+from pipeline.bank import LabelScore, PromptRecord
 from pipeline.corpus.reader import open_split
+from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.sealed_files import open_tensors, sealed_tensors
-from pipeline.tuning.evaluate import LABELLED, Answers, EvalRequest, answer, eval_request
+from pipeline.tuning.evaluate import LABELLED, Answers, EvalRequest, answer, calibration_rows, eval_request
 from pipeline.tuning.metrics import text_metric
 from pipeline.tuning.progress import TuningRun
 from pipeline.tuning.ranks import rank
@@ -28,6 +30,15 @@ from pipeline.tuning.state import TrialState, by_task, winner
 from pipeline.whole_files import write_atomically
 
 _FILE = "dev_outcomes.safetensors"
+_SCORING = "label_scoring"
+
+
+@dataclass(frozen=True)
+class RecordedScoring:
+    """How labels are scored behind a prompt, as its record in the bank tells it."""
+
+    label_score: LabelScore = "sum"
+    label_offsets: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,8 @@ class Incumbents:
     """By task, of the file that holds the prompt."""
     prompts: Mapping[str, np.ndarray]
     """By task, `[Q, H]` float32; Q need not be the new prompt's length."""
+    scorings: Mapping[str, RecordedScoring] = field(default_factory=dict)
+    """By task, where labels are scored otherwise than by their sum."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +80,10 @@ def measure_against(
     for task in wanted_pairs:
         state, corpus = best[task], run.corpora[task]
         settings, dev = state.trial.settings, open_split(corpus.splits["dev"], state.trial.settings.eval_rows)
-        incumbent = torch.as_tensor(incumbents.prompts[task], dtype=torch.float32, device=backbone.device)
-        requests += [eval_request(settings, prompt, dev, corpus) for prompt in (incumbent, state.best)]
+        new = eval_request(settings, state.best, dev, corpus, state.label_offsets)
+        prompt = torch.as_tensor(incumbents.prompts[task], dtype=torch.float32, device=backbone.device)
+        scoring = incumbents.scorings.get(task, RecordedScoring())
+        requests += [_as_recorded(replace(new, prompt=prompt), scoring, corpus), new]
     answers = answer(backbone, tokenizer, requests, run.token_budget) if requests else []
     outcomes = [row_outcomes(request, given) for request, given in zip(requests, answers, strict=True)]
     tensors: dict[str, np.ndarray] = {}
@@ -77,6 +92,21 @@ def measure_against(
     if rank() == 0:
         data = sealed_tensors(save(tensors, {"measured": json.dumps(wanted_pairs)}))
         write_atomically(run.folder / _FILE, data)
+
+
+def _as_recorded(request: EvalRequest, scoring: RecordedScoring, corpus: TaskCorpus) -> EvalRequest:
+    """The request with labels scored as the record says, and so as the prompt is served.
+
+    Labels that came after the record have no offset in it; then all are measured anew.
+    """
+    labels, offsets = request.labels or (), scoring.label_offsets
+    if offsets is None:
+        return replace(request, label_score=scoring.label_score, label_offsets=None, unlabelled=None)
+    if all(label in offsets for label in labels):
+        known = tuple(offsets[label] for label in labels)
+        return replace(request, label_score=scoring.label_score, label_offsets=known, unlabelled=None)
+    rows = calibration_rows(corpus.splits["train"])
+    return replace(request, label_score=scoring.label_score, label_offsets=None, unlabelled=rows)
 
 
 def best_states(states: Sequence[TrialState]) -> dict[str, TrialState]:
@@ -119,6 +149,21 @@ def row_outcomes(request: EvalRequest, answers: Answers) -> np.ndarray:
     return np.array(rows, dtype=np.float64).reshape(-1, 2)
 
 
+def encode_incumbent(prompt: np.ndarray, record: PromptRecord) -> bytes:
+    """The file by which the ranks get a prompt of the bank: nothing but the prompt where labels are scored by sum."""
+    offsets = dict(zip(record.labels or (), record.label_offsets, strict=True)) if record.label_offsets else None
+    scoring = RecordedScoring(record.label_score, offsets)
+    told = None if scoring == RecordedScoring() else {_SCORING: json.dumps(asdict(scoring))}
+    return save({"prompt": prompt}, told)
+
+
+def decode_incumbent(data: bytes) -> tuple[np.ndarray, RecordedScoring]:
+    """The inverse of `encode_incumbent`; data: a file whose digest was verified."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    told = header.get("__metadata__", {}).get(_SCORING)
+    return load(data)["prompt"], RecordedScoring() if told is None else RecordedScoring(**json.loads(told))
+
+
 def prompt_digest(data: bytes) -> str:
-    """Of a file that holds a prompt and nothing else."""
+    """Of a file that holds a prompt, and at most how labels are scored behind it."""
     return hashlib.sha256(data).hexdigest()

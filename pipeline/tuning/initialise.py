@@ -71,6 +71,18 @@ def example_rows(trial: Trial, train: TokenSet, draw: int) -> np.ndarray:
     return drawn[: 1 + int(np.searchsorted(tokens, length))]
 
 
+def rows_started_from(trial: Trial, train: TokenSet) -> np.ndarray:
+    """Numbers of the train rows, in rising order, that a trial's starts show solved, unless those are all there are.
+
+    The trial does not learn from them: it would find their targets in its own prompt.
+    """
+    prompt = trial.settings.prompt
+    if prompt.init != "examples":
+        return np.empty(0, dtype=np.int64)
+    shown = np.unique(np.concatenate([example_rows(trial, train, draw) for draw in range(prompt.starts)]))
+    return shown if len(shown) < len(train) else shown[:0]
+
+
 def solved_row(train: TokenSet, row: int) -> np.ndarray:
     """Token ids `[T]` of a row's input and target."""
     return np.concatenate([train.input_ids(row), train.target_ids(row)])

@@ -15,7 +15,7 @@ from pipeline.corpus.reader import TokenSet, open_split
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import CorpusError, StorageError
 from pipeline.tuning.checkpoint import load_checkpoint, save_checkpoint
-from pipeline.tuning.evaluate import Score, eval_request, evaluate
+from pipeline.tuning.evaluate import Score, calibration_rows, eval_request, evaluate
 from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
 from pipeline.tuning.run_log import RunLog
 from pipeline.tuning.state import TrialState, winner
@@ -117,8 +117,11 @@ class Progress:
         lost, reason = torch.zeros(len(trials), device=self.backbone.device), ""
         for place, trial in enumerate(trials):
             try:
-                for split in self.run.corpora[trial.task].splits:
+                corpus = self.run.corpora[trial.task]
+                for split in corpus.splits:
                     self.split(trial, split)
+                if trial.settings.calibrate:
+                    calibration_rows(corpus.splits["train"])
             except (CorpusError, OSError, ValueError) as error:
                 lost[place], reason = 1.0, f" ({one_line(error)})"
         if len(trials):
@@ -141,9 +144,10 @@ class Progress:
             return []
         requests = []
         for state in states:
-            prompt = state.best if split == "test" else state.prompt
+            # The best prompt is tested with the offsets that it was measured with on dev, and is published with.
+            prompt, offsets = (state.best, state.label_offsets) if split == "test" else (state.prompt, None)
             corpus = self.run.corpora[state.trial.task]
-            requests.append(eval_request(state.trial.settings, prompt, self.split(state.trial, split), corpus))
+            requests.append(eval_request(state.trial.settings, prompt, self.split(state.trial, split), corpus, offsets))
         return evaluate(self.backbone, self.tokenizer, requests, self.run.token_budget)
 
 

@@ -11,7 +11,7 @@ from safetensors.numpy import load, save
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import StorageError
 from pipeline.settings import Settings
-from pipeline.tuning.incumbents import Incumbents, prompt_digest
+from pipeline.tuning.incumbents import Incumbents, decode_incumbent, prompt_digest
 from pipeline.tuning.progress import TuningRun
 from pipeline.tuning.trials import Trial, make_trials
 
@@ -69,8 +69,13 @@ class RankJob:
 
     def kept_incumbents(self) -> Incumbents:
         """The bank's prompts that the new ones are measured against. Raises: StorageError when one is damaged."""
-        prompts = {task: _kept_prompt(self.incumbent(task), digest) for task, digest in self.incumbents.items()}
-        return Incumbents(self.incumbents, prompts)
+        prompts, scorings = {}, {}
+        for task, digest in self.incumbents.items():
+            data = self.incumbent(task).read_bytes()
+            if prompt_digest(data) != digest:
+                raise _damaged(self.incumbent(task))
+            prompts[task], scorings[task] = decode_incumbent(data)
+        return Incumbents(self.incumbents, prompts, scorings)
 
 
 def _kept_prompt(path: Path, digest: str) -> np.ndarray:
@@ -80,5 +85,9 @@ def _kept_prompt(path: Path, digest: str) -> np.ndarray:
     except (SafetensorError, KeyError):
         prompt = np.empty(0)
     if prompt_digest(save({"prompt": prompt})) != digest:
-        raise StorageError(f"{path} is damaged: it is not what was kept there; start the same run again")
+        raise _damaged(path)
     return prompt
+
+
+def _damaged(path: Path) -> StorageError:
+    return StorageError(f"{path} is damaged: it is not what was kept there; start the same run again")

@@ -10,16 +10,16 @@ Shapes: S trials, P prompt tokens, H hidden.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
 from torch.nn import Parameter
 
 from pipeline.corpus.reader import TokenSet
+from pipeline.tuning.batches import rows_of_step
 from pipeline.tuning.evaluate import EvalRequest, evaluate
 from pipeline.tuning.progress import Progress
-from pipeline.tuning.step import TrialStep, losses_and_gradients, rows_to_learn
+from pipeline.tuning.step import TrialStep, losses_and_gradients
 from pipeline.tuning.trials import Trial
 
 DISTANCES = tuple(0.003 * 10 ** (power / 3) for power in range(9))
@@ -50,5 +50,5 @@ def _few_rows(work: TrialStep) -> TokenSet:
     """Train rows that the trial's first steps after this one would take."""
     size = work.trial.settings.batch_size
     steps = range(1, 1 + -(-LOOKED_AT // size))
-    rows = np.concatenate([rows_to_learn(replace(work, step=step)) for step in steps])
+    rows = np.concatenate([rows_of_step(work.trial, work.train, step) for step in steps])
     return work.train.take(rows[:LOOKED_AT])

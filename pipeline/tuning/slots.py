@@ -79,7 +79,7 @@ def _starting_prompts(progress: Progress, trials: Sequence[Trial]) -> dict[str, 
     for trial in choosing:
         corpus = progress.run.corpora[trial.task]
         few = open_split(corpus.splits["dev"], _LOOKED_AT)
-        only_loss = trial.settings.model_copy(update={"metric": "loss"})
+        only_loss = trial.settings.model_copy(update={"metric": "loss", "calibrate": False})
         requests += [eval_request(only_loss, prompt, few, corpus) for prompt in drawn[trial.name]]
     chosen = {name: prompts[0] for name, prompts in drawn.items()}
     if not requests:

@@ -49,6 +49,8 @@ class TrialState:
     history: list[Evaluation] = field(default_factory=list)
     best_at: int = 0
     """Place of the best evaluation in `history`."""
+    label_offsets: tuple[float, ...] | None = None
+    """[labels] nats that are taken off each label's score behind the best prompt, with `calibrate`."""
     status: Status = "live"
     reason: str | None = None
     test: Score | None = None
@@ -97,6 +99,8 @@ class TrialState:
         self.history.append(Evaluation(self.step, score.value, score.loss))
         if self.history[-1].better(settings.metric, self.history[self.best_at]):
             self.best, self.best_at = self.prompt.detach().clone(), len(self.history) - 1
+        if self.best_at == len(self.history) - 1:
+            self.label_offsets = score.label_offsets
         stale = len(self.history) - 1 - self.best_at
         if not np.isfinite(score.loss):
             self.fail_at("dev loss", score.loss)
@@ -159,7 +163,7 @@ def by_task(states: Iterable[TrialState]) -> dict[str, list[TrialState]]:
 
 
 RECORDED = {"digest", "step", "best_at", "status", "reason", "history", "test", "optimizer"}
-"""The keys of a record."""
+"""The keys of every record; one of a calibrated prompt has `label_offsets`, too."""
 
 
 def to_record(state: TrialState) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -183,9 +187,11 @@ def to_record(state: TrialState) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "status": state.status,
         "reason": state.reason,
         "history": [asdict(evaluation) for evaluation in state.history],
-        "test": None if state.test is None else asdict(state.test),
+        "test": None if state.test is None else {"value": state.test.value, "loss": state.test.loss},
         "optimizer": numbers,
     }
+    if state.label_offsets is not None:
+        record["label_offsets"] = state.label_offsets
     return record, {key: value.cpu().contiguous() for key, value in tensors.items()}
 
 
@@ -201,6 +207,7 @@ def from_record(trial: Trial, record: dict[str, Any], tensors: dict[str, Tensor]
     state.status, state.reason = record["status"], record["reason"]
     state.history = [Evaluation(**evaluation) for evaluation in record["history"]]
     state.test = None if record["test"] is None else Score(**record["test"])
+    state.label_offsets = tuple(record["label_offsets"]) if "label_offsets" in record else None
     return state
 
 

@@ -14,7 +14,6 @@ from pipeline.backbone import prompted
 from pipeline.backbone.host import Backbone
 from pipeline.corpus.reader import TokenSet
 from pipeline.tuning.batches import Plan, RowCost, plan_rows, rows_of_step
-from pipeline.tuning.initialise import example_rows
 from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
 from pipeline.tuning.teaching import Teacher
 from pipeline.tuning.trials import Trial
@@ -85,7 +84,7 @@ def batch_of_step(work: Sequence[TrialStep]) -> list[BatchRow]:
     """Every trial's rows at its own step; `slot` is the trial's place in `work`."""
     rows = []
     for slot, part in enumerate(work):
-        numbers = rows_to_learn(part)
+        numbers = rows_of_step(part.trial, part.train, part.step)
         # A trial's loss is the mean over the target tokens of its own rows, whichever ranks run them. Were it the mean
         # over a rank's or a micro-batch's rows, it would depend on how many ranks there are and who runs beside it.
         weight = 1.0 / sum(len(part.train.target_ids(number)) for number in numbers)
@@ -96,19 +95,6 @@ def batch_of_step(work: Sequence[TrialStep]) -> list[BatchRow]:
                 teacher, share = part.teacher, settings.weight
             rows.append(BatchRow(slot, part.train, int(number), length, weight, teacher, share))
     return rows
-
-
-def rows_to_learn(part: TrialStep) -> np.ndarray:
-    """A step's row numbers, without rows that the prompt started from: it would find their targets in itself."""
-    prompt, shown = part.trial.settings.prompt, np.empty(0, int)
-    if prompt.init == "examples":
-        shown = np.unique(np.concatenate([example_rows(part.trial, part.train, i) for i in range(prompt.starts)]))
-    if len(shown) == len(part.train):
-        shown = shown[:0]  # there are no other rows
-    numbers = rows_of_step(part.trial, len(part.train) - len(shown), part.step)
-    for row in shown:  # in rising order
-        numbers[numbers >= row] += 1
-    return numbers
 
 
 def plan_of_step(rows: Sequence[BatchRow], costs: Sequence[RowCost], token_budget: int, padded: bool) -> Plan:

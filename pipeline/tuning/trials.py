@@ -13,6 +13,9 @@ from pipeline.settings import Settings, TaskSettings
 LATER_KEYS: Mapping[str, Any] = {
     "halving": None,
     "teacher": None,
+    "label_score": "sum",
+    "calibrate": False,
+    "balance": False,
     "prompt.starts": 1,
     "prompt.parameters": "direct",
     "prompt.width": None,

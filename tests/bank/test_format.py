@@ -14,7 +14,7 @@ from pipeline.bank import ChatForm, PromptBank, Template
 from pipeline.bank.blobs import encode_blob
 from pipeline.bank.manifest import manifest_schema
 from pipeline.corpus.template import parse_template
-from pipeline.errors import CorpusError
+from pipeline.errors import BankError, CorpusError
 
 
 def read_by_the_letter(uri: Path, name: str, alias: str) -> list[float]:
@@ -107,3 +107,29 @@ def test_a_reader_that_knows_no_chats_finds_no_template_in_the_messages():
     """It lists the prompt, and refuses to fill in the JSON as if it were one text."""
     with pytest.raises(CorpusError, match="plain column names only"):
         parse_template(CHAT.input, "prompt 'chat'")
+
+
+def test_how_labels_are_scored_stands_in_a_record_only_where_it_is_not_by_sum_and_goes_on_with_the_prompt(
+    bank, uri, new_prompt, publish
+):
+    publish(bank, new_prompt("plain"), new_prompt("own", label_score="mean", label_offsets=(0.25, -1.5)))
+    publish(bank, new_prompt("plain", 2.0), new_prompt("own", array=None, status="failed", reason="no rows"))
+    publish(bank, new_prompt("plain", 3.0))
+    schema = json.loads(files("pipeline.bank").joinpath("manifest.schema.json").read_text())
+    for version, status in ((1, "tuned"), (2, "kept"), (3, "carried_forward")):
+        written = json.loads((uri / f"versions/{version}.json").read_text())
+        jsonschema.validate(written, schema)
+        assert not {"label_score", "label_offsets"} & set(written["prompts"]["plain"])
+        own = written["prompts"]["own"]
+        assert (own["status"], own["label_score"], own["label_offsets"]) == (status, "mean", [0.25, -1.5])
+    plain, own = (PromptBank.open(uri).load(name).record for name in ("plain", "own"))
+    assert (plain.label_score, plain.label_offsets) == ("sum", None)
+    assert (own.label_score, own.label_offsets) == ("mean", (0.25, -1.5))
+
+
+@pytest.mark.parametrize("offsets", [(0.0,), (0.0, 1.0, 2.0), (0.0, float("nan"))])
+def test_offsets_that_are_not_one_finite_number_a_label_are_refused(bank, new_prompt, publish, offsets):
+    with pytest.raises(BankError, match="offset"):
+        publish(bank, new_prompt("own", label_offsets=offsets))
+    with pytest.raises(BankError, match="offset"):
+        publish(bank, new_prompt("own", labels=None, label_offsets=(0.0, 1.0)))

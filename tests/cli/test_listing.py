@@ -95,6 +95,14 @@ def test_show_tells_the_messages_of_a_chat_its_template_and_what_ends_an_answer(
     assert shown["prompt"]["template"] == template.model_dump(mode="json")
 
 
+def test_show_tells_how_a_prompts_labels_are_scored_where_it_is_not_by_sum(run, tmp_path):
+    own = make_prompt("own", label_score="mean", label_offsets=(0.25, -1.5))
+    publish(PromptBank.open(tmp_path / "scored", create=True), own, make_prompt("plain"))
+    told, plain = (run("show", name, bank=tmp_path / "scored")[1] for name in ("own", "plain"))
+    assert "mean of a label's tokens" in told and '"negative" 0.250, "positive" -1.500' in told
+    assert "label scores" not in plain and "label offsets" not in plain
+
+
 def test_show_tells_of_a_failed_prompt_why(run, document):
     assert document("show", "cr@2")["prompt"]["reason"] == "column 'label' is missing"
     assert "column 'label' is missing" in run("show", "cr@2")[1]

@@ -101,6 +101,15 @@ def test_a_prompt_that_no_step_makes_better_stays_and_is_not_tried_again(project
     assert by_task(night(project, "n3", *harsh))["film"].decision == "carried"
 
 
+def test_the_same_vectors_are_another_prompt_once_labels_are_to_be_scored_in_another_way(project):
+    before = bank_of(project).manifest(1).prompts["film"]
+    harsh = ["tasks.film.max_steps=1", "tasks.film.optimizer.lr=3", "refresh.cold_side=false"]
+    film = by_task(night(project, "n2", *harsh, "tasks.film.label_score=mean"))["film"]
+    after = bank_of(project).manifest(2).prompts["film"]
+    assert (film.decision, film.result, film.p_value) == ("warm", "promoted", 1.0)
+    assert (before.label_score, after.label_score, after.digest) == ("sum", "mean", before.digest)
+
+
 def test_a_worse_prompt_is_kept_out_with_its_reason_and_is_not_tried_again(project, monkeypatch):
     before = bank_of(project).manifest(1).prompts["film"]
     record = night(project, "n2", *WORSE)

@@ -91,6 +91,8 @@ def entry_of(make, metric, values, constant, init="random"):
         ("accuracy", [1.0, 1.0], 0.8, "random", True),  # nothing is better
         ("accuracy", [0.5, 1.0], 1.0, "random", None),  # on dev rows of one class, nobody can tell
         ("accuracy", [0.5, 0.9], 1.0, "random", False),
+        ("f1", [0.3, 0.487], 0.487, "random", False),  # always the label of 95 rows in 100
+        ("f1", [0.3, 0.488], 0.487, "random", True),
         ("loss", [2.0, 1.0], None, "random", True),
         ("loss", [2.0, 2.0], None, "random", False),
         ("accuracy", [0.5, 0.7], None, "random", None),  # nobody knows the constant answer

@@ -1,9 +1,13 @@
 """Which rows a step takes and which rank runs them."""
 
+from collections import Counter
+
 import numpy as np
+import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.corpus.reader import TokenSet
 from pipeline.tuning.batches import PASS_TOKENS, RowCost, plan_rows, rows_of_step
 from pipeline.tuning.trials import make_trial
 from tests.corpora import make_task
@@ -11,31 +15,70 @@ from tests.corpora import make_task
 lengths = st.lists(st.integers(1, 300), min_size=1, max_size=80)
 
 
-def trial_of(name: str, batch_size: int, seed: int = 0):
-    return make_trial(name, make_task(batch_size=batch_size), seed, "corpus", "backbone")
+def trial_of(name: str, batch_size: int, seed: int = 0, **changes):
+    return make_trial(name, make_task(batch_size=batch_size, **changes), seed, "corpus", "backbone")
+
+
+def split_of(targets) -> TokenSet:
+    """Rows of no tokens with these targets."""
+    ids, none, ends = np.arange(len(targets), dtype=np.uint64), np.empty(0, np.int32), np.zeros(len(targets) + 1, int)
+    return TokenSet(ids, none, ends, none, ends, pa.array(targets, pa.large_string()))
 
 
 @given(total=st.integers(1, 50), batch=st.integers(1, 16))
 def test_every_epoch_takes_every_row_exactly_once(total, batch):
-    trial = trial_of("a", batch)
+    trial, split = trial_of("a", batch), split_of(["a"] * total)
     epochs = 3
     steps = -(-epochs * total // batch)
-    taken = np.concatenate([rows_of_step(trial, total, step) for step in range(steps)])[: epochs * total]
+    taken = np.concatenate([rows_of_step(trial, split, step) for step in range(steps)])[: epochs * total]
     for epoch in np.split(taken, epochs):
         assert sorted(epoch) == list(range(total))
 
 
 def test_a_step_takes_the_same_rows_whatever_came_before_it():
-    trial = trial_of("a", 5)
-    forward = [rows_of_step(trial, 33, step) for step in range(20)]
-    backward = [rows_of_step(trial, 33, step) for step in reversed(range(20))][::-1]
+    trial, split = trial_of("a", 5), split_of(["a"] * 33)
+    forward = [rows_of_step(trial, split, step) for step in range(20)]
+    backward = [rows_of_step(trial, split, step) for step in reversed(range(20))][::-1]
     np.testing.assert_array_equal(forward, backward)
 
 
 def test_trials_of_other_names_or_seeds_take_other_rows():
-    first = rows_of_step(trial_of("a", 16), 1000, 0)
-    assert list(first) != list(rows_of_step(trial_of("b", 16), 1000, 0))
-    assert list(first) != list(rows_of_step(trial_of("a", 16, seed=1), 1000, 0))
+    split = split_of(["a", "b"] * 500)
+    for changes in ({}, {"balance": True}):
+        first = rows_of_step(trial_of("a", 16, **changes), split, 0)
+        assert list(first) != list(rows_of_step(trial_of("b", 16, **changes), split, 0))
+        assert list(first) != list(rows_of_step(trial_of("a", 16, seed=1, **changes), split, 0))
+
+
+TARGETS = st.lists(st.sampled_from("abcd"), min_size=1, max_size=40)
+
+
+@given(targets=TARGETS, batch=st.integers(1, 16), step=st.integers(0, 50))
+def test_a_balanced_step_has_equally_many_rows_of_every_target_of_the_split(targets, batch, step):
+    rows = rows_of_step(trial_of("a", batch, balance=True), split_of(targets), step)
+    counts = Counter(targets[row] for row in rows)
+    least = batch // len(set(targets))
+    assert len(rows) == batch and all(least <= counts[target] <= least + 1 for target in set(targets))
+
+
+@given(targets=TARGETS, batch=st.integers(1, 16))
+def test_balanced_steps_take_every_row_of_a_target_exactly_once_before_one_comes_again(targets, batch):
+    trial, split, most = trial_of("a", batch, balance=True), split_of(targets), max(Counter(targets).values())
+    steps = -(-most * len(set(targets)) // batch)
+    taken = np.concatenate([rows_of_step(trial, split, step) for step in range(steps)])
+    for target, own in split.rows_by_target.items():
+        of_target = [row for row in taken if targets[row] == target]
+        whole = len(of_target) // len(own) * len(own)
+        assert whole >= len(own)
+        for epoch in np.split(np.array(of_target[:whole]), whole // len(own)):
+            assert sorted(epoch) == own.tolist()
+
+
+def test_a_balanced_step_takes_the_same_rows_whatever_came_before_it():
+    trial, split = trial_of("a", 5, balance=True), split_of(["a"] * 19 + ["b"])
+    forward = [rows_of_step(trial, split, step) for step in range(20)]
+    backward = [rows_of_step(trial, split, step) for step in reversed(range(20))][::-1]
+    np.testing.assert_array_equal(forward, backward)
 
 
 def loads_of(rows) -> list[RowCost]:

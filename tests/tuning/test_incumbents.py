@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.numpy import save
 
 from pipeline.backbone.files import find_model, read_config, read_tokenizer
 from pipeline.backbone.host import host_backbone
@@ -14,11 +15,21 @@ from pipeline.corpus.reader import open_split
 from pipeline.refresh.gate import compare
 from pipeline.tuning import incumbents
 from pipeline.tuning.evaluate import EvalRequest, evaluate
-from pipeline.tuning.incumbents import Incumbents, best_states, measure_against, pair_keys, read_pairs
+from pipeline.tuning.incumbents import (
+    Incumbents,
+    RecordedScoring,
+    best_states,
+    decode_incumbent,
+    encode_incumbent,
+    measure_against,
+    pair_keys,
+    read_pairs,
+)
 from pipeline.tuning.loop import tune
 from pipeline.tuning.progress import TuningRun
 from tests.corpora import make_corpus, trial
 from tests.ranks import run_ranks
+from tests.refresh.records import make_record
 
 METRICS = ("accuracy", "f1", "exact_match", "rouge_l", "loss")
 
@@ -56,6 +67,52 @@ def test_both_sides_answer_the_same_rows_and_their_metrics_are_those_of_an_evalu
         values = compare(metric, pairs[metric])[:2]
         best = state.history[state.best_at].value
         assert values == pytest.approx((score.value, best), rel=1e-4) and len(pairs[metric].new) == len(rows) == 12
+
+
+@pytest.mark.parametrize(
+    "offsets", [None, {"negative": 1.5, "positive": -0.5, "gone": 3.0}, {"negative": 1.5}], ids=str
+)
+def test_the_banks_prompt_is_scored_as_its_record_says_and_the_new_one_as_tonights_settings_say(
+    model, tmp_path, offsets
+):
+    backbone, tokenizer, _ = model
+    corpus = make_corpus(tmp_path / "corpora", tokenizer, backbone.architecture, "film")
+    tonight = trial("film", corpus, metric="f1", max_steps=4, eval_every=2, calibrate=True, eval_rows=40)
+    run = TuningRun([tonight], {"film": corpus}, tmp_path / "run", 8, 50, 256)
+    prompt = np.random.default_rng(0).normal(size=(3, 32)).astype(np.float32)
+    scoring = RecordedScoring("mean", offsets)
+    old = Incumbents({"film": "digest"}, {"film": prompt}, {"film": scoring})
+    (state,) = tune(run, backbone, tokenizer)
+    measure_against(old, run, [state], backbone, tokenizer)
+    pair = read_pairs(run.folder, keys([state], old))["film"]
+
+    rows, train = open_split(corpus.splits["dev"]), open_split(corpus.splits["train"])
+    request = EvalRequest(torch.as_tensor(prompt), rows, "f1", corpus.labels, corpus.label_ids, 6, "mean")
+    if offsets is not None:  # a record that lacks a label's offset has all measured anew
+        known = tuple(offsets[label] for label in corpus.labels) if len(offsets) == 3 else None
+        request = replace(request, label_offsets=known, unlabelled=None if known else train)
+    (score,) = evaluate(backbone, tokenizer, [request], 10_000)
+    values = compare("f1", pair)[:2]
+    assert values == pytest.approx((score.value, state.history[state.best_at].value), rel=1e-4)
+
+
+def test_the_file_of_a_banks_prompt_is_as_it_was_where_labels_are_scored_by_sum():
+    prompt = np.ones((2, 4), np.float32)
+    record = make_record("film")
+    assert encode_incumbent(prompt, record) == save({"prompt": prompt})
+    labels = ("negative", "positive")
+    for scoring in (
+        RecordedScoring(),
+        RecordedScoring("mean"),
+        RecordedScoring("sum", {"negative": 0.5, "positive": 2}),
+    ):
+        told = None if scoring.label_offsets is None else tuple(scoring.label_offsets[label] for label in labels)
+        changed = record.model_copy(
+            update={"labels": labels, "label_score": scoring.label_score, "label_offsets": told}
+        )
+        array, read = decode_incumbent(encode_incumbent(prompt, changed))
+        np.testing.assert_array_equal(array, prompt)
+        assert read == scoring
 
 
 def test_what_was_measured_is_not_measured_again_unless_it_is_for_another_prompt(model, tmp_path, monkeypatch):

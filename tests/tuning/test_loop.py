@@ -32,6 +32,7 @@ CHANGES = {
         "teacher": {"text": "is this film good or bad", "examples": 4, "between": " ", "weight": 0.7},
         "batch_size": 4,
     },
+    "seventh": {"metric": "f1", "label_score": "mean", "calibrate": True, "balance": True},
 }
 
 
@@ -66,6 +67,8 @@ def test_a_trial_alone_ends_with_the_prompt_that_it_reaches_among_others(model, 
         assert_same_prompts(prompts_of([alone]), prompts_of(together))
         assert alone.step == state.step and alone.status == state.status
         assert [e.value for e in alone.history] == [e.value for e in state.history]
+        assert (alone.label_offsets is None) == (name != "fifth")
+        np.testing.assert_allclose(alone.label_offsets or (), state.label_offsets or (), rtol=1e-3)
 
 
 def test_few_slots_give_the_prompts_that_many_slots_give(model, tmp_path):
@@ -108,7 +111,7 @@ def test_a_run_killed_at_any_step_and_started_again_ends_with_the_same_prompts_b
         if killing and work[0].step >= at:
             raise _Killed
         for part in work:
-            rows = rows_of_step(part.trial, len(part.train), part.step)
+            rows = rows_of_step(part.trial, part.train, part.step)
             taken.setdefault((part.trial.name, part.step), set()).add(tuple(rows))
         return real(backbone, work, budget)
 
@@ -118,10 +121,12 @@ def test_a_run_killed_at_any_step_and_started_again_ends_with_the_same_prompts_b
     with pytest.raises(_Killed):
         tune(run, backbone, tokenizer)
     killing = False
-    resumed = prompts_of(tune(run, backbone, tokenizer))
-    undisturbed = prompts_of(tune(make_run(tmp_path / "whole", tokenizer, backbone.architecture), backbone, tokenizer))
-    for name, prompt in resumed.items():
-        np.testing.assert_array_equal(prompt, undisturbed[name])
+    resumed = tune(run, backbone, tokenizer)
+    undisturbed = tune(make_run(tmp_path / "whole", tokenizer, backbone.architecture), backbone, tokenizer)
+    for name, prompt in prompts_of(resumed).items():
+        np.testing.assert_array_equal(prompt, prompts_of(undisturbed)[name])
+    assert [state.label_offsets for state in resumed] == [state.label_offsets for state in undisturbed]
+    assert [state.test for state in resumed] == [state.test for state in undisturbed]
     assert all(len(rows) == 1 for rows in taken.values()), "a step took other rows after the restart"
     series = (tmp_path / "killed/run/metrics/first.jsonl").read_text().splitlines()
     assert len([line for line in series if '"loss"' in line]) == 20, "a step is written down once, however often it ran"
@@ -176,7 +181,7 @@ def tune_on_rank(folder, model_folder, sharded):
     # Each rank writes the same corpora for itself; the run's folder is shared.
     run = make_run(folder / f"rank{dist.get_rank()}", tokenizer, backbone.architecture)
     states = tune(replace(run, folder=folder / "run"), backbone, tokenizer)
-    return [(state.trial.name, state.prompt.detach().numpy(), state.history, state.test) for state in states]
+    return [(s.trial.name, s.prompt.detach().numpy(), s.history, s.test, s.label_offsets) for s in states]
 
 
 @pytest.mark.parametrize("sharded", [True, False], ids=["partitioned", "whole"])
@@ -185,8 +190,9 @@ def test_two_ranks_reach_the_prompts_and_metrics_of_one_process(model, tmp_path,
     backbone, tokenizer, folder = model
     alone = tune(make_run(tmp_path / "one", tokenizer, backbone.architecture), backbone, tokenizer)
     for rank in run_ranks(2, tune_on_rank, tmp_path / "two", folder, sharded):
-        for (name, prompt, history, test), state in zip(rank, alone, strict=True):
+        for (name, prompt, history, test, offsets), state in zip(rank, alone, strict=True):
             assert_same_prompts({name: prompt}, prompts_of(alone))
             assert [e.value for e in history] == [e.value for e in state.history]
             np.testing.assert_allclose([e.loss for e in history], [e.loss for e in state.history], rtol=1e-4)
             assert test.value == state.test.value
+            np.testing.assert_allclose(offsets or (), state.label_offsets or (), rtol=1e-3)

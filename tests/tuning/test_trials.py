@@ -1,6 +1,9 @@
 """Trials: what makes two of them the same."""
 
+import pytest
+
 from pipeline.settings import parse_settings
+from pipeline.settings.tasks import TaskDefaults
 from pipeline.tuning.trials import inputs_digest, make_trials
 
 
@@ -42,6 +45,18 @@ def test_what_a_recipe_chose_and_the_same_written_out_are_one_trial():
     prompt = {"length": 100, "init": "class_labels"}
     written = digest(prompt=prompt, optimizer=optimizer, batch_size=32, max_steps=30_000)
     assert digest(recipe="lester2021") == written != digest(recipe="lester2021", optimizer={"lr": 0.2})
+
+
+@pytest.mark.parametrize("changed", [{"label_score": "mean"}, {"calibrate": True}, {"balance": True}], ids=str)
+def test_how_labels_are_scored_and_rows_are_drawn_decides_a_trial_only_where_it_is_not_as_it_always_was(changed):
+    def digests(**task):
+        settings = parse_settings({"model": {"path": "x"}, "tasks": {"film": {"train": "t", "dev": "d", **task}}})
+        (trial,) = make_trials(settings, {"film": "corpus"}, "backbone", {})
+        return trial.digest, inputs_digest(settings, "film", "corpus")
+
+    at_its_default = {key: TaskDefaults.model_fields[key].default for key in changed}
+    assert digests(**at_its_default) == digests()
+    assert len({*digests(), *digests(**changed)}) == 4
 
 
 def test_a_chats_options_decide_its_prompt_and_a_texts_do_not():

@@ -217,7 +217,7 @@ class _Bench:
 
     def text_tokens(self, state: TrialState) -> int:
         train = open_split(self.corpora[state.trial.task].splits["train"])
-        rows = [row for step in range(state.step) for row in rows_of_step(state.trial, len(train), step)]
+        rows = [row for step in range(state.step) for row in rows_of_step(state.trial, train, step)]
         return sum(len(train.input_ids(row)) + len(train.target_ids(row)) for row in rows)
 
 

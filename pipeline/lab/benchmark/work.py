@@ -49,7 +49,7 @@ class TaskWork:
 
     def rows(self, step: int) -> np.ndarray:
         """Row numbers of a step, which are the same on both sides."""
-        return rows_of_step(self.trial, len(self.train), step)
+        return rows_of_step(self.trial, self.train, step)
 
     def text_tokens(self, step: int) -> int:
         """Input and target tokens of a step, without padding and prompt."""

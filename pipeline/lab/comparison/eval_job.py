@@ -1,7 +1,7 @@
 """Answer questions on the ranks, with many prompts in the same batches. Each answer is kept as soon as it is there."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,9 @@ def _eval_request(
     if question.prompt is not None:
         array = load_prompt(Path(job.run_folder), question.prompt)
         return eval_request(task, torch.as_tensor(array, device=backbone.device), split, corpus)
-    ids, split = with_shared_prefix(question.text or "", split, tokenizer, backbone.architecture)
+    request = eval_request(task, backbone.no_prompt(), split, corpus)
+    unlabelled = [] if request.unlabelled is None else [request.unlabelled]
+    text = question.text or ""
+    ids, (split, *unlabelled) = with_shared_prefix(text, [split, *unlabelled], tokenizer, backbone.architecture)
     prompt = backbone.embed(torch.as_tensor(ids, dtype=torch.long))  # [P, H]
-    return eval_request(task, prompt, split, corpus)
+    return replace(request, prompt=prompt, split=split, unlabelled=unlabelled[0] if unlabelled else None)

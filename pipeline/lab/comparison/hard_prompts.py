@@ -7,6 +7,7 @@ prompt, and they run once for all rows.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -59,18 +60,23 @@ def drawn_rows(task: str, seed: int, shots: int, total: int) -> np.ndarray:
 
 
 def with_shared_prefix(
-    text: str, split: TokenSet, tokenizer: Any, architecture: Architecture
-) -> tuple[np.ndarray, TokenSet]:
-    """The tokens `[P]` that all rows begin with when the text stands before them, and the split of their remainders.
+    text: str, splits: Sequence[TokenSet], tokenizer: Any, architecture: Architecture
+) -> tuple[np.ndarray, list[TokenSet]]:
+    """The tokens `[P]` that all rows begin with when the text stands before them, and the splits of their remainders.
 
     Those tokens and a row's remainder together are the tokenizer's ids for the joined texts.
     """
-    inputs = decode_inputs(tokenizer, architecture, [split.input_ids(row).tolist() for row in range(len(split))])
+    rows = [split.input_ids(row).tolist() for split in splits for row in range(len(split))]
+    inputs = decode_inputs(tokenizer, architecture, rows)
     whole = [np.array(ids, np.int32) for ids in encode_inputs(tokenizer, architecture, [text + own for own in inputs])]
     shared = _shared(whole) if text else 0
-    rest = [ids[shared:] for ids in whole]
-    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in rest])]).astype(np.int64)
-    return whole[0][:shared], replace(split, input_tokens=np.concatenate(rest), input_offsets=offsets)
+    rest = iter([ids[shared:] for ids in whole])
+    return whole[0][:shared], [_with_inputs(split, list(islice(rest, len(split)))) for split in splits]
+
+
+def _with_inputs(split: TokenSet, inputs: Sequence[np.ndarray]) -> TokenSet:
+    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in inputs])]).astype(np.int64)
+    return replace(split, input_tokens=np.concatenate(inputs), input_offsets=offsets)
 
 
 def check_hard_prompt(

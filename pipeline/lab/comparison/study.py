@@ -68,7 +68,8 @@ class Study:
         corpus, own = self.corpora[task], self.settings.tasks[task]
         # The corpus' digest does not cover which rows are usable and how they are separated from targets.
         rows = f"{corpus.counts} {own.max_input_tokens} {own.max_target_tokens} {own.separator!r}"
-        return corpus.digest, f"{rows} {corpus.labels} {own.metric} {self.settings.model.dtype}"
+        scored = "" if own.label_score == "sum" and not own.calibrate else f" {own.label_score} {own.calibrate}"
+        return corpus.digest, f"{rows} {corpus.labels} {own.metric} {self.settings.model.dtype}{scored}"
 
     @contextmanager
     def phase(self, name: str) -> Iterator[tuple[Path, EventLog]]:

@@ -159,7 +159,7 @@ class _Run:
         self.train = open_split(self.corpus.splits["train"])
 
     def examples(self, step: int) -> Examples:
-        rows = [int(row) for row in rows_of_step(self.trial, len(self.train), step)]
+        rows = [int(row) for row in rows_of_step(self.trial, self.train, step)]
         return Examples([self.train.input_ids(row) for row in rows], [self.train.target_ids(row) for row in rows])
 
     def measure(self, split: str) -> Score:

@@ -7,10 +7,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.backbone import prompted
+from pipeline.backbone.label_scores import label_offsets
 from pipeline.corpus.encoding import encode_inputs
 from pipeline.corpus.reader import open_split
 from pipeline.errors import SettingsError
 from pipeline.lab.comparison.candidates import Candidate
+from pipeline.lab.comparison.eval_job import _eval_request
 from pipeline.lab.comparison.hard_prompts import (
     HardPrompt,
     check_hard_prompt,
@@ -18,7 +20,8 @@ from pipeline.lab.comparison.hard_prompts import (
     hard_prompts,
     with_shared_prefix,
 )
-from pipeline.settings import HardPromptSettings
+from pipeline.lab.comparison.questions import SplitQuestion
+from pipeline.settings import HardPromptSettings, parse_settings
 from pipeline.tuning.evaluate import answer, eval_request
 from pipeline.tuning.teaching import joined, solved_rows
 from tests.corpora import make_corpus, make_task, reviews, task_corpus
@@ -66,7 +69,7 @@ def test_rows_behind_a_text_have_the_tokens_of_the_whole(tmp_path, kind, text):
     pairs = reviews(25, 3)
     corpus = task_corpus(tmp_path, tokenizer, architecture, "a", dict.fromkeys(("train", "dev"), pairs))
     split = open_split(corpus.splits["dev"])
-    prompt, behind = with_shared_prefix(text, split, tokenizer, architecture)
+    prompt, (behind,) = with_shared_prefix(text, [split], tokenizer, architecture)
     (whole,) = {tuple(row) for row in [prompt.tolist()]}
     ours = sorted((*whole, *behind.input_ids(row).tolist()) for row in range(len(behind)))
     theirs = sorted(tuple(ids) for ids in encode_inputs(tokenizer, architecture, [text + own for own, _ in pairs]))
@@ -115,6 +118,19 @@ def test_a_text_too_long_for_the_model_is_refused_with_what_to_lower():
         check_hard_prompt(prompt, make_task(max_input_tokens=40), tokenizer, architecture, 80)
 
 
+@pytest.mark.parametrize("text", TEXTS)
+def test_rows_that_calibrate_stand_behind_the_same_text_as_those_that_are_measured(tmp_path, text):
+    tokenizer, architecture = TOKENIZERS["bytes"]
+    pairs = {"train": reviews(9, 1), "dev": reviews(25, 3)}
+    corpus = task_corpus(tmp_path, tokenizer, architecture, "a", pairs)
+    splits = [open_split(corpus.splits[name]) for name in ("train", "dev")]
+    prompt, behind = with_shared_prefix(text, splits, tokenizer, architecture)
+    for name, split in zip(("train", "dev"), behind, strict=True):
+        ours = sorted((*prompt.tolist(), *split.input_ids(row).tolist()) for row in range(len(split)))
+        whole = encode_inputs(tokenizer, architecture, [text + own for own, _ in pairs[name]])
+        assert ours == sorted(map(tuple, whole))
+
+
 @pytest.mark.parametrize("text", ["is it good or bad ", ""])
 def test_a_hard_prompt_scores_as_the_whole_text_does_in_transformers(model, tmp_path, text):
     backbone, tokenizer, folder = model
@@ -122,7 +138,7 @@ def test_a_hard_prompt_scores_as_the_whole_text_does_in_transformers(model, tmp_
         pytest.skip("the tokens are the same; that its rows score as transformers' is tested for prompts")
     corpus = make_corpus(tmp_path, tokenizer, backbone.architecture, "a", rows=12)
     split = open_split(corpus.splits["dev"])
-    ids, behind = with_shared_prefix(text, split, tokenizer, backbone.architecture)
+    ids, (behind,) = with_shared_prefix(text, [split], tokenizer, backbone.architecture)
     prompt = backbone.embed(torch.as_tensor(ids, dtype=torch.long))
     (given,) = answer(backbone, tokenizer, [eval_request(make_task(), prompt, behind, corpus)], 500)
     reference = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -135,6 +151,24 @@ def test_a_hard_prompt_scores_as_the_whole_text_does_in_transformers(model, tmp_
                 log_p = reference(whole).logits[0].log_softmax(-1)
             wanted = sum(log_p[len(tokens) + i - 1, token].item() for i, token in enumerate(label))
             assert score == pytest.approx(wanted, rel=0.05, abs=0.05)  # int8 against float
+
+
+@pytest.mark.parametrize("label_score", ["sum", "mean"])
+def test_a_hard_prompt_is_calibrated_behind_its_own_text(model, tmp_path, label_score):
+    backbone, tokenizer, _ = model
+    corpus, text = make_corpus(tmp_path, tokenizer, backbone.architecture, "a", rows=12), "is it good or bad "
+    given = {"model": {"path": "m"}, "tasks": {"a": {"train": "t", "dev": "d", "label_score": label_score}}}
+    asked = []
+    for calibrate in (True, False):
+        given["tasks"]["a"]["calibrate"] = calibrate
+        for split in ("dev", "train"):
+            question = SplitQuestion("a", split, None, text=text)
+            asked.append(_eval_request(None, parse_settings(given), {"a": corpus}, question, backbone, tokenizer))
+    calibrated, _, dev, train = answer(backbone, tokenizer, asked, 1000)
+    assert asked[0].unlabelled is not None and asked[2].unlabelled is None
+    offsets = label_offsets(train.label_scores)
+    np.testing.assert_allclose(calibrated.label_offsets, offsets, rtol=1e-3)
+    np.testing.assert_allclose(calibrated.label_scores, dev.label_scores - np.array(offsets), rtol=1e-3, atol=1e-3)
 
 
 def test_answers_tell_each_label_s_log_likelihood(model, tmp_path):

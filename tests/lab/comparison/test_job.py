@@ -35,6 +35,7 @@ def make_comparison(folder, **compare):
     for i, split in enumerate(("train", "dev", "test")):
         write_parquet(folder / "corpora" / "song" / f"{split}.parquet", reviews(60, 40 + i))
     settings["tasks"]["song"] = {split: f"{folder}/corpora/song/{split}.parquet" for split in ("train", "dev", "test")}
+    settings["tasks"]["song"] |= {"label_score": "mean", "calibrate": True, "balance": True}
     settings["tasks"]["film"]["sweep"] = {"prompt.length": [2, 4]}
     settings["compare"] = {
         "seeds": 2,

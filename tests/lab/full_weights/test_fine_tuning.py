@@ -71,7 +71,7 @@ def test_the_losses_are_those_of_a_plain_loop_over_the_rows_of_the_tasks_prompt(
     optimizer = Adafactor(model.parameters(), lr=0.02, scale_parameter=True, relative_step=False)
     plain = []
     for step in range(trial.settings.max_steps):
-        rows = rows_of_step(trial, len(train), step)
+        rows = rows_of_step(trial, train, step)
         count = sum(len(train.target_ids(row)) for row in rows)
         total = torch.zeros(())
         for row in rows:
