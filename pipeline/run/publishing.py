@@ -82,7 +82,7 @@ def new_prompt(result: TaskResult, corpus: TaskCorpus, run: Settings) -> NewProm
         corpus_digest=corpus.digest,
         settings_digest=state.trial.digest,
         status="failed" if absent else "tuned",
-        reason=result.reason or (None if failed or state.best_at else NO_GAIN),
+        reason=result.reason or (state.reason if state.restarted else None if failed or state.best_at else NO_GAIN),
         learned=result.learned,
         inputs_digest=inputs_digest(run, result.task, corpus.digest),
         rows_run=_rows_run(run),

@@ -28,7 +28,7 @@ from pipeline.tuning.progress import TuningRun, resume
 from pipeline.tuning.rank_job import RankJob
 from pipeline.tuning.ranks import rank, world_size
 from pipeline.tuning.run_log import RunLog
-from pipeline.tuning.slots import fill_slots
+from pipeline.tuning.slots import fill_slots, restart
 from pipeline.tuning.state import TrialState
 from pipeline.tuning.step import TrialStep, losses_and_gradients
 
@@ -99,7 +99,9 @@ def tune(run: TuningRun, backbone: Backbone, tokenizer: Any, stop_signal: StopSi
         losses, tokens = losses_and_gradients(backbone, work, run.token_budget)
         for state, loss in zip(live, losses, strict=True):
             state.update(float(loss))  # by its own optimizer, schedule and clipping, as if it were alone
-            if state.ended:  # its numbers are not finite any more; no other prompt has a part in them
+            if state.exploded:  # its rate was too high for its first steps
+                restart(progress, state)
+            elif state.ended:  # its numbers are not finite any more; no other prompt has a part in them
                 progress.run_log.finished(state)
         progress.step += 1
         progress.run_log.stepped(progress.step, live, losses, tokens, backbone.traffic.gathered)

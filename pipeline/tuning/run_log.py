@@ -1,5 +1,6 @@
 """What rank 0 writes down while it tunes: the run's event log and each trial's series of metrics."""
 
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -35,12 +36,22 @@ class RunLog:
         if self._events is None:
             return
         for state in states:
-            path = self._path(state.trial.name)
-            if path.exists():
-                kept = [json.dumps(point) + "\n" for point in read_series(path) if point["step"] <= state.step]
-                write_atomically(path, "".join(kept).encode())
+            self._cut_back(state)
         trials = {s.trial.name: {"step": s.step, **(_end(s) if s.ended else {})} for s in states}
         self.event("resume", step=step, trials=trials)
+
+    def restarted(self, state: TrialState) -> None:
+        """Of a trial that starts again, only what was measured before its first step stays."""
+        if self._events is None:
+            return
+        self._cut_back(state)
+        self.event("stage", name="tuning", text=f"{state.trial.name}: {state.reason}")
+
+    def _cut_back(self, state: TrialState) -> None:
+        path = self._path(state.trial.name)
+        if path.exists():
+            kept = [json.dumps(point) + "\n" for point in read_series(path) if point["step"] <= state.step]
+            write_atomically(path, "".join(kept).encode())
 
     def started(self, state: TrialState) -> None:
         if self._events:
@@ -55,7 +66,8 @@ class RunLog:
         """
         if self._events is None:
             return
-        stepped = [(state, float(loss)) for state, loss in zip(tried, losses, strict=True) if state.status == "live"]
+        taken = [state.status == "live" and not state.exploded for state in tried]
+        stepped = list(itertools.compress(zip(tried, map(float, losses), strict=True), taken))
         for state, loss in stepped:
             self._series(state, loss=loss)
         self._tokens += tokens

@@ -12,7 +12,7 @@ from pipeline.tuning.initialise import initial_prompt
 from pipeline.tuning.parameters import initial_parameters
 from pipeline.tuning.progress import Progress
 from pipeline.tuning.rates import found_rates
-from pipeline.tuning.state import TrialState, start
+from pipeline.tuning.state import TrialState, start, start_again
 from pipeline.tuning.trials import Trial
 
 _LOOKED_AT = 64
@@ -49,6 +49,13 @@ def fill_slots(progress: Progress) -> None:
                 admitted.append(state)
         progress.measure(admitted)
         progress.save()
+
+
+def restart(progress: Progress, state: TrialState) -> None:
+    """Put a trial that exploded back to its start, at a lower rate."""
+    parameters = initial_parameters(state.trial, state.best, progress.backbone, progress.tokenizer)
+    again = progress.states[state.trial.name] = start_again(state, parameters)
+    progress.run_log.restarted(again)
 
 
 def _started(progress: Progress, trial: Trial, prompt: Tensor | None, rate: float) -> TrialState:

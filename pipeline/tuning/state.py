@@ -17,6 +17,11 @@ from pipeline.tuning.optimise import clip_gradients, make_optimizer, resume_opti
 from pipeline.tuning.parameters import PromptParameters, recorded_parameters
 from pipeline.tuning.trials import Trial
 
+_FIRST_STEPS = 50
+"""Within these a trial may start again."""
+_RECENT = 5
+"""Steps whose mean loss is taken: that of one batch may be high by chance."""
+
 Status = Literal["live", "paused", "tuned", "stopped early", "halved", "no gain", "failed"]
 """`paused` at a rung until halving decides; `halved` is how it then ends. `stopped early` is for want of progress."""
 
@@ -51,9 +56,21 @@ class TrialState:
     """Place of the best evaluation in `history`."""
     label_offsets: tuple[float, ...] | None = None
     """[labels] nats that are taken off each label's score behind the best prompt, with `calibrate`."""
+    losses: list[float] = field(default_factory=list)
+    """Of its last steps on train rows, while it may still start again."""
+    restarted: bool = False
     status: Status = "live"
     reason: str | None = None
     test: Score | None = None
+
+    @property
+    def exploded(self) -> bool:
+        """Whether its first steps have taken it to where the loss is far above that of its start."""
+        if self.restarted or self.best_at or not self.losses:
+            return False
+        return not np.isfinite(self.losses[-1]) or (
+            len(self.losses) == _RECENT and float(np.mean(self.losses)) > _explosion(self.history[0].loss)
+        )
 
     @property
     def ended(self) -> bool:
@@ -81,6 +98,9 @@ class TrialState:
         """Take one step with the gradient that is in the prompt; where it or the loss is not finite, end the trial."""
         settings = self.trial.settings
         assert self.prompt.grad is not None
+        self.losses = [*self.losses, loss][-_RECENT:] if self.step < _FIRST_STEPS else []
+        if self.exploded:
+            return  # see `start_again`
         if not np.isfinite(loss) or not bool(self.prompt.grad.isfinite().all()):
             self.fail_at("loss", loss)
             return
@@ -106,10 +126,19 @@ class TrialState:
             self.fail_at("dev loss", score.loss)
         elif self.step >= settings.max_steps:
             self.status = "tuned" if self.best_at else "no gain"
-        elif settings.patience is not None and stale >= settings.patience:
+        elif self._diverged or (settings.patience is not None and stale >= settings.patience):
             self.status = "stopped early" if self.best_at else "no gain"
+            why = "its dev loss is far above that of its start" if self._diverged else f"no gain in {stale} evaluations"
+            saved = f"{why}; {settings.max_steps - self.step:,} of {settings.max_steps:,} steps were saved"
+            self.reason = f"{self.reason}; {saved}" if self.reason else saved
         elif len(self.history) - 1 in rungs(settings):
             self.status = "paused"
+
+    @property
+    def _diverged(self) -> bool:
+        """Whether its last two evaluations were far above its start."""
+        first, *later = (evaluation.loss for evaluation in self.history)
+        return len(later) > 1 and min(later[-2:]) > _explosion(first)
 
     def halve(self, place: int, among: int) -> None:
         """End the trial at its rung, which it reached in this place among so many."""
@@ -137,6 +166,23 @@ def start(
     rate = settings.rate if rate is None else rate
     optimizer = make_optimizer(leaf if parameters is None else parameters.groups(), settings, rate)
     return TrialState(trial, leaf, optimizer, prompt.clone(), rate, parameters)
+
+
+def start_again(state: TrialState, parameters: PromptParameters | None) -> TrialState:
+    """A trial that exploded, at its start and a third of its rate; `parameters` fold into its first prompt."""
+    # Nothing was better since: the best prompt is the one that it started from.
+    again = start(state.trial, state.best, parameters, state.rate / 3.0)
+    again.history, again.label_offsets, again.restarted = state.history[:1], state.label_offsets, True
+    again.reason = (
+        f"the loss was {state.losses[-1]:.3g} at step {state.step}, far above that of its start, at the rate "
+        f"{state.rate:.3g}; it started again at {again.rate:.3g}"
+    )
+    return again
+
+
+def _explosion(first: float) -> float:
+    """The loss from which on a trial whose start had `first`, in nats a target token, is not learning any more."""
+    return min(1.5 * first, first + 2.0)
 
 
 def winner(states: Iterable[TrialState | None]) -> TrialState | None:
@@ -184,6 +230,8 @@ def to_record(state: TrialState) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "step": state.step,
         "best_at": state.best_at,
         "rate": state.rate,
+        "losses": state.losses,
+        "restarted": state.restarted,
         "status": state.status,
         "reason": state.reason,
         "history": [asdict(evaluation) for evaluation in state.history],
@@ -203,6 +251,7 @@ def from_record(trial: Trial, record: dict[str, Any], tensors: dict[str, Tensor]
     state.best = tensors["best"].to(device)
     kept = record["optimizer"] | _below("optimizer/", tensors)
     resume_optimizer(state.optimizer, [_below(prefix, kept) for prefix in _prefixes(parameters)])
+    state.losses, state.restarted = record.get("losses", []), record.get("restarted", False)
     state.step, state.best_at = record["step"], record["best_at"]
     state.status, state.reason = record["status"], record["reason"]
     state.history = [Evaluation(**evaluation) for evaluation in record["history"]]

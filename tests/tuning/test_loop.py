@@ -67,7 +67,7 @@ def test_a_trial_alone_ends_with_the_prompt_that_it_reaches_among_others(model, 
         assert_same_prompts(prompts_of([alone]), prompts_of(together))
         assert alone.step == state.step and alone.status == state.status
         assert [e.value for e in alone.history] == [e.value for e in state.history]
-        assert (alone.label_offsets is None) == (name != "fifth")
+        assert (alone.label_offsets is None) == (name != "seventh")
         np.testing.assert_allclose(alone.label_offsets or (), state.label_offsets or (), rtol=1e-3)
 
 

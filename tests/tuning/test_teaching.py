@@ -70,7 +70,7 @@ def test_the_loss_is_the_rows_own_over_the_trials_target_tokens_and_shown_rows_h
     backbone, tokenizer, _ = model
     (part,) = steps_of(model, tmp_path, step=1, names=(name,))
     (found,), counts = losses_and_gradients(backbone, [part], 10_000)
-    numbers, train, weight = rows_of_step(part.trial, len(part.train), 1), part.train, TEACHERS[name]["weight"]
+    numbers, train, weight = rows_of_step(part.trial, part.train, 1), part.train, TEACHERS[name]["weight"]
     shown = {int(train.row_ids[n]) for n in drawn_examples(part.trial, len(train))}
     assert len(shown) == TEACHERS[name].get("examples", 0)
     words = backbone.embed(torch.as_tensor(expected_words(part, tokenizer, backbone.architecture)))
