@@ -172,10 +172,10 @@ def test_a_teacher_that_does_not_fit_the_context_is_refused_with_the_sum_before_
 @pytest.mark.parametrize(
     ("teacher", "wanted"),
     [
-        ({}, "teacher: a teacher needs 'text', 'text_file' or 'examples'"),
-        ({"text": "a", "text_file": "b"}, "teacher: give either 'text' or 'text_file'"),
-        ({"text_file": "nowhere.txt"}, "teacher: text_file nowhere.txt: cannot be read: No such file"),
-        ({"text": "a", "weight": 0}, "teacher.weight: "),
+        ({}, "'tasks.film.teacher': a teacher needs 'text', 'text_file' or 'examples'"),
+        ({"text": "a", "text_file": "b"}, "'tasks.film.teacher': give either 'text' or 'text_file'"),
+        ({"text_file": "nowhere.txt"}, "'tasks.film.teacher': text_file nowhere.txt: cannot be read: No such file"),
+        ({"text": "a", "weight": 0}, "'tasks.film.teacher.weight': "),
         ({"text": " "}, "teacher.text ' ' holds no token"),
     ],
 )
