@@ -79,15 +79,6 @@ class TokenSet:
         """[T] token ids, separator and eos included; a read-only view."""
         return self.target_tokens[self.target_offsets[row] : self.target_offsets[row + 1]]
 
-    def take(self, rows: Sequence[int] | np.ndarray) -> "TokenSet":
-        """These rows, in this order."""
-        inputs, targets = ([ids(row) for row in rows] for ids in (self.input_ids, self.target_ids))
-        offsets = [np.concatenate([[0], np.cumsum([len(ids) for ids in part])]) for part in (inputs, targets)]
-        texts = self.targets.take(pa.array(rows, pa.int64()))
-        return TokenSet(
-            self.row_ids[rows], np.concatenate(inputs), offsets[0], np.concatenate(targets), offsets[1], texts
-        )
-
     def target(self, row: int) -> str:
         """The target's text as the template rendered it."""
         text: str = self.targets[row].as_py()

@@ -202,6 +202,7 @@ def _row(state: TrialState, result: TaskResult) -> dict[str, object]:
         "published": state is result.chosen and not result.failed and not result.withheld,
         "prompt": settings.prompt.model_dump(mode="json"),
         "optimizer": settings.optimizer.model_dump(mode="json"),
+        "rate": state.rate,
         "seed": state.trial.seed,
         "settings_digest": state.trial.digest,
         "status": state.status,

@@ -19,6 +19,8 @@ RECIPES: Mapping[Recipe, Mapping[str, Any]] = {
         },
         "batch_size": 32,
         "max_steps": 30_000,
+        "eval_every": 500,
+        "patience": 10,
     }
 }
 

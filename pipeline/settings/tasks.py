@@ -77,8 +77,8 @@ class OptimizerSettings(SettingsModel):
     name: Literal["adafactor", "adamw"] = "adafactor"
     """Adafactor as in Lester et al. (2021), or AdamW."""
     lr: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    """The learning rate: how far a step may move an entry of the prompt. `auto` finds out, before the first step, how
-    far the trial's own loss still falls."""
+    """The learning rate: about how far a step moves an entry of the prompt. `auto` is half the RMS of the model's
+    embeddings."""
     weight_decay: float = Field(1e-5, ge=0)
     """How strongly the prompt, or what is trained in its place, is drawn towards zero."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -150,7 +150,8 @@ class Message(SettingsModel):
 
 
 class TaskDefaults(SettingsModel):
-    """What every task may set. The defaults are Lester et al. (2021), section 3 and appendix A."""
+    """What every task may set. The defaults learn on models of any family without a sweep (docs/quality.md); those of
+    the paper are `recipe: lester2021`."""
 
     recipe: Recipe | None = None
     """A paper's choices, which take the place of the defaults; what `defaults` or a task sets itself wins.
@@ -187,11 +188,11 @@ class TaskDefaults(SettingsModel):
     """Words that the prompt is to stand for (context distillation): an instruction, a document, or solved rows."""
     batch_size: int = Field(32, ge=1, le=10**7)
     """Rows that the task has in every step."""
-    max_steps: Count = 30_000
+    max_steps: Count = 1_000
     """Steps after which a trial ends."""
-    eval_every: Count = 500
+    eval_every: Count = 100
     """Steps between two evaluations on dev."""
-    patience: Count | None = 10
+    patience: Count | None = 5
     """Evaluations without a better dev metric after which a trial stops; null: it never stops early."""
     eval_rows: Count = 500
     """Most dev (and test) rows that an evaluation uses, a fixed random subset."""

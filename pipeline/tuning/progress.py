@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import CorpusError, StorageError
 from pipeline.tuning.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.tuning.evaluate import Score, calibration_rows, eval_request, evaluate
+from pipeline.tuning.initialise import embeddings_rms
 from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
 from pipeline.tuning.run_log import RunLog
 from pipeline.tuning.state import TrialState, winner
@@ -73,6 +75,11 @@ class Progress:
                 made = before.get(key) or make_teacher(state.trial, self.backbone, self.tokenizer, split)
                 self.teachers[key] = made
         return [None if key is None else self.teachers[key] for key in keys]
+
+    @cached_property
+    def embeddings_rms(self) -> float:
+        """RMS of the model's embeddings; every rank must ask for it."""
+        return embeddings_rms(self.backbone, self.tokenizer)
 
     def live(self) -> list[TrialState]:
         return [state for state in self.states.values() if state.status == "live"]

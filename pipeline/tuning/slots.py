@@ -1,6 +1,6 @@
 """Which trials are tuned now: a run has `max_live_trials` slots, and a trial that ends frees its own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
@@ -9,9 +9,9 @@ from pipeline.corpus.reader import open_split
 from pipeline.tuning.evaluate import eval_request, evaluate
 from pipeline.tuning.halving import SweepTrial, ranking, rungs, verdicts
 from pipeline.tuning.initialise import initial_prompt
+from pipeline.tuning.optimise import learning_rate
 from pipeline.tuning.parameters import initial_parameters
 from pipeline.tuning.progress import Progress
-from pipeline.tuning.rates import found_rates
 from pipeline.tuning.state import TrialState, start, start_again
 from pipeline.tuning.trials import Trial
 
@@ -35,12 +35,9 @@ def fill_slots(progress: Progress) -> None:
             return
         unreadable = progress.unreadable(waiting)
         starts = _starting_prompts(progress, [trial for trial in waiting if trial.name not in unreadable])
-        rates = _rates(progress, waiting, starts)
         admitted = []
         for trial in waiting:
-            state = progress.states[trial.name] = _started(
-                progress, trial, starts.get(trial.name), rates.get(trial.name, 0.0)
-            )
+            state = progress.states[trial.name] = _started(progress, trial, starts.get(trial.name))
             run_log.started(state)
             if trial.name in unreadable:
                 state.lose(unreadable[trial.name])
@@ -58,24 +55,12 @@ def restart(progress: Progress, state: TrialState) -> None:
     progress.run_log.restarted(again)
 
 
-def _started(progress: Progress, trial: Trial, prompt: Tensor | None, rate: float) -> TrialState:
+def _started(progress: Progress, trial: Trial, prompt: Tensor | None) -> TrialState:
     """A trial at its first prompt `[P, H]`; None where its rows cannot be read."""
+    rate = learning_rate(trial.settings.optimizer, progress.embeddings_rms)
     if prompt is None:
         return start(trial, progress.backbone.no_prompt(), rate=rate)
     return start(trial, prompt, initial_parameters(trial, prompt, progress.backbone, progress.tokenizer), rate)
-
-
-def _rates(progress: Progress, trials: Sequence[Trial], starts: Mapping[str, Tensor]) -> dict[str, float]:
-    """The learning rate of each trial that starts at one of these prompts."""
-    rates: dict[str, float] = {}
-    unknown = []
-    for trial in trials:
-        if trial.settings.optimizer.lr != "auto":
-            rates[trial.name] = trial.settings.optimizer.rate
-        elif trial.name in starts:
-            unknown.append((trial, starts[trial.name]))
-    found = found_rates(progress, unknown) if unknown else []
-    return rates | {trial.name: rate for (trial, _), rate in zip(unknown, found, strict=True)}
 
 
 def _starting_prompts(progress: Progress, trials: Sequence[Trial]) -> dict[str, Tensor]:

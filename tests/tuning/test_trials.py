@@ -43,7 +43,7 @@ def test_what_a_recipe_chose_and_the_same_written_out_are_one_trial():
 
     optimizer = {"name": "adafactor", "lr": 0.3, "weight_decay": 1e-5, "schedule": "constant"}
     prompt = {"length": 100, "init": "class_labels"}
-    written = digest(prompt=prompt, optimizer=optimizer, batch_size=32, max_steps=30_000)
+    written = digest(prompt=prompt, optimizer=optimizer, batch_size=32, max_steps=30_000, eval_every=500, patience=10)
     assert digest(recipe="lester2021") == written != digest(recipe="lester2021", optimizer={"lr": 0.2})
 
 
