@@ -246,7 +246,7 @@ def test_a_trials_name_is_a_files_name_whatever_is_swept(raw):
         (f"tasks.a.sweep={{seed: {[*range(1001)]}}}", "make 1,001 trials, more than 1,000"),
         ("tasks.a.halving={factor: 3}", "task 'a': halving is there to stop trials of a sweep; give a 'sweep', too"),
         ("tasks.a.halving={facter: 3}", "unknown key 'tasks.a.halving.facter'; did you mean 'factor'?"),
-        ("tasks.a={train: x, sweep: {seed: [1]}, halving: {first: 60}}", "60 x eval_every 500 is not before max_steps"),
+        ("tasks.a={train: x, sweep: {seed: [1]}, halving: {first: 60}}", "60 x eval_every 100 is not before max_steps"),
         ("tasks={a: {train: x, sweep: {seed: [1]}}, a.seed-1: {train: x}}", "both have a trial 'a.seed-1'; rename"),
     ],
 )

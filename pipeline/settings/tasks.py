@@ -1,5 +1,6 @@
 """What a task may set: its prompt, how that is trained and measured, and its corpora."""
 
+import math
 from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
@@ -71,12 +72,31 @@ class PromptSettings(SettingsModel):
         return self
 
 
+def _rate_or_auto(value: Any) -> Any:
+    # One sentence, where pydantic would have one for each type that the value is not.
+    if value == "auto":
+        return value
+    try:
+        rate = float(value)
+    except (TypeError, ValueError):
+        rate = math.nan
+    if isinstance(value, bool) or not (0 < rate < math.inf):
+        raise ValueError("Input should be a number greater than 0, or auto")
+    return rate
+
+
+Rate = Annotated[
+    float | Literal["auto"],
+    BeforeValidator(_rate_or_auto, json_schema_input_type=Annotated[float, Field(gt=0)] | Literal["auto"]),
+]
+
+
 class OptimizerSettings(SettingsModel):
     """How a prompt is updated."""
 
     name: Literal["adafactor", "adamw"] = "adafactor"
     """Adafactor as in Lester et al. (2021), or AdamW."""
-    lr: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    lr: Rate = "auto"
     """The learning rate: about how far a step moves an entry of the prompt. `auto` is half the RMS of the model's
     embeddings."""
     weight_decay: float = Field(1e-5, ge=0)

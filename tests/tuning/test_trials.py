@@ -22,7 +22,12 @@ def test_a_trial_begun_with_other_products_is_not_taken_up_again():
 
 
 def test_runs_and_nights_begun_before_there_were_chats_are_taken_up_again():
-    defaults_then = {"optimizer": {"lr": 0.3, "schedule": "constant"}}
+    defaults_then = {
+        "optimizer": {"lr": 0.3, "schedule": "constant"},
+        "max_steps": 30_000,
+        "eval_every": 500,
+        "patience": 10,
+    }
     task = {"train": "t", "dev": "d", "separator": "\n", "sweep": {"prompt.length": [4, 8]}, **defaults_then}
     settings = parse_settings({"model": {"path": "x"}, "tasks": {"film": task}})
     digests = [trial.digest for trial in make_trials(settings, {"film": "corpus"}, "backbone", {})]
