@@ -39,8 +39,10 @@ class HardPromptSettings(SettingsModel):
     """The task's own text, or nothing where it has none, before the row."""
     shots: Annotated[tuple[Annotated[int, Field(ge=1, le=1_000_000)], ...], Once] = (4,)
     """Numbers of solved train rows, drawn by the seed, that stand between the text and the row."""
-    text: dict[Name, str] = Field(default_factory=dict)
-    """By task, the words that stand before everything, as you would write them."""
+    draw: Literal["random", "balanced"] = "random"
+    """How solved rows are drawn: from all of train, or in turn from the rows of each target, as people choose them."""
+    text: dict[Name, str | Annotated[tuple[str, ...], Field(min_length=1), Once]] = Field(default_factory=dict)
+    """By task, the words that stand before everything, as you would write them; of a list, each text is a choice."""
     between: str = "\n\n"
     """Put between the text, the solved rows and the row itself."""
 

@@ -7,8 +7,8 @@ prompt, and they run once for all rows.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Any
+from itertools import islice, product
+from typing import Any, Literal
 
 import numpy as np
 
@@ -37,26 +37,38 @@ def hard_prompts(
     tokenizer: Any,
     architecture: Architecture,
 ) -> Iterator[HardPrompt]:
-    """Every task's hard prompts: one without solved rows, and one for each number of them and each seed."""
+    """Every task's hard prompts: for each of its texts one without solved rows, and one for each number and seed."""
     for task, corpus in corpora.items():
-        own = settings.text.get(task)
-        if settings.zero_shot:
-            candidate = Candidate(f"hard.{task}.shots-0", "hard prompt", task, {"shots": 0}, None)
-            yield HardPrompt(candidate, joined([own] if own else [], settings.between))
+        given = settings.text.get(task, "")
+        texts = (given,) if isinstance(given, str) else given
         train = open_split(corpus.splits["train"]) if settings.shots else None
-        for shots in settings.shots:
-            for seed in range(seeds):
+        for place, own in enumerate(texts, start=1):
+            name, choice = (f"hard.{task}", {}) if len(texts) == 1 else (f"hard.{task}.text-{place}", {"text": place})
+            if settings.zero_shot:
+                candidate = Candidate(f"{name}.shots-0", "hard prompt", task, {**choice, "shots": 0}, None)
+                yield HardPrompt(candidate, joined([own] if own else [], settings.between))
+            for shots, seed in product(settings.shots, range(seeds)):
                 assert train is not None
-                rows = drawn_rows(task, seed, shots, len(train))
+                rows = drawn_rows(task, seed, shots, train, settings.draw)
                 solved = solved_rows(train, rows, tasks[task].separator, tokenizer, architecture)
-                name = f"hard.{task}.shots-{shots}.seed-{seed}"
-                candidate = Candidate(name, "hard prompt", task, {"shots": shots}, seed)
+                chosen = {**choice, "shots": shots}
+                candidate = Candidate(f"{name}.shots-{shots}.seed-{seed}", "hard prompt", task, chosen, seed)
                 yield HardPrompt(candidate, joined([own, *solved] if own else solved, settings.between))
 
 
-def drawn_rows(task: str, seed: int, shots: int, total: int) -> np.ndarray:
+def drawn_rows(
+    task: str, seed: int, shots: int, train: TokenSet, draw: Literal["random", "balanced"] = "random"
+) -> np.ndarray:
     """Row numbers `[shots]` of the train split. Fewer shots of a seed are the first ones of more shots."""
-    return random_numbers(seed, task, "shots").permutation(total)[:shots]
+    order = random_numbers(seed, task, "shots").permutation(len(train))
+    if draw == "balanced":
+        place_of = np.argsort(order)
+        # How many rows of its own target come before a row: the first of every target, then the second of each.
+        turn = np.empty(len(train), dtype=np.int64)
+        for rows in train.rows_by_target.values():
+            turn[rows] = np.argsort(np.argsort(place_of[rows]))
+        order = order[np.argsort(turn[order], kind="stable")]
+    return order[:shots]
 
 
 def with_shared_prefix(

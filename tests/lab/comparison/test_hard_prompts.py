@@ -85,15 +85,44 @@ def test_shots_are_train_rows_solved_in_the_task_s_own_format(tmp_path):
     pairs = reviews(25, 3)
     corpus = task_corpus(tmp_path, tokenizer, architecture, "a", {"train": pairs, "dev": reviews(5, 4)})
     train = open_split(corpus.splits["train"])
-    rows = drawn_rows("a", 0, 3, len(train))
+    rows = drawn_rows("a", 0, 3, train)
     solved = solved_rows(train, rows, " ", tokenizer, architecture)
     assert set(solved) <= {f"{text} {label}" for text, label in pairs} and len(set(rows.tolist())) == 3
     assert joined(["Say it.", *solved], "\n") == "Say it.\n" + "\n".join(solved) + "\n"
 
 
-def test_shots_depend_on_the_seed_alone_and_fewer_are_the_first_of_more():
-    assert drawn_rows("a", 0, 8, 100)[:3].tolist() == drawn_rows("a", 0, 3, 100).tolist()
-    assert drawn_rows("a", 0, 8, 100).tolist() != drawn_rows("a", 1, 8, 100).tolist()
+def split_of(folder, pairs):
+    tokenizer, architecture = TOKENIZERS["words"]
+    return open_split(task_corpus(folder, tokenizer, architecture, "a", {"train": pairs}).splits["train"])
+
+
+@pytest.mark.parametrize("draw", ["random", "balanced"])
+def test_shots_depend_on_the_seed_alone_and_fewer_are_the_first_of_more(tmp_path, draw):
+    train = split_of(tmp_path, reviews(100, 3))
+    assert drawn_rows("a", 0, 8, train, draw)[:3].tolist() == drawn_rows("a", 0, 3, train, draw).tolist()
+    assert drawn_rows("a", 0, 8, train, draw).tolist() != drawn_rows("a", 1, 8, train, draw).tolist()
+
+
+def test_balanced_shots_take_targets_in_turn_as_long_as_they_have_rows(tmp_path):
+    pairs = [(f"{text} {place}", label) for place, (text, label) in enumerate([("good", "positive")] * 20)]
+    train = split_of(tmp_path, [*pairs, ("bad film", "negative"), ("poor film", "negative"), ("so so", "mixed")])
+    drawn = drawn_rows("a", 0, 23, train, "balanced")
+    targets = [train.target(row) for row in drawn]
+    assert sorted(drawn) == list(range(23)) and sorted(targets[:3]) == ["mixed", "negative", "positive"]
+    assert sorted(targets[3:5]) == ["negative", "positive"] and set(targets[5:]) == {"positive"}
+
+
+def test_each_of_several_texts_is_a_choice(tmp_path):
+    tokenizer, architecture = TOKENIZERS["words"]
+    corpora = {"a": make_corpus(tmp_path, tokenizer, architecture, "a")}
+    settings = HardPromptSettings(shots=(1,), text={"a": ["is it good", "good or bad"]}, between=" ; ")
+    made = list(hard_prompts(settings, {"a": make_task()}, corpora, 2, tokenizer, architecture))
+    assert [p.candidate.choice for p in made] == [
+        {"text": text, "shots": shots} for text in (1, 2) for shots in (0, 1, 1)
+    ]
+    assert len({p.candidate.name for p in made}) == 6
+    for prompt in made:
+        assert prompt.text.startswith(("is it good ; ", "good or bad ; ")[prompt.candidate.choice["text"] - 1])
 
 
 def test_every_task_has_its_text_and_every_number_of_shots_every_seed(tmp_path):
