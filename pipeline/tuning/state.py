@@ -66,7 +66,7 @@ class TrialState:
     @property
     def exploded(self) -> bool:
         """Whether its first steps have taken it to where the loss is far above that of its start."""
-        if self.restarted or self.best_at or not self.losses:
+        if self.restarted or self.best_at or not self.losses or not self.history:
             return False
         return not np.isfinite(self.losses[-1]) or (
             len(self.losses) == _RECENT and float(np.mean(self.losses)) > _explosion(self.history[0].loss)
