@@ -18,6 +18,8 @@ from pipeline.run.job import run_job
 from pipeline.settings import load_settings
 
 pytestmark = pytest.mark.usefixtures("local_ray")
+DEFAULTS_THEN = ["defaults.optimizer.schedule=constant", "defaults.patience=10"]
+"""Of keys that the file does not name; since then they have other defaults."""
 KEPT = Path(__file__).parent / "data" / "stopped_at_step_40.tar.gz"
 
 
@@ -31,7 +33,7 @@ def project(tmp_path: Path) -> Path:
 
 
 def test_a_run_that_an_earlier_commit_left_at_step_40_ends_with_the_prompts_that_it_would_have_had(project):
-    outcome = run_job(check_run(load_settings(project / "settings.yaml", [])), Console(quiet=True))
+    outcome = run_job(check_run(load_settings(project / "settings.yaml", DEFAULTS_THEN)), Console(quiet=True))
     events = [json.loads(line) for line in (project / "runs/small/events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "resume"] == [40]
     assert outcome.version == 2
