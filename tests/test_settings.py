@@ -76,6 +76,7 @@ def test_overrides_change_one_setting_and_leave_the_file_alone(raw, override, re
         ("tasks.b.dev_fraction=0.5", "give either 'dev' (a path) or 'dev_fraction'"),
         ("tasks.a.prompt.init=text", "init 'text' needs the setting 'text'"),
         ("tasks.a.prompt.init=bank", "init 'bank' needs the setting 'source'"),
+        ("tasks.a={train: x, metric: loss, label_score: mean}", "label_score: the metric 'loss' compares no labels"),
         ("tasks.a={train: x, metric: rouge_l, calibrate: true}", "calibrate: the metric 'rouge_l' compares no labels"),
         ("tasks.a={train: x, metric: rouge_l, balance: true}", "with the metric 'rouge_l' targets are open texts"),
         ("tasks.a.label_score=median", "'tasks.a.label_score': input should be 'sum' or 'mean'"),
@@ -255,6 +256,20 @@ def test_a_mistake_in_a_sweep_is_one_sentence_that_names_the_choice(raw, overrid
         parse_settings(raw, [override])
     (line,) = str(caught.value).splitlines()
     assert sentence in line
+
+
+@pytest.mark.parametrize("own", [{"text": "mine"}, {"text_file": "mine.txt"}])
+@pytest.mark.parametrize("inherited", [{"text": "all"}, {"text_file": "all.txt", "weight": 0.7}])
+def test_a_tasks_own_words_for_its_teacher_replace_the_inherited_ones_whatever_holds_them(
+    raw, own, inherited, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "all"):
+        Path(f"{name}.txt").write_text(name)
+    raw["defaults"] = {**raw.get("defaults", {}), "teacher": inherited}
+    raw["tasks"]["a"]["teacher"] = own
+    teacher = parse_settings(raw).tasks["a"].teacher
+    assert teacher.text == "mine" and teacher.weight == inherited.get("weight", 0.5)
 
 
 @pytest.mark.parametrize("override", ["max_steps", "=3", "model.path.deep=1", "run.seed=[1"])

@@ -79,6 +79,13 @@ class TokenSet:
         """[T] token ids, separator and eos included; a read-only view."""
         return self.target_tokens[self.target_offsets[row] : self.target_offsets[row + 1]]
 
+    def head(self, rows: int) -> "TokenSet":
+        """The first rows, which are a fixed random subset."""
+        rows = min(rows, len(self))
+        inputs, targets = self.input_offsets[: rows + 1], self.target_offsets[: rows + 1]
+        tokens = self.input_tokens[: inputs[-1]], self.target_tokens[: targets[-1]]
+        return TokenSet(self.row_ids[:rows], tokens[0], inputs, tokens[1], targets, self.targets[:rows])
+
     def target(self, row: int) -> str:
         """The target's text as the template rendered it."""
         text: str = self.targets[row].as_py()

@@ -67,6 +67,7 @@ def new_prompt(result: TaskResult, corpus: TaskCorpus, run: Settings) -> NewProm
         "dev_loss_before": first.loss,
         "dev_loss_after": best.loss,
     }
+    no_gain = None if failed or state.best_at else NO_GAIN
     return NewPrompt(
         name=result.task,
         array=None if absent else state.best.cpu().numpy(),
@@ -82,7 +83,7 @@ def new_prompt(result: TaskResult, corpus: TaskCorpus, run: Settings) -> NewProm
         corpus_digest=corpus.digest,
         settings_digest=state.trial.digest,
         status="failed" if absent else "tuned",
-        reason=result.reason or (state.reason if state.restarted else None if failed or state.best_at else NO_GAIN),
+        reason="; ".join(filter(None, (result.reason or no_gain, None if failed else state.restarted))) or None,
         learned=result.learned,
         inputs_digest=inputs_digest(run, result.task, corpus.digest),
         rows_run=_rows_run(run),

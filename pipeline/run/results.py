@@ -206,7 +206,7 @@ def _row(state: TrialState, result: TaskResult) -> dict[str, object]:
         "seed": state.trial.seed,
         "settings_digest": state.trial.digest,
         "status": state.status,
-        "reason": state.reason or own.unlearned or own.unjudged,
+        "reason": "; ".join(filter(None, (own.unlearned or own.unjudged, state.restarted, state.reason))) or None,
         "steps": state.step,
         "best_step": best.step,
         "metric": settings.metric,

@@ -131,8 +131,9 @@ def prepare_corpora(
     for name in checked.plans:
         try:
             prepare = partial(prepare_task, name, settings.tasks[name], tokenizer, storage, connect)
-            corpora[name] = retry_while_unreachable(prepare, "corpus", log)
-            check_examples(name, settings, corpora[name], checked.config, checked.tokenizer)
+            corpus = retry_while_unreachable(prepare, "corpus", log)
+            check_examples(name, settings, corpus, checked.config, checked.tokenizer)
+            corpora[name] = corpus
             log.write("stage", name="corpus", text=f"{name}: {_counted(corpora[name])}")
             for remark in checked.plans[name].left_out:
                 log.write("stage", name="corpus", text=remark)

@@ -8,7 +8,7 @@ from pipeline.backbone.files import architecture_of, context_length, embedding_r
 from pipeline.corpus.encoding import missing_embedding
 from pipeline.corpus.reader import open_split
 from pipeline.corpus.task_corpus import TaskCorpus
-from pipeline.errors import SettingsError
+from pipeline.errors import CorpusError, SettingsError
 from pipeline.settings import Settings, TaskSettings
 from pipeline.tuning.teaching import drawn_examples, teacher_ids, teacher_key
 from pipeline.tuning.trials import make_trials
@@ -25,7 +25,10 @@ def check_words(name: str, task: TaskSettings, config: PretrainedConfig, tokeniz
 
 
 def check_examples(name: str, settings: Settings, corpus: TaskCorpus, config: PretrainedConfig, tokenizer: Any) -> None:
-    """Check the solved rows that teachers see, as each trial draws them. Raises: SettingsError, CorpusError."""
+    """Check the solved rows that teachers see, as each trial draws them.
+
+    Raises: CorpusError, for another day's rows may be fewer or longer, and other tasks have no part in it.
+    """
     trials = make_trials(settings, {name: corpus.digest}, "", {})
     with_examples = {teacher_key(trial): trial for trial in trials if _examples(trial.settings)}
     if not with_examples:
@@ -34,13 +37,16 @@ def check_examples(name: str, settings: Settings, corpus: TaskCorpus, config: Pr
     for trial in with_examples.values():
         wanted = _examples(trial.settings)
         if wanted >= len(train):
-            raise SettingsError(
+            raise CorpusError(
                 f"task '{name}': teacher.examples {wanted} are all {len(train)} rows of train, and leave none to learn "
                 "from; lower it"
             )
         shown = drawn_examples(trial, len(train))
         ids = teacher_ids(trial.settings, train, shown, tokenizer, architecture_of(config))
-        _check_ids(name, trial.settings, ids, config, tokenizer)
+        try:
+            _check_ids(name, trial.settings, ids, config, tokenizer)
+        except SettingsError as error:
+            raise CorpusError(str(error)) from error
 
 
 def _examples(task: TaskSettings) -> int:

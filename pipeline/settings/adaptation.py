@@ -67,8 +67,6 @@ class WeightOptimizerSettings(OptimizerSettings):
 
     lr: float = Field(1e-3, gt=0)
     """The learning rate."""
-    weight_decay: float = Field(0.0, ge=0)
-    """How strongly the weights are drawn towards zero."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What the rate does after the warm-up: it stays, or it falls to 0 at `steps`."""
 
@@ -79,7 +77,7 @@ class AdaptationSettings(SettingsModel):
     corpus: TextSettings
     objective: ObjectiveSettings = ObjectiveSettings()
     cluster: ClusterSettings = ClusterSettings()
-    optimizer: WeightOptimizerSettings = WeightOptimizerSettings()
+    optimizer: WeightOptimizerSettings = WeightOptimizerSettings(weight_decay=0.0)
     """Adafactor's rate is relative to the size of each parameter, as T5 was trained."""
     tokens: int = Field(512, ge=2, le=10**7)
     """Length of the stretches of text that examples are made of."""

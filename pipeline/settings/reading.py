@@ -130,6 +130,9 @@ def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
             continue
         if "dev" in task and "dev_fraction" not in task:  # a task's own dev split replaces the inherited one
             merged[name].pop("dev_fraction", None)
+        if isinstance(own := task.get("teacher"), dict) and own.keys() & {"text", "text_file"}:  # so do its words
+            dropped = {"text", "text_file"} - own.keys()
+            merged[name]["teacher"] = {k: value for k, value in merged[name]["teacher"].items() if k not in dropped}
         _drop_what_is_set(merged[name], task)
         if merged[name].get("sweep") is None and "halving" not in task:  # inherited halving is for those with a sweep
             merged[name].pop("halving", None)

@@ -44,8 +44,8 @@ class PromptSettings(SettingsModel):
     """The words to start from, with `init: text`: repeated to the prompt's length, or, where they have more tokens,
     each vector is the mean of several."""
     starts: int = Field(1, ge=1, le=100)
-    """How many starts are drawn (`random`, `sampled_vocab`, `class_labels`, `examples`); the one with the lowest loss
-    on a few dev rows is taken."""
+    """How many starts are drawn; the one with the lowest loss on a few dev rows is taken. `text` and `bank` draw
+    nothing, and have one."""
     source: str | None = None
     """The prompt to start from, `name` or `name@version`, with `init: bank`; of several, `sst2+mr@3`, their mean."""
     parameters: Literal["direct", "residual", "mlp", "superposition", "low_rank"] = "direct"
@@ -57,6 +57,11 @@ class PromptSettings(SettingsModel):
     `superposition` (null: 128), or the rank of `low_rank` (null: 8). A direct prompt has no width."""
 
     @property
+    def draws(self) -> int:
+        """Starts that are drawn."""
+        return 1 if self.init in ("text", "bank") else self.starts
+
+    @property
     def sources(self) -> tuple[str, ...]:
         """The prompts of a bank whose mean this one starts from, with `init: bank`."""
         return parts(self.source or "")
@@ -65,8 +70,6 @@ class PromptSettings(SettingsModel):
     def _init_has_its_source(self) -> "PromptSettings":
         if self.init == "text" and not self.text:
             raise ValueError("init 'text' needs the setting 'text': the words to start from")
-        if self.starts > 1 and self.init in ("text", "bank"):
-            raise ValueError(f"'starts' is for drawn starts, and init '{self.init}' draws nothing; leave 'starts' out")
         if self.init == "bank" and not all(self.sources):
             raise ValueError("init 'bank' needs the setting 'source': a prompt's name, such as sst2@latest, or sst2+mr")
         return self
@@ -148,8 +151,12 @@ class TeacherSettings(SettingsModel):
             raise ValueError("give either 'text' or 'text_file', and not both")
         try:
             words = Path(path).expanduser().read_text(encoding="utf-8")
+            if not words:
+                raise ValueError("it is empty")
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8"
+            reason = getattr(error, "strerror", None) or (
+                "it is not UTF-8" if isinstance(error, UnicodeError) else error
+            )
             raise ValueError(f"text_file {path}: cannot be read: {reason}") from error
         return {**given, "text_file": None, "text": words}
 
@@ -213,7 +220,8 @@ class TaskDefaults(SettingsModel):
     eval_every: Count = 100
     """Steps between two evaluations on dev."""
     patience: Count | None = 5
-    """Evaluations without a better dev metric after which a trial stops; null: it never stops early."""
+    """Evaluations without a better dev metric after which a trial stops. Two are enough where the dev loss is far above
+    that of the start. Null: it never stops early."""
     eval_rows: Count = 500
     """Most dev (and test) rows that an evaluation uses, a fixed random subset."""
     seed: Seed | None = None
@@ -304,6 +312,11 @@ class TaskDefaults(SettingsModel):
         if self.calibrate and not labelled:
             raise ValueError(
                 f"calibrate: the metric '{self.metric}' compares no labels; leave 'calibrate' out, or measure by "
+                "accuracy or f1"
+            )
+        if self.label_score != "sum" and not labelled:
+            raise ValueError(
+                f"label_score: the metric '{self.metric}' compares no labels; leave 'label_score' out, or measure by "
                 "accuracy or f1"
             )
         if self.balance and not labelled and self.labels is None:

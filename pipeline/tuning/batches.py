@@ -27,7 +27,7 @@ def rows_of_step(trial: Trial, train: TokenSet, step: int) -> np.ndarray:
     weight, and most others one that outweighs the rest, where here each holds eight; because a step's loss stays a
     plain mean; and because fine-tuning and LoRA take the same rows from here.
     """
-    size, shown = trial.settings.batch_size, rows_started_from(trial, train)
+    size, shown = trial.settings.batch_size, rows_started_from(trial, train)  # few rows, or none
     at = np.arange(step * size, (step + 1) * size)
     if not trial.settings.balance:
         rows = _in_turn(trial, len(train) - len(shown), at)
@@ -38,8 +38,9 @@ def rows_of_step(trial: Trial, train: TokenSet, step: int) -> np.ndarray:
     rows = np.empty(size, dtype=np.int64)
     for place, (target, own) in enumerate(targets.items()):
         here = at % len(targets) == place
-        left = np.setdiff1d(own, shown)
-        own = left if len(left) else own
+        if len(shown):
+            left = own[~np.isin(own, shown)]
+            own = left if len(left) else own
         rows[here] = own[_in_turn(trial, len(own), at[here] // len(targets), target)]
     return rows
 

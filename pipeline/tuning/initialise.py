@@ -79,7 +79,7 @@ def rows_started_from(trial: Trial, train: TokenSet) -> np.ndarray:
     prompt = trial.settings.prompt
     if prompt.init != "examples":
         return np.empty(0, dtype=np.int64)
-    shown = np.unique(np.concatenate([example_rows(trial, train, draw) for draw in range(prompt.starts)]))
+    shown = np.unique(np.concatenate([example_rows(trial, train, draw) for draw in range(prompt.draws)]))
     return shown if len(shown) < len(train) else shown[:0]
 
 

@@ -45,7 +45,7 @@ class RunLog:
         if self._events is None:
             return
         self._cut_back(state)
-        self.event("stage", name="tuning", text=f"{state.trial.name}: {state.reason}")
+        self.event("stage", name="tuning", text=f"{state.trial.name}: {state.restarted}")
 
     def _cut_back(self, state: TrialState) -> None:
         path = self._path(state.trial.name)
@@ -56,6 +56,9 @@ class RunLog:
     def started(self, state: TrialState) -> None:
         if self._events:
             write_atomically(self._path(state.trial.name), b"")
+            if state.trial.settings.optimizer.lr == "auto":
+                text = f"{state.trial.name}: rate {state.rate:.3g} (optimizer.lr auto)"
+                self.event("stage", name="tuning", text=text)
 
     def stepped(
         self, step: int, tried: Sequence[TrialState], losses: np.ndarray, tokens: TokenCounts, gathered: int

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from pipeline.corpus.reader import open_split
-from pipeline.tuning.evaluate import eval_request, evaluate
+from pipeline.tuning.evaluate import EvalRequest, evaluate
 from pipeline.tuning.halving import SweepTrial, ranking, rungs, verdicts
 from pipeline.tuning.initialise import initial_prompt
 from pipeline.tuning.optimise import learning_rate
@@ -65,21 +64,16 @@ def _started(progress: Progress, trial: Trial, prompt: Tensor | None) -> TrialSt
 
 def _starting_prompts(progress: Progress, trials: Sequence[Trial]) -> dict[str, Tensor]:
     """The prompt `[P, H]` that each trial starts from: of `prompt.starts` draws, that of the lowest loss on dev."""
-    drawn = {trial.name: [_draw(progress, trial, i) for i in range(trial.settings.prompt.starts)] for trial in trials}
-    choosing = [trial for trial in trials if len(drawn[trial.name]) > 1]
-    requests = []
-    for trial in choosing:
-        corpus = progress.run.corpora[trial.task]
-        few = open_split(corpus.splits["dev"], _LOOKED_AT)
-        only_loss = trial.settings.model_copy(update={"metric": "loss", "calibrate": False})
-        requests += [eval_request(only_loss, prompt, few, corpus) for prompt in drawn[trial.name]]
-    chosen = {name: prompts[0] for name, prompts in drawn.items()}
-    if not requests:
-        return chosen
-    scores = iter(evaluate(progress.backbone, progress.tokenizer, requests, progress.run.token_budget))
-    for trial in choosing:
-        losses = [next(scores).loss for _ in drawn[trial.name]]
-        chosen[trial.name] = drawn[trial.name][int(np.nan_to_num(losses, nan=np.inf).argmin())]
+    chosen = {}
+    for trial in trials:  # one by one: the draws of all of them may be more than memory holds
+        drawn = [_draw(progress, trial, draw) for draw in range(trial.settings.prompt.draws)]
+        best = 0
+        if len(drawn) > 1:
+            few = progress.split(trial, "dev").head(_LOOKED_AT)
+            requests = [EvalRequest(prompt, few, "loss", None, None, 1) for prompt in drawn]
+            scores = evaluate(progress.backbone, progress.tokenizer, requests, progress.run.token_budget)
+            best = int(np.nan_to_num([score.loss for score in scores], nan=np.inf).argmin())
+        chosen[trial.name] = drawn[best]
     return chosen
 
 

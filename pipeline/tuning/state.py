@@ -1,5 +1,6 @@
 """Where a trial stands: everything needed to go on with it, or to publish it."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -57,20 +58,24 @@ class TrialState:
     label_offsets: tuple[float, ...] | None = None
     """[labels] nats that are taken off each label's score behind the best prompt, with `calibrate`."""
     losses: list[float] = field(default_factory=list)
-    """Of its last steps on train rows, while it may still start again."""
-    restarted: bool = False
+    """Of its steps on train rows, while it may still start again."""
+    restarted: str | None = None
+    """Why it started again, if it did, in a sentence."""
     status: Status = "live"
     reason: str | None = None
     test: Score | None = None
 
     @property
     def exploded(self) -> bool:
-        """Whether its first steps have taken it to where the loss is far above that of its start."""
-        if self.restarted or self.best_at or not self.losses or not self.history:
+        """Whether its first steps have taken it to where the loss is far above that of its first one."""
+        # Back at its start it would come to a rung of its sweep twice; and one that is better has not exploded.
+        judged = self.trial.settings.halving is not None and len(self.history) > 1
+        if self.restarted or self.best_at or judged or not self.losses:
             return False
-        return not np.isfinite(self.losses[-1]) or (
-            len(self.losses) == _RECENT and float(np.mean(self.losses)) > _explosion(self.history[0].loss)
-        )
+        # Of train rows, as its first: of dev rows it may be another loss, with `balance` or a teacher.
+        recent = self.losses[-_RECENT:]
+        far = len(self.losses) > _RECENT and float(np.mean(recent)) > _far_above(self.losses[0])
+        return far or not np.isfinite(self.losses[-1])
 
     @property
     def ended(self) -> bool:
@@ -98,10 +103,11 @@ class TrialState:
         """Take one step with the gradient that is in the prompt; where it or the loss is not finite, end the trial."""
         settings = self.trial.settings
         assert self.prompt.grad is not None
-        self.losses = [*self.losses, loss][-_RECENT:] if self.step < _FIRST_STEPS else []
+        finite = bool(self.prompt.grad.isfinite().all())
+        self.losses = [*self.losses, loss if finite else math.nan] if self.step < _FIRST_STEPS else []
         if self.exploded:
             return  # see `start_again`
-        if not np.isfinite(loss) or not bool(self.prompt.grad.isfinite().all()):
+        if not np.isfinite(loss) or not finite:
             self.fail_at("loss", loss)
             return
         clip_gradients([self.prompt], settings.optimizer)
@@ -126,19 +132,18 @@ class TrialState:
             self.fail_at("dev loss", score.loss)
         elif self.step >= settings.max_steps:
             self.status = "tuned" if self.best_at else "no gain"
-        elif self._diverged or (settings.patience is not None and stale >= settings.patience):
+        elif settings.patience is not None and (stale >= settings.patience or self._diverged):
             self.status = "stopped early" if self.best_at else "no gain"
             why = "its dev loss is far above that of its start" if self._diverged else f"no gain in {stale} evaluations"
-            saved = f"{why}; {settings.max_steps - self.step:,} of {settings.max_steps:,} steps were saved"
-            self.reason = f"{self.reason}; {saved}" if self.reason else saved
+            self.reason = f"{why}; {settings.max_steps - self.step:,} of {settings.max_steps:,} steps were saved"
         elif len(self.history) - 1 in rungs(settings):
             self.status = "paused"
 
     @property
     def _diverged(self) -> bool:
-        """Whether its last two evaluations were far above its start."""
+        """Whether its last two evaluations were no gain, and far above its start."""
         first, *later = (evaluation.loss for evaluation in self.history)
-        return len(later) > 1 and min(later[-2:]) > _explosion(first)
+        return len(later) - self.best_at > 1 and min(later[-2:]) > _far_above(first)
 
     def halve(self, place: int, among: int) -> None:
         """End the trial at its rung, which it reached in this place among so many."""
@@ -155,7 +160,8 @@ class TrialState:
     def fail_at(self, what: str, value: float) -> None:
         """End the trial, one of whose numbers is not finite any more."""
         self.status = "failed"
-        self.reason = f"the {what} was {value} at step {self.step}; lower optimizer.lr or set optimizer.clip_norm"
+        was = f" (auto: {self.rate:.3g})" if self.trial.settings.optimizer.lr == "auto" else ""
+        self.reason = f"the {what} was {value} at step {self.step}; lower optimizer.lr{was} or set optimizer.clip_norm"
 
 
 def start(
@@ -172,17 +178,17 @@ def start_again(state: TrialState, parameters: PromptParameters | None) -> Trial
     """A trial that exploded, at its start and a third of its rate; `parameters` fold into its first prompt."""
     # Nothing was better since: the best prompt is the one that it started from.
     again = start(state.trial, state.best, parameters, state.rate / 3.0)
-    again.history, again.label_offsets, again.restarted = state.history[:1], state.label_offsets, True
-    again.reason = (
-        f"the loss was {state.losses[-1]:.3g} at step {state.step}, far above that of its start, at the rate "
-        f"{state.rate:.3g}; it started again at {again.rate:.3g}"
+    again.history, again.label_offsets = state.history[:1], state.label_offsets
+    again.restarted = (
+        f"at a rate of {state.rate:.3g} its loss exploded: {state.losses[-1]:.3g} at step {state.step}; it started "
+        f"again at {again.rate:.3g}"
     )
     return again
 
 
-def _explosion(first: float) -> float:
-    """The loss from which on a trial whose start had `first`, in nats a target token, is not learning any more."""
-    return min(1.5 * first, first + 2.0)
+def _far_above(first: float) -> float:
+    """A loss, in nats a target token, that a trial whose first one was `first` does not reach by chance."""
+    return first + min(max(0.5 * first, 0.5), 2.0)
 
 
 def winner(states: Iterable[TrialState | None]) -> TrialState | None:
@@ -251,7 +257,7 @@ def from_record(trial: Trial, record: dict[str, Any], tensors: dict[str, Tensor]
     state.best = tensors["best"].to(device)
     kept = record["optimizer"] | _below("optimizer/", tensors)
     resume_optimizer(state.optimizer, [_below(prefix, kept) for prefix in _prefixes(parameters)])
-    state.losses, state.restarted = record.get("losses", []), record.get("restarted", False)
+    state.losses, state.restarted = record.get("losses", []), record.get("restarted")
     state.step, state.best_at = record["step"], record["best_at"]
     state.status, state.reason = record["status"], record["reason"]
     state.history = [Evaluation(**evaluation) for evaluation in record["history"]]

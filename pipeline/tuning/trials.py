@@ -113,4 +113,6 @@ def _deciding(settings: TaskSettings) -> dict[str, Any]:
             del place[leaf]
     if isinstance(settings.input, str):
         del deciding["chat_options"]  # they matter to chats alone
+    if settings.prompt.parameters == "direct":
+        deciding["prompt"].pop("width", None)  # nothing has it
     return deciding

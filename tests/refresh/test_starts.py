@@ -38,6 +38,11 @@ def test_a_task_without_a_sweep_gets_one_trial_of_each_side_on_the_same_rows():
     assert with_warm_starts(settings, [WARM], 3).tasks["book"] == settings.tasks["book"]
 
 
+def test_of_a_prompt_with_several_starts_the_warm_side_has_the_banks_alone():
+    cold, warm = trials(with_warm_starts(make_settings(prompt={"length": 4, "starts": 8}), [WARM], 3))
+    assert cold.settings.prompt.draws == 8 and warm.settings.prompt.draws == 1
+
+
 def test_the_cold_side_can_be_switched_off():
     (only,) = trials(with_warm_starts(make_settings("refresh.cold_side=false"), [WARM], 3))
     assert is_warm(only, 3) and only.name == "film"
@@ -52,6 +57,8 @@ def test_the_cold_side_can_be_switched_off():
         ({"prompt.init": ["bank", "random"]}, {"source": "book@1"}),
         ({"prompt.init": ["bank"], "prompt.source": ["book@1", "film@3"]}, {}),
         ({"seed": [0, 1]}, {"init": "bank", "source": "book@1"}),
+        ({"seed": [0, 1]}, {"starts": 8}),
+        ({"prompt.starts": [1, 8]}, {}),
     ],
 )
 def test_every_choice_of_a_sweep_gets_its_warm_side(sweep, prompt, cold_side):

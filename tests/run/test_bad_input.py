@@ -164,9 +164,9 @@ def test_a_teacher_that_does_not_fit_the_context_is_refused_with_the_sum_before_
     assert all(part in str(caught.value) for part in wanted)
     film["teacher"] = {"examples": 40, "text": "good film"}
     check_run(parse_settings(project))
-    refused(project, SettingsError, "task 'film'", "a teacher of ", "lower teacher.examples")
+    refused(project, CorpusError, "task 'film'", "a teacher of ", "lower teacher.examples")
     film["teacher"] = {"examples": 100_000}
-    refused(project, SettingsError, "task 'film'", "teacher.examples 100000 are all", "lower it")
+    refused(project, CorpusError, "task 'film'", "teacher.examples 100000 are all", "lower it")
 
 
 @pytest.mark.parametrize(
@@ -257,12 +257,18 @@ def test_a_bank_that_belongs_to_another_backbone_is_refused_before_any_training(
 
 
 @pytest.mark.slow
-def test_a_bad_task_can_be_left_out_while_the_others_are_published(project):
-    project["tasks"]["film"]["train"] = "nowhere.parquet"
+@pytest.mark.parametrize(
+    ("mistake", "told"),
+    [({"train": "nowhere.parquet"}, "nowhere.parquet"), ({"teacher": {"examples": 100_000}}, "leave none to learn")],
+    ids=["no corpus", "no rows beside its teacher's"],
+)
+def test_a_bad_task_can_be_left_out_while_the_others_are_published(project, mistake, told):
+    project["tasks"]["film"] |= mistake
     outcome = run(project, "run.on_bad_task=skip")
     assert outcome.version == 1 and outcome.exit == 3
+    assert [result.trial for result in outcome.results].count("film") == 1
     by_name = {result.trial: result for result in outcome.results}
-    assert by_name["film"].status == "failed" and "nowhere.parquet" in by_name["film"].reason
+    assert by_name["film"].status == "failed" and told in by_name["film"].reason
     assert by_name["book"].status != "failed"
 
 

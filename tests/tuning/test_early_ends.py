@@ -36,18 +36,18 @@ def step(state, loss):
 def test_a_trial_that_explodes_starts_again_as_one_that_was_given_a_third_of_its_rate(model, parameters):
     backbone, tokenizer, _ = model
     state = begun(model, parameters)
-    for loss in (1.1, 1.4, 1.9, 2.5, 2.4):
+    for loss in (1.0, 1.1, 1.4, 1.9, 2.5, 2.4):
         assert not state.exploded
         step(state, loss)
-    assert state.exploded and state.step == 4, "the step after which it is seen is not taken"
+    assert state.exploded and state.step == 5, "the step after which it is seen is not taken"
     again = start_again(state, initial_parameters(state.trial, state.best, backbone, tokenizer))
     lower = begun(model, parameters, rate=RATE / 3)
-    assert again.reason and "2.4 at step 4" in again.reason and "0.1" in again.reason
-    for loss in (2.0, 2.0, 2.0, 2.0, 2.0, 0.9):  # now it goes on, whatever its loss is
+    assert again.restarted.endswith("2.4 at step 5; it started again at 0.1")
+    lower.restarted = "once"
+    for loss in (1.0, 2.0, 2.0, 2.0, 2.0, 2.0):  # now it goes on, whatever its loss is
         step(again, loss)
         assert not again.exploded
-    lower.restarted = True
-    for loss in (2.0, 2.0, 2.0, 2.0, 2.0, 0.9):
+    for loss in (1.0, 2.0, 2.0, 2.0, 2.0, 2.0):
         step(lower, loss)
     assert torch.equal(again.prompt, lower.prompt) and again.step == lower.step == 6
     assert again.history == lower.history
@@ -55,11 +55,11 @@ def test_a_trial_that_explodes_starts_again_as_one_that_was_given_a_third_of_its
 
 @pytest.mark.parametrize(
     "losses",
-    [[9.0, 0.5, 0.5, 0.5, 0.5], [1.4] * 8, [0.9, 0.8, 6.0, 0.7, 0.6]],
-    ids=["one batch", "a little above", "later batch"],
+    [[2.0, 9.0, 0.5, 0.5, 0.5, 0.5], [1.0] + [1.4] * 8, [2.0, 0.9, 0.8, 6.0, 0.7, 0.6], [0.1] + [0.5] * 8],
+    ids=["one batch", "a little above", "later batch", "an easy first one"],
 )
 def test_a_few_bad_batches_are_no_explosion(model, losses):
-    state = begun(model, at_start=2.0)
+    state = begun(model, at_start=0.05)  # of dev rows, which with `balance` or a teacher is another loss
     for loss in losses:
         step(state, loss)
         assert not state.exploded
@@ -76,9 +76,22 @@ def test_a_trial_that_has_been_better_than_its_start_does_not_go_back_there(mode
     assert not state.exploded and state.step == 8
 
 
+def test_a_trial_that_a_rung_of_its_sweep_has_judged_does_not_come_to_it_again(model):
+    sweep = {"sweep": {"seed": [0, 1]}, "halving": {"first": 1, "factor": 2}}
+    for measured in (False, True):
+        state = begun(model, eval_every=2, **sweep)
+        for loss in (1.0, 1.0):
+            step(state, loss)
+        if measured:
+            state.judge(Score(0.4, 1.5))
+        for _ in range(5):
+            step(state, 50.0)
+        assert state.exploded == (not measured)
+
+
 def test_a_checkpoint_amid_an_explosion_changes_nothing(model):
     state = begun(model)
-    for loss in (1.1, 1.4, 2.9):
+    for loss in (1.0, 1.1, 1.4, 2.9):
         step(state, loss)
     record, tensors = to_record(state)
     kept = from_record(state.trial, record, {name: tensor.clone() for name, tensor in tensors.items()}, CPU)
@@ -103,15 +116,27 @@ def test_a_trial_whose_loss_is_not_finite_starts_again_once_and_then_fails(model
 
 
 def test_a_trial_that_diverges_ends_and_tells_how_many_steps_it_saved(model):
-    state = begun(model, max_steps=100, eval_every=10, patience=None)
-    for loss in (0.5, 3.0, 0.8, 3.0):  # one high evaluation is no divergence
+    for patience in (8, None):
+        state = begun(model, max_steps=100, eval_every=10, patience=patience)
+        for loss in (0.5, 3.0, 0.8, 3.0):  # one high evaluation is no divergence
+            state.step += 10
+            state.judge(Score(0.6 - loss / 10, loss))
+            assert state.status == "live"
         state.step += 10
-        state.judge(Score(0.6 - loss / 10, loss))
+        state.judge(Score(0.1, 3.1))
+        if patience is None:
+            assert state.status == "live", "null: it never stops early"
+        else:
+            assert state.status == "stopped early" and "50 of 100 steps were saved" in state.reason
+            assert np.isfinite(state.history[state.best_at].loss) and state.best_at == 1
+
+
+def test_a_trial_whose_metric_still_rises_goes_on_whatever_its_loss_does(model):
+    state = begun(model, at_start=0.1, max_steps=100, eval_every=10, patience=5)
+    for value in (0.6, 0.7, 0.8, 0.9):
+        state.step += 10
+        state.judge(Score(value, 3.0))
         assert state.status == "live"
-    state.step += 10
-    state.judge(Score(0.1, 3.1))
-    assert state.status == "stopped early" and "50 of 100 steps were saved" in state.reason
-    assert np.isfinite(state.history[state.best_at].loss) and state.best_at == 1
 
 
 def test_a_trial_without_progress_tells_how_many_steps_it_saved(model):
