@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from safetensors import SafetensorError, deserialize
 
-from pipeline.bank.manifest import Metrics, Template, check_name
+from pipeline.bank.manifest import LabelScore, Metrics, Template, check_name
 from pipeline.bank.publish import NewPrompt
 from pipeline.errors import BankError, StorageError
 
@@ -78,8 +78,12 @@ def imported_prompt(
     labels: Sequence[str] | None,
     metric: str,
     source: str,
+    label_score: LabelScore = "sum",
+    label_offsets: Sequence[float] | None = None,
 ) -> NewPrompt:
     """An imported prompt `[P, H]`, ready for `PromptBank.publish`; `template` is the one that it was tuned with.
+
+    `label_score` and `label_offsets` (nats, one a label) are what its labels were compared by, as `export` tells them.
 
     Its metrics are unknown, steps and seed 0. `corpus_digest` is the SHA-256 of nothing, since the corpus
     is unknown, and `settings_digest` that of the array's bytes, which are all that made it.
@@ -95,6 +99,8 @@ def imported_prompt(
         labels=labels,
         metric=metric,
         metrics=Metrics(),
+        label_score=label_score,
+        label_offsets=label_offsets,
         initialisation=f"imported from {source}",
         length=len(prompt),
         steps=0,

@@ -38,6 +38,13 @@ Labels = Annotated[
     list[str] | None,
     typer.Option("--label", metavar="TEXT", help="One of the answers to choose from. May be repeated."),
 ]
+ComparedBy = Annotated[
+    Literal["sum", "mean"], typer.Option(help="What answers are compared by: the log-likelihood's sum, or its mean.")
+]
+LabelOffsets = Annotated[
+    list[float] | None,
+    typer.Option("--label-offset", metavar="NATS", help="What is taken off an answer's score; one for each --label."),
+]
 Separator = Annotated[
     str,
     typer.Option(
@@ -82,6 +89,8 @@ def import_prompt(
     input_template: InputTemplate,
     target_template: TargetTemplate,
     labels: Labels = None,
+    label_score: ComparedBy = "sum",
+    label_offsets: LabelOffsets = None,
     separator: Separator = " ",
     metric: MeasuredBy = None,
     task: Task = None,
@@ -122,6 +131,8 @@ def import_prompt(
     _check_template("--target", target_template)
     if metric in ("accuracy", "f1") and not labels:
         raise SettingsError(f"--metric {metric} needs the answers to choose from: add --label for each")
+    if label_offsets and len(label_offsets) != len(labels or ()):
+        raise SettingsError(f"{len(label_offsets)} --label-offset for {len(labels or ())} --label: give one for each")
     array = import_npy(source) if form == "npy" else import_peft(source, half)
     new = imported_prompt(
         name,
@@ -131,6 +142,8 @@ def import_prompt(
         labels=labels or None,
         metric=metric or ("accuracy" if labels else "exact_match"),
         source=f"{form} {source.name}",
+        label_score=label_score,
+        label_offsets=label_offsets or None,
     )
     opened = connect_bank(bank, alias, trusted_key, signing_key=signing_key, create=create)
     backbone = _backbone(opened, model, weights, backbone_of, create)

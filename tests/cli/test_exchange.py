@@ -19,6 +19,7 @@ def test_what_is_exported_and_imported_again_is_the_same_array_bit_by_bit(run, d
     found = document(
         "import", "back", tmp_path / place, "--from", form, *TEMPLATES, "--backbone-of", "latest",
         "--label", "negative", "--label", "positive",
+        "--label-score", "mean", "--label-offset", "-0.25", "--label-offset", "-1.5",
     )  # fmt: skip
     assert list(found) == ["bank", "prompt", "shape", "version", "alias", "backbone"]
     assert (found["prompt"], found["shape"], found["version"], found["alias"]) == ("back", [4, 8], 4, "latest")
@@ -26,6 +27,7 @@ def test_what_is_exported_and_imported_again_is_the_same_array_bit_by_bit(run, d
     there, back = bank.load("sst2@2"), bank.load("back")
     assert back.array.tobytes() == there.array.tobytes() and back.record.digest == there.record.digest
     assert back.record.template == there.record.template and back.record.labels == ("negative", "positive")
+    assert (back.record.label_score, back.record.label_offsets) == ("mean", (-0.25, -1.5))
     assert (back.record.metric, back.record.task) == ("accuracy", "back")
     assert back.record.initialisation == f"imported from {form} {place}"
     manifest = bank.manifest(4)
@@ -87,6 +89,7 @@ def test_an_import_may_go_to_an_alias_that_was_never_set(document, uri, tmp_path
         ({"--target": "{}"}, '--target "{}": name at least one column'),
         ({"--target": "{x.y}"}, "name at least one column, in braces such as {text}, and write {{ and }} for braces"),
         ({"--target": "{x!r}"}, "name at least one column"),
+        ({"--label-offset": "0.5"}, "1 --label-offset for 0 --label: give one for each"),
         ({"--metric": "f1"}, "--metric f1 needs the answers to choose from: add --label for each"),
         ({"--metric": "bleu"}, "invalid value for '--metric': 'bleu' is not one of 'accuracy', "),
         ({"--weights": "int8"}, "--weights belongs to --model: leave it out"),
