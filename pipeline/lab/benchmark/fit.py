@@ -209,7 +209,7 @@ def _random_task(place: int, vocabulary: int, options: FitOptions) -> TaskWork:
             "dev": "in memory",
             "prompt": {"length": options.length},
             "batch_size": options.batch_size,
-            "optimizer": {"lr": 0.01},
+            "optimizer": {"lr": 0.01, "schedule": "constant"},
         }
     )
     trial = make_trial(f"task{place}", settings, place, "benchmark", "benchmark")

@@ -69,7 +69,7 @@ def load_work(
             "dev": "in memory",
             "prompt": {"length": options.length},
             "batch_size": options.batch_size,
-            "optimizer": {"name": "adafactor", "lr": options.rate},
+            "optimizer": {"name": "adafactor", "lr": options.rate, "schedule": "constant"},
         }
     )
     splits: dict[str, tuple[TokenSet, TokenSet | None]] = {}
