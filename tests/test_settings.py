@@ -76,7 +76,6 @@ def test_overrides_change_one_setting_and_leave_the_file_alone(raw, override, re
         ("tasks.b.dev_fraction=0.5", "give either 'dev' (a path) or 'dev_fraction'"),
         ("tasks.a.prompt.init=text", "init 'text' needs the setting 'text'"),
         ("tasks.a.prompt.init=bank", "init 'bank' needs the setting 'source'"),
-        ("tasks.a={train: x, metric: loss, label_score: mean}", "label_score: the metric 'loss' compares no labels"),
         ("tasks.a={train: x, metric: rouge_l, calibrate: true}", "calibrate: the metric 'rouge_l' compares no labels"),
         ("tasks.a={train: x, metric: rouge_l, balance: true}", "with the metric 'rouge_l' targets are open texts"),
         ("tasks.a.label_score=median", "'tasks.a.label_score': input should be 'sum' or 'mean'"),

@@ -314,11 +314,6 @@ class TaskDefaults(SettingsModel):
                 f"calibrate: the metric '{self.metric}' compares no labels; leave 'calibrate' out, or measure by "
                 "accuracy or f1"
             )
-        if self.label_score != "sum" and not labelled:
-            raise ValueError(
-                f"label_score: the metric '{self.metric}' compares no labels; leave 'label_score' out, or measure by "
-                "accuracy or f1"
-            )
         if self.balance and not labelled and self.labels is None:
             raise ValueError(
                 f"balance: with the metric '{self.metric}' targets are open texts, which have no equal shares; leave "

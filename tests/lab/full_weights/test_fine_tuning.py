@@ -42,11 +42,14 @@ def ready(request, tmp_path_factory):
             str(run), "film", str(folder / "model"), str(folder / "description"), checkpoint_every=7,
             tokens_per_microbatch=128,
         )  # fmt: skip
-        usual = {"optimizer": {"lr": 0.02, "weight_decay": 0}, "max_steps": 30, "eval_every": 10, "eval_rows": 60}
+        usual = {"optimizer": CALM, "max_steps": 30, "eval_every": 10, "eval_rows": 60}
         settings = make_task(**{**usual, **changes}).model_dump(mode="json")
         return FineTuningJob(place, "film", settings, corpus.to_dict(), seed=3, fingerprint="model")
 
     return job, corpus
+
+
+CALM = {"lr": 0.02, "weight_decay": 0, "schedule": "constant"}
 
 
 def carry_out(job):
