@@ -100,7 +100,7 @@ class OptimizerSettings(SettingsModel):
     name: Literal["adafactor", "adamw"] = "adafactor"
     """Adafactor as in Lester et al. (2021), or AdamW."""
     lr: Rate = "auto"
-    """The learning rate: about how far a step moves an entry of the prompt. `auto` is half the RMS of the model's
+    """The learning rate: about how far a step moves an entry of the prompt. `auto` is 0.3 times the RMS of the model's
     embeddings."""
     weight_decay: float = Field(1e-5, ge=0)
     """How strongly the prompt, or what is trained in its place, is drawn towards zero."""

@@ -20,12 +20,12 @@ class Group(TypedDict):
     """Their rate as a share of the optimizer's own."""
 
 
-AUTO_RATE = 0.5
+AUTO_RATE = 0.3
 """`lr: auto`, as a share of the RMS of the model's embeddings.
 
 Both optimizers' steps are in the prompt's own units, whatever the gradient's size, and a prompt stands beside
-embeddings. Measured (docs/quality.md): from 0.3 to 0.8 of their RMS the rate is near its best on models whose
-embeddings have an RMS of 0.12 and of 1.03."""
+embeddings. Measured (docs/quality.md): at this share of their RMS the rate is near its best on models whose embeddings
+have an RMS of 0.12 and of 1.03; at 0.5 some short tasks learn less, at 1 many."""
 
 
 def learning_rate(settings: OptimizerSettings, embeddings_rms: float) -> float:
