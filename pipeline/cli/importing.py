@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.bank import BackboneId, PromptBank, Template
+from pipeline.bank import BackboneId, LabelScore, PromptBank, Template
 from pipeline.bank.imports import import_npy, import_peft, imported_prompt
 from pipeline.cli import completion, output
 from pipeline.cli.models import Weights, identity_of
@@ -39,7 +39,7 @@ Labels = Annotated[
     typer.Option("--label", metavar="TEXT", help="One of the answers to choose from. May be repeated."),
 ]
 ComparedBy = Annotated[
-    Literal["sum", "mean"], typer.Option(help="What answers are compared by: the log-likelihood's sum, or its mean.")
+    LabelScore, typer.Option(help="What answers are compared by: the log-likelihood's sum, or its mean.")
 ]
 LabelOffsets = Annotated[
     list[float] | None,

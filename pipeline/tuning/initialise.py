@@ -67,8 +67,9 @@ def example_rows(trial: Trial, train: TokenSet, draw: int) -> np.ndarray:
     """Numbers `[n]` of the solved rows that a prompt starts from: as many as its length has room for, at least one."""
     length = trial.settings.prompt.length
     drawn = trial.generator("init", draw).choice(len(train), min(length, len(train)), replace=False)
-    tokens = np.cumsum([len(solved_row(train, row)) for row in drawn])
-    return drawn[: 1 + int(np.searchsorted(tokens, length))]
+    # Every step asks for this: lengths come from the offsets, without the rows' tokens.
+    lengths = sum(offsets[drawn + 1] - offsets[drawn] for offsets in (train.input_offsets, train.target_offsets))
+    return drawn[: 1 + int(np.searchsorted(np.cumsum(lengths), length))]
 
 
 def rows_started_from(trial: Trial, train: TokenSet) -> np.ndarray:

@@ -28,11 +28,6 @@ embeddings. Measured (docs/quality.md): at this share of their RMS the rate is n
 have an RMS of 0.12 and of 1.03; at 0.5 some short tasks learn less, at 1 many."""
 
 
-def learning_rate(settings: OptimizerSettings, embeddings_rms: float) -> float:
-    """The rate as set, or what `auto` stands for with a model whose embeddings have this RMS."""
-    return AUTO_RATE * embeddings_rms if settings.lr == "auto" else settings.rate
-
-
 def make_optimizer(
     trained: Parameter | Sequence[Group], settings: OptimizerSettings, rate: float | None = None
 ) -> Optimizer:

@@ -8,7 +8,7 @@ from torch import Tensor
 from pipeline.tuning.evaluate import EvalRequest, evaluate
 from pipeline.tuning.halving import SweepTrial, ranking, rungs, verdicts
 from pipeline.tuning.initialise import initial_prompt
-from pipeline.tuning.optimise import learning_rate
+from pipeline.tuning.optimise import AUTO_RATE
 from pipeline.tuning.parameters import initial_parameters
 from pipeline.tuning.progress import Progress
 from pipeline.tuning.state import TrialState, start, start_again
@@ -56,7 +56,8 @@ def restart(progress: Progress, state: TrialState) -> None:
 
 def _started(progress: Progress, trial: Trial, prompt: Tensor | None) -> TrialState:
     """A trial at its first prompt `[P, H]`; None where its rows cannot be read."""
-    rate = learning_rate(trial.settings.optimizer, progress.embeddings_rms)
+    optimizer = trial.settings.optimizer
+    rate = AUTO_RATE * progress.embeddings_rms if optimizer.lr == "auto" else optimizer.rate
     if prompt is None:
         return start(trial, progress.backbone.no_prompt(), rate=rate)
     return start(trial, prompt, initial_parameters(trial, prompt, progress.backbone, progress.tokenizer), rate)

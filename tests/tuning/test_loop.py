@@ -36,13 +36,15 @@ CHANGES = {
 }
 
 
-def make_run(folder, tokenizer, architecture, names=tuple(CHANGES), **changes) -> TuningRun:
+def make_run(folder, tokenizer, architecture, names=None, of=CHANGES, **changes) -> TuningRun:
+    """A run of the trials of these names, or of all, of the table `of`."""
+    names = tuple(of) if names is None else names
     corpora = {
         name: make_corpus(folder / "corpora", tokenizer, architecture, name, seed)
-        for seed, name in enumerate(CHANGES)
+        for seed, name in enumerate(of)
         if name in names
     }
-    trials = [trial(name, corpora[name], **CHANGES[name]) for name in names]
+    trials = [trial(name, corpora[name], **of[name]) for name in names]
     run = TuningRun(trials, corpora, folder / "run", max_live_trials=64, checkpoint_every=4, token_budget=256)
     return replace(run, **changes)
 

@@ -1,6 +1,7 @@
 """What is trained in a prompt's place: it starts at the prompt, learns by its gradient, and leaves the prompt."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,13 +20,13 @@ from pipeline.tuning.evaluate import eval_request, evaluate
 from pipeline.tuning.initialise import initial_prompt
 from pipeline.tuning.loop import tune
 from pipeline.tuning.parameters import KINDS, Superposition, initial_parameters
-from pipeline.tuning.progress import TuningRun
 from pipeline.tuning.state import TrialState, from_record, start, to_record
 from pipeline.tuning.step import TrialStep, batch_of_step, losses_and_gradients
 from pipeline.tuning.trials import Trial, make_trial, make_trials
-from tests.corpora import make_corpus, make_task, trial
+from tests.corpora import make_corpus, make_task
 from tests.killed import killed_at_call
 from tests.ranks import run_ranks
+from tests.tuning import test_loop
 from tests.tuning.test_loop import assert_same_prompts, prompts_of
 
 CPU = torch.device("cpu")
@@ -43,15 +44,7 @@ CHANGES = {
 assert CHANGES.keys() == {*KINDS, "direct"}
 
 
-def make_run(folder, tokenizer, architecture, names=tuple(CHANGES), **changes) -> TuningRun:
-    corpora = {
-        name: make_corpus(folder / "corpora", tokenizer, architecture, name, seed)
-        for seed, name in enumerate(CHANGES)
-        if name in names
-    }
-    trials = [trial(name, corpora[name], **CHANGES[name]) for name in names]
-    run = TuningRun(trials, corpora, folder / "run", max_live_trials=64, checkpoint_every=4, token_budget=256)
-    return replace(run, **changes)
+make_run = partial(test_loop.make_run, of=CHANGES)
 
 
 def begun(model, kind: str, **changes) -> TrialState:
