@@ -2,12 +2,14 @@
 
 The prompt comes first and attention is causal, so its keys and values do not depend on the text
 behind it. Each prompt therefore runs once a batch, and its rows attend to it exactly as if it ran
-once a row. A prompt whose keys and values were kept (`prompt_states`) does not run at all.
+once a row. So does what all rows behind a prompt begin with, such as an instruction of the task's template. A
+prompt whose keys and values were kept (`prompt_state`) does not run at all.
 
 Shapes: B rows, S prompts, T tokens, P prompt tokens, N tokens of all segments, H hidden, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from torch import Tensor
 from pipeline.backbone.embedding import embed_words
 from pipeline.backbone.output import best_tokens, layers_of, summed, target_of_token, token_nll
 from pipeline.backbone.packed import KeysAndValues, Layout, make_layout, run_packed
-from pipeline.backbone.rows import PromptState, Rows, TokenRows, as_indices
+from pipeline.backbone.rows import NO_TOKENS, PromptState, Rows, TokenRows, as_indices
 
 
 def target_nll(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
@@ -28,19 +30,46 @@ def target_nll(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
 
 def target_states(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
     """The hidden states `[N, H]` that predict the N tokens of all targets, one after the other."""
+    trees = trees_of(rows)
     # A target's last token predicts nothing that is scored, so it does not run.
-    texts = [np.concatenate([x, y[:-1]]) for x, y in zip(rows.inputs, targets, strict=True)]
-    # Only prompts that some row of this batch uses: each runs once, whatever its number of rows.
-    used, of_row = np.unique(rows.prompt_of_row, return_inverse=True)
-    prompts = [rows.prompts[s] for s in used]
-    hidden, layout = run_behind_prompts(model, prompts, texts, list(of_row))
+    texts = [np.concatenate([x, y[:-1]]) for x, y in zip(trees.own, targets, strict=True)]
+    hidden, layout = run_behind_prompts(model, trees.prompts, [*trees.beginnings, *texts], trees.parents)
     # The token at position t is predicted at t - 1.
-    before = [
-        layout.starts[len(prompts) + b] + len(x) - 1 + np.arange(len(y))
-        for b, (x, y) in enumerate(zip(rows.inputs, targets, strict=True))
-    ]
+    starts = layout.starts[trees.segments]
+    before = [start + len(x) - 1 + np.arange(len(y)) for start, x, y in zip(starts, trees.own, targets, strict=True)]
     # Logits at these positions alone: over all positions they would be the step's largest tensor.
     return hidden[as_indices(np.concatenate(before), hidden)]
+
+
+@dataclass(frozen=True, eq=False)
+class Trees:
+    """Rows as segments: prompts, then what all rows behind one of them begin with, then the rest of each row."""
+
+    prompts: list[Tensor | PromptState]
+    """Those that some row uses: each runs once, whatever its number of rows."""
+    beginnings: list[np.ndarray]
+    own: list[np.ndarray]
+    """[B] the tokens of each input behind its beginning; at least one."""
+    parents: list[int]
+    """Of each beginning and each row."""
+
+    @property
+    def segments(self) -> np.ndarray:
+        """`[B]` the segments of the rows."""
+        return len(self.prompts) + len(self.beginnings) + np.arange(len(self.own))
+
+
+def trees_of(rows: Rows) -> Trees:
+    """Each row behind its prompt, and between them what it has in common with the prompt's other rows."""
+    used, of_row = np.unique(rows.prompt_of_row, return_inverse=True)
+    shared = [rows.shared[s] if rows.shared else 0 for s in used]
+    leading = [int(place) for place in np.flatnonzero(shared)]
+    first_row = {place: int(np.argmax(of_row == place)) for place in leading}
+    beginnings = [rows.inputs[first_row[place]][: shared[place]] for place in leading]
+    above = {place: len(used) + number for number, place in enumerate(leading)}
+    parents = [*leading, *(above.get(int(place), int(place)) for place in of_row)]
+    own = [ids[shared[place] :] for ids, place in zip(rows.inputs, of_row, strict=True)]
+    return Trees([rows.prompts[s] for s in used], beginnings, own, parents)
 
 
 def run_behind_prompts(
@@ -92,20 +121,16 @@ def _given_and_fresh(prompts: Sequence[Tensor | PromptState]) -> tuple[list[Prom
     return given, fresh
 
 
-def prompt_states(model: Any, prompts: Sequence[Tensor]) -> list[PromptState]:
-    """Run prompts `[P_s, H]` and keep their keys and values, which the tokens behind them attend to."""
-    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+def prompt_state(model: Any, prompt: Tensor, beginning: np.ndarray = NO_TOKENS) -> PromptState:
+    """Run a prompt `[P, H]`, and what rows behind it begin with, `[T]`, and keep their keys and values.
+
+    The tokens behind them attend to these.
+    """
     kept: KeysAndValues = {}
-    lengths, device = [len(prompt) for prompt in prompts], prompts[0].device
-    ids = torch.full((1, sum(lengths)), pad_token(model), device=device)
-    layout = make_layout(lengths, [None] * len(prompts), device)
-    run_packed(model, torch.cat(list(prompts)).to(dtype), layout, (), kept, inputs_beside(model, ids))
-    # Copies: a view would keep the tensors of all prompts in memory.
-    parts = [[part.split(lengths) for part in pair] for pair in _by_layer(kept)]
-    return [
-        PromptState([keys[s].clone() for keys, _ in parts], [values[s].clone() for _, values in parts])
-        for s in range(len(prompts))
-    ]
+    run_behind_prompts(model, [prompt], [beginning], [0], kept)
+    state = _state(kept)
+    # Copies: families that make queries, keys and values in one product keep all three while a view of one is there.
+    return PromptState([part.clone() for part in state.keys], [part.clone() for part in state.values])
 
 
 def nll_at(model: Any, hidden: Tensor, places: np.ndarray, tokens: np.ndarray) -> Tensor:
@@ -115,19 +140,18 @@ def nll_at(model: Any, hidden: Tensor, places: np.ndarray, tokens: np.ndarray) -
 
 def label_nll(model: Any, rows: Rows, pairs: np.ndarray, candidates: TokenRows) -> Tensor:
     """-log P of candidates, each behind the row that `pairs` names: `[len(candidates)]` float32."""
-    used, of_row = np.unique(rows.prompt_of_row, return_inverse=True)
-    prompts = [rows.prompts[s] for s in used]
-    inputs = len(prompts) + np.arange(len(rows.inputs))  # segments of the inputs, then those of the labels
+    trees = trees_of(rows)
+    inputs = trees.segments  # behind them stand the segments of the labels
     # A label's last token predicts nothing, so a label of one token needs no segment of its own.
     longer = [i for i, label in enumerate(candidates) if len(label) > 1]
-    texts = [*rows.inputs, *(candidates[i][:-1] for i in longer)]
-    hidden, layout = run_behind_prompts(model, prompts, texts, [*of_row, *inputs[pairs[longer]]])
+    texts = [*trees.beginnings, *trees.own, *(candidates[i][:-1] for i in longer)]
+    hidden, layout = run_behind_prompts(model, trees.prompts, texts, [*trees.parents, *inputs[pairs[longer]]])
     # The input's last token predicts the first token of every label behind it.
-    ends = layout.starts[inputs] + [len(x) - 1 for x in rows.inputs]
+    ends = layout.starts[inputs] + [len(x) - 1 for x in trees.own]
     places = [ends[pairs]]
     tokens = [np.array([label[0] for label in candidates])]
     of_label = [np.arange(len(candidates))]
-    for segment, i in enumerate(longer, start=len(prompts) + len(rows.inputs)):
+    for segment, i in enumerate(longer, start=int(inputs[-1]) + 1):
         places.append(layout.starts[segment] + np.arange(len(candidates[i]) - 1))
         tokens.append(candidates[i][1:])
         of_label.append(np.full(len(candidates[i]) - 1, i))
@@ -141,12 +165,11 @@ def label_nll(model: Any, rows: Rows, pairs: np.ndarray, candidates: TokenRows) 
 
 def decoding_steps(model: Any, rows: Rows) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
     """Two functions: one returns the first tokens `[B]`, the other takes tokens `[B]` and returns the next ones."""
-    used, of_row = np.unique(rows.prompt_of_row, return_inverse=True)
-    prompts, kept = [rows.prompts[s] for s in used], KeysAndValues()
-    hidden, layout = run_behind_prompts(model, prompts, rows.inputs, list(of_row), kept)
-    texts = len(prompts) + np.arange(len(rows.inputs))  # the segments of rows, each of which grows token by token
+    trees, kept = trees_of(rows), KeysAndValues()
+    hidden, layout = run_behind_prompts(model, trees.prompts, [*trees.beginnings, *trees.own], trees.parents, kept)
+    texts = trees.segments  # each of them grows token by token
     lengths, parents = layout.segments.lengths.copy(), layout.segments.parents
-    memory = _joined([*_given_and_fresh(prompts)[0], _state(kept)])
+    memory = _joined([*_given_and_fresh(trees.prompts)[0], _state(kept)])
     ends = layout.starts[texts] + lengths[texts] - 1
     first = best_tokens(model, hidden[as_indices(ends, hidden)])
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.backbone import decoder_only, encoder_decoder, padded
 from pipeline.backbone.output import summed, target_of_token, token_distillation
-from pipeline.backbone.rows import PromptState, Rows, TokenRows, as_indices
+from pipeline.backbone.rows import NO_TOKENS, PromptState, Rows, TokenRows, as_indices
 
 __all__ = [
     "PromptState",
@@ -61,10 +61,12 @@ def target_distillation(model: Any, rows: Rows, targets: TokenRows, teacher: Row
 
 
 @torch.no_grad()
-def prompt_state(model: Any, prompt: Tensor) -> PromptState:
-    """Run a soft prompt `[P, H]` of a packed model once; `Rows` take the returned state in its place."""
-    (state,) = decoder_only.prompt_states(model, [prompt])
-    return state
+def prompt_state(model: Any, prompt: Tensor, beginning: np.ndarray = NO_TOKENS) -> PromptState:
+    """Run a soft prompt `[P, H]` of a packed model once, and behind it the tokens `[T]` that its rows begin with.
+
+    `Rows` take the returned state in the prompt's place, and the inputs without these tokens.
+    """
+    return decoder_only.prompt_state(model, prompt, beginning)
 
 
 @torch.no_grad()

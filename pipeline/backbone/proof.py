@@ -314,7 +314,7 @@ def _packed(model: Any, prompts: Sequence[Tensor], probe: _Probe) -> Tensor:
     losses = decoder_only.target_nll(model, Rows(prompts, range(2), probe.inputs), probe.targets)
     # Keys and values of prompts that ran before serve decoding and services, so they belong to this way.
     with torch.no_grad():
-        states = decoder_only.prompt_states(model, prompts)
+        states = [decoder_only.prompt_state(model, prompt) for prompt in prompts]
         kept = decoder_only.target_nll(model, Rows(states, range(2), probe.inputs), probe.targets)
     return losses + (kept - losses).abs().detach()  # an error of either shows
 

@@ -12,6 +12,9 @@ from torch import Tensor
 
 TokenRows = Sequence[np.ndarray]
 """One array of token ids a row, of any lengths."""
+NO_TOKENS = np.empty(0, dtype=np.int64)
+_FEWEST_SHARED = 8
+"""Tokens below which a beginning is not worth a segment of its own, such as a tokenizer's bos alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +47,26 @@ class Rows:
     """Soft prompts `[P_s, H]`, or the states of prompts that ran before. Lengths may differ; 0 means no prompt."""
     prompt_of_row: Sequence[int]
     inputs: TokenRows
+    shared: Sequence[int] = ()
+    """Tokens that all inputs behind each prompt begin with alike, and that run once; none: they run with each row. At
+    least one token of an input is its own."""
+
+
+def common_beginnings(inputs: TokenRows, group_of_row: Sequence[int], groups: int) -> list[int]:
+    """For each group of rows, the tokens that all its inputs begin with alike; 0 where that is not worth a segment.
+
+    A template's fixed beginning is found this way, whatever the tokenizer makes of where it ends.
+    """
+    first: dict[int, np.ndarray] = {}
+    shared = [0] * groups
+    for ids, group in zip(inputs, group_of_row, strict=True):
+        if group not in first:
+            first[group], shared[group] = ids, max(0, len(ids) - 1)
+            continue
+        most = max(0, min(shared[group], len(ids) - 1))
+        differs = first[group][:most] != ids[:most]
+        shared[group] = int(differs.argmax()) if differs.any() else most
+    return [tokens if tokens >= _FEWEST_SHARED else 0 for tokens in shared]
 
 
 def as_indices(values: np.ndarray, like: Tensor | PromptState) -> Tensor:

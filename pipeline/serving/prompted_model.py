@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from threading import Lock
 from typing import Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from pipeline.backbone import prompted
 from pipeline.backbone.label_scores import label_scores
 from pipeline.bank import Prompt, PromptBank, Snapshot
 from pipeline.errors import MissingFileError, PromptBankError, UnknownNameError, UnknownTaskError
-from pipeline.serving.requests import EncodedRow, Request, Text, encode_rows
+from pipeline.serving.requests import EncodedRow, Request, Text, encode_rows, template_beginning
 from pipeline.serving.served_backbone import ServedBackbone
 
 Answer = TypeVar("Answer")
@@ -42,7 +43,7 @@ class PromptStateCache:
     """Keys and values of the prompts used last, so that a prompt runs once and not once a batch.
 
     Holds at most `limit` bytes; the least recently used prompt leaves first. Keys are digests of prompts' blobs, so
-    that versions of a bank share what they have in common.
+    that versions of a bank share what they have in common, and behind them the tokens that rows begin with.
     """
 
     def __init__(self, limit: int) -> None:
@@ -82,6 +83,7 @@ class PromptedModel:
         self.backbone = backbone
         self.bank = bank
         self.states = PromptStateCache(cache_bytes)
+        self._beginnings: WeakKeyDictionary[Prompt, np.ndarray] = WeakKeyDictionary()
         self._token_budget = token_budget
         self._longest = min(backbone.context or token_budget, token_budget)
         # One batch at a time: a model's attention is a setting of the whole model (backbone/packed.py).
@@ -173,17 +175,39 @@ class PromptedModel:
         return answers
 
     def _packed(self, rows: Sequence[EncodedRow]) -> prompted.Rows:
-        """The rows with each of their prompts once: as keys and values from the cache, or where rows pad as vectors."""
-        of_digest = {str(row.prompt.record.digest): row.prompt for row in rows}
-        place = {digest: i for i, digest in enumerate(of_digest)}
-        of_row = [place[str(row.prompt.record.digest)] for row in rows]
-        inputs = [row.input_ids for row in rows]
-        if self.backbone.backbone.pads_rows:
-            return prompted.Rows([self._tensor(prompt) for prompt in of_digest.values()], of_row, inputs)
-        return prompted.Rows([self._state(*item) for item in of_digest.items()], of_row, inputs)
+        """The rows with each of their prompts once: as vectors where rows pad, else as keys and values from the cache.
 
-    def _state(self, digest: str, prompt: Prompt) -> prompted.PromptState:
-        return self.states.get(digest, lambda: self.backbone.backbone.run(prompted.prompt_state, self._tensor(prompt)))
+        In the cache stands with a prompt what its template begins with, and the rows run without that.
+        """
+        if self.backbone.backbone.pads_rows:
+            of_digest = {str(row.prompt.record.digest): row.prompt for row in rows}
+            place = {digest: i for i, digest in enumerate(of_digest)}
+            of_row = [place[str(row.prompt.record.digest)] for row in rows]
+            prompts = [self._tensor(prompt) for prompt in of_digest.values()]
+            return prompted.Rows(prompts, of_row, [row.input_ids for row in rows])
+        states: dict[str, prompted.PromptState] = {}
+        keys, inputs = [], []
+        for row in rows:
+            beginning = self._beginning(row)
+            key = str(row.prompt.record.digest) + beginning.tobytes().hex()
+            if key not in states:
+                states[key] = self._state(key, row.prompt, beginning)
+            keys.append(key)
+            inputs.append(row.input_ids[len(beginning) :])
+        return prompted.Rows([*states.values()], [[*states].index(key) for key in keys], inputs)
+
+    def _state(self, key: str, prompt: Prompt, beginning: np.ndarray) -> prompted.PromptState:
+        run = self.backbone.backbone.run
+        return self.states.get(key, lambda: run(prompted.prompt_state, self._tensor(prompt), beginning))
+
+    def _beginning(self, row: EncodedRow) -> np.ndarray:
+        """The tokens that the row begins with because its template does; none for a row that begins otherwise."""
+        if row.prompt not in self._beginnings:
+            self._beginnings[row.prompt] = template_beginning(row.prompt, self.backbone)
+        beginning = self._beginnings[row.prompt]
+        # A text may merge with the template's last word into one token.
+        begins = len(row.input_ids) > len(beginning) and (row.input_ids[: len(beginning)] == beginning).all()
+        return beginning if begins else beginning[:0]
 
     def _tensor(self, prompt: Prompt) -> Tensor:
         return torch.from_numpy(prompt.array.copy()).to(self.backbone.backbone.device)

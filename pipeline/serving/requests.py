@@ -1,12 +1,14 @@
 """Turns what a caller gives, a task and a text, into token ids behind a prompt. Shapes: T tokens, P prompt tokens."""
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from pipeline.backbone.rows import NO_TOKENS, common_beginnings
 from pipeline.bank import Prompt, PromptRecord
 from pipeline.corpus.chat import ModelChat, recorded_chat, recorded_input
 from pipeline.corpus.encoding import encode_inputs, encode_targets, missing_embedding
@@ -77,6 +79,19 @@ def encode_rows(
             raise CorpusError(f"{of_row} {reason}")
         rows.append(row)
     return rows
+
+
+def template_beginning(prompt: Prompt, served: ServedBackbone) -> np.ndarray:
+    """The tokens `[T]` that rows of a prompt's template begin with, whatever is in their columns; may be none."""
+    template = recorded_input(prompt.record.template, f"prompt '{prompt.record.name}'")
+    probes = [dict.fromkeys(template.columns, text) for text in ("a", "7")]
+    request = Request(probes, [prompt.record.name] * 2)
+    try:
+        one, other = encode_rows(request, lambda _: prompt, served, labelled=False, longest=sys.maxsize)
+    except CorpusError:  # a vocabulary without these, or a chat template that refuses them
+        return NO_TOKENS
+    (tokens,) = common_beginnings([one.input_ids, other.input_ids], [0, 0], 1)
+    return one.input_ids[:tokens]
 
 
 def _encoded(

@@ -69,16 +69,22 @@ class RowCost:
     words: int | None = None
     """Tokens of a teacher's words, behind which the row runs a second time. That pass keeps nothing for a backward
     pass, and slots may share their words: so this counts rather too much than too little."""
+    shared: int = 0
+    """Of the row's own tokens, those that all rows of the slot begin with; they run once where rows are packed."""
 
     @property
     def prompts(self) -> int:
         """What runs once for rows of a slot that are packed, and with each row where they are padded."""
-        return self.prompt + (self.words or 0)
+        return self.prompt + (self.words or 0) + self.shared * self.passes
 
     @property
     def run(self) -> int:
-        """The row's own tokens as often as they run."""
-        return self.own if self.words is None else 2 * self.own
+        """The other tokens, as often as they run."""
+        return (self.own - self.shared) * self.passes
+
+    @property
+    def passes(self) -> int:
+        return 1 if self.words is None else 2
 
 
 Plan = list[list[list[int]]]

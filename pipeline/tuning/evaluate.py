@@ -5,7 +5,7 @@ Labels are compared by log-likelihood (accuracy, f1); open targets are decoded g
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.backbone import prompted
 from pipeline.backbone.host import Backbone
 from pipeline.backbone.label_scores import label_offsets, label_scores
+from pipeline.backbone.rows import common_beginnings
 from pipeline.bank import LabelScore
 from pipeline.corpus.reader import SplitRef, TokenSet, open_split
 from pipeline.corpus.task_corpus import TaskCorpus
@@ -202,10 +203,10 @@ def _label_copies(request: EvalRequest) -> int:
     return len(request.label_ids or ())
 
 
-def _item(slot: int, number: int, request: EvalRequest, copies: Callable[[EvalRequest], int]) -> _Item:
+def _item(slot: int, number: int, request: EvalRequest, copies: int, shared: int) -> _Item:
     split = request.split
-    own = len(split.input_ids(number)) + copies(request) * len(split.target_ids(number))
-    return _Item(slot, number, RowCost(slot, len(request.prompt), own))
+    own = len(split.input_ids(number)) + copies * len(split.target_ids(number))
+    return _Item(slot, number, RowCost(slot, len(request.prompt), own, shared=shared))
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,17 @@ class _Runner:
     backbone: Backbone
     requests: Sequence[EvalRequest]
     token_budget: int
+
+    @cached_property
+    def shared(self) -> list[int]:
+        """For each request, the tokens that its rows begin with alike and that run once; 0 where rows are padded."""
+        if self.backbone.pads_rows:
+            return [0] * len(self.requests)
+        splits = {id(request.split): request.split for request in self.requests}  # trials of a task have the same
+        rows = [(split.input_ids(i), place) for place, split in enumerate(splits.values()) for i in range(len(split))]
+        inputs, of_split = zip(*rows, strict=True)
+        tokens = dict(zip(splits, common_beginnings(inputs, of_split, len(splits)), strict=True))
+        return [tokens[id(request.split)] for request in self.requests]
 
     def each_row(
         self,
@@ -223,7 +235,11 @@ class _Runner:
         padded: bool = False,
     ) -> dict[int, np.ndarray]:
         """`outcomes` (`[B, width]`) of every row of these requests, by request: `[rows, width]`."""
-        items = [_item(s, i, self.requests[s], copies) for s in slots for i in range(len(self.requests[s].split))]
+        items = [
+            _item(s, i, self.requests[s], copies(self.requests[s]), self.shared[s])
+            for s in slots
+            for i in range(len(self.requests[s].split))
+        ]
         table = torch.zeros(len(items), width, dtype=torch.float64, device=self.backbone.device)
         costs = [item.cost for item in items]
         for shares in plan_rows(costs, world_size(), self.token_budget, padded or self.backbone.pads_rows):
@@ -238,7 +254,7 @@ class _Runner:
     def rows(self, items: Sequence[_Item]) -> prompted.Rows:
         inputs = [self.requests[item.slot].split.input_ids(item.number) for item in items]
         prompts = [request.prompt.detach() for request in self.requests]
-        return prompted.Rows(prompts, [item.slot for item in items], inputs)
+        return prompted.Rows(prompts, [item.slot for item in items], inputs, self.shared)
 
 
 def _score_labels(run: _Runner, items: list[_Item], width: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.backbone import prompted
 from pipeline.backbone.host import Backbone
+from pipeline.backbone.rows import common_beginnings
 from pipeline.corpus.reader import TokenSet
 from pipeline.tuning.batches import Plan, RowCost, plan_rows, rows_of_step
 from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
@@ -47,9 +48,9 @@ class BatchRow:
     share: float
     """The teacher's share of this row's loss."""
 
-    def cost(self, prompt: int) -> RowCost:
-        """Behind a prompt of so many tokens."""
-        return RowCost(self.slot, prompt, self.length, len(self.teacher.words) if self.teacher else None)
+    def cost(self, prompt: int, shared: int) -> RowCost:
+        """Behind a prompt of so many tokens, where the slot's rows begin with so many alike."""
+        return RowCost(self.slot, prompt, self.length, len(self.teacher.words) if self.teacher else None, shared)
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,14 @@ def plan_of_step(rows: Sequence[BatchRow], costs: Sequence[RowCost], token_budge
     return plan
 
 
-def behind_teachers(batch: Sequence[BatchRow]) -> tuple[prompted.Rows, list[float]]:
+def behind_teachers(batch: Sequence[BatchRow], packed: bool) -> tuple[prompted.Rows, list[float]]:
     """Rows with teachers as these read them, and the share `[B]` of each row's loss that is its teacher's."""
     of_row = [row.teacher for row in batch if row.teacher is not None]
     places = {teacher: place for place, teacher in enumerate(dict.fromkeys(of_row))}  # each one's words run once
     inputs = [teacher.input_ids(row.split, row.number) for teacher, row in zip(of_row, batch, strict=True)]
-    rows = prompted.Rows([teacher.words for teacher in places], [places[teacher] for teacher in of_row], inputs)
-    return rows, [row.share for row in batch]
+    groups = [places[teacher] for teacher in of_row]
+    shared = common_beginnings(inputs, groups, len(places)) if packed else []
+    return prompted.Rows([teacher.words for teacher in places], groups, inputs, shared), [row.share for row in batch]
 
 
 def losses_and_gradients(
@@ -128,7 +130,14 @@ def losses_and_gradients(
     that have no teacher.
     """
     rows, prompts = batch_of_step(work), [part.prompt for part in work]
-    costs = [row.cost(len(prompts[row.slot])) for row in rows]
+    packed = not backbone.pads_rows
+    # Of all rows of a step, not of a micro-batch's: so a row's numbers do not depend on which rows are dealt with it.
+    shared = [0] * len(work)
+    if packed:
+        shared = common_beginnings(
+            [row.split.input_ids(row.number) for row in rows], [row.slot for row in rows], len(work)
+        )
+    costs = [row.cost(len(prompts[row.slot]), shared[row.slot]) for row in rows]
     losses, tokens = torch.zeros(len(work), device=backbone.device), TokenCounts()
     for prompt in prompts:
         prompt.grad = None
@@ -139,12 +148,12 @@ def losses_and_gradients(
         mine = [rows[i] for i in shares[rank()]]
         batch, factor = mine or [rows[shares[0][0]]], 1.0 if mine else 0.0
         slots = [row.slot for row in batch]
-        inputs = prompted.Rows(prompts, slots, [row.split.input_ids(row.number) for row in batch])
+        inputs = prompted.Rows(prompts, slots, [row.split.input_ids(row.number) for row in batch], shared)
         targets = [row.split.target_ids(row.number) for row in batch]
         if batch[0].teacher is None:
             row_losses = backbone.run(nll, inputs, targets)  # [B]
         else:
-            row_losses = backbone.run(prompted.target_distillation, inputs, targets, *behind_teachers(batch))
+            row_losses = backbone.run(prompted.target_distillation, inputs, targets, *behind_teachers(batch, packed))
         weighted = row_losses * torch.tensor([row.weight * factor for row in batch], device=row_losses.device)
         losses.index_add_(0, torch.tensor(slots, device=losses.device), weighted.detach())
         # The batch's sum, and yet each prompt gets the gradient of its own loss: no row looks at another's prompt.

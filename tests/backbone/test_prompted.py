@@ -1,6 +1,7 @@
 """The model behind soft prompts, against transformers' own forward pass, row by row."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from pipeline.backbone import prompted
 from pipeline.backbone.files import find_model, read_config
 from pipeline.backbone.host import host_backbone
+from pipeline.backbone.rows import common_beginnings
 from tests.tiny import FAMILIES, VOCAB, make_model
 
 EOS = 1
@@ -42,10 +44,25 @@ def rows():
     return make_rows((3, 7))
 
 
-@pytest.fixture(scope="module", params=[(3, 7), (0, 4), (0, 0)], ids=["prompts", "prompt-and-none", "no-prompts"])
+def with_beginnings(rows, tokens):
+    """The rows behind what all rows of their prompt begin with, so many tokens for each prompt."""
+    rng = np.random.default_rng(1)
+    beginnings = [rng.integers(3, VOCAB, n) for n in tokens]
+    inputs = [np.concatenate([beginnings[s], x]) for s, x in zip(OF_ROW, rows.inputs, strict=True)]
+    shared = common_beginnings(inputs, OF_ROW, len(tokens))
+    assert all(found >= wanted for found, wanted in zip(shared, tokens, strict=True))
+    return replace(rows, inputs=inputs, shared=shared)
+
+
+KINDS = {"prompts": (3, 7), "prompt-and-none": (0, 4), "no-prompts": (0, 0)}
+
+
+@pytest.fixture(scope="module", params=[*KINDS, "prompts, rows that begin alike", "no-prompts, rows that begin alike"])
 def any_rows(request):
     """Rows behind soft prompts, or behind none: a model that was fine-tuned needs none."""
-    return make_rows(request.param)
+    kind, _, alike = request.param.partition(", ")
+    rows, targets = make_rows(KINDS[kind])
+    return (with_beginnings(rows, (20, 9)) if alike else rows), targets
 
 
 def embedded(reference, prompt, ids):
@@ -69,6 +86,29 @@ def test_a_mixed_batch_gives_each_row_the_loss_that_transformers_gives_it_alone(
         reference_nll(reference, run.prompts[s], x, y) for s, x, y in zip(OF_ROW, run.inputs, targets, strict=True)
     ]
     np.testing.assert_allclose(nll, alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [(20, 9), (0, 12)])
+def test_what_rows_begin_with_alike_runs_once_and_changes_no_loss_and_no_gradient(both, rows, tokens):
+    (ours, _), (run, targets) = both, rows
+    once = with_beginnings(run, tokens)
+    found = []
+    for each in (once, replace(once, shared=())):
+        prompts = [prompt.clone().requires_grad_() for prompt in each.prompts]
+        nll = ours.run(prompted.target_nll, replace(each, prompts=prompts), targets)
+        nll.sum().backward()
+        found.append((nll.detach(), *(prompt.grad for prompt in prompts)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_beginning_is_the_longest_that_leaves_each_row_a_token_of_its_own():
+    one = np.arange(30)
+    assert common_beginnings([one, one[:20], one[:25]], [0, 0, 0], 1) == [19]
+    assert common_beginnings([one, np.append(one[:12], 99)], [0, 0], 1) == [12]
+    assert common_beginnings([one, np.append(one[:12], 99), one], [0, 1, 0], 3) == [29, 12, 0]
+    assert common_beginnings([one, np.append(one[:3], 99)], [0, 0], 1) == [0], "three tokens are not worth a segment"
+    assert common_beginnings([one, one[:0]], [0, 0], 1) == [0]
 
 
 def test_label_log_likelihoods_are_those_of_the_labels_as_targets(both, any_rows):
@@ -112,14 +152,19 @@ def test_a_prompt_that_is_not_a_number_touches_no_other_row(both, rows):
 
 
 def kept(ours, run):
-    """The same rows behind prompts that ran before."""
-    return prompted.Rows([ours.run(prompted.prompt_state, prompt) for prompt in run.prompts], OF_ROW, run.inputs)
+    """The same rows behind prompts that ran before, each with what its rows begin with."""
+    shared = run.shared or [0] * len(run.prompts)
+    of_prompt = [run.inputs[OF_ROW.index(s)][:tokens] for s, tokens in enumerate(shared)]
+    states = [ours.run(prompted.prompt_state, *both) for both in zip(run.prompts, of_prompt, strict=True)]
+    return prompted.Rows(states, OF_ROW, [x[shared[s] :] for s, x in zip(OF_ROW, run.inputs, strict=True)])
 
 
-def test_prompts_that_ran_before_give_what_prompts_that_run_give(both, rows):
+@pytest.mark.parametrize("beginnings", [(0, 0), (20, 0), (20, 9)])
+def test_what_ran_before_gives_what_runs_now_gives(both, rows, beginnings):
     (ours, _), (run, targets) = both, rows
     if ours.architecture == "encoder-decoder":
         pytest.skip("a prompt before an encoder has no state of its own")
+    run = with_beginnings(run, beginnings)
     again = kept(ours, run)
     with torch.no_grad():
         nll = [ours.run(prompted.target_nll, r, targets) for r in (again, run)]

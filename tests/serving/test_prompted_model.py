@@ -123,6 +123,42 @@ def test_a_prompt_runs_once_for_all_calls(decoder_only):
         hook.remove()
 
 
+INSTRUCTION = "is this film one that you would tell your friends to see or not: "
+
+
+def test_what_a_template_begins_with_runs_once_for_all_calls_and_changes_no_answer(decoder_only, tmp_path):
+    backbone = decoder_only.backbone
+    bank = PromptBank.open(tmp_path / "bank", create=True)
+    prompts = [new_prompt("film", 3, template=INSTRUCTION + "{text}"), new_prompt("colour", 4)]
+    bank.publish(prompts, backbone.identity, "one", {}, "latest")
+    model = PromptedModel(backbone, bank)
+    rows = ["good film", "bad", "good film"], ["film", "film", "colour"]
+    answers = model.classify(*rows)
+    plain = [
+        prompted.Rows([torch.tensor(model.bank.load(task).array)], [0], [ids])
+        for task, ids in zip(
+            rows[1],
+            [
+                backbone.tokenizer((INSTRUCTION if task == "film" else "") + text)["input_ids"]
+                for text, task in zip(*rows, strict=True)
+            ],
+            strict=True,
+        )
+    ]
+    for run, task, answer in zip(plain, rows[1], answers, strict=True):
+        labels = [np.array([*backbone.tokenizer(label)["input_ids"], EOS]) for label in LABELS[task]]
+        (wanted,) = backbone.backbone.run(prompted.label_log_likelihoods, run, [labels])
+        np.testing.assert_allclose(list(answer.values()), wanted, rtol=1e-4)
+    run: list[int] = []
+    layers = next(m for m in backbone.backbone.hosted.modules() if isinstance(m, torch.nn.ModuleList))
+    hook = layers[0].register_forward_hook(lambda layer, args, output: run.append(args[0].shape[:2].numel()))
+    try:
+        model.generate(["good film"], ["film"], 1)
+        assert sum(run) == 2, "prompt and instruction ran before"
+    finally:
+        hook.remove()
+
+
 def test_states_are_kept_up_to_a_limit_and_the_longest_unused_goes_first(decoder_only):
     model = PromptedModel(decoder_only.backbone, decoder_only.bank)
     for task in LABELS:
