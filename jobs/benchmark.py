@@ -3,6 +3,7 @@
 
 python jobs/benchmark.py peers --data ../shared/data --length 100   # against PEFT and transformers' Trainer
 python jobs/benchmark.py ablation --data ../shared/data             # what each part of a fast step gains
+python jobs/benchmark.py earlier ../earlier --data ../shared/data   # against another checkout of this project
 python jobs/benchmark.py profile --data ../shared/data              # where the time of a step goes
 python jobs/benchmark.py lengths --data ../shared/data              # what a longer prompt costs
 python jobs/benchmark.py growth --data ../shared/data               # 1 to 256 trials in one run
@@ -46,6 +47,7 @@ Threads = Annotated[int, typer.Option(help="Threads of each side, all its proces
 Rounds = Annotated[int, typer.Option(help="How often the sides run in turn.")]
 Steps = Annotated[int, typer.Option(help="Steps a round, two of which do not count.")]
 Batch = Annotated[int, typer.Option(help="Rows a step of every task.")]
+Instruction = Annotated[int, typer.Option(help="Tokens that all inputs begin with; the only part that is left out.")]
 Out = Annotated[Path, typer.Option(help="JSON file for the results.")]
 
 FOUR = "sst2,trec,cr,mpqa"
@@ -85,6 +87,30 @@ def peers(
 
 
 @app.command()
+def earlier(
+    checkout: Annotated[Path, typer.Argument(help="A checkout of the earlier commit: git worktree add FOLDER COMMIT.")],
+    data: Data,
+    tasks: Tasks = FOUR,
+    model: Model = "smollm2-135m",
+    length: Annotated[int, typer.Option(help="Prompt length.")] = 100,
+    batch: Batch = 16,
+    steps: Steps = 6,
+    rounds: Rounds = 3,
+    ranks: Ranks = 2,
+    threads: Threads = 2,
+    out: Out = Path("docs/benchmarks/earlier.json"),
+) -> None:
+    """This code against that of an earlier commit, on the same rows."""
+    from pipeline.lab.benchmark.earlier import earlier_side
+
+    names, counts = tasks.split(","), (steps, ranks, threads)
+    bench = _bench(data, names, model, length, batch, *counts)
+    then = earlier_side(checkout, data, names, model, {"length": length, "batch_size": batch}, counts)
+    name = f"now and an earlier commit, prompt length {length}, {tasks}, {batch} rows a task"
+    _run(name, {"now": bench.ours(), "earlier": then}, rounds, out, bench)
+
+
+@app.command()
 def ablation(
     data: Data,
     tasks: Tasks = FOUR,
@@ -95,13 +121,19 @@ def ablation(
     rounds: Rounds = 2,
     ranks: Ranks = 2,
     threads: Threads = 2,
+    instruction: Instruction = 0,
     out: Out = Path("docs/benchmarks/ablation.json"),
 ) -> None:
     """The speed of a step, and of a step without each of its parts."""
     from pipeline.lab.benchmark import ablation as without
     from pipeline.lab.benchmark.bench import OurOptions
 
-    bench = _bench(data, tasks.split(","), model, length, batch, steps, ranks, threads)
+    bench = _bench(data, tasks.split(","), model, length, batch, steps, ranks, threads, instruction=instruction)
+    if instruction:
+        whole = bench.ours(OurOptions(nll=without.beginning_per_row))
+        name = f"an instruction of {instruction} tokens, prompt length {length}, {tasks}, {batch} rows a task"
+        _run(name, {"it runs once": bench.ours(), "it runs with every row": whole}, rounds, out, bench)
+        return
     sides = {
         "all parts": bench.ours(),
         "a prompt runs with every row": bench.ours(OurOptions(nll=without.prompt_per_row)),

@@ -3,6 +3,7 @@
 Each function stands in for `prompted.target_nll` of a decoder-only model: `[B]` float32, in nats.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,11 @@ def prompt_per_row(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
     """Every row runs its own copy of its prompt, as PEFT does."""
     own: Any = [rows.prompts[s] for s in rows.prompt_of_row]
     return decoder_only.target_nll(model, Rows(own, range(len(own)), rows.inputs), targets)
+
+
+def beginning_per_row(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
+    """Every row runs what all rows of its task begin with."""
+    return decoder_only.target_nll(model, replace(rows, shared=()), targets)
 
 
 def padded_rows(model: Any, rows: Rows, targets: TokenRows) -> Tensor:

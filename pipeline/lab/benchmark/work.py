@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from pipeline.tuning.trials import Trial, make_trial
 
 _LONGEST_INPUT = 256
 _SEPARATOR = " "
+_INSTRUCTION = (
+    "You read short texts that people wrote and decide which of the labels fits each one best. Read the whole text "
+    "before you decide, weigh what the writer means and not single words, and answer with one label and nothing else. "
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class WorkOptions:
     rows: int = 1_000
     """Train rows of every task, at most."""
     dev_rows: int = 0
+    instruction: int = 0
+    """Tokens of an instruction that every input begins with."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +81,12 @@ def load_work(
     )
     splits: dict[str, tuple[TokenSet, TokenSet | None]] = {}
     work = []
+    (words,) = encode_inputs(tokenizer, architecture, [_INSTRUCTION * (1 + options.instruction // 30)])
+    read = partial(_token_set, tokenizer, architecture, words[: options.instruction])
     for place, name in enumerate(names):
         if name not in splits:
-            train = _token_set(tokenizer, architecture, data / name / "train.parquet", options.rows)
-            dev = options.dev_rows
-            splits[name] = (
-                train,
-                _token_set(tokenizer, architecture, data / name / "dev.parquet", dev) if dev else None,
-            )
+            train, dev = read(data / name / "train.parquet", options.rows), options.dev_rows
+            splits[name] = (train, read(data / name / "dev.parquet", dev) if dev else None)
         train, held_out = splits[name]
         labels = tuple(sorted(set(train.targets.to_pylist())))
         label_ids = tuple(tuple(ids) for ids in encode_targets(tokenizer, architecture, _SEPARATOR, labels))
@@ -123,9 +128,9 @@ def read_rows(path: Path, rows: int) -> tuple[list[str], list[str]]:
     return table["text"].to_pylist(), [str(label) for label in table["label"].to_pylist()]
 
 
-def _token_set(tokenizer: Any, architecture: Any, path: Path, rows: int) -> TokenSet:
+def _token_set(tokenizer: Any, architecture: Any, beginning: list[int], path: Path, rows: int) -> TokenSet:
     texts, labels = read_rows(path, rows)
-    inputs = [ids[:_LONGEST_INPUT] for ids in encode_inputs(tokenizer, architecture, texts)]
+    inputs = [[*beginning, *ids[:_LONGEST_INPUT]] for ids in encode_inputs(tokenizer, architecture, texts)]
     targets = encode_targets(tokenizer, architecture, _SEPARATOR, labels)
     flat = [np.concatenate(rows).astype(np.int32) for rows in (inputs, targets)]
     offsets = [
