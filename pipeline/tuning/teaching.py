@@ -87,7 +87,7 @@ def make_teacher(trial: Trial, backbone: Backbone, tokenizer: Any, train: TokenS
 def drawn_examples(trial: Trial, rows: int) -> np.ndarray:
     """Numbers `[teacher.examples]` of the train rows, of so many, that a trial's teacher sees solved."""
     count = trial.settings.teacher.examples if trial.settings.teacher else None
-    return trial.generator("teacher").permutation(rows)[: count or 0]
+    return trial.generator("teacher").choice(rows, min(count or 0, rows), replace=False)
 
 
 def teacher_ids(
