@@ -1,17 +1,19 @@
 """Small corpora as token shards, written without Ray, and the trials that learn them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.corpus.chat import ModelChat
 from pipeline.corpus.encoding import encode_targets
 from pipeline.corpus.reader import SplitRef
 from pipeline.corpus.rows import Recipe, tokenise_rows
-from pipeline.corpus.task_corpus import TaskCorpus
+from pipeline.corpus.task_corpus import UNLABELLED, TaskCorpus
 from pipeline.corpus.template import parse_template
 from pipeline.settings import TaskSettings
 from pipeline.tuning.trials import Trial, make_trial
@@ -34,22 +36,38 @@ def reviews(rows: int, seed: int) -> list[tuple[str, str]]:
 def write_split(
     folder: Path, tokenizer: Any, architecture: Any, pairs: list[tuple[str, str]], chat: ModelChat | None = None
 ) -> SplitRef:
-    folder.mkdir(parents=True)
     asked = chat or parse_template("{text}", "")
     recipe = Recipe(asked, parse_template("{label}", ""), " ", 256, 16, architecture)
     columns = {"text": [text for text, _ in pairs], "label": [label for _, label in pairs]}
+    return write_rows(folder, tokenise_rows(recipe, tokenizer, columns, len(pairs)))
+
+
+def write_rows(folder: Path, rows: pa.Table) -> SplitRef:
+    """A shard folder of one shard."""
+    folder.mkdir(parents=True)
     shard = folder / "part.parquet"
-    pq.write_table(tokenise_rows(recipe, tokenizer, columns, len(pairs)), shard)
+    pq.write_table(rows, shard)
     (folder / "manifest.json").write_text(json.dumps({"files": {shard.name: shard.stat().st_size}}))
     return SplitRef(str(folder))
 
 
+def write_unlabelled(folder: Path, tokenizer: Any, architecture: Any, texts: list[str]) -> SplitRef:
+    """Rows of a teacher that have no target."""
+    asked = Recipe(parse_template("{text}", ""), None, "", 256, 0, architecture, unlabelled=True)
+    return write_rows(folder, tokenise_rows(asked, tokenizer, {"text": texts}, len(texts)))
+
+
 def make_corpus(
-    folder: Path, tokenizer: Any, architecture: Any, task: str, seed: int = 0, rows: int = 40
+    folder: Path, tokenizer: Any, architecture: Any, task: str, seed: int = 0, rows: int = 40, unlabelled: int = 0
 ) -> TaskCorpus:
-    """A task of random reviews with train, dev and test splits."""
+    """A task of random reviews with train, dev and test splits, and some rows without targets."""
     splits = {name: reviews(rows, 10 * seed + i) for i, name in enumerate(("train", "dev", "test"))}
-    return task_corpus(folder, tokenizer, architecture, task, splits)
+    corpus = task_corpus(folder, tokenizer, architecture, task, splits)
+    if not unlabelled:
+        return corpus
+    texts = [text for text, _ in reviews(unlabelled, 10 * seed + 3)]
+    ref = write_unlabelled(folder / task / UNLABELLED, tokenizer, architecture, texts)
+    return replace(corpus, splits={**corpus.splits, UNLABELLED: ref})
 
 
 def task_corpus(

@@ -100,7 +100,8 @@ class Metrics(StoredModel):
     dev_loss_before: float | None = None
     dev_loss_after: float | None = None
     dev_constant: float | None = None
-    """Of always giving the train split's most frequent target, on the rows of `dev_after`."""
+    """Of always giving the train split's most frequent target, on the rows of `dev_after`; for `f1` of a guess, where
+    that has more."""
     test_constant: float | None = None
 
     @field_validator("*")
@@ -140,8 +141,8 @@ class PromptRecord(StoredModel):
     templates and settings. Equal, and there is nothing to tune again. Of a prompt that was kept because the new one was
     worse, what that new one was tuned from."""
     learned: bool | None = None
-    """Whether the prompt was better on dev than its start and than one constant answer; None where nobody judged. Of a
-    kept or carried prompt it tells about the blob."""
+    """Whether the prompt was better on dev than its start and than an answer that never looks at the row; None where
+    nobody judged. Of a kept or carried prompt it tells about the blob."""
     tuned_on: BackboneId | None = None
     """The backbone that the blob was tuned on, where a statement alone says that it is the version's; else None.
     Written only where there is one."""

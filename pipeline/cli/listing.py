@@ -251,9 +251,9 @@ def _metric_fields(whose: str, metrics: Metrics) -> list[tuple[str, Cell]]:
     return [
         (f"{whose}dev", _from_to(metrics.dev_before, metrics.dev_after)),
         (f"{whose}dev loss", _from_to(metrics.dev_loss_before, metrics.dev_loss_after)),
-        (f"{whose}dev, one constant answer", metrics.dev_constant),
+        (f"{whose}dev, row not read", metrics.dev_constant),
         (f"{whose}test", metrics.test),
-        (f"{whose}test, one constant answer", metrics.test_constant),
+        (f"{whose}test, row not read", metrics.test_constant),
     ]
 
 

@@ -29,6 +29,7 @@ _UNSEALED = (
 _ID_SPACE = 2**64
 _BATCH_ROWS = 8192
 _ID_ROWS = 2**18
+_FIRST_BITS = 20
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -121,6 +122,25 @@ def open_split(ref: SplitRef, limit: int | None = None) -> TokenSet:
         high = min(high, _id_after(ref, limit))
     tables = [batch.filter(pa.array(_usable(batch, low, high))) for batch in _batches(ref, SHARD_SCHEMA.names)]
     return token_set(pa.Table.from_batches(tables, schema=SHARD_SCHEMA), limit)
+
+
+def rows_at(ref: SplitRef, numbers: Sequence[int] | npt.NDArray[np.int64]) -> tuple[TokenSet, Int64]:
+    """Rows of a split by their numbers `[N]` in `open_split` -> these rows, and the place `[N]` of each among them.
+
+    Copies of a row are one row here. The memory is that of these rows, however many the split has: its files are read
+    three times instead. Raises: CorpusError when the shards are missing.
+    """
+    low, high = ref.id_range
+    wanted = _ids_at(ref, np.asarray(numbers, np.int64))
+    left, taken = np.unique(wanted), []
+    for batch in _batches(ref, SHARD_SCHEMA.names):
+        usable = np.flatnonzero(_usable(batch, low, high))
+        found, first = np.unique(batch["row_id"].to_numpy()[usable], return_index=True)
+        here = np.isin(found, left)
+        taken.append(batch.take(pa.array(usable[first[here]])))
+        left = np.setdiff1d(left, found[here])
+    rows = token_set(pa.Table.from_batches(taken, schema=SHARD_SCHEMA))
+    return rows, np.searchsorted(rows.row_ids, wanted)
 
 
 def token_set(table: pa.Table, limit: int | None = None) -> TokenSet:
@@ -259,6 +279,31 @@ def _id_after(ref: SplitRef, limit: int) -> int:
         + [batch["row_id"].to_numpy()[_usable(batch, low, high)] for batch in _batches(ref, ["row_id", "status"])]
     )
     return int(np.partition(ids, limit - 1)[limit - 1]) + 1 if 0 < limit <= len(ids) else high
+
+
+def _ids_at(ref: SplitRef, numbers: Int64) -> UInt64:
+    """The ids `[N]` of the usable rows that have these numbers when they are sorted by id."""
+    # Ids are hashes, so few of them begin alike. One pass counts by their first bits, which tells how those that are
+    # looked for begin, and another one gathers the ids that begin so: the whole split's might not fit into memory.
+    counts = np.zeros(2**_FIRST_BITS, np.int64)
+    for _, beginnings in _usable_ids(ref):
+        counts += np.bincount(beginnings, minlength=len(counts))
+    before = np.cumsum(counts) - counts
+    assert not len(numbers) or 0 <= numbers.min() <= numbers.max() < counts.sum(), "there is no such row"
+    sought = np.searchsorted(before, numbers, side="right") - 1
+    among = np.isin(np.arange(len(counts)), sought)
+    ids = np.sort(np.concatenate([np.empty(0, np.uint64), *(ids[among[begin]] for ids, begin in _usable_ids(ref))]))
+    gathered = np.cumsum(counts * among) - counts * among
+    found: UInt64 = ids[gathered[sought] + numbers - before[sought]]
+    return found
+
+
+def _usable_ids(ref: SplitRef) -> Iterator[tuple[UInt64, Int64]]:
+    """Ids of usable rows, batch by batch, and the first bits of each as a number."""
+    low, high = ref.id_range
+    for batch in _batches(ref, ["row_id", "status"], _ID_ROWS):
+        ids = batch["row_id"].to_numpy()[_usable(batch, low, high)]
+        yield ids, (ids >> np.uint64(64 - _FIRST_BITS)).astype(np.int64)
 
 
 def _usable(batch: pa.RecordBatch, low: int, high: int) -> npt.NDArray[np.bool_]:

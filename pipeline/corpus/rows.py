@@ -59,7 +59,7 @@ class Recipe:
 
     input: TextTemplate | ModelChat
     target: TextTemplate | None
-    """None for plain text, which is cut into examples later: its rows have no target and no special tokens."""
+    """None for rows without a target: plain text, or `unlabelled` rows."""
     separator: str
     max_input_tokens: int
     max_target_tokens: int
@@ -73,6 +73,9 @@ class Recipe:
     """The tokenizer encodes beginnings differently (`encodes_beginnings_differently`), and a target is none."""
     counts_unencodable: bool = False
     """The tokenizer loses some text (`can_lose_text`), and targets that it loses have a status of their own."""
+    unlabelled: bool = False
+    """The rows are inputs of a task, with the special tokens of inputs. Plain text, which is cut into examples later,
+    has none."""
 
     @property
     def chat(self) -> ModelChat | None:
@@ -157,9 +160,11 @@ def _encode(
     recipe: Recipe, tokenizer: FastTokenizer, inputs: Sequence[str], targets: Sequence[str]
 ) -> tuple[list[list[int]], list[list[int]], list[bool]]:
     """-> ids of the inputs, ids of the targets, and for each target whether it is lost in its tokens."""
-    if recipe.target is None:  # plain text, which has no special tokens and no targets
+    if recipe.target is None and not recipe.unlabelled:
         return encode_plain(tokenizer, inputs), [[] for _ in targets], [False] * len(targets)
     input_ids = encode_inputs(tokenizer, recipe.architecture, inputs, recipe.chat)
+    if recipe.target is None:
+        return input_ids, [[] for _ in targets], [False] * len(targets)
     target_ids = encode_targets(tokenizer, recipe.architecture, recipe.separator, targets, recipe.chat)
     lost = [False] * len(targets)
     if recipe.counts_unencodable:

@@ -111,6 +111,8 @@ def shard_key(source: ParquetSource, recipe: Recipe, tokenizer: TokenizerSpec) -
         inputs["targets"] = "behind a text"
     if recipe.counts_unencodable:
         inputs["unsayable"] = "counted"
+    if recipe.unlabelled:
+        inputs["targets"] = "none"
     if recipe.chat is not None:
         inputs["chat"] = recipe.chat.digest
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(), inputs

@@ -31,6 +31,8 @@ from pipeline.errors import CorpusError
 from pipeline.settings import TaskSettings
 
 SPLITS = ("train", "dev", "test")
+UNLABELLED = "unlabelled"
+"""The split of rows without targets, where a task's teacher has some."""
 _MOST_LABELS = 64
 
 
@@ -40,7 +42,7 @@ class TaskPlan:
 
     task: str
     sources: Mapping[str, ParquetSource]
-    """By setting: `train`, and `dev` and `test` where they are given."""
+    """By setting: `train`, and `dev`, `test` and `unlabelled` where they are given."""
     input: TextTemplate | ChatInput
     target: TextTemplate
     dev_fraction: float | None
@@ -54,7 +56,7 @@ class TaskPlan:
         if self.dev_fraction is not None:
             dev = round(rows["train"] * self.dev_fraction)
             rows |= {"train": rows["train"] - dev, "dev": dev}
-        return {split: rows[split] for split in SPLITS if split in rows}
+        return {split: rows[split] for split in (*SPLITS, UNLABELLED) if split in rows}
 
     @property
     def left_out(self) -> list[str]:
@@ -72,7 +74,7 @@ class TaskCorpus:
 
     task: str
     splits: Mapping[str, SplitRef]
-    """`train`, `dev` and, if the task has one, `test`."""
+    """`train`, `dev` and, if the task has them, `test` and `unlabelled`, whose rows have no targets."""
     labels: tuple[str, ...] | None
     label_ids: tuple[tuple[int, ...], ...] | None
     """[labels][T] target tokens of each label, eos included."""
@@ -112,18 +114,31 @@ def check_task(name: str, task: TaskSettings) -> TaskPlan:
     if not asked.columns:
         raise CorpusError(f"{here}, input: the template {asked.text!r} names no column; write one such as {{text}}")
     inputs = [message.content for message in asked.messages] if isinstance(asked, ChatInput) else [asked]
-    templates = [*inputs, target]
-    sources: dict[str, ParquetSource] = {}
-    for split, paths in (("train", task.train), ("dev", task.dev), ("test", task.test)):
-        if paths is not None:
-            source = sources[split] = inspect_files(paths, f"{here}, {split}")
-            check_columns(source, templates)
-            if not source.rows:
-                raise CorpusError(f"{source.where}: {source.files[0].path} holds no row; give a file that does")
-    check_class_names(list(sources.values()), templates)
-    _check_labels_are_names(here, task, target, sources["train"])
-    columns = dict.fromkeys(column for template in templates for column in template.columns)
-    return TaskPlan(name, sources, asked, target, task.dev_fraction, find_integer_columns(sources, columns))
+    labelled = {
+        split: _source(paths, f"{here}, {split}", [*inputs, target])
+        for split, paths in zip(SPLITS, (task.train, task.dev, task.test), strict=True)
+        if paths is not None
+    }
+    sources = labelled
+    if task.teacher is not None and task.teacher.unlabelled is not None:
+        sources = labelled | {UNLABELLED: _source(task.teacher.unlabelled, f"{here}, teacher.unlabelled", inputs)}
+    # Of unlabelled rows nobody reads a target: what its column holds there, or whether there is one, does not matter.
+    check_class_names(list(sources.values()), inputs)
+    check_class_names(list(labelled.values()), [target])
+    _check_labels_are_names(here, task, target, labelled["train"])
+    columns = dict.fromkeys(column for template in inputs for column in template.columns)
+    others = [column for column in target.columns if column not in columns]
+    integer_columns = find_integer_columns(sources, columns) | find_integer_columns(labelled, others)
+    return TaskPlan(name, sources, asked, target, task.dev_fraction, integer_columns)
+
+
+def _source(paths: str | list[str], where: str, templates: Sequence[TextTemplate]) -> ParquetSource:
+    """Files that have rows, and the columns of these templates. Raises: CorpusError."""
+    source = inspect_files(paths, where)
+    check_columns(source, templates)
+    if not source.rows:
+        raise CorpusError(f"{source.where}: {source.files[0].path} holds no row; give a file that does")
+    return source
 
 
 def task_input(name: str, task: TaskSettings) -> TextTemplate | ChatInput:
@@ -184,11 +199,12 @@ def prepare_task(
     loaded = load_tokenizer(tokenizer.dir)
     encode_targets(loaded, tokenizer.architecture, "", ["a"], recipe.chat)  # has an eos, before any work
     check_encodable(name, task, task.labels or (), recipe.architecture, loaded, recipe.chat)
-    build = partial(build_shards, recipe=recipe, tokenizer=tokenizer, storage=storage, connect=connect)
-    built = {split: SplitRef(str(build(source))) for split, source in plan.sources.items()}
+    build = partial(build_shards, tokenizer=tokenizer, storage=storage, connect=connect)
+    recipes = {split: without_targets(recipe) if split == UNLABELLED else recipe for split in plan.sources}
+    built = {split: SplitRef(str(build(source, recipes[split]))) for split, source in plan.sources.items()}
     # Labels must be encodable; of other targets a few may be lost, which `max_bad_rows` bounds.
     for split, ref in built.items():
-        if task.labels is not None or task.metric in ("accuracy", "f1"):
+        if split != UNLABELLED and (task.labels is not None or task.metric in ("accuracy", "f1")):
             lost = tuple(islice(unencodable_targets(ref), 1))
             check_encodable(name, task, lost, recipe.architecture, loaded, recipe.chat)
         refused = next(chain(unencodable_targets(ref), changed_targets(ref)), None)
@@ -198,15 +214,15 @@ def prepare_task(
     if plan.dev_fraction is not None:
         folder, share = built["train"].dir, plan.dev_fraction
         splits |= {"train": SplitRef(folder, share, 1.0), "dev": SplitRef(folder, 0.0, share)}
-    splits = {split: splits[split] for split in SPLITS if split in splits}
+    splits = {split: splits[split] for split in (*SPLITS, UNLABELLED) if split in splits}
     summaries = {split: summarise_split(ref) for split, ref in splits.items()}
     for split, summary in summaries.items():
         if not summary.counts["ok"]:
-            fraction = "" if plan.dev_fraction is None else f" or fix dev_fraction {plan.dev_fraction}"
-            raise CorpusError(
-                f"task '{name}', {split}: no usable row is left ({_counted(summary)}); give more rows{fraction}"
-            )
-    labels = _label_set(name, task, splits)
+            where = plan.sources[split].where if split in plan.sources else f"task '{name}', {split}"
+            of_fraction = plan.dev_fraction is not None and split in ("train", "dev")
+            fraction = f" or fix dev_fraction {plan.dev_fraction}" if of_fraction else ""
+            raise CorpusError(f"{where}: no usable row is left ({_counted(summary)}); give more rows{fraction}")
+    labels = _label_set(name, task, {split: ref for split, ref in splits.items() if split != UNLABELLED})
     return TaskCorpus(
         task=name,
         splits=splits,
@@ -239,6 +255,21 @@ def task_recipe(plan: TaskPlan, task: TaskSettings, tokenizer: TokenizerSpec) ->
         integer_columns=plan.integer_columns,
         targets_encoded_after_text=separated and encodes_beginnings_differently(loaded, task.separator),
         counts_unencodable=can_lose_text(loaded),
+    )
+
+
+def without_targets(recipe: Recipe) -> Recipe:
+    """The recipe of a task's unlabelled rows: what concerns its targets alone does not decide their shards."""
+    return Recipe(
+        input=recipe.input,
+        target=None,
+        separator="",
+        max_input_tokens=recipe.max_input_tokens,
+        max_target_tokens=0,
+        architecture=recipe.architecture,
+        embedding_rows=recipe.embedding_rows,
+        integer_columns=recipe.integer_columns,
+        unlabelled=True,
     )
 
 

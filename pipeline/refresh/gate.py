@@ -53,7 +53,7 @@ def judge(
 ) -> Verdict:
     """Compare two prompts row by row; the same numbers give the same verdict.
 
-    constant: what one constant answer scores on the same rows, where there is one.
+    constant: what an answer that never looks at the row scores on the same rows (`constant_scores`), where known.
     """
     incumbent, new, p_value = compare(metric, pair, seed)
     worse_by = _sign(metric) * (incumbent - new)

@@ -60,7 +60,8 @@ class TaskRecord:
     start: float | None = None
     """Of the prompt that the best trial started from."""
     constant: float | None = None
-    """Of always giving the train split's most frequent target, on the same rows; null for the metric `loss`."""
+    """Of always giving the train split's most frequent target, on the same rows; for `f1` of a guess, where that has
+    more; null for the metric `loss`."""
     learned: bool | None = None
     """Whether the new prompt is above that, and above its start unless it started from the bank's."""
     warm: float | None = None

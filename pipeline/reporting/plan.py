@@ -22,17 +22,22 @@ class PlanRow:
     """In tokens; the longest of the task's trials."""
     metric: str
     dev_fraction: float | None = None
+    unlabelled_rows: int | None = None
+    """Of the task's teacher, if it has some; the column is there where a task has."""
 
 
 def plan_table(tasks: Sequence[PlanRow]) -> Table:
     """One row per task and, below, the totals over all tasks; rows are counted before any is dropped."""
     table = Table(box=box.SIMPLE_HEAD, show_footer=True)
     steps = sum(task.trials * task.max_steps for task in tasks)
+    unlabelled = [task.unlabelled_rows for task in tasks]
+    some = any(rows is not None for rows in unlabelled)
     table.add_column("task", footer="total", overflow="fold")
     for name, footer in (
         ("train", _count(sum(task.train_rows for task in tasks))),
         ("dev", _total([task.dev_rows for task in tasks])),
         ("test", _count(sum(task.test_rows or 0 for task in tasks))),
+        *([("unlabelled", _count(sum(rows or 0 for rows in unlabelled)))] if some else []),
         ("trials", _count(sum(task.trials for task in tasks))),
         ("steps", _count(steps)),
         ("prompt", ""),
@@ -46,6 +51,7 @@ def plan_table(tasks: Sequence[PlanRow]) -> Table:
             _count(task.train_rows),
             share if task.dev_rows is None else _count(task.dev_rows),
             "–" if task.test_rows is None else _count(task.test_rows),
+            *(["–" if task.unlabelled_rows is None else _count(task.unlabelled_rows)] if some else []),
             _count(task.trials),
             _count(task.max_steps),
             _count(task.prompt_length),

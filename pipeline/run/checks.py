@@ -29,7 +29,7 @@ from pipeline.backbone.memory import MemoryEstimate, estimate_memory
 from pipeline.backbone.weights import open_weights
 from pipeline.bank import BackboneId, PromptBank
 from pipeline.corpus.encoding import encode_targets, missing_embedding
-from pipeline.corpus.task_corpus import TaskPlan, check_encodable, check_task, task_chat
+from pipeline.corpus.task_corpus import UNLABELLED, TaskPlan, check_encodable, check_task, task_chat
 from pipeline.errors import BackboneError, BankError, PromptBankError, SettingsError, StorageError
 from pipeline.reporting.plan import PlanRow, memory_table, plan_table
 from pipeline.reporting.words import millions
@@ -196,6 +196,7 @@ def print_plan(checked: CheckedRun, console: Console) -> None:
             prompt_length=max(trial.prompt.length for trial in trials),
             metric=task.metric,
             dev_fraction=task.dev_fraction,
+            unlabelled_rows=plan.rows.get(UNLABELLED),
         )
         rows.append(row)
     console.print(plan_table(rows))

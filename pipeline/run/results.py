@@ -26,7 +26,7 @@ class TaskResult:
     chosen: TrialState
     """The trial to be published; where every one failed, the first."""
     constant: Mapping[str, float] = field(default_factory=dict)
-    """What one constant answer scores, by split; empty where there is none."""
+    """What an answer that never looks at the row scores, by split (`constant_scores`); empty where there is none."""
     withholds: bool = False
     """Whether a prompt that has not learned is withheld: the setting `bank.not_learned`."""
 
@@ -64,7 +64,7 @@ class TaskResult:
 
     @property
     def dev_constant(self) -> float | None:
-        """Dev metric of always giving train's most frequent target."""
+        """Dev metric of always giving train's most frequent target; for `f1` of a guess, where that has more."""
         return self.constant.get("dev")
 
     @property
@@ -170,13 +170,16 @@ def below_constant(metric: str, value: float, constant: float | None) -> str | N
     """Why a dev metric does not show that a prompt has learned, in one sentence; None where it does."""
     if constant is None or value >= 1.0 or value > constant:
         return None
-    return f"its dev {metric} is {value:.3f} where always giving train's most frequent target has {constant:.3f}"
+    unread = "always giving train's most frequent target"
+    if metric == "f1":
+        unread = f"a guess, or {unread},"
+    return f"its dev {metric} is {value:.3f} where {unread} has {constant:.3f}"
 
 
 def choose(
     states: Sequence[TrialState], corpora: Mapping[str, TaskCorpus], tokenizer: Any, withholds: bool = False
 ) -> list[TaskResult]:
-    """The tasks of these trials, in the trials' order, each with what a constant answer scores on its rows."""
+    """The tasks of these trials, in the trials' order, each with its `constant_scores`."""
     results = []
     for task, trials in by_task(states).items():
         chosen = winner(trials) or trials[0]

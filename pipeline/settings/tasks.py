@@ -140,6 +140,9 @@ class TeacherSettings(SettingsModel):
     """Put between the text, the solved rows and the row itself."""
     weight: float = Field(0.5, gt=0, le=1)
     """The teacher's share of the loss; the labels have the rest. With 1, they only say where the teacher is asked."""
+    unlabelled: Paths | None = None
+    """Parquet files of rows without targets, which have the columns of `input`: the teacher teaches by them, too, and
+    half of every step's rows are theirs. For tasks with a label set."""
 
     @model_validator(mode="before")
     @classmethod
@@ -304,6 +307,19 @@ class TaskDefaults(SettingsModel):
             raise ValueError(
                 "teacher: its words stand before a text, but the input is a chat; write the input as one text"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _unlabelled_rows_have_a_place(self) -> Self:
+        if self.teacher is None or self.teacher.unlabelled is None:
+            return self
+        if self.metric not in ("accuracy", "f1") and self.labels is None:
+            raise ValueError(
+                f"teacher.unlabelled: the teacher is asked at a label, and with the metric '{self.metric}' targets are "
+                "open texts; leave 'unlabelled' out, or give 'labels'"
+            )
+        if self.batch_size < 2:
+            raise ValueError("teacher.unlabelled: half of a step's rows are unlabelled; set batch_size to 2 or more")
         return self
 
     @model_validator(mode="after")

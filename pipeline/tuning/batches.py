@@ -18,16 +18,17 @@ PASS_TOKENS = 100
 """What a forward and backward pass costs beside its tokens (gathers, dispatch), in tokens; measured on a CPU."""
 
 
-def rows_of_step(trial: Trial, train: TokenSet, step: int) -> np.ndarray:
-    """Row numbers `[batch_size]` of a trial's step: epoch after epoch, each in its own random order.
+def rows_of_step(trial: Trial, train: TokenSet, step: int, size: int | None = None) -> np.ndarray:
+    """Row numbers `[size]` of a trial's step: epoch after epoch, each in its own random order.
 
+    A step has `batch_size` rows of train, unless `size` says how many.
     With `balance` the targets of the split take turns, row by row, and each has epochs of its own, so that rows of a
     rare target come more often. Over whole epochs this is the loss of weighting rows by their target's inverse
     frequency. It is done by drawing, because at 95 to 5 nearly half of all batches of 16 rows would hold no rare row to
     weight, and most others one that outweighs the rest, where here each holds eight; because a step's loss stays a
     plain mean; and because fine-tuning and LoRA take the same rows from here.
     """
-    size, shown = trial.settings.batch_size, rows_started_from(trial, train)  # few rows, or none
+    size, shown = size or trial.settings.batch_size, rows_started_from(trial, train)  # few rows, or none
     at = np.arange(step * size, (step + 1) * size)
     if not trial.settings.balance:
         rows = _in_turn(trial, len(train) - len(shown), at)
@@ -43,6 +44,16 @@ def rows_of_step(trial: Trial, train: TokenSet, step: int) -> np.ndarray:
             own = left if len(left) else own
         rows[here] = own[_in_turn(trial, len(own), at[here] // len(targets), target)]
     return rows
+
+
+def unlabelled_rows_of_step(trial: Trial, unlabelled: TokenSet, step: int) -> np.ndarray:
+    """Numbers `[batch_size // 2]` of the unlabelled rows of a trial's step, in epochs of their own.
+
+    They are half of a step however many there are. Mixed by their numbers, a few labelled rows beside many unlabelled
+    ones would be in few steps, and what the labels say would come in jolts.
+    """
+    size = trial.settings.batch_size // 2
+    return _in_turn(trial, len(unlabelled), np.arange(step * size, (step + 1) * size), "unlabelled")
 
 
 def _in_turn(trial: Trial, total: int, at: np.ndarray, *of: str) -> np.ndarray:

@@ -30,7 +30,7 @@ from pipeline.tuning.ranks import rank, world_size
 from pipeline.tuning.run_log import RunLog
 from pipeline.tuning.slots import fill_slots, restart
 from pipeline.tuning.state import TrialState
-from pipeline.tuning.step import TrialStep, losses_and_gradients
+from pipeline.tuning.step import losses_and_gradients
 
 
 def tune_on_rank(job: RankJob, device: torch.device, node_leaves: Callable[[], bool]) -> None:
@@ -92,11 +92,7 @@ def tune(run: TuningRun, backbone: Backbone, tokenizer: Any, stop_signal: StopSi
             break
 
         # One step of every live trial: a batch of its own rows, all in the same micro-batches.
-        work = [
-            TrialStep(s.trial, s.prompt, s.step, progress.split(s.trial, "train"), teacher)
-            for s, teacher in zip(live, progress.teachers_of(live), strict=True)
-        ]
-        losses, tokens = losses_and_gradients(backbone, work, run.token_budget)
+        losses, tokens = losses_and_gradients(backbone, progress.work_of(live), run.token_budget)
         for state, loss in zip(live, losses, strict=True):
             state.update(float(loss))  # by its own optimizer, schedule and clipping, as if it were alone
             if state.exploded:  # its rate was too high for its first steps

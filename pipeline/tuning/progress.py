@@ -13,7 +13,7 @@ import torch
 from pipeline.backbone.host import Backbone
 from pipeline.corpus.files import one_line
 from pipeline.corpus.reader import TokenSet, open_split
-from pipeline.corpus.task_corpus import TaskCorpus
+from pipeline.corpus.task_corpus import UNLABELLED, TaskCorpus
 from pipeline.errors import CorpusError, StorageError
 from pipeline.tuning.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.tuning.evaluate import Score, calibration_rows, eval_request, evaluate
@@ -21,7 +21,8 @@ from pipeline.tuning.initialise import embeddings_rms
 from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
 from pipeline.tuning.run_log import RunLog
 from pipeline.tuning.state import TrialState, winner
-from pipeline.tuning.teaching import Teacher, TeacherKey, make_teacher, teacher_key
+from pipeline.tuning.step import TrialStep
+from pipeline.tuning.teaching import Teacher, TeacherKey, asked_at_labels, make_teacher, teacher_key
 from pipeline.tuning.trials import Trial
 
 
@@ -60,10 +61,24 @@ class Progress:
 
     def split(self, trial: Trial, name: str) -> TokenSet:
         task = trial.task
-        limit = None if name == "train" else trial.settings.eval_rows
+        limit = None if name in ("train", UNLABELLED) else trial.settings.eval_rows
         if (task, name) not in self.splits:
-            self.splits[task, name] = open_split(self.run.corpora[task].splits[name], limit)
+            corpus = self.run.corpora[task]
+            rows = open_split(corpus.splits[name], limit)
+            if name == UNLABELLED:
+                assert corpus.labels is not None and corpus.label_ids is not None
+                rows = asked_at_labels(rows, corpus.labels, corpus.label_ids)
+            self.splits[task, name] = rows
         return self.splits[task, name]
+
+    def work_of(self, states: Sequence[TrialState]) -> list[TrialStep]:
+        """The next step of these trials."""
+        work = []
+        for state, teacher in zip(states, self.teachers_of(states), strict=True):
+            trial, has_more = state.trial, UNLABELLED in self.run.corpora[state.trial.task].splits
+            train, more = self.split(trial, "train"), self.split(trial, UNLABELLED) if has_more else None
+            work.append(TrialStep(trial, state.prompt, state.step, train, teacher, more))
+        return work
 
     def teachers_of(self, states: Sequence[TrialState]) -> list[Teacher | None]:
         """What teaches each trial's prompt beside the labels. Teachers of other trials are let go."""

@@ -14,7 +14,7 @@ from pipeline.backbone import prompted
 from pipeline.backbone.host import Backbone
 from pipeline.backbone.rows import common_beginnings
 from pipeline.corpus.reader import TokenSet
-from pipeline.tuning.batches import Plan, RowCost, plan_rows, rows_of_step
+from pipeline.tuning.batches import Plan, RowCost, plan_rows, rows_of_step, unlabelled_rows_of_step
 from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
 from pipeline.tuning.teaching import Teacher
 from pipeline.tuning.trials import Trial
@@ -31,11 +31,13 @@ class TrialStep:
     """Steps that this trial has taken."""
     train: TokenSet
     teacher: Teacher | None = None
+    unlabelled: TokenSet | None = None
+    """More rows that the teacher teaches by (see `asked_at_labels`)."""
 
 
 @dataclass(frozen=True)
 class BatchRow:
-    """One row of a batch, and the share of its trial's loss that each of its target tokens has."""
+    """One row of a batch, and what each of its target tokens weighs in its trial's loss."""
 
     slot: int
     split: TokenSet
@@ -83,19 +85,35 @@ class TokenCounts:
 
 def batch_of_step(work: Sequence[TrialStep]) -> list[BatchRow]:
     """Every trial's rows at its own step; `slot` is the trial's place in `work`."""
+    return [row for slot, part in enumerate(work) for row in _rows_of_trial(slot, part)]
+
+
+def _rows_of_trial(slot: int, part: TrialStep) -> list[BatchRow]:
+    """A trial's rows at its own step, those of train before the unlabelled ones."""
+    settings, train, more = part.trial.settings, part.train, part.unlabelled
+    asked = [] if more is None else unlabelled_rows_of_step(part.trial, more, part.step).tolist()
+    numbers = rows_of_step(part.trial, train, part.step, settings.batch_size - len(asked)).tolist()
+    # A trial's loss is the mean over the target tokens of its own rows, whichever ranks run them. Were it the mean
+    # over a rank's or a micro-batch's rows, it would depend on how many ranks there are and who runs beside it.
+    labelled = sum(len(train.target_ids(number)) for number in numbers)
+    tokens = labelled + (0 if more is None else sum(len(more.target_ids(number)) for number in asked))
+    # What the labels say is a mean over tokens that have one, and what the teacher says a mean over all. So both keep
+    # the shares that the settings give them: with one mean for both, unlabelled rows would halve that of the labels.
+    weight = 0.0 if part.teacher is None or settings.teacher is None else settings.teacher.weight
+    taught = weight * (labelled / tokens)  # exactly the weight where no row is unlabelled
+    whole = 1.0 - weight + taught
     rows = []
-    for slot, part in enumerate(work):
-        numbers = rows_of_step(part.trial, part.train, part.step)
-        # A trial's loss is the mean over the target tokens of its own rows, whichever ranks run them. Were it the mean
-        # over a rank's or a micro-batch's rows, it would depend on how many ranks there are and who runs beside it.
-        weight = 1.0 / sum(len(part.train.target_ids(number)) for number in numbers)
-        for number in numbers:
-            length = len(part.train.input_ids(number)) + len(part.train.target_ids(number))
-            settings, teacher, share = part.trial.settings.teacher, None, 0.0
-            if part.teacher is not None and settings is not None and part.teacher.teaches(part.train, number):
-                teacher, share = part.teacher, settings.weight
-            rows.append(BatchRow(slot, part.train, int(number), length, weight, teacher, share))
+    for number in numbers:
+        teacher = part.teacher if part.teacher is not None and part.teacher.teaches(train, number) else None
+        share = 0.0 if teacher is None else taught / whole
+        rows.append(BatchRow(slot, train, number, _length(train, number), whole / labelled, teacher, share))
+    if more is not None:
+        rows += [BatchRow(slot, more, n, _length(more, n), weight / tokens, part.teacher, 1.0) for n in asked]
     return rows
+
+
+def _length(split: TokenSet, number: int) -> int:
+    return len(split.input_ids(number)) + len(split.target_ids(number))
 
 
 def plan_of_step(rows: Sequence[BatchRow], costs: Sequence[RowCost], token_budget: int, padded: bool) -> Plan:

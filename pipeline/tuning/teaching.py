@@ -12,10 +12,11 @@ Shapes: Q tokens of the words, H hidden.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -47,6 +48,20 @@ class Teacher:
         return ids[self.skipped :] if len(ids) > self.skipped else ids
 
 
+def asked_at_labels(unlabelled: TokenSet, labels: Sequence[str], label_ids: Sequence[Sequence[int]]) -> TokenSet:
+    """Unlabelled rows, each with one of the task's labels where a target stands, at whose tokens the teacher is asked.
+
+    label_ids: `[labels][T]`. A row's own content decides which label that is, and so it is the same on every rank and
+    in every step. It decides little: before the first token of any label stands the same context, the input, and there
+    the teacher's whole distribution is learned. The drawn label only stands before its own later tokens.
+    """
+    drawn = pa.array(unlabelled.row_ids % np.uint64(len(labels)))  # ids are hashes of the inputs
+    texts = pa.array(labels, pa.large_string()).take(drawn)
+    ids = pa.array(map(list, label_ids), pa.large_list(pa.int32())).take(drawn)
+    tokens, offsets = ids.values.to_numpy(), ids.offsets.to_numpy()
+    return replace(unlabelled, target_tokens=tokens, target_offsets=offsets, targets=texts)
+
+
 TeacherKey = tuple[str, int | None, TeacherSettings]
 
 
@@ -55,7 +70,7 @@ def teacher_key(trial: Trial) -> TeacherKey | None:
     teacher = trial.settings.teacher
     if teacher is None:
         return None
-    words = teacher.model_copy(update={"weight": 1.0})
+    words = teacher.model_copy(update={"weight": 1.0, "unlabelled": None})
     return trial.task, None if teacher.examples is None else trial.seed, words
 
 
@@ -72,7 +87,7 @@ def make_teacher(trial: Trial, backbone: Backbone, tokenizer: Any, train: TokenS
 def drawn_examples(trial: Trial, rows: int) -> np.ndarray:
     """Numbers `[teacher.examples]` of the train rows, of so many, that a trial's teacher sees solved."""
     count = trial.settings.teacher.examples if trial.settings.teacher else None
-    return trial.generator("teacher").permutation(rows)[: count or 0]
+    return trial.generator("teacher").choice(rows, min(count or 0, rows), replace=False)
 
 
 def teacher_ids(

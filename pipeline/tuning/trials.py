@@ -104,8 +104,8 @@ def make_trial(
 def _deciding(settings: TaskSettings) -> dict[str, Any]:
     # Where the files lie does not matter; what they hold is in the corpus digest. Nor which other trials there are.
     # What a recipe chose stands in the other keys.
-    beside = {"train", "dev", "test", "seed", "max_bad_rows", "sweep", "recipe"}
-    deciding = settings.model_dump(mode="json", exclude=beside)
+    beside = dict.fromkeys(("train", "dev", "test", "seed", "max_bad_rows", "sweep", "recipe"), True)
+    deciding = settings.model_dump(mode="json", exclude={**beside, "teacher": {"unlabelled"}})
     for key, before in LATER_KEYS.items():
         part, _, leaf = key.rpartition(".")
         place = deciding[part] if part else deciding

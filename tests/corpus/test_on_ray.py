@@ -107,6 +107,39 @@ def test_rows_become_token_rows_and_unusable_ones_are_counted_by_reason(
     assert manifest["longest_input"] == max(map(len, inputs))
 
 
+def test_unlabelled_rows_are_a_split_of_inputs_and_change_nothing_of_the_others(
+    place: Path, write: Write, make_task: MakeTask, spec: TokenizerSpec, corpus: TaskCorpus
+) -> None:
+    """Nobody reads their targets, so a column of that name may hold anything, or not be there."""
+    rows: list[Row] = [{"text": row["text"], "label": None} for row in [*GOOD[:40], {"text": " "}]]
+    files = [write(place / "more.parquet", rows), write(place / "odd.parquet", [{"text": "odd one", "label": 0.5}])]
+
+    def with_more(*paths: Path, **changes: Any) -> TaskCorpus:
+        teacher = {"text": "words", "unlabelled": list(map(str, paths))}
+        task = make_task(place / "train.parquet", dev=place / "dev.parquet", teacher=teacher, **changes)
+        return prepare_task("x", task, spec, place / "storage")
+
+    more = with_more(*files)
+    unlabelled, train = open_split(more.splits["unlabelled"]), open_split(more.splits["train"])
+    inputs = {tuple(train.input_ids(row)) for row in range(len(train))}
+    found = {tuple(unlabelled.input_ids(row)) for row in range(len(unlabelled))}
+    assert len(unlabelled) == 41 and len(found - inputs) == 1 and not len(unlabelled.target_tokens)
+    assert more.counts["unlabelled"] == {"ok": 41, "null": 0, "empty": 1, "input_long": 0, "target_long": 0}
+    bare = {split: ref for split, ref in more.splits.items() if split != "unlabelled"}
+    counts = {split: of_split for split, of_split in more.counts.items() if split != "unlabelled"}
+    assert dataclasses.replace(more, splits=bare, counts=counts, digest=corpus.digest) == corpus
+    before = built(place)
+    assert len({corpus.digest, more.digest, with_more(files[0]).digest}) == 3
+    assert with_more(*files, labels=["0", "1", "2"], separator=": ").splits["unlabelled"] == more.splits["unlabelled"]
+    assert len(built(place)) == len(before) + 3, "one file less, and train and dev with another separator"
+    with pytest.raises(CorpusError, match=r"^task 'x', teacher.unlabelled: 50.0% of 2 rows cannot be used \(1 empty\)"):
+        with_more(write(place / "bad.parquet", [{"text": "good"}, {"text": ""}]))
+    with pytest.raises(
+        CorpusError, match=r"^task 'x', teacher.unlabelled: no usable row is left \(1 empty\); give more"
+    ):
+        with_more(write(place / "none.parquet", [{"text": ""}]), max_bad_rows=1)
+
+
 def test_a_corpus_travels_as_json(corpus: TaskCorpus) -> None:
     assert TaskCorpus.from_dict(json.loads(json.dumps(corpus.to_dict()))) == corpus
 

@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.corpus import SplitRef, TokenSet, open_split
-from pipeline.corpus.reader import MANIFEST, summarise_split, unique_targets
+from pipeline.corpus.reader import MANIFEST, rows_at, summarise_split, unique_targets
 from pipeline.corpus.rows import SHARD_SCHEMA
 from pipeline.corpus.tally import EMPTY_TALLY, LISTED_TARGETS, ShardTally, manifest_figures, tally_table
 from pipeline.errors import CorpusError
@@ -45,6 +45,27 @@ def content(tokens: TokenSet) -> list[tuple[int, list[int], list[int], str]]:
         (int(tokens.row_ids[row]), tokens.input_ids(row).tolist(), tokens.target_ids(row).tolist(), tokens.target(row))
         for row in range(len(tokens))
     ]
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(
+        st.tuples(st.one_of(st.integers(0, 9), st.integers(0, 2**64 - 1)), st.sampled_from([0, 0, 1])), max_size=30
+    ),
+    st.lists(st.integers(0, 29), max_size=10),
+    st.sampled_from([(0.0, 1.0), (0.0, 0.5), (0.5, 1.0)]),
+)
+def test_rows_by_their_numbers_are_those_of_the_whole_split_and_copies_are_there_once(
+    rows: list[Row], numbers: list[int], share: tuple[float, float]
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        ref = SplitRef(shards(Path(folder), [rows[::2], rows[1::2]]).dir, *share)
+        whole = content(open_split(ref))
+        wanted = [number for number in numbers if number < len(whole)]
+        few, places = rows_at(ref, wanted)
+        found = content(few)
+        assert [found[place] for place in places] == [whole[number] for number in wanted]
+        assert len(few) == len({whole[number][0] for number in wanted})
 
 
 @given(rows_of_ids, st.randoms(), st.integers(1, 4))

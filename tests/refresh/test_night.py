@@ -89,6 +89,17 @@ def test_a_changed_corpus_starts_warm_beside_cold_passes_the_gate_and_the_other_
     assert night(project, "n3").version is None, "the night after has nothing to do"
 
 
+def test_other_unlabelled_rows_are_another_corpus_from_which_a_night_tunes_anew(project, tmp_path):
+    more, book = tmp_path / "more.parquet", project["tasks"]["book"]
+    book["teacher"] = {"text": "good or bad", "unlabelled": str(more)}
+    short = ["tasks.book.max_steps=2", "tasks.book.eval_every=2"]
+    decisions = []
+    for date, seed in (("n2", 7), ("n3", 7), ("n4", 8)):
+        write_parquet(more, reviews(20, seed))
+        decisions.append(by_task(night(project, date, *short))["book"].decision)
+    assert decisions == ["warm", "carried", "warm"]
+
+
 def test_a_prompt_that_no_step_makes_better_stays_and_is_not_tried_again(project):
     rows = reviews(60, 0)
     write_parquet(Path(project["tasks"]["film"]["train"]), rows[:50])  # fewer rows of the same kind

@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import typer
@@ -182,6 +183,21 @@ def test_a_teacher_that_does_not_fit_the_context_is_refused_with_the_sum_before_
 def test_a_teacher_without_words_or_with_too_many_kinds_of_them_is_refused(project, teacher, wanted):
     project["tasks"]["film"]["teacher"] = teacher
     refused(project, SettingsError, "film", wanted)
+
+
+def test_unlabelled_rows_of_a_task_without_labels_in_a_step_of_one_row_and_without_the_inputs_columns_are_refused(
+    project, tmp_path
+):
+    film = project["tasks"]["film"]
+    film["teacher"] = {"text": "good", "unlabelled": str(tmp_path / "more.parquet")}
+    refused(project, CorpusError, "task 'film', teacher.unlabelled: ", "more.parquet")
+    pq.write_table(pa.table({"body": ["good film"]}), tmp_path / "more.parquet")
+    refused(
+        project, CorpusError, "task 'film', teacher.unlabelled: ", "the column 'text'", "more.parquet does not have"
+    )
+    refused(project, SettingsError, "film", "set batch_size to 2 or more", overrides=["tasks.film.batch_size=1"])
+    open_targets = ["tasks.film.metric=rouge_l"]
+    refused(project, SettingsError, "film", "the teacher is asked at a label", overrides=open_targets)
 
 
 def test_a_teacher_before_a_chat_and_a_sweep_of_no_teacher_are_refused(project):

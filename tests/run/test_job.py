@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from rich.console import Console
@@ -19,6 +21,7 @@ from pipeline.run.job import run_job
 from pipeline.serving.prompted_model import PromptedModel
 from pipeline.serving.served_backbone import load_backbone
 from pipeline.settings import parse_settings
+from tests.corpora import reviews
 from tests.families import DECODERS, make_decoder
 from tests.jobs_data import make_project
 from tests.seq2seq_families import make_seq2seq
@@ -72,10 +75,12 @@ def test_an_encoder_decoder_unlike_t5_goes_the_whole_way_and_answers(tmp_path, f
     assert len(model.generate(texts, tasks, max_new_tokens=4)) == 2
 
 
-def test_prompts_with_teachers_from_a_file_and_from_solved_rows_go_the_whole_way_over_two_ranks(tmp_path):
+def test_prompts_with_teachers_of_words_solved_and_unlabelled_rows_go_the_whole_way_over_two_ranks(tmp_path):
     project = make_project(tmp_path)
     (tmp_path / "manual.txt").write_text("the film is good or bad " * 5)
-    project["tasks"]["film"]["teacher"] = {"text_file": str(tmp_path / "manual.txt"), "weight": 1.0}
+    pq.write_table(pa.table({"text": [text for text, _ in reviews(30, 9)]}), tmp_path / "more.parquet")
+    teacher = {"text_file": str(tmp_path / "manual.txt"), "unlabelled": str(tmp_path / "more.parquet")}
+    project["tasks"]["film"]["teacher"] = teacher
     project["tasks"]["film"] |= {"max_input_tokens": 64, "max_target_tokens": 8}
     project["tasks"]["book"]["teacher"] = {"examples": 3}
     outcome = run(project, "run.max_failures=0")

@@ -52,12 +52,13 @@ def test_a_service_that_knows_only_the_bank_answers_with_the_score_that_was_publ
         assert label_metric("f1", given, [row["label"] for row in rows]) == pytest.approx(figure)
 
 
-def test_the_score_of_the_frequent_label_stands_beside_macro_f1_in_the_record_and_on_the_page(published, tmp_path):
+def test_what_a_guess_scores_stands_beside_macro_f1_in_the_record_and_on_the_page(published, tmp_path):
     _, outcome = published
     result = next(result for result in outcome.results if result.task == "film")
-    # All 60 rows are called positive, 54 rightly: F1 is 108 / 114 for the one label, 0 for the other.
-    constant = 108 / 114 / 2
-    assert result.dev_constant == result.test_constant == pytest.approx(constant)
+    # Were all 60 rows called positive, 54 rightly, F1 were 108 / 114 for the one label, and 0 for the other. Who calls
+    # each negative with a chance of a tenth, as often as it is right, has about 0.9 and 0.1.
+    constant = result.dev_constant
+    assert 108 / 114 / 2 < constant == result.test_constant == pytest.approx(0.5, abs=0.01)
     record = PromptBank.open(tmp_path / "bank").load("film").record
-    assert record.metrics.dev_constant == record.metrics.test_constant == pytest.approx(constant)
+    assert record.metrics.dev_constant == record.metrics.test_constant == constant
     assert f"{constant:.3f}" in outcome.report.read_text() and "f1" in outcome.report.read_text()

@@ -108,6 +108,7 @@ def test_the_rule_in_one_table(metric, values, constant, init, learned):
     entry = entry_of(make, metric, values, constant, init)
     assert entry.learned is learned and entry.withheld is (learned is False)
     assert (entry.reason is not None) == (learned is False or constant == 1.0), "in one class it is told why"
+    assert ("a guess" in (entry.reason or "")) == (metric == "f1" and learned is False)
 
 
 def test_manifests_of_before_have_neither_field_and_still_open():

@@ -1,6 +1,6 @@
 """The plan before a run and the table after it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 
 from rich.console import Console
@@ -95,6 +95,13 @@ def test_a_plan_sums_rows_trials_and_the_steps_of_all_trials() -> None:
     assert cells(text, "sst2") == ["sst2", "6,920", "872", "–", "2", "100", "16", "accuracy"]
     assert cells(text, "trec") == ["trec", "5,452", "10%", "of", "train", "500", "1", "50", "32", "accuracy"]
     assert cells(text, "total") == ["total", "12,372", "500", "3", "250"]
+
+
+def test_a_plan_has_a_column_of_unlabelled_rows_where_a_task_has_some() -> None:
+    text = plan([SST2, replace(TREC, unlabelled_rows=9_000)], {"model": 10**9}, ranks=2)
+    assert "unlabelled" in text and "unlabelled" not in plan([SST2, TREC], {"model": 10**9}, ranks=2)
+    assert cells(text, "sst2")[:5] == ["sst2", "6,920", "872", "–", "–"]
+    assert cells(text, "trec")[6:8] == ["9,000", "1"] and cells(text, "total")[3] == "9,000"
 
 
 def test_a_plan_sums_the_memory_of_a_rank_and_of_all() -> None:

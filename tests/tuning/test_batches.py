@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.corpus.reader import TokenSet
-from pipeline.tuning.batches import PASS_TOKENS, RowCost, plan_rows, rows_of_step
+from pipeline.tuning.batches import PASS_TOKENS, RowCost, plan_rows, rows_of_step, unlabelled_rows_of_step
 from pipeline.tuning.trials import make_trial
 from tests.corpora import make_task
 
@@ -33,6 +33,24 @@ def test_every_epoch_takes_every_row_exactly_once(total, batch):
     taken = np.concatenate([rows_of_step(trial, split, step) for step in range(steps)])[: epochs * total]
     for epoch in np.split(taken, epochs):
         assert sorted(epoch) == list(range(total))
+
+
+@given(total=st.integers(1, 50), batch=st.integers(2, 17))
+def test_half_of_a_step_are_unlabelled_rows_and_every_epoch_of_these_takes_each_exactly_once(total, batch):
+    trial, split = trial_of("a", batch), split_of(["a"] * total)
+    steps = -(-2 * total // (batch // 2))
+    of_steps = [unlabelled_rows_of_step(trial, split, step) for step in range(steps)]
+    assert {len(rows) for rows in of_steps} == {batch // 2}
+    for epoch in np.split(np.concatenate(of_steps)[: 2 * total], 2):
+        assert sorted(epoch) == list(range(total))
+
+
+@given(total=st.integers(1, 50), batch=st.integers(1, 16), size=st.integers(1, 16))
+def test_a_step_of_fewer_rows_of_train_takes_those_of_a_trial_with_such_a_batch(total, batch, size):
+    split, changes = split_of(["a", "b"] * total), {"balance": total % 2 == 0}
+    for step in range(3):
+        few = rows_of_step(trial_of("a", batch, **changes), split, step, size)
+        np.testing.assert_array_equal(few, rows_of_step(trial_of("a", size, **changes), split, step))
 
 
 def test_a_step_takes_the_same_rows_whatever_came_before_it():

@@ -1,7 +1,9 @@
-"""What one constant answer scores: as scikit-learn's own constant classifier."""
+"""What answers score that never look at the row: as scikit-learn's own constant classifier, and for f1 as guesses."""
 
 import json
 from collections import Counter
+from itertools import product
+from math import prod
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +20,8 @@ from pipeline.corpus.reader import MANIFEST, SplitRef
 from pipeline.corpus.rows import SHARD_SCHEMA, RowStatus
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.tuning import constant
-from pipeline.tuning.constant import constant_scores, most_common
+from pipeline.tuning.constant import constant_scores, guessed_f1, most_common
+from pipeline.tuning.metrics import label_metric
 
 LABELS = st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=60)
 
@@ -68,9 +71,31 @@ def test_it_is_what_scikit_learns_most_frequent_classifier_scores(tmp_path_facto
             ("accuracy", accuracy),
             ("exact_match", accuracy),
             ("rouge_l", accuracy),
-            ("f1", macro),
         ):
             assert constant_scores(corpus, metric, 500, LETTERS)[split] == pytest.approx(expected), metric
+        # For f1 guesses count, too: none is worse.
+        guesses = guessed_f1(Counter(train), wanted), guessed_f1(dict.fromkeys(train, 1), wanted)
+        assert constant_scores(corpus, "f1", 500, LETTERS)[split] == pytest.approx(max(macro, *guesses))
+
+
+@settings(max_examples=20, deadline=None)
+@given(LABELS, st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=3))
+def test_a_guess_is_expected_to_score_the_mean_over_all_answers_that_it_may_give(train, wanted):
+    for shares in (Counter(train), dict.fromkeys(train, 1)):
+        likely = {label: count / sum(shares.values()) for label, count in shares.items()}
+        expected = sum(
+            prod(likely[label] for label in said) * label_metric("f1", said, wanted)
+            for said in product(likely, repeat=len(wanted))
+        )
+        assert guessed_f1(shares, wanted) == pytest.approx(expected, abs=0.07), "within four standard errors"
+
+
+def test_of_two_labels_a_guess_is_above_the_constant_answer_and_of_one_alone_both_are_perfect(tmp_path):
+    corpus = corpus_of(tmp_path, train=["a"] * 95 + ["b"] * 5, dev=(["a"] * 95 + ["b"] * 5) * 3, test=["a"] * 50)
+    scores = constant_scores(corpus, "f1", 500, LETTERS)
+    assert scores["dev"] == pytest.approx(0.5, abs=0.01) and label_metric("f1", ["a"] * 20, ["a"] * 19 + ["b"]) < 0.49
+    assert scores["test"] == 1.0
+    assert guessed_f1({"a": 1}, ["a"] * 50) == 1.0
 
 
 def test_it_is_scored_on_the_rows_that_an_evaluation_uses_and_for_loss_there_is_none(tmp_path):

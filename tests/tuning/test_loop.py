@@ -29,7 +29,13 @@ CHANGES = {
     "fifth": {"prompt": {"length": 12, "init": "examples", "starts": 3}},
     "sixth": {
         "prompt": {"length": 3},
-        "teacher": {"text": "is this film good or bad", "examples": 4, "between": " ", "weight": 0.7},
+        "teacher": {
+            "text": "is this film good or bad",
+            "examples": 4,
+            "between": " ",
+            "weight": 0.7,
+            "unlabelled": "unused",
+        },
         "batch_size": 4,
     },
     "seventh": {"metric": "f1", "label_score": "mean", "calibrate": True, "balance": True},
@@ -40,7 +46,9 @@ def make_run(folder, tokenizer, architecture, names=None, of=CHANGES, **changes)
     """A run of the trials of these names, or of all, of the table `of`."""
     names = tuple(of) if names is None else names
     corpora = {
-        name: make_corpus(folder / "corpora", tokenizer, architecture, name, seed)
+        name: make_corpus(
+            folder / "corpora", tokenizer, architecture, name, seed, unlabelled=9 if "teacher" in of[name] else 0
+        )
         for seed, name in enumerate(of)
         if name in names
     }

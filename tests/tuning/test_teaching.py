@@ -12,14 +12,14 @@ from pipeline.backbone import prompted
 from pipeline.corpus.encoding import encode_inputs
 from pipeline.corpus.reader import open_split
 from pipeline.settings import parse_settings
-from pipeline.tuning.batches import rows_of_step
+from pipeline.tuning.batches import rows_of_step, unlabelled_rows_of_step
 from pipeline.tuning.initialise import initial_prompt
 from pipeline.tuning.loop import tune
 from pipeline.tuning.progress import TuningRun
-from pipeline.tuning.step import TrialStep, losses_and_gradients
-from pipeline.tuning.teaching import drawn_examples, make_teacher, teacher_ids
+from pipeline.tuning.step import TrialStep, batch_of_step, losses_and_gradients
+from pipeline.tuning.teaching import asked_at_labels, drawn_examples, make_teacher, teacher_ids
 from pipeline.tuning.trials import inputs_digest, make_trials
-from tests.corpora import make_corpus, trial
+from tests.corpora import make_corpus, reviews, trial, write_unlabelled
 
 TEXT = "the film is good or bad and the story was not very great"
 TEACHERS = {
@@ -27,6 +27,7 @@ TEACHERS = {
     "text": {"text": TEXT, "between": " ", "weight": 1.0},
     "examples": {"examples": 10, "between": " ", "weight": 0.25},
     "both": {"text": TEXT, "examples": 5, "between": " ", "weight": 0.5},
+    "more rows": {"examples": 10, "between": " ", "weight": 0.3, "unlabelled": "unused"},
 }
 
 
@@ -35,12 +36,15 @@ def steps_of(model, folder, step=0, names=tuple(TEACHERS)):
     backbone, tokenizer, _ = model
     work = []
     for name in names:
-        corpus = make_corpus(folder / name, tokenizer, backbone.architecture, "film")
+        corpus = make_corpus(folder / name, tokenizer, backbone.architecture, "film", unlabelled=9)
         own = trial("film", corpus, teacher=TEACHERS[name], batch_size=16)
         train = open_split(corpus.splits["train"])
         prompt = torch.randn(5, 32, generator=torch.Generator().manual_seed(len(name)))
         teacher = make_teacher(own, backbone, tokenizer, train) if own.settings.teacher else None
-        work.append(TrialStep(own, Parameter(prompt), step, train, teacher))
+        more = None
+        if own.settings.teacher and own.settings.teacher.unlabelled:
+            more = asked_at_labels(open_split(corpus.splits["unlabelled"]), corpus.labels, corpus.label_ids)
+        work.append(TrialStep(own, Parameter(prompt), step, train, teacher, more))
     return work
 
 
@@ -88,6 +92,55 @@ def test_the_loss_is_the_rows_own_over_the_trials_target_tokens_and_shown_rows_h
     assert 0 < taught <= len(numbers) and (taught < len(numbers) or not shown), "both kinds of row are there"
     assert found == pytest.approx(total / sum(len(train.target_ids(n)) for n in numbers), rel=1e-4)
     assert counts.computed > counts.text + counts.padding + len(words)
+
+
+def test_labels_and_teacher_have_their_shares_of_the_loss_however_many_rows_have_no_label(model, tmp_path):
+    """Of 16 rows 8 are unlabelled: the labels' loss is a mean over labelled tokens, the teacher's one over all."""
+    backbone = model[0]
+    (part,) = steps_of(model, tmp_path, step=2, names=("more rows",))
+    (found,), _ = losses_and_gradients(backbone, [part], 10_000)
+    gradient, part.prompt.grad = part.prompt.grad, None
+    numbers = rows_of_step(part.trial, part.train, 2, 8)
+    rows = [(part.train, int(n), part.teacher.teaches(part.train, n)) for n in numbers]
+    rows += [(part.unlabelled, int(n), True) for n in unlabelled_rows_of_step(part.trial, part.unlabelled, 2)]
+    assert len(rows) == 16 and {taught for *_, taught in rows} == {True, False}
+
+    def loss_of(share, split, n):
+        row, behind = (prompted.Rows([p], [0], [split.input_ids(n)]) for p in (part.prompt, part.teacher.words))
+        return backbone.run(prompted.target_distillation, row, [split.target_ids(n)], behind, [share]).sum()
+
+    nll = sum(loss_of(0.0, split, n) for split, n, _ in rows[:8])
+    # A row that the teacher sees solved has its label in the teacher's place.
+    taught = sum(loss_of(float(taught), split, n) for split, n, taught in rows)
+    tokens = [len(split.target_ids(n)) for split, n, _ in rows]
+    expected = 0.7 * nll / sum(tokens[:8]) + 0.3 * taught / sum(tokens)
+    expected.backward()
+    assert found == pytest.approx(float(expected.detach()), rel=1e-4)
+    torch.testing.assert_close(gradient, part.prompt.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_without_unlabelled_rows_a_tokens_weight_and_its_teachers_share_are_what_they_always_were(model, tmp_path):
+    for name, weight in (("none", 0.0), ("text", 1.0), ("both", 0.5)):
+        (part,) = steps_of(model, tmp_path, names=(name,))
+        rows = batch_of_step([part])
+        assert {row.weight for row in rows} == {1.0 / sum(len(row.split.target_ids(row.number)) for row in rows)}
+        assert all(row.share == (weight if row.teacher else 0.0) for row in rows)
+
+
+def test_the_label_at_which_the_teacher_is_asked_follows_from_the_row_alone(model, tmp_path):
+    backbone, tokenizer, _ = model
+    texts = [text for text, _ in reviews(40, 5)]
+    labels, ids = ("bad", "good", "fine film"), ((3, 1), (4, 1), (5, 6, 1))
+    drawn = {}
+    for place, some in enumerate((texts, texts[::-3])):
+        ref = write_unlabelled(tmp_path / str(place), tokenizer, backbone.architecture, some)
+        asked = asked_at_labels(open_split(ref), labels, ids)
+        assert len(asked) == len(some)
+        for row in range(len(asked)):
+            label = asked.target(row)
+            assert tuple(asked.target_ids(row)) == ids[labels.index(label)]
+            assert drawn.setdefault(int(asked.row_ids[row]), label) == label
+    assert set(drawn.values()) == set(labels)
 
 
 def expected_words(part, tokenizer, architecture):
@@ -159,6 +212,12 @@ def test_what_a_text_file_says_decides_the_prompt_and_where_it_lies_does_not(tmp
     assert of_a == of_b == digests(teacher={"text": "one"})
     assert of_a[0] != of_c[0] and of_a[1] != of_c[1]
     assert digests()[0] != of_a[0] and digests(teacher=None) == digests()
+
+
+def test_what_unlabelled_rows_hold_decides_the_prompt_and_where_they_lie_does_not():
+    """What they hold is in the digest of the corpus."""
+    of_a, of_b = (digests(teacher={"text": "one", "unlabelled": path}) for path in ("a.parquet", ["b", "c"]))
+    assert of_a == of_b == digests(teacher={"text": "one"})
 
 
 def test_a_sweep_over_the_teachers_share_has_a_trial_for_each():

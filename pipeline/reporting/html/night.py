@@ -81,7 +81,8 @@ class TaskNight:
     rows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Split -> status (ok, null, empty, input_long, target_long) -> rows."""
     constant: float | None = None
-    """Metric of always giving train's most frequent target, on the same rows."""
+    """Metric of always giving train's most frequent target, on the same rows; for `f1` of a guess, where that has
+    more."""
     learned: bool | None = None
     """Whether tonight's prompt is better than `constant` and than its start; None when that was not judged."""
 
