@@ -95,7 +95,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "blenderbot": ("blenderbot", _BART),
     "blenderbot_small": ("blenderbot-small", _BART),
     "m2m_100": ("m2m_100", _BART),
-    "nllb_moe": ("nllb-moe", {**_BART, **_EXPERTS, "encoder_sparse_step": 2, "decoder_sparse_step": 2}),
+    "nllb_moe": (
+        "nllb-moe",
+        # Not its usual relu: where an input is near 0, its gradient is all or nothing by the last bit.
+        {**_BART, **_EXPERTS, "activation_function": "gelu", "encoder_sparse_step": 2, "decoder_sparse_step": 2},
+    ),
     "marian": ("marian", _BART),
     "pegasus": ("pegasus", _BART),
     "pegasus_x": ("pegasus_x", {**_BART, "block_size": 8, "num_global_tokens": 4}),
