@@ -150,6 +150,7 @@ def gemma3(**changes):
     return model
 
 
+@pytest.mark.slow
 def test_gemma_3_has_the_windows_frequencies_and_scale_of_its_gguf(tmp_path):
     def check(name, model, keys=None, **more):
         path = write_gguf(tmp_path / f"{name}.gguf", model, "gemma3", keys, **more)

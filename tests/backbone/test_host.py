@@ -90,6 +90,7 @@ def offloaded_on_rank(folder, kept_in):
     return after.own - before.own, held_bytes(backbone)["int8"], digests, len(kept)
 
 
+@pytest.mark.slow
 def test_weights_kept_in_files_are_the_same_and_take_no_memory_of_a_ranks_own(tmp_path):
     folder, files = make_model(tmp_path / "m", **LARGE), tmp_path / "files"
     for own, held, (offloaded, usual), kept in run_ranks(2, offloaded_on_rank, folder, files):

@@ -52,6 +52,7 @@ def load_sharded(folder):
     return host_backbone(files, read_config(files), int8=True, dtype=torch.float32, device=CPU, sharded=True)
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_no_rank_holds_the_whole_model_before_or_after_or_while_loading(tmp_path):
     make_model(tmp_path / "tiny")
@@ -216,6 +217,7 @@ def _restored(path, data: bytes):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_gguf_weights_are_read_as_transformers_reads_them():
     try:

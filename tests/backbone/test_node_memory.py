@@ -87,6 +87,7 @@ def memory_of_a_step(folder: Path, share_memory: bool) -> tuple[int, int]:
     return resident().own - before, held_bytes(backbone)["int8"]
 
 
+@pytest.mark.slow
 def test_what_was_read_of_other_ranks_does_not_stay_in_a_ranks_memory(tmp_path):
     folder = make_model(tmp_path, **LARGE)
     (sent, held), _ = run_ranks(2, memory_of_a_step, folder, False)

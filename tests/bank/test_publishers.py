@@ -116,6 +116,7 @@ def test_a_publisher_killed_after_any_step_leaves_a_readable_bank_and_the_next_p
     assert outcome["steps"] >= {"store operations": 9, "system calls": 20}[level]
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_publisher_killed_after_any_operation_leaves_a_readable_bank_in_an_object_store(s3, new_prompt, publish):
     visible = []

@@ -67,6 +67,7 @@ def test_the_readmes_table_is_what_the_estimate_says():
     assert written == table, f"it should be:\n{table}"
 
 
+@pytest.mark.slow
 def test_where_the_model_is_whole_partitioning_would_be_a_waste_and_else_it_is_needed():
     for size, name in ENTRIES:
         settings = settings_of(size, name)

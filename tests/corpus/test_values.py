@@ -204,6 +204,7 @@ def _read_apart(place: Path, gibibytes: float = 6) -> list[str]:
     return subprocess.run(limited, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_small_file_of_huge_cells_is_read_in_a_bounded_memory(tmp_path: Path) -> None:
     many = tmp_path / "many.parquet"

@@ -102,6 +102,7 @@ def test_the_corpus_is_read_on_different_nodes(cluster, submitted):
     assert len({task["node_id"] for task in tasks}) == 2
 
 
+@pytest.mark.slow
 def test_no_token_and_no_credential_is_in_what_a_run_leaves_or_prints(cluster, submitted):
     folder, output = submitted
     files = [path for path in folder.rglob("*") if path.is_file()]

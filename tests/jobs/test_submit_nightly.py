@@ -70,6 +70,7 @@ def test_a_job_whose_driver_is_killed_is_started_again(cluster, tmp_path):
     assert code == 0 and "refresh-2026-01-04-2 was submitted" in output, output
 
 
+@pytest.mark.slow
 def test_a_job_that_an_operator_stops_is_not_started_again(cluster, tmp_path):
     runs = tmp_path / "runs"
     process = start(cluster, "2026-01-05", f"echo ran >> {runs}; sleep 600")

@@ -102,6 +102,7 @@ def test_a_killed_worker_is_replaced_and_the_prompts_are_those_of_an_undisturbed
     assert_no_temporary_files(tmp_path / "project")
 
 
+@pytest.mark.slow
 def test_a_killed_driver_started_again_ends_with_the_prompts_of_an_undisturbed_run(undisturbed, tmp_path):
     settings = project_in(tmp_path / "project")
     process = start(settings)

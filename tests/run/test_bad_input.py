@@ -288,6 +288,7 @@ def test_a_bad_task_can_be_left_out_while_the_others_are_published(project, mist
     assert by_name["book"].status != "failed"
 
 
+@pytest.mark.slow
 def test_a_run_whose_trials_all_fail_publishes_nothing_and_says_so(project, tmp_path):
     outcome = run(project, "defaults.optimizer.lr=1e30")
     assert outcome.version is None and outcome.exit == 4
@@ -314,7 +315,8 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize(("place", "size"), [pytest.param("runs", "16k", marks=pytest.mark.slow), ("bank", "4k")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "size"), [("runs", "16k"), ("bank", "4k")])
 def test_a_full_disk_is_named_and_leaves_nothing_half_published(project, tmp_path, small_disk, place, size):
     small = small_disk(place, size)
     refused(project, StorageError, str(small))

@@ -43,7 +43,7 @@ def run(project, *overrides):
     [
         ("t5", "padded"),
         ("lfm2", "padded"),  # a hybrid
-        ("qwen3_moe", "packed"),
+        pytest.param("qwen3_moe", "packed", marks=pytest.mark.slow),
         pytest.param("gpt2", "packed", marks=pytest.mark.slow),
         pytest.param("gemma3_text", "packed", marks=pytest.mark.slow),
         pytest.param("gpt_oss, sinks", "packed", marks=pytest.mark.slow),
@@ -87,6 +87,7 @@ def test_prompts_with_teachers_of_words_solved_and_unlabelled_rows_go_the_whole_
     assert outcome.exit == 0 and outcome.version == 1, outcome
 
 
+@pytest.mark.slow
 def test_a_finished_run_publishes_nothing_twice_whatever_came_after_it_or_where_it_was_killed(project, tmp_path):
     assert run(project).version == 1
     moves = tmp_path / "bank/aliases/latest"
@@ -121,6 +122,7 @@ def events_of(project):
     ]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_page_with_its_curves_and_rows_and_says_that_it_has_ended(project):
     outcome = run(project)
     page = outcome.report.read_text()
@@ -171,6 +173,7 @@ SWEPT = [
 ]
 
 
+@pytest.mark.slow
 def test_of_a_sweep_the_best_trial_is_published_under_the_tasks_name_and_once(project, tmp_path):
     outcome = run(project, *SWEPT)
     assert outcome.exit == 0 and outcome.version == 1
@@ -268,6 +271,7 @@ def test_a_task_whose_every_trial_fails_has_failed_and_says_of_how_many(project)
     assert film.reason.startswith("all of its 2 trials failed; of the first, the loss was")
 
 
+@pytest.mark.slow
 def test_paths_relative_to_where_the_job_starts_reach_the_ranks(project, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for key in ("train", "dev", "test"):

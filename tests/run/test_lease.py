@@ -177,7 +177,10 @@ def _contend(folder, barrier, results, number):
         barrier.wait()
 
 
-@pytest.mark.parametrize("before", ["nothing", "a dead night", "a night that ended"])
+@pytest.mark.parametrize(
+    "before",
+    ["a dead night", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("nothing", "a night that ended"))],
+)
 def test_of_many_takers_at_once_exactly_one_holds_the_lease(tmp_path, before):
     context = multiprocessing.get_context("spawn")
     takers, rounds = 8, 3

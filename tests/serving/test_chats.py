@@ -229,6 +229,7 @@ def test_a_row_that_the_chat_template_refuses_is_named(tmp_path):
         model.generate(["good", "awful"], ["chat"] * 2)
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_the_packaged_chat_model_renders_a_chat_and_answers_it_as_its_evaluation_does(tmp_path):
     try:

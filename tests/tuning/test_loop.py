@@ -109,7 +109,7 @@ class _Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("at", [1, 7, 11, 17])
+@pytest.mark.parametrize("at", [7, 17, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 11))])
 def test_a_run_killed_at_any_step_and_started_again_ends_with_the_same_prompts_bit_by_bit(
     model, tmp_path, monkeypatch, at
 ):
@@ -194,7 +194,7 @@ def tune_on_rank(folder, model_folder, sharded):
     return [(s.trial.name, s.prompt.detach().numpy(), s.history, s.test, s.label_offsets) for s in states]
 
 
-@pytest.mark.parametrize("sharded", [True, False], ids=["partitioned", "whole"])
+@pytest.mark.parametrize("sharded", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["partitioned", "whole"])
 @pytest.mark.processes
 def test_two_ranks_reach_the_prompts_and_metrics_of_one_process(model, tmp_path, sharded):
     backbone, tokenizer, folder = model

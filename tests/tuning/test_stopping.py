@@ -31,7 +31,7 @@ def undisturbed(model, tmp_path_factory):
 
 
 # 4 is that of a checkpoint, 10 and 13 of an evaluation, at 20 trials end.
-@pytest.mark.parametrize("at", [1, 4, 7, 10, 13, 20])
+@pytest.mark.parametrize("at", [4, 13, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 7, 10, 20))])
 def test_a_run_told_to_stop_at_any_step_goes_on_from_it_bit_by_bit(model, undisturbed, tmp_path, monkeypatch, at):
     backbone, tokenizer, _ = model
     monkeypatch.setattr(stop_signal, "_LOOK_S", 0.0)

@@ -116,7 +116,7 @@ def test_halving_stops_trials_early_and_leaves_the_survivors_as_they_are_without
     assert states[-1].step == 13, "a task without halving is left alone"
 
 
-@pytest.mark.parametrize("at", [2, 5, 9, 14, 20])
+@pytest.mark.parametrize("at", [5, 9, *(pytest.param(at, marks=pytest.mark.slow) for at in (2, 14, 20))])
 def test_a_run_killed_at_any_step_takes_the_same_decisions_as_one_left_alone(model, tmp_path, at):
     backbone, tokenizer, _ = model
     undisturbed = run(model, tmp_path / "whole", 3, HALVING)

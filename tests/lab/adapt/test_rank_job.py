@@ -134,6 +134,7 @@ def test_two_ranks_reach_the_weights_of_one(make_job, tmp_path, changes):
         assert_same(weights(both, step), weights(alone, step), tolerance=1e-3)
 
 
+@pytest.mark.slow
 def test_more_steps_go_on_from_the_last_ones(make_job, tmp_path):
     whole = make_job(tmp_path / "whole", steps=20)
     carry_out(whole)
