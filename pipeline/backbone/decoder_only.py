@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from pipeline.backbone.embedding import embed_words
-from pipeline.backbone.output import best_tokens, layers_of, summed, target_of_token, token_nll
+from pipeline.backbone.output import (
+    best_tokens,
+    label_token_nll,
+    layers_of,
+    summed,
+    target_of_token,
+    token_nll,
+)
 from pipeline.backbone.packed import KeysAndValues, Layout, make_layout, run_packed
 from pipeline.backbone.rows import NO_TOKENS, PromptState, Rows, TokenRows, as_indices
 
@@ -133,11 +140,6 @@ def prompt_state(model: Any, prompt: Tensor, beginning: np.ndarray = NO_TOKENS) 
     return PromptState([part.clone() for part in state.keys], [part.clone() for part in state.values])
 
 
-def nll_at(model: Any, hidden: Tensor, places: np.ndarray, tokens: np.ndarray) -> Tensor:
-    """-log P of `tokens` `[n]`, each predicted from the hidden state at its place: `[n]`."""
-    return token_nll(model, hidden[as_indices(places, hidden)], as_indices(tokens, hidden))
-
-
 def label_nll(model: Any, rows: Rows, pairs: np.ndarray, candidates: TokenRows) -> Tensor:
     """-log P of candidates, each behind the row that `pairs` names: `[len(candidates)]` float32."""
     trees = trees_of(rows)
@@ -155,7 +157,9 @@ def label_nll(model: Any, rows: Rows, pairs: np.ndarray, candidates: TokenRows) 
         places.append(layout.starts[segment] + np.arange(len(candidates[i]) - 1))
         tokens.append(candidates[i][1:])
         of_label.append(np.full(len(candidates[i]) - 1, i))
-    nll = nll_at(model, hidden, np.concatenate(places), np.concatenate(tokens))
+    own, place_of_token = np.unique(np.concatenate(places), return_inverse=True)
+    wanted = as_indices(np.concatenate(tokens), hidden)
+    nll = label_token_nll(model, hidden[as_indices(own, hidden)], wanted, place_of_token)
     return summed(nll, np.concatenate(of_label), len(candidates))
 
 

@@ -85,6 +85,24 @@ def token_nll(model: Any, hidden: Tensor, tokens: Tensor) -> Tensor:
     return _place_losses(model, _block_nll, hidden, tokens)
 
 
+def label_token_nll(model: Any, hidden: Tensor, tokens: Tensor, place_of_token: np.ndarray) -> Tensor:
+    """-log P of tokens `[n]`, each predicted from the hidden state `[m, H]` whose number stands in `place_of_token`.
+
+    `[n]` float32, without a gradient. Every label of a row has its first token at one place, whose logits are made and
+    summed over the vocabulary once for all of them.
+    """
+    order = np.argsort(place_of_token, kind="stable")
+    first = np.searchsorted(place_of_token[order], np.arange(len(hidden) + 1))  # of each place's tokens in that order
+    nll = hidden.new_empty(len(tokens), dtype=torch.float32)
+    for of_places, numbers in _blocks(model, hidden, torch.arange(len(hidden))):
+        logits = own_logits(model, of_places).float()
+        start, end = int(numbers[0]), int(numbers[-1]) + 1
+        here = order[first[start] : first[end]]
+        place, among = as_indices(place_of_token[here] - start, hidden), as_indices(here, hidden)
+        nll[among] = logits.logsumexp(-1)[place] - logits[place, tokens[among]]
+    return nll
+
+
 def token_distillation(model: Any, hidden: Tensor, tokens: Tensor, taught: Tensor, shares: Tensor) -> Tensor:
     """`(1 - share) * -log P(token) + share * KL(teacher || model)` at each place: `[n]` float32.
 

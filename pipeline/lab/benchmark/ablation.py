@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.backbone import decoder_only
-from pipeline.backbone.output import summed
+from pipeline.backbone.output import summed, token_nll
 from pipeline.backbone.packed import Layout
 from pipeline.backbone.rows import Rows, TokenRows, as_indices
 
@@ -34,7 +34,8 @@ def padded_rows(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
     padded = [np.pad(text, (0, longest - len(text))) for text in texts]
     hidden, layout = decoder_only.run_behind_prompts(model, rows.prompts, padded, rows.prompt_of_row)
     places, tokens = _predicted(rows, targets, layout)
-    return _by_row(decoder_only.nll_at(model, hidden, places, tokens), targets)
+    nll = token_nll(model, hidden[as_indices(places, hidden)], as_indices(tokens, hidden))
+    return _by_row(nll, targets)
 
 
 def all_logits(model: Any, rows: Rows, targets: TokenRows) -> Tensor:

@@ -23,7 +23,7 @@ def count_on_rank(folder) -> int:
         files, read_config(files), int8=True, dtype=torch.float32, device=CPU, sharded=True, share_memory=False
     )
     prompt = torch.randn(3, 32, requires_grad=True)
-    for _ in range(3):  # until ZeRO's recorded order has settled
+    for _ in range(8):  # until ZeRO's recorded order has settled, which begins with that of the proof at loading
         with TrafficCounter() as traffic:
             rows = prompted.Rows([prompt], [0], [np.array([5, 6, 7])])
             backbone.run(prompted.target_nll, rows, [np.array([8, 1])]).sum().backward()
