@@ -18,7 +18,7 @@ from pipeline.tuning.interruption.signals import heed_sigterm
 from pipeline.tuning.interruption.stop_signal import StopSignal, allow_to_run, ask_to_stop
 from pipeline.tuning.loop import tune
 from tests.ranks import run_ranks
-from tests.tuning.test_loop import make_run, prompts_of
+from tests.tuning.test_loop import CHANGES, make_run, prompts_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -111,7 +111,7 @@ def tune_until_one_rank_is_told(folder, model_folder):
 @pytest.mark.processes
 def test_a_sigterm_of_one_rank_stops_all_after_the_same_step(model, tmp_path):
     _, _, folder = model
-    assert run_ranks(2, tune_until_one_rank_is_told, tmp_path, folder) == [[5] * 4] * 2
+    assert run_ranks(2, tune_until_one_rank_is_told, tmp_path, folder) == [[5] * len(CHANGES)] * 2
 
 
 def test_a_trial_whose_token_shards_are_gone_fails_alone(model, undisturbed, tmp_path):
