@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
+from pipeline.backbone.native import products
 from pipeline.backbone.native import rows as native
 
 _LEVELS = 127.0  # -128 is left out, so that the scale is the same for both signs
@@ -286,7 +287,7 @@ class _Int8Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.matrix, ctx.scale, ctx.kernels, ctx.exact_backward = _Matrix(weight, expert), scale, kernels, exact_backward
         ctx.shape = x.shape
-        return _rescale(_multiply(rows, ctx.matrix.rows().t()), row_scale, scale, kernels).to(x.dtype)
+        return _rescaled_product(rows, row_scale, ctx.matrix.rows(), scale, kernels).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -297,7 +298,7 @@ class _Int8Product(torch.autograd.Function):
         # The scale of W's rows first: each column of the gradient has another one, which could not be taken out after
         # the sum over columns.
         rows, row_scale = _quantize(grad, kernels, ctx.scale)
-        dx = _rescale(_multiply(rows, ctx.matrix.rows()), row_scale, None, kernels)
+        dx = _rescaled_product(rows, row_scale, ctx.matrix.rows(), None, kernels)
         return dx.view(ctx.shape).to(grad.dtype), *others
 
 
@@ -334,6 +335,17 @@ def _quantize(x: Tensor, kernels: bool, columns: Tensor | None = None) -> tuple[
     x = x.float() if columns is None else x * columns
     scale = x.abs().amax(-1, keepdim=True).clamp_min_(_SMALLEST) / _LEVELS
     return (x / scale).round_().to(torch.int8), scale
+
+
+def _rescaled_product(rows: Tensor, row_scale: Tensor, weight: Tensor, columns: Tensor | None, kernels: bool) -> Tensor:
+    """Int8 rows `[N, I]` times W `[O, I]`, each column times its own scale -> float32 `[N, O]`.
+
+    Without scales of columns it is the product with the transpose: int8 `[N, O]` times W `[O, I]` -> float32 `[N, I]`.
+    """
+    across = columns is None
+    if kernels and products.supports(rows, weight):
+        return products.multiply(rows, row_scale, weight, columns, across)
+    return _rescale(_multiply(rows, weight if across else weight.t()), row_scale, columns, kernels)
 
 
 def _rescale(product: Tensor, row_scale: Tensor, columns: Tensor | None, kernels: bool) -> Tensor:
