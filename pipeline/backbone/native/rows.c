@@ -4,30 +4,37 @@
 #define SMALLEST 1e-30f
 #define LEVELS 127.0f
 
-// x [n, width], times `columns` [width] if given -> int8 [n, width] and scale [n], x ~ int8 x scale.
-// A row that is not finite gets a scale that is none either.
-void quantize_rows(const float *x, const float *columns, int8_t *out, float *scale, int64_t n, int64_t width) {
+// One row, times `columns` if given -> int8, and its scale. Where a row is not finite, its scale is none either.
+__attribute__((always_inline)) static inline float quantize_row(
+    const float *restrict row, const float *restrict columns, int8_t *restrict to, int64_t width) {
     const float magic = 12582912.0f;  // rounds half to even
+    float largest = 0.0f, spoiled = 0.0f;
+#pragma omp simd reduction(max : largest) reduction(+ : spoiled)
+    for (int64_t j = 0; j < width; j++) {
+        float value = columns ? row[j] * columns[j] : row[j];
+        float size = __builtin_fabsf(value);
+        largest = size > largest ? size : largest;
+        spoiled += value * 0.0f;
+    }
+    float step = (largest < SMALLEST ? SMALLEST : largest) / LEVELS;
+#pragma omp simd
+    for (int64_t j = 0; j < width; j++) {
+        float value = columns ? row[j] * columns[j] : row[j];
+        float rounded = value / step + magic;
+        to[j] = (int8_t)(int32_t)(rounded - magic);
+    }
+    return step + spoiled;
+}
+
+// x [n, width], times `columns` [width] if given -> int8 [n, width] and scale [n], x ~ int8 x scale.
+void quantize_rows(const float *x, const float *columns, int8_t *out, float *scale, int64_t n, int64_t width) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < n; i++) {
-        const float *row = x + i * width;
-        int8_t *to = out + i * width;
-        float largest = 0.0f, spoiled = 0.0f;
-#pragma omp simd reduction(max : largest) reduction(+ : spoiled)
-        for (int64_t j = 0; j < width; j++) {
-            float value = columns ? row[j] * columns[j] : row[j];
-            float size = __builtin_fabsf(value);
-            largest = size > largest ? size : largest;
-            spoiled += value * 0.0f;
-        }
-        float step = (largest < SMALLEST ? SMALLEST : largest) / LEVELS;
-        scale[i] = step + spoiled;
-#pragma omp simd
-        for (int64_t j = 0; j < width; j++) {
-            float value = columns ? row[j] * columns[j] : row[j];
-            float rounded = value / step + magic;
-            to[j] = (int8_t)(int32_t)(rounded - magic);
-        }
+        // Two calls: a choice within the loops would keep them from becoming vector instructions.
+        if (columns)
+            scale[i] = quantize_row(x + i * width, columns, out + i * width, width);
+        else
+            scale[i] = quantize_row(x + i * width, NULL, out + i * width, width);
     }
 }
 
