@@ -95,8 +95,9 @@ static void interleave4(const int8_t *from, int64_t stride, int8_t *to) {
 }
 
 // Columns [first, first + PANEL) of the matrix -> to [deep / 4, PANEL, 4], zeros beyond its sides. `across`: the matrix
-// is [inner, outer], else it is [outer, inner].
-static void pack_panel(const int8_t *weight, int8_t *to, int64_t first, int64_t inner, int64_t outer, int across) {
+// is [inner, outer], else it is [outer, inner]. `raised`: each entry becomes 128 more, without a sign.
+static void pack_panel(
+    const int8_t *weight, int8_t *to, int64_t first, int64_t inner, int64_t outer, int across, int raised) {
     int64_t deep = rounded_up(inner, DEEP), wide = outer - first < PANEL ? outer - first : PANEL;
     int64_t whole = wide == PANEL ? inner / DEEP * DEEP : 0;
     for (int64_t k = 0; k < whole; k += across ? 4 : DEEP) {
@@ -112,6 +113,9 @@ static void pack_panel(const int8_t *weight, int8_t *to, int64_t first, int64_t 
         for (int64_t c = 0; c < wide; c++)
             to[k / 4 * 4 * PANEL + 4 * c + k % 4] =
                 across ? weight[k * outer + first + c] : weight[(first + c) * inner + k];
+    const __m512i sign = _mm512_set1_epi8((char)0x80);
+    for (int8_t *place = to; raised && place < to + deep * PANEL; place += 64)
+        _mm512_storeu_si512(place, _mm512_xor_si512(_mm512_loadu_si512(place), sign));
 }
 
 // Rows of x -> to [deep / DEEP, rows, DEEP], zeros beyond x's sides.
@@ -128,10 +132,10 @@ static void pack_rows(const int8_t *x, int8_t *to, int64_t count, int64_t rows, 
     }
 }
 
-// sums [VNNI_ROWS, PANEL] of packed rows and a panel.
+// sums [VNNI_ROWS, PANEL] of packed rows and a raised panel.
 static void vnni_block(const int8_t *rows, const int8_t *panel, int64_t deep, int32_t *sums) {
     // The instruction takes one factor without a sign: 128 more than the weight, which 128 x the row's sum takes off.
-    const __m512i sign = _mm512_set1_epi8((char)0x80), ones = _mm512_set1_epi8(1);
+    const __m512i ones = _mm512_set1_epi8(1);
     for (int first = 0; first < VNNI_ROWS; first += HALF) {
         __m512i left[HALF], right[HALF];
 #pragma GCC unroll 12
@@ -145,8 +149,8 @@ static void vnni_block(const int8_t *rows, const int8_t *panel, int64_t deep, in
         for (int64_t k = 0; k < deep; k += DEEP)
             for (int i = 0; i < DEEP; i += 4) {
                 const int8_t *b = panel + (k + i) * PANEL, *a = rows + k * VNNI_ROWS + first * DEEP + i;
-                __m512i b0 = _mm512_xor_si512(_mm512_loadu_si512(b), sign);
-                __m512i b1 = _mm512_xor_si512(_mm512_loadu_si512(b + 64), sign);
+                __m512i b0 = _mm512_loadu_si512(b);
+                __m512i b1 = _mm512_loadu_si512(b + 64);
 #pragma GCC unroll 12
                 for (int r = 0; r < HALF; r++) {
                     int32_t four;
@@ -234,7 +238,7 @@ void int8_product(
             int64_t to = from + group < panels ? from + group : panels;
 #pragma omp for schedule(static)
             for (int64_t p = from; p < to; p++)
-                pack_panel(weight, packed + (p - from) * panel, p * PANEL, inner, outer, across);
+                pack_panel(weight, packed + (p - from) * panel, p * PANEL, inner, outer, across, way == VNNI);
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < n; i += rows) {
                 int64_t count = n - i < rows ? n - i : rows;
