@@ -77,11 +77,17 @@ class Int8Linear(nn.Module):
         self.int8_products = False
         self.exact_backward = False
         self.kernels = False
+        self.digits = False
+        """Whether floats may be multiplied as several int8 digits each, which is as exact; see `set_products`."""
         self.register_buffer("scale", unknown_scale(weight), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., I]` of any float type -> `[..., O]` of the same type."""
-        y = multiply(self, x, self._parameters["weight"], self.scale)  # type: ignore[arg-type]
+        weight: Tensor = self._parameters["weight"]  # type: ignore[assignment]
+        if self.digits and self.kernels and native.supports(x, self.scale) and products.supports(weight, weight):
+            y: Tensor = _DigitProduct.apply(x, weight, self.scale)
+        else:
+            y = multiply(self, x, weight, self.scale)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -272,6 +278,43 @@ def _some_rows(weight: Tensor) -> Sequence[Tensor]:
     return weight.split(max(1, rows))
 
 
+class _DigitProduct(torch.autograd.Function):
+    """The exact product of floats with an int8 matrix, each float as three int8 digits.
+
+    A processor multiplies int8 numbers several times as fast as floats, so that three products of them take less time
+    than one of floats, and the matrix is not converted.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.matrix, ctx.scale = _Matrix(weight, None), scale
+        digits, row_scale = native.quantize_digits(x.flatten(0, -2))
+        y, start = torch.empty(digits.shape[1], len(weight)), 0
+        for part in _some_rows(weight):  # what comes of a part is summed in the cache
+            columns = slice(start, start + len(part))
+            y[:, columns] = _sum_of_digits(digits, row_scale, part, scale[columns])
+            start += len(part)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        grad = grads[0].flatten(0, -2)
+        dx, start = torch.zeros(len(grad), ctx.matrix.rows().shape[1]), 0
+        for part in _some_rows(ctx.matrix.rows()):
+            columns = slice(start, start + len(part))
+            digits, row_scale = native.quantize_digits(grad[:, columns], ctx.scale[columns])
+            dx += _sum_of_digits(digits, row_scale, part, None)
+            start += len(part)
+        return dx.view(*grads[0].shape[:-1], -1), None, None
+
+
+def _sum_of_digits(digits: Tensor, row_scale: Tensor, weight: Tensor, columns: Tensor | None) -> Tensor:
+    """Int8 `[3, N, I]` times W, as in `_rescaled_product` -> float32 `[N, O]`."""
+    found = products.multiply(digits.flatten(0, 1), row_scale.flatten(0, 1), weight, columns, columns is None)
+    first, second, third = found.view(3, digits.shape[1], -1)
+    return third.add_(second).add_(first)  # the smallest first
+
+
 class _Int8Product(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -374,9 +417,10 @@ def multiplies_int8_fast(device: torch.device) -> bool:
 def set_products(model: nn.Module, setting: str, device: torch.device) -> None:
     """Set how the model's int8 layers multiply: `int8`, `int8_forward` (the gradient is exact) or `exact`.
 
-    The output layer stays exact. One large entry of a token's gradient over the vocabulary would leave the others no
-    bits: measured on SmolLM2, the prompt's gradient then points elsewhere (cosine 0.2 to 0.5). cuBLAS takes int8
-    matrices whose sides are multiples of 8, so on a GPU a layer with other sides stays exact.
+    The output layer stays exact: its product is one of floats or, unless all are `exact`, of int8 digits. One large
+    entry of a token's gradient over the vocabulary would leave the others no bits: measured on SmolLM2, the prompt's
+    gradient then points elsewhere (cosine 0.2 to 0.5). cuBLAS takes int8 matrices whose sides are multiples of 8, so on
+    a GPU a layer with other sides stays exact.
     """
     output = getattr(model, "get_output_embeddings", lambda: None)()
     assert setting in ("int8", "int8_forward", "exact"), setting
@@ -386,3 +430,5 @@ def set_products(model: nn.Module, setting: str, device: torch.device) -> None:
             sides_fit = device.type != "cuda" or all(side % 8 == 0 for side in how.sides)
             how.int8_products = setting != "exact" and sides_fit and module is not output
             how.exact_backward = setting == "int8_forward"
+            if isinstance(how, Int8Linear):
+                how.digits = setting != "exact" and module is output

@@ -16,6 +16,7 @@ from pipeline.backbone.native.build import load_kernels
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, list[Any]] = {
     "quantize_rows": [_P, _P, _P, _P, _N, _N],
+    "quantize_digits": [_P, _P, _P, _P, _N, _N],
     "quantize_bfloat16_weights": [_P, _P, _P, _N, _N],
     "quantize_float32_weights": [_P, _P, _P, _N, _N],
     "rescale": [_P, _P, _P, _P, _N, _N],
@@ -39,6 +40,14 @@ def quantize_activations(x: Tensor, columns: Tensor | None = None) -> tuple[Tens
     rows, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), 1)
     _call("quantize_rows", x, columns, rows, scale, *x.shape)
     return rows, scale
+
+
+def quantize_digits(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """X `[N, X]`, times `columns` `[X]` if given -> int8 `[3, N, X]`, scale `[3, N, 1]`, whose products sum up to X."""
+    x = x.contiguous()
+    digits, scale = torch.empty((3, *x.shape), dtype=torch.int8), torch.empty(3, len(x), 1)
+    _call("quantize_digits", x, columns, digits, scale, *x.shape)
+    return digits, scale
 
 
 def quantize_weights(weight: Tensor) -> tuple[Tensor, Tensor] | None:
