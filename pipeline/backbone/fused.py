@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.backbone.int8 import int8_gated_layer, multiplies_in_int8
 from pipeline.backbone.native import attention as native_attention
 from pipeline.backbone.native import rows as native
 from pipeline.backbone.packed import current_run
@@ -66,6 +67,9 @@ class GatedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., H]` -> `[..., H]`."""
+        layers = (self.gate_proj, self.up_proj, self.down_proj)
+        if self.kernels and native.supports(x) and all(map(multiplies_in_int8, layers)):
+            return int8_gated_layer(x, *layers, self.activation)  # type: ignore[arg-type]
         gate, up = self.gate_proj(x), self.up_proj(x)
         if self.kernels and native.supports(gate, up):
             inner = native.GatedProductFunction.apply(gate, up, self.activation)
