@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.backbone.int8 import int8_gated_layer, multiplies_in_int8
 from pipeline.backbone.native import attention as native_attention
 from pipeline.backbone.native import rows as native
 from pipeline.backbone.packed import current_run
@@ -66,6 +67,9 @@ class GatedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., H]` -> `[..., H]`."""
+        layers = (self.gate_proj, self.up_proj, self.down_proj)
+        if self.kernels and native.supports(x) and all(map(multiplies_in_int8, layers)):
+            return int8_gated_layer(x, *layers, self.activation)  # type: ignore[arg-type]
         gate, up = self.gate_proj(x), self.up_proj(x)
         if self.kernels and native.supports(gate, up):
             inner = native.GatedProductFunction.apply(gate, up, self.activation)
@@ -90,9 +94,10 @@ class RotaryAttention(nn.Module):
         if run is None or not run.kernels or not native.supports(hidden_states) or run.biases(rest["attention_mask"]):
             return self._usual[0](hidden_states, position_embeddings=position_embeddings, **rest)
         usual = self._usual[0]
+        # A view, made once: the layers quantise what they share once, and no gradient is copied into a larger one.
+        x = hidden_states.flatten(0, 1)
         q, k, v = (
-            project(hidden_states[0]).unflatten(-1, (-1, usual.head_dim))
-            for project in (usual.q_proj, usual.k_proj, usual.v_proj)
+            project(x).unflatten(-1, (-1, usual.head_dim)) for project in (usual.q_proj, usual.k_proj, usual.v_proj)
         )
         if hasattr(usual, "q_norm"):
             q, k = usual.q_norm(q), usual.k_norm(k)
@@ -142,6 +147,7 @@ def _fused_mlp(usual: Any) -> GatedMlp | None:
     if not {"gate_proj", "up_proj", "down_proj"} <= usual._modules.keys():
         return None
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # every rank, and every start, decides alike
         layers = {"gate_proj": nn.Linear(3, 5), "up_proj": nn.Linear(3, 5), "down_proj": nn.Linear(5, 3)}
     x = torch.randn((1, 2, 3), generator=_generator()) * 3
     found = _tried(usual, layers, x)

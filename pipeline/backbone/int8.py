@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
+from pipeline.backbone.native import products
 from pipeline.backbone.native import rows as native
 
 _LEVELS = 127.0  # -128 is left out, so that the scale is the same for both signs
@@ -76,11 +77,17 @@ class Int8Linear(nn.Module):
         self.int8_products = False
         self.exact_backward = False
         self.kernels = False
+        self.digits = False
+        """Whether floats may be multiplied as several int8 digits each, which is as exact; see `set_products`."""
         self.register_buffer("scale", unknown_scale(weight), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., I]` of any float type -> `[..., O]` of the same type."""
-        y = multiply(self, x, self._parameters["weight"], self.scale)  # type: ignore[arg-type]
+        weight: Tensor = self._parameters["weight"]  # type: ignore[assignment]
+        if self.digits and self.kernels and native.supports(x, self.scale) and products.supports(weight, weight):
+            y: Tensor = _DigitProduct.apply(x, weight, self.scale)
+        else:
+            y = multiply(self, x, weight, self.scale)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -271,6 +278,43 @@ def _some_rows(weight: Tensor) -> Sequence[Tensor]:
     return weight.split(max(1, rows))
 
 
+class _DigitProduct(torch.autograd.Function):
+    """The exact product of floats with an int8 matrix, each float as three int8 digits.
+
+    A processor multiplies int8 numbers several times as fast as floats, so that three products of them take less time
+    than one of floats, and the matrix is not converted.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.matrix, ctx.scale = _Matrix(weight, None), scale
+        digits, row_scale = native.quantize_digits(x.flatten(0, -2))
+        y, start = torch.empty(digits.shape[1], len(weight)), 0
+        for part in _some_rows(weight):  # what comes of a part is summed in the cache
+            columns = slice(start, start + len(part))
+            y[:, columns] = _sum_of_digits(digits, row_scale, part, scale[columns])
+            start += len(part)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        grad = grads[0].flatten(0, -2)
+        dx, start = torch.zeros(len(grad), ctx.matrix.rows().shape[1]), 0
+        for part in _some_rows(ctx.matrix.rows()):
+            columns = slice(start, start + len(part))
+            digits, row_scale = native.quantize_digits(grad[:, columns], ctx.scale[columns])
+            dx += _sum_of_digits(digits, row_scale, part, None)
+            start += len(part)
+        return dx.view(*grads[0].shape[:-1], -1), None, None
+
+
+def _sum_of_digits(digits: Tensor, row_scale: Tensor, weight: Tensor, columns: Tensor | None) -> Tensor:
+    """Int8 `[3, N, I]` times W, as in `_rescaled_product` -> float32 `[N, O]`."""
+    found = products.multiply(digits.flatten(0, 1), row_scale.flatten(0, 1), weight, columns, columns is None)
+    first, second, third = found.view(3, digits.shape[1], -1)
+    return third.add_(second).add_(first)  # the smallest first
+
+
 class _Int8Product(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -286,7 +330,7 @@ class _Int8Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.matrix, ctx.scale, ctx.kernels, ctx.exact_backward = _Matrix(weight, expert), scale, kernels, exact_backward
         ctx.shape = x.shape
-        return _rescale(_multiply(rows, ctx.matrix.rows().t()), row_scale, scale, kernels).to(x.dtype)
+        return _rescaled_product(rows, row_scale, ctx.matrix.rows(), scale, kernels).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -297,8 +341,54 @@ class _Int8Product(torch.autograd.Function):
         # The scale of W's rows first: each column of the gradient has another one, which could not be taken out after
         # the sum over columns.
         rows, row_scale = _quantize(grad, kernels, ctx.scale)
-        dx = _rescale(_multiply(rows, ctx.matrix.rows()), row_scale, None, kernels)
+        dx = _rescaled_product(rows, row_scale, ctx.matrix.rows(), None, kernels)
         return dx.view(ctx.shape).to(grad.dtype), *others
+
+
+def multiplies_in_int8(layer: nn.Module) -> bool:
+    """Whether a layer is an int8 product in both directions, by kernels, and nothing else."""
+    return (
+        isinstance(layer, Int8Linear)
+        and layer.int8_products
+        and layer.kernels
+        and layer.bias is None
+        and not layer.exact_backward
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+    )
+
+
+def int8_gated_layer(x: Tensor, gate: Int8Linear, up: Int8Linear, down: Int8Linear, activation: str) -> Tensor:
+    """`down(activation(gate(x)) * up(x))` of float32 x `[..., H]`, by the same arithmetic as the layers one by one.
+
+    Between the products each row is activated and quantised while it is in the cache, in both directions.
+    """
+    y: Tensor = _Int8Gated.apply(x, *_quantized(x, kernels=True), (gate, up, down), activation)
+    return y.view(*x.shape[:-1], -1)
+
+
+class _Int8Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, rows: Tensor, row_scale: Tensor, layers: tuple[Int8Linear, ...], activation: str
+    ) -> Tensor:
+        # References to parameters, as in `_Matrix`.
+        ctx.weights = [layer._parameters["weight"] for layer in layers]
+        ctx.scales, ctx.activation, ctx.shape = [layer.scale for layer in layers], activation, x.shape
+        gate, up = (_rescaled_product(rows, row_scale, ctx.weights[i], ctx.scales[i], True) for i in (0, 1))
+        ctx.save_for_backward(gate, up)
+        inner, inner_scale = native.gated_rows(gate, up, activation)
+        return _rescaled_product(inner, inner_scale, ctx.weights[2], ctx.scales[2], True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        of_gate, of_up, of_down = ctx.scales
+        rows, row_scale = native.quantize_activations(grads[0], of_down)
+        inner = _rescaled_product(rows, row_scale, ctx.weights[2], None, True)
+        found = native.gated_gradients(inner, gate, up, (of_gate, of_up), ctx.activation)
+        dx, more = (_rescaled_product(*found[i], ctx.weights[i], None, True) for i in (0, 1))
+        return dx.add_(more).view(ctx.shape), *(None,) * 4
 
 
 @dataclass(frozen=True)
@@ -336,6 +426,17 @@ def _quantize(x: Tensor, kernels: bool, columns: Tensor | None = None) -> tuple[
     return (x / scale).round_().to(torch.int8), scale
 
 
+def _rescaled_product(rows: Tensor, row_scale: Tensor, weight: Tensor, columns: Tensor | None, kernels: bool) -> Tensor:
+    """Int8 rows `[N, I]` times W `[O, I]`, each column times its own scale -> float32 `[N, O]`.
+
+    Without scales of columns it is the product with the transpose: int8 `[N, O]` times W `[O, I]` -> float32 `[N, I]`.
+    """
+    across = columns is None
+    if kernels and products.supports(rows, weight):
+        return products.multiply(rows, row_scale, weight, columns, across)
+    return _rescale(_multiply(rows, weight if across else weight.t()), row_scale, columns, kernels)
+
+
 def _rescale(product: Tensor, row_scale: Tensor, columns: Tensor | None, kernels: bool) -> Tensor:
     """Int32 `[N, O]` -> float32 `[N, O]`."""
     if kernels:
@@ -362,9 +463,10 @@ def multiplies_int8_fast(device: torch.device) -> bool:
 def set_products(model: nn.Module, setting: str, device: torch.device) -> None:
     """Set how the model's int8 layers multiply: `int8`, `int8_forward` (the gradient is exact) or `exact`.
 
-    The output layer stays exact. One large entry of a token's gradient over the vocabulary would leave the others no
-    bits: measured on SmolLM2, the prompt's gradient then points elsewhere (cosine 0.2 to 0.5). cuBLAS takes int8
-    matrices whose sides are multiples of 8, so on a GPU a layer with other sides stays exact.
+    The output layer stays exact: its product is one of floats or, unless all are `exact`, of int8 digits. One large
+    entry of a token's gradient over the vocabulary would leave the others no bits: measured on SmolLM2, the prompt's
+    gradient then points elsewhere (cosine 0.2 to 0.5). cuBLAS takes int8 matrices whose sides are multiples of 8, so on
+    a GPU a layer with other sides stays exact.
     """
     output = getattr(model, "get_output_embeddings", lambda: None)()
     assert setting in ("int8", "int8_forward", "exact"), setting
@@ -374,3 +476,5 @@ def set_products(model: nn.Module, setting: str, device: torch.device) -> None:
             sides_fit = device.type != "cuda" or all(side % 8 == 0 for side in how.sides)
             how.int8_products = setting != "exact" and sides_fit and module is not output
             how.exact_backward = setting == "int8_forward"
+            if isinstance(how, Int8Linear):
+                how.digits = setting != "exact" and module is output

@@ -8,7 +8,11 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP, Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
-from pipeline.backbone.fused import GatedMlp, RmsNorm, fuse
+from pipeline.backbone.fused import GatedMlp, RmsNorm, fuse, use_kernels
+from pipeline.backbone.int8 import Int8Linear, empty_int8, multiplies_in_int8, quantize_matrix, set_products
+from pipeline.backbone.native.build import load_kernels
+
+needs_compiler = pytest.mark.skipif(load_kernels() is None, reason="no C compiler on this machine")
 
 SIZES = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 4}
 
@@ -65,6 +69,34 @@ def test_what_computes_the_same_is_replaced_and_gives_the_same_bits(part, kind, 
 def test_what_computes_something_else_stays(part):
     usual, made = fused(part())
     assert made is usual
+
+
+@needs_compiler
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_a_gated_layer_in_int8_is_its_three_layers_one_by_one_bit_by_bit(activation):
+    torch.manual_seed(0)
+    layers = []
+    for shape in ((40, 24), (40, 24), (24, 40)):
+        layer = Int8Linear(empty_int8(*shape), None)
+        rows, layer.scale = quantize_matrix(torch.randn(shape))
+        layer._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
+        layers.append(layer)
+    mlp = GatedMlp(*layers, activation)
+    use_kernels(mlp, True)
+    set_products(mlp, "int8", torch.device("cpu"))
+    x, upstream = torch.randn(2, 7, 24) * 3, torch.randn(2, 7, 24)
+    x[1, 2] = float("nan")
+    results = []
+    for alone in (True, False):  # where something hooks into a layer, it runs by itself
+        if not alone:
+            layers[0].register_forward_hook(lambda *_: None)
+        assert all(map(multiplies_in_int8, layers)) == alone
+        leaf = x.clone().requires_grad_()
+        y = mlp(leaf)
+        results.append([y.detach(), *torch.autograd.grad(y, leaf, upstream)])
+        assert y[1, 2].isnan().all() and y.isnan().any(-1).sum() == 1
+    for fused_part, one_by_one in zip(*results, strict=True):
+        assert torch.equal(fused_part.nan_to_num(), one_by_one.nan_to_num())
 
 
 def test_experts_that_a_family_lists_keep_their_class():

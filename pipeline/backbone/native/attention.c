@@ -19,18 +19,19 @@ typedef struct {
     const int64_t *parent;   // -1 at the root
 } Layout;
 
-// Keys and values of some tokens for one head, and their gradients, as the products want them.
+// Keys and values of a segment's ancestors and, behind them, its own, for one head; and their gradients.
 typedef struct {
-    int64_t count, room;
-    float *k, *v;            // [room, size]
-    float *kt, *vt;          // [size, room]
-    float *dk, *dv;          // [room, size]
+    int64_t before, count, room;  // tokens of the ancestors, all tokens, and how many there may be
+    float *k, *v;                 // [room, size]
+    float *kt, *vt;               // [size, room]
+    float *dk, *dv;               // [room, size]
 } Keys;
 
 typedef struct {
-    Keys before, own;
+    Keys keys;
     float *q, *grad, *out;   // [BLOCK x group, padded size]
-    float *p_before, *p_own, *d_before, *d_own;  // [BLOCK x group, room]
+    float *p, *d;            // [BLOCK x group, room]: probabilities, and gradients of scores
+    float *inverse;          // [BLOCK x group]: 1 / the sum of a row of p, where that is left out of p
 } Scratch;
 
 static float *floats(int64_t n) {
@@ -53,22 +54,22 @@ static void free_keys(Keys *keys) {
 
 static Scratch make_scratch(const Layout *l, int64_t most_before, int64_t most_own, int backward) {
     int64_t size = padded(l->size), rows = BLOCK * (l->heads / l->key_heads);
-    Scratch s = {.before = make_keys(padded(most_before), size, backward), .own = make_keys(padded(most_own), size, backward)};
+    Scratch s = {.keys = make_keys(padded(most_before + most_own), size, backward)};
     s.q = floats(rows * size), s.grad = floats(rows * size), s.out = floats(rows * size);
-    s.p_before = floats(rows * s.before.room), s.p_own = floats(rows * s.own.room);
-    if (backward) s.d_before = floats(rows * s.before.room), s.d_own = floats(rows * s.own.room);
+    s.p = floats(rows * s.keys.room), s.inverse = floats(rows);
+    if (backward) s.d = floats(rows * s.keys.room);
     return s;
 }
 
 static void free_scratch(Scratch *s) {
-    free_keys(&s->before), free_keys(&s->own);
+    free_keys(&s->keys);
     free(s->q), free(s->grad), free(s->out);
-    free(s->p_before), free(s->p_own), free(s->d_before), free(s->d_own);
+    free(s->p), free(s->d), free(s->inverse);
 }
 
 // x [size] of a token is rotated to its position: each pair (i, i + size / 2) by its own angle (Su et al. 2021).
 // With `back` the other way round, as gradients are.
-static inline void rotate(const Layout *l, const float *x, float *y, int64_t token, float factor, int back) {
+static inline void rotate(const Layout *l, const float *restrict x, float *restrict y, int64_t token, float factor, int back) {
     if (!l->cosine || token < 0) {
         for (int64_t d = 0; d < l->size; d++) y[d] = x[d] * factor;
         return;
@@ -83,8 +84,6 @@ static inline void rotate(const Layout *l, const float *x, float *y, int64_t tok
     }
 }
 
-static void clear_keys(Keys *keys) { keys->count = 0; }
-
 // Append tokens [from, from + length) of one head.
 static void add_keys(const Layout *l, Keys *keys, const float *k, const float *v, int64_t head, int64_t from, int64_t length) {
     int64_t size = padded(l->size);
@@ -98,19 +97,21 @@ static void add_keys(const Layout *l, Keys *keys, const float *k, const float *v
     keys->count += length;
 }
 
-static void transpose(const float *x, float *to, int64_t rows, int64_t columns, int64_t room) {
+// x [rows, columns], from row `first` on -> its columns, as rows that lie `room` apart; zeros fill the last vector.
+static void transpose(const float *x, float *to, int64_t first, int64_t rows, int64_t columns, int64_t room) {
     for (int64_t j = 0; j < columns; j++) {
-        for (int64_t i = 0; i < rows; i++) to[j * room + i] = x[i * columns + j];
+        for (int64_t i = first; i < rows; i++) to[j * room + i] = x[i * columns + j];
         for (int64_t i = rows; i < padded(rows); i++) to[j * room + i] = 0.0f;
     }
 }
 
-static void finish_keys(const Layout *l, Keys *keys, int backward) {
-    int64_t size = padded(l->size);
-    transpose(keys->k, keys->kt, keys->count, size, keys->room);
+// Make what the products want of the keys from `first` on.
+static void finish_keys(const Layout *l, Keys *keys, int64_t first, int backward) {
+    int64_t size = padded(l->size), added = (keys->count - first) * size;
+    transpose(keys->k, keys->kt, first, keys->count, size, keys->room);
     if (!backward) return;
-    transpose(keys->v, keys->vt, keys->count, size, keys->room);
-    memset(keys->dk, 0, (size_t)(keys->count * size) * 4), memset(keys->dv, 0, (size_t)(keys->count * size) * 4);
+    transpose(keys->v, keys->vt, first, keys->count, size, keys->room);
+    memset(keys->dk + first * size, 0, (size_t)added * 4), memset(keys->dv + first * size, 0, (size_t)added * 4);
 }
 
 static int64_t add_ancestors(const Layout *l, Keys *keys, const float *k, const float *v, int64_t head, int64_t segment) {
@@ -120,22 +121,29 @@ static int64_t add_ancestors(const Layout *l, Keys *keys, const float *k, const 
     return depth + 1;
 }
 
-// Add the keys' gradients to those of the tokens that they came from; returns how many of them were done.
-static int64_t give_back(const Layout *l, const Keys *keys, float *dk, float *dv, int64_t head, int64_t segment, int chain) {
-    if (segment < 0) return 0;
-    int64_t done = chain ? give_back(l, keys, dk, dv, head, l->parent[segment], 1) : 0;
+// Add the gradients of a segment's keys, which lie from `first` on, to those of its tokens.
+static void give_back(
+    const Layout *l, const Keys *keys, float *dk, float *dv, int64_t head, int64_t segment, int64_t first) {
     int64_t size = padded(l->size);
-    for (int64_t t = 0; t < l->length[segment]; t++, done++) {
+    for (int64_t t = 0; t < l->length[segment]; t++) {
         int64_t token = l->start[segment] + t, place = ((token + l->given) * l->key_heads + head) * l->size;
-        float *own = keys->dk + done * size;
+        const float *own = keys->dv + (first + t) * size;
         float turned[size];
-        rotate(l, own, turned, token, 1.0f, 1);
+        rotate(l, keys->dk + (first + t) * size, turned, token, 1.0f, 1);
         for (int64_t d = 0; d < l->size; d++) {
             dk[place + d] += turned[d];
-            dv[place + d] += keys->dv[done * size + d];
+            dv[place + d] += own[d];
         }
     }
-    return done;
+}
+
+// The same for a segment and all its ancestors, the root's keys first; returns how many keys these are.
+static int64_t give_back_ancestors(
+    const Layout *l, const Keys *keys, float *dk, float *dv, int64_t head, int64_t segment) {
+    if (segment < 0) return 0;
+    int64_t first = give_back_ancestors(l, keys, dk, dv, head, l->parent[segment]);
+    give_back(l, keys, dk, dv, head, segment, first);
+    return first + l->length[segment];
 }
 
 // Rows of the queries' memory that belong to one group of heads -> [count x group, size]; queries are rotated and scaled.
@@ -166,89 +174,84 @@ static void store_rows(const Layout *l, const float *from, float *to, int64_t he
         }
 }
 
-// Probabilities of a block of tokens over the keys before them and their own; token t of the segment sees t + 1 own keys.
-static void probabilities(const Layout *l, Scratch *s, int64_t first, int64_t count) {
-    int64_t group = l->heads / l->key_heads, size = padded(l->size), rows = count * group;
-    int64_t before = s->before.count, own = first + count;
-    if (before)
-        product(s->p_before, s->before.room, s->q, size, 1, s->before.kt, s->before.room, rows, padded(before), size, 0);
-    product(s->p_own, s->own.room, s->q, size, 1, s->own.kt, s->own.room, rows, padded(own), size, 0);
-    for (int64_t r = 0; r < rows; r++) {
-        float *b = s->p_before + r * s->before.room, *o = s->p_own + r * s->own.room;
-        int64_t seen = first + r / group + 1;
-        float largest = o[0], sum = 0.0f;
-#pragma omp simd reduction(max : largest)
-        for (int64_t j = 0; j < before; j++) largest = b[j] > largest ? b[j] : largest;
-#pragma omp simd reduction(max : largest)
-        for (int64_t j = 0; j < seen; j++) largest = o[j] > largest ? o[j] : largest;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < before; j++) sum += b[j] = exponential(b[j] - largest);
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < seen; j++) sum += o[j] = exponential(o[j] - largest);
-        float inverse = 1.0f / sum;
-#pragma omp simd
-        for (int64_t j = 0; j < before; j++) b[j] *= inverse;
-#pragma omp simd
-        for (int64_t j = 0; j < seen; j++) o[j] *= inverse;
-        for (int64_t j = before; j < padded(before); j++) b[j] = 0.0f;
-        for (int64_t j = seen; j < padded(own); j++) o[j] = 0.0f;
+// Scores -> their exponentials, of which the largest is 1; zeros from `seen` up to `wide`. Returns 1 / their sum.
+static inline float softmax_row(float *row, int64_t seen, int64_t wide) {
+    // Entries beyond the last one fill a vector; in place of it they are no larger, and not more of a NaN.
+    int64_t some = padded(seen);
+    for (int64_t j = seen; j < some; j++) row[j] = row[0];
+    vector most = *(const vector *)row, sums = {0};
+    for (int64_t j = LANES; j < some; j += LANES) {
+        vector x = *(const vector *)(row + j);
+        most = chosen(x > most, x, most);
     }
+    float largest = most[0];
+    for (int i = 1; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+    for (int64_t j = 0; j < some; j += LANES) {
+        vector *x = (vector *)(row + j);
+        *x = exponentials(*x - largest);
+    }
+    for (int64_t j = seen; j < wide; j++) row[j] = 0.0f;
+    for (int64_t j = 0; j < some; j += LANES) sums += *(const vector *)(row + j);
+    return 1.0f / sum_of(sums);
+}
+
+// Probabilities of a block of tokens over the first `wide` keys, each times its row's sum; a token sees its segment up to
+// itself.
+static void probabilities(const Layout *l, Scratch *s, int64_t first, int64_t rows, int64_t wide) {
+    int64_t group = l->heads / l->key_heads, size = padded(l->size), room = s->keys.room;
+    product(s->p, room, s->q, size, 1, s->keys.kt, room, rows, wide, size, 0);
+    for (int64_t r = 0; r < rows; r++)
+        s->inverse[r] = softmax_row(s->p + r * room, s->keys.before + first + r / group + 1, wide);
+}
+
+static inline void scale_row(float *row, int64_t wide, float factor) {
+    for (int64_t j = 0; j < wide; j += LANES) *(vector *)(row + j) *= factor;
 }
 
 static void segment_forward(const Layout *l, Scratch *s, const float *q, float *out, int64_t head, int64_t segment) {
-    int64_t group = l->heads / l->key_heads, size = padded(l->size);
+    int64_t group = l->heads / l->key_heads, size = padded(l->size), room = s->keys.room;
     for (int64_t first = 0; first < l->length[segment]; first += BLOCK) {
         int64_t left = l->length[segment] - first, count = left < BLOCK ? left : BLOCK, rows = count * group;
+        int64_t keys = s->keys.before + first + count;
         load_rows(l, q, s->q, head, l->start[segment] + first, count, 1);
-        probabilities(l, s, first, count);
-        product(s->out, size, s->p_own, s->own.room, 1, s->own.v, size, rows, size, first + count, 0);
-        if (s->before.count)
-            product(s->out, size, s->p_before, s->before.room, 1, s->before.v, size, rows, size, s->before.count, 1);
+        probabilities(l, s, first, rows, padded(keys));
+        product(s->out, size, s->p, room, 1, s->keys.v, size, rows, size, keys, 0);
+        for (int64_t r = 0; r < rows; r++) scale_row(s->out + r * size, size, s->inverse[r]);
         store_rows(l, s->out, out, head, l->start[segment] + first, count, 0);
     }
 }
 
-// d <- p x (d - sum(p x d)), row by row: the softmax's backward, over both kinds of keys together.
-static void softmax_backward(Scratch *s, int64_t rows, int64_t own) {
-    int64_t before = s->before.count;
+// p x inverse -> p, and d <- p x (d - sum(p x d)), row by row: the softmax's backward.
+static void softmax_backward(Scratch *s, int64_t rows, int64_t wide) {
     for (int64_t r = 0; r < rows; r++) {
-        const float *pb = s->p_before + r * s->before.room, *po = s->p_own + r * s->own.room;
-        float *db = s->d_before + r * s->before.room, *d = s->d_own + r * s->own.room, dot = 0.0f;
-#pragma omp simd reduction(+ : dot)
-        for (int64_t j = 0; j < before; j++) dot += pb[j] * db[j];
-#pragma omp simd reduction(+ : dot)
-        for (int64_t j = 0; j < own; j++) dot += po[j] * d[j];
-#pragma omp simd
-        for (int64_t j = 0; j < before; j++) db[j] = pb[j] * (db[j] - dot);
-#pragma omp simd
-        for (int64_t j = 0; j < own; j++) d[j] = po[j] * (d[j] - dot);
+        float *p = s->p + r * s->keys.room, *d = s->d + r * s->keys.room;
+        vector sums = {0};
+        for (int64_t j = 0; j < wide; j += LANES) {
+            vector own = *(vector *)(p + j) * s->inverse[r];
+            *(vector *)(p + j) = own;
+            sums += own * *(const vector *)(d + j);
+        }
+        float dot = sum_of(sums);
+        for (int64_t j = 0; j < wide; j += LANES)
+            *(vector *)(d + j) = *(const vector *)(p + j) * (*(const vector *)(d + j) - dot);
     }
-}
-
-// Gradients of one kind of keys from a block: p [rows, keys] and d, the gradient of its scores.
-static void keys_backward(Keys *keys, const Scratch *s, const float *p, const float *d, int64_t rows, int64_t count, int64_t size) {
-    product(keys->dv, size, p, 1, keys->room, s->grad, size, count, size, rows, 1);
-    product(keys->dk, size, d, 1, keys->room, s->q, size, count, size, rows, 1);
 }
 
 static void segment_backward(
     const Layout *l, Scratch *s, const float *q, const float *grad, float *dq, int64_t head, int64_t segment) {
-    int64_t group = l->heads / l->key_heads, size = padded(l->size);
+    int64_t group = l->heads / l->key_heads, size = padded(l->size), room = s->keys.room;
     for (int64_t first = 0; first < l->length[segment]; first += BLOCK) {
         int64_t left = l->length[segment] - first, count = left < BLOCK ? left : BLOCK, rows = count * group;
-        int64_t own = first + count, before = s->before.count;
+        int64_t keys = s->keys.before + first + count, wide = padded(keys);
         load_rows(l, q, s->q, head, l->start[segment] + first, count, 1);
         load_rows(l, grad, s->grad, head, l->start[segment] + first, count, 0);
-        probabilities(l, s, first, count);
-        product(s->d_own, s->own.room, s->grad, size, 1, s->own.vt, s->own.room, rows, padded(own), size, 0);
-        if (before)
-            product(s->d_before, s->before.room, s->grad, size, 1, s->before.vt, s->before.room, rows, padded(before), size, 0);
-        softmax_backward(s, rows, own);
-        product(s->out, size, s->d_own, s->own.room, 1, s->own.k, size, rows, size, own, 0);
-        if (before) product(s->out, size, s->d_before, s->before.room, 1, s->before.k, size, rows, size, before, 1);
+        probabilities(l, s, first, rows, wide);
+        product(s->d, room, s->grad, size, 1, s->keys.vt, room, rows, wide, size, 0);
+        softmax_backward(s, rows, wide);
+        product(s->out, size, s->d, room, 1, s->keys.k, size, rows, size, keys, 0);
         store_rows(l, s->out, dq, head, l->start[segment] + first, count, 1);
-        keys_backward(&s->own, s, s->p_own, s->d_own, rows, own, size);
-        if (before) keys_backward(&s->before, s, s->p_before, s->d_before, rows, before, size);
+        product(s->keys.dv, size, s->p, 1, room, s->grad, size, keys, size, rows, 1);
+        product(s->keys.dk, size, s->d, 1, room, s->q, size, keys, size, rows, 1);
     }
 }
 
@@ -271,23 +274,24 @@ void packed_attention(
                 for (int64_t place = tree[i]; place < tree[i + 1]; place++) {
                     int64_t segment = order[place];
                     if (parent[segment] != family) {
-                        if (backward && family >= 0) give_back(&l, &s.before, dk, dv, head, family, 1);
+                        if (backward) give_back_ancestors(&l, &s.keys, dk, dv, head, family);
                         family = parent[segment];
-                        clear_keys(&s.before);
-                        add_ancestors(&l, &s.before, k, v, head, family);
-                        finish_keys(&l, &s.before, backward);
+                        s.keys.count = 0;
+                        add_ancestors(&l, &s.keys, k, v, head, family);
+                        s.keys.before = s.keys.count;
+                        finish_keys(&l, &s.keys, 0, backward);
                     }
-                    clear_keys(&s.own);
-                    add_keys(&l, &s.own, k, v, head, start[segment], length[segment]);
-                    finish_keys(&l, &s.own, backward);
+                    s.keys.count = s.keys.before;
+                    add_keys(&l, &s.keys, k, v, head, start[segment], length[segment]);
+                    finish_keys(&l, &s.keys, s.keys.before, backward);
                     if (!backward) {
                         segment_forward(&l, &s, q, out, head, segment);
                         continue;
                     }
                     segment_backward(&l, &s, q, grad, dq, head, segment);
-                    give_back(&l, &s.own, dk, dv, head, segment, 0);
+                    give_back(&l, &s.keys, dk, dv, head, segment, s.keys.before);
                 }
-                if (backward && family >= 0) give_back(&l, &s.before, dk, dv, head, family, 1);
+                if (backward) give_back_ancestors(&l, &s.keys, dk, dv, head, family);
             }
         free_scratch(&s);
     }

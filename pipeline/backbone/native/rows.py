@@ -16,15 +16,16 @@ from pipeline.backbone.native.build import load_kernels
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: dict[str, list[Any]] = {
     "quantize_rows": [_P, _P, _P, _P, _N, _N],
+    "quantize_digits": [_P, _P, _P, _P, _N, _N],
     "quantize_bfloat16_weights": [_P, _P, _P, _N, _N],
     "quantize_float32_weights": [_P, _P, _P, _N, _N],
     "rescale": [_P, _P, _P, _P, _N, _N],
     "rms_norm": [_P, _P, _F, _P, _P, _N, _N],
     "rms_norm_backward": [_P, _P, _P, _P, _P, _N, _N],
-    "silu_product": [_P, _P, _P, _N, _N],
-    "silu_product_backward": [_P, _P, _P, _P, _P, _N, _N],
-    "gelu_tanh_product": [_P, _P, _P, _N, _N],
-    "gelu_tanh_product_backward": [_P, _P, _P, _P, _P, _N, _N],
+    **{f"{activation}_product": [*[_P] * 3, _N, _N] for activation in ("silu", "gelu_tanh")},
+    **{f"{activation}_product_backward": [*[_P] * 5, _N, _N] for activation in ("silu", "gelu_tanh")},
+    **{f"{activation}_product_quantized": [*[_P] * 4, _N, _N] for activation in ("silu", "gelu_tanh")},
+    **{f"{activation}_product_backward_quantized": [*[_P] * 9, _N, _N] for activation in ("silu", "gelu_tanh")},
 }
 
 
@@ -39,6 +40,14 @@ def quantize_activations(x: Tensor, columns: Tensor | None = None) -> tuple[Tens
     rows, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), 1)
     _call("quantize_rows", x, columns, rows, scale, *x.shape)
     return rows, scale
+
+
+def quantize_digits(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """X `[N, X]`, times `columns` `[X]` if given -> int8 `[3, N, X]`, scale `[3, N, 1]`, whose products sum up to X."""
+    x = x.contiguous()
+    digits, scale = torch.empty((3, *x.shape), dtype=torch.int8), torch.empty(3, len(x), 1)
+    _call("quantize_digits", x, columns, digits, scale, *x.shape)
+    return digits, scale
 
 
 def quantize_weights(weight: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -103,6 +112,24 @@ class GatedProductFunction(torch.autograd.Function):
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
         _call(f"{ctx.activation}_product_backward", grad.contiguous(), gate, up, dgate, dup, *_rows(gate))
         return dgate, dup, None
+
+
+def gated_rows(gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """`activation(gate) * up`, both `[N, X]`, quantised: int8 `[N, X]` and scale `[N, 1]`."""
+    rows, scale = torch.empty(gate.shape, dtype=torch.int8), torch.empty(len(gate), 1)
+    _call(f"{activation}_product_quantized", gate, up, rows, scale, *gate.shape)
+    return rows, scale
+
+
+def gated_gradients(
+    grad: Tensor, gate: Tensor, up: Tensor, columns: tuple[Tensor, Tensor], activation: str
+) -> list[tuple[Tensor, Tensor]]:
+    """The gradients of gate and of up, given that of their product, all `[N, X]`; each times its columns `[X]`, and
+    quantised: int8 `[N, X]` and scale `[N, 1]`.
+    """
+    found = [(torch.empty(gate.shape, dtype=torch.int8), torch.empty(len(gate), 1)) for _ in columns]
+    _call(f"{activation}_product_backward_quantized", grad, gate, up, *columns, *found[0], *found[1], *gate.shape)
+    return found
 
 
 def _rows(x: Tensor) -> tuple[int, int]:

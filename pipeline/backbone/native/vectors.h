@@ -14,6 +14,7 @@
 #define TALL 6
 
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t whole_vector __attribute__((vector_size(4 * LANES), aligned(4)));
 
 static inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
@@ -35,6 +36,34 @@ static inline float exponential(float x) {
     p = p * r * r + r + 1.0f;
     power.i = (power.i - 0x4b400000 + 127) << 23;
     return p * power.f;
+}
+
+static inline vector chosen(whole_vector where, vector a, vector b) {
+    return (vector)((where & (whole_vector)a) | (~where & (whole_vector)b));
+}
+
+// The same of a whole vector, for loops that compilers leave as they are.
+static inline vector exponentials(vector x) {
+    const vector zero = {0}, lowest = zero - 87.0f, magic = zero + 12582912.0f;
+    x = chosen(x < lowest, lowest, x);
+    x = chosen(x > -lowest, -lowest, x);
+    vector n = x * 1.44269504f + magic;
+    whole_vector power = (((whole_vector)n) - 0x4b400000 + 127) << 23;
+    n -= magic;
+    vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * (vector)power;
+}
+
+static inline float sum_of(vector x) {
+    float sum = 0.0f;
+    for (int i = 0; i < LANES; i++) sum += x[i];
+    return sum;
 }
 
 // C[m, n] = A[m, k] B[k, n], or added to C. A's entries lie `down` apart along m and `along` apart along k.
