@@ -263,6 +263,7 @@ def test_every_bad_task_is_named_at_once(project):
     assert "film" in first and "book" in second
 
 
+@pytest.mark.slow
 def test_a_bank_that_belongs_to_another_backbone_is_refused_before_any_training(project, tmp_path):
     assert run(project).version == 1
     make_model(tmp_path / "model", seed=1, scale=1.0)

@@ -42,7 +42,7 @@ def run(project, *overrides):
     ("family", "rows_run"),
     [
         ("t5", "padded"),
-        ("lfm2", "padded"),  # a hybrid
+        pytest.param("lfm2", "padded", marks=pytest.mark.slow),  # a hybrid
         pytest.param("qwen3_moe", "packed", marks=pytest.mark.slow),
         pytest.param("gpt2", "packed", marks=pytest.mark.slow),
         pytest.param("gemma3_text", "packed", marks=pytest.mark.slow),
@@ -75,6 +75,7 @@ def test_an_encoder_decoder_unlike_t5_goes_the_whole_way_and_answers(tmp_path, f
     assert len(model.generate(texts, tasks, max_new_tokens=4)) == 2
 
 
+@pytest.mark.slow
 def test_prompts_with_teachers_of_words_solved_and_unlabelled_rows_go_the_whole_way_over_two_ranks(tmp_path):
     project = make_project(tmp_path)
     (tmp_path / "manual.txt").write_text("the film is good or bad " * 5)

@@ -81,8 +81,11 @@ def load_work(
     )
     splits: dict[str, tuple[TokenSet, TokenSet | None]] = {}
     work = []
-    (words,) = encode_inputs(tokenizer, architecture, [_INSTRUCTION * (1 + options.instruction // 30)])
-    read = partial(_token_set, tokenizer, architecture, words[: options.instruction])
+    beginning: list[int] = []
+    if options.instruction:
+        (words,) = encode_inputs(tokenizer, architecture, [_INSTRUCTION * (1 + options.instruction // 30)])
+        beginning = words[: options.instruction]
+    read = partial(_token_set, tokenizer, architecture, beginning)
     for place, name in enumerate(names):
         if name not in splits:
             train, dev = read(data / name / "train.parquet", options.rows), options.dev_rows
