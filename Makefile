@@ -24,8 +24,8 @@ DOCS_STAMP := .venv-docs/.installed
 help:
 	@echo "make quickstart  set up, then tune prompts on a small real model and publish a bank"
 	@echo "make test-fast   the tests without Ray, other processes and real models: about three minutes"
-	@echo "make test        those and whole jobs of tuning and of a night, about twenty minutes (ARGS=... goes to pytest)"
-	@echo "make test-all    every test: an hour and more"
+	@echo "make test        those and whole jobs of tuning and of a night, a quarter of an hour (ARGS=... goes to pytest)"
+	@echo "make test-all    every test: two hours and more"
 	@echo "make lint        ruff, mypy, import rules, and whether the settings schema is up to date"
 	@echo "make schema      write $(SCHEMA) anew"
 	@echo "make docs        the documentation as a site, in $(SITE)/ (links are checked)"

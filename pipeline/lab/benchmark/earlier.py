@@ -20,12 +20,8 @@ _RUN = """
 import json, sys
 from dataclasses import asdict
 from pathlib import Path
-try:
-    from pipeline.lab.benchmark.bench import open_bench
-    from pipeline.lab.benchmark.work import WorkOptions
-except ModuleNotFoundError:  # the folder's name before the laboratory was one
-    from pipeline.benchmark.bench import open_bench
-    from pipeline.benchmark.work import WorkOptions
+from {package}.bench import open_bench
+from {package}.work import WorkOptions
 given = json.loads(sys.argv[1])
 work = WorkOptions(**given["work"])
 bench = open_bench(given["model"], Path(given["data"]), given["names"], work, *given["counts"])
@@ -45,6 +41,9 @@ def earlier_side(
     if not (checkout / "pipeline").is_dir():
         raise SettingsError(f"{checkout} holds no checkout of this project; make one: git worktree add FOLDER COMMIT")
 
+    # Not by trying to import it: an installation of this checkout would lend its own laboratory to the earlier code.
+    package = "pipeline.lab.benchmark" if (checkout / "pipeline/lab").is_dir() else "pipeline.benchmark"
+
     def run() -> Side:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "side.json"
@@ -52,7 +51,7 @@ def earlier_side(
             text = json.dumps({**given, "counts": list(counts), "out": str(out)})
             # The script is a file: processes that it starts import it again, and find the same code.
             script = Path(folder) / "side.py"
-            script.write_text(_guarded(_RUN))
+            script.write_text(_guarded(_RUN.replace("{package}", package)))
             environment = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
             subprocess.run(
                 [sys.executable, str(script), text], env=environment, cwd=checkout, check=True, timeout=_TIMEOUT
