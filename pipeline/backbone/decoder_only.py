@@ -192,12 +192,8 @@ def decoding_steps(model: Any, rows: Rows) -> tuple[Callable[[], Tensor], Callab
     return lambda: first, step
 
 
-def _by_layer(kept: KeysAndValues) -> list[tuple[Tensor, Tensor]]:
-    return [kept[layer] for layer in sorted(kept)]
-
-
 def _state(kept: KeysAndValues) -> PromptState:
-    pairs = _by_layer(kept)
+    pairs = [kept[layer] for layer in sorted(kept)]
     return PromptState([keys for keys, _ in pairs], [values for _, values in pairs])
 
 

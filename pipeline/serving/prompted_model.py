@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.backbone import prompted
 from pipeline.backbone.label_scores import label_scores
+from pipeline.backbone.rows import NO_TOKENS
 from pipeline.bank import Prompt, PromptBank, Snapshot
 from pipeline.errors import MissingFileError, PromptBankError, UnknownNameError, UnknownTaskError
 from pipeline.serving.requests import EncodedRow, Request, Text, encode_rows, template_beginning
@@ -179,22 +180,19 @@ class PromptedModel:
 
         In the cache stands with a prompt what its template begins with, and the rows run without that.
         """
-        if self.backbone.backbone.pads_rows:
-            of_digest = {str(row.prompt.record.digest): row.prompt for row in rows}
-            place = {digest: i for i, digest in enumerate(of_digest)}
-            of_row = [place[str(row.prompt.record.digest)] for row in rows]
-            prompts = [self._tensor(prompt) for prompt in of_digest.values()]
-            return prompted.Rows(prompts, of_row, [row.input_ids for row in rows])
-        states: dict[str, prompted.PromptState] = {}
-        keys, inputs = [], []
-        for row in rows:
-            beginning = self._beginning(row)
-            key = str(row.prompt.record.digest) + beginning.tobytes().hex()
-            if key not in states:
-                states[key] = self._state(key, row.prompt, beginning)
-            keys.append(key)
-            inputs.append(row.input_ids[len(beginning) :])
-        return prompted.Rows([*states.values()], [[*states].index(key) for key in keys], inputs)
+        pads = self.backbone.backbone.pads_rows
+        beginnings = [NO_TOKENS if pads else self._beginning(row) for row in rows]
+        keys = [
+            str(row.prompt.record.digest) + beginning.tobytes().hex()
+            for row, beginning in zip(rows, beginnings, strict=True)
+        ]
+        of_key = {key: (row.prompt, beginning) for key, row, beginning in zip(keys, rows, beginnings, strict=True)}
+        place = {key: i for i, key in enumerate(of_key)}
+        of_row = [place[key] for key in keys]
+        inputs = [row.input_ids[len(beginning) :] for row, beginning in zip(rows, beginnings, strict=True)]
+        if pads:
+            return prompted.Rows([self._tensor(prompt) for prompt, _ in of_key.values()], of_row, inputs)
+        return prompted.Rows([self._state(key, *both) for key, both in of_key.items()], of_row, inputs)
 
     def _state(self, key: str, prompt: Prompt, beginning: np.ndarray) -> prompted.PromptState:
         run = self.backbone.backbone.run

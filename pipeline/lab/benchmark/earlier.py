@@ -17,17 +17,18 @@ from pipeline.lab.benchmark.side_by_side import Side
 
 _TIMEOUT = 3600
 _RUN = """
-import json, sys
-from dataclasses import asdict
-from pathlib import Path
-from {package}.bench import open_bench
-from {package}.work import WorkOptions
-given = json.loads(sys.argv[1])
-work = WorkOptions(**given["work"])
-bench = open_bench(given["model"], Path(given["data"]), given["names"], work, *given["counts"])
-side = asdict(bench.ours()())
-side["prompts"] = []
-Path(given["out"]).write_text(json.dumps(side))
+if __name__ == "__main__":
+    import json, sys
+    from dataclasses import asdict
+    from pathlib import Path
+    from {package}.bench import open_bench
+    from {package}.work import WorkOptions
+    given = json.loads(sys.argv[1])
+    work = WorkOptions(**given["work"])
+    bench = open_bench(given["model"], Path(given["data"]), given["names"], work, *given["counts"])
+    side = asdict(bench.ours()())
+    side["prompts"] = []
+    Path(given["out"]).write_text(json.dumps(side))
 """
 
 
@@ -51,7 +52,7 @@ def earlier_side(
             text = json.dumps({**given, "counts": list(counts), "out": str(out)})
             # The script is a file: processes that it starts import it again, and find the same code.
             script = Path(folder) / "side.py"
-            script.write_text(_guarded(_RUN.replace("{package}", package)))
+            script.write_text(_RUN.replace("{package}", package))
             environment = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
             subprocess.run(
                 [sys.executable, str(script), text], env=environment, cwd=checkout, check=True, timeout=_TIMEOUT
@@ -59,7 +60,3 @@ def earlier_side(
             return Side(**json.loads(out.read_text()))
 
     return run
-
-
-def _guarded(text: str) -> str:
-    return 'if __name__ == "__main__":\n' + "".join(f"    {line}\n" for line in text.strip().splitlines())
