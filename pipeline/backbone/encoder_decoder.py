@@ -1,12 +1,14 @@
 """Encoder-decoder models behind soft prompts: `[P; X]` before the encoder, row by row (Lester et al. 2021).
 
 The model itself does what families do differently: masks, windows and blocks, the head with its scale, bias or cap,
-and the token that a target begins behind. So no family is named here.
+and the token that a target begins behind. So no family is named here. Rows are padded to the longest, or lie one after
+another where that is exact (see `unpadded`).
 
-Shapes: B rows, T tokens, P prompt tokens, H hidden, N tokens of all targets.
+Shapes: B rows, T tokens, P prompt tokens, H hidden, N tokens of all targets, E tokens of all encoder rows.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,39 +18,59 @@ from torch import Tensor
 from pipeline.backbone.embedding import embed_words
 from pipeline.backbone.output import best_tokens, layers_of, summed, target_of_token, token_nll
 from pipeline.backbone.rows import Rows, TokenRows, as_indices, mask_of, pad_embeddings, pad_ids
+from pipeline.backbone.unpadded import Attended, UnpaddedRun, across, decoder_rows, encoder_rows, run_unpadded
 
 _UNLABELLED = -100
 """What transformers' models take for padding among labels."""
 
 
+@dataclass(frozen=True)
+class _Encoded:
+    """What the encoder makes of rows `[P; X]`."""
+
+    states: Tensor
+    """`[B, T, H]`, padded on the right, or `[1, E, H]`, one row after another."""
+    rows: Attended
+    """Where each row lies among the E."""
+
+    @property
+    def mask(self) -> Tensor:
+        """`[B, T]` of padded states."""
+        return as_indices(mask_of(self.rows.segments.lengths, self.states.shape[1]), self.states)
+
+    def padded(self) -> "_Encoded":
+        if len(self.states) == len(self.rows.segments.lengths):
+            return self
+        rows = self.states[0].split(self.rows.segments.lengths.tolist())
+        return _Encoded(pad_embeddings(rows), self.rows)
+
+
 def target_nll(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
     """-log P of each row's target: `[B]` float32."""
-    return _decoder_nll(model, *_encode(model, rows), targets)
+    return _decoder_nll(model, _encode(model, rows), np.arange(len(targets)), targets)
 
 
 def target_states(model: Any, rows: Rows, targets: TokenRows) -> Tensor:
     """The hidden states `[N, H]` that predict the N tokens of all targets, one after the other."""
-    return _decoder_states(model, *_encode(model, rows), targets)
+    return _decoder_states(model, _encode(model, rows), np.arange(len(targets)), targets)
 
 
 def label_nll(model: Any, rows: Rows, pairs: np.ndarray, candidates: TokenRows) -> Tensor:
     """-log P of candidates, each behind the row that `pairs` names: `[len(candidates)]` float32."""
-    encoded, mask = _encode(model, rows)
-    # The encoder ran once a row; its output is repeated for each of the row's labels.
-    index = as_indices(pairs, mask)
-    repeated = type(encoded)(last_hidden_state=encoded.last_hidden_state[index])
-    return _decoder_nll(model, repeated, mask[index], candidates)
+    # The encoder runs once a row, whatever the number of the row's labels.
+    return _decoder_nll(model, _encode(model, rows), pairs, candidates)
 
 
 def decoding_steps(model: Any, rows: Rows) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
     """Two functions: one returns the first tokens `[B]`, the other takes tokens `[B]` and returns the next ones."""
-    encoded, mask = _encode(model, rows)
+    encoded = _encode(model, rows).padded()
+    mask = encoded.mask
     memory: dict[str, Any] = {"past_key_values": None}
 
     def step(tokens: Tensor) -> Tensor:
         output = layers_of(model)(
             input_ids=tokens[:, None],
-            encoder_hidden_states=encoded.last_hidden_state,
+            encoder_hidden_states=encoded.states,
             encoder_attention_mask=mask,
             use_cache=True,
             **memory,
@@ -88,38 +110,45 @@ def decoder_inputs(model: Any, targets: TokenRows, device: torch.device) -> Tens
     return torch.cat([start, torch.as_tensor(ids[:, :-1], device=device)], dim=1)
 
 
-def _encode(model: Any, rows: Rows) -> tuple[Any, Tensor]:
-    """The encoder's output for `[P; X]`, right-padded, as its own kind of object, and its mask `[B, T]`."""
+def _encode(model: Any, rows: Rows) -> _Encoded:
     # The encoder looks both ways, so a prompt has no state of its own that could be kept.
     prompts = [prompt for prompt in rows.prompts if isinstance(prompt, Tensor)]
-    texts = embed_words(model, as_indices(pad_ids(rows.inputs), prompts[0]))  # [B, T, H]
+    words = embed_words(model, as_indices(np.concatenate(rows.inputs), prompts[0]))  # [tokens of all inputs, H]
+    texts = words.split([len(x) for x in rows.inputs])
     joined = [
-        torch.cat([prompts[s].to(texts.dtype), text[: len(x)]])
-        for s, text, x in zip(rows.prompt_of_row, texts, rows.inputs, strict=True)
+        part for s, text in zip(rows.prompt_of_row, texts, strict=True) for part in (prompts[s].to(text.dtype), text)
     ]
-    embeds = pad_embeddings(joined)
-    mask = as_indices(mask_of(np.array([len(row) for row in joined]), embeds.shape[1]), embeds)
-    output = model.get_encoder()(inputs_embeds=embeds, attention_mask=mask)
-    # The family's own kind: a mixture of experts looks there for more than hidden states.
-    return type(output)(last_hidden_state=output.last_hidden_state), mask
+    lengths = np.array([len(rows.prompts[s]) + len(x) for s, x in zip(rows.prompt_of_row, rows.inputs, strict=True)])
+    placed, encoder = encoder_rows(lengths), model.get_encoder()
+    if model.way == "packed":
+        run = UnpaddedRun(placed, None, model.kernels)
+        return _Encoded(run_unpadded(encoder, run, inputs_embeds=torch.cat(joined)[None]), placed)
+    embeds = pad_embeddings(torch.cat(joined).split(lengths.tolist()))
+    mask = as_indices(mask_of(lengths, embeds.shape[1]), embeds)
+    return _Encoded(encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state, placed)
 
 
-def _decoder_nll(model: Any, encoded: Any, mask: Tensor, targets: TokenRows) -> Tensor:
-    """-log P of targets `[B]`, one for each row of the encoder's output."""
-    states = _decoder_states(model, encoded, mask, targets)
+def _decoder_nll(model: Any, encoded: _Encoded, row_of: np.ndarray, targets: TokenRows) -> Tensor:
+    """-log P of targets `[len(targets)]`, each behind the encoder's row whose number stands in `row_of`."""
+    states = _decoder_states(model, encoded, row_of, targets)
     nll = token_nll(model, states, as_indices(np.concatenate(targets), states))  # [N]
     return summed(nll, target_of_token(targets), len(targets))
 
 
-def _decoder_states(model: Any, encoded: Any, mask: Tensor, targets: TokenRows) -> Tensor:
-    """The hidden states `[N, H]` that predict the tokens of targets, one for each row of the encoder's output."""
-    # Teacher forcing. Padding stands behind a target's tokens, where a decoder does not look.
-    hidden = layers_of(model)(
-        input_ids=decoder_inputs(model, targets, mask.device),
-        encoder_hidden_states=encoded.last_hidden_state,
-        encoder_attention_mask=mask,
-        use_cache=False,
-    ).last_hidden_state  # [B, T, H]
+def _decoder_states(model: Any, encoded: _Encoded, row_of: np.ndarray, targets: TokenRows) -> Tensor:
+    """The hidden states `[N, H]` that predict the tokens of targets, each behind the row that `row_of` names."""
+    # Teacher forcing.
+    ids = decoder_inputs(model, targets, encoded.states.device)
     lengths = np.array([len(target) for target in targets])
-    states: Tensor = hidden[as_indices(mask_of(lengths, hidden.shape[1]), hidden).bool()]
-    return states
+    used = as_indices(mask_of(lengths, ids.shape[1]), ids).bool()
+    if model.way == "packed":
+        own = decoder_rows(lengths)
+        run = UnpaddedRun(own, across(encoded.rows, own, row_of), model.kernels)
+        return run_unpadded(layers_of(model), run, input_ids=ids[used][None], encoder_hidden_states=encoded.states)[0]
+    index = as_indices(row_of, ids)
+    states, mask = encoded.states[index], encoded.mask[index]
+    # Padding stands behind a target's tokens, where a decoder does not look.
+    hidden: Tensor = layers_of(model)(
+        input_ids=ids, encoder_hidden_states=states, encoder_attention_mask=mask, use_cache=False
+    ).last_hidden_state  # [B, T, H]
+    return hidden[used]

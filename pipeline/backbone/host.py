@@ -85,8 +85,13 @@ class Backbone:
 
     @property
     def pads_rows(self) -> bool:
-        """Whether rows of a batch are padded to the longest; if not, they run packed, and keep what a prompt made."""
+        """Whether rows of a batch are padded to the longest."""
         return self.way != "packed"
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether a prompt runs once for all its rows of a batch, and what it made can be kept."""
+        return self.way == "packed" and self.architecture == "decoder-only"
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(model, *args)`, with every weight that it touches gathered while it is used."""

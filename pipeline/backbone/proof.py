@@ -21,10 +21,11 @@ from pipeline.backbone import decoder_only, encoder_decoder, padded
 from pipeline.backbone.embedding import embed_words
 from pipeline.backbone.packed import Rule
 from pipeline.backbone.rows import Rows, as_indices
+from pipeline.backbone.unpadded import RelativeAttention
 
 Way = Literal["packed", "shared", "padded"]
-"""How rows run: all in one row behind prompts that they share; some in a row behind one prompt, by a mask of tokens by
-tokens; or each in a row of its own with its own prompt."""
+"""How rows run: all in one row, behind prompts that they share or, before an encoder, each with its own; some in a row
+behind one prompt, by a mask of tokens by tokens; or each in a row of its own with its own prompt."""
 
 _TARGET = 3
 """Tokens of the target of each row that is tried."""
@@ -171,7 +172,9 @@ def _reason(error: Exception) -> str:
 def _ways(model: Any) -> list[tuple[Way, Callable[..., Tensor]]]:
     """The ways that a model may run, the fastest first."""
     if model.config.is_encoder_decoder:
-        return [("padded", _encoder_decoder)]
+        relative = any(isinstance(module, RelativeAttention) for module in model.modules())
+        ways: list[Way] = ["packed", "padded"] if relative else ["padded"]
+        return [(way, partial(_encoder_decoder, way)) for way in ways]
     # Llama 4 scales queries by their place in the packed row, from 8,192 on.
     if getattr(model.config, "attn_temperature_tuning", False):
         return [("padded", _padded)]
@@ -293,7 +296,8 @@ def _alone(model: Any, prompts: Sequence[Tensor], probe: _Probe) -> Tensor:
     return torch.stack(losses)
 
 
-def _encoder_decoder(model: Any, prompts: Sequence[Tensor], probe: _Probe) -> Tensor:
+def _encoder_decoder(way: Way, model: Any, prompts: Sequence[Tensor], probe: _Probe) -> Tensor:
+    model.way = way
     return encoder_decoder.target_nll(model, Rows(prompts, range(2), probe.inputs), probe.targets)
 
 

@@ -176,12 +176,12 @@ class PromptedModel:
         return answers
 
     def _packed(self, rows: Sequence[EncodedRow]) -> prompted.Rows:
-        """The rows with each of their prompts once: as vectors where rows pad, else as keys and values from the cache.
+        """The rows with each of their prompts once: as keys and values from the cache where shared, else as vectors.
 
         In the cache stands with a prompt what its template begins with, and the rows run without that.
         """
-        pads = self.backbone.backbone.pads_rows
-        beginnings = [NO_TOKENS if pads else self._beginning(row) for row in rows]
+        shares = self.backbone.backbone.shares_prompts
+        beginnings = [self._beginning(row) if shares else NO_TOKENS for row in rows]
         keys = [
             str(row.prompt.record.digest) + beginning.tobytes().hex()
             for row, beginning in zip(rows, beginnings, strict=True)
@@ -190,7 +190,7 @@ class PromptedModel:
         place = {key: i for i, key in enumerate(of_key)}
         of_row = [place[key] for key in keys]
         inputs = [row.input_ids[len(beginning) :] for row, beginning in zip(rows, beginnings, strict=True)]
-        if pads:
+        if not shares:
             return prompted.Rows([self._tensor(prompt) for prompt, _ in of_key.values()], of_row, inputs)
         return prompted.Rows([self._state(key, *both) for key, both in of_key.items()], of_row, inputs)
 

@@ -5,7 +5,7 @@ the number of ranks, not on where a run was interrupted.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -73,7 +73,7 @@ class RowCost:
     """What running one row costs, in tokens."""
 
     slot: int
-    """The prompt that it runs behind."""
+    """The prompt that it runs behind; rows of one slot share it where it runs once."""
     prompt: int
     own: int
     """Input, target and labels."""
@@ -103,10 +103,15 @@ Plan = list[list[list[int]]]
 together; a share may be empty, but never the first."""
 
 
+def one_prompt_each(costs: Sequence[RowCost]) -> list[RowCost]:
+    """Costs of rows each of which runs with a prompt of its own, as an encoder reads it."""
+    return [replace(cost, slot=row) for row, cost in enumerate(costs)]
+
+
 def plan_rows(costs: Sequence[RowCost], world_size: int, token_budget: int, padded: bool) -> Plan:
     """Deal rows to ranks and micro-batches of at most `token_budget` tokens (a single row may be longer).
 
-    Where rows are padded to the longest, each carries its own prompt; where they are packed, a prompt runs
+    Where rows are padded to the longest, each carries its own prompt; where they are not, a slot's prompt runs
     once in every share that has rows of it, and rows behind one prompt stay together.
     """
     if padded:

@@ -20,7 +20,7 @@ from pipeline.bank import LabelScore
 from pipeline.corpus.reader import SplitRef, TokenSet, open_split
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.settings import TaskSettings
-from pipeline.tuning.batches import RowCost, plan_rows
+from pipeline.tuning.batches import RowCost, one_prompt_each, plan_rows
 from pipeline.tuning.metrics import label_metric, text_metric
 from pipeline.tuning.ranks import rank, sum_over_ranks, true_on_all, world_size
 
@@ -217,8 +217,8 @@ class _Runner:
 
     @cached_property
     def shared(self) -> list[int]:
-        """For each request, the tokens that its rows begin with alike and that run once; 0 where rows are padded."""
-        if self.backbone.pads_rows:
+        """For each request, the tokens that its rows begin with alike and that run once; 0 where nothing does."""
+        if not self.backbone.shares_prompts:
             return [0] * len(self.requests)
         splits = {id(request.split): request.split for request in self.requests}  # trials of a task have the same
         rows = [(split.input_ids(i), place) for place, split in enumerate(splits.values()) for i in range(len(split))]
@@ -242,6 +242,7 @@ class _Runner:
         ]
         table = torch.zeros(len(items), width, dtype=torch.float64, device=self.backbone.device)
         costs = [item.cost for item in items]
+        costs = costs if self.backbone.shares_prompts else one_prompt_each(costs)
         for shares in plan_rows(costs, world_size(), self.token_budget, padded or self.backbone.pads_rows):
             mine = shares[rank()]
             result = outcomes(self, [items[i] for i in mine or shares[0][:1]])

@@ -14,7 +14,7 @@ from pipeline.backbone import prompted
 from pipeline.backbone.host import Backbone
 from pipeline.backbone.rows import common_beginnings
 from pipeline.corpus.reader import TokenSet
-from pipeline.tuning.batches import Plan, RowCost, plan_rows, rows_of_step, unlabelled_rows_of_step
+from pipeline.tuning.batches import Plan, RowCost, one_prompt_each, plan_rows, rows_of_step, unlabelled_rows_of_step
 from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
 from pipeline.tuning.teaching import Teacher
 from pipeline.tuning.trials import Trial
@@ -148,7 +148,7 @@ def losses_and_gradients(
     that have no teacher.
     """
     rows, prompts = batch_of_step(work), [part.prompt for part in work]
-    packed = not backbone.pads_rows
+    packed = backbone.shares_prompts
     # Of all rows of a step, not of a micro-batch's: so a row's numbers do not depend on which rows are dealt with it.
     shared = [0] * len(work)
     if packed:
@@ -156,6 +156,7 @@ def losses_and_gradients(
             [row.split.input_ids(row.number) for row in rows], [row.slot for row in rows], len(work)
         )
     costs = [row.cost(len(prompts[row.slot]), shared[row.slot]) for row in rows]
+    costs = costs if packed else one_prompt_each(costs)
     losses, tokens = torch.zeros(len(work), device=backbone.device), TokenCounts()
     for prompt in prompts:
         prompt.grad = None

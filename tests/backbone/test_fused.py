@@ -81,7 +81,7 @@ def test_a_gated_layer_in_int8_is_its_three_layers_one_by_one_bit_by_bit(activat
         rows, layer.scale = quantize_matrix(torch.randn(shape))
         layer._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
         layers.append(layer)
-    mlp = GatedMlp(*layers, activation)
+    mlp = GatedMlp(dict(zip(("gate", "up", "down"), layers, strict=True)), activation)
     use_kernels(mlp, True)
     set_products(mlp, "int8", torch.device("cpu"))
     x, upstream = torch.randn(2, 7, 24) * 3, torch.randn(2, 7, 24)

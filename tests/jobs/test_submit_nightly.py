@@ -53,6 +53,7 @@ def test_a_night_submitted_again_is_the_same_submission_and_runs_once(cluster, t
     assert (tmp_path / "runs").read_text() == "ran\n"
 
 
+@pytest.mark.slow
 def test_an_interrupted_night_is_started_again_and_a_finished_attempt_is_not(cluster, tmp_path):
     runs = tmp_path / "runs"
     script = f"echo ran >> {runs}; test $(wc -l < {runs}) -ge 3 || exit 5"

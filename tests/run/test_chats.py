@@ -37,6 +37,7 @@ def chats(tmp_path):
     return settings
 
 
+@pytest.mark.slow
 def test_a_prompt_tuned_on_chats_is_served_with_the_scores_that_it_was_published_with(chats, tmp_path):
     assert run(chats).exit == 0
     bank = PromptBank.open(tmp_path / "bank")

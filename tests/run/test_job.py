@@ -41,7 +41,7 @@ def run(project, *overrides):
 @pytest.mark.parametrize(
     ("family", "rows_run"),
     [
-        ("t5", "padded"),
+        pytest.param("t5", "packed", marks=pytest.mark.slow),
         pytest.param("lfm2", "padded", marks=pytest.mark.slow),  # a hybrid
         pytest.param("qwen3_moe", "packed", marks=pytest.mark.slow),
         pytest.param("gpt2", "packed", marks=pytest.mark.slow),

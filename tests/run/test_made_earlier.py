@@ -32,6 +32,7 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_run_that_an_earlier_commit_left_at_step_40_ends_with_the_prompts_that_it_would_have_had(project):
     outcome = run_job(check_run(load_settings(project / "settings.yaml", DEFAULTS_THEN)), Console(quiet=True))
     events = [json.loads(line) for line in (project / "runs/small/events.jsonl").read_text().splitlines()]

@@ -1,13 +1,15 @@
 // Attention of packed segments, forward and backward.
 //
 // Segments form trees: an input follows its prompt, a label its input. A token attends to all tokens of its
-// segment's ancestors, and causally to its own segment. Nothing is gathered, padded or kept but q, k and v: a
-// tree's keys and values for one head lie in the processor's cache while all that look at them run.
+// segment's ancestors, and of its own segment to those up to itself, to all, or to none. Nothing is gathered, padded or
+// kept but q, k and v: a tree's keys and values for one head lie in the processor's cache while all that look at them run.
 //
 // Memory: q, out and their gradients [tokens, heads, size], k, v and theirs [given + tokens, key_heads, size].
 #include "vectors.h"
 
 #define BLOCK 32  // tokens of a segment whose scores are computed at once
+
+enum { CAUSAL, WHOLE, ANCESTORS };  // what a token sees: its segment up to itself, all of it, or none of it
 
 typedef struct {
     int64_t heads, key_heads, size;
@@ -17,6 +19,9 @@ typedef struct {
     const int64_t *start;    // first token of each segment; negative where it is given
     const int64_t *length;
     const int64_t *parent;   // -1 at the root
+    int64_t sees;
+    const float *bias;       // [heads, bias_row]: added to scores, by the distance from query to key; or NULL
+    int64_t bias_row, bias_zero;  // where in a row the distance 0 stands
 } Layout;
 
 // Keys and values of a segment's ancestors and, behind them, its own, for one head; and their gradients.
@@ -195,13 +200,24 @@ static inline float softmax_row(float *row, int64_t seen, int64_t wide) {
     return 1.0f / sum_of(sums);
 }
 
-// Probabilities of a block of tokens over the first `wide` keys, each times its row's sum; a token sees its segment up to
-// itself.
-static void probabilities(const Layout *l, Scratch *s, int64_t first, int64_t rows, int64_t wide) {
+// Keys that the segment's tokens see of which `end` is the one behind the last.
+static inline int64_t seen_keys(const Layout *l, const Keys *keys, int64_t end) {
+    return l->sees == CAUSAL ? keys->before + end : keys->count;
+}
+
+// Probabilities of a block of tokens over the first `wide` keys, each times its row's sum.
+static void probabilities(const Layout *l, Scratch *s, int64_t head, int64_t first, int64_t rows, int64_t wide) {
     int64_t group = l->heads / l->key_heads, size = padded(l->size), room = s->keys.room;
     product(s->p, room, s->q, size, 1, s->keys.kt, room, rows, wide, size, 0);
-    for (int64_t r = 0; r < rows; r++)
-        s->inverse[r] = softmax_row(s->p + r * room, s->keys.before + first + r / group + 1, wide);
+    for (int64_t r = 0; r < rows; r++) {
+        float *row = s->p + r * room;
+        if (l->bias) {
+            int64_t query = s->keys.before + first + r / group;
+            const float *bias = l->bias + (head * group + r % group) * l->bias_row + l->bias_zero - query;
+            for (int64_t j = 0; j < wide; j += LANES) *(vector *)(row + j) += *(const vector *)(bias + j);
+        }
+        s->inverse[r] = softmax_row(row, seen_keys(l, &s->keys, first + r / group + 1), wide);
+    }
 }
 
 static inline void scale_row(float *row, int64_t wide, float factor) {
@@ -212,9 +228,9 @@ static void segment_forward(const Layout *l, Scratch *s, const float *q, float *
     int64_t group = l->heads / l->key_heads, size = padded(l->size), room = s->keys.room;
     for (int64_t first = 0; first < l->length[segment]; first += BLOCK) {
         int64_t left = l->length[segment] - first, count = left < BLOCK ? left : BLOCK, rows = count * group;
-        int64_t keys = s->keys.before + first + count;
+        int64_t keys = seen_keys(l, &s->keys, first + count);
         load_rows(l, q, s->q, head, l->start[segment] + first, count, 1);
-        probabilities(l, s, first, rows, padded(keys));
+        probabilities(l, s, head, first, rows, padded(keys));
         product(s->out, size, s->p, room, 1, s->keys.v, size, rows, size, keys, 0);
         for (int64_t r = 0; r < rows; r++) scale_row(s->out + r * size, size, s->inverse[r]);
         store_rows(l, s->out, out, head, l->start[segment] + first, count, 0);
@@ -242,10 +258,10 @@ static void segment_backward(
     int64_t group = l->heads / l->key_heads, size = padded(l->size), room = s->keys.room;
     for (int64_t first = 0; first < l->length[segment]; first += BLOCK) {
         int64_t left = l->length[segment] - first, count = left < BLOCK ? left : BLOCK, rows = count * group;
-        int64_t keys = s->keys.before + first + count, wide = padded(keys);
+        int64_t keys = seen_keys(l, &s->keys, first + count), wide = padded(keys);
         load_rows(l, q, s->q, head, l->start[segment] + first, count, 1);
         load_rows(l, grad, s->grad, head, l->start[segment] + first, count, 0);
-        probabilities(l, s, first, rows, wide);
+        probabilities(l, s, head, first, rows, wide);
         product(s->d, room, s->grad, size, 1, s->keys.vt, room, rows, wide, size, 0);
         softmax_backward(s, rows, wide);
         product(s->out, size, s->d, room, 1, s->keys.k, size, rows, size, keys, 0);
@@ -258,11 +274,12 @@ static void segment_backward(
 // Run the segments order[tree[i]] to order[tree[i + 1]] of each tree i; siblings stand beside each other.
 // Given `grad`, the backward pass: dq, dk and dv (zeros before) are what comes out.
 void packed_attention(
-    const int64_t *sides, float scaling, const float *cosine, const float *sine, const int64_t *start, const int64_t *length, const int64_t *parent,
-    const int64_t *order, const int64_t *tree, const float *q, const float *k, const float *v, float *out,
-    const float *grad, float *dq, float *dk, float *dv) {
-    const Layout l = {sides[0], sides[1], sides[2], scaling, cosine, sine, sides[3], start, length, parent};
+    const int64_t *sides, float scaling, const float *cosine, const float *sine, const float *bias, const int64_t *start,
+    const int64_t *length, const int64_t *parent, const int64_t *order, const int64_t *tree, const float *q, const float *k,
+    const float *v, float *out, const float *grad, float *dq, float *dk, float *dv) {
     int64_t trees = sides[4], most_before = sides[5], most_own = sides[6];
+    const Layout l = {sides[0], sides[1], sides[2], scaling, cosine, sine, sides[3], start, length, parent,
+                      sides[7], bias, sides[8], sides[9]};
     int backward = grad != NULL;
 #pragma omp parallel
     {
@@ -282,14 +299,16 @@ void packed_attention(
                         finish_keys(&l, &s.keys, 0, backward);
                     }
                     s.keys.count = s.keys.before;
-                    add_keys(&l, &s.keys, k, v, head, start[segment], length[segment]);
-                    finish_keys(&l, &s.keys, s.keys.before, backward);
+                    if (l.sees != ANCESTORS) {
+                        add_keys(&l, &s.keys, k, v, head, start[segment], length[segment]);
+                        finish_keys(&l, &s.keys, s.keys.before, backward);
+                    }
                     if (!backward) {
                         segment_forward(&l, &s, q, out, head, segment);
                         continue;
                     }
                     segment_backward(&l, &s, q, grad, dq, head, segment);
-                    give_back(&l, &s.keys, dk, dv, head, segment, s.keys.before);
+                    if (l.sees != ANCESTORS) give_back(&l, &s.keys, dk, dv, head, segment, s.keys.before);
                 }
                 if (backward) give_back_ancestors(&l, &s.keys, dk, dv, head, family);
             }

@@ -4,22 +4,30 @@ Shapes: N tokens that run, G tokens that are given. A heads, A' heads of keys, D
 """
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pipeline.backbone.native.build import load_kernels
 from pipeline.backbone.native.rows import supports
 from pipeline.backbone.segments import Segments
 
-__all__ = ["Forest", "attend", "make_forest", "supports"]
+__all__ = ["DistanceBias", "Forest", "attend", "make_forest", "supports"]
 
 _P = ctypes.c_void_p
-_SIGNATURE = [_P, ctypes.c_float, *[_P] * 15]
+_SIGNATURE = [_P, ctypes.c_float, *[_P] * 16]
+_LANES = 16
+"""Floats of the widest vector that the kernel reads."""
+
+Sees = Literal["causal", "whole", "ancestors"]
+"""What a token sees beside its segment's ancestors: its segment up to itself, all of it, or none of it."""
+_SEES: dict[Sees, int] = {"causal": 0, "whole": 1, "ancestors": 2}
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,35 +60,62 @@ Rotation = tuple[Tensor, Tensor]
 """Cosine and sine `[N, D / 2]` of the angles by which each token's queries and keys are rotated."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, forest: Forest, rotation: Rotation | None = None) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class DistanceBias:
+    """What is added to a score by how far behind its query a key stands, as in T5."""
+
+    table: Tensor
+    """`[A, 2 L - 1]` float32 for the distances from 1 - L to L - 1, without a gradient."""
+
+    @property
+    def zero(self) -> int:
+        """The column of the distance 0."""
+        return self.table.shape[1] // 2
+
+    @cached_property
+    def readable(self) -> Tensor:
+        """The same with columns behind it, which whole vectors reach into."""
+        return functional.pad(self.table, (0, _LANES)).contiguous()
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float,
+    forest: Forest,
+    rotation: Rotation | None = None,
+    sees: Sees = "causal",
+    bias: DistanceBias | None = None,
+) -> Tensor:
     """Q `[N, A, D]`, k and v `[G + N, A', D]`, all float32 -> `[N, A, D]`.
 
-    With a rotation, q and k are rotated first, except for given keys, which are rotated already.
+    With a rotation, q and k are rotated first, except for given keys, which are rotated already. Where tokens see their
+    ancestors alone, k and v are those of given segments, `[G, A', D]`. A bias reaches as far as the longest chain.
     """
-    out: Tensor = _PackedAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), scaling, forest, rotation)
+    run = partial(_run, scaling=scaling, forest=forest, rotation=rotation, sees=sees, bias=bias)
+    out: Tensor = _PackedAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), run)
     return out
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scaling: float, forest: Forest, rotation: Rotation | None
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, run: Callable[..., None]) -> Tensor:
         # No scores: kept for every layer they would outgrow all else, so the backward pass computes them again.
         ctx.save_for_backward(q, k, v)
-        ctx.run = partial(_run, scaling=scaling, forest=forest, rotation=rotation)
+        ctx.run = run
         out = torch.empty_like(q)
-        ctx.run(q, k, v, out=out)
+        run(q, k, v, out=out)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         (grad,) = grads
         q, k, v = ctx.saved_tensors
         # Keys and values collect gradients from many segments, so these start at zero; each query has one.
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         ctx.run(q, k, v, grad=grad.contiguous(), dq=dq, dk=dk, dv=dv)
-        return dq, dk, dv, None, None, None
+        return dq, dk, dv, None
 
 
 def _run(
@@ -90,6 +125,8 @@ def _run(
     scaling: float,
     forest: Forest,
     rotation: Rotation | None,
+    sees: Sees,
+    bias: DistanceBias | None,
     out: Tensor | None = None,
     grad: Tensor | None = None,
     dq: Tensor | None = None,
@@ -104,14 +141,14 @@ def _run(
         function.argtypes, function.restype = _SIGNATURE, None
     segments = forest.segments
     longest = int(segments.lengths[segments.given :].max())
+    table = None if bias is None else bias.readable
+    columns = (0, 0) if bias is None else (bias.readable.shape[1], bias.zero)
+    counts = (segments.given_tokens, len(forest.trees) - 1, forest.most_before, longest)
     # Sizes in the order in which the C function reads them; int64, as its `const int64_t *`.
-    sides = np.array(
-        [q.shape[1], k.shape[1], q.shape[2], segments.given_tokens, len(forest.trees) - 1, forest.most_before, longest],
-        dtype=np.int64,
-    )
+    sides = np.array([q.shape[1], k.shape[1], q.shape[2], *counts, _SEES[sees], *columns], dtype=np.int64)
     arrays = (sides, segments.starts, segments.lengths, segments.parents, forest.order, forest.trees)
     cosine, sine = (None, None) if rotation is None else (part.data_ptr() for part in rotation)
     # `arrays` stays alive until the call returns, so the addresses stay valid.
     first, *others = (array.ctypes.data for array in arrays)
-    tensors = (q, k, v, out, grad, dq, dk, dv)
-    function(first, scaling, cosine, sine, *others, *(None if t is None else t.data_ptr() for t in tensors))
+    tensors = [None if t is None else t.data_ptr() for t in (table, q, k, v, out, grad, dq, dk, dv)]
+    function(first, scaling, cosine, sine, tensors[0], *others, *tensors[1:])

@@ -21,7 +21,8 @@ _LLAMA_3 = {"vocab_size": 128_256, "rms_norm_eps": 1e-5, "num_key_value_heads": 
 _LLAMA_2 = {"vocab_size": 32_000, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "tie_word_embeddings": False}
 _7B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
 _SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
-    # google/t5-v1_1-large, -xl and -xxl, as the LM-adapted checkpoints of Lester et al. (2021)
+    # google/t5-v1_1-base, -large, -xl and -xxl, as the LM-adapted checkpoints of Lester et al. (2021)
+    "t5-base": (T5Config, {**_T5, "d_model": 768, "d_ff": 2048, "num_heads": 12, "num_layers": 12}),
     "t5-large": (T5Config, {**_T5, "d_model": 1024, "d_ff": 2816, "num_heads": 16}),
     "t5-xl": (T5Config, {**_T5, "d_model": 2048, "d_ff": 5120, "num_heads": 32}),
     "t5-xxl": (T5Config, {**_T5, "d_model": 4096, "d_ff": 10_240, "num_heads": 64}),
