@@ -68,6 +68,8 @@ class Backbone:
     proof: Proof
     """What decided how rows run."""
     traffic: Traffic = field(default_factory=Traffic)
+    partitioned: bool = False
+    """Whether each rank holds a part of every matrix, so that a pass gathers weights from all of them."""
 
     @property
     def architecture(self) -> Architecture:
@@ -170,7 +172,7 @@ def host_backbone(
     engine, *_ = deepspeed.initialize(model=hosted, config=zero)
     proof = choose_way(engine.module, model, files.name, device, dtype, partitioned=True, products=products)
     traffic.gathered = 0
-    return Backbone(config, engine.module, device, dtype, width, proof, traffic)
+    return Backbone(config, engine.module, device, dtype, width, proof, traffic, partitioned=True)
 
 
 def choose_way(

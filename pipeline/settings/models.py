@@ -78,7 +78,8 @@ class ClusterSettings(SettingsModel):
     cpus_per_worker: int = Field(1, ge=1, le=10_000)
     """CPUs that each rank takes."""
     tokens_per_microbatch: int = Field(2048, ge=64, le=10**9)
-    """Most prompt, input and target tokens, padding included, that one rank runs in one forward pass."""
+    """Most prompt, input and target tokens, padding included, that one rank runs in one forward pass. On a CPU that
+    holds the model whole, a pass has about a thousand at most, or a trial's rows: larger ones gain nothing there."""
     price_per_rank_hour: float | None = Field(None, ge=0)
     """The price of an hour of one rank, in your currency; the report then shows the cost of the run."""
 

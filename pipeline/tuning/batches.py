@@ -17,6 +17,9 @@ from pipeline.tuning.trials import Trial, random_numbers
 PASS_TOKENS = 100
 """What a forward and backward pass costs beside its tokens (gathers, dispatch), in tokens; measured on a CPU."""
 
+ENOUGH_TOKENS = 1024
+"""Tokens of a pass beyond which a CPU gains nothing, as measured (docs/benchmarks.md)."""
+
 
 def rows_of_step(trial: Trial, train: TokenSet, step: int, size: int | None = None) -> np.ndarray:
     """Row numbers `[size]` of a trial's step: epoch after epoch, each in its own random order.
@@ -101,6 +104,19 @@ class RowCost:
 Plan = list[list[list[int]]]
 """`[micro-batch][rank] -> row numbers`. Every rank has every micro-batch, since under ZeRO-3 all run the model
 together; a share may be empty, but never the first."""
+
+
+def pass_budget(costs: Sequence[RowCost], token_budget: int) -> int:
+    """Tokens of a pass for rows whose model is at hand whole, on a CPU, where smaller passes cost nothing.
+
+    A pass keeps all that its backward pass needs, so memory follows it. No slot's rows are split for that, as its
+    prompt would run twice.
+    """
+    of_slot: dict[int, list[int]] = {}
+    for row, cost in enumerate(costs):
+        of_slot.setdefault(cost.slot, []).append(row)
+    largest = max((_cost(costs, rows) for rows in of_slot.values()), default=0)
+    return min(token_budget, max(ENOUGH_TOKENS, largest))
 
 
 def one_prompt_each(costs: Sequence[RowCost]) -> list[RowCost]:

@@ -14,7 +14,15 @@ from pipeline.backbone import prompted
 from pipeline.backbone.host import Backbone
 from pipeline.backbone.rows import common_beginnings
 from pipeline.corpus.reader import TokenSet
-from pipeline.tuning.batches import Plan, RowCost, one_prompt_each, plan_rows, rows_of_step, unlabelled_rows_of_step
+from pipeline.tuning.batches import (
+    Plan,
+    RowCost,
+    one_prompt_each,
+    pass_budget,
+    plan_rows,
+    rows_of_step,
+    unlabelled_rows_of_step,
+)
 from pipeline.tuning.ranks import rank, sum_over_ranks, world_size
 from pipeline.tuning.teaching import Teacher
 from pipeline.tuning.trials import Trial
@@ -157,6 +165,8 @@ def losses_and_gradients(
         )
     costs = [row.cost(len(prompts[row.slot]), shared[row.slot]) for row in rows]
     costs = costs if packed else one_prompt_each(costs)
+    if backbone.device.type == "cpu" and not backbone.partitioned:
+        token_budget = pass_budget(costs, token_budget)
     losses, tokens = torch.zeros(len(work), device=backbone.device), TokenCounts()
     for prompt in prompts:
         prompt.grad = None

@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.corpus.reader import TokenSet
-from pipeline.tuning.batches import PASS_TOKENS, RowCost, plan_rows, rows_of_step, unlabelled_rows_of_step
+from pipeline.tuning.batches import (
+    ENOUGH_TOKENS,
+    PASS_TOKENS,
+    RowCost,
+    pass_budget,
+    plan_rows,
+    rows_of_step,
+    unlabelled_rows_of_step,
+)
 from pipeline.tuning.trials import make_trial
 from tests.corpora import make_task
 
@@ -128,6 +136,14 @@ def test_every_row_is_run_once_on_one_rank_within_the_token_budget(rows, world, 
             longest = max((tokens_run(loads, [row]) for row in share), default=0)
             cost = len(share) * longest if padded else tokens_run(loads, share)
             assert len(share) <= 1 or cost <= budget
+
+
+@given(rows_of_trials, st.integers(64, 5000))
+def test_passes_on_a_cpu_are_as_small_as_they_gain_from_but_hold_any_trial_whole(rows, budget):
+    loads = loads_of(rows)
+    trials = [[row for row, load in enumerate(loads) if load.slot == slot] for slot in {load.slot for load in loads}]
+    largest = max(tokens_run(loads, of_trial) for of_trial in trials)
+    assert pass_budget(loads, budget) == min(budget, max(largest, ENOUGH_TOKENS))
 
 
 @given(st.integers(2, 8), st.integers(1, 4), st.integers(5, 200))

@@ -108,7 +108,7 @@ def load_partitioned(
     if isinstance(optimizer, PartitionedAdafactor):
         optimizer.describe({piece.values: Span(piece.shape, piece.start, piece.stop) for piece in pieces})
     proof = choose_way(engine, model, source.origin, device, dtype, partitioned=True, gradients=False)
-    backbone = Backbone(config, engine, device, dtype, width, proof, traffic)
+    backbone = Backbone(config, engine, device, dtype, width, proof, traffic, partitioned=True)
     return PartitionedModel(backbone, pieces, parameters, optimizer, engine)
 
 
