@@ -7,6 +7,7 @@ python jobs/benchmark.py earlier ../earlier --data ../shared/data   # against an
 python jobs/benchmark.py profile --data ../shared/data              # where the time of a step goes
 python jobs/benchmark.py lengths --data ../shared/data              # what a longer prompt costs
 python jobs/benchmark.py growth --data ../shared/data               # 1 to 256 trials in one run
+python jobs/benchmark.py evaluation --data ../shared/data           # labels and answers, against transformers
 python jobs/benchmark.py zero --data ../shared/data                 # what ZeRO-3 costs
 python jobs/benchmark.py ranks --data ../shared/data                # bytes of a step here, and on up to 64 GPUs
 python jobs/benchmark.py quality --data ../shared/data              # whether a fast step makes prompts worse
@@ -213,6 +214,31 @@ def growth(
     sides = {f"{count} trials": of_count.ours() for count, of_count in bench.items()}
     result = _run(f"growth, prompt length {length}, {batch} rows a trial", sides, rounds, out)
     plot_growth(counts, result, out.with_suffix(".svg"))
+
+
+@app.command()
+def evaluation(
+    data: Data,
+    tasks: Tasks = "sst2,trec,cr,mpqa,subj",
+    model: Model = "smollm2-135m",
+    length: Annotated[int, typer.Option(help="Prompt length.")] = 20,
+    rows: Annotated[int, typer.Option(help="Dev rows of every task whose labels are scored.")] = 500,
+    answers: Annotated[int, typer.Option(help="Rows of all tasks together that are answered in words.")] = 500,
+    tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 20,
+    rounds: Rounds = 1,
+    ranks: Ranks = 2,
+    threads: Threads = 2,
+    out: Out = Path("docs/benchmarks/evaluation.json"),
+) -> None:
+    """Scoring labels and decoding answers, against transformers' forward pass of padded batches and `generate`."""
+    from pipeline.lab.benchmark.evaluation import compare_evaluation, save_evaluation
+    from pipeline.lab.benchmark.tables import evaluation_table
+
+    bench = _bench(data, tasks.split(","), model, length, 16, 1, ranks, threads, dev_rows=rows)
+    result = compare_evaluation(bench, tokens, answers, rounds)
+    console.print(evaluation_table(result))
+    save_evaluation(out, result)
+    console.print(f"Written to {out}.")
 
 
 @app.command()

@@ -128,7 +128,7 @@ def tune_on_rank(bench: Bench, options: OurOptions) -> Side:
 def _tune_as_peer(bench: Bench, options: PeerOptions) -> Side:
     torch.set_num_threads(bench.threads)
     with tempfile.TemporaryDirectory() as folder:
-        model = load_peer_model(_as_safetensors(bench.model, Path(folder)), options)
+        model = load_peer_model(as_safetensors(bench.model, Path(folder)), options)
         return tune_one_by_one(model, bench.tasks, bench.prompts, bench.steps, options, Path(folder))
 
 
@@ -136,7 +136,7 @@ def _merged(ranks: Sequence[Side]) -> Side:
     return replace(ranks[0], peak_bytes=sum(rank.peak_bytes for rank in ranks))
 
 
-def _as_safetensors(model: str, folder: Path) -> Path:
+def as_safetensors(model: str, folder: Path) -> Path:
     """The model as a folder for `from_pretrained`, whatever its own format is."""
     from transformers import AutoModelForCausalLM
 

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from pipeline.lab.benchmark.corpus import CorpusFigures
 from pipeline.lab.benchmark.cost import StepCost
+from pipeline.lab.benchmark.evaluation import EvaluationResult
 from pipeline.lab.benchmark.fit import Fit
 from pipeline.lab.benchmark.quality import Quality
 from pipeline.lab.benchmark.side_by_side import SidesResult
@@ -32,6 +33,24 @@ def comparison_table(result: SidesResult, shares: Mapping[str, float] | None = N
             f"{result.loss_difference[side]:.2%}" if side in result.loss_difference else "–",
             *([f"{shares[side]:.0%}"] if shares else []),
         )
+    return table
+
+
+def evaluation_table(result: EvaluationResult) -> Table:
+    """One row for each kind of evaluation."""
+    table = Table(title=f"evaluation ({result.device})", title_justify="left")
+    for column in ["", *(f"{side}, s" for side in result.label_seconds), "ours is faster by", "answered alike"]:
+        table.add_column(column)
+    kinds = {
+        f"labels of {result.rows} rows": (result.label_seconds, result.label_ratio, result.same_labels),
+        f"{result.decoded_rows} answers of {result.tokens} tokens": (
+            result.decode_seconds,
+            result.decode_ratio,
+            result.same_answers,
+        ),
+    }
+    for name, (seconds, ratio, alike) in kinds.items():
+        table.add_row(name, *(_joined(of, "{:.1f}") for of in seconds.values()), f"{ratio:.2f}", f"{alike:.1%}")
     return table
 
 

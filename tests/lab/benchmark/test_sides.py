@@ -11,6 +11,7 @@ from pipeline.backbone.files import architecture_of, find_model, read_config, re
 from pipeline.backbone.host import host_backbone
 from pipeline.errors import CorpusError
 from pipeline.lab.benchmark import ablation
+from pipeline.lab.benchmark.evaluation import evaluated_by_transformers, evaluated_here
 from pipeline.lab.benchmark.ours import tune_together
 from pipeline.lab.benchmark.peft_trainer import PeerOptions, load_peer_model, tune_one_by_one
 from pipeline.lab.benchmark.side_by_side import Side, compare_sides
@@ -24,13 +25,14 @@ STEPS = 4
 def make_work(tmp_path, family):
     folder = make_model(tmp_path / "model", family, scale=1.0)
     for seed, name in enumerate(("film", "book")):
-        path = tmp_path / "data" / name / "train.parquet"
-        path.parent.mkdir(parents=True)
+        folder_of_task = tmp_path / "data" / name
+        folder_of_task.mkdir(parents=True)
         texts, labels = zip(*reviews(30, seed), strict=True)
-        pq.write_table(pa.table({"text": texts, "label": labels}), path)
+        for split in ("train", "dev"):
+            pq.write_table(pa.table({"text": texts, "label": labels}), folder_of_task / f"{split}.parquet")
     tokenizer = read_tokenizer(find_model(str(folder)))
     architecture = architecture_of(read_config(find_model(str(folder))))
-    tasks = load_work(tmp_path / "data", ["film", "book"], tokenizer, architecture, WorkOptions(5, 6))
+    tasks = load_work(tmp_path / "data", ["film", "book"], tokenizer, architecture, WorkOptions(5, 6, dev_rows=20))
     rng = np.random.default_rng(0)
     return folder, tasks, [rng.normal(size=(5, 32)).astype(np.float32) for _ in tasks]
 
@@ -67,6 +69,20 @@ def test_taking_a_part_out_changes_how_a_loss_is_computed_and_not_the_loss(work,
     )
     np.testing.assert_allclose(other.losses, ours.losses, rtol=1e-4)
     np.testing.assert_allclose(other.prompts, ours.prompts, rtol=1e-4, atol=1e-5)
+
+
+def test_both_sides_of_the_evaluation_choose_the_same_labels_and_give_the_same_answers(work):
+    folder, tasks, prompts = work
+    files = find_model(str(folder))
+    backbone = host_backbone(
+        files, read_config(files), int8=False, dtype=torch.float32, device=torch.device("cpu"), sharded=False
+    )
+    of_both = (read_tokenizer(files), tasks, prompts, 6, 14)
+    ours = evaluated_here(backbone, *of_both)
+    theirs = evaluated_by_transformers(load_peer_model(folder, PeerOptions()).eval(), *of_both)
+    assert [len(rows) for rows in ours.chosen] == [20, 20] and ours.chosen == theirs.chosen
+    assert [len(rows) for rows in ours.decoded] == [7, 7] and ours.decoded == theirs.decoded
+    assert len({label for rows in ours.chosen for label in rows}) > 1 and len(set(ours.decoded[0])) > 1
 
 
 def test_ratios_leave_the_settling_steps_out_and_tell_their_spread():
