@@ -3,10 +3,11 @@
 import os
 import re
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,7 +20,10 @@ from pipeline.corpus.mixed_splits import check_one_split
 from pipeline.corpus.paths import locate, matches, parts_below
 from pipeline.errors import CorpusError, PromptBankError, UnreachableError
 
-_FOOTER_READERS = 16
+if TYPE_CHECKING:
+    from pipeline.corpus.row_view import RowView
+
+FOOTER_READERS = 16
 # How Arrow words that a store is overloaded or does not answer. Arrow has no error classes for these.
 _AWAY = re.compile(
     r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|REQUEST_TIMEOUT|THROTTLING)"
@@ -30,9 +34,24 @@ _AWAY = re.compile(
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
+class BatchReader(Protocol):
+    """Reads a file that is not Parquet, or whose rows only its own library can tell."""
+
+    def batches(
+        self, filesystem: fs.FileSystem, path: str, columns: Sequence[str], rows: int
+    ) -> Iterator[pa.RecordBatch]:
+        """All its rows, at most `rows` at a time, with the columns of these names in the file.
+
+        Raises: CorpusError without the place, ArrowException, OSError.
+        """
+
+    def key(self) -> Any:
+        """What enters a shard folder's name, as JSON values."""
+
+
 @dataclass(frozen=True)
 class SourceFile:
-    """One Parquet file as its listing and its footer describe it."""
+    """One file as its listing and its footer, or its table, describe it."""
 
     path: str
     size: int
@@ -44,15 +63,39 @@ class SourceFile:
     """(rows, uncompressed bytes) of each row group."""
     class_names: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """(column, names of its numbers) for each ClassLabel column."""
+    view: "RowView | None" = None
+    """How its rows become those of the corpus; None where they are these as they stand."""
+    reader: BatchReader | None = None
+    """None for Parquet. Such a file has one row group, whose sizes may be a guess."""
 
     @property
     def rows(self) -> int:
-        return sum(rows for rows, _ in self.row_groups)
+        return sum(rows for rows, _ in self.row_groups) if self.view is None else self.view.rows
+
+    @property
+    def chosen_groups(self) -> tuple[int, ...]:
+        """The row groups that are read."""
+        chosen = self.view.row_groups if self.view is not None else None
+        return tuple(range(len(self.row_groups))) if chosen is None else chosen
 
     @property
     def column_names(self) -> tuple[str, ...]:
         own = [name for name, _ in self.columns]
         return (*own, *(name for name, _ in self.partitions if name not in own))
+
+
+@dataclass(frozen=True)
+class TableVersion:
+    """The state of a table, or of a repository of the hub, that a split was read from."""
+
+    address: str
+    """As the settings name it, without a version."""
+    version: str
+    """A version, a snapshot's id or a commit."""
+    table: str | None = None
+    """The table's own id, where it has one."""
+    time: str | None = None
+    """When the version was written, in UTC, where the table tells."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +108,18 @@ class ParquetSource:
     files: tuple[SourceFile, ...]
     left_out: tuple[str, ...] = ()
     """Data files in the folders that are not read: not Parquet, set aside by their names, or broken links."""
+    tables: tuple[TableVersion, ...] = ()
+    remarks: tuple[str, ...] = ()
+    """What the plan tells of it: types that were inferred, rows that were only estimated."""
 
     @property
     def rows(self) -> int:
         return sum(file.rows for file in self.files)
+
+    @property
+    def exact(self) -> bool:
+        """Whether `rows` is what will be read; with a filter it is the most."""
+        return all(file.view is None or file.view.exact for file in self.files)
 
 
 @dataclass(frozen=True)
@@ -110,8 +161,8 @@ def inspect_files(paths: str | Sequence[str], where: str) -> ParquetSource:
         left_out.update(filter(looks_like_data, others))
     assert filesystem is not None
     footers_of = [listed[path] for path in sorted(listed)]
-    with ThreadPoolExecutor(_FOOTER_READERS) as readers:
-        files_read = tuple(readers.map(lambda file: _read_footer(filesystem, file, where), footers_of))
+    with ThreadPoolExecutor(FOOTER_READERS) as readers:
+        files_read = tuple(readers.map(lambda file: _describe(filesystem, file, where), footers_of))
     return ParquetSource(where, filesystem, files_read, tuple(sorted(left_out - listed.keys())))
 
 
@@ -244,23 +295,37 @@ def _dangling_links(root: str) -> list[str]:
     return [path for path in paths if os.path.islink(path) and not os.path.exists(path)]
 
 
-def _read_footer(filesystem: fs.FileSystem, file: _Listed, where: str) -> SourceFile:
+def read_footer(filesystem: fs.FileSystem, path: str, where: str) -> tuple[pa.Schema, tuple[tuple[int, int], ...]]:
+    """-> a Parquet file's schema, and (rows, uncompressed bytes) of each row group.
+
+    Raises: CorpusError; UnreachableError; FileNotFoundError.
+    """
     try:
-        footer = pq.read_metadata(file.path, filesystem=filesystem)
+        footer = pq.read_metadata(path, filesystem=filesystem)
         schema = footer.schema.to_arrow_schema()
+    except FileNotFoundError:
+        raise
     except Exception as error:
         if not of_its_store(error, filesystem):
             raise
-        what = f"{where}: {file.path} is not a readable Parquet file"
-        raise unreadable(error, what, conversion(file.path) or "write it again or leave it out") from error
+        what = f"{where}: {path} is not a readable Parquet file"
+        raise unreadable(error, what, conversion(path) or "write it again or leave it out") from error
     groups = (footer.row_group(index) for index in range(footer.num_row_groups))
+    return schema, tuple((group.num_rows, group.total_byte_size) for group in groups)
+
+
+def _describe(filesystem: fs.FileSystem, file: _Listed, where: str) -> SourceFile:
+    try:
+        schema, row_groups = read_footer(filesystem, file.path, where)
+    except FileNotFoundError as error:
+        raise CorpusError(f"{where}: {file.path} was removed while it was looked at; run the job again") from error
     return SourceFile(
         path=file.path,
         size=file.size,
         mtime_ns=file.mtime_ns,
         partitions=_hive_columns(parts_below(file.path, file.root)[:-1]),
         columns=tuple((field.name, field.type) for field in schema),
-        row_groups=tuple((group.num_rows, group.total_byte_size) for group in groups),
+        row_groups=row_groups,
         class_names=footer_class_names(schema),
     )
 

@@ -19,6 +19,7 @@ from pipeline.settings.comparing import (
     TrainingSettings,
     TransferSettings,
 )
+from pipeline.settings.corpora import Split, SplitSettings
 from pipeline.settings.joining import JoinedPanel, JoinSettings
 from pipeline.settings.models import (
     BankSettings,
@@ -64,6 +65,8 @@ __all__ = [
     "RefreshSettings",
     "RunSettings",
     "Settings",
+    "Split",
+    "SplitSettings",
     "TaskDefaults",
     "TaskSettings",
     "TeacherSettings",

@@ -1,0 +1,138 @@
+"""A split as the settings name it -> its files: paths, tables and text files, with the columns, filter and limit."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.corpus.files import ParquetSource, SourceFile, inspect_files
+from pipeline.corpus.reading import ReadUnit, read_batches
+from pipeline.corpus.row_view import RowView
+from pipeline.corpus.tables.delta import open_delta
+from pipeline.corpus.tables.libraries import table_address
+from pipeline.corpus.where import parse_where, without_hopeless_groups
+from pipeline.errors import CorpusError
+from pipeline.settings import SplitSettings
+
+Catalogs = Mapping[str, Mapping[str, Any]]
+
+
+def open_split_source(
+    split: str | Sequence[str] | SplitSettings, where: str, catalogs: Catalogs | None = None
+) -> ParquetSource:
+    """The files behind a split, and how their rows become its rows; nothing but footers and logs is read.
+
+    catalogs: properties of Iceberg's catalogs by name.
+    Raises: CorpusError naming the place and the fix; UnreachableError.
+    """
+    if not isinstance(split, SplitSettings):
+        return _joined(_each([split] if isinstance(split, str) else split, where, catalogs or {}), where)
+    paths = [split.path] if isinstance(split.path, str) else split.path
+    source = _joined(_each(paths, where, catalogs or {}), where)
+    if split.where is not None:
+        source = _filtered(source, split.where)
+    if split.columns:
+        source = replace(source, files=tuple(_renamed(file, split.columns, where) for file in source.files))
+    return source if split.limit is None else _limited(source, split.limit)
+
+
+def _each(paths: Sequence[str], where: str, catalogs: Catalogs) -> Iterator[ParquetSource]:
+    plain: list[str] = []
+    for path in paths:
+        address = table_address(path)
+        if address is None:
+            plain.append(path)
+        elif address.kind == "delta":
+            yield open_delta(address, where)
+    if plain or not paths:
+        yield inspect_files(plain, where)
+
+
+def _joined(sources: Iterator[ParquetSource], where: str) -> ParquetSource:
+    """One source of several. Raises: CorpusError when they lie in different stores."""
+    first, *others = sources
+    for other in others:
+        if other.filesystem != first.filesystem:
+            raise CorpusError(f"{where}: its tables and files lie on different file systems; copy them to one")
+    every = (first, *others)
+    return ParquetSource(
+        where,
+        first.filesystem,
+        tuple(file for source in every for file in source.files),
+        tuple(path for source in every for path in source.left_out),
+        tuple(table for source in every for table in source.tables),
+        tuple(remark for source in every for remark in source.remarks),
+    )
+
+
+def _filtered(source: ParquetSource, text: str) -> ParquetSource:
+    files = []
+    for file in map(_with_view, source.files):
+        wanted = parse_where(text, dict(file.columns), source.where)
+        files.append(without_hopeless_groups(source.filesystem, file, wanted))
+    return replace(source, files=tuple(files))
+
+
+def _with_view(file: SourceFile) -> SourceFile:
+    """A plain file's rows as they stand, with its Hive columns as texts."""
+    if file.view is not None:
+        return file
+    own = [name for name, _ in file.columns]
+    added = [(name, value) for name, value in file.partitions if name not in own]
+    view = RowView(
+        rows=file.rows,
+        stored=tuple((name, name) for name in own),
+        constants=tuple((name, pa.scalar(value, pa.string())) for name, value in added),
+    )
+    columns = (*file.columns, *((name, pa.string()) for name, _ in added))
+    return replace(file, columns=columns, partitions=(), view=view)
+
+
+def _renamed(file: SourceFile, columns: Mapping[str, str], where: str) -> SourceFile:
+    """The file with columns under the names that templates call them by."""
+    file = _with_view(file)
+    assert file.view is not None
+    kinds, classes = dict(file.columns), dict(file.class_names)
+    for name, column in columns.items():
+        if column not in kinds:
+            raise CorpusError(
+                f"{where}: 'columns' takes {name!r} from the column {column!r}, which {file.path} does not have "
+                f"(it has {', '.join(kinds)}); fix 'columns'"
+            )
+    kept = [(name, kind) for name, kind in file.columns if name not in columns]
+    return replace(
+        file,
+        columns=(*kept, *((name, kinds[column]) for name, column in columns.items())),
+        class_names=(
+            *((name, names) for name, names in file.class_names if name not in columns),
+            *((name, classes[column]) for name, column in columns.items() if column in classes),
+        ),
+        view=replace(file.view, renamed=tuple(columns.items())),
+    )
+
+
+def _limited(source: ParquetSource, limit: int) -> ParquetSource:
+    """The first `limit` rows, file by file. Files whose rows are not known are read for it, until they suffice."""
+    files, left = [], limit
+    for file in map(_with_view, source.files):
+        assert file.view is not None
+        rows = file.view.rows if file.view.exact else _count(source, file, left)
+        taken = min(rows, left)
+        if taken:
+            take = taken if taken < rows or not file.view.exact else None
+            files.append(replace(file, view=replace(file.view, rows=taken, take=take, exact=True)))
+        left -= taken
+        if not left:
+            break
+    return replace(source, files=tuple(files))
+
+
+def _count(source: ParquetSource, file: SourceFile, enough: int) -> int:
+    unit = ReadUnit(file, file.chosen_groups, 0, sum(file.row_groups[group][0] for group in file.chosen_groups))
+    rows = 0
+    for batch in read_batches(source.filesystem, unit, (), source.where):
+        rows += batch.num_rows
+        if rows >= enough:
+            break
+    return rows
