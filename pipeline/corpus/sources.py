@@ -1,6 +1,6 @@
 """A split as the settings name it -> its files: paths, tables and text files, with the columns, filter and limit."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from pipeline.corpus.files import ParquetSource, SourceFile, inspect_files
 from pipeline.corpus.reading import ReadUnit, read_batches
 from pipeline.corpus.row_view import RowView
 from pipeline.corpus.tables.delta import open_delta
+from pipeline.corpus.tables.iceberg import open_iceberg
 from pipeline.corpus.tables.libraries import table_address
 from pipeline.corpus.where import parse_where, without_hopeless_groups
 from pipeline.errors import CorpusError
@@ -19,34 +20,32 @@ Catalogs = Mapping[str, Mapping[str, Any]]
 
 
 def open_split_source(
-    split: str | Sequence[str] | SplitSettings, where: str, catalogs: Catalogs | None = None
+    split: str | list[str] | SplitSettings, where: str, catalogs: Catalogs | None = None
 ) -> ParquetSource:
     """The files behind a split, and how their rows become its rows; nothing but footers and logs is read.
 
     catalogs: properties of Iceberg's catalogs by name.
     Raises: CorpusError naming the place and the fix; UnreachableError.
     """
-    if not isinstance(split, SplitSettings):
-        return _joined(_each([split] if isinstance(split, str) else split, where, catalogs or {}), where)
-    paths = [split.path] if isinstance(split.path, str) else split.path
-    source = _joined(_each(paths, where, catalogs or {}), where)
-    if split.where is not None:
-        source = _filtered(source, split.where)
-    if split.columns:
-        source = replace(source, files=tuple(_renamed(file, split.columns, where) for file in source.files))
-    return source if split.limit is None else _limited(source, split.limit)
+    asked = split if isinstance(split, SplitSettings) else SplitSettings(path=split)
+    source = _joined(_each(asked, where, catalogs or {}), where)
+    if asked.columns:
+        source = replace(source, files=tuple(_renamed(file, asked.columns, where) for file in source.files))
+    return source if asked.limit is None else _limited(source, asked.limit)
 
 
-def _each(paths: Sequence[str], where: str, catalogs: Catalogs) -> Iterator[ParquetSource]:
+def _each(asked: SplitSettings, where: str, catalogs: Catalogs) -> Iterator[ParquetSource]:
     plain: list[str] = []
-    for path in paths:
+    for path in [asked.path] if isinstance(asked.path, str) else asked.path:
         address = table_address(path)
         if address is None:
             plain.append(path)
         elif address.kind == "delta":
-            yield open_delta(address, where)
-    if plain or not paths:
-        yield inspect_files(plain, where)
+            yield _filtered(open_delta(address, where, asked.where), asked.where)
+        elif address.kind == "iceberg":
+            yield _filtered(open_iceberg(address, catalogs, where, asked.where), asked.where, of_iceberg=True)
+    if plain or not asked.path:
+        yield _filtered(inspect_files(plain, where), asked.where)
 
 
 def _joined(sources: Iterator[ParquetSource], where: str) -> ParquetSource:
@@ -66,10 +65,12 @@ def _joined(sources: Iterator[ParquetSource], where: str) -> ParquetSource:
     )
 
 
-def _filtered(source: ParquetSource, text: str) -> ParquetSource:
+def _filtered(source: ParquetSource, text: str | None, of_iceberg: bool = False) -> ParquetSource:
+    if text is None:
+        return source
     files = []
     for file in map(_with_view, source.files):
-        wanted = parse_where(text, dict(file.columns), source.where)
+        wanted = parse_where(text, dict(file.columns), source.where, of_iceberg)
         files.append(without_hopeless_groups(source.filesystem, file, wanted))
     return replace(source, files=tuple(files))
 

@@ -19,8 +19,11 @@ from pipeline.corpus.values import is_text, plain_type
 from pipeline.errors import CorpusError
 
 
-def parse_where(text: str, columns: Mapping[str, pa.DataType], where: str) -> RowFilter:
-    """A filter over columns of these types. Raises: CorpusError when it is none, or does not fit them."""
+def parse_where(text: str, columns: Mapping[str, pa.DataType], where: str, of_iceberg: bool = False) -> RowFilter:
+    """A filter over columns of these types.
+
+    of_iceberg: `not in` is true of null, as pyiceberg has it in Iceberg's own tables.
+    Raises: CorpusError when it is none, or does not fit them."""
     expressions = lake_library("pyiceberg.expressions", f"'where: {text}'", where)
     parser = lake_library("pyiceberg.expressions.parser", f"'where: {text}'", where)
     visitors = lake_library("pyiceberg.expressions.visitors", f"'where: {text}'", where)
@@ -44,7 +47,8 @@ def parse_where(text: str, columns: Mapping[str, pa.DataType], where: str) -> Ro
             for place, name in enumerate(named, 1)
         ]
         schema = arrow.pyarrow_to_schema(pa.schema(fields), downcast_ns_timestamp_to_us=True)
-        bound = visitors.bind(schema, _null_is_not_true(parsed, expressions), case_sensitive=True)
+        exact = parsed if of_iceberg else _null_is_not_true(parsed, expressions)
+        bound = visitors.bind(schema, exact, case_sensitive=True)
         return RowFilter(text, named, arrow.expression_to_pyarrow(bound, schema))
     except (TypeError, ValueError, pa.ArrowException) as error:
         raise CorpusError(

@@ -32,9 +32,10 @@ _KNOWN = {
 _MAPPED_NAME, _MAPPED_ID = "delta.columnMapping.physicalName", "delta.columnMapping.id"
 
 
-def open_delta(address: TableAddress, where: str) -> ParquetSource:
+def open_delta(address: TableAddress, where: str, wanted: str | None = None) -> ParquetSource:
     """The rows of a Delta table at the asked version, or the newest.
 
+    wanted: a filter; files that hold no such row by the log's statistics are left out.
     Raises: CorpusError when there is no such table or version, or its protocol has what nobody here knows;
     UnreachableError.
     """
@@ -51,9 +52,11 @@ def open_delta(address: TableAddress, where: str) -> ParquetSource:
     physical = {own.name: str(own.metadata.get(_MAPPED_NAME, own.name)) for own in table.schema().fields}
     partitioned = {name: physical[name] for name in table.metadata().partition_columns}
     columns = _columns(table, physical, partitioned)
+    hopeful = _hopeful_files(table, wanted)
     files = [
         DataFile(_inside(root, add["path"], address, where), add["size"], add["mtime"], add["values"], add["deleted"])
         for add in _live_files(table, partitioned, address, where)
+        if hopeful is None or add["path"] in hopeful
     ]
     return ParquetSource(
         where, filesystem, read_data_files(filesystem, files, columns, version, where), tables=(version,)
@@ -151,6 +154,18 @@ def _live_files(table: Any, partitioned: Mapping[str, str], address: TableAddres
     return found
 
 
+def _hopeful_files(table: Any, wanted: str | None) -> set[str] | None:
+    """The paths in the table of the files that can hold such rows; None for all."""
+    if wanted is None:
+        return None
+    root = _root(table)
+    try:
+        uris = table.file_uris(file_pruning_predicate=wanted)
+    except Exception:  # written in a way that Delta's own SQL has not, or wrong, which is told where it is parsed
+        return None
+    return {_as_path(_as_url(uri)).removeprefix(root) for uri in uris}
+
+
 def _partition_values(values: Any, partitioned: Mapping[str, str]) -> Mapping[str, Any]:
     """Column -> value of one file; with column mapping, the library may name them as the files do."""
     fields = {own.name: values[own.name] for own in values.type}
@@ -164,15 +179,23 @@ def _partition_values(values: Any, partitioned: Mapping[str, str]) -> Mapping[st
 
 def _deletion_vectors(table: Any) -> dict[str, Mask]:
     """Path in the table -> [rows] whether a row is deleted."""
-    root = urllib.parse.unquote(urllib.parse.urlparse(_as_url(table.table_uri)).path).rstrip("/") + "/"
+    root = _root(table)
     found = {}
     for batch in table.deletion_vectors():
         of_batch = pa.record_batch(batch)
         for row in range(of_batch.num_rows):
-            file = urllib.parse.unquote(urllib.parse.urlparse(of_batch["filepath"][row].as_py()).path)
+            file = _as_path(of_batch["filepath"][row].as_py())
             kept = of_batch["selection_vector"][row].values.to_numpy(zero_copy_only=False)
             found[file.removeprefix(root)] = ~kept.astype(np.bool_)
     return found
+
+
+def _root(table: Any) -> str:
+    return _as_path(_as_url(table.table_uri)).rstrip("/") + "/"
+
+
+def _as_path(url: str) -> str:
+    return urllib.parse.unquote(urllib.parse.urlparse(url).path)
 
 
 def _as_url(place: str) -> str:
