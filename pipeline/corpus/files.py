@@ -1,13 +1,11 @@
 """Paths as a user writes them -> the Parquet files behind them, described by their footers alone."""
 
 import os
-import re
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,108 +16,12 @@ from pipeline.corpus.formats import conversion, looks_like_data, parquet_among
 from pipeline.corpus.lakes import LakeTable, is_below, refuse_table, table_above, table_behind_links, tables_below
 from pipeline.corpus.mixed_splits import check_one_split
 from pipeline.corpus.paths import locate, matches, parts_below
-from pipeline.errors import CorpusError, PromptBankError, UnreachableError
-
-if TYPE_CHECKING:
-    from pipeline.corpus.row_view import RowView
+from pipeline.corpus.source_files import ParquetSource, SourceFile, of_its_store, unreadable
+from pipeline.corpus.tables.text_files import describe_text_file, is_text_file, told_types
+from pipeline.errors import CorpusError
 
 FOOTER_READERS = 16
-# How Arrow words that a store is overloaded or does not answer. Arrow has no error classes for these.
-_AWAY = re.compile(
-    r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|REQUEST_TIMEOUT|THROTTLING)"
-    r"|AWS Error UNKNOWN \(HTTP status 5\d\d\)|curlCode: (6|7|28|35|52|55|56)\b|[Tt]imed out|[Cc]ould ?n.t connect"
-    r"|Name or service not known|[Tt]emporary failure in name resolution|Connection (refused|reset)"
-    r"|Network is unreachable"
-)
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
-
-
-class BatchReader(Protocol):
-    """Reads a file that is not Parquet, or whose rows only its own library can tell."""
-
-    def batches(
-        self, filesystem: fs.FileSystem, path: str, columns: Sequence[str], rows: int
-    ) -> Iterator[pa.RecordBatch]:
-        """All its rows, at most `rows` at a time, with the columns of these names in the file.
-
-        Raises: CorpusError without the place, ArrowException, OSError.
-        """
-
-    def key(self) -> Any:
-        """What enters a shard folder's name, as JSON values."""
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One file as its listing and its footer, or its table, describe it."""
-
-    path: str
-    size: int
-    mtime_ns: int | None
-    partitions: tuple[tuple[str, str | None], ...]
-    """Hive columns, from the folders below the path that the user gave."""
-    columns: tuple[tuple[str, pa.DataType], ...]
-    row_groups: tuple[tuple[int, int], ...]
-    """(rows, uncompressed bytes) of each row group."""
-    class_names: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    """(column, names of its numbers) for each ClassLabel column."""
-    view: "RowView | None" = None
-    """How its rows become those of the corpus; None where they are these as they stand."""
-    reader: BatchReader | None = None
-    """None for Parquet. Such a file has one row group, whose sizes may be a guess."""
-
-    @property
-    def rows(self) -> int:
-        return sum(rows for rows, _ in self.row_groups) if self.view is None else self.view.rows
-
-    @property
-    def chosen_groups(self) -> tuple[int, ...]:
-        """The row groups that are read."""
-        chosen = self.view.row_groups if self.view is not None else None
-        return tuple(range(len(self.row_groups))) if chosen is None else chosen
-
-    @property
-    def column_names(self) -> tuple[str, ...]:
-        own = [name for name, _ in self.columns]
-        return (*own, *(name for name, _ in self.partitions if name not in own))
-
-
-@dataclass(frozen=True)
-class TableVersion:
-    """The state of a table, or of a repository of the hub, that a split was read from."""
-
-    address: str
-    """As the settings name it, without a version."""
-    version: str
-    """A version, a snapshot's id or a commit."""
-    table: str | None = None
-    """The table's own id, where it has one."""
-    time: str | None = None
-    """When the version was written, in UTC, where the table tells."""
-
-
-@dataclass(frozen=True)
-class ParquetSource:
-    """All the files of one setting such as `train`, in the order of their paths."""
-
-    where: str
-    """Task and setting, which begin every message: "task 'sst2', train"."""
-    filesystem: fs.FileSystem
-    files: tuple[SourceFile, ...]
-    left_out: tuple[str, ...] = ()
-    """Data files in the folders that are not read: not Parquet, set aside by their names, or broken links."""
-    tables: tuple[TableVersion, ...] = ()
-    remarks: tuple[str, ...] = ()
-    """What the plan tells of it: types that were inferred, rows that were only estimated."""
-
-    @property
-    def rows(self) -> int:
-        return sum(file.rows for file in self.files)
-
-    @property
-    def exact(self) -> bool:
-        """Whether `rows` is what will be read; with a filter it is the most."""
-        return all(file.view is None or file.view.exact for file in self.files)
 
 
 @dataclass(frozen=True)
@@ -139,10 +41,11 @@ class _Found:
     tables: list[LakeTable]
 
 
-def inspect_files(paths: str | Sequence[str], where: str) -> ParquetSource:
-    """Find the files behind `paths` and read their footers, but no data page.
+def inspect_files(paths: str | Sequence[str], where: str, types: Mapping[str, str] | None = None) -> ParquetSource:
+    """Find the files behind `paths` and read their footers, or of JSON lines and CSV the first block.
 
     paths: file, folder, glob or URI of a pyarrow file system, or a list of them.
+    types: of columns of JSON lines and CSV, by name.
     Raises: CorpusError when nothing is there, or a footer cannot be read.
     """
     wanted = [paths] if isinstance(paths, str) else list(paths)
@@ -162,25 +65,12 @@ def inspect_files(paths: str | Sequence[str], where: str) -> ParquetSource:
     assert filesystem is not None
     footers_of = [listed[path] for path in sorted(listed)]
     with ThreadPoolExecutor(FOOTER_READERS) as readers:
-        files_read = tuple(readers.map(lambda file: _describe(filesystem, file, where), footers_of))
-    return ParquetSource(where, filesystem, files_read, tuple(sorted(left_out - listed.keys())))
-
-
-def unreadable(error: BaseException, what: str, fix: str) -> PromptBankError:
-    """The error to raise for `error`: of the corpus, or of a store that may answer later."""
-    if _AWAY.search(str(error)):
-        return UnreachableError(f"{what} ({one_line(error)}); its store does not answer, so try again later")
-    return CorpusError(f"{what} ({one_line(error)}); {fix}")
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message in a form that can stand in brackets inside a sentence."""
-    return re.sub(r"\s+", " ", str(error)).strip().rstrip(".")
-
-
-def of_its_store(error: Exception, filesystem: fs.FileSystem) -> bool:
-    """Whether reading failed, and not our code. Stores behind fsspec raise errors of their own libraries."""
-    return isinstance(error, pa.ArrowException | OSError | ValueError) or filesystem.type_name.startswith("py::")
+        files_read = tuple(readers.map(lambda file: _describe(filesystem, file, where, types or {}), footers_of))
+    filled = tuple(file for file in files_read if file.columns)
+    if not filled:
+        raise CorpusError(f"{where}: {files_read[0].path} holds no row; give a file that does")
+    remarks = tuple(told_types(filled, types or {}))
+    return ParquetSource(where, filesystem, filled, tuple(sorted(left_out - listed.keys())), (), remarks)
 
 
 def _find(path: str, where: str) -> tuple[fs.FileSystem, list[_Listed], list[str]]:
@@ -284,6 +174,8 @@ def _expand(filesystem: fs.FileSystem, entry: fs.FileInfo, root: str) -> _Found:
     }
     tables = tables_below((other.path for other in below), entry.path)
     chosen = [] if tables else parquet_among(filesystem, list(shown))
+    if not chosen and not tables:
+        chosen = [path for path in shown if is_text_file(filesystem, path)]
     files = [_Listed(path, shown[path].size or 0, shown[path].mtime_ns, root) for path in chosen]
     dangling = _dangling_links(entry.path) if isinstance(filesystem, fs.LocalFileSystem) else []
     return _Found(files, sorted(shown.keys() - set(chosen)) + dangling, tables)
@@ -314,8 +206,11 @@ def read_footer(filesystem: fs.FileSystem, path: str, where: str) -> tuple[pa.Sc
     return schema, tuple((group.num_rows, group.total_byte_size) for group in groups)
 
 
-def _describe(filesystem: fs.FileSystem, file: _Listed, where: str) -> SourceFile:
+def _describe(filesystem: fs.FileSystem, file: _Listed, where: str, types: Mapping[str, str]) -> SourceFile:
+    partitions = _hive_columns(parts_below(file.path, file.root)[:-1])
     try:
+        if is_text_file(filesystem, file.path):
+            return describe_text_file(filesystem, file.path, file.size, file.mtime_ns, partitions, types, where)
         schema, row_groups = read_footer(filesystem, file.path, where)
     except FileNotFoundError as error:
         raise CorpusError(f"{where}: {file.path} was removed while it was looked at; run the job again") from error
@@ -323,7 +218,7 @@ def _describe(filesystem: fs.FileSystem, file: _Listed, where: str) -> SourceFil
         path=file.path,
         size=file.size,
         mtime_ns=file.mtime_ns,
-        partitions=_hive_columns(parts_below(file.path, file.root)[:-1]),
+        partitions=partitions,
         columns=tuple((field.name, field.type) for field in schema),
         row_groups=row_groups,
         class_names=footer_class_names(schema),

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from pipeline.corpus.class_names import UnnamedClassError, named_texts
-from pipeline.corpus.files import ParquetSource, SourceFile, of_its_store, one_line, unreadable
 from pipeline.corpus.pages import PageHeaderError
 from pipeline.corpus.read_steps import STREAM_BUFFER, OversizedPageError, rows_per_step
 from pipeline.corpus.row_view import Mask, unpack_deleted, viewed
+from pipeline.corpus.source_files import ParquetSource, SourceFile, of_its_store, one_line, unreadable
 from pipeline.corpus.values import column_texts, fraction_error
 from pipeline.errors import CorpusError
 
@@ -151,7 +151,8 @@ def read_batches(
     except Exception as error:
         if not of_its_store(error, filesystem):
             raise
-        raise unreadable(error, f"{where}: {file.path} is damaged", "write it again or leave it out") from error
+        advice = "write it again or leave it out" if file.reader is None else file.reader.advice
+        raise unreadable(error, f"{where}: {file.path} is damaged", advice) from error
 
 
 def _stored_batches(

@@ -26,11 +26,11 @@ import ray.data
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from pipeline.corpus.encoding import TokenizerContent, TokenizerSpec, load_tokenizer, tokenizer_content
-from pipeline.corpus.files import ParquetSource, SourceFile
 from pipeline.corpus.reader import MANIFEST, is_whole
 from pipeline.corpus.reading import ReadUnit, group_units, read_texts, read_units
 from pipeline.corpus.rows import Recipe, tokenise_rows
 from pipeline.corpus.shard_folders import being_built, mark_finished, remove_abandoned
+from pipeline.corpus.source_files import ParquetSource, SourceFile
 from pipeline.corpus.tally import EMPTY_TALLY, ShardTally, manifest_figures
 from pipeline.corpus.values import changed_texts
 from pipeline.corpus.writing import write_shard

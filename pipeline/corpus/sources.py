@@ -6,11 +6,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.corpus.files import ParquetSource, SourceFile, inspect_files
+from pipeline.corpus.files import inspect_files
 from pipeline.corpus.reading import ReadUnit, read_batches
 from pipeline.corpus.row_view import RowView
+from pipeline.corpus.source_files import ParquetSource, SourceFile
 from pipeline.corpus.tables.delta import open_delta
 from pipeline.corpus.tables.iceberg import open_iceberg
+from pipeline.corpus.tables.lance import open_lance
 from pipeline.corpus.tables.libraries import table_address
 from pipeline.corpus.where import parse_where, without_hopeless_groups
 from pipeline.errors import CorpusError
@@ -44,8 +46,10 @@ def _each(asked: SplitSettings, where: str, catalogs: Catalogs) -> Iterator[Parq
             yield _filtered(open_delta(address, where, asked.where), asked.where)
         elif address.kind == "iceberg":
             yield _filtered(open_iceberg(address, catalogs, where, asked.where), asked.where, of_iceberg=True)
+        elif address.kind == "lance":
+            yield open_lance(address, where, asked.where)
     if plain or not asked.path:
-        yield _filtered(inspect_files(plain, where), asked.where)
+        yield _filtered(inspect_files(plain, where, asked.types), asked.where)
 
 
 def _joined(sources: Iterator[ParquetSource], where: str) -> ParquetSource:

@@ -21,9 +21,9 @@ from pipeline.corpus.encoding import (
     missing_embedding,
     unencodable,
 )
-from pipeline.corpus.files import ParquetSource, TableVersion
 from pipeline.corpus.reader import SplitRef, changed_targets, summarise_split, unencodable_targets, unique_targets
 from pipeline.corpus.rows import Recipe
+from pipeline.corpus.source_files import ParquetSource, TableVersion
 from pipeline.corpus.sources import Catalogs, open_split_source
 from pipeline.corpus.tally import SplitSummary
 from pipeline.corpus.template import TextTemplate, check_class_names, check_columns, parse_template, render_row

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 from pyarrow import fs
 
-from pipeline.corpus.files import SourceFile, one_line
 from pipeline.corpus.row_view import RowFilter
+from pipeline.corpus.source_files import SourceFile, one_line
 from pipeline.corpus.tables.libraries import lake_library
 from pipeline.corpus.values import is_text, plain_type
 from pipeline.errors import CorpusError

@@ -9,8 +9,9 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
-from pipeline.corpus.files import FOOTER_READERS, SourceFile, TableVersion, read_footer
+from pipeline.corpus.files import FOOTER_READERS, read_footer
 from pipeline.corpus.row_view import Mask, RowView, pack_deleted
+from pipeline.corpus.source_files import SourceFile, TableVersion
 from pipeline.errors import CorpusError
 
 _FIELD_ID = b"PARQUET:field_id"

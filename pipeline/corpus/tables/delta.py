@@ -1,6 +1,5 @@
 """A Delta table -> its data files, as its log lists them at one version."""
 
-import json
 import os
 import urllib.parse
 from collections.abc import Collection, Mapping
@@ -10,11 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.corpus.files import ParquetSource, TableVersion, unreadable
 from pipeline.corpus.paths import locate
 from pipeline.corpus.row_view import Mask
+from pipeline.corpus.source_files import ParquetSource, TableVersion, unreadable
 from pipeline.corpus.tables.data_files import DataFile, TableColumn, read_data_files
-from pipeline.corpus.tables.libraries import TableAddress, lake_library
+from pipeline.corpus.tables.libraries import TableAddress, lake_library, storage_options, utc_moment
 from pipeline.errors import CorpusError
 
 # What a reader must know of the protocol, and we do: vectors and mapping here, and types in the page reader.
@@ -64,15 +63,14 @@ def open_delta(address: TableAddress, where: str, wanted: str | None = None) -> 
 
 
 def _load(deltalake: Any, address: TableAddress, root: str, where: str) -> Any:
-    place, _, query = address.place.partition("?")
-    options = _storage_options(dict(urllib.parse.parse_qsl(query)))
+    place, options = address.place.partition("?")[0], storage_options(address.place)
     try:
         if address.version is None or address.number is not None:
             return deltalake.DeltaTable(
                 place if "://" in place else root, version=address.number, storage_options=options
             )
         table = deltalake.DeltaTable(place if "://" in place else root, storage_options=options)
-        table.load_as_version(_moment(address.version).isoformat())
+        table.load_as_version(address.moment.isoformat())
     except deltalake.exceptions.TableNotFoundError as error:
         raise CorpusError(
             f"{where}: there is no Delta table at {address.written}; fix the address, in which a version is a number "
@@ -87,17 +85,12 @@ def _load(deltalake: Any, address: TableAddress, root: str, where: str) -> Any:
         ) from error
     # The library gives the first version for a time before it, as if the table had been there.
     first = _written(table)
-    if first is not None and _moment(first) > _moment(address.version):
+    if first is not None and utc_moment(first) > address.moment:
         raise CorpusError(
             f"{where}: {address.written} has no version as old as {address.version} (the oldest that is known is of "
             f"{first}); name a later time"
         )
     return table
-
-
-def _moment(text: str) -> datetime:
-    moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _written(table: Any) -> str | None:
@@ -209,15 +202,3 @@ def _inside(root: str, path: str, address: TableAddress, where: str) -> str:
             "the table that it was cloned from, or a deep clone"
         )
     return f"{root.rstrip('/')}/{path}"
-
-
-def _storage_options(query: Mapping[str, str]) -> dict[str, str] | None:
-    """What an address of pyarrow's form says behind its `?`, in the words of deltalake's stores."""
-    options = {}
-    if "endpoint_override" in query:
-        scheme = query.get("scheme", "https")
-        options["AWS_ENDPOINT_URL"] = f"{scheme}://{query['endpoint_override']}"
-        options["AWS_ALLOW_HTTP"] = json.dumps(scheme == "http")
-    if "region" in query:
-        options["AWS_REGION"] = query["region"]
-    return options or None

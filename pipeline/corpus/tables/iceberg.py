@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from pipeline.corpus.files import ParquetSource, TableVersion, one_line, unreadable
 from pipeline.corpus.row_view import Mask
+from pipeline.corpus.source_files import ParquetSource, TableVersion, one_line, unreadable
 from pipeline.corpus.tables.data_files import DataFile, TableColumn, read_data_files
 from pipeline.corpus.tables.libraries import TableAddress, lake_library
 from pipeline.errors import CorpusError, UnreachableError
@@ -95,9 +95,7 @@ def _snapshot(table: Any, address: TableAddress, ref: str | None, where: str) ->
     elif address.number is not None:
         found = table.snapshot_by_id(address.number)
     else:
-        moment = datetime.fromisoformat(address.version.replace("Z", "+00:00"))
-        moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-        found = table.snapshot_as_of_timestamp(int(moment.timestamp() * 1000))
+        found = table.snapshot_as_of_timestamp(round(address.moment.timestamp() * 1000))
     if found is None:
         known = ", ".join(str(one.snapshot_id) for one in table.snapshots()[-3:]) or "none"
         raise CorpusError(

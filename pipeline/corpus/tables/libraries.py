@@ -2,7 +2,9 @@
 
 import importlib
 import re
+import urllib.parse
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from types import ModuleType
 
 from pipeline.errors import CorpusError
@@ -30,6 +32,11 @@ class TableAddress:
         """The version where it is a number."""
         return int(self.version) if self.version is not None and _NUMBER.fullmatch(self.version) else None
 
+    @property
+    def moment(self) -> datetime:
+        """The version where it is a time; without a zone, it is UTC."""
+        return utc_moment(self.version or "")
+
 
 def table_address(path: str) -> TableAddress | None:
     """The table that `path` names; None for a path of files."""
@@ -47,6 +54,12 @@ def table_address(path: str) -> TableAddress | None:
     return TableAddress(kind, f"{prefix}{place}{asked}", version or None, written)
 
 
+def utc_moment(text: str) -> datetime:
+    """A time of ISO 8601; without a zone, it is UTC. Raises: ValueError."""
+    moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
 def lake_library(module: str, path: str, where: str) -> ModuleType:
     """Import a library of the extra `[lake]`. Raises: CorpusError where it is missing."""
     try:
@@ -56,3 +69,16 @@ def lake_library(module: str, path: str, where: str) -> ModuleType:
             f"{where}: {path} needs a library that is missing ({error.name or module}); install it: "
             "pip install 'promptbank[lake]'"
         ) from error
+
+
+def storage_options(place: str) -> dict[str, str] | None:
+    """What an address of pyarrow's form says behind its `?`, in the words of deltalake's and Lance's stores."""
+    query = dict(urllib.parse.parse_qsl(place.partition("?")[2]))
+    options = {}
+    if "endpoint_override" in query:
+        scheme = query.get("scheme", "https")
+        options["AWS_ENDPOINT_URL"] = f"{scheme}://{query['endpoint_override']}"
+        options["AWS_ALLOW_HTTP"] = str(scheme == "http").lower()
+    if "region" in query:
+        options["AWS_REGION"] = query["region"]
+    return options or None

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.corpus.files import ParquetSource
 from pipeline.corpus.reading import group_units, read_texts, read_units
 from pipeline.corpus.rows import row_identities
+from pipeline.corpus.source_files import ParquetSource
 from pipeline.corpus.sources import open_split_source
 from pipeline.corpus.tally import tally_rows
 from pipeline.corpus.values import column_texts
