@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.feather
 import pyarrow.orc
 import pyarrow.parquet as pq
@@ -78,12 +77,8 @@ def _in_another_format(file: Path, kind: str) -> None:
     rows = ROWS.to_pylist()
     packed = "gzip" if file.name.endswith("gz") else None
     with pa.output_stream(file, compression=packed) as out:
-        if kind == "lines":
-            out.write("".join(f"{json.dumps(row)}\n" for row in rows).encode())
-        elif kind == "array":
+        if kind == "array":
             out.write(f"\n {json.dumps(rows, indent=1)}".encode())
-        elif kind == "values":
-            pyarrow.csv.write_csv(ROWS, out, pyarrow.csv.WriteOptions(delimiter="\t" if ".tsv" in file.name else ","))
         elif kind == "orc":
             pyarrow.orc.write_table(ROWS, out)
         elif kind.startswith("feather"):

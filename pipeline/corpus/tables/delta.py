@@ -55,7 +55,7 @@ def open_delta(address: TableAddress, where: str, wanted: str | None = None) -> 
     files = [
         DataFile(_inside(root, add["path"], address, where), add["size"], add["mtime"], add["values"], add["deleted"])
         for add in _live_files(table, partitioned, address, where)
-        if hopeful is None or add["path"] in hopeful
+        if hopeful is None or _name(add["path"]) in hopeful
     ]
     return ParquetSource(
         where, filesystem, read_data_files(filesystem, files, columns, version, where), tables=(version,)
@@ -148,15 +148,19 @@ def _live_files(table: Any, partitioned: Mapping[str, str], address: TableAddres
 
 
 def _hopeful_files(table: Any, wanted: str | None) -> set[str] | None:
-    """The paths in the table of the files that can hold such rows; None for all."""
+    """The names of the files that can hold such rows; None for all."""
     if wanted is None:
         return None
-    root = _root(table)
     try:
         uris = table.file_uris(file_pruning_predicate=wanted)
     except Exception:  # written in a way that Delta's own SQL has not, or wrong, which is told where it is parsed
         return None
-    return {_as_path(_as_url(uri)).removeprefix(root) for uri in uris}
+    # Of a folder with a space in its name, the library's paths do not exist; names are unique.
+    return {_name(uri) for uri in uris}
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def _partition_values(values: Any, partitioned: Mapping[str, str]) -> Mapping[str, Any]:
@@ -172,7 +176,7 @@ def _partition_values(values: Any, partitioned: Mapping[str, str]) -> Mapping[st
 
 def _deletion_vectors(table: Any) -> dict[str, Mask]:
     """Path in the table -> [rows] whether a row is deleted."""
-    root = _root(table)
+    root = _as_path(_as_url(table.table_uri)).rstrip("/") + "/"
     found = {}
     for batch in table.deletion_vectors():
         of_batch = pa.record_batch(batch)
@@ -181,10 +185,6 @@ def _deletion_vectors(table: Any) -> dict[str, Mask]:
             kept = of_batch["selection_vector"][row].values.to_numpy(zero_copy_only=False)
             found[file.removeprefix(root)] = ~kept.astype(np.bool_)
     return found
-
-
-def _root(table: Any) -> str:
-    return _as_path(_as_url(table.table_uri)).rstrip("/") + "/"
 
 
 def _as_path(url: str) -> str:

@@ -1,4 +1,4 @@
-"""`where`, `columns` and `limit` of a split, over every kind of corpus; catalogs; and what is told when one is wrong."""
+"""`where`, `columns` and `limit` of a split, over every kind of corpus; and what is told when one is wrong."""
 
 import datetime
 from collections.abc import Callable
@@ -48,7 +48,7 @@ FILTERS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The same rows in every kind of corpus whose filters are of one language; a quarter of them in each of four files."""
+    """The same rows in every kind of corpus whose filters are of one language, in four files each."""
     folder = tmp_path_factory.mktemp("places")
     table = new_table(folder / "iceberg", ROWS.schema)
     for part in range(4):
