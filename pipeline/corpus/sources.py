@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import pyarrow as pa
 
@@ -16,9 +15,9 @@ from pipeline.corpus.tables.lance import open_lance
 from pipeline.corpus.tables.libraries import table_address
 from pipeline.corpus.where import parse_where, without_hopeless_groups
 from pipeline.errors import CorpusError
-from pipeline.settings import SplitSettings
+from pipeline.settings import CatalogSettings, SplitSettings
 
-Catalogs = Mapping[str, Mapping[str, Any]]
+Catalogs = Mapping[str, CatalogSettings]
 
 
 def open_split_source(

@@ -19,7 +19,7 @@ from pipeline.settings.comparing import (
     TrainingSettings,
     TransferSettings,
 )
-from pipeline.settings.corpora import Split, SplitSettings
+from pipeline.settings.corpora import CatalogSettings, Split, SplitSettings
 from pipeline.settings.joining import JoinedPanel, JoinSettings
 from pipeline.settings.models import (
     BankSettings,
@@ -50,6 +50,7 @@ __all__ = [
     "AdaptationSettings",
     "AdaptedModelSettings",
     "BankSettings",
+    "CatalogSettings",
     "ClusterSettings",
     "CompareSettings",
     "FineTuningSettings",

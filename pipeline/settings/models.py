@@ -1,16 +1,14 @@
 """The settings of a run, key by key; the docstring below a key says what it means."""
 
-import re
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.addresses import holds_credentials
 from pipeline.settings.comparing import CompareSettings
+from pipeline.settings.corpora import CatalogSettings
 from pipeline.settings.fields import Address, Count, Name, Seed, SettingsModel
 from pipeline.settings.tasks import TaskDefaults, TaskSettings
 
-_NO_SECRETS = ("oauth2-server-uri", "token-refresh-enabled", "s3.role-session-name", "glue.profile-name")
 MOST_SECONDS = 10**9
 """About thirty years."""
 
@@ -150,25 +148,10 @@ class Settings(SettingsModel):
     defaults: TaskDefaults = TaskDefaults()
     tasks: dict[Name, TaskSettings] = Field(min_length=1)
     bank: BankSettings = BankSettings()
-    catalogs: dict[Name, dict[str, str | int | float | bool]] = Field(default_factory=dict)
-    """Catalogs of Iceberg tables by the name that addresses use: `{prod: {type: rest, uri: "https://…"}}`, with the
-    properties that pyiceberg's `load_catalog` takes. Passwords, keys and tokens come from the environment, as pyiceberg
-    reads them: `PYICEBERG_CATALOG__PROD__TOKEN`."""
+    catalogs: dict[Name, CatalogSettings] = Field(default_factory=dict)
     tracking: TrackingSettings = TrackingSettings()
     refresh: RefreshSettings = RefreshSettings()
     compare: CompareSettings = CompareSettings()
-
-    @model_validator(mode="after")
-    def _catalogs_hold_no_secrets(self) -> Self:
-        for name, properties in self.catalogs.items():
-            for key, value in properties.items():
-                secret = re.search(r"token|secret|password|credential|session|access-key|account-key|sas", key)
-                if (secret and key not in _NO_SECRETS) or holds_credentials(str(value)):
-                    raise ValueError(
-                        f"catalogs.{name}: '{key}' holds a secret, which would end up in the run's files; take it out, "
-                        f"and set it in the environment (PYICEBERG_CATALOG__{name.upper()}__…)"
-                    )
-        return self
 
     @model_validator(mode="after")
     def _compared_are_tasks(self) -> Self:

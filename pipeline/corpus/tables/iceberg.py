@@ -18,12 +18,13 @@ from pipeline.corpus.source_files import ParquetSource, TableVersion, one_line, 
 from pipeline.corpus.tables.data_files import DataFile, TableColumn, read_data_files
 from pipeline.corpus.tables.libraries import TableAddress, lake_library
 from pipeline.errors import CorpusError, UnreachableError
+from pipeline.settings import CatalogSettings
 
 Positions = npt.NDArray[np.int64]
 
 
 def open_iceberg(
-    address: TableAddress, catalogs: Mapping[str, Mapping[str, Any]], where: str, wanted: str | None = None
+    address: TableAddress, catalogs: Mapping[str, CatalogSettings], where: str, wanted: str | None = None
 ) -> ParquetSource:
     """The rows of an Iceberg table at the asked snapshot, or the newest.
 
@@ -60,7 +61,7 @@ def open_iceberg(
     return ParquetSource(where, filesystem, read, tables=(version,))
 
 
-def _load(address: TableAddress, catalogs: Mapping[str, Mapping[str, Any]], where: str) -> tuple[Any, str | None]:
+def _load(address: TableAddress, catalogs: Mapping[str, CatalogSettings], where: str) -> tuple[Any, str | None]:
     """-> the table, and the name of a branch or a tag behind its `@`."""
     from pyiceberg import exceptions
     from pyiceberg.catalog import load_catalog
@@ -71,8 +72,9 @@ def _load(address: TableAddress, catalogs: Mapping[str, Mapping[str, Any]], wher
     if not slash or "." not in name:
         raise CorpusError(f"{where}: {address.written} is not of the form iceberg://catalog/namespace.table; fix it")
     what = f"{where}: {address.written} cannot be opened, since its catalog {catalog!r}"
+    known = catalogs[catalog].properties if catalog in catalogs else {}
     try:
-        return load_catalog(catalog, **catalogs.get(catalog, {})).load_table(name), ref or None
+        return load_catalog(catalog, **known).load_table(name), ref or None
     except (exceptions.NoSuchTableError, exceptions.NoSuchNamespaceError) as error:
         raise CorpusError(f"{where}: the catalog {catalog!r} has no table {name}; fix {address.written}") from error
     except (http.ConnectionError, http.Timeout, exceptions.ServerError, exceptions.ServiceUnavailableError) as error:
@@ -83,8 +85,8 @@ def _load(address: TableAddress, catalogs: Mapping[str, Mapping[str, Any]], wher
         ) from error
     except Exception as error:  # of the catalog's own client: SQLAlchemy, boto, thrift
         detail = re.sub(r"\(Background on this error at: \S+\)", "", str(error))
-        known = "" if catalog in catalogs else f"; 'catalogs' of the settings has no {catalog!r}"
-        raise unreadable(Exception(detail), f"{what} cannot be used{known}", "fix 'catalogs'") from error
+        missing = "" if catalog in catalogs else f"; 'catalogs' of the settings has no {catalog!r}"
+        raise unreadable(Exception(detail), f"{what} cannot be used{missing}", "fix 'catalogs'") from error
 
 
 def _snapshot(table: Any, address: TableAddress, ref: str | None, where: str) -> Any:

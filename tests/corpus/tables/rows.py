@@ -13,7 +13,7 @@ from pipeline.corpus.source_files import ParquetSource
 from pipeline.corpus.sources import open_split_source
 from pipeline.corpus.tally import tally_rows
 from pipeline.corpus.values import column_texts
-from pipeline.settings import SplitSettings
+from pipeline.settings import CatalogSettings, SplitSettings
 
 HERE = "task 'x', train"
 Rows = Counter[tuple[str | None, ...]]
@@ -21,7 +21,8 @@ Rows = Counter[tuple[str | None, ...]]
 
 def open_rows(path: str | Mapping[str, Any], catalogs: Any = None) -> ParquetSource:
     split = path if isinstance(path, str) else SplitSettings(**path)
-    return open_split_source(split, HERE, catalogs)
+    named = {name: CatalogSettings(**properties) for name, properties in (catalogs or {}).items()}
+    return open_split_source(split, HERE, named)
 
 
 def read_rows(source: ParquetSource, columns: Sequence[str]) -> Rows:

@@ -213,4 +213,4 @@ def test_a_catalogs_secret_in_the_settings_is_refused(key: str) -> None:
         _settings("a", catalogs={"prod": {"type": "sql", "uri": "postgresql://me:hunter2@host/db"}})
     assert "hunter2" not in str(refused.value)
     named = {"prod": {"type": "rest", "uri": "https://catalog", "oauth2-server-uri": "https://login"}}
-    assert _settings("a", catalogs=named).catalogs == named
+    assert _settings("a", catalogs=named).catalogs["prod"].properties == named["prod"]
