@@ -327,6 +327,8 @@ def check_encodable(
 
 
 def _check_bad_rows(where: str, task: TaskSettings, summary: SplitSummary, refused: str | None) -> None:
+    if not summary.rows:
+        raise CorpusError(f"{where}: no row of the corpus is one that 'where' asks for; fix the filter")
     share = 1 - summary.counts["ok"] / summary.rows
     example = "" if refused is None else f", such as {refused[:60]!r}"
     if share > task.max_bad_rows:

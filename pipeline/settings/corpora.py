@@ -44,7 +44,7 @@ Split = Annotated[
 
 
 class CatalogSettings(SettingsModel):
-    """A catalog of Iceberg tables by the name that addresses use: `{prod: {type: rest, uri: "https://…"}}`. It takes all
+    """A catalog of Iceberg tables by the name that addresses use: `{prod: {type: rest, uri: "https://…"}}`, with all
     properties of pyiceberg's `load_catalog`. Passwords, keys and tokens come from the environment, as pyiceberg reads
     them: `PYICEBERG_CATALOG__PROD__TOKEN`."""
 
