@@ -4,7 +4,7 @@ import os
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 import pyarrow as pa
@@ -25,7 +25,9 @@ _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
 @dataclass(frozen=True)
-class _Listed:
+class Listed:
+    """A file as a folder or a repository lists it, found below `root`."""
+
     path: str
     size: int
     mtime_ns: int | None
@@ -36,7 +38,7 @@ class _Listed:
 class _Found:
     """What is behind one path: Parquet files, other files of its folders, and lake tables, which must not be read."""
 
-    files: list[_Listed]
+    files: list[Listed]
     others: list[str]
     tables: list[LakeTable]
 
@@ -52,7 +54,7 @@ def inspect_files(paths: str | Sequence[str], where: str, types: Mapping[str, st
     if not wanted:
         raise CorpusError(f"{where}: the list of files is empty; name at least one Parquet file")
     filesystem: fs.FileSystem | None = None
-    listed: dict[str, _Listed] = {}
+    listed: dict[str, Listed] = {}
     left_out: set[str] = set()
     for path in wanted:
         here, files, others = _find(path, where)
@@ -63,17 +65,27 @@ def inspect_files(paths: str | Sequence[str], where: str, types: Mapping[str, st
             listed.setdefault(file.path, file)
         left_out.update(filter(looks_like_data, others))
     assert filesystem is not None
-    footers_of = [listed[path] for path in sorted(listed)]
+    source = describe_files(filesystem, list(listed.values()), where, types or {})
+    return replace(source, left_out=tuple(sorted(left_out - listed.keys())))
+
+
+def describe_files(
+    filesystem: fs.FileSystem, listed: Sequence[Listed], where: str, types: Mapping[str, str]
+) -> ParquetSource:
+    """Read the footers of Parquet files, and the first blocks of text files, in the order of their paths.
+
+    Raises: CorpusError; UnreachableError.
+    """
+    in_order = sorted(listed, key=lambda file: file.path)
     with ThreadPoolExecutor(FOOTER_READERS) as readers:
-        files_read = tuple(readers.map(lambda file: _describe(filesystem, file, where, types or {}), footers_of))
-    filled = tuple(file for file in files_read if file.columns)
+        described = tuple(readers.map(lambda file: _describe(filesystem, file, where, types), in_order))
+    filled = tuple(file for file in described if file.columns)  # a text file may be empty
     if not filled:
-        raise CorpusError(f"{where}: {files_read[0].path} holds no row; give a file that does")
-    remarks = tuple(told_types(filled, types or {}))
-    return ParquetSource(where, filesystem, filled, tuple(sorted(left_out - listed.keys())), (), remarks)
+        raise CorpusError(f"{where}: {described[0].path} holds no row; give a file that does")
+    return ParquetSource(where, filesystem, filled, remarks=tuple(told_types(filled, types)))
 
 
-def _find(path: str, where: str) -> tuple[fs.FileSystem, list[_Listed], list[str]]:
+def _find(path: str, where: str) -> tuple[fs.FileSystem, list[Listed], list[str]]:
     """-> file system, Parquet files, other files."""
     try:
         filesystem, fixed, pattern = locate(path)
@@ -131,13 +143,13 @@ def _look(filesystem: fs.FileSystem, fixed: str, pattern: str | None) -> _Found:
     )
 
 
-def _each_once(files: Sequence[_Listed]) -> list[_Listed]:
+def _each_once(files: Sequence[Listed]) -> list[Listed]:
     """Leave out files that a link leads to a second time, under the same Hive columns or from a folder below them.
 
     Two links to one file elsewhere count as two files: a hub's cache keeps equal files once.
     """
     places = {_place(file) for file in files}
-    kept: dict[tuple[object, ...], _Listed] = {}
+    kept: dict[tuple[object, ...], Listed] = {}
     for file in sorted(files, key=lambda file: (len(file.path), file.path)):
         below = parts_below(file.path, file.root)[:-1]
         folders = [os.path.realpath(os.path.join(file.root, *below[:depth])) for depth in range(len(below) + 1)]
@@ -149,7 +161,7 @@ def _each_once(files: Sequence[_Listed]) -> list[_Listed]:
     return list(kept.values())
 
 
-def _place(file: _Listed) -> str:
+def _place(file: Listed) -> str:
     """The path that a file would have if nothing below its root were a link."""
     return os.path.join(os.path.realpath(file.root), *filter(None, parts_below(file.path, file.root)))
 
@@ -162,7 +174,7 @@ def _outermost(entries: Sequence[fs.FileInfo]) -> list[fs.FileInfo]:
 
 def _expand(filesystem: fs.FileSystem, entry: fs.FileInfo, root: str) -> _Found:
     if entry.type == fs.FileType.File:
-        return _Found([_Listed(entry.path, entry.size or 0, entry.mtime_ns, root)], [], [])
+        return _Found([Listed(entry.path, entry.size or 0, entry.mtime_ns, root)], [], [])
     if entry.type != fs.FileType.Directory:
         return _Found([], [], [])
     below = filesystem.get_file_info(fs.FileSelector(entry.path, recursive=True))
@@ -176,7 +188,7 @@ def _expand(filesystem: fs.FileSystem, entry: fs.FileInfo, root: str) -> _Found:
     chosen = [] if tables else parquet_among(filesystem, list(shown))
     if not chosen and not tables:
         chosen = [path for path in shown if is_text_file(filesystem, path)]
-    files = [_Listed(path, shown[path].size or 0, shown[path].mtime_ns, root) for path in chosen]
+    files = [Listed(path, shown[path].size or 0, shown[path].mtime_ns, root) for path in chosen]
     dangling = _dangling_links(entry.path) if isinstance(filesystem, fs.LocalFileSystem) else []
     return _Found(files, sorted(shown.keys() - set(chosen)) + dangling, tables)
 
@@ -206,7 +218,7 @@ def read_footer(filesystem: fs.FileSystem, path: str, where: str) -> tuple[pa.Sc
     return schema, tuple((group.num_rows, group.total_byte_size) for group in groups)
 
 
-def _describe(filesystem: fs.FileSystem, file: _Listed, where: str, types: Mapping[str, str]) -> SourceFile:
+def _describe(filesystem: fs.FileSystem, file: Listed, where: str, types: Mapping[str, str]) -> SourceFile:
     partitions = _hive_columns(parts_below(file.path, file.root)[:-1])
     try:
         if is_text_file(filesystem, file.path):

@@ -10,6 +10,7 @@ from pipeline.corpus.reading import ReadUnit, read_batches
 from pipeline.corpus.row_view import RowView
 from pipeline.corpus.source_files import ParquetSource, SourceFile
 from pipeline.corpus.tables.delta import open_delta
+from pipeline.corpus.tables.hub import hub_split, open_hub_split
 from pipeline.corpus.tables.iceberg import open_iceberg
 from pipeline.corpus.tables.lance import open_lance
 from pipeline.corpus.tables.libraries import table_address
@@ -39,7 +40,11 @@ def _each(asked: SplitSettings, where: str, catalogs: Catalogs) -> Iterator[Parq
     plain: list[str] = []
     for path in [asked.path] if isinstance(asked.path, str) else asked.path:
         address = table_address(path)
-        if address is None:
+        split = hub_split(path)
+        found = open_hub_split(split, where, asked.types) if split is not None else None
+        if found is not None:
+            yield _filtered(found, asked.where)
+        elif address is None:
             plain.append(path)
         elif address.kind == "delta":
             yield _filtered(open_delta(address, where, asked.where), asked.where)

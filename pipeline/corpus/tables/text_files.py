@@ -51,6 +51,11 @@ class TextReader:
         return [self.kind, self.packing]
 
 
+def has_text_name(path: str) -> bool:
+    """Whether the name is that of JSON lines or CSV."""
+    return _NAME.search(path) is not None
+
+
 def is_text_file(filesystem: fs.FileSystem, path: str) -> bool:
     """Whether the file is JSON lines or CSV by its name, and no Parquet and no JSON array by its beginning."""
     named = _NAME.search(path)
