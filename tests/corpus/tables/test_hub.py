@@ -169,7 +169,7 @@ def test_what_the_hub_does_not_have_is_one_sentence(hub: Hub) -> None:
             open_rows(f"hf://datasets/{path}")
         assert "\n" not in str(refused.value)
     hub.refusal = 503
-    with pytest.raises(UnreachableError, match="the hub does not answer .*try again later") as away:
+    with pytest.raises(UnreachableError, match=r"the hub does not answer .*try again later") as away:
         open_rows("hf://datasets/me/films/train")
     assert "\n" not in str(away.value)
 
