@@ -1,6 +1,7 @@
 """One read unit (some rows of one file) -> batches of column texts, in bounded memory for any file."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from types import MappingProxyType
@@ -115,23 +116,41 @@ def read_texts(
     """
     own = [name for name in columns if name in dict(unit.file.columns)]
     fixed = {name: value for name, value in unit.file.partitions if name in columns and name not in own}
-    for rows, texts in _gathered_texts(read_batches(filesystem, unit, own, where), unit, where, own, integer_columns):
-        yield rows, texts | {name: [value] * rows for name, value in fixed.items()}
+    with _in_one_sentence(filesystem, unit.file, where):
+        batches = _batches(filesystem, unit, own, where)
+        for rows, texts in _gathered_texts(batches, unit, where, own, integer_columns):
+            yield rows, texts | {name: [value] * rows for name, value in fixed.items()}
 
 
-def read_batches(
-    filesystem: fs.FileSystem, unit: ReadUnit, names: Sequence[str], where: str
-) -> Iterator[pa.RecordBatch]:
-    """The unit's rows, with the columns that templates call `names`. Raises: CorpusError, UnreachableError."""
-    file, view = unit.file, unit.file.view
+def count_rows(filesystem: fs.FileSystem, file: SourceFile, where: str, enough: int) -> int:
+    """The rows that are left of a file, counted until there are `enough`. Raises: as `read_texts`."""
+    unit = ReadUnit(file, file.chosen_groups, 0, sum(file.row_groups[group][0] for group in file.chosen_groups))
+    rows = 0
+    with _in_one_sentence(filesystem, file, where):
+        for batch in _batches(filesystem, unit, (), where):
+            rows += batch.num_rows
+            if rows >= enough:
+                break
+    return rows
+
+
+def _batches(filesystem: fs.FileSystem, unit: ReadUnit, names: Sequence[str], where: str) -> Iterator[pa.RecordBatch]:
+    """The unit's rows, with the columns that templates call `names`."""
+    view = unit.file.view
+    if view is None:
+        yield from _stored_batches(filesystem, unit, names, where)
+        return
+    stored = dict(view.stored)
+    needed = [stored[name] for name in view.needed(names) if name in stored]
+    batches = _stored_batches(filesystem, unit, needed, where)
+    yield from viewed(batches, view, unit.file.columns, names, _deleted(unit))
+
+
+@contextmanager
+def _in_one_sentence(filesystem: fs.FileSystem, file: SourceFile, where: str) -> Iterator[None]:
+    """Turns what reading a file raises into our own errors."""
     try:
-        if view is None:
-            yield from _stored_batches(filesystem, unit, names, where)
-            return
-        stored = dict(view.stored)
-        needed = [stored[name] for name in view.needed(names) if name in stored]
-        batches = _stored_batches(filesystem, unit, needed, where)
-        yield from viewed(batches, view, file.columns, names, _deleted(unit))
+        yield
     except UnicodeDecodeError as error:
         raise CorpusError(f"{where}: {file.path} holds text that is not UTF-8; write it again as UTF-8") from error
     except CorpusError:
@@ -141,16 +160,14 @@ def read_batches(
             f"{where}: the memory did not suffice to read {file.path} ({one_line(error) or 'no more was given'}); "
             "give the job more, or write the file with smaller pages and row groups"
         ) from error
-    except FileNotFoundError as error:
-        if view is None:
-            raise unreadable(error, f"{where}: {file.path} is damaged", "write it again or leave it out") from error
-        raise CorpusError(
-            f"{where}: {file.path} is gone, so its table was vacuumed or replaced since the job looked at it; run the "
-            "job again"
-        ) from error
     except Exception as error:
         if not of_its_store(error, filesystem):
             raise
+        if isinstance(error, FileNotFoundError) and file.view is not None:
+            raise CorpusError(
+                f"{where}: {file.path} is gone, so its table was vacuumed or replaced since the job looked at it; run "
+                "the job again"
+            ) from error
         advice = "write it again or leave it out" if file.reader is None else file.reader.advice
         raise unreadable(error, f"{where}: {file.path} is damaged", advice) from error
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pyarrow as pa
 
 from pipeline.corpus.files import inspect_files
-from pipeline.corpus.reading import ReadUnit, read_batches
+from pipeline.corpus.reading import count_rows
 from pipeline.corpus.row_view import RowView
 from pipeline.corpus.source_files import ParquetSource, SourceFile
 from pipeline.corpus.tables.delta import open_delta
@@ -126,7 +126,7 @@ def _limited(source: ParquetSource, limit: int) -> ParquetSource:
     files, left = [], limit
     for file in map(_with_view, source.files):
         assert file.view is not None
-        rows = file.view.rows if file.view.exact else _count(source, file, left)
+        rows = file.view.rows if file.view.exact else count_rows(source.filesystem, file, source.where, left)
         taken = min(rows, left)
         if taken:
             take = taken if taken < rows or not file.view.exact else None
@@ -135,13 +135,3 @@ def _limited(source: ParquetSource, limit: int) -> ParquetSource:
         if not left:
             break
     return replace(source, files=tuple(files))
-
-
-def _count(source: ParquetSource, file: SourceFile, enough: int) -> int:
-    unit = ReadUnit(file, file.chosen_groups, 0, sum(file.row_groups[group][0] for group in file.chosen_groups))
-    rows = 0
-    for batch in read_batches(source.filesystem, unit, (), source.where):
-        rows += batch.num_rows
-        if rows >= enough:
-            break
-    return rows

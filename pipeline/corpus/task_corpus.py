@@ -77,7 +77,7 @@ class TaskPlan:
             for remark in (
                 *(f"{table.address} at version {table.version}{_since(table)}" for table in source.tables),
                 *source.remarks,
-                *(["its rows are counted when they are read; the plan's number is a guess"] * (not source.exact)),
+                *([] if source.exact else [_inexact(source)]),
             )
         ]
 
@@ -152,6 +152,12 @@ def check_task(name: str, task: TaskSettings, catalogs: Catalogs | None = None) 
     others = [column for column in target.columns if column not in columns]
     integer_columns = find_integer_columns(sources, columns) | find_integer_columns(labelled, others)
     return TaskPlan(name, sources, asked, target, task.dev_fraction, integer_columns)
+
+
+def _inexact(source: ParquetSource) -> str:
+    filtered = any(file.view is not None and file.view.where is not None for file in source.files)
+    meaning = "the most that its filter can leave" if filtered else "a guess"
+    return f"the plan's number of its rows is {meaning}; they are counted when they are read"
 
 
 def _since(table: TableVersion) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.corpus.reading import group_units, read_texts, read_units
+from pipeline.corpus.reading import read_texts, read_units
 from pipeline.corpus.rows import row_identities
 from pipeline.corpus.source_files import ParquetSource
 from pipeline.corpus.sources import open_split_source
@@ -28,12 +28,11 @@ def open_rows(path: str | Mapping[str, Any], catalogs: Any = None) -> ParquetSou
 def read_rows(source: ParquetSource, columns: Sequence[str]) -> Rows:
     """The corpus' rows, read unit by unit as Ray's tasks read them."""
     rows: Rows = Counter()
-    for task in group_units(read_units(source)):
-        for unit in task:
-            for count, texts in read_texts(source.filesystem, unit, columns, HERE):
-                read = list(zip(*(texts[name] for name in columns), strict=True))
-                assert len(read) == count
-                rows.update(read)
+    for unit in read_units(source):
+        for count, texts in read_texts(source.filesystem, unit, columns, HERE):
+            read = list(zip(*(texts[name] for name in columns), strict=True))
+            assert len(read) == count
+            rows.update(read)
     if source.exact:
         assert rows.total() == source.rows
     return rows

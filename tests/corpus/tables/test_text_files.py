@@ -79,7 +79,7 @@ def test_a_long_file_is_read_in_blocks_and_its_rows_are_guessed(tmp_path: Path) 
     (tmp_path / "a.jsonl").write_text(line * 40_000)
     source = open_rows(f"{tmp_path}/a.jsonl")
     assert not source.exact and abs(source.rows - 40_000) < 400
-    assert any("the plan's number is a guess" in remark for remark in _plan(tmp_path / "a.jsonl", "{text}").remarks)
+    assert any("number of its rows is a guess" in remark for remark in _plan(tmp_path / "a.jsonl", "{text}").remarks)
     before, held, rows = pa.total_allocated_bytes(), [], 0
     from pipeline.corpus.reading import read_texts, read_units
 
