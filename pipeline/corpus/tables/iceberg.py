@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from pipeline.addresses import hide_credentials
 from pipeline.corpus.row_view import Mask
 from pipeline.corpus.source_files import ParquetSource, TableVersion, one_line, unreadable
 from pipeline.corpus.tables.data_files import DataFile, TableColumn, read_data_files
@@ -86,7 +87,9 @@ def _load(address: TableAddress, catalogs: Mapping[str, CatalogSettings], where:
     except Exception as error:  # of the catalog's own client: SQLAlchemy, boto, thrift
         detail = re.sub(r"\(Background on this error at: \S+\)", "", str(error))
         missing = "" if catalog in catalogs else f"; 'catalogs' of the settings has no {catalog!r}"
-        raise unreadable(Exception(detail), f"{what} cannot be used{missing}", "fix 'catalogs'") from error
+        raise unreadable(
+            Exception(hide_credentials(detail)), f"{what} cannot be used{missing}", "fix 'catalogs'"
+        ) from error
 
 
 def _snapshot(table: Any, address: TableAddress, ref: str | None, where: str) -> Any:

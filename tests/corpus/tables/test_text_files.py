@@ -11,7 +11,7 @@ import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.corpus import check_task
@@ -32,6 +32,7 @@ def _packed(path: Path, data: bytes, packing: str | None) -> Path:
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("ending", ["jsonl", "ndjson", "json", "csv", "tsv"])
+@settings(max_examples=20)
 @given(rows=CELLS)
 def test_every_cell_is_read_as_it_was_written(tmp_path_factory: Any, ending: str, packing: str, rows: Any) -> None:
     folder = tmp_path_factory.mktemp("rows")

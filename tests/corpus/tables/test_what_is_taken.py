@@ -134,6 +134,13 @@ def test_a_limit_takes_the_first_rows_and_always_the_same(places: dict[str, str]
         before = rows
 
 
+def test_tables_and_files_may_stand_in_one_list(places: dict[str, str]) -> None:
+    source = open_rows({"path": [places["delta"], places["parquet"]], "where": "lang = 'en'", "limit": 15})
+    assert len(source.tables) == 1 and read_rows(source, ["text"]).total() == source.rows == 15
+    whole = open_rows({"path": [places["delta"], places["parquet"]]})
+    assert read_rows(whole, ["text"]) == Rows({(f"text {i}",): 2 for i in range(40)})
+
+
 def test_hive_folders_and_class_names_can_be_filtered_and_renamed(tmp_path: Path) -> None:
     import json
 
