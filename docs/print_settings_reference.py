@@ -71,14 +71,14 @@ def _key(key: str, field: Json, required: bool) -> str:
 
 def _block(field: Json) -> str | None:
     """The definition that a field refers to."""
-    inside = [field, *field.get("anyOf", ()), *field.get("patternProperties", {}).values()]
+    inside = [field, *field.get("anyOf", ()), *field.get("oneOf", ()), *field.get("patternProperties", {}).values()]
     return next((choice["$ref"].rsplit("/", 1)[1] for choice in inside if "$ref" in choice), None)
 
 
 def _type(field: Json) -> str:
     """A type in words, with its bounds."""
-    if "anyOf" in field:
-        return " or ".join(dict.fromkeys(map(_type, field["anyOf"])))
+    if choices := field.get("anyOf") or field.get("oneOf"):
+        return " or ".join(dict.fromkeys(map(_type, choices)))
     if "const" in field:
         return f"`{field['const']}`"
     if "enum" in field:

@@ -12,6 +12,7 @@ python jobs/benchmark.py zero --data ../shared/data                 # what ZeRO-
 python jobs/benchmark.py ranks --data ../shared/data                # bytes of a step here, and on up to 64 GPUs
 python jobs/benchmark.py quality --data ../shared/data              # whether a fast step makes prompts worse
 python jobs/benchmark.py corpus --data ../shared/data               # tokenising through Ray Data, by corpus size
+python jobs/benchmark.py lake --data ../shared/data                 # reading a Delta table against its files alone
 python jobs/benchmark.py sweep --data ../shared/data                # 64 trials of a sweep against one after another
 python jobs/benchmark.py fit                                        # memory of models of 3 billion parameters
 """
@@ -340,6 +341,26 @@ def corpus(
     for table in corpus_tables(figures):
         console.print(table)
     save_figures(out, figures)
+    console.print(f"Written to {out}.")
+
+
+@app.command()
+def lake(
+    data: Data,
+    gigabytes: Annotated[float, typer.Option(help="Parquet of the table.")] = 1.0,
+    rounds: Rounds = 3,
+    scratch: Annotated[Path | None, typer.Option(help="Where the table is generated, and deleted afterwards.")] = None,
+    out: Out = Path("docs/benchmarks/lake.json"),
+) -> None:
+    """Reading a Delta table, and with a filter, against the same files as plain Parquet."""
+    from dataclasses import asdict
+
+    from pipeline.lab.benchmark.lake import measure_tables, rate_table
+    from pipeline.lab.benchmark.side_by_side import write_figures
+
+    rates = measure_tables(data, gigabytes, rounds, scratch)
+    console.print(rate_table(rates))
+    write_figures(out, {"rates": [asdict(rate) for rate in rates]})
     console.print(f"Written to {out}.")
 
 

@@ -15,6 +15,7 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 _START_A_RAY = (
+    "corpus/tables/test_on_ray.py",
     "corpus/test_on_ray.py",
     "faults/",
     "jobs/",

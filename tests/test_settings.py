@@ -422,7 +422,7 @@ def test_a_list_of_numbers_takes_no_yes_for_one(raw, place, value):
 
 @pytest.mark.parametrize(
     ("value", "told"),
-    [("1", r"train': 1 is not text"), ("[1, x]", r"train\.0': 1 is not text"), ("{a: 1}", "train': input")],
+    [("1", r"train': 1 is not text"), ("[1, x]", r"train\.0': 1 is not text"), ("{path: 1}", r"path': 1 is not text")],
 )
 def test_a_path_that_is_none_is_told_in_one_sentence(raw, value, told):
     with pytest.raises(SettingsError, match=told) as caught:

@@ -14,6 +14,7 @@ from pipeline.bank.manifest import (
     ManifestHeader,
     Metrics,
     PromptRecord,
+    TableState,
     Template,
 )
 from pipeline.bank.publish import CarriedPrompt, NewPrompt
@@ -38,6 +39,7 @@ __all__ = [
     "PromptRecord",
     "SameBackbone",
     "Snapshot",
+    "TableState",
     "Template",
     "Verification",
     "WatchEvent",

@@ -110,6 +110,24 @@ class Metrics(StoredModel):
         return value if value is not None and math.isfinite(value) else None  # JSON has no NaN
 
 
+class TableState(StoredModel):
+    """The state of a table, or of a repository of the hub, that rows were read from."""
+
+    address: str
+    """Without a version."""
+    version: str
+    """A version, a snapshot's id or a commit."""
+    table: str | None = None
+    """The table's own id, where it has one: another one means that the table was made anew."""
+    time: str | None = None
+    """When the version was written, where the table tells."""
+
+    @property
+    def written(self) -> str:
+        """As an address of the settings."""
+        return f"{self.address}@{self.version}"
+
+
 class PromptRecord(StoredModel):
     """What a manifest tells about one prompt. `digest`, `shape` and `dtype` are None when it has no blob."""
 
@@ -153,6 +171,9 @@ class PromptRecord(StoredModel):
     """What labels were compared by: their tokens' log-likelihoods summed, or averaged. Written only where averaged."""
     label_offsets: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] | None = None
     """Nats that are taken off each label's score, in the order of `labels`. Written only where there are any."""
+    tables: Mapping[str, tuple[TableState, ...]] | None = None
+    """By split, the versions of the tables that the prompt was tuned and measured on. Written only where its corpus is
+    in tables."""
 
     @property
     def state(self) -> str:
@@ -214,6 +235,7 @@ def encode_manifest(manifest: Manifest, sign: Callable[[str], Signature] | None 
         absent |= {} if record.rows_run else {"rows_run": True}
         absent |= {} if record.label_score != "sum" else {"label_score": True}
         absent |= {} if record.label_offsets is not None else {"label_offsets": True}
+        absent |= {} if record.tables else {"tables": True}
         absent |= {} if record.template.chat else {"template": {"chat"}}
         lines.append(b'"%s":%s' % (name.encode(), canonical(record.model_dump(mode="json", exclude=absent))))
     return seal(header[1:-1] + PROMPTS_OPEN + b",\n".join(lines) + PROMPTS_CLOSE, sign)

@@ -21,6 +21,7 @@ from pipeline.bank.manifest import (
     Manifest,
     Metrics,
     PromptRecord,
+    TableState,
     Template,
     check_name,
     new_id,
@@ -58,6 +59,7 @@ class NewPrompt:
     label_score: LabelScore = "sum"
     label_offsets: Sequence[float] | None = None
     """In the order of the labels."""
+    tables: Mapping[str, Sequence[TableState]] | None = None
 
 
 @dataclass(frozen=True)

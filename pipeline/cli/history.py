@@ -205,7 +205,7 @@ def _diff_rows(found: VersionDiff) -> list[list[Cell]]:
     for prompt in found.prompts:
         whole = prompt.kind != "changed"
         for change in prompt.fields:
-            if not whole or change.field in _TOLD_OF_WHOLE_PROMPTS:
+            if not whole or change.field in _TOLD_OF_WHOLE_PROMPTS or change.field.startswith("tables."):
                 rows.append([prompt.name, (prompt.kind, _DIFF_COLOURS[prompt.kind]), *_change_cells(change)])
     return rows
 

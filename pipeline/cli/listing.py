@@ -216,6 +216,7 @@ def _fields(bank: PromptBank, snapshot: Snapshot, record: PromptRecord, pointing
         ("steps", record.steps),
         ("seed", record.seed),
         ("corpus", record.corpus_digest),
+        *_table_fields(record),
         ("settings", record.settings_digest),
         ("backbone", f"{backbone.model}, {backbone.architecture}, hidden size {backbone.hidden_size}"),
         *((part, getattr(backbone, part)) for part in ("fingerprint", "config", "tokenizer", "weights")),
@@ -236,6 +237,13 @@ def _input_fields(template: Template) -> list[tuple[str, Cell]]:
         ("chat options", options or None),
         ("before an answer", output.quoted(form.lead) if form.lead else None),
         ("end of an answer", output.quoted(form.end)),
+    ]
+
+
+def _table_fields(record: PromptRecord) -> list[tuple[str, Cell]]:
+    return [
+        (f"{split} from", ", ".join(state.written + (f" of {state.time}" if state.time else "") for state in states))
+        for split, states in (record.tables or {}).items()
     ]
 
 

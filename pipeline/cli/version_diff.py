@@ -56,7 +56,8 @@ def _compare_prompts(name: str, old: PromptRecord | None, new: PromptRecord | No
 
 def _fields(record: PromptRecord, with_status: bool) -> dict[str, Any]:
     dropped = _ABOUT_THE_VERSION - ({"status", "reason"} if with_status else set())
-    return _flat(record.model_dump(mode="json", exclude=dropped))
+    tables = {split: ", ".join(state.written for state in states) for split, states in (record.tables or {}).items()}
+    return _flat(record.model_dump(mode="json", exclude={*dropped, "tables"}) | ({"tables": tables} if tables else {}))
 
 
 def _header(snapshot: Snapshot) -> dict[str, Any]:

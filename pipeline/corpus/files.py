@@ -1,11 +1,10 @@
 """Paths as a user writes them -> the Parquet files behind them, described by their footers alone."""
 
 import os
-import re
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 import pyarrow as pa
@@ -17,62 +16,18 @@ from pipeline.corpus.formats import conversion, looks_like_data, parquet_among
 from pipeline.corpus.lakes import LakeTable, is_below, refuse_table, table_above, table_behind_links, tables_below
 from pipeline.corpus.mixed_splits import check_one_split
 from pipeline.corpus.paths import locate, matches, parts_below
-from pipeline.errors import CorpusError, PromptBankError, UnreachableError
+from pipeline.corpus.source_files import ParquetSource, SourceFile, of_its_store, unreadable
+from pipeline.corpus.tables.text_files import describe_text_file, is_text_file, told_types
+from pipeline.errors import CorpusError
 
-_FOOTER_READERS = 16
-# How Arrow words that a store is overloaded or does not answer. Arrow has no error classes for these.
-_AWAY = re.compile(
-    r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|REQUEST_TIMEOUT|THROTTLING)"
-    r"|AWS Error UNKNOWN \(HTTP status 5\d\d\)|curlCode: (6|7|28|35|52|55|56)\b|[Tt]imed out|[Cc]ould ?n.t connect"
-    r"|Name or service not known|[Tt]emporary failure in name resolution|Connection (refused|reset)"
-    r"|Network is unreachable"
-)
+FOOTER_READERS = 16
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    """One Parquet file as its listing and its footer describe it."""
+class Listed:
+    """A file as a folder or a repository lists it, found below `root`."""
 
-    path: str
-    size: int
-    mtime_ns: int | None
-    partitions: tuple[tuple[str, str | None], ...]
-    """Hive columns, from the folders below the path that the user gave."""
-    columns: tuple[tuple[str, pa.DataType], ...]
-    row_groups: tuple[tuple[int, int], ...]
-    """(rows, uncompressed bytes) of each row group."""
-    class_names: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    """(column, names of its numbers) for each ClassLabel column."""
-
-    @property
-    def rows(self) -> int:
-        return sum(rows for rows, _ in self.row_groups)
-
-    @property
-    def column_names(self) -> tuple[str, ...]:
-        own = [name for name, _ in self.columns]
-        return (*own, *(name for name, _ in self.partitions if name not in own))
-
-
-@dataclass(frozen=True)
-class ParquetSource:
-    """All the files of one setting such as `train`, in the order of their paths."""
-
-    where: str
-    """Task and setting, which begin every message: "task 'sst2', train"."""
-    filesystem: fs.FileSystem
-    files: tuple[SourceFile, ...]
-    left_out: tuple[str, ...] = ()
-    """Data files in the folders that are not read: not Parquet, set aside by their names, or broken links."""
-
-    @property
-    def rows(self) -> int:
-        return sum(file.rows for file in self.files)
-
-
-@dataclass(frozen=True)
-class _Listed:
     path: str
     size: int
     mtime_ns: int | None
@@ -83,22 +38,23 @@ class _Listed:
 class _Found:
     """What is behind one path: Parquet files, other files of its folders, and lake tables, which must not be read."""
 
-    files: list[_Listed]
+    files: list[Listed]
     others: list[str]
     tables: list[LakeTable]
 
 
-def inspect_files(paths: str | Sequence[str], where: str) -> ParquetSource:
-    """Find the files behind `paths` and read their footers, but no data page.
+def inspect_files(paths: str | Sequence[str], where: str, types: Mapping[str, str] | None = None) -> ParquetSource:
+    """Find the files behind `paths` and read their footers, or of JSON lines and CSV the first block.
 
     paths: file, folder, glob or URI of a pyarrow file system, or a list of them.
+    types: of columns of JSON lines and CSV, by name.
     Raises: CorpusError when nothing is there, or a footer cannot be read.
     """
     wanted = [paths] if isinstance(paths, str) else list(paths)
     if not wanted:
         raise CorpusError(f"{where}: the list of files is empty; name at least one Parquet file")
     filesystem: fs.FileSystem | None = None
-    listed: dict[str, _Listed] = {}
+    listed: dict[str, Listed] = {}
     left_out: set[str] = set()
     for path in wanted:
         here, files, others = _find(path, where)
@@ -109,30 +65,27 @@ def inspect_files(paths: str | Sequence[str], where: str) -> ParquetSource:
             listed.setdefault(file.path, file)
         left_out.update(filter(looks_like_data, others))
     assert filesystem is not None
-    footers_of = [listed[path] for path in sorted(listed)]
-    with ThreadPoolExecutor(_FOOTER_READERS) as readers:
-        files_read = tuple(readers.map(lambda file: _read_footer(filesystem, file, where), footers_of))
-    return ParquetSource(where, filesystem, files_read, tuple(sorted(left_out - listed.keys())))
+    source = describe_files(filesystem, list(listed.values()), where, types or {})
+    return replace(source, left_out=tuple(sorted(left_out - listed.keys())))
 
 
-def unreadable(error: BaseException, what: str, fix: str) -> PromptBankError:
-    """The error to raise for `error`: of the corpus, or of a store that may answer later."""
-    if _AWAY.search(str(error)):
-        return UnreachableError(f"{what} ({one_line(error)}); its store does not answer, so try again later")
-    return CorpusError(f"{what} ({one_line(error)}); {fix}")
+def describe_files(
+    filesystem: fs.FileSystem, listed: Sequence[Listed], where: str, types: Mapping[str, str]
+) -> ParquetSource:
+    """Read the footers of Parquet files, and the first blocks of text files, in the order of their paths.
+
+    Raises: CorpusError; UnreachableError.
+    """
+    in_order = sorted(listed, key=lambda file: file.path)
+    with ThreadPoolExecutor(FOOTER_READERS) as readers:
+        described = tuple(readers.map(lambda file: _describe(filesystem, file, where, types), in_order))
+    filled = tuple(file for file in described if file.columns)  # a text file may be empty
+    if not filled:
+        raise CorpusError(f"{where}: {described[0].path} holds no row; give a file that does")
+    return ParquetSource(where, filesystem, filled, remarks=tuple(told_types(filled, types)))
 
 
-def one_line(error: BaseException) -> str:
-    """An error's message in a form that can stand in brackets inside a sentence."""
-    return re.sub(r"\s+", " ", str(error)).strip().rstrip(".")
-
-
-def of_its_store(error: Exception, filesystem: fs.FileSystem) -> bool:
-    """Whether reading failed, and not our code. Stores behind fsspec raise errors of their own libraries."""
-    return isinstance(error, pa.ArrowException | OSError | ValueError) or filesystem.type_name.startswith("py::")
-
-
-def _find(path: str, where: str) -> tuple[fs.FileSystem, list[_Listed], list[str]]:
+def _find(path: str, where: str) -> tuple[fs.FileSystem, list[Listed], list[str]]:
     """-> file system, Parquet files, other files."""
     try:
         filesystem, fixed, pattern = locate(path)
@@ -190,13 +143,13 @@ def _look(filesystem: fs.FileSystem, fixed: str, pattern: str | None) -> _Found:
     )
 
 
-def _each_once(files: Sequence[_Listed]) -> list[_Listed]:
+def _each_once(files: Sequence[Listed]) -> list[Listed]:
     """Leave out files that a link leads to a second time, under the same Hive columns or from a folder below them.
 
     Two links to one file elsewhere count as two files: a hub's cache keeps equal files once.
     """
     places = {_place(file) for file in files}
-    kept: dict[tuple[object, ...], _Listed] = {}
+    kept: dict[tuple[object, ...], Listed] = {}
     for file in sorted(files, key=lambda file: (len(file.path), file.path)):
         below = parts_below(file.path, file.root)[:-1]
         folders = [os.path.realpath(os.path.join(file.root, *below[:depth])) for depth in range(len(below) + 1)]
@@ -208,7 +161,7 @@ def _each_once(files: Sequence[_Listed]) -> list[_Listed]:
     return list(kept.values())
 
 
-def _place(file: _Listed) -> str:
+def _place(file: Listed) -> str:
     """The path that a file would have if nothing below its root were a link."""
     return os.path.join(os.path.realpath(file.root), *filter(None, parts_below(file.path, file.root)))
 
@@ -221,7 +174,7 @@ def _outermost(entries: Sequence[fs.FileInfo]) -> list[fs.FileInfo]:
 
 def _expand(filesystem: fs.FileSystem, entry: fs.FileInfo, root: str) -> _Found:
     if entry.type == fs.FileType.File:
-        return _Found([_Listed(entry.path, entry.size or 0, entry.mtime_ns, root)], [], [])
+        return _Found([Listed(entry.path, entry.size or 0, entry.mtime_ns, root)], [], [])
     if entry.type != fs.FileType.Directory:
         return _Found([], [], [])
     below = filesystem.get_file_info(fs.FileSelector(entry.path, recursive=True))
@@ -233,7 +186,9 @@ def _expand(filesystem: fs.FileSystem, entry: fs.FileInfo, root: str) -> _Found:
     }
     tables = tables_below((other.path for other in below), entry.path)
     chosen = [] if tables else parquet_among(filesystem, list(shown))
-    files = [_Listed(path, shown[path].size or 0, shown[path].mtime_ns, root) for path in chosen]
+    if not chosen and not tables:
+        chosen = [path for path in shown if is_text_file(filesystem, path)]
+    files = [Listed(path, shown[path].size or 0, shown[path].mtime_ns, root) for path in chosen]
     dangling = _dangling_links(entry.path) if isinstance(filesystem, fs.LocalFileSystem) else []
     return _Found(files, sorted(shown.keys() - set(chosen)) + dangling, tables)
 
@@ -244,23 +199,40 @@ def _dangling_links(root: str) -> list[str]:
     return [path for path in paths if os.path.islink(path) and not os.path.exists(path)]
 
 
-def _read_footer(filesystem: fs.FileSystem, file: _Listed, where: str) -> SourceFile:
+def read_footer(filesystem: fs.FileSystem, path: str, where: str) -> tuple[pa.Schema, tuple[tuple[int, int], ...]]:
+    """-> a Parquet file's schema, and (rows, uncompressed bytes) of each row group.
+
+    Raises: CorpusError; UnreachableError; FileNotFoundError.
+    """
     try:
-        footer = pq.read_metadata(file.path, filesystem=filesystem)
+        footer = pq.read_metadata(path, filesystem=filesystem)
         schema = footer.schema.to_arrow_schema()
+    except FileNotFoundError:
+        raise
     except Exception as error:
         if not of_its_store(error, filesystem):
             raise
-        what = f"{where}: {file.path} is not a readable Parquet file"
-        raise unreadable(error, what, conversion(file.path) or "write it again or leave it out") from error
+        what = f"{where}: {path} is not a readable Parquet file"
+        raise unreadable(error, what, conversion(path) or "write it again or leave it out") from error
     groups = (footer.row_group(index) for index in range(footer.num_row_groups))
+    return schema, tuple((group.num_rows, group.total_byte_size) for group in groups)
+
+
+def _describe(filesystem: fs.FileSystem, file: Listed, where: str, types: Mapping[str, str]) -> SourceFile:
+    partitions = _hive_columns(parts_below(file.path, file.root)[:-1])
+    try:
+        if is_text_file(filesystem, file.path):
+            return describe_text_file(filesystem, file.path, file.size, file.mtime_ns, partitions, types, where)
+        schema, row_groups = read_footer(filesystem, file.path, where)
+    except FileNotFoundError as error:
+        raise CorpusError(f"{where}: {file.path} was removed while it was looked at; run the job again") from error
     return SourceFile(
         path=file.path,
         size=file.size,
         mtime_ns=file.mtime_ns,
-        partitions=_hive_columns(parts_below(file.path, file.root)[:-1]),
+        partitions=partitions,
         columns=tuple((field.name, field.type) for field in schema),
-        row_groups=tuple((group.num_rows, group.total_byte_size) for group in groups),
+        row_groups=row_groups,
         class_names=footer_class_names(schema),
     )
 

@@ -19,18 +19,11 @@ _OTHER = re.compile(
     r"|avro|lance|zip|tar|tgz|xlsx?|safetensors|npy|npz)(\.(gz|bz2|zst|xz))?$"
 )
 _STREAM = "Arrow IPC", "pyarrow.ipc", "pyarrow.ipc.open_stream({file!r}).read_all()"
+# What `tables.text_files` reads.
+_TEXT = r"(jsonl|ndjson|json|csv|tsv)(\.(gz|bz2|zst|lz4))?"
 # Ending of the name, beginning of the content, and what the file then is; the first that matches counts.
 _CONVERSIONS = (
     (r"json(\.gz)?", rb"\[", "JSON", "json", "pyarrow.Table.from_pylist(json.load(pyarrow.input_stream({file!r})))"),
-    (r"(jsonl|ndjson|json)(\.gz)?", b"", "JSON", "pyarrow.json", "pyarrow.json.read_json({file!r})"),
-    (r"csv(\.gz)?", b"", "CSV", "pyarrow.csv", "pyarrow.csv.read_csv({file!r})"),
-    (
-        r"tsv(\.gz)?",
-        b"",
-        "TSV",
-        "pyarrow.csv",
-        "pyarrow.csv.read_csv({file!r}, parse_options=pyarrow.csv.ParseOptions(delimiter='\\t'))",
-    ),
     # Hugging Face's `datasets` write streams and polars files, under one ending.
     (r"feather|ipc|arrow", b"ARROW1|FEA1", "Arrow IPC", "pyarrow.feather", "pyarrow.feather.read_table({file!r})"),
     (r"feather|ipc|arrow", b"", *_STREAM),
@@ -61,7 +54,7 @@ def conversion(path: str) -> str | None:
 
 def looks_like_data(path: str) -> bool:
     """Whether the name is that of a data file in another format, or of a Parquet file, set aside or not."""
-    endings = "|".join(ending for ending, *_ in _CONVERSIONS)
+    endings = "|".join([_TEXT, *(ending for ending, *_ in _CONVERSIONS)])
     return re.search(rf"\.(({endings})$|(parquet|parq|pqt?)(?![a-z]))", path, re.IGNORECASE) is not None
 
 

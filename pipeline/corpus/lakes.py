@@ -24,14 +24,17 @@ class _Kind:
     """A folder at the table's root."""
     inside: re.Pattern[str] | None
     """A file that must be in that folder, since other folders have such a name, too; None if the name is enough."""
-    reader: str
+    reader: str | None
+    """What writes its rows as Parquet; None where the table can be read at an address of its own."""
+    scheme: str | None = None
+    """Of that address."""
 
 
 _KINDS = (
-    _Kind("a Delta Lake table", "_delta_log", None, "Spark or deltalake"),
-    _Kind("an Apache Iceberg table", "metadata", re.compile(r".+\.metadata\.json(\.gz)?"), "Spark or pyiceberg"),
+    _Kind("a Delta Lake table", "_delta_log", None, None, "delta"),
+    _Kind("an Apache Iceberg table", "metadata", re.compile(r".+\.metadata\.json(\.gz)?"), None, "iceberg"),
     _Kind("an Apache Hudi table", ".hoodie", None, "Spark"),
-    _Kind("a Lance dataset", "_versions", re.compile(r".+\.manifest"), "lance"),
+    _Kind("a Lance dataset", "_versions", re.compile(r".+\.manifest"), None, "lance"),
     _Kind("an Apache Paimon table", "schema", re.compile(r"schema-\d+"), "Spark or pypaimon"),
 )
 _BY_FOLDER = {kind.folder: kind for kind in _KINDS}
@@ -48,9 +51,14 @@ def refuse_table(table: LakeTable, path: str, where: str) -> CorpusError:
     """The error for a path, as the user wrote it, that leads to a table, into one or above one."""
     kind = table.kind
     mark = f"{table.root.rstrip('/')}/{kind.folder}"
+    fix = f"write its present rows as plain Parquet into another folder, with {kind.reader}, and give that"
+    if kind.scheme == "iceberg":
+        fix = "give its address in a catalog, iceberg://catalog/namespace.table, with the catalog under 'catalogs'"
+    elif kind.scheme is not None:
+        store = f"+{path.partition('://')[0]}" if "://" in path and not path.startswith("file://") else ""
+        fix = f"give the table's own address, {kind.scheme}{store}://{table.root}"
     return CorpusError(
-        f"{where}: {path} touches {kind.name} ({mark} is there), whose files hold deleted and replaced rows "
-        f"too; write its present rows as plain Parquet into another folder, with {kind.reader}, and give that"
+        f"{where}: {path} touches {kind.name} ({mark} is there), whose files hold deleted and replaced rows too; {fix}"
     )
 
 

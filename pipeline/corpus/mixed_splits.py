@@ -12,8 +12,8 @@ _WORDS = {
     "dev": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-_SPLIT_OF = {word: split for split, words in _WORDS.items() for word in words}
-_ANY_WORD = "|".join(sorted(_SPLIT_OF, key=len, reverse=True))
+SPLIT_OF = {word: split for split, words in _WORDS.items() for word in words}
+_ANY_WORD = "|".join(sorted(SPLIT_OF, key=len, reverse=True))
 _WORD = re.compile(rf"(?:^|[-._ 0-9])({_ANY_WORD})(?=[-._ 0-9]|$)", re.IGNORECASE)
 _HIVE = re.compile(rf"split=({_ANY_WORD})", re.IGNORECASE)
 
@@ -25,7 +25,7 @@ def check_one_split(path: str, root: str, files: Sequence[str], where: str) -> N
     for parts in below:
         place = _split_word(parts)
         if place is not None:
-            found.setdefault(_SPLIT_OF[place[1].lower()], []).append(parts)
+            found.setdefault(SPLIT_OF[place[1].lower()], []).append(parts)
     if len(found) > 1:
         splits = [split for split in _WORDS if split in found]
         held = ", ".join(f"{len(found[split])} of {split}" for split in splits)
@@ -34,6 +34,12 @@ def check_one_split(path: str, root: str, files: Sequence[str], where: str) -> N
             f"{where}: {path} mixes the files of several splits ({held}); give each its own: {fixes}; or list these "
             "paths to mean them together"
         )
+
+
+def named_split(parts: Sequence[str]) -> str | None:
+    """The split, `train`, `dev` or `test`, that a file's name or the nearest of its folders tells; None for none."""
+    place = _split_word(parts)
+    return None if place is None else SPLIT_OF[place[1].lower()]
 
 
 def _split_word(parts: Sequence[str]) -> tuple[int, str, str] | None:

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.corpus.encoding import TokenizerSpec
-from pipeline.corpus.files import ParquetSource, inspect_files
+from pipeline.corpus.files import inspect_files
 from pipeline.corpus.reader import Int32, SplitRef, open_split, summarise_split
 from pipeline.corpus.rows import Recipe
+from pipeline.corpus.source_files import ParquetSource
 from pipeline.corpus.template import TextTemplate, check_class_names, check_columns, parse_template
 from pipeline.corpus.values import find_integer_columns
 from pipeline.errors import CorpusError

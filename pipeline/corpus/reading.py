@@ -1,18 +1,21 @@
 """One read unit (some rows of one file) -> batches of column texts, in bounded memory for any file."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from types import MappingProxyType
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
 from pipeline.corpus.class_names import UnnamedClassError, named_texts
-from pipeline.corpus.files import ParquetSource, SourceFile, of_its_store, one_line, unreadable
 from pipeline.corpus.pages import PageHeaderError
 from pipeline.corpus.read_steps import STREAM_BUFFER, OversizedPageError, rows_per_step
+from pipeline.corpus.row_view import Mask, unpack_deleted, viewed
+from pipeline.corpus.source_files import ParquetSource, SourceFile, of_its_store, one_line, unreadable
 from pipeline.corpus.values import column_texts, fraction_error
 from pipeline.errors import CorpusError
 
@@ -39,7 +42,7 @@ class ReadUnit:
     def row_bytes(self) -> float:
         """Mean uncompressed bytes of a row in these row groups."""
         rows, size = map(sum, zip(*(self.file.row_groups[group] for group in self.row_groups), strict=True))
-        return size / rows
+        return size / max(rows, 1)
 
     @property
     def batch_rows(self) -> int:
@@ -54,7 +57,7 @@ def read_units(source: ParquetSource) -> tuple[ReadUnit, ...]:
     """
     size = sum(nbytes for file in source.files for _, nbytes in file.row_groups)
     unit_bytes = min(max(size // _UNITS, _LEAST_UNIT_BYTES), _MOST_UNIT_BYTES)
-    return tuple(unit for file in source.files for unit in _cut(file, unit_bytes))
+    return tuple(unit for file in source.files if file.chosen_groups for unit in _cut(file, unit_bytes))
 
 
 def group_units(units: Iterable[ReadUnit]) -> tuple[tuple[ReadUnit, ...], ...]:
@@ -74,7 +77,11 @@ def group_units(units: Iterable[ReadUnit]) -> tuple[tuple[ReadUnit, ...], ...]:
 def _cut(file: SourceFile, unit_bytes: int) -> Iterator[ReadUnit]:
     group_ids: list[int] = []
     gathered_rows, size = 0, 0
-    for group, (rows, nbytes) in enumerate(file.row_groups):
+    if file.reader is not None or (file.view is not None and file.view.take is not None):
+        yield ReadUnit(file, file.chosen_groups, 0, sum(rows for rows, _ in file.row_groups))  # from beginning to end
+        return
+    for group in file.chosen_groups:
+        rows, nbytes = file.row_groups[group]
         if group_ids and size + nbytes > unit_bytes:
             yield ReadUnit(file, tuple(group_ids), 0, gathered_rows)
             group_ids, gathered_rows, size = [], 0, 0
@@ -109,35 +116,92 @@ def read_texts(
     """
     own = [name for name in columns if name in dict(unit.file.columns)]
     fixed = {name: value for name, value in unit.file.partitions if name in columns and name not in own}
+    with _in_one_sentence(filesystem, unit.file, where):
+        batches = _batches(filesystem, unit, own, where)
+        for rows, texts in _gathered_texts(batches, unit, where, own, integer_columns):
+            yield rows, texts | {name: [value] * rows for name, value in fixed.items()}
+
+
+def count_rows(filesystem: fs.FileSystem, file: SourceFile, where: str, enough: int) -> int:
+    """The rows that are left of a file, counted until there are `enough`. Raises: as `read_texts`."""
+    unit = ReadUnit(file, file.chosen_groups, 0, sum(file.row_groups[group][0] for group in file.chosen_groups))
+    rows = 0
+    with _in_one_sentence(filesystem, file, where):
+        for batch in _batches(filesystem, unit, (), where):
+            rows += batch.num_rows
+            if rows >= enough:
+                break
+    return rows
+
+
+def _batches(filesystem: fs.FileSystem, unit: ReadUnit, names: Sequence[str], where: str) -> Iterator[pa.RecordBatch]:
+    """The unit's rows, with the columns that templates call `names`."""
+    view = unit.file.view
+    if view is None:
+        yield from _stored_batches(filesystem, unit, names, where)
+        return
+    stored = dict(view.stored)
+    needed = [stored[name] for name in view.needed(names) if name in stored]
+    batches = _stored_batches(filesystem, unit, needed, where)
+    yield from viewed(batches, view, unit.file.columns, names, _deleted(unit))
+
+
+@contextmanager
+def _in_one_sentence(filesystem: fs.FileSystem, file: SourceFile, where: str) -> Iterator[None]:
+    """Turns what reading a file raises into our own errors."""
     try:
-        # Not `pre_buffer`: it holds a whole row group's columns at once (see `shards`).
-        with pq.ParquetFile(
-            unit.file.path,
-            filesystem=filesystem,
-            pre_buffer=False,
-            buffer_size=STREAM_BUFFER,
-            page_checksum_verification=True,
-        ) as file:
-            # One thread, so that the memory is that of one batch; Ray runs a task on every core.
-            step = _safe_step(filesystem, unit, file.metadata, own, where)
-            batches = file.iter_batches(step, list(unit.row_groups), own, use_threads=False)
-            for rows, texts in _gathered_texts(
-                _between(batches, unit.first, unit.end), unit, where, own, integer_columns
-            ):
-                yield rows, texts | {name: [value] * rows for name, value in fixed.items()}
+        yield
     except UnicodeDecodeError as error:
-        raise CorpusError(f"{where}: {unit.file.path} holds text that is not UTF-8; write it again as UTF-8") from error
+        raise CorpusError(f"{where}: {file.path} holds text that is not UTF-8; write it again as UTF-8") from error
     except CorpusError:
         raise
     except MemoryError as error:  # Arrow's own memory error is one, too
         raise CorpusError(
-            f"{where}: the memory did not suffice to read {unit.file.path} ({one_line(error) or 'no more was given'}); "
+            f"{where}: the memory did not suffice to read {file.path} ({one_line(error) or 'no more was given'}); "
             "give the job more, or write the file with smaller pages and row groups"
         ) from error
     except Exception as error:
         if not of_its_store(error, filesystem):
             raise
-        raise unreadable(error, f"{where}: {unit.file.path} is damaged", "write it again or leave it out") from error
+        if isinstance(error, FileNotFoundError) and file.view is not None:
+            raise CorpusError(
+                f"{where}: {file.path} is gone, so its table was vacuumed or replaced since the job looked at it; run "
+                "the job again"
+            ) from error
+        advice = "write it again or leave it out" if file.reader is None else file.reader.advice
+        raise unreadable(error, f"{where}: {file.path} is damaged", advice) from error
+
+
+def _stored_batches(
+    filesystem: fs.FileSystem, unit: ReadUnit, columns: Sequence[str], where: str
+) -> Iterator[pa.RecordBatch]:
+    """Batches of the file's own columns, as they are stored."""
+    if unit.file.reader is not None:
+        yield from unit.file.reader.batches(filesystem, unit.file.path, columns, unit.batch_rows)
+        return
+    # Not `pre_buffer`: it holds a whole row group's columns at once (see `shards`).
+    with pq.ParquetFile(
+        unit.file.path,
+        filesystem=filesystem,
+        pre_buffer=False,
+        buffer_size=STREAM_BUFFER,
+        page_checksum_verification=True,
+    ) as file:
+        # One thread, so that the memory is that of one batch; Ray runs a task on every core.
+        step = _safe_step(filesystem, unit, file.metadata, columns, where)
+        batches = file.iter_batches(step, list(unit.row_groups), list(columns), use_threads=False)
+        yield from _between(batches, unit.first, unit.end)
+
+
+def _deleted(unit: ReadUnit) -> Mask | None:
+    """[rows of the unit] whether a row is deleted; None where none of the file is."""
+    view, sizes = unit.file.view, [rows for rows, _ in unit.file.row_groups]
+    if view is None or view.deleted is None:
+        return None
+    starts = [0, *accumulate(sizes)]
+    of_file = unpack_deleted(view.deleted, starts[-1])
+    of_groups = [of_file[starts[group] : starts[group + 1]] for group in unit.row_groups]
+    return np.concatenate(of_groups)[unit.first : unit.end]
 
 
 def _safe_step(

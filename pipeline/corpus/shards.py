@@ -26,11 +26,11 @@ import ray.data
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from pipeline.corpus.encoding import TokenizerContent, TokenizerSpec, load_tokenizer, tokenizer_content
-from pipeline.corpus.files import ParquetSource
 from pipeline.corpus.reader import MANIFEST, is_whole
 from pipeline.corpus.reading import ReadUnit, group_units, read_texts, read_units
 from pipeline.corpus.rows import Recipe, tokenise_rows
 from pipeline.corpus.shard_folders import being_built, mark_finished, remove_abandoned
+from pipeline.corpus.source_files import ParquetSource, SourceFile
 from pipeline.corpus.tally import EMPTY_TALLY, ShardTally, manifest_figures
 from pipeline.corpus.values import changed_texts
 from pipeline.corpus.writing import write_shard
@@ -99,6 +99,11 @@ def shard_key(source: ParquetSource, recipe: Recipe, tokenizer: TokenizerSpec) -
         "tokenizer": tokenizer.digest,
     }
     # Inputs that came with later versions enter only where they matter: other corpora keep the name that they had.
+    if any(file.view or file.reader for file in source.files):
+        inputs["views"] = [
+            [file.view.key() if file.view else None, file.reader.key() if file.reader else None, _kinds(file, recipe)]
+            for file in source.files
+        ]
     if recipe.embedding_rows is not None:
         inputs["embedding_rows"] = recipe.embedding_rows
     named = [[pair for pair in file.class_names if pair[0] in recipe.columns] for file in source.files]
@@ -116,6 +121,11 @@ def shard_key(source: ParquetSource, recipe: Recipe, tokenizer: TokenizerSpec) -
     if recipe.chat is not None:
         inputs["chat"] = recipe.chat.digest
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(), inputs
+
+
+def _kinds(file: SourceFile, recipe: Recipe) -> list[list[str]]:
+    """The types of the columns that are read, where the table and not the file decides them."""
+    return [[name, str(kind)] for name, kind in file.columns if name in recipe.columns]
 
 
 def build_shards(
@@ -138,7 +148,7 @@ def build_shards(
         with being_built(fresh):
             content = tokenizer_content(load_tokenizer(tokenizer.dir))
             digests, total = _write_shards(_BuildJob(source, group_units(read_units(source)), recipe, content, fresh))
-            if total.rows.summary.rows != source.rows:
+            if source.exact and total.rows.summary.rows != source.rows:
                 raise CorpusError(
                     f"{source.where}: {total.rows.summary.rows} rows were read where the files' footers promise "
                     f"{source.rows}; the files changed meanwhile, so run the job again"

@@ -21,14 +21,15 @@ from pipeline.corpus.encoding import (
     missing_embedding,
     unencodable,
 )
-from pipeline.corpus.files import ParquetSource, inspect_files
 from pipeline.corpus.reader import SplitRef, changed_targets, summarise_split, unencodable_targets, unique_targets
 from pipeline.corpus.rows import Recipe
+from pipeline.corpus.source_files import ParquetSource, TableVersion
+from pipeline.corpus.sources import Catalogs, open_split_source
 from pipeline.corpus.tally import SplitSummary
 from pipeline.corpus.template import TextTemplate, check_class_names, check_columns, parse_template, render_row
 from pipeline.corpus.values import find_integer_columns
 from pipeline.errors import CorpusError
-from pipeline.settings import TaskSettings
+from pipeline.settings import Split, TaskSettings
 
 SPLITS = ("train", "dev", "test")
 UNLABELLED = "unlabelled"
@@ -67,6 +68,19 @@ class TaskPlan:
             if source.left_out
         ]
 
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences for the plan: versions of tables, types that were inferred, counts that are not exact."""
+        return [
+            f"{source.where}: {remark}"
+            for source in self.sources.values()
+            for remark in (
+                *(f"{table.address} at version {table.version}{_since(table)}" for table in source.tables),
+                *source.remarks,
+                *([] if source.exact else [_inexact(source)]),
+            )
+        ]
+
 
 @dataclass(frozen=True)
 class TaskCorpus:
@@ -84,6 +98,8 @@ class TaskCorpus:
     """Digest of all splits' rows: the same rows in other files give the same digest."""
     chat: Mapping[str, Any] | None = None
     """What the prompt's record tells of a chat (`ChatForm`)."""
+    tables: Mapping[str, tuple[TableVersion, ...]] = field(default_factory=dict)
+    """By split, the versions of the tables that its rows were read from."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` gives the same corpus back."""
@@ -101,12 +117,17 @@ class TaskCorpus:
             counts=plain["counts"],
             digest=plain["digest"],
             chat=plain.get("chat"),
+            tables={
+                split: tuple(TableVersion(**table) for table in tables)
+                for split, tables in plain.get("tables", {}).items()
+            },
         )
 
 
-def check_task(name: str, task: TaskSettings) -> TaskPlan:
+def check_task(name: str, task: TaskSettings, catalogs: Catalogs | None = None) -> TaskPlan:
     """Find a task's files, read their footers and check its templates against them; no Ray, no tokenizer.
 
+    catalogs: of Iceberg tables, as the settings give them.
     Raises: CorpusError naming the task, the file and the fix.
     """
     here = f"task '{name}'"
@@ -115,13 +136,14 @@ def check_task(name: str, task: TaskSettings) -> TaskPlan:
         raise CorpusError(f"{here}, input: the template {asked.text!r} names no column; write one such as {{text}}")
     inputs = [message.content for message in asked.messages] if isinstance(asked, ChatInput) else [asked]
     labelled = {
-        split: _source(paths, f"{here}, {split}", [*inputs, target])
-        for split, paths in zip(SPLITS, (task.train, task.dev, task.test), strict=True)
-        if paths is not None
+        split: _source(rows, f"{here}, {split}", [*inputs, target], catalogs)
+        for split, rows in zip(SPLITS, (task.train, task.dev, task.test), strict=True)
+        if rows is not None
     }
     sources = labelled
     if task.teacher is not None and task.teacher.unlabelled is not None:
-        sources = labelled | {UNLABELLED: _source(task.teacher.unlabelled, f"{here}, teacher.unlabelled", inputs)}
+        unlabelled = _source(task.teacher.unlabelled, f"{here}, teacher.unlabelled", inputs, catalogs)
+        sources = labelled | {UNLABELLED: unlabelled}
     # Of unlabelled rows nobody reads a target: what its column holds there, or whether there is one, does not matter.
     check_class_names(list(sources.values()), inputs)
     check_class_names(list(labelled.values()), [target])
@@ -132,12 +154,23 @@ def check_task(name: str, task: TaskSettings) -> TaskPlan:
     return TaskPlan(name, sources, asked, target, task.dev_fraction, integer_columns)
 
 
-def _source(paths: str | list[str], where: str, templates: Sequence[TextTemplate]) -> ParquetSource:
+def _inexact(source: ParquetSource) -> str:
+    filtered = any(file.view is not None and file.view.where is not None for file in source.files)
+    meaning = "the most that its filter can leave" if filtered else "a guess"
+    return f"the plan's number of its rows is {meaning}; they are counted when they are read"
+
+
+def _since(table: TableVersion) -> str:
+    return f", written {table.time}" if table.time else ""
+
+
+def _source(split: Split, where: str, templates: Sequence[TextTemplate], catalogs: Catalogs | None) -> ParquetSource:
     """Files that have rows, and the columns of these templates. Raises: CorpusError."""
-    source = inspect_files(paths, where)
+    source = open_split_source(split, where, catalogs)
     check_columns(source, templates)
     if not source.rows:
-        raise CorpusError(f"{source.where}: {source.files[0].path} holds no row; give a file that does")
+        empty = source.files[0].path if source.files else source.tables[0].address if source.tables else "the corpus"
+        raise CorpusError(f"{source.where}: {empty} holds no row; give a file that does")
     return source
 
 
@@ -185,16 +218,22 @@ def _check_labels_are_names(here: str, task: TaskSettings, target: TextTemplate,
 
 
 def prepare_task(
-    name: str, task: TaskSettings, tokenizer: TokenizerSpec, storage: Path, connect: Callable[[], None] = lambda: None
+    name: str,
+    task: TaskSettings,
+    tokenizer: TokenizerSpec,
+    storage: Path,
+    connect: Callable[[], None] = lambda: None,
+    catalogs: Catalogs | None = None,
 ) -> TaskCorpus:
     """Build the token shards that are not there yet, and check what can be known only from the rows.
 
     connect: called when shards must be built, which needs a connection to Ray; by default there is one already.
+    catalogs: see `check_task`.
     Raises: CorpusError naming the task and the fix; StorageError when `storage` cannot be written.
     """
     from pipeline.corpus.shards import build_shards  # here, so that reading a corpus never imports ray
 
-    plan = check_task(name, task)
+    plan = check_task(name, task, catalogs)
     recipe = task_recipe(plan, task, tokenizer)
     loaded = load_tokenizer(tokenizer.dir)
     encode_targets(loaded, tokenizer.architecture, "", ["a"], recipe.chat)  # has an eos, before any work
@@ -231,6 +270,7 @@ def prepare_task(
         counts={split: summary.counts for split, summary in summaries.items()},
         digest=_digest(summaries, recipe),
         chat=recipe.chat.form.model_dump(mode="json") if recipe.chat else None,
+        tables={split: source.tables for split, source in plan.sources.items() if source.tables},
     )
 
 
@@ -293,6 +333,8 @@ def check_encodable(
 
 
 def _check_bad_rows(where: str, task: TaskSettings, summary: SplitSummary, refused: str | None) -> None:
+    if not summary.rows:
+        raise CorpusError(f"{where}: no row of the corpus is one that 'where' asks for; fix the filter")
     share = 1 - summary.counts["ok"] / summary.rows
     example = "" if refused is None else f", such as {refused[:60]!r}"
     if share > task.max_bad_rows:

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pyarrow as pa
 
-from pipeline.corpus.files import ParquetSource, SourceFile
+from pipeline.corpus.source_files import ParquetSource, SourceFile
 from pipeline.corpus.values import is_printable
 from pipeline.errors import CorpusError
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.corpus.files import ParquetSource, SourceFile
+from pipeline.corpus.source_files import ParquetSource, SourceFile
 from pipeline.errors import CorpusError
 
 MOST_CELL_BYTES = 16 * 2**20

@@ -12,7 +12,7 @@ from pipeline.refresh.plan import PlannedTask
 from pipeline.refresh.record import TaskRecord
 from pipeline.refresh.starts import is_warm
 from pipeline.refresh.tuned import NightResults
-from pipeline.run.publishing import new_prompt
+from pipeline.run.publishing import new_prompt, written_tables
 from pipeline.run.results import TaskResult
 from pipeline.settings import Settings
 from pipeline.tuning.state import Evaluation, TrialState, winner
@@ -43,7 +43,8 @@ def decide(settings: Settings, inputs: NightInputs, tuned: NightResults) -> list
 def _decide(planned: PlannedTask, settings: Settings, inputs: NightInputs, tuned: NightResults) -> NightDecision:
     record = planned_record(planned, settings)
     if planned.task in inputs.corpora:
-        record = replace(record, rows=inputs.corpora[planned.task].counts)
+        corpus = inputs.corpora[planned.task]
+        record = replace(record, rows=corpus.counts, tables=written_tables(corpus))
     if planned.decision == "removed":
         return NightDecision(replace(record, result="removed"))
     if planned.decision == "carried":

@@ -6,7 +6,7 @@ split; what was not measured or is not finite is null.
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -78,6 +78,8 @@ class TaskRecord:
     """Taken by all trials together."""
     rows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Split -> status (ok, null, empty, input_long, target_long) -> rows."""
+    tables: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Split -> addresses of the tables that it was read from tonight, with their versions."""
 
 
 @dataclass(frozen=True)

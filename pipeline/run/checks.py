@@ -78,7 +78,7 @@ def check_run(settings: Settings, new_backbone: bool = False, publishes: bool = 
         try:
             check_context(name, task, config)
             check_words(name, task, config, tokenizer)
-            plan = check_task(name, task)
+            plan = check_task(name, task, settings.catalogs)
             chat = task_chat(name, task, plan.input, architecture_of(config), tokenizer)
             check_encodable(name, task, task.labels or (), architecture_of(config), tokenizer, chat)
             plans[name] = plan
@@ -201,7 +201,7 @@ def print_plan(checked: CheckedRun, console: Console) -> None:
         rows.append(row)
     console.print(plan_table(rows))
     for plan in checked.plans.values():
-        for remark in plan.left_out:
+        for remark in (*plan.remarks, *plan.left_out):
             console.print(remark, markup=False)
     for name, error in checked.refused.items():
         console.print(f"left out: {name}: {error}", markup=False)

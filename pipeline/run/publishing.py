@@ -1,11 +1,11 @@
 """From tuned trials to a version of the bank."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
-from pipeline.bank import BackboneId, ChatForm, Metrics, NewPrompt, PromptBank, Template
+from pipeline.bank import BackboneId, ChatForm, Metrics, NewPrompt, PromptBank, TableState, Template
 from pipeline.corpus.task_corpus import TaskCorpus, task_input
 from pipeline.run.bank import open_bank
 from pipeline.run.results import NO_GAIN, TaskResult
@@ -89,7 +89,18 @@ def new_prompt(result: TaskResult, corpus: TaskCorpus, run: Settings) -> NewProm
         rows_run=_rows_run(run),
         label_score=settings.label_score,
         label_offsets=None if absent else state.label_offsets,
+        tables=table_states(corpus) or None,
     )
+
+
+def table_states(corpus: TaskCorpus) -> dict[str, tuple[TableState, ...]]:
+    """By split, the tables that a corpus was read from, as a record has them."""
+    return {split: tuple(TableState(**asdict(table)) for table in tables) for split, tables in corpus.tables.items()}
+
+
+def written_tables(corpus: TaskCorpus) -> dict[str, list[str]]:
+    """By split, the addresses of the tables that a corpus was read from, with their versions."""
+    return {split: [state.written for state in states] for split, states in table_states(corpus).items()}
 
 
 def _rows_run(settings: Settings) -> Any:

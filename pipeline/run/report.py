@@ -13,7 +13,7 @@ from pipeline.reporting.html.from_record import past_versions
 from pipeline.reporting.html.run_files import faults_of, read_curve, stages_of
 from pipeline.reporting.watched import read_events
 from pipeline.run.bank import readable_bank
-from pipeline.run.publishing import library_versions
+from pipeline.run.publishing import library_versions, written_tables
 from pipeline.run.results import NO_GAIN, RefusedTask, TaskResult
 from pipeline.settings import Settings
 from pipeline.whole_files import write_atomically
@@ -106,6 +106,7 @@ def _task(folder: Path, result: TaskResult, corpus: TaskCorpus, history: Sequenc
             for state in result.trials
         ],
         rows=corpus.counts,
+        tables=written_tables(corpus),
     )
 
 

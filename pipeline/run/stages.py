@@ -130,7 +130,7 @@ def prepare_corpora(
     refused = dict(checked.refused)
     for name in checked.plans:
         try:
-            prepare = partial(prepare_task, name, settings.tasks[name], tokenizer, storage, connect)
+            prepare = partial(prepare_task, name, settings.tasks[name], tokenizer, storage, connect, settings.catalogs)
             corpus = retry_while_unreachable(prepare, "corpus", log)
             check_examples(name, settings, corpus, checked.config, checked.tokenizer)
             corpora[name] = corpus

@@ -19,6 +19,7 @@ from pipeline.settings.comparing import (
     TrainingSettings,
     TransferSettings,
 )
+from pipeline.settings.corpora import CatalogSettings, Split, SplitSettings
 from pipeline.settings.joining import JoinedPanel, JoinSettings
 from pipeline.settings.models import (
     BankSettings,
@@ -49,6 +50,7 @@ __all__ = [
     "AdaptationSettings",
     "AdaptedModelSettings",
     "BankSettings",
+    "CatalogSettings",
     "ClusterSettings",
     "CompareSettings",
     "FineTuningSettings",
@@ -64,6 +66,8 @@ __all__ = [
     "RefreshSettings",
     "RunSettings",
     "Settings",
+    "Split",
+    "SplitSettings",
     "TaskDefaults",
     "TaskSettings",
     "TeacherSettings",

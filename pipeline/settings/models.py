@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.settings.comparing import CompareSettings
+from pipeline.settings.corpora import CatalogSettings
 from pipeline.settings.fields import Address, Count, Name, Seed, SettingsModel
 from pipeline.settings.tasks import TaskDefaults, TaskSettings
 
@@ -148,6 +149,7 @@ class Settings(SettingsModel):
     defaults: TaskDefaults = TaskDefaults()
     tasks: dict[Name, TaskSettings] = Field(min_length=1)
     bank: BankSettings = BankSettings()
+    catalogs: dict[Name, CatalogSettings] = Field(default_factory=dict)
     tracking: TrackingSettings = TrackingSettings()
     refresh: RefreshSettings = RefreshSettings()
     compare: CompareSettings = CompareSettings()

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import SettingsError
 from pipeline.settings.adaptation import AdaptationSettings
+from pipeline.settings.corpora import MAPPING
 from pipeline.settings.joining import JoinSettings
 from pipeline.settings.models import Settings
 from pipeline.settings.recipes import laid_over
@@ -177,7 +178,7 @@ def _of_meant_alternative(details: Sequence[Any]) -> list[Any]:
 
 
 def _is_list_kind(part: int | str) -> bool:
-    return isinstance(part, str) and part.startswith("list[")
+    return isinstance(part, str) and part.startswith(("list[", MAPPING))
 
 
 def _sentence(detail: Any, root: Any = Settings, spelt: Spellings | None = None) -> str:

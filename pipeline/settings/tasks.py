@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from pipeline.settings.comparing import parts
-from pipeline.settings.fields import LARGEST, Count, Paths, Seed, SettingsModel, Tokens
+from pipeline.settings.corpora import Split
+from pipeline.settings.fields import LARGEST, Count, Seed, SettingsModel, Tokens
 from pipeline.settings.recipes import RECIPES, Recipe, laid_over
 from pipeline.settings.sweeps import (
     MOST_TRIALS,
@@ -140,9 +141,9 @@ class TeacherSettings(SettingsModel):
     """Put between the text, the solved rows and the row itself."""
     weight: float = Field(0.5, gt=0, le=1)
     """The teacher's share of the loss; the labels have the rest. With 1, they only say where the teacher is asked."""
-    unlabelled: Paths | None = None
-    """Parquet files of rows without targets, which have the columns of `input`: the teacher teaches by them, too, and
-    half of every step's rows are theirs. For tasks with a label set."""
+    unlabelled: Split | None = None
+    """Rows without targets, in Parquet files or whatever `train` may be, which have the columns of `input`: the teacher
+    teaches by them, too, and half of every step's rows are theirs. For tasks with a label set."""
 
     @model_validator(mode="before")
     @classmethod
@@ -354,11 +355,13 @@ class TaskDefaults(SettingsModel):
 class TaskSettings(TaskDefaults):
     """A task by name: its corpora, and what it sets differently from `defaults`."""
 
-    train: Paths
-    """Parquet files: a path, folder, glob or object-store URI, or a list of them."""
-    dev: Paths | None = None
+    train: Split
+    """Parquet files: a path, folder, glob or object-store URI, or a list of them. Also a table (`delta:///path@12`,
+    `iceberg://catalog/namespace.table`, `lance://path@3`), JSON lines or CSV, a dataset of the hub, or a mapping with
+    `path` and what to take of it (docs/corpora.md)."""
+    dev: Split | None = None
     """The rows that choose the best step and trial; without them, `dev_fraction`."""
-    test: Paths | None = None
+    test: Split | None = None
     """Rows that are measured once, for the prompt that is published."""
 
     @model_validator(mode="after")

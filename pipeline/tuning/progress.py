@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from pipeline.backbone.host import Backbone
-from pipeline.corpus.files import one_line
 from pipeline.corpus.reader import TokenSet, open_split
+from pipeline.corpus.source_files import one_line
 from pipeline.corpus.task_corpus import UNLABELLED, TaskCorpus
 from pipeline.errors import CorpusError, StorageError
 from pipeline.tuning.checkpoint import load_checkpoint, save_checkpoint

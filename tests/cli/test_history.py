@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from pipeline.bank import PromptBank
+from pipeline.bank import PromptBank, TableState
 from tests.bank.conftest import make_prompt, publish
 from tests.bank.test_integrity import overwrite
 
@@ -136,3 +136,25 @@ def test_diff_of_a_changed_template_shows_spaces_and_line_breaks(run, uri):
 @pytest.mark.parametrize("revision", ["9", "nix"])
 def test_diff_refuses_a_version_that_is_not_there(refusal, revision):
     assert f"{revision}" in refusal("diff", "1", revision)
+
+
+def test_diff_and_show_tell_which_version_of_a_table_each_prompt_was_tuned_on(run, document, uri):
+    def at(version: str) -> dict[str, tuple[TableState, ...]]:
+        return {"train": (TableState(address="delta:///lake/reviews", version=version, table="id", time=None),)}
+
+    bank = PromptBank.open(uri)
+    publish(bank, make_prompt("lake", 1.0, tables=at("12")), make_prompt("plain"))
+    publish(bank, make_prompt("lake", 2.0, tables=at("13"), corpus_digest="c" * 64))
+    record = bank.at("latest").record("lake")
+    assert record.tables == at("13") and bank.at("latest").record("plain").tables is None
+    before, after = bank.versions()[-2:]
+    (change,) = [one for one in document("diff", before, after)["prompts"] if one["name"] == "lake"]
+    told = {field["field"]: (field["from"], field["to"]) for field in change["fields"]}
+    assert told["tables.train"] == ("delta:///lake/reviews@12", "delta:///lake/reviews@13")
+    assert "delta:///lake/reviews@13" in run("diff", before, after)[1]
+    assert re.search(r"train from +delta:///lake/reviews@13", run("show", "lake")[1])
+    added = [one for one in document("diff", before - 1, before)["prompts"] if one["name"] == "lake"]
+    assert added and "delta:///lake/reviews@12" in run("diff", before - 1, before)[1]
+    # A manifest without tables is written as before.
+    written = (uri / f"versions/{before - 1}.json").read_text()
+    assert '"tables"' not in written and '"tables"' in (uri / f"versions/{after}.json").read_text()

@@ -11,9 +11,9 @@ from pyarrow import fs
 from pipeline.backbone.files import find_model, read_config, read_tokenizer, short_embedding_table
 from pipeline.corpus import TokenizerSpec
 from pipeline.corpus.encoding import can_lose_text, encodes_beginnings_differently
-from pipeline.corpus.files import ParquetSource, SourceFile
 from pipeline.corpus.rows import Recipe, tokenise_rows
 from pipeline.corpus.shards import shard_key
+from pipeline.corpus.source_files import ParquetSource, SourceFile
 from pipeline.corpus.template import parse_template
 from pipeline.errors import BackboneError
 

@@ -6,7 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from deltalake import DeltaTable, write_deltalake
 from rich.console import Console
 
 from pipeline.bank import PromptBank
@@ -87,6 +89,27 @@ def test_a_changed_corpus_starts_warm_beside_cold_passes_the_gate_and_the_other_
     assert (film.result, after["film"].status, after["film"].tuned_in) == ("promoted", "tuned", 2)
     assert after["film"].metrics.dev_after == pytest.approx(film.new)
     assert night(project, "n3").version is None, "the night after has nothing to do"
+
+
+def test_a_table_that_was_compacted_is_carried_and_one_whose_rows_were_updated_is_tuned(project, tmp_path):
+    film, table = project["tasks"]["film"], tmp_path / "lake" / "film"
+    rows = pq.read_table(film["train"])
+    for part in range(3):
+        write_deltalake(table, rows.slice(part * 20, 20), mode="append")
+    film["train"] = f"delta://{table}"
+    # The first night's settings: the table's rows are those of its Parquet file.
+    assert by_task(night(project, "n2"))["film"].decision == "carried"
+    DeltaTable(table).optimize.compact()
+    compacted = by_task(night(project, "n3"))["film"]
+    assert (compacted.decision, compacted.tables) == ("carried", {"train": [f"delta://{table}@3"]})
+    change_corpus({"tasks": {"film": {"train": film["dev"]}}})
+    DeltaTable(table).update({"label": "case label when 'positive' then 'yes' else 'no' end"})
+    tuned = by_task(night(project, "n4"))["film"]
+    assert (tuned.decision, tuned.result, tuned.tables) == ("warm", "promoted", {"train": [f"delta://{table}@4"]})
+    record = bank_of(project).manifest(2).prompts["film"]
+    assert [state.written for state in record.tables["train"]] == [f"delta://{table}@4"]
+    report = Path(project["run"]["storage"], "small-n4/report.html").read_text()
+    assert f"Train was read from delta://{table}@4" in report
 
 
 def test_other_unlabelled_rows_are_another_corpus_from_which_a_night_tunes_anew(project, tmp_path):

@@ -125,6 +125,7 @@ def _task(
         history=history,
         curves=[_curve(folder, trial, trial == task["trial"], ends.get(trial, {})) for trial in task["trials"]],
         rows=task["rows"],
+        tables=task.get("tables", {}),
     )
 
 

@@ -80,6 +80,8 @@ class TaskNight:
     curves: Sequence[Curve] = ()
     rows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Split -> status (ok, null, empty, input_long, target_long) -> rows."""
+    tables: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Split -> addresses of the tables that it was read from, with their versions."""
     constant: float | None = None
     """Metric of always giving train's most frequent target, on the same rows; for `f1` of a guess, where that has
     more."""
