@@ -12,8 +12,9 @@ import torch
 
 from pipeline.backbone.host import Backbone
 from pipeline.corpus.files import one_line
-from pipeline.corpus.reader import TokenSet, open_split
+from pipeline.corpus.reader import open_split
 from pipeline.corpus.task_corpus import UNLABELLED, TaskCorpus
+from pipeline.corpus.token_set import TokenSet
 from pipeline.errors import CorpusError, StorageError
 from pipeline.tuning.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.tuning.evaluate import Score, calibration_rows, eval_request, evaluate

@@ -123,7 +123,7 @@ def test_unlabelled_rows_are_a_split_of_inputs_and_change_nothing_of_the_others(
     unlabelled, train = open_split(more.splits["unlabelled"]), open_split(more.splits["train"])
     inputs = {tuple(train.input_ids(row)) for row in range(len(train))}
     found = {tuple(unlabelled.input_ids(row)) for row in range(len(unlabelled))}
-    assert len(unlabelled) == 41 and len(found - inputs) == 1 and not len(unlabelled.target_tokens)
+    assert len(unlabelled) == 41 and len(found - inputs) == 1 and not unlabelled.target_lengths.any()
     assert more.counts["unlabelled"] == {"ok": 41, "null": 0, "empty": 1, "input_long": 0, "target_long": 0}
     bare = {split: ref for split, ref in more.splits.items() if split != "unlabelled"}
     counts = {split: of_split for split, of_split in more.counts.items() if split != "unlabelled"}
@@ -204,12 +204,12 @@ def test_a_changed_file_or_a_lost_shard_is_built_again(
     second = prepare_task("x", task, spec, place / "storage")
     assert (first.counts["train"]["ok"], second.counts["train"]["ok"]) == (30, 31)
     assert first.digest != second.digest
-    next(Path(second.splits["train"].dir).glob("*.parquet")).unlink()
+    next(Path(second.splits["train"].dir).glob("*.arrow")).unlink()
     assert prepare_task("x", task, spec, place / "storage") == second
     assert len(open_split(second.splits["train"])) == 31
 
 
-@pytest.mark.parametrize("name", ["*.parquet", "manifest.json"])
+@pytest.mark.parametrize("name", ["*.arrow", "rows.index", "manifest.json"])
 def test_a_shard_folder_with_a_flipped_bit_is_refused_by_readers_and_built_again(
     place: Path, tmp_path: Path, make_task: MakeTask, spec: TokenizerSpec, name: str
 ) -> None:
@@ -439,7 +439,7 @@ def test_a_worker_killed_while_tokenising_changes_nothing(
     def kill() -> None:
         while not killed:
             time.sleep(0.02)
-            if any((tmp_path / "disturbed").glob("token_shards/.*/*.parquet")):
+            if any((tmp_path / "disturbed").glob("token_shards/.*/*/*.arrow")):
                 with suppress(psutil.Error):  # of processes that end meanwhile
                     workers = psutil.Process().children(recursive=True)
                     killed.extend(worker.pid for worker in workers if "_tokenise_units" in "".join(worker.cmdline()))
@@ -453,7 +453,9 @@ def test_a_worker_killed_while_tokenising_changes_nothing(
     assert killed and not killer.is_alive()
     assert (disturbed.counts, disturbed.digest) == (undisturbed.counts, undisturbed.digest)
     train = Path(disturbed.splits["train"].dir)
-    assert set(json.loads((train / "manifest.json").read_text())["files"]) == {f.name for f in train.glob("*.parquet")}
+    assert set(json.loads((train / "manifest.json").read_text())["files"]) == {
+        f.name for f in train.iterdir() if f.name != "manifest.json"
+    }
     assert content(open_split(disturbed.splits["train"])) == content(open_split(undisturbed.splits["train"]))
 
 

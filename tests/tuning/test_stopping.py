@@ -117,7 +117,7 @@ def test_a_sigterm_of_one_rank_stops_all_after_the_same_step(model, tmp_path):
 def test_a_trial_whose_token_shards_are_gone_fails_alone(model, undisturbed, tmp_path):
     backbone, tokenizer, _ = model
     run = make_run(tmp_path, tokenizer, backbone.architecture)
-    for path in (tmp_path / "corpora/second").rglob("*.parquet"):
+    for path in (tmp_path / "corpora/second").rglob("*.arrow"):
         path.unlink()
     states = {state.trial.name: state for state in tune(run, backbone, tokenizer)}
     assert states["second"].status == "failed" and "could not be read" in states["second"].reason
