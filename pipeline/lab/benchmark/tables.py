@@ -9,8 +9,10 @@ from rich.table import Table
 from pipeline.lab.benchmark.corpus import CorpusFigures
 from pipeline.lab.benchmark.cost import StepCost
 from pipeline.lab.benchmark.fit import Fit
+from pipeline.lab.benchmark.grown_corpus import GrownCorpus
 from pipeline.lab.benchmark.quality import Quality
 from pipeline.lab.benchmark.side_by_side import SidesResult
+from pipeline.lab.benchmark.split_memory import RankMemory
 from pipeline.lab.benchmark.sweep import SweepResult
 
 
@@ -76,6 +78,36 @@ def corpus_tables(figures: CorpusFigures) -> tuple[Table, Table]:
         seconds = f"{night.first_seconds:.1f}", f"{night.second_seconds:.1f}"
         nights.add_row(f"{night.megabytes:.0f}", f"{night.rows:,}", *map(str, memory), *seconds)
     return speed, nights
+
+
+def grown_table(figures: GrownCorpus) -> Table:
+    """One row for each night."""
+    title = f"{figures.files} files, {figures.megabytes:.0f} MB, {figures.rows:,} rows ({figures.device})"
+    table = Table(title=title, title_justify="left")
+    for column in ("night", "seconds", "of the first"):
+        table.add_column(column)
+    nights = {
+        "first": figures.first_seconds,
+        "nothing changed": figures.unchanged_seconds,
+        f"one file more, {figures.new_rows:,} rows": figures.grown_seconds,
+        "one file less": figures.shrunk_seconds,
+        "the grown corpus from nothing": figures.anew_seconds,
+    }
+    for night, seconds in nights.items():
+        table.add_row(night, f"{seconds:.2f}", f"{seconds / figures.first_seconds:.1%}")
+    return table
+
+
+def memory_of_splits(figures: Sequence[RankMemory]) -> Table:
+    """One row for each split and way to hold it."""
+    table = Table(title="what a rank holds of a split, MiB of anonymous memory", title_justify="left")
+    for column in ("tokens, MB", "rows", "way", "before", "opened", "after steps", "opening, s", "rows of a step, ms"):
+        table.add_column(column)
+    for of in figures:
+        memory = f"{of.before:.0f}", f"{of.opened:.0f}", f"{of.stepped:.0f}"
+        times = f"{of.opening_seconds:.2f}", f"{of.step_milliseconds:.2f}"
+        table.add_row(f"{of.megabytes:.0f}", f"{of.rows:,}", of.way, *memory, *times)
+    return table
 
 
 def sweep_table(result: SweepResult) -> Table:
