@@ -13,6 +13,7 @@ python jobs/benchmark.py quality --data ../shared/data              # whether a 
 python jobs/benchmark.py corpus --data ../shared/data               # tokenising through Ray Data, by corpus size
 python jobs/benchmark.py grown --data ../shared/data                # a corpus that grew by one file in a hundred
 python jobs/benchmark.py memory                                     # what a rank holds of a split, by its size
+python jobs/benchmark.py tasks                                      # a thousand small tasks, stage by stage
 python jobs/benchmark.py sweep --data ../shared/data                # 64 trials of a sweep against one after another
 python jobs/benchmark.py fit                                        # memory of models of 3 billion parameters
 """
@@ -353,6 +354,27 @@ def memory(
     figures = measure_split_memory([float(size) for size in megabytes.split(",")], steps, in_memory, scratch)
     console.print(memory_of_splits(figures))
     save_split_memory(out, figures)
+    console.print(f"Written to {out}.")
+
+
+@app.command("tasks")
+def many_tasks(
+    counts: Annotated[str, typer.Option(help="Numbers of tasks, separated by commas.")] = "250,500,1000",
+    rows: Annotated[int, typer.Option(help="Rows of every task.")] = 200,
+    steps: Annotated[int, typer.Option(help="Steps of every task.")] = 4,
+    eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 4,
+    live: Annotated[int, typer.Option(help="Trials at the same time.")] = 64,
+    scratch: Annotated[Path | None, typer.Option(help="Where projects are generated, and deleted afterwards.")] = None,
+    out: Out = Path("docs/benchmarks/tasks.json"),
+) -> None:
+    """Two nights of many small tasks on a tiny model, stage by stage."""
+    from pipeline.lab.benchmark.many_tasks import TasksOptions, measure_many_tasks, save_many_tasks
+    from pipeline.lab.benchmark.tables import many_tasks_table
+
+    options = TasksOptions(rows, steps, eval_every, live)
+    figures = measure_many_tasks([int(count) for count in counts.split(",")], options, scratch)
+    console.print(many_tasks_table(figures))
+    save_many_tasks(out, figures, options)
     console.print(f"Written to {out}.")
 
 
