@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import yaml
 from rich.console import Console
 from transformers import LlamaConfig
 
@@ -27,7 +28,7 @@ from pipeline.reporting.html import render
 from pipeline.reporting.html.from_record import night_of_record
 from pipeline.run.bank import readable_bank
 from pipeline.run.checks import check_run, print_plan
-from pipeline.settings import Settings
+from pipeline.settings import load_settings
 from pipeline.tuning.machine import device_name
 
 _LABELS = {"good": ("fine", "great", "happy"), "bad": ("poor", "awful", "sad")}
@@ -85,22 +86,20 @@ def _fresh(function: Callable[..., T], *args: object) -> T:
         return process.submit(function, *args).result()
 
 
-def _write_project(folder: Path, tasks: int, options: TasksOptions) -> dict[str, object]:
-    """A tiny model and corpora of `rows` rows; settings as a mapping."""
+def _write_project(folder: Path, tasks: int, options: TasksOptions) -> Path:
+    """A tiny model and corpora of `rows` rows; settings as a file."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     write_checkpoint(LlamaConfig(**sizes, vocab_size=300), folder / "model", torch.float32)
+    (folder / "corpora").mkdir()
     for task in range(tasks):
         chance = np.random.default_rng(task)
         labels = chance.choice(list(_LABELS), options.rows)
         deciding = [chance.choice(_LABELS[label]) for label in labels]
         others = chance.choice(_WORDS, (options.rows, 2))
         texts = [f"{one} {word} {two} {task}" for word, (one, two) in zip(deciding, others, strict=True)]
-        (folder / "corpora" / f"task-{task:04d}").mkdir(parents=True)
-        pq.write_table(
-            pa.table({"text": texts, "label": labels.tolist()}),
-            folder / "corpora" / f"task-{task:04d}" / "train.parquet",
-        )
-    return {
+        table = pa.table({"text": texts, "label": labels.tolist()})
+        pq.write_table(table, folder / "corpora" / f"task-{task:04d}.parquet")
+    settings = {
         "run": {"name": "many", "storage": str(folder / "runs"), "max_live_trials": options.live},
         "model": {"path": str(folder / "model")},
         "cluster": {"num_workers": 1},
@@ -109,29 +108,31 @@ def _write_project(folder: Path, tasks: int, options: TasksOptions) -> dict[str,
             "batch_size": 4,
             "max_steps": options.steps,
             "eval_every": options.eval_every,
-            "dev_fraction": 0.2,
             "max_input_tokens": 64,
             "max_target_tokens": 16,
         },
         "tasks": {
-            f"task-{task:04d}": {"train": str(folder / "corpora" / f"task-{task:04d}" / "train.parquet")}
+            f"task-{task:04d}": {"train": str(folder / "corpora" / f"task-{task:04d}.parquet"), "dev_fraction": 0.2}
             for task in range(tasks)
         },
         "bank": {"uri": str(folder / "bank")},
         "refresh": {"cold_side": False},
     }
+    path = folder / "settings.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
 
 
-def _plan(project: dict[str, object]) -> tuple[float, float]:
+def _plan(project: Path) -> tuple[float, float]:
     start = time.perf_counter()
-    settings = Settings.model_validate(project)
+    settings = load_settings(project)
     read = time.perf_counter()
     print_plan(check_run(settings), Console(file=StringIO()))
     return round(read - start, 2), round(time.perf_counter() - read, 2)
 
 
-def _night(project: dict[str, object], date: str) -> dict[str, float]:
-    settings = Settings.model_validate(project)
+def _night(project: Path, date: str) -> dict[str, float]:
+    settings = load_settings(project)
     start = time.perf_counter()
     record = run_night(settings, date, Console(file=StringIO()))
     whole = time.perf_counter() - start
@@ -141,8 +142,8 @@ def _night(project: dict[str, object], date: str) -> dict[str, float]:
     return {**stages, "rest": round(whole - sum(stages.values()), 2), "whole": round(whole, 2)}
 
 
-def _again(project: dict[str, object], date: str) -> tuple[float, float]:
-    settings = night_settings(Settings.model_validate(project), date)
+def _again(project: Path, date: str) -> tuple[float, float]:
+    settings = night_settings(load_settings(project), date)
     checked = check_run(settings, new_backbone=True)
     folder = Path(settings.run.storage) / f"{settings.run.name}"
     folder.mkdir()
