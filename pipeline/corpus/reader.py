@@ -4,8 +4,10 @@ The order is the same on every rank, however rows are spread over shards, so a s
 and step.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +144,19 @@ def target_tokens(ref: SplitRef, target: str) -> list[int]:
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     """The manifest of a complete shard folder; None when the folder is missing or half-built, or a shard is gone."""
     try:
-        manifest = open_json((Path(folder) / MANIFEST).read_bytes(), ())
-        sizes = {name: (Path(folder) / name).stat().st_size for name in manifest["files"]}
+        path = Path(folder) / MANIFEST
+        status = path.stat()
+        manifest = _opened_manifest(path, status.st_ino, status.st_size, status.st_mtime_ns)
+        sizes = {name: os.stat(f"{folder}/{name}").st_size for name in manifest["files"]}
     except (OSError, DamagedError, KeyError, TypeError):
         return None
     return manifest if sizes == manifest["files"] else None
+
+
+@lru_cache(maxsize=64)
+def _opened_manifest(path: Path, *version: int) -> dict[str, Any]:
+    """A manifest that is asked for many times while a corpus is checked; nobody may change it."""
+    return open_json(path.read_bytes(), ())
 
 
 def is_whole(folder: str | Path) -> bool:
