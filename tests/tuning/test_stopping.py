@@ -72,9 +72,9 @@ def test_a_node_about_to_leave_has_one_checkpoint_written_and_stops_nothing(mode
     saved = []
     real = progress.save_checkpoint
 
-    def watched(folder, step, states):
+    def watched(folder, step, *states):
         saved.append(step)
-        real(folder, step, states)
+        real(folder, step, *states)
 
     monkeypatch.setattr(progress, "save_checkpoint", watched)
     asked = iter([False, False, False, *[True] * 100])
