@@ -82,11 +82,9 @@ class TokenColumn:
     def _by_block(self) -> Iterator[tuple[TokenBlock, Int64, Int64]]:
         """Each block with the numbers of the rows that are in it, and their places there."""
         order = np.argsort(self.block_of, kind="stable")
-        starts = np.searchsorted(self.block_of, np.arange(len(self.blocks) + 1, dtype=np.uint32), sorter=order)
-        for number, block in enumerate(self.blocks):
-            here = order[starts[number] : starts[number + 1]]
-            if len(here):
-                yield block, here, self.row_of[here].astype(np.int64)
+        numbers, starts = np.unique(self.block_of[order], return_index=True)
+        for number, here in zip(numbers.tolist(), np.split(order, starts)[1:], strict=True):
+            yield self.blocks[number], here, self.row_of[here].astype(np.int64)
 
 
 @dataclass(frozen=True)
