@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jobs.make_quickstart_corpora import make_corpora
 from pipeline.corpus.encoding import encode_targets
-from pipeline.corpus.reader import TokenSet, token_set
 from pipeline.corpus.rows import Recipe, RowStatus, tokenise_rows
 from pipeline.corpus.template import parse_template
+from pipeline.corpus.token_set import TokenSet, token_set
 from pipeline.settings import TaskSettings
 from pipeline.tuning.evaluate import EvalRequest, evaluate
 from pipeline.tuning.hosting import agreed_products

@@ -13,6 +13,9 @@ python jobs/benchmark.py ranks --data ../shared/data                # bytes of a
 python jobs/benchmark.py quality --data ../shared/data              # whether a fast step makes prompts worse
 python jobs/benchmark.py corpus --data ../shared/data               # tokenising through Ray Data, by corpus size
 python jobs/benchmark.py lake --data ../shared/data                 # reading a Delta table against its files alone
+python jobs/benchmark.py grown --data ../shared/data                # a corpus that grew by one file in a hundred
+python jobs/benchmark.py memory                                     # what a rank holds of a split, by its size
+python jobs/benchmark.py tasks                                      # a thousand small tasks, stage by stage
 python jobs/benchmark.py sweep --data ../shared/data                # 64 trials of a sweep against one after another
 python jobs/benchmark.py fit                                        # memory of models of 3 billion parameters
 """
@@ -361,6 +364,64 @@ def lake(
     rates = measure_tables(data, gigabytes, rounds, scratch)
     console.print(rate_table(rates))
     write_figures(out, {"rates": [asdict(rate) for rate in rates]})
+    console.print(f"Written to {out}.")
+
+
+@app.command()
+def grown(
+    data: Data,
+    model: Model = "smollm2-135m",
+    megabytes: Annotated[float, typer.Option(help="Parquet of the first night.")] = 400.0,
+    files: Annotated[int, typer.Option(help="Files of the first night; the next one has one more.")] = 100,
+    scratch: Annotated[Path | None, typer.Option(help="Where corpora are generated, and deleted afterwards.")] = None,
+    out: Out = Path("docs/benchmarks/grown.json"),
+) -> None:
+    """A night with one new file against the first night, and against the same corpus built anew: same rows."""
+    from pipeline.lab.benchmark.grown_corpus import measure_grown, save_grown
+    from pipeline.lab.benchmark.tables import grown_table
+
+    figures = measure_grown(data, model, megabytes, files, scratch)
+    console.print(grown_table(figures))
+    save_grown(out, figures)
+    console.print(f"Written to {out}.")
+
+
+@app.command()
+def memory(
+    megabytes: Annotated[str, typer.Option(help="Tokens of a split, sizes separated by commas.")] = "10,100,1000,2000",
+    steps: Annotated[int, typer.Option(help="Batches of 64 rows.")] = 200,
+    in_memory: Annotated[bool, typer.Option(help="Also read into memory whole, as ranks did once.")] = True,
+    scratch: Annotated[Path | None, typer.Option(help="Where splits are generated, and deleted afterwards.")] = None,
+    out: Out = Path("docs/benchmarks/memory.json"),
+) -> None:
+    """What a rank holds of a split of random tokens, and how long it takes to read a step's rows."""
+    from pipeline.lab.benchmark.split_memory import measure_split_memory, save_split_memory
+    from pipeline.lab.benchmark.tables import memory_of_splits
+
+    figures = measure_split_memory([float(size) for size in megabytes.split(",")], steps, in_memory, scratch)
+    console.print(memory_of_splits(figures))
+    save_split_memory(out, figures)
+    console.print(f"Written to {out}.")
+
+
+@app.command("tasks")
+def many_tasks(
+    counts: Annotated[str, typer.Option(help="Numbers of tasks, separated by commas.")] = "250,500,1000",
+    rows: Annotated[int, typer.Option(help="Rows of every task.")] = 200,
+    steps: Annotated[int, typer.Option(help="Steps of every task.")] = 4,
+    eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 4,
+    live: Annotated[int, typer.Option(help="Trials at the same time.")] = 64,
+    scratch: Annotated[Path | None, typer.Option(help="Where projects are generated, and deleted afterwards.")] = None,
+    out: Out = Path("docs/benchmarks/tasks.json"),
+) -> None:
+    """Two nights of many small tasks on a tiny model, stage by stage."""
+    from pipeline.lab.benchmark.many_tasks import TasksOptions, measure_many_tasks, save_many_tasks
+    from pipeline.lab.benchmark.tables import many_tasks_table
+
+    options = TasksOptions(rows, steps, eval_every, live)
+    figures = measure_many_tasks([int(count) for count in counts.split(",")], options, scratch)
+    console.print(many_tasks_table(figures))
+    save_many_tasks(out, figures, options)
     console.print(f"Written to {out}.")
 
 

@@ -1,14 +1,13 @@
 """Small corpora as token shards, written without Ray, and the trials that learn them."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipeline.corpus import writing
 from pipeline.corpus.chat import ModelChat
 from pipeline.corpus.encoding import encode_targets
 from pipeline.corpus.reader import SplitRef
@@ -44,10 +43,7 @@ def write_split(
 
 def write_rows(folder: Path, rows: pa.Table) -> SplitRef:
     """A shard folder of one shard."""
-    folder.mkdir(parents=True)
-    shard = folder / "part.parquet"
-    pq.write_table(rows, shard)
-    (folder / "manifest.json").write_text(json.dumps({"files": {shard.name: shard.stat().st_size}}))
+    writing.write_rows(folder, rows)
     return SplitRef(str(folder))
 
 

@@ -8,10 +8,11 @@ import numpy as np
 
 from pipeline.corpus.encoding import TokenizerSpec
 from pipeline.corpus.files import inspect_files
-from pipeline.corpus.reader import Int32, SplitRef, open_split, summarise_split
+from pipeline.corpus.reader import SplitRef, open_split, summarise_split
 from pipeline.corpus.rows import Recipe
 from pipeline.corpus.source_files import ParquetSource
 from pipeline.corpus.template import TextTemplate, check_class_names, check_columns, parse_template
+from pipeline.corpus.token_set import Int32
 from pipeline.corpus.values import find_integer_columns
 from pipeline.errors import CorpusError
 from pipeline.settings import TextSettings
@@ -106,5 +107,9 @@ def read_text(corpus: TextCorpus, eos: int) -> Int32:
     Raises: CorpusError when the shards are missing.
     """
     documents = open_split(SplitRef(corpus.dir))
-    # `insert` puts an eos before each of these indices, which is behind a document's last token.
-    return np.insert(documents.input_tokens, documents.input_offsets[1:], np.int32(eos))
+    ends = np.cumsum(documents.input_lengths.astype(np.int64) + 1)
+    text = np.full(ends[-1] if len(ends) else 0, eos, np.int32)
+    for row, end in enumerate(ends.tolist()):
+        ids = documents.input_ids(row)
+        text[end - 1 - len(ids) : end - 1] = ids
+    return text

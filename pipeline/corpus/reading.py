@@ -60,13 +60,16 @@ def read_units(source: ParquetSource) -> tuple[ReadUnit, ...]:
     return tuple(unit for file in source.files if file.chosen_groups for unit in _cut(file, unit_bytes))
 
 
-def group_units(units: Iterable[ReadUnit]) -> tuple[tuple[ReadUnit, ...], ...]:
-    """Group neighbouring units until they are worth a Ray task: a corpus may be thousands of small files."""
-    tasks: list[tuple[ReadUnit, ...]] = []
-    waiting: list[ReadUnit] = []
+def group_units(units: Iterable[tuple[int, ReadUnit]]) -> tuple[tuple[tuple[int, ReadUnit], ...], ...]:
+    """Group neighbouring units, each with a number of the caller's, until they are worth a Ray task.
+
+    A corpus may be thousands of small files, and a job thousands of small corpora.
+    """
+    tasks: list[tuple[tuple[int, ReadUnit], ...]] = []
+    waiting: list[tuple[int, ReadUnit]] = []
     size = 0.0
-    for unit in units:
-        waiting.append(unit)
+    for number, unit in units:
+        waiting.append((number, unit))
         size += unit.row_bytes * (unit.end - unit.first)
         if size >= _LEAST_TASK_BYTES:
             tasks.append(tuple(waiting))

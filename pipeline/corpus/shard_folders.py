@@ -18,8 +18,8 @@ _ABANDONED_AFTER_S = 24 * 3600
 
 
 @contextmanager
-def being_built(folder: Path) -> Iterator[None]:
-    """Make the folder and lock it for this process. At the end it is removed, unless it was renamed before.
+def being_built(folder: Path) -> Iterator[Path]:
+    """Make the folder and lock it for this process. At the end it is removed, with what has not left it by then.
 
     Raises: OSError.
     """
@@ -30,14 +30,9 @@ def being_built(folder: Path) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             lock.write(socket.gethostname())
             lock.flush()
-            yield
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def mark_finished(folder: Path) -> None:
-    """Remove the lock file, before the folder gets its final name. Raises: OSError."""
-    (folder / _LOCK).unlink()
 
 
 def remove_abandoned(parent: Path) -> None:

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import chain, compress, islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from pipeline.corpus.sources import Catalogs, open_split_source
 from pipeline.corpus.tally import SplitSummary
 from pipeline.corpus.template import TextTemplate, check_class_names, check_columns, parse_template, render_row
 from pipeline.corpus.values import find_integer_columns
-from pipeline.errors import CorpusError
+from pipeline.errors import CorpusError, PromptBankError
 from pipeline.settings import Split, TaskSettings
 
 SPLITS = ("train", "dev", "test")
@@ -225,33 +224,88 @@ def prepare_task(
     connect: Callable[[], None] = lambda: None,
     catalogs: Catalogs | None = None,
 ) -> TaskCorpus:
-    """Build the token shards that are not there yet, and check what can be known only from the rows.
+    """The corpus of one task; see `prepare_tasks`.
 
-    connect: called when shards must be built, which needs a connection to Ray; by default there is one already.
     catalogs: see `check_task`.
     Raises: CorpusError naming the task and the fix; StorageError when `storage` cannot be written.
     """
-    from pipeline.corpus.shards import build_shards  # here, so that reading a corpus never imports ray
+    prepared = prepare_tasks({name: task}, tokenizer, storage, connect, catalogs)[name]
+    if isinstance(prepared, PromptBankError):
+        raise prepared
+    return prepared
 
+
+def prepare_tasks(
+    tasks: Mapping[str, TaskSettings],
+    tokenizer: TokenizerSpec,
+    storage: Path,
+    connect: Callable[[], None] = lambda: None,
+    catalogs: Catalogs | None = None,
+) -> dict[str, TaskCorpus | PromptBankError]:
+    """Build the token shards that are not there yet, and check what can be known only from the rows.
+
+    By task its corpus, or what is wrong with it in one sentence. Small corpora are tokenised side by side.
+    connect: called when shards must be built, which needs a connection to Ray; by default there is one already.
+    catalogs: see `check_task`.
+    Raises: StorageError when `storage` cannot be written, TuningError when workers or nodes were lost.
+    """
+    from pipeline.corpus.shards import ShardRequest, build_side_by_side  # here: reading a corpus never imports ray
+
+    prepared: dict[str, TaskCorpus | PromptBankError] = {}
+    drafts: dict[str, _Draft] = {}
+    for name, task in tasks.items():
+        try:
+            drafts[name] = _draft(name, task, tokenizer, catalogs)
+        except PromptBankError as error:
+            prepared[name] = error
+    splits = [(name, split, source) for name, draft in drafts.items() for split, source in draft.plan.sources.items()]
+    requests = [ShardRequest(source, drafts[name].recipe_of(split)) for name, split, source in splits]
+    outcomes = build_side_by_side(requests, tokenizer, storage, connect)
+    built: dict[str, dict[str, Path | PromptBankError]] = {name: {} for name in drafts}
+    for (name, split, _), outcome in zip(splits, outcomes, strict=True):
+        built[name][split] = outcome
+    for name, draft in drafts.items():
+        try:
+            prepared[name] = _finish(draft, built[name], tokenizer)
+        except PromptBankError as error:
+            prepared[name] = error
+    return {name: prepared[name] for name in tasks}
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A task whose settings and files are checked, and whose rows are not."""
+
+    plan: TaskPlan
+    task: TaskSettings
+    recipe: Recipe
+
+    def recipe_of(self, split: str) -> Recipe:
+        return without_targets(self.recipe) if split == UNLABELLED else self.recipe
+
+
+def _draft(name: str, task: TaskSettings, tokenizer: TokenizerSpec, catalogs: Catalogs | None) -> _Draft:
     plan = check_task(name, task, catalogs)
     recipe = task_recipe(plan, task, tokenizer)
     loaded = load_tokenizer(tokenizer.dir)
     encode_targets(loaded, tokenizer.architecture, "", ["a"], recipe.chat)  # has an eos, before any work
     check_encodable(name, task, task.labels or (), recipe.architecture, loaded, recipe.chat)
-    build = partial(build_shards, tokenizer=tokenizer, storage=storage, connect=connect)
-    recipes = {split: without_targets(recipe) if split == UNLABELLED else recipe for split in plan.sources}
-    built = {split: SplitRef(str(build(source, recipes[split]))) for split, source in plan.sources.items()}
-    # Labels must be encodable; of other targets a few may be lost, which `max_bad_rows` bounds.
-    for split, ref in built.items():
-        if split != UNLABELLED and (task.labels is not None or task.metric in ("accuracy", "f1")):
-            lost = tuple(islice(unencodable_targets(ref), 1))
-            check_encodable(name, task, lost, recipe.architecture, loaded, recipe.chat)
-        refused = next(chain(unencodable_targets(ref), changed_targets(ref)), None)
-        _check_bad_rows(plan.sources[split].where, task, summarise_split(ref), refused)
+    return _Draft(plan, task, recipe)
+
+
+def _finish(draft: _Draft, built: Mapping[str, Path | PromptBankError], tokenizer: TokenizerSpec) -> TaskCorpus:
+    """Check a task's token shards and describe them. Raises: what its shards could not be built for, CorpusError."""
+    plan, task, recipe, name = draft.plan, draft.task, draft.recipe, draft.plan.task
+    whole: dict[str, SplitRef] = {}
+    for split, outcome in built.items():
+        if isinstance(outcome, PromptBankError):
+            raise outcome
+        whole[split] = SplitRef(str(outcome))
+    _check_rows(draft, whole, load_tokenizer(tokenizer.dir))
     # Both splits by fraction are ranges of ids in one shard folder: no row is written twice.
-    splits = dict(built)
+    splits = dict(whole)
     if plan.dev_fraction is not None:
-        folder, share = built["train"].dir, plan.dev_fraction
+        folder, share = whole["train"].dir, plan.dev_fraction
         splits |= {"train": SplitRef(folder, share, 1.0), "dev": SplitRef(folder, 0.0, share)}
     splits = {split: splits[split] for split in (*SPLITS, UNLABELLED) if split in splits}
     summaries = {split: summarise_split(ref) for split, ref in splits.items()}
@@ -272,6 +326,17 @@ def prepare_task(
         chat=recipe.chat.form.model_dump(mode="json") if recipe.chat else None,
         tables={split: source.tables for split, source in plan.sources.items() if source.tables},
     )
+
+
+def _check_rows(draft: _Draft, whole: Mapping[str, SplitRef], loaded: Any) -> None:
+    """Labels must be encodable; of other targets a few may be lost, which `max_bad_rows` bounds."""
+    task, recipe = draft.task, draft.recipe
+    for split, ref in whole.items():
+        if split != UNLABELLED and (task.labels is not None or task.metric in ("accuracy", "f1")):
+            lost = tuple(islice(unencodable_targets(ref), 1))
+            check_encodable(draft.plan.task, task, lost, recipe.architecture, loaded, recipe.chat)
+        refused = next(chain(unencodable_targets(ref), changed_targets(ref)), None)
+        _check_bad_rows(draft.plan.sources[split].where, task, summarise_split(ref), refused)
 
 
 def task_recipe(plan: TaskPlan, task: TaskSettings, tokenizer: TokenizerSpec) -> Recipe:

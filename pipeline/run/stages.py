@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +12,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_aft
 
 from pipeline.backbone.files import absolute_if_local, save_config_and_tokenizer, short_embedding_table
 from pipeline.corpus.encoding import TokenizerSpec
-from pipeline.corpus.task_corpus import TaskCorpus, prepare_task
+from pipeline.corpus.task_corpus import TaskCorpus, prepare_tasks
 from pipeline.errors import PromptBankError, SettingsError, StorageError, TuningError, UnreachableError
 from pipeline.reporting.events import EventLog
 from pipeline.run.bank import open_bank
@@ -126,23 +125,38 @@ def prepare_corpora(
     """
     settings = checked.settings
     storage = Path(settings.run.storage).expanduser().resolve()
+    prepared: dict[str, TaskCorpus | PromptBankError] = {}
+
+    def prepare() -> None:
+        left = {name: settings.tasks[name] for name in checked.plans if not isinstance(prepared.get(name), TaskCorpus)}
+        prepared.update(prepare_tasks(left, tokenizer, storage, connect, settings.catalogs))
+        for outcome in prepared.values():
+            if isinstance(outcome, UnreachableError):
+                raise outcome
+
+    retry_while_unreachable(prepare, "corpus", log)
     corpora: dict[str, TaskCorpus] = {}
     refused = dict(checked.refused)
     for name in checked.plans:
         try:
-            prepare = partial(prepare_task, name, settings.tasks[name], tokenizer, storage, connect, settings.catalogs)
-            corpus = retry_while_unreachable(prepare, "corpus", log)
-            check_examples(name, settings, corpus, checked.config, checked.tokenizer)
-            corpora[name] = corpus
+            corpora[name] = _usable(prepared[name])
+            check_examples(name, settings, corpora[name], checked.config, checked.tokenizer)
             log.write("stage", name="corpus", text=f"{name}: {_counted(corpora[name])}")
             for remark in checked.plans[name].left_out:
                 log.write("stage", name="corpus", text=remark)
         except (StorageError, TuningError, SettingsError):  # no mistake of the task's, nor a cluster that is away
             raise
         except PromptBankError as error:
+            corpora.pop(name, None)
             refused[name] = error
     refuse_or_skip(settings, refused)
     return corpora, refused
+
+
+def _usable(prepared: TaskCorpus | PromptBankError) -> TaskCorpus:
+    if isinstance(prepared, PromptBankError):
+        raise prepared
+    return prepared
 
 
 def _counted(corpus: TaskCorpus) -> str:

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import numpy as np
 from transformers import PretrainedConfig
 
 from pipeline.backbone.files import architecture_of, context_length, embedding_rows
 from pipeline.corpus.encoding import missing_embedding
-from pipeline.corpus.reader import rows_at
+from pipeline.corpus.reader import open_split
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.errors import CorpusError, SettingsError
 from pipeline.settings import Settings, TaskSettings
@@ -40,10 +39,9 @@ def check_examples(name: str, settings: Settings, corpus: TaskCorpus, config: Pr
             f"task '{name}': teacher.examples {wanted} are all {rows} rows of train, and leave none to learn from; "
             "lower it"
         )
-    # Only the drawn rows are read: this runs on the driver, which has no room for a whole corpus.
-    drawn = [drawn_examples(trial, rows) for trial in with_examples]
-    train, places = rows_at(corpus.splits["train"], np.concatenate(drawn))
-    for trial, shown in zip(with_examples, places.reshape(-1, wanted), strict=True):
+    train = open_split(corpus.splits["train"])
+    for trial in with_examples:
+        shown = drawn_examples(trial, rows)
         ids = teacher_ids(trial.settings, train, shown, tokenizer, architecture_of(config))
         try:
             _check_ids(name, trial.settings, ids, config, tokenizer)

@@ -6,11 +6,10 @@ the number of ranks, not on where a run was interrupted.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 
-from pipeline.corpus.reader import TokenSet
+from pipeline.corpus.token_set import TokenSet
 from pipeline.tuning.initialise import rows_started_from
 from pipeline.tuning.trials import Trial, random_numbers
 
@@ -62,13 +61,36 @@ def unlabelled_rows_of_step(trial: Trial, unlabelled: TokenSet, step: int) -> np
 def _in_turn(trial: Trial, total: int, at: np.ndarray, *of: str) -> np.ndarray:
     """Which of `total` rows come at the places `at` of the order that all epochs make."""
     epochs, places = np.divmod(at, total)
-    orders = [_epoch_order(trial.seed, trial.task, total, int(epoch), *of) for epoch in epochs]
-    return np.array([order[place] for order, place in zip(orders, places, strict=True)], dtype=np.int64)
+    rows = np.empty(len(at), dtype=np.int64)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        rows[here] = _orders.of(trial.seed, trial.task, total, epoch, *of)[places[here]]
+    return rows
 
 
-@lru_cache(maxsize=256)
-def _epoch_order(seed: int, task: str, total: int, epoch: int, *of: str) -> np.ndarray:
-    return random_numbers(seed, task, "rows", epoch, *of).permutation(total).astype(np.int32)
+class _EpochOrders:
+    """The orders of the epochs that trials are in, four bytes a row: what a rank holds that grows with a split's rows.
+
+    Those used last are kept, up to a number of bytes: a step of many trials asks for all of theirs again.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most, self._bytes = most_bytes, 0
+        self._kept: dict[tuple[object, ...], np.ndarray] = {}
+
+    def of(self, seed: int, task: str, total: int, epoch: int, *of: str) -> np.ndarray:
+        key = (seed, task, total, epoch, *of)
+        order = self._kept.pop(key, None)
+        if order is None:
+            order = random_numbers(seed, task, "rows", epoch, *of).permutation(total).astype(np.int32)
+            self._bytes += order.nbytes
+        self._kept[key] = order
+        while self._bytes > self._most and len(self._kept) > 1:
+            self._bytes -= self._kept.pop(next(iter(self._kept))).nbytes
+        return order
+
+
+_orders = _EpochOrders(most_bytes=512 * 2**20)
 
 
 @dataclass(frozen=True)

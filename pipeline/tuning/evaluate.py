@@ -17,8 +17,9 @@ from pipeline.backbone.host import Backbone
 from pipeline.backbone.label_scores import label_offsets, label_scores
 from pipeline.backbone.rows import common_beginnings
 from pipeline.bank import LabelScore
-from pipeline.corpus.reader import SplitRef, TokenSet, open_split
+from pipeline.corpus.reader import SplitRef, open_split
 from pipeline.corpus.task_corpus import TaskCorpus
+from pipeline.corpus.token_set import TokenSet
 from pipeline.settings import TaskSettings
 from pipeline.tuning.batches import RowCost, one_prompt_each, plan_rows
 from pipeline.tuning.metrics import label_metric, text_metric

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.backbone.host import Backbone
-from pipeline.corpus.reader import TokenSet
+from pipeline.corpus.token_set import TokenSet
 from pipeline.tuning.trials import Trial, random_numbers
 
 COMMON_TOKENS = 5_000
@@ -68,7 +68,8 @@ def example_rows(trial: Trial, train: TokenSet, draw: int) -> np.ndarray:
     length = trial.settings.prompt.length
     drawn = trial.generator("init", draw).choice(len(train), min(length, len(train)), replace=False)
     # Every step asks for this: lengths come from the offsets, without the rows' tokens.
-    lengths = sum(offsets[drawn + 1] - offsets[drawn] for offsets in (train.input_offsets, train.target_offsets))
+    shown = train.take(drawn)
+    lengths = shown.input_lengths + shown.target_lengths
     return drawn[: 1 + int(np.searchsorted(np.cumsum(lengths), length))]
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from pipeline.backbone.host import Backbone
-from pipeline.corpus.reader import TokenSet, open_split
+from pipeline.corpus.reader import open_split
 from pipeline.corpus.source_files import one_line
 from pipeline.corpus.task_corpus import UNLABELLED, TaskCorpus
+from pipeline.corpus.token_set import TokenSet
 from pipeline.errors import CorpusError, StorageError
 from pipeline.tuning.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.tuning.evaluate import Score, calibration_rows, eval_request, evaluate
@@ -55,6 +56,8 @@ class Progress:
     """Steps taken, over all attempts."""
     states: dict[str, TrialState]
     """Of the trials that have started, by name."""
+    ended: dict[str, str] = field(default_factory=dict)
+    """Digests of the files of ended trials, by trial (see `save_checkpoint`)."""
     splits: dict[tuple[str, str], TokenSet] = field(default_factory=dict)
     teachers: dict[TeacherKey, Teacher] = field(default_factory=dict)
     """Of the trials that took the last step."""
@@ -124,7 +127,7 @@ class Progress:
         """Write a checkpoint, in which every finished task has its test metric. Raises: StorageError."""
         self._test_winners()  # first: a run killed after its last checkpoint is published as that one has it
         if rank() == 0:
-            save_checkpoint(self.run.folder / "checkpoints", self.step, self.states.values())
+            save_checkpoint(self.run.folder / "checkpoints", self.step, self.states.values(), self.ended)
 
     def drop_unreadable(self, states: Sequence[TrialState]) -> None:
         """End the trials whose token shards a rank cannot read any more; the others must not stop for them."""
@@ -190,6 +193,7 @@ def resume(run: TuningRun, backbone: Backbone, tokenizer: Any) -> Progress:
         raise StorageError(f"ranks see different checkpoints in {run.folder}; run.storage must be one shared folder")
     if states:
         run_log.resumed(step, list(states.values()))
-    progress = Progress(run, backbone, tokenizer, run_log, step, states)
+    ended = {name: digest for name, digest in checkpoint.ended.items() if name in states} if checkpoint else {}
+    progress = Progress(run, backbone, tokenizer, run_log, step, states, ended)
     progress.drop_unreadable([state for state in states.values() if not state.ended])
     return progress

@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.backbone import prompted
 from pipeline.backbone.host import Backbone
 from pipeline.backbone.rows import common_beginnings
-from pipeline.corpus.reader import TokenSet
+from pipeline.corpus.token_set import TokenSet
 from pipeline.tuning.batches import (
     Plan,
     RowCost,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipeline.backbone.host import Backbone
 from pipeline.corpus.encoding import Architecture, added_tokens, decode_inputs, encode_inputs
-from pipeline.corpus.reader import TokenSet
+from pipeline.corpus.token_set import TokenSet, flat_column
 from pipeline.settings import TaskSettings, TeacherSettings
 from pipeline.tuning.trials import Trial
 
@@ -55,11 +55,11 @@ def asked_at_labels(unlabelled: TokenSet, labels: Sequence[str], label_ids: Sequ
     in every step. It decides little: before the first token of any label stands the same context, the input, and there
     the teacher's whole distribution is learned. The drawn label only stands before its own later tokens.
     """
-    drawn = pa.array(unlabelled.row_ids % np.uint64(len(labels)))  # ids are hashes of the inputs
-    texts = pa.array(labels, pa.large_string()).take(drawn)
-    ids = pa.array(map(list, label_ids), pa.large_list(pa.int32())).take(drawn)
-    tokens, offsets = ids.values.to_numpy(), ids.offsets.to_numpy()
-    return replace(unlabelled, target_tokens=tokens, target_offsets=offsets, targets=texts)
+    offsets = np.cumsum([0, *map(len, label_ids)])
+    targets = flat_column(np.concatenate(label_ids).astype(np.int32), offsets, pa.array(labels, pa.large_string()))
+    # Ids are hashes of the inputs. Only a label's number is held for each row, a byte or two.
+    drawn = (unlabelled.row_ids % np.uint64(len(labels))).astype(np.min_scalar_type(len(labels)))
+    return replace(unlabelled, targets=targets.take(drawn))
 
 
 TeacherKey = tuple[str, int | None, TeacherSettings]

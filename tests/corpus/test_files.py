@@ -98,9 +98,9 @@ def test_small_files_share_a_task_and_a_large_one_is_shared_out(tmp_path: Path) 
         texts = [f"{i} " + "x" * 1000 for i in range(rows)]
         pq.write_table(pa.table({"text": texts}), tmp_path / f"{name}.parquet", use_dictionary=False)
     units = read_units(inspect_files(str(tmp_path), HERE))
-    tasks = group_units(units)
-    assert [unit for task in tasks for unit in task] == list(units)
-    names = ["".join(Path(unit.file.path).stem for unit in task) for task in tasks]
+    tasks = group_units(enumerate(units))
+    assert [pair for task in tasks for pair in task] == list(enumerate(units))
+    names = ["".join(Path(unit.file.path).stem for _, unit in task) for task in tasks]
     assert names == ["abc", "c", "c", "c", "c", "de"]
     assert group_units([]) == ()
 

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,16 @@ import pytest
 import ray
 import ray.data
 
-from pipeline.corpus import SplitRef, TaskCorpus, TokenizerSpec, TokenSet, check_task, open_split, prepare_task
+from pipeline.corpus import (
+    SplitRef,
+    TaskCorpus,
+    TokenizerSpec,
+    TokenSet,
+    check_task,
+    open_split,
+    prepare_task,
+    prepare_tasks,
+)
 from pipeline.corpus.shards import shard_key
 from pipeline.corpus.task_corpus import task_recipe
 from pipeline.errors import CorpusError
@@ -123,7 +133,7 @@ def test_unlabelled_rows_are_a_split_of_inputs_and_change_nothing_of_the_others(
     unlabelled, train = open_split(more.splits["unlabelled"]), open_split(more.splits["train"])
     inputs = {tuple(train.input_ids(row)) for row in range(len(train))}
     found = {tuple(unlabelled.input_ids(row)) for row in range(len(unlabelled))}
-    assert len(unlabelled) == 41 and len(found - inputs) == 1 and not len(unlabelled.target_tokens)
+    assert len(unlabelled) == 41 and len(found - inputs) == 1 and not unlabelled.target_lengths.any()
     assert more.counts["unlabelled"] == {"ok": 41, "null": 0, "empty": 1, "input_long": 0, "target_long": 0}
     bare = {split: ref for split, ref in more.splits.items() if split != "unlabelled"}
     counts = {split: of_split for split, of_split in more.counts.items() if split != "unlabelled"}
@@ -204,12 +214,12 @@ def test_a_changed_file_or_a_lost_shard_is_built_again(
     second = prepare_task("x", task, spec, place / "storage")
     assert (first.counts["train"]["ok"], second.counts["train"]["ok"]) == (30, 31)
     assert first.digest != second.digest
-    next(Path(second.splits["train"].dir).glob("*.parquet")).unlink()
+    next(Path(second.splits["train"].dir).glob("*.arrow")).unlink()
     assert prepare_task("x", task, spec, place / "storage") == second
     assert len(open_split(second.splits["train"])) == 31
 
 
-@pytest.mark.parametrize("name", ["*.parquet", "manifest.json"])
+@pytest.mark.parametrize("name", ["*.arrow", "rows.index", "manifest.json"])
 def test_a_shard_folder_with_a_flipped_bit_is_refused_by_readers_and_built_again(
     place: Path, tmp_path: Path, make_task: MakeTask, spec: TokenizerSpec, name: str
 ) -> None:
@@ -439,7 +449,7 @@ def test_a_worker_killed_while_tokenising_changes_nothing(
     def kill() -> None:
         while not killed:
             time.sleep(0.02)
-            if any((tmp_path / "disturbed").glob("token_shards/.*/*.parquet")):
+            if any((tmp_path / "disturbed").glob("token_shards/.*/*/*.arrow")):
                 with suppress(psutil.Error):  # of processes that end meanwhile
                     workers = psutil.Process().children(recursive=True)
                     killed.extend(worker.pid for worker in workers if "_tokenise_units" in "".join(worker.cmdline()))
@@ -453,7 +463,9 @@ def test_a_worker_killed_while_tokenising_changes_nothing(
     assert killed and not killer.is_alive()
     assert (disturbed.counts, disturbed.digest) == (undisturbed.counts, undisturbed.digest)
     train = Path(disturbed.splits["train"].dir)
-    assert set(json.loads((train / "manifest.json").read_text())["files"]) == {f.name for f in train.glob("*.parquet")}
+    assert set(json.loads((train / "manifest.json").read_text())["files"]) == {
+        f.name for f in train.iterdir() if f.name != "manifest.json"
+    }
     assert content(open_split(disturbed.splits["train"])) == content(open_split(undisturbed.splits["train"]))
 
 
@@ -467,3 +479,111 @@ def test_a_storage_that_cannot_be_written_is_one_sentence(
     with pytest.raises(StorageError, match=r"^cannot write token shards to ") as refused:
         prepare_task("x", task, spec, tmp_path / "file")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_corpus_that_came_in_nights_has_the_rows_order_splits_and_digest_of_one_built_at_once(
+    tmp_path: Path, write: Write, make_task: MakeTask, spec: TokenizerSpec, seed: int
+) -> None:
+    """Files are added, written anew and removed; equal rows are in several files, unusable ones in some."""
+    chance = random.Random(seed)
+
+    def rows() -> list[Row]:
+        texts = [{"text": f"film number {chance.randrange(60)}", "label": chance.randrange(3)} for _ in range(30)]
+        return [*texts, *chance.sample(BAD, chance.randrange(3))]
+
+    task, storage = make_task(tmp_path / "files", dev_fraction=0.3, max_bad_rows=0.5), tmp_path / "storage"
+    for night in range(4):
+        for _ in range(chance.randint(1, 3)):
+            write(tmp_path / "files" / f"{chance.randrange(8)}.parquet", rows(), row_group_size=chance.choice([7, 100]))
+        files = sorted((tmp_path / "files").iterdir())
+        if night and len(files) > 2:
+            chance.choice(files).unlink()
+        came = prepare_task("x", task, spec, storage)
+        at_once = prepare_task("x", task, spec, tmp_path / f"anew-{night}")
+        for split in ("train", "dev"):
+            assert content(open_split(came.splits[split])) == content(open_split(at_once.splits[split]))
+            few = open_split(came.splits[split], 5)
+            assert content(few) == content(open_split(at_once.splits[split]))[:5]
+        assert dataclasses.replace(came, splits=at_once.splits) == at_once
+
+
+def test_of_a_corpus_that_grew_only_new_files_are_tokenised_and_of_one_that_shrank_none(
+    tmp_path: Path, write: Write, make_task: MakeTask, spec: TokenizerSpec
+) -> None:
+    def night(connect: Callable[[], None] = lambda: None) -> dict[str, int]:
+        made = prepare_task("x", make_task(tmp_path / "files", dev_fraction=0.3), spec, tmp_path / "storage", connect)
+        return {path.name: path.stat().st_ino for path in Path(made.splits["train"].dir).glob("*.arrow")}
+
+    def no_ray() -> None:
+        raise AssertionError("nothing is tokenised")
+
+    for number in range(5):
+        write(tmp_path / "files" / f"{number}.parquet", GOOD[number * 20 : number * 20 + 20])
+    first = night()
+    write(tmp_path / "files" / "1a.parquet", DEV)
+    second = night()
+    assert len(first) == 5 and len(second) == 6 and first.items() < second.items(), "the same files, by hard links"
+    (tmp_path / "files" / "0.parquet").unlink()
+    third = night(no_ray)
+    assert len(third) == 5 and third.items() < second.items()
+    # A folder is complete by itself, and what no folder has any more is removed by the next build.
+    for folder in (tmp_path / "storage" / "token_shards").glob("*-*"):
+        shutil.rmtree(folder)
+    kept = tmp_path / "storage" / "token_shards" / "by_file"
+    assert len(list(kept.glob("*.arrow"))) == 6
+    write(tmp_path / "files" / "2.parquet", DEV)
+    assert len(night()) == 5 and len(list(kept.glob("*.arrow"))) == len(list(kept.glob("*.json"))) == 5
+
+
+def test_a_kept_shard_that_is_damaged_is_made_anew(
+    tmp_path: Path, write: Write, make_task: MakeTask, spec: TokenizerSpec
+) -> None:
+    for number in range(3):
+        write(tmp_path / "files" / f"{number}.parquet", GOOD[number * 20 : number * 20 + 20])
+    task = make_task(tmp_path / "files", dev_fraction=0.3)
+    prepare_task("x", task, spec, tmp_path / "storage")
+    damaged = next((tmp_path / "storage" / "token_shards" / "by_file").glob("*.arrow"))
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 4
+    damaged.write_bytes(data)
+    write(tmp_path / "files" / "3.parquet", DEV)
+    grown = prepare_task("x", task, spec, tmp_path / "storage")
+    anew = prepare_task("x", task, spec, tmp_path / "anew")
+    assert content(open_split(grown.splits["train"])) == content(open_split(anew.splits["train"]))
+
+
+def test_where_no_hard_link_can_be_made_a_corpus_that_grew_is_tokenised_as_a_whole(
+    tmp_path: Path, write: Write, make_task: MakeTask, spec: TokenizerSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*paths: Any) -> None:
+        raise PermissionError("this file system has no hard links")
+
+    monkeypatch.setattr("pipeline.corpus.kept_shards.os.link", refuse)
+    task = make_task(tmp_path / "files", dev_fraction=0.3)
+    for number in range(2):
+        write(tmp_path / "files" / f"{number}.parquet", GOOD[number * 50 : number * 50 + 50])
+        made = prepare_task("x", task, spec, tmp_path / "storage")
+        assert len(open_split(SplitRef(made.splits["train"].dir))) == 50 * number + 50
+
+
+def test_many_tasks_are_one_job_and_a_broken_corpus_refuses_its_own_task_alone(
+    tmp_path: Path, write: Write, make_task: MakeTask, spec: TokenizerSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[int] = []
+    counted = ray.data.range
+    monkeypatch.setattr(ray.data, "range", lambda *args, **options: jobs.append(1) or counted(*args, **options))
+    files = {name: write(tmp_path / f"{name}.parquet", GOOD[:40] + [{"text": name, "label": 0}] * 3) for name in "abcd"}
+    damage_pages(files["b"])
+    tasks = {name: make_task(file, dev_fraction=0.3) for name, file in files.items()}
+    tasks["e"] = make_task(files["a"], dev_fraction=0.3)
+    tasks["f"] = make_task(files["b"], dev_fraction=0.3)
+    tasks["g"] = make_task(files["c"], dev_fraction=0.3, input="{no_column}")
+    prepared = prepare_tasks(tasks, spec, tmp_path / "storage")
+    assert list(prepared) == list("abcdefg") and len(jobs) == 1
+    refused = {name: str(outcome) for name, outcome in prepared.items() if not isinstance(outcome, TaskCorpus)}
+    assert sorted(refused) == ["b", "f", "g"]
+    assert all(refused[name].startswith(f"task '{name}', train: {files['b']}") for name in "bf")
+    alone = prepare_task("a", tasks["a"], spec, tmp_path / "alone")
+    assert isinstance(prepared["a"], TaskCorpus) and prepared["a"].digest == alone.digest
+    assert content(open_split(prepared["a"].splits["train"])) == content(open_split(alone.splits["train"]))

@@ -1,27 +1,29 @@
-import json
+import collections
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.corpus import SplitRef, TokenSet, open_split
-from pipeline.corpus.reader import MANIFEST, rows_at, summarise_split, unique_targets
+from pipeline.corpus import SplitRef, TokenSet, open_split, row_index, writing
+from pipeline.corpus.reader import count_targets, summarise_split, target_tokens, unique_targets
 from pipeline.corpus.rows import SHARD_SCHEMA
 from pipeline.corpus.tally import EMPTY_TALLY, LISTED_TARGETS, ShardTally, manifest_figures, tally_table
+from pipeline.corpus.writing import MANIFEST
 from pipeline.errors import CorpusError
+from pipeline.sealed_files import file_digest
 
 Row = tuple[int, int]
 rows_of_ids = st.lists(st.tuples(st.integers(0, 2**64 - 1), st.sampled_from([0, 0, 0, 1, 3])), max_size=40)
 
 
 def shards(folder: Path, files: list[list[Row]]) -> SplitRef:
-    """A shard folder by hand; what a row holds follows from its id, as in a real one."""
-    sizes = {}
+    """A shard folder as a build leaves it; what a row holds follows from its id, as in a real one."""
+    digests, total = {}, EMPTY_TALLY
     for number, rows in enumerate(files):
         table = [
             {
@@ -33,10 +35,13 @@ def shards(folder: Path, files: list[list[Row]]) -> SplitRef:
             }
             for row_id, status in rows
         ]
-        path = folder / f"{number}.parquet"
-        pq.write_table(pa.Table.from_pylist(table, schema=SHARD_SCHEMA), path, row_group_size=3)
-        sizes[path.name] = path.stat().st_size
-    (folder / MANIFEST).write_text(json.dumps({"files": sizes}))
+        path = folder / f"{number}.arrow"
+        few = [pa.Table.from_pylist(table[start : start + 3], SHARD_SCHEMA) for start in range(0, len(table), 3)]
+        with mock.patch.object(writing, "_BATCH_BYTES", 1):  # a batch of three rows each
+            total += writing.write_shard(path, few)
+        digests[path.name] = file_digest(path)
+    with mock.patch.object(row_index, "_CHUNK_ROWS", 5):
+        writing.complete_folder(folder, digests, total, {})
     return SplitRef(str(folder))
 
 
@@ -45,27 +50,6 @@ def content(tokens: TokenSet) -> list[tuple[int, list[int], list[int], str]]:
         (int(tokens.row_ids[row]), tokens.input_ids(row).tolist(), tokens.target_ids(row).tolist(), tokens.target(row))
         for row in range(len(tokens))
     ]
-
-
-@settings(max_examples=40)
-@given(
-    st.lists(
-        st.tuples(st.one_of(st.integers(0, 9), st.integers(0, 2**64 - 1)), st.sampled_from([0, 0, 1])), max_size=30
-    ),
-    st.lists(st.integers(0, 29), max_size=10),
-    st.sampled_from([(0.0, 1.0), (0.0, 0.5), (0.5, 1.0)]),
-)
-def test_rows_by_their_numbers_are_those_of_the_whole_split_and_copies_are_there_once(
-    rows: list[Row], numbers: list[int], share: tuple[float, float]
-) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        ref = SplitRef(shards(Path(folder), [rows[::2], rows[1::2]]).dir, *share)
-        whole = content(open_split(ref))
-        wanted = [number for number in numbers if number < len(whole)]
-        few, places = rows_at(ref, wanted)
-        found = content(few)
-        assert [found[place] for place in places] == [whole[number] for number in wanted]
-        assert len(few) == len({whole[number][0] for number in wanted})
 
 
 @given(rows_of_ids, st.randoms(), st.integers(1, 4))
@@ -93,24 +77,30 @@ def test_two_parts_make_the_whole_and_a_limit_keeps_its_beginning(rows: list[Row
         usable = sorted(row_id for row_id, status in rows if status == 0)
         assert whole.row_ids.tolist() == usable
         assert whole.input_lengths.tolist() == [row_id % 5 for row_id in usable]
-        assert whole.input_lengths.dtype == whole.input_tokens.dtype == np.int32
+        assert whole.input_lengths.dtype == np.int32
 
 
 @given(rows_of_ids, st.floats(0, 1), st.integers(1, 4))
-def test_what_the_manifest_tells_is_what_the_shards_hold(rows: list[Row], cut: float, files: int) -> None:
-    parts = [rows[start::files] for start in range(files)]
-    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
-        read, told = shards(Path(one), parts), shards(Path(other), parts)
-        tables = [pq.read_table(path) for path in Path(told.dir).glob("*.parquet")]
-        sent = [ShardTally.from_dict(json.loads(json.dumps(tally_table(table).to_dict()))) for table in tables]
-        tally = sum(sent, EMPTY_TALLY)
-        manifest = json.loads((Path(told.dir) / MANIFEST).read_text()) | manifest_figures(tally)
-        (Path(told.dir) / MANIFEST).write_text(json.dumps(manifest))
-        assert manifest["longest_input"] == max((row_id % 5 for row_id, status in rows if not status), default=0)
+def test_counts_and_targets_of_any_part_are_those_of_its_rows(rows: list[Row], cut: float, files: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        whole = shards(Path(folder), [rows[start::files] for start in range(files)])
         for fractions in [(0.0, 1.0), (0.0, cut), (cut, 1.0), (cut / 2, cut)]:
-            part, same = SplitRef(read.dir, *fractions), SplitRef(told.dir, *fractions)
-            assert summarise_split(part) == summarise_split(same)
-            assert set(unique_targets(part)) == set(unique_targets(same))
+            ref = SplitRef(whole.dir, *fractions)
+            low, high = ref.id_range
+            inside = [(row_id, status) for row_id, status in rows if low <= row_id < high]
+            used = [row_id for row_id, status in inside if not status]
+            counts = summarise_split(ref).counts
+            assert (sum(counts.values()), counts["ok"]) == (len(inside), len(used))
+            targets = collections.Counter(f"t{row_id % 11}" for row_id in used)
+            assert sorted(unique_targets(ref)) == sorted(targets)
+            counted = collections.Counter[str]()
+            for target, number in count_targets(ref):
+                counted[target] += number
+            assert counted == targets
+            split = open_split(ref)
+            assert {target: len(numbers) for target, numbers in split.rows_by_target.items()} == targets
+            assert all(split.target(n) == target for target, ns in split.rows_by_target.items() for n in ns)
+            assert all(target_tokens(ref, target) == [int(target[1:]), 1] for target in targets)
 
 
 @given(rows_of_ids, rows_of_ids)
@@ -122,7 +112,7 @@ def test_the_digest_tells_different_rows_apart_duplicates_included(rows: list[Ro
 
 def test_a_folder_that_misses_a_shard_or_its_manifest_is_not_read(tmp_path: Path) -> None:
     ref = shards(tmp_path, [[(1, 0)], [(2, 0)]])
-    (tmp_path / "1.parquet").unlink()
+    (tmp_path / "1.arrow").unlink()
     with pytest.raises(CorpusError, match="missing or incomplete"):
         open_split(ref)
     (tmp_path / MANIFEST).unlink()

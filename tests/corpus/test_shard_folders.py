@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.corpus.shard_folders import being_built, mark_finished, remove_abandoned
+from pipeline.corpus.shard_folders import being_built, remove_abandoned
 
 pytestmark = pytest.mark.processes
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,12 +76,13 @@ def assert_left_alone_for_a_day(build: Path, parent: Path) -> None:
     assert not build.exists()
 
 
-def test_a_finished_build_moves_without_its_lock_and_a_failed_one_goes(tmp_path):
-    with being_built(tmp_path / ".good"):
-        (tmp_path / ".good/rows").touch()
-        mark_finished(tmp_path / ".good")
-        (tmp_path / ".good").rename(tmp_path / "good")
-    assert [path.name for path in (tmp_path / "good").iterdir()] == ["rows"]
+def test_what_is_finished_leaves_the_build_without_its_lock_and_the_rest_goes(tmp_path):
+    with being_built(tmp_path / ".good") as build:
+        (build / "one").mkdir()
+        (build / "one/rows").touch()
+        (build / "other").mkdir()
+        (build / "one").rename(tmp_path / "one")
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["one", "one/rows"]
     with pytest.raises(KeyError), being_built(tmp_path / ".bad"):
         raise KeyError
     assert not (tmp_path / ".bad").exists()

@@ -87,9 +87,9 @@ def test_a_task_whose_token_shards_vanish_fails_alone(alone, tmp_path):
     add_task(settings, "gone", [("great film", "positive"), ("awful film", "negative")] * 30)
     process = start(settings, *EXACT)
     wait_for(tmp_path / "project/runs/small/events.jsonl", "launch", process)
-    for shards in (tmp_path / "project/runs/token_shards").iterdir():
-        if str(tmp_path / "project/corpora/gone") in (shards / "manifest.json").read_text():
-            next(shards.glob("*.parquet")).unlink()
+    for manifest in (tmp_path / "project/runs/token_shards").glob("*/manifest.json"):
+        if str(tmp_path / "project/corpora/gone") in manifest.read_text():
+            next(manifest.parent.glob("*.arrow")).unlink()
     output = finish(process)
     assert process.returncode == 3, output
     assert PromptBank.open(tmp_path / "project/bank").names() == ("book", "film")

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.bank import PromptBank
+from pipeline.corpus.writing import read_shard
 from tests.bank.test_object_store import Visit, serving
 from tests.job_process import (
     assert_nothing_is_left,
@@ -219,7 +220,7 @@ def test_a_killed_worker_of_ray_data_is_done_without(tmp_path):
 def token_shards(folder: Path) -> list[tuple[int, list[str]]]:
     """Of each tokenised split: its rows, and what else than shards and a manifest lies there."""
     found = []
-    for split in folder.iterdir():
-        rows = sum(pq.read_metadata(path).num_rows for path in split.glob("*.parquet"))
-        found.append((rows, sorted(path.name for path in split.iterdir() if path.suffix != ".parquet")))
+    for split in (manifest.parent for manifest in folder.glob("*/manifest.json")):
+        rows = sum(batch.num_rows for path in split.glob("*.arrow") for batch in read_shard(path))
+        found.append((rows, sorted(path.name for path in split.iterdir() if path.suffix != ".arrow")))
     return sorted(found)

@@ -65,7 +65,7 @@ def prepared(project, folder, *overrides):
 
 def test_another_chat_template_or_option_is_another_corpus_and_the_same_one_is_tokenised_once(chats, tmp_path):
     def folders():
-        return len(list((tmp_path / "runs/token_shards").glob("[!.]*")))
+        return len(list((tmp_path / "runs/token_shards").glob("[!.]*/manifest.json")))
 
     one = prepared(chats, tmp_path)
     assert prepared(chats, tmp_path) == one and folders() == 3

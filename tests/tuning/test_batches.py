@@ -7,7 +7,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.corpus.reader import TokenSet
+from pipeline.corpus.token_set import TokenSet, flat_column
 from pipeline.tuning.batches import (
     ENOUGH_TOKENS,
     PASS_TOKENS,
@@ -29,8 +29,8 @@ def trial_of(name: str, batch_size: int, seed: int = 0, **changes):
 
 def split_of(targets) -> TokenSet:
     """Rows of no tokens with these targets."""
-    ids, none, ends = np.arange(len(targets), dtype=np.uint64), np.empty(0, np.int32), np.zeros(len(targets) + 1, int)
-    return TokenSet(ids, none, ends, none, ends, pa.array(targets, pa.large_string()))
+    none = flat_column(np.empty(0, np.int32), np.zeros(len(targets) + 1, int), pa.array(targets, pa.large_string()))
+    return TokenSet(np.arange(len(targets), dtype=np.uint64), none, none)
 
 
 @given(total=st.integers(1, 50), batch=st.integers(1, 16))

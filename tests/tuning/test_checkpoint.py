@@ -2,8 +2,10 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -101,3 +103,30 @@ def test_a_checkpoint_with_a_trial_that_never_measured_anything_is_read_again(mo
     save_checkpoint(tmp_path / "again", 7, [state])
     (kept,) = [load_checkpoint(tmp_path / "again").state_of(one, backbone.device) for one in run.trials]
     assert (kept.reason, kept.test, str(kept.history)) == (state.reason, state.test, str(state.history))
+
+
+def test_a_checkpoint_costs_what_is_live_and_a_trial_that_has_ended_is_written_once(model, tmp_path):
+    backbone, tokenizer, _ = model
+    run = make_run(tmp_path, tokenizer, backbone.architecture, ("first", "second", "third", "fourth"))
+    tune(replace(run, max_live_trials=1), backbone, tokenizer)
+    folder = tmp_path / "run/checkpoints"
+    files = {path.stem: path.stat() for path in (folder / "ended").iterdir()}
+    assert sorted(files) == sorted(trial.name for trial in run.trials)
+    newest = max(folder.glob("*.safetensors"))
+    with safe_open(newest, framework="pt") as file:
+        assert not list(file.keys()), "no trial is live at the end"
+    assert len({status.st_mtime_ns for status in files.values()}) == 4, "each was written when it ended"
+
+
+def test_of_a_trial_whose_file_is_damaged_it_alone_is_tuned_again_and_ends_with_the_same_prompt(model, tmp_path):
+    backbone, tokenizer, _ = model
+    run = make_run(tmp_path, tokenizer, backbone.architecture, ("first", "second"))
+    whole = prompts_of(tune(run, backbone, tokenizer))
+    damaged = tmp_path / "run/checkpoints/ended/second.safetensors"
+    damaged.write_bytes(flip(damaged.read_bytes(), 8 * damaged.stat().st_size - 100))
+    again = prompts_of(tune(run, backbone, tokenizer))
+    np.testing.assert_allclose(again["second"], whole["second"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(again["first"], whole["first"])
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    (resumed,) = [event for event in events if event["event"] == "resume"]
+    assert list(resumed["trials"]) == ["first"]

@@ -1,13 +1,11 @@
 """What answers score that never look at the row: as scikit-learn's own constant classifier, and for f1 as guesses."""
 
-import json
 from collections import Counter
 from itertools import product
 from math import prod
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,9 +14,10 @@ from sklearn.metrics import accuracy_score, f1_score
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.corpus.reader import MANIFEST, SplitRef
+from pipeline.corpus.reader import SplitRef
 from pipeline.corpus.rows import SHARD_SCHEMA, RowStatus
 from pipeline.corpus.task_corpus import TaskCorpus
+from pipeline.corpus.writing import write_rows
 from pipeline.tuning import constant
 from pipeline.tuning.constant import constant_scores, guessed_f1, most_common
 from pipeline.tuning.metrics import label_metric
@@ -37,7 +36,6 @@ LETTERS = letters()
 
 
 def write_split(folder, targets, statuses=None):
-    folder.mkdir(exist_ok=True)
     statuses = statuses or [RowStatus.OK] * len(targets)
     columns = {
         "row_id": np.arange(len(targets), dtype=np.uint64) * 1000,
@@ -47,9 +45,7 @@ def write_split(folder, targets, statuses=None):
         "target": targets,
     }
     table = pa.table({field.name: pa.array(columns[field.name], field.type) for field in SHARD_SCHEMA})
-    pq.write_table(table, folder / "0.parquet")
-    size = (folder / "0.parquet").stat().st_size
-    (folder / MANIFEST).write_text(json.dumps({"files": {"0.parquet": size}}))
+    write_rows(folder, table)
     return SplitRef(str(folder))
 
 
@@ -108,17 +104,17 @@ def test_rows_that_are_not_used_are_not_counted_and_lost_shards_stop_nothing(tmp
     corpus = corpus_of(tmp_path, train=["a"], dev=["a"])
     write_split(tmp_path / "train", ["b", "b", "a"], [RowStatus.EMPTY, RowStatus.EMPTY, RowStatus.OK])
     assert constant_scores(corpus, "accuracy", 9, LETTERS) == {"dev": 1.0}
-    (tmp_path / "train" / "0.parquet").unlink()
+    (tmp_path / "train" / "rows.arrow").unlink()
     assert constant_scores(corpus, "accuracy", 9, LETTERS) == {}
     assert "task 't': nobody can tell whether its prompt has learned: the token shards in" in caplog.text
 
 
 def test_damaged_shards_stop_nothing_either_and_a_defect_of_ours_is_no_missing_answer(tmp_path, monkeypatch, caplog):
     corpus = corpus_of(tmp_path, train=["a"] * 900, dev=["a"])
-    shard = tmp_path / "train" / "0.parquet"
+    shard = tmp_path / "train" / "rows.arrow"
     whole = shard.read_bytes()
     shard.write_bytes(b"\x00" * len(whole))
-    assert constant_scores(corpus, "accuracy", 9, LETTERS) == {} and "0.parquet is damaged" in caplog.text
+    assert constant_scores(corpus, "accuracy", 9, LETTERS) == {} and "rows.arrow is damaged" in caplog.text
     shard.write_bytes(whole)
 
     def defect(*rest):

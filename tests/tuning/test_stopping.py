@@ -72,9 +72,9 @@ def test_a_node_about_to_leave_has_one_checkpoint_written_and_stops_nothing(mode
     saved = []
     real = progress.save_checkpoint
 
-    def watched(folder, step, states):
+    def watched(folder, step, *states):
         saved.append(step)
-        real(folder, step, states)
+        real(folder, step, *states)
 
     monkeypatch.setattr(progress, "save_checkpoint", watched)
     asked = iter([False, False, False, *[True] * 100])
@@ -117,7 +117,7 @@ def test_a_sigterm_of_one_rank_stops_all_after_the_same_step(model, tmp_path):
 def test_a_trial_whose_token_shards_are_gone_fails_alone(model, undisturbed, tmp_path):
     backbone, tokenizer, _ = model
     run = make_run(tmp_path, tokenizer, backbone.architecture)
-    for path in (tmp_path / "corpora/second").rglob("*.parquet"):
+    for path in (tmp_path / "corpora/second").rglob("*.arrow"):
         path.unlink()
     states = {state.trial.name: state for state in tune(run, backbone, tokenizer)}
     assert states["second"].status == "failed" and "could not be read" in states["second"].reason

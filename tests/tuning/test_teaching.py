@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from pipeline.backbone import prompted
 from pipeline.corpus.encoding import encode_inputs
 from pipeline.corpus.reader import open_split
+from pipeline.corpus.token_set import flat_column
 from pipeline.settings import parse_settings
 from pipeline.tuning.batches import rows_of_step, unlabelled_rows_of_step
 from pipeline.tuning.initialise import initial_prompt
@@ -167,11 +168,11 @@ def test_special_tokens_stand_once_around_words_and_row(model, tmp_path):
     ids = teacher_ids(part.trial.settings, train, (), tokenizer, backbone.architecture)
     teacher = make_teacher(part.trial, backbone, tokenizer, train)
     flat = np.array(row, np.int32)
-    one = replace(train, input_tokens=flat, input_offsets=np.array([0, len(flat)]))
+    one = replace(train, inputs=flat_column(flat, np.array([0, len(flat)])))
     assert [*ids, *teacher.input_ids(one, 0)] == whole
     empty = encode_inputs(tokenizer, backbone.architecture, [""])[0]
     if empty:
-        none = replace(train, input_tokens=np.array(empty, np.int32), input_offsets=np.array([0, len(empty)]))
+        none = replace(train, inputs=flat_column(np.array(empty, np.int32), np.array([0, len(empty)])))
         assert len(teacher.input_ids(none, 0)) > 0, "a row of no token could not run"
 
 

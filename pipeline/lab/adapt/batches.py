@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from pipeline.corpus.reader import Int32
+from pipeline.corpus.token_set import Int32
 from pipeline.errors import CorpusError
 from pipeline.lab.adapt.objectives import Markers, make_example
 from pipeline.lab.full_weights.step import Examples

@@ -73,7 +73,7 @@ class Speed:
 class NightFigures:
     """One corpus size: its first night in a fresh process on a fresh Ray, and the next one with nothing changed.
 
-    It measures only the making of shards: a rank that tunes holds a whole split's tokens in memory (`TokenSet`).
+    It measures only the making of shards; `split_memory` measures what a rank holds of them.
     """
 
     megabytes: float

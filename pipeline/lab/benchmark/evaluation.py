@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.backbone.files import find_model, read_tokenizer
 from pipeline.backbone.host import Backbone
-from pipeline.corpus.reader import TokenSet
+from pipeline.corpus.token_set import TokenSet
 from pipeline.errors import SettingsError
 from pipeline.lab.benchmark.bench import Bench, OurOptions, as_safetensors, host_for
 from pipeline.lab.benchmark.peft_trainer import PeerOptions, load_peer_model

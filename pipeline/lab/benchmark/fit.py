@@ -24,7 +24,7 @@ from pipeline.backbone.host import held_bytes, start_deepspeed
 from pipeline.backbone.loading import build_skeleton, untie_separate_weights
 from pipeline.backbone.memory import gathered_together
 from pipeline.backbone.weights import open_weights
-from pipeline.corpus.reader import TokenSet
+from pipeline.corpus.token_set import TokenSet, flat_column
 from pipeline.lab.benchmark.bench import OurOptions, host_model
 from pipeline.lab.benchmark.ours import tune_together
 from pipeline.lab.benchmark.ranks import run_ranks
@@ -202,7 +202,8 @@ def _random_task(place: int, vocabulary: int, options: FitOptions) -> TaskWork:
     offsets = {key: np.concatenate([[0], np.cumsum(sizes)]) for key, sizes in lengths.items()}
     texts = pa.array([""] * _ROWS, pa.large_string())
     ids = np.arange(_ROWS, dtype=np.uint64)
-    train = TokenSet(ids, tokens["inputs"], offsets["inputs"], tokens["targets"], offsets["targets"], texts)
+    inputs, targets = (flat_column(tokens[key], offsets[key], texts) for key in lengths)
+    train = TokenSet(ids, inputs, targets)
     settings = TaskSettings.model_validate(
         {
             "train": "in memory",

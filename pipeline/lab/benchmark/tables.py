@@ -10,8 +10,11 @@ from pipeline.lab.benchmark.corpus import CorpusFigures
 from pipeline.lab.benchmark.cost import StepCost
 from pipeline.lab.benchmark.evaluation import EvaluationResult
 from pipeline.lab.benchmark.fit import Fit
+from pipeline.lab.benchmark.grown_corpus import GrownCorpus
+from pipeline.lab.benchmark.many_tasks import ManyTasks
 from pipeline.lab.benchmark.quality import Quality
 from pipeline.lab.benchmark.side_by_side import SidesResult
+from pipeline.lab.benchmark.split_memory import RankMemory
 from pipeline.lab.benchmark.sweep import SweepResult
 
 
@@ -95,6 +98,50 @@ def corpus_tables(figures: CorpusFigures) -> tuple[Table, Table]:
         seconds = f"{night.first_seconds:.1f}", f"{night.second_seconds:.1f}"
         nights.add_row(f"{night.megabytes:.0f}", f"{night.rows:,}", *map(str, memory), *seconds)
     return speed, nights
+
+
+def grown_table(figures: GrownCorpus) -> Table:
+    """One row for each night."""
+    title = f"{figures.files} files, {figures.megabytes:.0f} MB, {figures.rows:,} rows ({figures.device})"
+    table = Table(title=title, title_justify="left")
+    for column in ("night", "seconds", "of the first"):
+        table.add_column(column)
+    nights = {
+        "first": figures.first_seconds,
+        "nothing changed": figures.unchanged_seconds,
+        f"one file more, {figures.new_rows:,} rows": figures.grown_seconds,
+        "one file less": figures.shrunk_seconds,
+        "the grown corpus from nothing": figures.anew_seconds,
+    }
+    for night, seconds in nights.items():
+        table.add_row(night, f"{seconds:.2f}", f"{seconds / figures.first_seconds:.1%}")
+    return table
+
+
+def memory_of_splits(figures: Sequence[RankMemory]) -> Table:
+    """One row for each split and way to hold it."""
+    table = Table(title="what a rank holds of a split, MiB of anonymous memory", title_justify="left")
+    for column in ("tokens, MB", "rows", "way", "before", "opened", "after steps", "opening, s", "rows of a step, ms"):
+        table.add_column(column)
+    for of in figures:
+        memory = f"{of.before:.0f}", f"{of.opened:.0f}", f"{of.stepped:.0f}"
+        times = f"{of.opening_seconds:.2f}", f"{of.step_milliseconds:.2f}"
+        table.add_row(f"{of.megabytes:.0f}", f"{of.rows:,}", of.way, *memory, *times)
+    return table
+
+
+def many_tasks_table(figures: Sequence[ManyTasks]) -> Table:
+    """One row for each stage: its seconds, and how many times longer it takes with the most tasks than the fewest."""
+    table = Table(title="many small tasks, seconds of each stage", title_justify="left")
+    for column in ("stage", *(f"{run.tasks} tasks" for run in figures), "longer by"):
+        table.add_column(column)
+    stages = {"settings": [run.settings for run in figures], "plan": [run.plan for run in figures]}
+    for night, of_run in (("first", [r.first for r in figures]), ("unchanged", [r.unchanged for r in figures])):
+        stages |= {f"{night} night: {name}": [run[name] for run in of_run] for name in of_run[0]}
+    stages |= {"corpora once more": [run.corpora for run in figures], "report": [run.report for run in figures]}
+    for stage, seconds in stages.items():
+        table.add_row(stage, *(f"{took:.2f}" for took in seconds), f"{seconds[-1] / max(seconds[0], 0.01):.1f}")
+    return table
 
 
 def sweep_table(result: SweepResult) -> Table:

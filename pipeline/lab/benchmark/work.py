@@ -1,6 +1,5 @@
 """The work of both sides: tasks, their rows, and the rows of every step."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,10 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.corpus.encoding import encode_inputs, encode_targets
-from pipeline.corpus.reader import MANIFEST, SplitRef, TokenSet
+from pipeline.corpus.reader import SplitRef
 from pipeline.corpus.rows import Recipe, tokenise_rows
 from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.corpus.template import parse_template
+from pipeline.corpus.token_set import TokenSet, flat_column
+from pipeline.corpus.writing import write_rows
 from pipeline.errors import CorpusError
 from pipeline.settings import TaskSettings
 from pipeline.tuning.batches import rows_of_step
@@ -91,7 +92,7 @@ def load_work(
             train, dev = read(data / name / "train.parquet", options.rows), options.dev_rows
             splits[name] = (train, read(data / name / "dev.parquet", dev) if dev else None)
         train, held_out = splits[name]
-        labels = tuple(sorted(set(train.targets.to_pylist())))
+        labels = tuple(train.rows_by_target)
         label_ids = tuple(tuple(ids) for ids in encode_targets(tokenizer, architecture, _SEPARATOR, labels))
         for seed in range(options.seeds):
             # Another seed for each trial of a name, so that it draws other rows.
@@ -111,11 +112,7 @@ def write_token_shards(
         texts, found = read_rows(data / name / f"{split}.parquet", most)
         labels |= set(found)
         place = folder / name / split
-        place.mkdir(parents=True)
-        pq.write_table(
-            tokenise_rows(recipe, tokenizer, {"text": texts, "label": found}, len(texts)), place / "part.parquet"
-        )
-        (place / MANIFEST).write_text(json.dumps({"files": {"part.parquet": (place / "part.parquet").stat().st_size}}))
+        write_rows(place, tokenise_rows(recipe, tokenizer, {"text": texts, "label": found}, len(texts)))
         splits[split], counts[split] = SplitRef(str(place)), {"ok": len(texts)}
     ordered = tuple(sorted(labels))
     ids = encode_targets(tokenizer, architecture, _SEPARATOR, ordered)
@@ -140,4 +137,5 @@ def _token_set(tokenizer: Any, architecture: Any, beginning: list[int], path: Pa
         np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64) for rows in (inputs, targets)
     ]
     ids = np.arange(len(texts), dtype=np.uint64)
-    return TokenSet(ids, flat[0], offsets[0], flat[1], offsets[1], pa.array(labels, pa.large_string()))
+    texts_of = pa.array(labels, pa.large_string())
+    return TokenSet(ids, flat_column(flat[0], offsets[0]), flat_column(flat[1], offsets[1], texts_of))

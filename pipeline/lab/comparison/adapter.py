@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.backbone import prompted
 from pipeline.backbone.host import Backbone
-from pipeline.corpus.reader import TokenSet, open_split
+from pipeline.corpus.reader import open_split
 from pipeline.corpus.task_corpus import TaskCorpus
+from pipeline.corpus.token_set import TokenSet
 from pipeline.errors import SettingsError
 from pipeline.settings import LoraSettings
 from pipeline.tuning.batches import RowCost, plan_rows

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.corpus.encoding import Architecture, decode_inputs, encode_inputs, missing_embedding
-from pipeline.corpus.reader import TokenSet, open_split
+from pipeline.corpus.reader import open_split
 from pipeline.corpus.task_corpus import TaskCorpus
+from pipeline.corpus.token_set import TokenSet, flat_column
 from pipeline.errors import SettingsError
 from pipeline.lab.comparison.candidates import Candidate
 from pipeline.settings import HardPromptSettings, TaskSettings
@@ -88,7 +89,7 @@ def with_shared_prefix(
 
 def _with_inputs(split: TokenSet, inputs: Sequence[np.ndarray]) -> TokenSet:
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in inputs])]).astype(np.int64)
-    return replace(split, input_tokens=np.concatenate(inputs), input_offsets=offsets)
+    return replace(split, inputs=flat_column(np.concatenate(inputs), offsets))
 
 
 def check_hard_prompt(

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from pipeline.corpus.reader import TokenSet, open_split
+from pipeline.corpus.reader import open_split
 from pipeline.corpus.task_corpus import TaskCorpus
+from pipeline.corpus.token_set import TokenSet
 from pipeline.errors import DivergedError
 from pipeline.lab.full_weights.checkpoint import TrainingProgress, remove_checkpoints
 from pipeline.lab.full_weights.model_folder import save_model_folder, stored_bytes

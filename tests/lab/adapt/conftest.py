@@ -1,13 +1,12 @@
-import json
 from dataclasses import asdict
 
-import pyarrow.parquet as pq
 import pytest
 
 from pipeline.backbone.files import save_config_and_tokenizer
 from pipeline.corpus.plain_text import TextCorpus
 from pipeline.corpus.rows import Recipe, tokenise_rows
 from pipeline.corpus.template import parse_template
+from pipeline.corpus.writing import write_rows
 from pipeline.lab.adapt.rank_job import AdaptationJob
 from pipeline.lab.adapt.start import open_start_model
 from pipeline.lab.full_weights.rank_setup import TrainingPlace
@@ -48,9 +47,6 @@ def make_job(tmp_path):
 def _text_corpus(folder, tokenizer) -> TextCorpus:
     texts = documents()
     if not folder.exists():
-        folder.mkdir()
         recipe = Recipe(parse_template("{text}", ""), None, "", 2**31 - 1, 2**31 - 1, "encoder-decoder")
-        pq.write_table(tokenise_rows(recipe, tokenizer, {"text": texts}, len(texts)), folder / "part.parquet")
-        size = (folder / "part.parquet").stat().st_size
-        (folder / "manifest.json").write_text(json.dumps({"files": {"part.parquet": size}}))
+        write_rows(folder, tokenise_rows(recipe, tokenizer, {"text": texts}, len(texts)))
     return TextCorpus(str(folder), {"ok": len(texts), "null": 0, "empty": 0}, "digest")
