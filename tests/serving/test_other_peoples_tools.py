@@ -18,6 +18,7 @@ from peft import (
     PeftModel,
     PeftModelForCausalLM,
     PeftModelForSeq2SeqLM,
+    PromptEncoderConfig,
     PromptTuningConfig,
     TaskType,
     get_peft_model,
@@ -162,20 +163,27 @@ def test_peft_generates_what_we_generate(served, tmp_path):
     assert text and text == our_answer(served, prompt.array, 6)
 
 
-def tuned_by_peft(served, folder, **config):
+def tuned_by_peft(served, folder, config_type=PromptTuningConfig, **config):
     """An adapter of the real PEFT, saved by its own code."""
     seq2seq = served.backbone.architecture == "encoder-decoder"
     task = TaskType.SEQ_2_SEQ_LM if seq2seq else TaskType.CAUSAL_LM
     torch.manual_seed(1)
-    adapted = get_peft_model(
-        load_plainly(served), PromptTuningConfig(task_type=task, num_virtual_tokens=3, **config)
-    ).eval()
+    adapted = get_peft_model(load_plainly(served), config_type(task_type=task, num_virtual_tokens=3, **config)).eval()
     adapted.save_pretrained(folder)
     return adapted
 
 
-def test_an_adapter_saved_by_peft_is_imported_and_serves_as_it_did_there(served, tmp_path):
-    adapted = tuned_by_peft(served, tmp_path / "peft", num_transformer_submodules=1)
+@pytest.mark.parametrize(
+    ("config_type", "config"),
+    [
+        (PromptTuningConfig, {}),
+        (PromptEncoderConfig, {"encoder_reparameterization_type": "MLP", "encoder_hidden_size": 16}),
+        (PromptEncoderConfig, {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 16}),
+    ],
+    ids=["prompt tuning", "P-tuning, MLP", "P-tuning, LSTM"],
+)
+def test_an_adapter_saved_by_peft_is_imported_and_serves_as_it_did_there(served, tmp_path, config_type, config):
+    adapted = tuned_by_peft(served, tmp_path / "peft", config_type, num_transformer_submodules=1, **config)
     array = import_peft(tmp_path / "peft")
     assert array.tobytes() == adapted.get_prompt_embedding_to_save("default").numpy().tobytes()
     new = imported_prompt(
@@ -187,9 +195,11 @@ def test_an_adapter_saved_by_peft_is_imported_and_serves_as_it_did_there(served,
     torch.testing.assert_close(ours(served, prompt.array), by_peft, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("config_type", [PromptTuningConfig, PromptEncoderConfig])
 @pytest.mark.parametrize("served", ["t5"], indirect=True)
-def test_of_an_adapter_with_both_halves_the_encoders_is_imported_on_request(served, tmp_path):
-    adapted = tuned_by_peft(served, tmp_path / "peft")  # PEFT's own default
+def test_of_an_adapter_with_both_halves_the_encoders_is_imported_on_request(served, tmp_path, config_type):
+    config = {"encoder_hidden_size": 16} if config_type is PromptEncoderConfig else {}
+    adapted = tuned_by_peft(served, tmp_path / "peft", config_type, **config)  # two halves are PEFT's own default
     with pytest.raises(BankError, match="ask for it with half='encoder'"):
         import_peft(tmp_path / "peft")
     both = adapted.get_prompt_embedding_to_save("default").numpy()
