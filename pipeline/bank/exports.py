@@ -30,12 +30,14 @@ def export_peft(prompt: Prompt, folder: str | Path, base_model: str) -> Path:
     """Write a PEFT adapter that `PeftModel.from_pretrained(model, folder)` loads; returns the folder.
 
     `base_model` is a folder or hub name that PEFT shows its users; nothing is read from it. An
-    encoder-decoder prompt stands before the encoder alone, as it was tuned.
+    encoder-decoder prompt stands before the encoder alone, as it was tuned. The README.md beside it says that
+    rows must be padded on the right, and shows how.
     Raises: BankError when the folder holds anything already, StorageError.
     """
     files = {
         "adapter_config.json": json.dumps(_peft_config(prompt, base_model), indent=2).encode() + b"\n",
         "adapter_model.safetensors": _safetensors(prompt, "prompt_embeddings"),
+        "README.md": _peft_readme(prompt, base_model).encode(),
     }
     return _create_folder(folder, prompt, files)
 
@@ -206,6 +208,58 @@ def _peft_config(prompt: Prompt, base_model: str) -> dict[str, Any]:
         "task_type": "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM",
         "token_dim": prompt.array.shape[1],
     }
+
+
+def _peft_readme(prompt: Prompt, base_model: str) -> str:
+    rows = PEFT_ROWS if prompt.backbone.architecture == "decoder-only" else PEFT_ENCODER_ROWS
+    return PEFT_README.format(
+        name=prompt.record.name,
+        version=prompt.version,
+        length=len(prompt.array),
+        model=base_model,
+        input=json.dumps(prompt.record.template.input, ensure_ascii=False),
+        rows=rows.strip(),
+    )
+
+
+PEFT_README = """\
+# {name}
+
+A soft prompt of {length} vectors for {model}, from version {version} of a prompt bank. `prompt.json` holds its template, labels and
+metrics. A row must be written as the template says:
+
+```json
+{input}
+```
+
+## Pad on the right
+
+PEFT answers otherwise in a batch that is padded on the left. The padding then stands between the prompt and the text, and
+PEFT drops `position_ids`, so that every word behind it has another position. On the right, padding changes nothing:
+
+```python
+{rows}
+```
+"""
+
+PEFT_ROWS = """
+tokenizer.padding_side = "right"
+batch = tokenizer(texts, padding=True, return_tensors="pt")
+with torch.no_grad():
+    logits = model(**batch).logits  # [B, P + T, V]: the prompt's positions come first
+last = logits.shape[1] - batch.attention_mask.shape[1] + batch.attention_mask.sum(1) - 1
+next_token = logits[torch.arange(len(texts)), last]  # [B, V]
+
+# An answer cannot go on behind padding, so rows are generated one by one.
+rows = [tokenizer(text, return_tensors="pt") for text in texts]
+answers = [model.generate(**row, do_sample=False, max_new_tokens=64)[0, row.input_ids.shape[1] :] for row in rows]
+"""
+
+PEFT_ENCODER_ROWS = """
+tokenizer.padding_side = "right"
+batch = tokenizer(texts, padding=True, return_tensors="pt")
+answers = model.generate(**batch, do_sample=False, max_new_tokens=64)
+"""
 
 
 def _description(prompt: Prompt) -> bytes:

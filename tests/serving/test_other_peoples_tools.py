@@ -3,7 +3,9 @@
 PEFT is the real one. vLLM cannot be installed here: a stand-in takes its place and runs transformers.
 """
 
+import copy
 import importlib.util
+import re
 import socket
 import sys
 import types
@@ -101,19 +103,19 @@ def input_ids(served, text=TEXT + " it is"):
     return torch.tensor(encode_inputs(served.tokenizer, served.backbone.architecture, [text]))
 
 
-def rows_of(served, prompt):
-    return prompted.Rows([torch.tensor(prompt)], [0], list(input_ids(served).numpy()))
+def rows_of(served, prompt, text):
+    return prompted.Rows([torch.tensor(prompt)], [0], list(input_ids(served, text).numpy()))
 
 
-def our_answer(served, prompt, max_new_tokens):
-    rows = rows_of(served, prompt)
+def our_answer(served, prompt, max_new_tokens, text=TEXT + " it is"):
+    rows = rows_of(served, prompt, text)
     (ids,) = served.backbone.run(prompted.greedy_decode, rows, max_new_tokens, served.tokenizer.eos_token_id)
     return served.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def ours(served, prompt):
+def ours(served, prompt, text=TEXT + " it is"):
     """log P of every token of the vocabulary as the next one behind `[P; X]`: `[V]`."""
-    rows = rows_of(served, prompt)
+    rows = rows_of(served, prompt, text)
     (scores,) = served.backbone.run(prompted.label_log_likelihoods, rows, [EVERY_TOKEN])
     return torch.from_numpy(scores)
 
@@ -161,6 +163,39 @@ def test_peft_generates_what_we_generate(served, tmp_path):
     answer = out[0] if adapted.config.is_encoder_decoder else out[0, ids.shape[1] :]
     text = served.tokenizer.decode(answer, skip_special_tokens=True).strip()
     assert text and text == our_answer(served, prompt.array, 6)
+
+
+TEXTS = ("good it is", TEXT + " it is", "it was a plain story it is")
+
+
+def run_readme(folder, served, adapted):
+    """Runs the Python block of an export's README.md as it stands; what it leaves behind."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    found = {"torch": torch, "tokenizer": copy.deepcopy(served.tokenizer), "model": adapted, "texts": list(TEXTS)}
+    exec(code, found)
+    return found
+
+
+def test_the_readme_of_a_peft_export_pads_so_that_rows_of_a_batch_get_what_they_get_alone(served, tmp_path):
+    prompt = served.bank.load("film")
+    folder = export_peft(prompt, tmp_path / "peft", "any")
+    adapted = PeftModel.from_pretrained(load_plainly(served), folder).eval()
+    found = run_readme(folder, served, adapted)
+    alone = [our_answer(served, prompt.array, 64, text) for text in TEXTS]
+    answers = [served.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found["answers"]]
+    assert answers == alone
+    if adapted.config.is_encoder_decoder:
+        return
+    for row, text in enumerate(TEXTS):
+        own = ours(served, prompt.array, text)
+        torch.testing.assert_close(found["next_token"][row].log_softmax(-1), own, rtol=1e-4, atol=1e-4)
+    # What the README warns of, with the real PEFT: when this fails, the warning can go.
+    tokenizer = copy.deepcopy(served.tokenizer)
+    tokenizer.padding_side = "left"
+    batch = tokenizer(list(TEXTS), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        padded = adapted(**batch).logits[0, -1].log_softmax(-1)
+    assert (padded - ours(served, prompt.array, TEXTS[0])).abs().max() > 0.005
 
 
 def tuned_by_peft(served, folder, config_type=PromptTuningConfig, **config):
