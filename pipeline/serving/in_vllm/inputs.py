@@ -23,5 +23,3 @@ def engine_input(row: EncodedRow, dtype: torch.dtype, salt: str) -> EmbedsInput:
         prompt_token_ids=[ids[0]] * length + ids,
         is_token_ids=[False] * length + [True] * len(ids),
     )
-
-
