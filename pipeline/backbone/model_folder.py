@@ -1,4 +1,4 @@
-"""A model as a folder that other servers load: config, tokenizer and float32 safetensors, as transformers saves them."""
+"""A model as a folder that other servers load: config, tokenizer and float32 weights, as transformers saves them."""
 
 import copy
 from pathlib import Path

@@ -225,8 +225,8 @@ def _peft_readme(prompt: Prompt, base_model: str) -> str:
 PEFT_README = """\
 # {name}
 
-A soft prompt of {length} vectors for {model}, from version {version} of a prompt bank. `prompt.json` holds its template, labels and
-metrics. A row must be written as the template says:
+A soft prompt of {length} vectors for {model}, from version {version} of a prompt bank. `prompt.json` holds its
+template, labels and metrics. A row must be written as the template says:
 
 ```json
 {input}
@@ -234,8 +234,8 @@ metrics. A row must be written as the template says:
 
 ## Pad on the right
 
-PEFT answers otherwise in a batch that is padded on the left. The padding then stands between the prompt and the text, and
-PEFT drops `position_ids`, so that every word behind it has another position. On the right, padding changes nothing:
+PEFT answers otherwise in a batch that is padded on the left. The padding then stands between the prompt and the text,
+and PEFT drops `position_ids`, so that every word behind it has another position. On the right, padding changes nothing:
 
 ```python
 {rows}

@@ -162,7 +162,22 @@ def test_without_a_command_there_is_the_help(uri):
 
 @pytest.mark.parametrize(
     "command",
-    [*"ls show log diff promote rollback verify gc export import same-backbone save-model".split()],
+    [
+        *[
+            "ls",
+            "show",
+            "log",
+            "diff",
+            "promote",
+            "rollback",
+            "verify",
+            "gc",
+            "export",
+            "import",
+            "same-backbone",
+            "save-model",
+        ]
+    ],
 )
 def test_every_command_has_examples_and_a_summary_that_fits_its_line(command):
     help_text = start(command, "--help").stdout

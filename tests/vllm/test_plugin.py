@@ -5,6 +5,7 @@ Prompts here are the embeddings of words, as a chat with the model begins, so th
 
 import base64
 import io
+import itertools
 import json
 import threading
 import time
@@ -78,7 +79,7 @@ class Tuned:
     def words(self, text, length=None):
         """`[P, H]`: the embeddings of a text's tokens, or of its first ones."""
         ids = self.model.backbone.tokenizer(text, add_special_tokens=False).input_ids
-        table = self.model.backbone.backbone.hosted.get_input_embeddings()
+        table = self.model.backbone.backbone.hosted.model.get_input_embeddings()
         with torch.no_grad():
             return table(torch.tensor(ids[:length])).float().numpy()
 
@@ -319,7 +320,7 @@ def test_a_version_is_swapped_under_load_and_no_request_fails_or_mixes_two(vllm,
             one.result()
     assert {status for status, _ in seen} == {200}
     versions = [int(reply["model"].removeprefix("swapped@")) for _, reply in seen]
-    assert set(versions) == {first, second} and sum(a != b for a, b in zip(versions, versions[1:], strict=False)) >= 4
+    assert set(versions) == {first, second} and sum(a != b for a, b in itertools.pairwise(versions)) >= 4
     for version, (_, reply) in zip(versions, seen, strict=True):
         assert [choice["text"].strip() for choice in reply["choices"]] == answers[version]
 

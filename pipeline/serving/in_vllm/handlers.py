@@ -150,8 +150,8 @@ def _message_text(messages: Sequence[Any]) -> str:
     parts = [content] if isinstance(content, str) else [dict(part).get("text") for part in content or ()]
     if fields.get("role") != "user" or not parts or not all(isinstance(part, str) for part in parts):
         raise CorpusError(
-            "a task of the prompt bank takes one message of the role 'user' with a row's text: what stands around it is "
-            "the task's own template"
+            "a task of the prompt bank takes one message of the role 'user' with a row's text: what stands around it "
+            "is the task's own template"
         )
     return "".join(map(str, parts))
 

@@ -10,7 +10,7 @@ def engine_input(row: EncodedRow, dtype: torch.dtype, salt: str) -> EmbedsInput:
     """`[P; X]` as one mixed request. Shapes: P prompt tokens, T tokens, H hidden.
 
     salt: names the prompt. vLLM 0.32 looks cached blocks up by token ids and vectors, and not by which of the two a
-    place takes (vLLM issue 56655). Behind one salt all rows have the same places, so that no block is taken for another.
+    place takes (vLLM issue 56655). Behind one salt all rows have the same places, so no block is taken for another.
     """
     length = len(row.prompt.array)
     ids = row.input_ids.tolist()
