@@ -10,28 +10,33 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import pytest
 
 PYTHON = Path(__file__).parents[2] / ".venv-vllm/bin/python"
+MARKS = [
+    pytest.mark.slow,
+    pytest.mark.processes,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(not PYTHON.exists(), reason="vLLM has an environment of its own: make test-vllm"),
+]
 BLOCK = 32
 LONGEST = 512
 _START_S = 600
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def start(model: Path, bank: Path, log: Path, port: int) -> subprocess.Popen[bytes]:
     words = ["-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "base"]
     words += ["--enable-prompt-embeds", "--dtype", "float32", "--max-model-len", LONGEST, "--block-size", BLOCK]
     words += ["--enforce-eager", "--enable-prompt-tokens-details", "--max-num-seqs", 32, "--host", "127.0.0.1"]
-    variables = {
-        "VLLM_PLUGINS": "promptbank",
-        "PROMPT_BANK_URI": str(bank),
-        "PROMPT_BANK_WATCH_EVERY": "0.5",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
+    variables = {"VLLM_PLUGINS": "promptbank", "PROMPT_BANK_URI": str(bank), "PROMPT_BANK_WATCH_EVERY": "0.5"}
     with log.open("wb") as out:
         return subprocess.Popen(
             [PYTHON, *map(str, words), "--port", str(port)],
-            env=os.environ | variables,
+            env=environment() | variables,
             cwd=log.parent,  # not the repository, whose folders would be found before installed packages
             stdout=out,
             stderr=subprocess.STDOUT,

@@ -1,7 +1,4 @@
-"""The plugin in vLLM's real server: a bank's tasks beside the model, each with the answers of `PromptedModel`.
-
-Prompts here are the embeddings of words, as a chat with the model begins, so that answers are words and end.
-"""
+"""The plugin in vLLM's real server: a bank's tasks beside the model, each with the answers of `PromptedModel`."""
 
 import base64
 import io
@@ -10,7 +7,6 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import httpx
 import numpy as np
@@ -18,105 +14,11 @@ import pytest
 import torch
 
 from pipeline.backbone import prompted
-from pipeline.backbone.model_folder import write_model_folder
-from pipeline.bank import Metrics, NewPrompt, PromptBank, Template
-from pipeline.corpus.chat import bind_chat, parse_chat
-from pipeline.serving import PromptedModel, load_backbone
-from pipeline.serving.backbone_comparison import compare_models
+from pipeline.bank import PromptBank, Template
 from tests.vllm import server
+from tests.word_prompts import EVERY_ROW, INSTRUCTIONS, MOST, ROWS, TURN, columns_of, new_prompt
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.processes,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(not server.PYTHON.exists(), reason="vLLM has an environment of its own: make test-vllm"),
-]
-
-MODEL = "smollm2-135m"
-END = "<|im_end|>\n<|im_start|>assistant\n"
-TURN = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"
-INSTRUCTIONS = {
-    "capital": "Name the capital of the country. Answer with one word.",
-    "opposite": "Answer with one word, the opposite of the word that you are given.",
-    "pair": "Say in one short sentence which of the two is larger.",
-}
-ROWS = {
-    "capital": ["France", "Italy", "Japan", "Spain", "Egypt", "Kenya", "Peru", "Norway"],
-    "opposite": ["hot", "up", "early", "full", "happy", "new", "open", "rich"],
-    "pair": [json.dumps({"one": one, "other": "a mouse"}) for one in ("a cat", "a bee", "the sun", "a car")]
-    + [json.dumps({"one": "a house", "other": other}) for other in ("a hut", "a town", "a door", "the sea")],
-}
-EVERY_ROW = [(task, row) for task, rows in ROWS.items() for row in rows]
-MOST = 24
-
-
-def new_prompt(name, array, template=None):
-    return NewPrompt(
-        name=name,
-        array=array,
-        task=name,
-        template=template or Template(input="{text}" + END, target="{label}", separator=""),
-        labels=None,
-        metric="exact_match",
-        metrics=Metrics(),
-        initialisation="words",
-        length=len(array),
-        steps=0,
-        seed=0,
-        corpus_digest="0" * 64,
-        settings_digest="0" * 64,
-    )
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """A bank of the packaged model in int8, and the folder that is stated to be the same model."""
-
-    model: PromptedModel
-    folder: object
-    uri: object
-
-    def words(self, text, length=None):
-        """`[P, H]`: the embeddings of a text's tokens, or of its first ones."""
-        ids = self.model.backbone.tokenizer(text, add_special_tokens=False).input_ids
-        table = self.model.backbone.backbone.hosted.model.get_input_embeddings()
-        with torch.no_grad():
-            return table(torch.tensor(ids[:length])).float().numpy()
-
-    def publish(self, *prompts, alias="latest"):
-        return PromptBank.open(self.uri, create=True).publish(prompts, self.model.backbone.identity, "t", {}, alias)
-
-    def answer(self, task, row):
-        text = json.loads(row) if row.startswith("{") else row
-        return self.model.generate([text], [task], MOST)[0]
-
-
-def chat_prompt(tuned, name):
-    chat = bind_chat(
-        parse_chat([("user", "Say {text} in capital letters.")], {}, ""), tuned.model.backbone.tokenizer, ""
-    )
-    template = Template(input=chat.text, target="{label}", separator=chat.separator, chat=chat.form)
-    return new_prompt(name, tuned.words("You are brief. Do what you are told."), template)
-
-
-@pytest.fixture(scope="module")
-def tuned(tmp_path_factory):
-    place = tmp_path_factory.mktemp("tuned")
-    write_model_folder(MODEL, place / "smollm2", int8=True)
-    backbone = load_backbone(MODEL)
-    found = Tuned(
-        PromptedModel(backbone, PromptBank.open(place / "bank", create=True)), place / "smollm2", place / "bank"
-    )
-    own = {"pair": Template(input="{one} or {other}?" + END, target="{label}", separator="")}
-    prompts = [new_prompt(name, found.words(TURN.format(text)), own.get(name)) for name, text in INSTRUCTIONS.items()]
-    found.publish(*prompts, chat_prompt(found, "shout"))
-    same = compare_models(MODEL, str(found.folder), "int8", ["A fine film.", "Was ist das?"])
-    assert same.largest_difference < 1e-3
-    PromptBank.open(found.uri).state_same_backbone(
-        same.first, same.second, rows=same.rows, largest_difference=same.largest_difference, by="test"
-    )
-    found.model.bank.refresh()
-    return found
+pytestmark = server.MARKS
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +61,8 @@ def test_an_answer_has_the_likelihood_of_the_prompted_model_with_the_token_that_
     for task, row in EVERY_ROW[::4]:
         (choice,) = complete(vllm, model=task, prompt=row, logprobs=0, return_token_ids=True)["choices"]
         prompt = tuned.model.bank.load(task)
-        text = json.loads(row) if row.startswith("{") else {"text": row}
-        ids = tuned.model.backbone.tokenizer(prompt.record.template.input.format(**text)).input_ids
+        columns = columns_of(row) if task == "pair" else {"text": row}
+        ids = tuned.model.backbone.tokenizer(prompt.record.template.input.format(**columns)).input_ids
         rows = prompted.Rows([torch.tensor(prompt.array)], [0], [np.array(ids)])
         target = np.array(choice["token_ids"])
         ((own,),) = tuned.model.backbone.backbone.run(prompted.label_log_likelihoods, rows, [[target]])
@@ -263,21 +165,17 @@ def test_a_chat_of_more_than_a_row_is_400_with_a_sentence(vllm):
 def test_vectors_that_a_caller_sends_are_never_taken_for_a_prompts(vllm, tuned):
     """vLLM issue 56655: cached blocks are looked up by ids and vectors, and not by which of them a place takes."""
     bank = PromptBank.open(tuned.uri)
-    array = tuned.words(TURN.format("Count from one to ten in English words, one after the other, please."))
-    tuned.publish(new_prompt("blocks", array[: server.BLOCK], Template(input="{text}", target="{x}", separator="")))
+    array = np.resize(tuned.words(TURN.format("Count to ten, please.")), (server.BLOCK, 576))
+    tuned.publish(new_prompt("blocks", array, Template(input="{text}", target="{x}", separator="")))
     bank.refresh()
     row = "<|endoftext|>" * 40  # the id 0, which stands in the places of vectors as well
-    expected_answer = bank_answer(tuned, "blocks@2", row)
+    expected_answer = tuned.answer("blocks@2", row)
     vectors = torch.zeros(server.BLOCK + 40, array.shape[1])
-    vectors[: server.BLOCK] = torch.from_numpy(array[: server.BLOCK])
+    vectors[: server.BLOCK] = torch.from_numpy(array)
     data = io.BytesIO()
     torch.save(vectors, data)
     complete(vllm, model="base", prompt_embeds=base64.b64encode(data.getvalue()).decode(), max_tokens=1)
     assert text_of(vllm, "blocks@2", row) == expected_answer
-
-
-def bank_answer(tuned, task, row):
-    return tuned.model.generate([row], [task], MOST)[0]
 
 
 @pytest.mark.parametrize(("length", "shared"), [(20, 0), (96, 96), (100, 96), (128, 128)])
@@ -313,8 +211,12 @@ def test_a_version_is_swapped_under_load_and_no_request_fails_or_mixes_two(vllm,
     with ThreadPoolExecutor(4) as pool:
         asking = [pool.submit(ask) for _ in range(4)]
         for version in (second, first, second, first, second):
+            before = len(seen)
             bank.promote(version, "latest", "test")
-            time.sleep(3)
+            until = time.monotonic() + 60
+            while f"swapped@{version}" not in [reply.get("model") for _, reply in seen[before:]]:
+                assert time.monotonic() < until, "the alias was not followed under load"
+                time.sleep(0.1)
         stopped.set()
         for one in asking:
             one.result()
@@ -327,7 +229,8 @@ def test_a_version_is_swapped_under_load_and_no_request_fails_or_mixes_two(vllm,
 
 def wait_for(client, version):
     until = time.monotonic() + 30
-    while complete(client, model="swapped", prompt="hot", max_tokens=1)["model"] != f"swapped@{version}":
+    body = {"model": "swapped", "prompt": "hot", "max_tokens": 1}
+    while client.post("/v1/completions", json=body).json().get("model") != f"swapped@{version}":
         assert time.monotonic() < until, "the alias was not followed"
         time.sleep(0.2)
 
