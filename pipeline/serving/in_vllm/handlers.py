@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from contextvars import ContextVar
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeAlias
 
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
@@ -25,14 +25,14 @@ _answering: ContextVar[str | None] = ContextVar("answering", default=None)
 _REFUSED = ("echo", "suffix", "prompt_logprobs", "prompt_embeds", "truncate_prompt_tokens", "use_beam_search")
 _STATUS = {UnknownTaskError: HTTPStatus.NOT_FOUND, CorpusError: HTTPStatus.BAD_REQUEST}
 
-Request = CompletionRequest | ChatCompletionRequest
+Request: TypeAlias = CompletionRequest | ChatCompletionRequest
 
 
 class BankModels(OpenAIServingModels):
     """The models that vLLM serves, and the bank's tasks beside them."""
 
     def __init__(self, plain: OpenAIServingModels, tasks: BankTasks) -> None:
-        vars(self).update(vars(plain))  # all that vLLM has configured
+        self.__dict__.update(vars(plain))  # all that vLLM has configured
         self.tasks = tasks
 
     async def show_available_models(self) -> ModelList:
@@ -90,7 +90,7 @@ class BankCompletion(OpenAIServingCompletion):
     models: BankModels
 
     def __init__(self, plain: OpenAIServingCompletion, models: BankModels, rendering: Rendering) -> None:
-        vars(self).update(vars(plain))
+        self.__dict__.update(vars(plain))
         self.models = models
         self.rendering = rendering
 
@@ -120,7 +120,7 @@ class BankChat(OpenAIServingChat):
     models: BankModels
 
     def __init__(self, plain: OpenAIServingChat, models: BankModels, rendering: Rendering) -> None:
-        vars(self).update(vars(plain))
+        self.__dict__.update(vars(plain))
         self.models = models
         self.rendering = rendering
 
