@@ -11,7 +11,14 @@ from pipeline.backbone.loading import build_skeleton
 from pipeline.backbone.weights import open_weights
 from pipeline.bank import BackboneId, Prompt, PromptBank
 from pipeline.corpus.chat import recorded_input
-from pipeline.errors import BankError, CorpusError, MissingFileError, UnknownNameError, UnknownTaskError
+from pipeline.errors import (
+    BankError,
+    CorpusError,
+    MissingFileError,
+    PromptBankError,
+    UnknownNameError,
+    UnknownTaskError,
+)
 from pipeline.serving.requests import EncodedRow, Request, Text, encode_rows
 
 
@@ -67,6 +74,8 @@ class BankTasks:
             return snapshot.load(name, self.model.identity)
         except (MissingFileError, UnknownNameError) as error:
             raise UnknownTaskError(self._public(error)) from error
+        except PromptBankError as error:
+            raise type(error)(self._public(error)) from error
 
     def encode(self, prompt: Prompt, rows: Sequence[str], max_new_tokens: int) -> list[EncodedRow]:
         """Token ids of rows behind one prompt. A row is its text, or a JSON object where the template has more columns.

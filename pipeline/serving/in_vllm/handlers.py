@@ -66,7 +66,7 @@ class Rendering:
         Raises: UnknownTaskError; CorpusError for a row or a setting that does not fit; BankError, StorageError.
         """
         for name in _REFUSED:
-            if getattr(request, name, None):
+            if getattr(request, name, None) not in (None, False):
                 raise CorpusError(f"'{name}' cannot be had for a task of the prompt bank: leave it out")
         # Files are read and texts tokenised beside the event loop.
         return await asyncio.to_thread(self._inputs, request, rows)
