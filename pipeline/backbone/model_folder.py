@@ -38,7 +38,8 @@ def write_model_folder(model: str, folder: Path, int8: bool) -> None:
         for key, parameter in module._parameters.items()
         if parameter is not None and parameter.dtype == torch.int8
     }
-    plain: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    own = copy.deepcopy(config)  # transformers notes the type in the config that it is given
+    plain: PreTrainedModel = AutoModelForCausalLM.from_config(own, dtype=torch.float32, trust_remote_code=False)
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
             found = require_stored(stored, [name], source)

@@ -41,9 +41,10 @@ def export_prompt(
     cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a prompt as PEFT, NumPy, vLLM, llama.cpp or SGLang take it.
+    """Write a prompt as another tool takes it.
 
-    A prompt.json beside it holds the template, the labels and the backbone. Nothing is overwritten.
+    PEFT, NumPy, vLLM, llama.cpp or SGLang. A prompt.json beside it holds the template, the labels and the backbone.
+    Nothing is overwritten.
 
     Examples:
 

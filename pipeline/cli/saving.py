@@ -16,7 +16,9 @@ def save_model(
         Weights, typer.Option(help="The values of the int8 rows that prompts are tuned on, or those that are stored.")
     ] = "int8",
 ) -> None:
-    """Write a model as a folder that vLLM and others load: config, tokenizer and float32 weights.
+    """Write a model as a folder that vLLM loads.
+
+    It holds the configuration, the tokenizer and float32 weights.
 
     A GGUF file and its folder have two fingerprints. State in the bank that they are one model before you serve it.
 
