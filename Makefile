@@ -30,7 +30,7 @@ help:
 	@echo "make test-fast   the tests without Ray, other processes and real models: about three minutes"
 	@echo "make test        those and whole jobs of tuning and of a night, a quarter of an hour (ARGS=... goes to pytest)"
 	@echo "make test-all    every test: two hours and more"
-	@echo "make test-vllm   the plugin in the real vLLM, in .venv-vllm: about ten minutes after its set-up (3 GB)"
+	@echo "make test-vllm   the plugin in the real vLLM, in .venv-vllm: about ten minutes after its set-up (4 GB)"
 	@echo "make test-llama-cpp   an export in the real llama.cpp, in .venv-llama-cpp, which is compiled once"
 	@echo "make lint        ruff, mypy, import rules, and whether the settings schema is up to date"
 	@echo "make schema      write $(SCHEMA) anew"

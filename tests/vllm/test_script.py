@@ -14,7 +14,7 @@ pytestmark = server.MARKS
 def run(folder, *words):
     done = subprocess.run(
         [server.PYTHON, folder / "ask_vllm.py", *words],
-        env=server.environment(),
+        env=server.environment() | {"VLLM_LOGGING_LEVEL": "ERROR"},  # which goes to stdout
         cwd=folder,
         capture_output=True,
         text=True,
@@ -34,11 +34,11 @@ def test_the_script_prints_the_answer_of_a_prompt_that_was_tuned_on_chats(tuned,
     assert run(folder, "text=good morning", "--max-tokens", str(MOST))[-1] == tuned.answer("shout", "good morning")
 
 
-@pytest.mark.parametrize("changes", [{}, {"label_score": "mean", "label_offsets": (0.5, -0.25, 0.0)}])
-def test_the_scores_of_labels_are_those_of_the_prompted_model_end_of_sequence_included(tuned, tmp_path, changes):
+def test_the_scores_of_labels_are_those_of_the_prompted_model_end_of_sequence_included(tuned, tmp_path):
     labels = ("Rome", "Paris", "a long way from here")
     array = tuned.words(TURN.format(INSTRUCTIONS["capital"]))
-    version = tuned.publish(new_prompt("scored", array, labels=labels, **changes))
+    offsets = (0.5, -0.25, 0.0)
+    version = tuned.publish(new_prompt("scored", array, labels=labels, label_score="mean", label_offsets=offsets))
     folder = export_vllm(tuned.model.bank.load(f"scored@{version}"), tmp_path / "vllm", str(tuned.folder))
     (own,) = tuned.model.classify(["Italy"], [f"scored@{version}"])
     scores = dict(line.split("\t") for line in run(folder, "text=Italy", "--scores")[-len(labels) :])
