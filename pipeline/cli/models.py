@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -89,6 +90,13 @@ def compare_on_rows(
         from pipeline.backbone.fingerprint import weights_setting
         from pipeline.serving.backbone_comparison import ROWS, compare_models
     return compare_models(first, second, weights or weights_setting(like), ROWS if rows is None else rows)
+
+
+def save_model_folder(model: str, folder: Path, weights: Weights) -> None:
+    """Write a model as other servers load it. Raises: BackboneError, StorageError."""
+    with _libraries():
+        from pipeline.backbone.model_folder import write_model_folder
+    write_model_folder(model, folder, int8=weights == "int8")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pipeline.corpus.encoding import encode_inputs, encode_targets, missing_embe
 from pipeline.corpus.template import TextTemplate, render_row
 from pipeline.corpus.values import value_text
 from pipeline.errors import BankError, CorpusError, NoLabelsError, RowTooLongError
-from pipeline.serving.served_backbone import ServedBackbone
+from pipeline.serving.served_backbone import ServedText
 
 Text = str | Mapping[str, Any]
 """A row: a mapping with the columns that its task's template names, or the text of its only column."""
@@ -51,7 +51,7 @@ class EncodedRow:
 
 
 def encode_rows(
-    request: Request, load: Callable[[str], Prompt], served: ServedBackbone, labelled: bool, longest: int
+    request: Request, load: Callable[[str], Prompt], served: ServedText, labelled: bool, longest: int
 ) -> list[EncodedRow]:
     """Render and tokenise a request's rows; prompt, input and answer together may be `longest` tokens.
 
@@ -75,13 +75,13 @@ def encode_rows(
         end = served.tokenizer.eos_token_id if chat is None else chat.end_id
         row = EncodedRow(prompts[task], np.array(ids, dtype=np.int64), request.max_new_tokens, labels[task], end)
         _check_length(row, of_row, longest)
-        if (reason := missing_embedding(served.tokenizer, ids, served.backbone.embedding_rows)) is not None:
+        if (reason := missing_embedding(served.tokenizer, ids, served.embedding_rows)) is not None:
             raise CorpusError(f"{of_row} {reason}")
         rows.append(row)
     return rows
 
 
-def template_beginning(prompt: Prompt, served: ServedBackbone) -> np.ndarray:
+def template_beginning(prompt: Prompt, served: ServedText) -> np.ndarray:
     """The tokens `[T]` that rows of a prompt's template begin with, whatever is in their columns; may be none."""
     template = recorded_input(prompt.record.template, f"prompt '{prompt.record.name}'")
     probes = [dict.fromkeys(template.columns, text) for text in ("a", "7")]
@@ -95,7 +95,7 @@ def template_beginning(prompt: Prompt, served: ServedBackbone) -> np.ndarray:
 
 
 def _encoded(
-    texts: Sequence[str], tasks: Sequence[str], chats: Mapping[str, ModelChat | None], served: ServedBackbone
+    texts: Sequence[str], tasks: Sequence[str], chats: Mapping[str, ModelChat | None], served: ServedText
 ) -> list[list[int]]:
     """[B][T] ids; texts that are no chats go to the tokenizer together."""
     rows: list[list[int]] = [[] for _ in texts]
@@ -107,7 +107,7 @@ def _encoded(
     return rows
 
 
-def _chat(record: PromptRecord, served: ServedBackbone) -> ModelChat | None:
+def _chat(record: PromptRecord, served: ServedText) -> ModelChat | None:
     """The prompt's chat as this model writes it; None for a prompt whose input is one text.
 
     Raises: BankError when the model has another chat template than the one that the prompt was tuned with.
@@ -159,12 +159,12 @@ def _rendered(row: Text, record: PromptRecord, chat: ModelChat | None, where: st
     return text
 
 
-def _label_ids(record: PromptRecord, served: ServedBackbone, chat: ModelChat | None) -> Mapping[str, np.ndarray]:
+def _label_ids(record: PromptRecord, served: ServedText, chat: ModelChat | None) -> Mapping[str, np.ndarray]:
     if not record.labels:
         raise NoLabelsError(f"prompt '{record.name}' was tuned without a label set; use generate")
     ids = encode_targets(served.tokenizer, served.architecture, record.template.separator, record.labels, chat)
     for label, of_label in zip(record.labels, ids, strict=True):
-        if (reason := missing_embedding(served.tokenizer, of_label, served.backbone.embedding_rows)) is not None:
+        if (reason := missing_embedding(served.tokenizer, of_label, served.embedding_rows)) is not None:
             raise CorpusError(f"prompt '{record.name}': its label {label!r} {reason}")
     return {label: np.array(of_label, dtype=np.int64) for label, of_label in zip(record.labels, ids, strict=True)}
 

@@ -1,7 +1,7 @@
 """The model of a service: loaded whole into this process, with its tokenizer and its identity."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -11,6 +11,19 @@ from pipeline.backbone.host import Backbone, compute_dtype, host_backbone
 from pipeline.backbone.loading import build_skeleton
 from pipeline.backbone.weights import open_weights
 from pipeline.bank import BackboneId
+
+
+class ServedText(Protocol):
+    """What turning rows into tokens needs of a model, wherever its weights are held."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def identity(self) -> BackboneId: ...
+    @property
+    def architecture(self) -> Architecture: ...
+    @property
+    def embedding_rows(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -24,6 +37,10 @@ class ServedBackbone:
     @property
     def architecture(self) -> Architecture:
         return self.backbone.architecture
+
+    @property
+    def embedding_rows(self) -> int:
+        return self.backbone.embedding_rows
 
     @property
     def context(self) -> int | None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from pipeline.bank.exports import export_npy, export_peft, export_vllm
+from pipeline.bank.exports import export_llama_cpp, export_npy, export_peft, export_sglang, export_vllm
 from pipeline.bank.imports import import_npy, import_peft
 from pipeline.errors import BankError, StorageError
 
@@ -19,6 +19,8 @@ EXPORTS = {
     "peft": lambda prompt, place: export_peft(prompt, place / "sst2", "gpt2"),
     "npy": lambda prompt, place: export_npy(prompt, place / "sst2.npy"),
     "vllm": lambda prompt, place: export_vllm(prompt, place / "sst2"),
+    "llama-cpp": lambda prompt, place: export_llama_cpp(prompt, place / "sst2"),
+    "sglang": lambda prompt, place: export_sglang(prompt, place / "sst2"),
 }
 
 
@@ -73,9 +75,10 @@ def test_an_encoder_decoder_prompt_is_exported_before_the_encoder_alone(bank, pu
     prompt = bank.load("sst2")
     config = json.loads((export_peft(prompt, tmp_path / "peft", "t5") / "adapter_config.json").read_bytes())
     assert (config["task_type"], config["num_transformer_submodules"]) == ("SEQ_2_SEQ_LM", 1)
-    with pytest.raises(BankError, match=r"model t5, for which vLLM takes no prompt embeddings; export it for PEFT"):
-        export_vllm(prompt, tmp_path / "vllm")
-    assert not (tmp_path / "vllm").exists()
+    for export in (export_vllm, export_llama_cpp, export_sglang):
+        with pytest.raises(BankError, match=r"model t5, for which .* takes no .*; export it for PEFT"):
+            export(prompt, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_nothing_is_overwritten(export, prompt, tmp_path):
@@ -147,11 +150,19 @@ def test_a_file_name_that_numpy_would_change_is_refused(prompt, tmp_path):
 def test_a_template_of_any_characters_survives_in_the_script(bank, publish, new_prompt, tmp_path):
     from pipeline.bank import Template
 
-    template = Template(input="CONSTANTS '\"\"\"{text}'''\\\n{{x}}\u2028é", target="{label}", separator="\n\t'")
+    template = Template(
+        input="CONSTANTS INPUT_IDS '\"\"\"{text}'''\\\n{{x}}\u2028é", target="{label}", separator="\n\t'"
+    )
     publish(bank, new_prompt(template=template), model="it's \\ here")
-    folder = export_vllm(bank.load("sst2"), tmp_path / "vllm")
-    script = compile((folder / "ask_vllm.py").read_bytes(), "ask_vllm.py", "exec")
-    assert {template.input, template.separator, "it's \\ here"} <= set(script.co_consts)
+    prompt = bank.load("sst2")
+    for export, name in (
+        (export_vllm, "ask_vllm.py"),
+        (export_llama_cpp, "ask_llama_cpp.py"),
+        (export_sglang, "ask_sglang.py"),
+    ):
+        folder = export(prompt, tmp_path / name, "it's \\ here")
+        script = compile((folder / name).read_bytes(), name, "exec")
+        assert {template.input, template.separator, "it's \\ here"} <= set(script.co_consts)
 
 
 @pytest.mark.processes

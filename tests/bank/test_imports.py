@@ -128,7 +128,7 @@ def test_missing_and_oversized_files_are_refused_before_they_are_read(tmp_path, 
 
 
 def test_adapters_of_other_kinds_are_refused_by_name(adapter):
-    for kind in ("LORA", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", None):
+    for kind in ("LORA", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", None):
         refused(f"an adapter of the type {kind} cannot be imported", import_peft, adapter(peft_type=kind))
 
 

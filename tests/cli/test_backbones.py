@@ -102,3 +102,15 @@ def test_a_decoder_that_begins_with_another_token_is_refused_by_name(tmp_path):
     assert compare_models(str(one), str(one), rows=rows).largest_difference == 0
     with pytest.raises(BackboneError, match=r"decoder_start_token_id\) is 0 of the first and 5"):
         compare_models(str(one), str(other), rows=rows)
+
+
+def test_a_saved_folder_is_stated_to_be_the_model_that_it_was_made_of(models, tuned, text, document, run, tmp_path):
+    _, path = models
+    saved = tmp_path / "saved"
+    code, told, _ = run("save-model", path, saved, bank=None)
+    assert code == 0 and told == f'wrote {path} to {saved}, its weights "int8"\n'
+    bank = PromptBank.open(tmp_path / "of_gguf", create=True)
+    bank.publish([make_prompt()], identity_of(str(path), "int8", None), run="r", libraries={}, alias="latest")
+    assert document("same-backbone", path, saved, "--text", text, bank=bank.uri)["largest_difference"] < 1e-4
+    assert PromptBank.open(bank.uri).load("sst2", identity_of(str(saved), "int8", None)).version == 1
+    assert "is there already, and nothing is overwritten" in run("save-model", path, saved, bank=None)[2]

@@ -43,7 +43,7 @@ def test_export_names_the_base_model_in_a_peft_adapter(document, tmp_path):
 
 
 def test_export_for_vllm_writes_the_script(document, tmp_path):
-    found = document("export", "sst2", tmp_path / "v", "--to", "vllm")
+    found = document("export", "sst2", tmp_path / "v", "--to", "vllm", "--block-size", 4)
     assert found == {"prompt": "sst2", "version": 3, "format": "vllm", "path": str(tmp_path / "v")}
     assert (tmp_path / "v/ask_vllm.py").exists()
 
@@ -114,8 +114,27 @@ def test_a_prompt_of_another_width_is_refused(refusal, tmp_path):
     assert "prompt 'p' is refused: [3, 5] float32 where [P, 8] float32 is expected" in refusal(*words)
 
 
-def test_model_belongs_to_peft_alone(refusal, tmp_path):
-    assert refusal("export", "sst2", tmp_path / "x", "--to", "vllm", "--model", "m").startswith("--model belongs to")
+def test_an_array_is_exported_for_no_model(refusal, tmp_path):
+    words = ("export", "sst2", tmp_path / "x.npy", "--to", "npy", "--model", "m")
+    assert refusal(*words).startswith("--model does not belong to")
+
+
+@pytest.mark.parametrize(
+    ("to", "script"), [("vllm", "ask_vllm"), ("llama-cpp", "ask_llama_cpp"), ("sglang", "ask_sglang")]
+)
+def test_a_script_asks_for_the_model_unless_the_export_names_it(run, tmp_path, to, script):
+    for name, given in (("a", []), ("b", ["--model", "org/model"])):
+        assert run("export", "sst2", tmp_path / name, "--to", to, *given)[0] == 0
+    lines = [(tmp_path / name / f"{script}.py").read_text().splitlines() for name in "ab"]
+    known = "None" if to == "llama-cpp" else "'another name for it'"
+    assert f"MODEL = {known}" in lines[0] and "MODEL = 'org/model'" in lines[1]
+
+
+@pytest.mark.parametrize(("block", "warned"), [(32, True), (3, True), (4, False), (2, False)])
+def test_an_export_for_vllm_warns_of_a_length_that_is_not_a_multiple_of_the_block(run, tmp_path, block, warned):
+    code, _, stderr = run("export", "sst2", tmp_path / "v", "--to", "vllm", "--block-size", block)
+    assert code == 0 and ("warning: vLLM shares whole blocks of a prompt between rows" in stderr) == warned
+    assert not warned or f"a multiple of {block} is shared whole" in stderr
 
 
 def test_signed_imports_are_told_by_log_and_verified_with_the_public_key(document, refusal, run, tmp_path, monkeypatch):

@@ -161,7 +161,23 @@ def test_without_a_command_there_is_the_help(uri):
 
 
 @pytest.mark.parametrize(
-    "command", ["ls", "show", "log", "diff", "promote", "rollback", "verify", "gc", "export", "import", "same-backbone"]
+    "command",
+    [
+        *[
+            "ls",
+            "show",
+            "log",
+            "diff",
+            "promote",
+            "rollback",
+            "verify",
+            "gc",
+            "export",
+            "import",
+            "same-backbone",
+            "save-model",
+        ]
+    ],
 )
 def test_every_command_has_examples_and_a_summary_that_fits_its_line(command):
     help_text = start(command, "--help").stdout
@@ -181,7 +197,7 @@ def test_every_command_has_examples_and_a_summary_that_fits_its_line(command):
         ("promptbank rollback ", ["latest", "prod"]),
         ("promptbank ls --alias p", ["prod"]),
         ("promptbank log --last 3 ", ["latest", "prod"]),
-        ("promptbank export sst2 x --to ", ["peft", "npy", "vllm"]),
+        ("promptbank export sst2 x --to ", ["peft", "npy", "vllm", "llama-cpp", "sglang"]),
     ],
 )
 def test_a_shell_is_offered_what_the_bank_holds(uri, words, offered):

@@ -2,14 +2,12 @@
 
 import importlib.util
 import json
-import sys
-import types
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from pipeline.backbone import prompted
 from pipeline.bank import PromptBank, Template
@@ -140,35 +138,13 @@ def load_script(folder):
     return script
 
 
-class StandInLLM:
-    """What the script calls of vLLM's interface, on transformers."""
-
-    def __init__(self, model, enable_prompt_embeds=False):
-        self.model = AutoModelForCausalLM.from_pretrained(model).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
-
-    def generate(self, prompts, sampling_params):
-        out = self.model.generate(
-            inputs_embeds=prompts["prompt_embeds"][None], max_new_tokens=sampling_params.max_tokens, do_sample=False,
-            eos_token_id=sampling_params.stop_token_ids, pad_token_id=2,
-        )  # fmt: skip
-        text = self.tokenizer.decode(out[0], skip_special_tokens=True)
-        return [types.SimpleNamespace(outputs=[types.SimpleNamespace(text=text)])]
-
-
-def test_the_script_for_vllm_renders_the_chat_behind_the_prompt_and_stops_where_a_turn_ends(
-    model, tmp_path, monkeypatch, capsys
-):
+def test_the_script_for_vllm_renders_the_chat_as_the_service_does_and_stops_where_a_turn_ends(model, tmp_path):
     folder = export_vllm(model.bank.load("chat"), tmp_path / "vllm")
     script, tokenizer = load_script(folder), model.backbone.tokenizer
-    (text,) = chat_of(tokenizer).render([[f"Is it good? {TEXTS[0]}"]])
+    chat = chat_of(tokenizer)
+    (text,) = chat.render([[f"Is it good? {TEXTS[0]}"]])
     assert script.input_ids({"text": TEXTS[0]}, tokenizer) == tokenizer(text, add_special_tokens=False).input_ids
-    vllm = types.ModuleType("vllm")
-    vllm.LLM, vllm.SamplingParams = StandInLLM, types.SimpleNamespace
-    monkeypatch.setitem(sys.modules, "vllm", vllm)
-    monkeypatch.setattr(sys, "argv", ["ask_vllm.py", f"text={TEXTS[0]}"])
-    script.main()
-    assert capsys.readouterr().out.strip() == model.generate([TEXTS[0]], ["chat"], 64)[0]
+    assert script.ending(tokenizer) == {"stop_token_ids": [chat.end_id]}
 
 
 def test_an_exported_array_comes_with_the_messages_and_what_ends_an_answer(chatml, tmp_path):

@@ -1,0 +1,169 @@
+"""vLLM's handlers of its OpenAI routes, taught the bank's names; for every other name they are vLLM's own."""
+
+import asyncio
+from collections.abc import Sequence
+from contextvars import ContextVar
+from http import HTTPStatus
+from typing import Any, TypeAlias
+
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, ModelList, ModelPermission
+from vllm.inputs import EmbedsInput
+from vllm.lora.request import LoRARequest
+
+from pipeline.errors import CorpusError, PromptBankError, UnknownTaskError
+from pipeline.serving.bank_tasks import BankTasks
+from pipeline.serving.in_vllm.inputs import engine_input
+
+# What answers this request, as `name@version`. Every request runs in a context of its own.
+_answering: ContextVar[str | None] = ContextVar("answering", default=None)
+# Settings that would ask for the prompt's text, or change it; a soft prompt has none.
+_REFUSED = ("echo", "suffix", "prompt_logprobs", "prompt_embeds", "truncate_prompt_tokens", "use_beam_search")
+_STATUS = {UnknownTaskError: HTTPStatus.NOT_FOUND, CorpusError: HTTPStatus.BAD_REQUEST}
+
+Request: TypeAlias = CompletionRequest | ChatCompletionRequest
+
+
+class BankModels(OpenAIServingModels):
+    """The models that vLLM serves, and the bank's tasks beside them."""
+
+    def __init__(self, plain: OpenAIServingModels, tasks: BankTasks) -> None:
+        self.__dict__.update(vars(plain))  # all that vLLM has configured
+        self.tasks = tasks
+
+    async def show_available_models(self) -> ModelList:
+        models = await super().show_available_models()
+        base = self.base_model_paths[0]
+        names = await asyncio.to_thread(self.tasks.names)
+        models.data += [
+            ModelCard(id=name, root=base.model_path, parent=base.name, permission=[ModelPermission()]) for name in names
+        ]
+        return models
+
+    def model_name(self, lora_request: LoRARequest | None = None) -> str:
+        return _answering.get() or super().model_name(lora_request)
+
+    def is_task(self, name: str | None) -> bool:
+        """Whether a request of this name is the bank's to answer, or to refuse."""
+        return bool(name) and not self.is_base_model(name) and name not in self.lora_requests
+
+
+class Rendering:
+    """Turns a request for a task into what vLLM's engine takes."""
+
+    def __init__(self, tasks: BankTasks, dtype: Any, secret: str) -> None:
+        self._tasks = tasks
+        self._dtype = dtype
+        self._secret = secret
+
+    async def inputs(self, request: Request, rows: Sequence[str]) -> list[EmbedsInput]:
+        """The rows behind their task's prompt; from here on, the request is for the version that was found.
+
+        Raises: UnknownTaskError; CorpusError for a row or a setting that does not fit; BankError, StorageError.
+        """
+        for name in _REFUSED:
+            if getattr(request, name, None) not in (None, False):
+                raise CorpusError(f"'{name}' cannot be had for a task of the prompt bank: leave it out")
+        # Files are read and texts tokenised beside the event loop.
+        return await asyncio.to_thread(self._inputs, request, rows)
+
+    def _inputs(self, request: Request, rows: Sequence[str]) -> list[EmbedsInput]:
+        prompt = self._tasks.prompt(request.model)
+        most = getattr(request, "max_completion_tokens", None) or request.max_tokens or 1
+        encoded = self._tasks.encode(prompt, rows, most)
+        request.model = f"{prompt.record.name}@{prompt.version}"
+        request.stop_token_ids = [*(request.stop_token_ids or ()), *{row.end for row in encoded}]
+        if request.temperature is None and (request.n or 1) == 1:
+            request.temperature = 0.0  # what a prompt was tuned for has one best answer
+        # The secret keeps a caller from sending vectors of its own that are taken for a prompt's.
+        salt = " ".join(filter(None, [self._secret, prompt.record.digest, request.cache_salt]))
+        return [engine_input(row, self._dtype, salt) for row in encoded]
+
+
+class BankCompletion(OpenAIServingCompletion):
+    """`/v1/completions`: a request's `model` may be a task; `prompt` is then a row, or a list of rows."""
+
+    models: BankModels
+
+    def __init__(self, plain: OpenAIServingCompletion, models: BankModels, rendering: Rendering) -> None:
+        self.__dict__.update(vars(plain))
+        self.models = models
+        self.rendering = rendering
+
+    async def render_completion_request(self, request: CompletionRequest) -> list[EmbedsInput] | ErrorResponse:
+        if not self.models.is_task(request.model):
+            return await super().render_completion_request(request)
+        self._preflight(request.n or 1)
+        rows = [request.prompt] if isinstance(request.prompt, str) else request.prompt or []
+        try:
+            if not rows or not all(isinstance(row, str) for row in rows):
+                raise CorpusError("a task of the prompt bank takes texts and not token ids: send 'prompt' as text")
+            inputs = await self.rendering.inputs(request, rows)
+        except PromptBankError as error:
+            return self.create_error_response(**_refusal(error))
+        _answering.set(request.model)
+        return inputs
+
+    def _maybe_get_adapters(self, request: Any, supports_default_mm_loras: bool = False) -> LoRARequest | None:
+        if self.models.is_task(request.model):
+            return None
+        return super()._maybe_get_adapters(request, supports_default_mm_loras)
+
+
+class BankChat(OpenAIServingChat):
+    """`/v1/chat/completions`: a request's `model` may be a task; its one message is then a row."""
+
+    models: BankModels
+
+    def __init__(self, plain: OpenAIServingChat, models: BankModels, rendering: Rendering) -> None:
+        self.__dict__.update(vars(plain))
+        self.models = models
+        self.rendering = rendering
+
+    async def render_chat_request(
+        self, request: ChatCompletionRequest
+    ) -> tuple[list[Any], list[EmbedsInput]] | ErrorResponse:
+        if not self.models.is_task(request.model):
+            return await super().render_chat_request(request)
+        self._preflight(request.n or 1)
+        try:
+            inputs = await self.rendering.inputs(request, [_message_text(request.messages)])
+        except PromptBankError as error:
+            return self.create_error_response(**_refusal(error))
+        _answering.set(request.model)
+        return list(request.messages), inputs
+
+    def _maybe_get_adapters(self, request: Any, supports_default_mm_loras: bool = False) -> LoRARequest | None:
+        if self.models.is_task(request.model):
+            return None
+        return super()._maybe_get_adapters(request, supports_default_mm_loras)
+
+
+def _message_text(messages: Sequence[Any]) -> str:
+    """The row in a chat's only message. Raises: CorpusError for more messages, another role or no text."""
+    fields = dict(messages[0]) if len(messages) == 1 else {}
+    content = fields.get("content")
+    parts = [content] if isinstance(content, str) else [dict(part).get("text") for part in content or ()]
+    if fields.get("role") != "user" or not parts or not all(isinstance(part, str) for part in parts):
+        raise CorpusError(
+            "a task of the prompt bank takes one message of the role 'user' with a row's text: what stands around it "
+            "is the task's own template"
+        )
+    return "".join(map(str, parts))
+
+
+def _refusal(error: PromptBankError) -> dict[str, Any]:
+    """What vLLM makes its error reply of."""
+    kind = next((kind for kind in _STATUS if isinstance(error, kind)), None)
+    status = HTTPStatus.SERVICE_UNAVAILABLE if kind is None else _STATUS[kind]
+    names = {HTTPStatus.NOT_FOUND: "NotFoundError", HTTPStatus.BAD_REQUEST: "BadRequestError"}
+    return {
+        "message": str(error),
+        "err_type": names.get(status, "ServiceUnavailableError"),
+        "status_code": status,
+        "param": "model" if kind is UnknownTaskError else None,
+    }
