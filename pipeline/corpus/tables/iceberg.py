@@ -85,11 +85,9 @@ def _load(address: TableAddress, catalogs: Mapping[str, CatalogSettings], where:
             f"{where}: the metadata of {address.written} is gone ({one_line(error)}); register the table again"
         ) from error
     except Exception as error:  # of the catalog's own client: SQLAlchemy, boto, thrift
-        detail = re.sub(r"\(Background on this error at: \S+\)", "", str(error))
+        detail = hide_credentials(re.sub(r"\(Background on this error at: \S+\)", "", str(error)))
         missing = "" if catalog in catalogs else f"; 'catalogs' of the settings has no {catalog!r}"
-        raise unreadable(
-            Exception(hide_credentials(detail)), f"{what} cannot be used{missing}", "fix 'catalogs'"
-        ) from error
+        raise unreadable(Exception(detail), f"{what} cannot be used{missing}", "fix 'catalogs'") from error
 
 
 def _snapshot(table: Any, address: TableAddress, ref: str | None, where: str) -> Any:
