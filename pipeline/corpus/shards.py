@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,7 +37,7 @@ from pipeline.corpus.source_files import ParquetSource, SourceFile
 from pipeline.corpus.tally import EMPTY_TALLY, ShardTally
 from pipeline.corpus.values import changed_texts, plain_type
 from pipeline.corpus.writing import complete_folder, write_shard
-from pipeline.errors import CorpusError, PromptBankError, StorageError, TuningError
+from pipeline.errors import CorpusError, PromptBankError, StorageError, TuningError, UnreachableError
 from pipeline.reporting.memory_kill import MORE_MEMORY, memory_kill
 from pipeline.sealed_files import file_digest
 
@@ -47,6 +46,8 @@ FORMAT_VERSION = 2
 _LAYOUT = 3
 """Of shard folders. Those of an earlier layout are not read, and made anew."""
 _JOB_BYTES = 256 * 2**20
+_OF_A_CORPUS: Mapping[str, type[PromptBankError]] = {"corpus": CorpusError, "away": UnreachableError}
+"""Errors of one corpus among those that are tokenised together, as a worker writes them down."""
 _MAX_BLOCKS = 2000
 # Ray reserves memory by this bound, and what a task returns is small.
 _BLOCK_BYTES = 2**20
@@ -296,7 +297,8 @@ def _tokenise(
             for row in rows.iter_rows():
                 piece = pieces[row["piece"]]
                 if row["error"]:
-                    errors.setdefault(piece.request, pickle.loads(row["error"]))
+                    kind, sentence = json.loads(row["error"])
+                    errors.setdefault(piece.request, _OF_A_CORPUS[kind](sentence))
                 else:
                     tally = ShardTally.from_dict(json.loads(row["tally"]))
                     written[piece] += FileShards({row["shard"]: row["digest"]}, tally)
@@ -326,11 +328,12 @@ def _tokenise_units(batch: dict[str, np.ndarray], job_ref: _BuildJobRef) -> Iter
             piece = job.pieces[number]
             # Each attempt has a name of its own: Ray runs a task again when its worker died.
             path = piece.folder / f"{piece.key}-{index:06d}-{uuid.uuid4().hex}.arrow"
-            shard = {"piece": [number], "shard": [path.name], "digest": [""], "tally": [""], "error": [b""]}
+            shard = {"piece": [number], "shard": [path.name], "digest": [""], "tally": [""], "error": [""]}
             try:
                 tally = write_shard(path, _token_tables(piece.request, job.tokenizer, [unit for _, unit in of_file]))
-            except PromptBankError as error:  # a mistake in one corpus, with which others have nothing to do
-                yield shard | {"error": [pickle.dumps(error)]}
+            except (CorpusError, UnreachableError) as error:  # of one corpus: others have nothing to do with it
+                kind = next(name for name, of in _OF_A_CORPUS.items() if isinstance(error, of))
+                yield shard | {"error": [json.dumps([kind, str(error)])]}
             else:
                 yield shard | {"digest": [file_digest(path)], "tally": [json.dumps(tally.to_dict())]}
 

@@ -14,9 +14,9 @@ from pipeline.bank import PromptBank, Template
 from pipeline.bank.exports import export_npy, export_peft, export_vllm
 from pipeline.corpus.chat import bind_chat, parse_chat
 from pipeline.corpus.encoding import encode_targets
-from pipeline.corpus.reader import token_set
 from pipeline.corpus.rows import Recipe, tokenise_rows
 from pipeline.corpus.template import parse_template
+from pipeline.corpus.token_set import token_set
 from pipeline.errors import BackboneError, BankError, CorpusError
 from pipeline.serving import PromptedModel, load_backbone
 from pipeline.tuning.evaluate import EvalRequest, answer
