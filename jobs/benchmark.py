@@ -223,7 +223,7 @@ def growth(
 @app.command()
 def evaluation(
     data: Data,
-    tasks: Tasks = "sst2,trec,cr,mpqa,subj",
+    tasks: Tasks = "sst2,sst5,cr,mpqa,subj",
     model: Model = "smollm2-135m",
     length: Annotated[int, typer.Option(help="Prompt length.")] = 20,
     rows: Annotated[int, typer.Option(help="Dev rows of every task whose labels are scored.")] = 500,
