@@ -1,6 +1,7 @@
 """Paths as a user writes them -> the Parquet files behind them, described by their footers alone."""
 
 import os
+import re
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from pipeline.corpus.tables.text_files import describe_text_file, is_text_file, 
 from pipeline.errors import CorpusError
 
 FOOTER_READERS = 16
+_PLAIN_JSON = re.compile(r"\.json(\.\w+)?$", re.IGNORECASE)
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
@@ -187,7 +189,10 @@ def _expand(filesystem: fs.FileSystem, entry: fs.FileInfo, root: str) -> _Found:
     tables = tables_below((other.path for other in below), entry.path)
     chosen = [] if tables else parquet_among(filesystem, list(shown))
     if not chosen and not tables:
-        chosen = [path for path in shown if is_text_file(filesystem, path)]
+        texts = [path for path in shown if is_text_file(filesystem, path)]
+        # A plain .json beside rows of another kind describes these: dataset_info.json, stats.json.
+        sure = [path for path in texts if not _PLAIN_JSON.search(path)]
+        chosen = sure or ([] if any(conversion(path) for path in shown.keys() - set(texts)) else texts)
     files = [Listed(path, shown[path].size or 0, shown[path].mtime_ns, root) for path in chosen]
     dangling = _dangling_links(entry.path) if isinstance(filesystem, fs.LocalFileSystem) else []
     return _Found(files, sorted(shown.keys() - set(chosen)) + dangling, tables)

@@ -26,6 +26,8 @@ class RowFilter:
     """The columns that it reads; none where the file's own library filters."""
     expression: pc.Expression | None = field(default=None, compare=False)
     """None where the file's own library filters."""
+    takes_nan: bool = False
+    """Whether it is true of NaN, which statistics leave out."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,13 @@ class RowView:
     """The first so many rows that are left, and no more; None for all."""
     renamed: tuple[tuple[str, str], ...] = ()
     """(what templates call it, column)."""
+    types: tuple[tuple[str, pa.DataType], ...] = ()
+    """(column, its type) of the table, where templates call columns otherwise; else they are the corpus' own."""
     exact: bool = True
+
+    def types_of(self, columns: Sequence[tuple[str, pa.DataType]]) -> Sequence[tuple[str, pa.DataType]]:
+        """(column, its type) of the table, given those of the corpus, whose names may hide the table's."""
+        return self.types or columns
 
     def column(self, name: str) -> str:
         """The table's column that templates call `name`."""
@@ -85,10 +93,10 @@ def viewed(
 ) -> Iterator[pa.RecordBatch]:
     """Batches of stored columns -> batches of the columns that templates call `names`, without the rows that are gone.
 
-    types: the table's columns. deleted: [rows of all batches].
+    types: the corpus' columns. deleted: [rows of all batches].
     Raises: ArrowInvalid when a value does not fit the table's type.
     """
-    type_of, left, seen = dict(types), view.take, 0
+    type_of, left, seen = dict(view.types_of(types)), view.take, 0
     for batch in batches:
         columns = _columns(batch, view, view.needed(names), type_of)
         seen += batch.num_rows

@@ -153,8 +153,10 @@ def shard_key(source: ParquetSource, recipe: Recipe, tokenizer: TokenizerSpec) -
 
 
 def _kinds(file: SourceFile, recipe: Recipe) -> list[list[str]]:
-    """The types of the columns that are read, where the table and not the file decides them."""
-    return [[name, str(kind)] for name, kind in file.columns if name in recipe.columns]
+    """The types of the columns that are read, by templates or a filter, where the table and not the file has them."""
+    kinds = dict(file.columns) if file.view is None else dict(file.view.types_of(file.columns))
+    read = recipe.columns if file.view is None else file.view.needed(recipe.columns)
+    return [[name, str(kinds[name])] for name in read if name in kinds]
 
 
 def build_shards(

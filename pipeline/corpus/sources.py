@@ -13,7 +13,7 @@ from pipeline.corpus.tables.delta import open_delta
 from pipeline.corpus.tables.hub import hub_split, open_hub_split
 from pipeline.corpus.tables.iceberg import open_iceberg
 from pipeline.corpus.tables.lance import open_lance
-from pipeline.corpus.tables.libraries import table_address
+from pipeline.corpus.tables.libraries import TableAddress, reading, table_address
 from pipeline.corpus.where import parse_where, without_hopeless_groups
 from pipeline.errors import CorpusError
 from pipeline.settings import CatalogSettings, SplitSettings
@@ -46,14 +46,19 @@ def _each(asked: SplitSettings, where: str, catalogs: Catalogs) -> Iterator[Parq
             yield _filtered(found, asked.where)
         elif address is None:
             plain.append(path)
-        elif address.kind == "delta":
-            yield _filtered(open_delta(address, where, asked.where), asked.where)
-        elif address.kind == "iceberg":
-            yield _filtered(open_iceberg(address, catalogs, where, asked.where), asked.where, of_iceberg=True)
-        elif address.kind == "lance":
-            yield open_lance(address, where, asked.where)
+        else:
+            yield _table(address, asked.where, where, catalogs)
     if plain or not asked.path:
         yield _filtered(inspect_files(plain, where, asked.types), asked.where)
+
+
+def _table(address: TableAddress, wanted: str | None, where: str, catalogs: Catalogs) -> ParquetSource:
+    with reading(address, where):
+        if address.kind == "lance":
+            return open_lance(address, where, wanted)
+        if address.kind == "iceberg":
+            return _filtered(open_iceberg(address, catalogs, where, wanted), wanted, of_iceberg=True)
+        return _filtered(open_delta(address, where, wanted), wanted)
 
 
 def _joined(sources: Iterator[ParquetSource], where: str) -> ParquetSource:
@@ -117,7 +122,7 @@ def _renamed(file: SourceFile, columns: Mapping[str, str], where: str) -> Source
             *((name, names) for name, names in file.class_names if name not in columns),
             *((name, classes[column]) for name, column in columns.items() if column in classes),
         ),
-        view=replace(file.view, renamed=tuple(columns.items())),
+        view=replace(file.view, renamed=tuple(columns.items()), types=file.columns),
     )
 
 

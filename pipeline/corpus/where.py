@@ -49,7 +49,9 @@ def parse_where(text: str, columns: Mapping[str, pa.DataType], where: str, of_ic
         schema = arrow.pyarrow_to_schema(pa.schema(fields), downcast_ns_timestamp_to_us=True)
         exact = parsed if of_iceberg else _null_is_not_true(parsed, expressions)
         bound = visitors.bind(schema, exact, case_sensitive=True)
-        return RowFilter(text, named, arrow.expression_to_pyarrow(bound, schema))
+        return RowFilter(
+            text, named, arrow.expression_to_pyarrow(bound, schema), _takes_nan(parsed, columns, expressions)
+        )
     except (TypeError, ValueError, pa.ArrowException) as error:
         raise CorpusError(
             f"{where}: the filter {text!r} does not fit the columns' types ({one_line(error)[:200]}); fix 'where'"
@@ -63,13 +65,17 @@ def without_hopeless_groups(filesystem: fs.FileSystem, file: SourceFile, wanted:
     stored, kinds = dict(view.stored), dict(file.columns)
     # Statistics are of stored values under stored names: of others they would tell nothing, or something wrong.
     plain = all(stored.get(name) == name for name in wanted.columns)
+    plain = plain and not wanted.takes_nan
     if file.reader is not None or wanted.expression is None or not plain or not wanted.columns:
         return replace(file, view=view)
     fragment = pads.ParquetFileFormat().make_fragment(file.path, filesystem)
     schema = fragment.physical_schema
     if any(plain_type(schema.field(name).type) != plain_type(kinds[name]) for name in wanted.columns):
         return replace(file, view=view)
-    groups = tuple(group.id for group in fragment.subset(wanted.expression, schema=schema).row_groups)
+    try:
+        groups = tuple(group.id for group in fragment.subset(wanted.expression, schema=schema).row_groups)
+    except pa.ArrowException:  # of large unsigned numbers, say; the rows themselves are filtered all the same
+        return replace(file, view=view)
     rows = min(view.rows, sum(file.row_groups[group][0] for group in groups))
     return replace(file, view=replace(view, row_groups=groups, rows=rows))
 
@@ -89,6 +95,14 @@ def _columns_of(parsed: Any) -> tuple[str, ...]:
     parts = [getattr(parsed, side) for side in ("left", "right", "child") if hasattr(parsed, side)]
     own = [parsed.term.name] if hasattr(parsed, "term") else []
     return tuple(dict.fromkeys([*own, *(name for part in parts for name in _columns_of(part))]))
+
+
+def _takes_nan(parsed: Any, columns: Mapping[str, pa.DataType], expressions: Any) -> bool:
+    """Whether some part is true of a float that is not a number: of comparisons, only what is not equal."""
+    parts = [getattr(parsed, side) for side in ("left", "right", "child") if hasattr(parsed, side)]
+    unequal = isinstance(parsed, expressions.NotEqualTo | expressions.NotIn)
+    own = unequal and pa.types.is_floating(plain_type(columns[parsed.term.name]))
+    return own or any(_takes_nan(part, columns, expressions) for part in parts)
 
 
 def _null_is_not_true(parsed: Any, expressions: Any) -> Any:

@@ -8,7 +8,9 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 from pipeline.addresses import holds_credentials
 from pipeline.settings.fields import Count, Paths, SettingsModel
 
-_SECRET = re.compile(r"token|secret|password|credential|session|access-key|account-key|sas")
+_SECRET = re.compile(
+    r"token|secret|password|credential|session|access-key|account-key|sas|authorization|api-?key|^header\."
+)
 _NO_SECRETS = ("oauth2-server-uri", "token-refresh-enabled", "s3.role-session-name", "glue.profile-name")
 
 
@@ -49,7 +51,7 @@ class CatalogSettings(SettingsModel):
     them: `PYICEBERG_CATALOG__PROD__TOKEN`."""
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, str | int | float | bool]
+    __pydantic_extra__: dict[str, Any]
 
     type: str | None = None
     """`rest`, `sql`, `glue`, `hive`, or another one that pyiceberg knows."""
@@ -64,7 +66,12 @@ class CatalogSettings(SettingsModel):
     @model_validator(mode="after")
     def _holds_no_secret(self) -> Self:
         for key, value in self.properties.items():
-            if (_SECRET.search(key) and key not in _NO_SECRETS) or holds_credentials(str(value)):
+            if not isinstance(value, str | int | float | bool):
+                raise ValueError(
+                    f"{key} is no single value; what has parts, as pyiceberg's 'auth' has, belongs into its own file, "
+                    ".pyiceberg.yaml"
+                )
+            if (_SECRET.search(key.lower()) and key.lower() not in _NO_SECRETS) or holds_credentials(str(value)):
                 raise ValueError(
                     f"{key} holds a secret, which would end up in the run's files; take it out, and set it in the "
                     "environment, such as PYICEBERG_CATALOG__PROD__TOKEN for the token of the catalog 'prod'"

@@ -70,7 +70,7 @@ def _describe(
             f"{where}: version {table.version} of {table.address} is not whole any more, since its file {file.path} "
             "was removed (as a vacuum does, or expiring snapshots); name a later version or none"
         ) from error
-    stored, constants = _placed(schema, columns, file)
+    stored, constants = _placed(schema, columns, file, where)
     rows = sum(count for count, _ in row_groups)
     deleted = None
     if file.deleted is not None:
@@ -87,7 +87,7 @@ def _describe(
 
 
 def _placed(
-    schema: pa.Schema, columns: Sequence[TableColumn], file: DataFile
+    schema: pa.Schema, columns: Sequence[TableColumn], file: DataFile, where: str
 ) -> tuple[dict[str, str], dict[str, pa.Scalar]]:
     """-> column -> its name in the file, and column -> its value in all rows, for those that the file lacks."""
     ids = {int(own.metadata[_FIELD_ID]): own.name for own in schema if _FIELD_ID in (own.metadata or {})}
@@ -101,4 +101,9 @@ def _placed(
         else:
             value = file.constants.get(column.name, column.default)
             constants[column.name] = pa.scalar(None, column.kind) if value is None else value.cast(column.kind)
+    if not ids and not stored and any(column.field_id is not None for column in columns):
+        raise CorpusError(
+            f"{where}: {file.path} has no field ids and its table maps no names, so nothing says which column is "
+            "which; give the table a name mapping (schema.name-mapping.default)"
+        )
     return stored, constants

@@ -1,5 +1,6 @@
 """A Delta table -> its data files, as its log lists them at one version."""
 
+import json
 import os
 import urllib.parse
 from collections.abc import Collection, Mapping
@@ -47,7 +48,7 @@ def open_delta(address: TableAddress, where: str, wanted: str | None = None) -> 
             f"{where}: {address.written} needs the reader feature {unknown[0]!r}, which is not known here; write its "
             "rows into a table without it"
         )
-    version = TableVersion(address.written, str(table.version()), str(table.metadata().id), _written(table))
+    version = TableVersion(address.written, str(table.version()), str(table.metadata().id), _written(table, address))
     physical = {own.name: str(own.metadata.get(_MAPPED_NAME, own.name)) for own in table.schema().fields}
     partitioned = {name: physical[name] for name in table.metadata().partition_columns}
     columns = _columns(table, physical, partitioned)
@@ -84,7 +85,7 @@ def _load(deltalake: Any, address: TableAddress, root: str, where: str) -> Any:
             "name a version that its log still has, or none for the newest",
         ) from error
     # The library gives the first version for a time before it, as if the table had been there.
-    first = _written(table)
+    first = _written(table, address)
     if first is not None and utc_moment(first) > address.moment:
         raise CorpusError(
             f"{where}: {address.written} has no version as old as {address.version} (the oldest that is known is of "
@@ -93,10 +94,17 @@ def _load(deltalake: Any, address: TableAddress, root: str, where: str) -> Any:
     return table
 
 
-def _written(table: Any) -> str | None:
-    """When the version was committed; None where its log does not tell."""
-    last: dict[str, Any] = next(iter(table.history(1)), {})
-    stamp = last.get("timestamp") if last.get("version", table.version()) == table.version() else None
+def _written(table: Any, address: TableAddress) -> str | None:
+    """When the version was committed; None where its log does not tell, or is gone."""
+    # Not the library's `history`: of a table at an older version, it tells the newest commits under that one's number.
+    filesystem, root, _ = locate(address.place)
+    try:
+        with filesystem.open_input_stream(f"{root.rstrip('/')}/_delta_log/{table.version():020d}.json") as log:
+            actions = [json.loads(line) for line in log.read().splitlines()]
+    except (OSError, ValueError, pa.ArrowException):
+        return None
+    commit: dict[str, Any] = next((action["commitInfo"] for action in actions if "commitInfo" in action), {})
+    stamp = commit.get("inCommitTimestamp", commit.get("timestamp"))
     return None if stamp is None else datetime.fromtimestamp(stamp / 1000, UTC).isoformat(timespec="milliseconds")
 
 

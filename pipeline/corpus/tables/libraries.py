@@ -3,11 +3,15 @@
 import importlib
 import re
 import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import ModuleType
 
-from pipeline.errors import CorpusError
+from pipeline.addresses import hide_credentials
+from pipeline.corpus.source_files import unreadable
+from pipeline.errors import CorpusError, PromptBankError
 
 _ADDRESS = re.compile(r"(delta|lance|iceberg)(?:\+([A-Za-z0-9]+))?://(.+)", re.DOTALL)
 _NUMBER = re.compile(r"\d+")
@@ -68,6 +72,20 @@ def lake_library(module: str, path: str, where: str) -> ModuleType:
         raise CorpusError(
             f"{where}: {path} needs a library that is missing ({error.name or module}); install it: "
             "pip install 'promptbank[lake]'"
+        ) from error
+
+
+@contextmanager
+def reading(address: TableAddress, where: str) -> Iterator[None]:
+    """Turns what a table's library raises, of whatever kind, into our own errors."""
+    try:
+        yield
+    except PromptBankError:
+        raise
+    except Exception as error:
+        what = f"{where}: {address.written}{f'@{address.version}' if address.version else ''} cannot be read"
+        raise unreadable(
+            Exception(hide_credentials(str(error))), what, "fix the address, or name another version"
         ) from error
 
 

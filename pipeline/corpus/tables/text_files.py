@@ -93,7 +93,12 @@ def describe_text_file(
             whole = len(block) < _BLOCK_BYTES
         if not block.strip():
             return SourceFile(path, size, mtime_ns, partitions, (), ())
-        columns = _inferred(block if whole else block[: block.rfind(b"\n") + 1] or block, kind) | declared
+        # Of a longer file the library's own first block: where that ends, a quoted cell of several lines may not.
+        if whole:
+            columns = _inferred(pa.BufferReader(block), kind) | declared
+        else:
+            with filesystem.open_input_stream(path, compression=_packing(path)) as file:
+                columns = _inferred(file, kind) | declared
         rows = sum(batch.num_rows for batch in _opened(pa.BufferReader(block), kind, {})) if whole else 0
     except Exception as error:
         if not of_its_store(error, filesystem):
@@ -137,13 +142,13 @@ def _packing(path: str) -> str | None:
     return _PACKINGS.get(path.rpartition(".")[2].lower())
 
 
-def _inferred(block: bytes, kind: str) -> dict[str, pa.DataType]:
-    """Column -> type in the rows of a block; every column of CSV is text."""
+def _inferred(file: pa.NativeFile, kind: str) -> dict[str, pa.DataType]:
+    """Column -> type in the first rows of a file; every column of CSV is text."""
     if kind == "json":
-        with _opened(pa.BufferReader(block), kind, None) as reader:
+        with _opened(file, kind, None) as reader:
             schema = reader.schema
         return {own.name: _plain(own.type) for own in schema}
-    with _opened(pa.BufferReader(block), kind, {}) as reader:
+    with _opened(file, kind, {}) as reader:
         return {name: pa.string() for name in reader.schema.names}
 
 

@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,19 +185,21 @@ def _four_versions(path: Path) -> None:
     for number in range(4):
         rows = pa.table({"text": [f"{number} {row}" for row in range(5)], "label": ["a"] * 5})
         write_deltalake(path, rows, mode="overwrite")
+        time.sleep(0.02)  # a log's times are whole milliseconds
 
 
 def test_an_address_names_a_version_by_its_number_or_by_a_time(tmp_path: Path) -> None:
     _four_versions(tmp_path / "t")
+    times = [open_rows(f"delta://{tmp_path}/t@{number}").tables[0].time for number in range(4)]
+    assert times == sorted(set(times)), "each version has its own time"
     for number in range(4):
         source = open_rows(f"delta://{tmp_path}/t@{number}")
         assert {text[0] for (text,) in read_rows(source, ["text"])} == {str(number)}
         (table,) = source.tables
         assert (table.version, table.address) == (str(number), f"delta://{tmp_path}/t")
         assert table.time is not None
-        # A log's times are whole milliseconds.
         at_that_time = open_rows(f"delta://{tmp_path}/t@{table.time}")
-        assert at_that_time.tables[0].time == table.time
+        assert at_that_time.tables[0] == table
     with pytest.raises(CorpusError, match=f"^{HERE}: .*no version as old as 2020-01-01"):
         open_rows(f"delta://{tmp_path}/t@2020-01-01T00:00:00Z")
     for version, reason in [("9", "version 9 of"), ("newest", "a version is a number or a time")]:

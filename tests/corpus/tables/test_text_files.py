@@ -148,3 +148,25 @@ def test_a_file_that_is_none_is_one_sentence(tmp_path: Path, name: str, data: by
     with pytest.raises(CorpusError, match=f"^{HERE}: .*({reason})") as refused:
         open_rows(str(tmp_path / name))
     assert "\n" not in str(refused.value) and name in str(refused.value)
+
+
+def test_a_plain_json_file_beside_rows_of_another_kind_is_no_corpus(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "stats.json").write_text('{\n "rows": 1\n}\n')
+    assert read_rows(open_rows(str(tmp_path)), ["text"]) == Rows([("a",)])
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    with pa.ipc.new_stream(saved / "data-00000-of-00001.arrow", pa.schema([("text", pa.string())])) as stream:
+        stream.write_table(pa.table({"text": ["a"]}))
+    (saved / "dataset_info.json").write_text('{\n "features": {}\n}\n')
+    with pytest.raises(CorpusError, match=r"data-00000-of-00001\.arrow; it is Arrow IPC by its name, so convert it"):
+        open_rows(str(saved))
+
+
+def test_a_cell_of_several_lines_may_stand_where_the_first_block_ends(tmp_path: Path) -> None:
+    line = '"one\ntwo",a\n'
+    (tmp_path / "long.csv").write_text("text,label\n" + line * (17 * 2**20 // len(line)))
+    source = open_rows(str(tmp_path / "long.csv"))
+    assert dict(source.files[0].columns) == {"text": pa.string(), "label": pa.string()}
+    rows = read_rows(source, ["text", "label"])
+    assert rows == Rows({("one\ntwo", "a"): 17 * 2**20 // len(line)})

@@ -11,6 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.corpus import check_task
+from pipeline.corpus.encoding import TokenizerSpec
+from pipeline.corpus.rows import Recipe
+from pipeline.corpus.shards import shard_key
+from pipeline.corpus.source_files import ParquetSource
+from pipeline.corpus.template import parse_template
 from pipeline.errors import CorpusError, SettingsError
 from pipeline.settings import TaskSettings, parse_settings
 from tests.corpus.tables.rows import HERE, Rows, library_rows, open_rows, read_rows
@@ -211,13 +216,79 @@ def test_a_split_is_a_path_a_list_or_a_mapping_and_a_mistake_in_it_is_named() ->
         assert reason in str(refused.value) and "\n" not in str(refused.value), str(refused.value)
 
 
-@pytest.mark.parametrize("key", ["token", "credential", "s3.secret-access-key", "s3.access-key-id", "gcs.oauth2.token"])
+@pytest.mark.parametrize("wanted", ["share != 3.0", "not (share = 3.0)", "share not in (3.0, 4.0)", "share > 1"])
+def test_a_filter_takes_the_same_rows_however_they_lie_in_row_groups_nan_among_them(
+    wanted: str, tmp_path: Path
+) -> None:
+    rows = pa.table({"text": ["a", "b", "c", "d"], "share": [3.0, float("nan"), 3.0, 5.0]})
+    found = []
+    for size in (1, 3, 4):
+        pq.write_table(rows, tmp_path / f"{size}.parquet", row_group_size=size)
+        found.append(read_rows(open_rows({"path": str(tmp_path / f"{size}.parquet"), "where": wanted}), ["text"]))
+    assert found[0] == found[1] == found[2]
+    assert (("b",) in found[0]) == ("3.0" in wanted)
+
+
+def test_columns_that_trade_names_keep_the_types_that_the_table_has(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": [1.5, 2.5], "body": ["1", "x"]}), tmp_path / "t.parquet")
+    traded = {"path": str(tmp_path / "t.parquet"), "columns": {"text": "body", "body": "text"}}
+    assert read_rows(open_rows(traded), ["text", "body"]) == Rows([("1", "1.5"), ("x", "2.5")])
+    hidden = {"path": str(tmp_path / "t.parquet"), "columns": {"text": "body"}, "where": "text > 2"}
+    assert read_rows(open_rows(hidden), ["text"]) == Rows([("x",)])
+
+
+def test_types_of_columns_that_only_the_filter_reads_decide_the_shards(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("text,score\na,10\nb,9\n")
+    split = {"path": str(tmp_path / "t.csv"), "where": "score > '8'"}
+    texts, numbers = open_rows(split), open_rows({**split, "types": {"score": "integer"}})
+    assert read_rows(texts, ["text"]) == Rows([("b",)])
+    assert read_rows(numbers, ["text"]) == Rows([("a",), ("b",)])
+    assert key_of(texts) != key_of(numbers)
+
+
+def key_of(source: ParquetSource) -> str:
+    recipe = Recipe(parse_template("{text}", ""), parse_template("{text}", ""), " ", 64, 8, "decoder-only")
+    return shard_key(source, recipe, TokenizerSpec("", "digest", "decoder-only"))[0]
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "delta+ftp://host/t",
+        "lance+ftp://host/t",
+        "delta+s3:///t",
+        "delta:///nowhere@99999999999999999999",
+        "iceberg://prod/a.b@2026-13-45",
+    ],
+)
+def test_an_address_that_cannot_be_is_refused_in_one_sentence(address: str, tmp_path: Path) -> None:
+    catalog = {"prod": {"type": "sql", "uri": f"sqlite:///{tmp_path}/catalog.db"}}
+    with pytest.raises(CorpusError) as refused:
+        open_rows(address, catalog)
+    assert str(refused.value).startswith(f"{HERE}: ") and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "token",
+        "credential",
+        "s3.secret-access-key",
+        "s3.access-key-id",
+        "gcs.oauth2.token",
+        "TOKEN",
+        "header.X-Api-Key",
+    ],
+)
 def test_a_catalogs_secret_in_the_settings_is_refused(key: str) -> None:
     with pytest.raises(SettingsError, match="PYICEBERG_CATALOG__PROD__") as refused:
         _settings("a", catalogs={"prod": {"type": "rest", "uri": "https://catalog", key: "hunter2"}})
     assert "hunter2" not in str(refused.value)
     with pytest.raises(SettingsError, match="PYICEBERG_CATALOG__PROD__") as refused:
         _settings("a", catalogs={"prod": {"type": "sql", "uri": "postgresql://me:hunter2@host/db"}})
+    assert "hunter2" not in str(refused.value)
+    with pytest.raises(SettingsError, match="auth is no single value") as refused:
+        _settings("a", catalogs={"prod": {"type": "rest", "auth": {"type": "basic", "basic": {"password": "hunter2"}}}})
     assert "hunter2" not in str(refused.value)
     named = {"prod": {"type": "rest", "uri": "https://catalog", "oauth2-server-uri": "https://login"}}
     assert _settings("a", catalogs=named).catalogs["prod"].properties == named["prod"]
