@@ -11,7 +11,13 @@ from pipeline.settings.fields import Count, Paths, SettingsModel
 _SECRET = re.compile(
     r"token|secret|password|credential|session|access-key|account-key|sas|authorization|api-?key|^header\."
 )
-_NO_SECRETS = ("oauth2-server-uri", "token-refresh-enabled", "s3.role-session-name", "glue.profile-name")
+_NO_SECRETS = (
+    "oauth2-server-uri",
+    "token-refresh-enabled",
+    "s3.role-session-name",
+    "glue.profile-name",
+    "header.x-iceberg-access-delegation",
+)
 
 
 class SplitSettings(SettingsModel):

@@ -290,5 +290,6 @@ def test_a_catalogs_secret_in_the_settings_is_refused(key: str) -> None:
     with pytest.raises(SettingsError, match="auth is no single value") as refused:
         _settings("a", catalogs={"prod": {"type": "rest", "auth": {"type": "basic", "basic": {"password": "hunter2"}}}})
     assert "hunter2" not in str(refused.value)
-    named = {"prod": {"type": "rest", "uri": "https://catalog", "oauth2-server-uri": "https://login"}}
+    harmless = {"oauth2-server-uri": "https://login", "header.X-Iceberg-Access-Delegation": "vended-credentials"}
+    named = {"prod": {"type": "rest", "uri": "https://catalog", **harmless}}
     assert _settings("a", catalogs=named).catalogs["prod"].properties == named["prod"]
