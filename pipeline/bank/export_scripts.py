@@ -257,6 +257,8 @@ def answer(row, llm, most):
         raise SystemExit(f"the model's vectors are {llm.n_embd()} wide, the prompt's {prompt.shape[1]}: not its model")
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llm.ctx), True)
     ids = input_ids(row, llm)
+    if len(prompt) + len(ids) > llm.n_ctx():
+        raise SystemExit(f"prompt and row have {len(prompt) + len(ids)} tokens, more than --context {llm.n_ctx()}")
     run(llm, 0, vectors=prompt)
     logits = run(llm, len(prompt), ids=ids)
     written = []
@@ -269,7 +271,9 @@ def answer(row, llm, most):
 
 def open_model(path, context, threads):
     whole = llama_cpp.GGML_TYPE_F32
-    return llama_cpp.Llama(path, n_ctx=context, n_threads=threads, type_k=whole, type_v=whole, verbose=False)
+    # The row goes in one batch, which llama.cpp limits to 512 tokens by itself.
+    sizes = {"n_ctx": context, "n_batch": context, "n_ubatch": context}
+    return llama_cpp.Llama(path, **sizes, n_threads=threads, type_k=whole, type_v=whole, verbose=False)
 
 
 def main():

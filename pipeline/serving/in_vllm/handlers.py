@@ -1,6 +1,7 @@
 """vLLM's handlers of its OpenAI routes, taught the bank's names; for every other name they are vLLM's own."""
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from contextvars import ContextVar
 from http import HTTPStatus
@@ -19,6 +20,7 @@ from pipeline.errors import CorpusError, PromptBankError, UnknownTaskError
 from pipeline.serving.bank_tasks import BankTasks
 from pipeline.serving.in_vllm.inputs import engine_input
 
+_log = logging.getLogger("vllm.promptbank")
 # What answers this request, as `name@version`. Every request runs in a context of its own.
 _answering: ContextVar[str | None] = ContextVar("answering", default=None)
 # Settings that would ask for the prompt's text, or change it; a soft prompt has none.
@@ -38,7 +40,11 @@ class BankModels(OpenAIServingModels):
     async def show_available_models(self) -> ModelList:
         models = await super().show_available_models()
         base = self.base_model_paths[0]
-        names = await asyncio.to_thread(self.tasks.names)
+        try:
+            names = await asyncio.to_thread(self.tasks.names)
+        except PromptBankError as error:  # a bank that cannot be read now takes no model of vLLM's from the list
+            _log.warning("the prompt bank's tasks cannot be listed: %s", error)
+            names = ()
         models.data += [
             ModelCard(id=name, root=base.model_path, parent=base.name, permission=[ModelPermission()]) for name in names
         ]
@@ -66,7 +72,8 @@ class Rendering:
         Raises: UnknownTaskError; CorpusError for a row or a setting that does not fit; BankError, StorageError.
         """
         for name in _REFUSED:
-            if getattr(request, name, None) not in (None, False):
+            value = getattr(request, name, None)
+            if value is not None and value is not False:  # 0 asks for something, too
                 raise CorpusError(f"'{name}' cannot be had for a task of the prompt bank: leave it out")
         # Files are read and texts tokenised beside the event loop.
         return await asyncio.to_thread(self._inputs, request, rows)
@@ -79,6 +86,8 @@ class Rendering:
         request.stop_token_ids = [*(request.stop_token_ids or ()), *{row.end for row in encoded}]
         if request.temperature is None and (request.n or 1) == 1:
             request.temperature = 0.0  # what a prompt was tuned for has one best answer
+        if request.repetition_penalty is None:
+            request.repetition_penalty = 1.0  # else vLLM takes that of the model's generation_config.json
         # The secret keeps a caller from sending vectors of its own that are taken for a prompt's.
         salt = " ".join(filter(None, [self._secret, prompt.record.digest, request.cache_salt]))
         return [engine_input(row, self._dtype, salt) for row in encoded]
