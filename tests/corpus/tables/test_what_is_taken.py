@@ -228,7 +228,9 @@ def with_nan(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, Any]]:
     for name, parts in [("one", [rows]), ("two", [rows.slice(0, 3), rows.slice(3)])]:
         table = new_table(folder / f"iceberg {name}", rows.schema)
         for part in parts:
+            deltalake.write_deltalake(folder / f"delta {name}", part, mode="append")
             table.append(part)
+        places.append((f"delta://{folder}/delta {name}", None))
         places.append(("iceberg://prod/sales.reviews", catalog_in(folder / f"iceberg {name}")))
     return places
 
