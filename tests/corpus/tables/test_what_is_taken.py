@@ -273,6 +273,23 @@ def test_types_of_columns_that_only_the_filter_reads_decide_the_shards(tmp_path:
     assert key_of(texts) != key_of(numbers)
 
 
+def test_a_table_that_widens_a_column_of_the_filter_has_other_shards_of_the_same_file(tmp_path: Path) -> None:
+    from pyiceberg.types import DoubleType
+
+    rows = pa.table({"text": ["a", "b"], "score": pa.array([0.1, 0.5], pa.float32())})
+    table = new_table(tmp_path, rows.schema)
+    table.append(rows)
+    split = {"path": "iceberg://prod/sales.reviews", "where": "score > 0.1"}
+    before = open_rows(split, catalog_in(tmp_path))
+    with table.update_schema() as change:
+        change.update_column("score", DoubleType())
+    after = open_rows(split, catalog_in(tmp_path))
+    assert [file.path for file in before.files] == [file.path for file in after.files]
+    assert read_rows(before, ["text"]) == Rows([("b",)])
+    assert read_rows(after, ["text"]) == Rows([("a",), ("b",)])  # 0.1 of 32 bits is more than 0.1 of 64
+    assert key_of(before) != key_of(after)
+
+
 def key_of(source: ParquetSource) -> str:
     recipe = Recipe(parse_template("{text}", ""), parse_template("{text}", ""), " ", 64, 8, "decoder-only")
     return shard_key(source, recipe, TokenizerSpec("", "digest", "decoder-only"))[0]
