@@ -98,10 +98,10 @@ def _columns_of(parsed: Any) -> tuple[str, ...]:
 
 
 def _takes_nan(parsed: Any, columns: Mapping[str, pa.DataType], expressions: Any) -> bool:
-    """Whether some part is true of a float that is not a number: of comparisons, only what is not equal."""
+    """Whether some part is true of a float that is not a number: `is nan`, and of comparisons what is not equal."""
     parts = [getattr(parsed, side) for side in ("left", "right", "child") if hasattr(parsed, side)]
-    unequal = isinstance(parsed, expressions.NotEqualTo | expressions.NotIn)
-    own = unequal and pa.types.is_floating(plain_type(columns[parsed.term.name]))
+    true_of_nan = isinstance(parsed, expressions.NotEqualTo | expressions.NotIn | expressions.IsNaN)
+    own = true_of_nan and pa.types.is_floating(plain_type(columns[parsed.term.name]))
     return own or any(_takes_nan(part, columns, expressions) for part in parts)
 
 

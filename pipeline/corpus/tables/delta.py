@@ -15,6 +15,7 @@ from pipeline.corpus.row_view import Mask
 from pipeline.corpus.source_files import ParquetSource, TableVersion, unreadable
 from pipeline.corpus.tables.data_files import DataFile, TableColumn, read_data_files
 from pipeline.corpus.tables.libraries import TableAddress, lake_library, storage_options, utc_moment
+from pipeline.corpus.where import parse_where
 from pipeline.errors import CorpusError
 
 # What a reader must know of the protocol, and we do: vectors and mapping here, and types in the page reader.
@@ -52,7 +53,7 @@ def open_delta(address: TableAddress, where: str, wanted: str | None = None) -> 
     physical = {own.name: str(own.metadata.get(_MAPPED_NAME, own.name)) for own in table.schema().fields}
     partitioned = {name: physical[name] for name in table.metadata().partition_columns}
     columns = _columns(table, physical, partitioned)
-    hopeful = _hopeful_files(table, wanted)
+    hopeful = _hopeful_files(table, wanted, columns, where)
     files = [
         DataFile(_inside(root, add["path"], address, where), add["size"], add["mtime"], add["values"], add["deleted"])
         for add in _live_files(table, partitioned, address, where)
@@ -155,13 +156,14 @@ def _live_files(table: Any, partitioned: Mapping[str, str], address: TableAddres
     return found
 
 
-def _hopeful_files(table: Any, wanted: str | None) -> set[str] | None:
-    """The names of the files that can hold such rows; None for all."""
-    if wanted is None:
+def _hopeful_files(table: Any, wanted: str | None, columns: list[TableColumn], where: str) -> set[str] | None:
+    """The names of the files that can hold such rows; None for all. Raises: CorpusError for a filter that is none."""
+    # The log's statistics leave NaN out, and the library takes what they say for all of a file's rows.
+    if wanted is None or parse_where(wanted, {own.name: own.kind for own in columns}, where).takes_nan:
         return None
     try:
         uris = table.file_uris(file_pruning_predicate=wanted)
-    except Exception:  # written in a way that Delta's own SQL has not, or wrong, which is told where it is parsed
+    except Exception:  # written in a way that Delta's own SQL has not
         return None
     # Of a folder with a space in its name, the library's paths do not exist; names are unique.
     return {_name(uri) for uri in uris}

@@ -251,6 +251,20 @@ def test_files_that_were_added_without_ids_are_read_by_the_tables_mapping_of_nam
     assert read_rows(source, ["body", "label"]) == library_rows(table.scan().to_arrow(), ["body", "label"])
 
 
+def test_a_file_without_ids_and_without_a_mapping_of_names_is_refused_as_pyiceberg_does(
+    reviews: Table, tmp_path: Path
+) -> None:
+    import pyarrow.parquet as pq
+
+    file = next(iter(reviews.scan().plan_files())).file.file_path.removeprefix("file://")
+    pq.write_table(pa.table({"text": ["a", "b"], "label": ["x", "y"]}), file)
+    with pytest.raises(ValueError, match="does not have field-ids"):
+        reviews.scan().to_arrow()
+    with pytest.raises(CorpusError, match=f"^{HERE}: .*has no field ids .*schema.name-mapping.default") as refused:
+        open_rows("iceberg://prod/sales.reviews", catalog_in(tmp_path))
+    assert "\n" not in str(refused.value) and Path(file).name in str(refused.value)
+
+
 def test_a_table_without_a_snapshot_holds_no_row(tmp_path: Path) -> None:
     new_table(tmp_path, pa.schema([("text", pa.string())]))
     assert open_rows("iceberg://prod/sales.reviews", catalog_in(tmp_path)).rows == 0

@@ -216,17 +216,44 @@ def test_a_split_is_a_path_a_list_or_a_mapping_and_a_mistake_in_it_is_named() ->
         assert reason in str(refused.value) and "\n" not in str(refused.value), str(refused.value)
 
 
-@pytest.mark.parametrize("wanted", ["share != 3.0", "not (share = 3.0)", "share not in (3.0, 4.0)", "share > 1"])
-def test_a_filter_takes_the_same_rows_however_they_lie_in_row_groups_nan_among_them(
-    wanted: str, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def with_nan(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, Any]]:
+    """(path, catalogs) of the same rows, one of them NaN, in one file or two, and in row groups of each size."""
+    folder = tmp_path_factory.mktemp("nan")
     rows = pa.table({"text": ["a", "b", "c", "d"], "share": [3.0, float("nan"), 3.0, 5.0]})
-    found = []
-    for size in (1, 3, 4):
-        pq.write_table(rows, tmp_path / f"{size}.parquet", row_group_size=size)
-        found.append(read_rows(open_rows({"path": str(tmp_path / f"{size}.parquet"), "where": wanted}), ["text"]))
-    assert found[0] == found[1] == found[2]
-    assert (("b",) in found[0]) == ("3.0" in wanted)
+    places: list[tuple[str, Any]] = []
+    for size in (1, 2, 3, 4):
+        pq.write_table(rows, folder / f"{size}.parquet", row_group_size=size)
+        places.append((str(folder / f"{size}.parquet"), None))
+    for name, parts in [("one", [rows]), ("two", [rows.slice(0, 3), rows.slice(3)])]:
+        table = new_table(folder / f"iceberg {name}", rows.schema)
+        for part in parts:
+            deltalake.write_deltalake(folder / f"delta {name}", part, mode="append")
+            table.append(part)
+        places.append((f"delta://{folder}/delta {name}", None))
+        places.append(("iceberg://prod/sales.reviews", catalog_in(folder / f"iceberg {name}")))
+    return places
+
+
+@pytest.mark.parametrize(
+    ("wanted", "taken"),
+    [
+        ("share != 3.0", "bd"),
+        ("not (share = 3.0)", "bd"),
+        ("share not in (3.0, 4.0)", "bd"),
+        ("share is nan", "b"),
+        ("not (share is not nan)", "b"),
+        ("share is nan or share > 4", "bd"),
+        ("share is not nan", "acd"),
+        ("share > 4", "d"),
+    ],
+)
+def test_a_filter_takes_the_same_rows_however_they_lie_in_files_and_row_groups_nan_among_them(
+    with_nan: list[tuple[str, Any]], wanted: str, taken: str
+) -> None:
+    for path, catalogs in with_nan:
+        found = read_rows(open_rows({"path": path, "where": wanted}, catalogs), ["text"])
+        assert found == Rows((text,) for text in taken), path
 
 
 def test_columns_that_trade_names_keep_the_types_that_the_table_has(tmp_path: Path) -> None:
@@ -244,6 +271,23 @@ def test_types_of_columns_that_only_the_filter_reads_decide_the_shards(tmp_path:
     assert read_rows(texts, ["text"]) == Rows([("b",)])
     assert read_rows(numbers, ["text"]) == Rows([("a",), ("b",)])
     assert key_of(texts) != key_of(numbers)
+
+
+def test_a_table_that_widens_a_column_of_the_filter_has_other_shards_of_the_same_file(tmp_path: Path) -> None:
+    from pyiceberg.types import DoubleType
+
+    rows = pa.table({"text": ["a", "b"], "score": pa.array([0.1, 0.5], pa.float32())})
+    table = new_table(tmp_path, rows.schema)
+    table.append(rows)
+    split = {"path": "iceberg://prod/sales.reviews", "where": "score > 0.1"}
+    before = open_rows(split, catalog_in(tmp_path))
+    with table.update_schema() as change:
+        change.update_column("score", DoubleType())
+    after = open_rows(split, catalog_in(tmp_path))
+    assert [file.path for file in before.files] == [file.path for file in after.files]
+    assert read_rows(before, ["text"]) == Rows([("b",)])
+    assert read_rows(after, ["text"]) == Rows([("a",), ("b",)])  # 0.1 of 32 bits is more than 0.1 of 64
+    assert key_of(before) != key_of(after)
 
 
 def key_of(source: ParquetSource) -> str:
