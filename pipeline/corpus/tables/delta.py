@@ -96,16 +96,20 @@ def _load(deltalake: Any, address: TableAddress, root: str, where: str) -> Any:
 
 
 def _written(table: Any, address: TableAddress) -> str | None:
-    """When the version was committed; None where its log does not tell, or is gone."""
+    """The time by which an address finds the version, in whole milliseconds; None where its log file is gone."""
     # Not the library's `history`: of a table at an older version, it tells the newest commits under that one's number.
     filesystem, root, _ = locate(address.place)
+    log = f"{root.rstrip('/')}/_delta_log/{table.version():020d}.json"
     try:
-        with filesystem.open_input_stream(f"{root.rstrip('/')}/_delta_log/{table.version():020d}.json") as log:
-            actions = [json.loads(line) for line in log.read().splitlines()]
+        with filesystem.open_input_stream(log) as stream:
+            actions = [json.loads(line) for line in stream.read().splitlines()]
+        modified = filesystem.get_file_info(log).mtime_ns
     except (OSError, ValueError, pa.ArrowException):
         return None
     commit: dict[str, Any] = next((action["commitInfo"] for action in actions if "commitInfo" in action), {})
-    stamp = commit.get("inCommitTimestamp", commit.get("timestamp"))
+    # Without an in-commit time the protocol and the library go by the log file's own. The writer's `timestamp` is
+    # taken before the file is written: an address with it would find the version before.
+    stamp = commit.get("inCommitTimestamp", None if modified is None else modified // 10**6)
     return None if stamp is None else datetime.fromtimestamp(stamp / 1000, UTC).isoformat(timespec="milliseconds")
 
 

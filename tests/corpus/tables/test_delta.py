@@ -1,5 +1,6 @@
 """Delta tables: their rows as deltalake itself reads them, whatever was done to the table."""
 
+import os
 import random
 import shutil
 import time
@@ -210,6 +211,25 @@ def test_an_address_names_a_version_by_its_number_or_by_a_time(tmp_path: Path) -
     assert open_rows(f"delta://{tmp_path}/a@b").rows == open_rows(f"delta://{tmp_path}/a@b@2").rows == 5
     with pytest.raises(CorpusError, match="there is no Delta table at"):
         open_rows(f"delta://{tmp_path}/nowhere")
+
+
+def test_the_time_of_a_version_finds_it_also_where_its_log_was_written_later(tmp_path: Path) -> None:
+    _four_versions(tmp_path / "t")
+    for number in range(4):
+        log = tmp_path / "t" / "_delta_log" / f"{number:020d}.json"
+        late = log.stat().st_mtime_ns + 10**9 * (number + 1) + 700_000
+        os.utime(log, ns=(late, late))
+    for number in range(4):
+        (table,) = open_rows(f"delta://{tmp_path}/t@{number}").tables
+        assert open_rows(f"delta://{tmp_path}/t@{table.time}").tables == (table,)
+
+
+def test_a_copy_that_lost_the_times_of_its_log_gives_no_other_version_than_asked_for(tmp_path: Path) -> None:
+    _four_versions(tmp_path / "t")
+    written = open_rows(f"delta://{tmp_path}/t@2").tables[0].time
+    shutil.copytree(tmp_path / "t", tmp_path / "copy", copy_function=shutil.copyfile)
+    with pytest.raises(CorpusError, match=f"^{HERE}: .*no version as old as"):
+        open_rows(f"delta://{tmp_path}/copy@{written}")
 
 
 def test_a_version_that_was_vacuumed_is_one_sentence(tmp_path: Path) -> None:
