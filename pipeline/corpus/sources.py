@@ -13,52 +13,48 @@ from pipeline.corpus.tables.delta import open_delta
 from pipeline.corpus.tables.hub import hub_split, open_hub_split
 from pipeline.corpus.tables.iceberg import open_iceberg
 from pipeline.corpus.tables.lance import open_lance
-from pipeline.corpus.tables.libraries import TableAddress, reading, table_address
+from pipeline.corpus.tables.libraries import Lake, TableAddress, reading, table_address
 from pipeline.corpus.where import parse_where, without_hopeless_groups
 from pipeline.errors import CorpusError
-from pipeline.settings import CatalogSettings, SplitSettings
-
-Catalogs = Mapping[str, CatalogSettings]
+from pipeline.settings import SplitSettings
 
 
-def open_split_source(
-    split: str | list[str] | SplitSettings, where: str, catalogs: Catalogs | None = None
-) -> ParquetSource:
+def open_split_source(split: str | list[str] | SplitSettings, where: str, lake: Lake | None = None) -> ParquetSource:
     """The files behind a split, and how their rows become its rows; nothing but footers and logs is read.
 
-    catalogs: properties of Iceberg's catalogs by name.
+    lake: catalogs, and tables that are open already.
     Raises: CorpusError naming the place and the fix; UnreachableError.
     """
     asked = split if isinstance(split, SplitSettings) else SplitSettings(path=split)
-    source = _joined(_each(asked, where, catalogs or {}), where)
+    source = _joined(_each(asked, where, lake or Lake()), where)
     if asked.columns:
         source = replace(source, files=tuple(_renamed(file, asked.columns, where) for file in source.files))
     return source if asked.limit is None else _limited(source, asked.limit)
 
 
-def _each(asked: SplitSettings, where: str, catalogs: Catalogs) -> Iterator[ParquetSource]:
+def _each(asked: SplitSettings, where: str, lake: Lake) -> Iterator[ParquetSource]:
     plain: list[str] = []
     for path in [asked.path] if isinstance(asked.path, str) else asked.path:
         address = table_address(path)
         split = hub_split(path)
-        found = open_hub_split(split, where, asked.types) if split is not None else None
+        found = open_hub_split(split, lake, where, asked.types) if split is not None else None
         if found is not None:
             yield _filtered(found, asked.where)
         elif address is None:
             plain.append(path)
         else:
-            yield _table(address, asked.where, where, catalogs)
+            yield _table(address, asked.where, where, lake)
     if plain or not asked.path:
         yield _filtered(inspect_files(plain, where, asked.types), asked.where)
 
 
-def _table(address: TableAddress, wanted: str | None, where: str, catalogs: Catalogs) -> ParquetSource:
+def _table(address: TableAddress, wanted: str | None, where: str, lake: Lake) -> ParquetSource:
     with reading(address, where):
         if address.kind == "lance":
-            return open_lance(address, where, wanted)
+            return open_lance(address, lake, where, wanted)
         if address.kind == "iceberg":
-            return _filtered(open_iceberg(address, catalogs, where, wanted), wanted, of_iceberg=True)
-        return _filtered(open_delta(address, where, wanted), wanted)
+            return _filtered(open_iceberg(address, lake, where, wanted), wanted, of_iceberg=True)
+        return _filtered(open_delta(address, lake, where, wanted), wanted)
 
 
 def _joined(sources: Iterator[ParquetSource], where: str) -> ParquetSource:

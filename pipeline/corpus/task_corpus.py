@@ -23,7 +23,8 @@ from pipeline.corpus.encoding import (
 from pipeline.corpus.reader import SplitRef, changed_targets, summarise_split, unencodable_targets, unique_targets
 from pipeline.corpus.rows import Recipe
 from pipeline.corpus.source_files import ParquetSource, TableVersion
-from pipeline.corpus.sources import Catalogs, open_split_source
+from pipeline.corpus.sources import open_split_source
+from pipeline.corpus.tables.libraries import Lake
 from pipeline.corpus.tally import SplitSummary
 from pipeline.corpus.template import TextTemplate, check_class_names, check_columns, parse_template, render_row
 from pipeline.corpus.values import find_integer_columns
@@ -123,25 +124,26 @@ class TaskCorpus:
         )
 
 
-def check_task(name: str, task: TaskSettings, catalogs: Catalogs | None = None) -> TaskPlan:
+def check_task(name: str, task: TaskSettings, lake: Lake | None = None) -> TaskPlan:
     """Find a task's files, read their footers and check its templates against them; no Ray, no tokenizer.
 
-    catalogs: of Iceberg tables, as the settings give them.
+    lake: catalogs, and the tables that other tasks of the run have opened already.
     Raises: CorpusError naming the task, the file and the fix.
     """
     here = f"task '{name}'"
+    lake = lake or Lake()
     asked, target = task_input(name, task), parse_template(task.target, f"{here}, target")
     if not asked.columns:
         raise CorpusError(f"{here}, input: the template {asked.text!r} names no column; write one such as {{text}}")
     inputs = [message.content for message in asked.messages] if isinstance(asked, ChatInput) else [asked]
     labelled = {
-        split: _source(rows, f"{here}, {split}", [*inputs, target], catalogs)
+        split: _source(rows, f"{here}, {split}", [*inputs, target], lake)
         for split, rows in zip(SPLITS, (task.train, task.dev, task.test), strict=True)
         if rows is not None
     }
     sources = labelled
     if task.teacher is not None and task.teacher.unlabelled is not None:
-        unlabelled = _source(task.teacher.unlabelled, f"{here}, teacher.unlabelled", inputs, catalogs)
+        unlabelled = _source(task.teacher.unlabelled, f"{here}, teacher.unlabelled", inputs, lake)
         sources = labelled | {UNLABELLED: unlabelled}
     # Of unlabelled rows nobody reads a target: what its column holds there, or whether there is one, does not matter.
     check_class_names(list(sources.values()), inputs)
@@ -163,9 +165,9 @@ def _since(table: TableVersion) -> str:
     return f", written {table.time}" if table.time else ""
 
 
-def _source(split: Split, where: str, templates: Sequence[TextTemplate], catalogs: Catalogs | None) -> ParquetSource:
+def _source(split: Split, where: str, templates: Sequence[TextTemplate], lake: Lake) -> ParquetSource:
     """Files that have rows, and the columns of these templates. Raises: CorpusError."""
-    source = open_split_source(split, where, catalogs)
+    source = open_split_source(split, where, lake)
     check_columns(source, templates)
     if not source.rows:
         empty = source.files[0].path if source.files else source.tables[0].address if source.tables else "the corpus"
@@ -222,14 +224,14 @@ def prepare_task(
     tokenizer: TokenizerSpec,
     storage: Path,
     connect: Callable[[], None] = lambda: None,
-    catalogs: Catalogs | None = None,
+    lake: Lake | None = None,
 ) -> TaskCorpus:
-    """The corpus of one task; see `prepare_tasks`.
+    """The corpus of one task; see `check_task` and `prepare_tasks`.
 
-    catalogs: see `check_task`.
     Raises: CorpusError naming the task and the fix; StorageError when `storage` cannot be written.
     """
-    prepared = prepare_tasks({name: task}, tokenizer, storage, connect, catalogs)[name]
+    plan = check_task(name, task, lake)
+    prepared = prepare_tasks({name: task}, {name: plan}, tokenizer, storage, connect)[name]
     if isinstance(prepared, PromptBankError):
         raise prepared
     return prepared
@@ -237,16 +239,16 @@ def prepare_task(
 
 def prepare_tasks(
     tasks: Mapping[str, TaskSettings],
+    plans: Mapping[str, TaskPlan],
     tokenizer: TokenizerSpec,
     storage: Path,
     connect: Callable[[], None] = lambda: None,
-    catalogs: Catalogs | None = None,
 ) -> dict[str, TaskCorpus | PromptBankError]:
     """Build the token shards that are not there yet, and check what can be known only from the rows.
 
     By task its corpus, or what is wrong with it in one sentence. Small corpora are tokenised side by side.
+    plans: what `check_task` found; the files and versions of tables that it names are read, and no newer ones.
     connect: called when shards must be built, which needs a connection to Ray; by default there is one already.
-    catalogs: see `check_task`.
     Raises: StorageError when `storage` cannot be written, TuningError when workers or nodes were lost.
     """
     from pipeline.corpus.shards import ShardRequest, build_side_by_side  # here: reading a corpus never imports ray
@@ -255,7 +257,7 @@ def prepare_tasks(
     drafts: dict[str, _Draft] = {}
     for name, task in tasks.items():
         try:
-            drafts[name] = _draft(name, task, tokenizer, catalogs)
+            drafts[name] = _draft(plans[name], task, tokenizer)
         except PromptBankError as error:
             prepared[name] = error
     splits = [(name, split, source) for name, draft in drafts.items() for split, source in draft.plan.sources.items()]
@@ -284,12 +286,11 @@ class _Draft:
         return without_targets(self.recipe) if split == UNLABELLED else self.recipe
 
 
-def _draft(name: str, task: TaskSettings, tokenizer: TokenizerSpec, catalogs: Catalogs | None) -> _Draft:
-    plan = check_task(name, task, catalogs)
+def _draft(plan: TaskPlan, task: TaskSettings, tokenizer: TokenizerSpec) -> _Draft:
     recipe = task_recipe(plan, task, tokenizer)
     loaded = load_tokenizer(tokenizer.dir)
     encode_targets(loaded, tokenizer.architecture, "", ["a"], recipe.chat)  # has an eos, before any work
-    check_encodable(name, task, task.labels or (), recipe.architecture, loaded, recipe.chat)
+    check_encodable(plan.task, task, task.labels or (), recipe.architecture, loaded, recipe.chat)
     return _Draft(plan, task, recipe)
 
 

@@ -29,6 +29,7 @@ from pipeline.backbone.memory import MemoryEstimate, estimate_memory
 from pipeline.backbone.weights import open_weights
 from pipeline.bank import BackboneId, PromptBank
 from pipeline.corpus.encoding import encode_targets, missing_embedding
+from pipeline.corpus.tables.libraries import Lake
 from pipeline.corpus.task_corpus import UNLABELLED, TaskPlan, check_encodable, check_task, task_chat
 from pipeline.errors import BackboneError, BankError, PromptBankError, SettingsError, StorageError
 from pipeline.reporting.plan import PlanRow, memory_table, plan_table
@@ -72,13 +73,14 @@ def check_run(settings: Settings, new_backbone: bool = False, publishes: bool = 
     config, tokenizer = read_config(files), read_tokenizer(files)
     check_eos(files.name, config, tokenizer)
     check_forced_start(files, config, tokenizer)
+    lake = Lake(settings.catalogs)
     plans: dict[str, TaskPlan] = {}
     refused: dict[str, PromptBankError] = {}
     for name, task in settings.tasks.items():
         try:
             check_context(name, task, config)
             check_words(name, task, config, tokenizer)
-            plan = check_task(name, task, settings.catalogs)
+            plan = check_task(name, task, lake)
             chat = task_chat(name, task, plan.input, architecture_of(config), tokenizer)
             check_encodable(name, task, task.labels or (), architecture_of(config), tokenizer, chat)
             plans[name] = plan

@@ -129,7 +129,7 @@ def prepare_corpora(
 
     def prepare() -> None:
         left = {name: settings.tasks[name] for name in checked.plans if not isinstance(prepared.get(name), TaskCorpus)}
-        prepared.update(prepare_tasks(left, tokenizer, storage, connect, settings.catalogs))
+        prepared.update(prepare_tasks(left, checked.plans, tokenizer, storage, connect))
         for outcome in prepared.values():
             if isinstance(outcome, UnreachableError):
                 raise outcome

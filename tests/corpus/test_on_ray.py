@@ -578,11 +578,11 @@ def test_many_tasks_are_one_job_and_a_broken_corpus_refuses_its_own_task_alone(
     tasks = {name: make_task(file, dev_fraction=0.3) for name, file in files.items()}
     tasks["e"] = make_task(files["a"], dev_fraction=0.3)
     tasks["f"] = make_task(files["b"], dev_fraction=0.3)
-    tasks["g"] = make_task(files["c"], dev_fraction=0.3, input="{no_column}")
-    prepared = prepare_tasks(tasks, spec, tmp_path / "storage")
-    assert list(prepared) == list("abcdefg") and len(jobs) == 1
+    plans = {name: check_task(name, task) for name, task in tasks.items()}
+    prepared = prepare_tasks(tasks, plans, spec, tmp_path / "storage")
+    assert list(prepared) == list("abcdef") and len(jobs) == 1
     refused = {name: str(outcome) for name, outcome in prepared.items() if not isinstance(outcome, TaskCorpus)}
-    assert sorted(refused) == ["b", "f", "g"]
+    assert sorted(refused) == ["b", "f"]
     assert all(refused[name].startswith(f"task '{name}', train: {files['b']}") for name in "bf")
     alone = prepare_task("a", tasks["a"], spec, tmp_path / "alone")
     assert isinstance(prepared["a"], TaskCorpus) and prepared["a"].digest == alone.digest

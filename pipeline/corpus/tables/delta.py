@@ -14,7 +14,7 @@ from pipeline.corpus.paths import locate
 from pipeline.corpus.row_view import Mask
 from pipeline.corpus.source_files import ParquetSource, TableVersion, unreadable
 from pipeline.corpus.tables.data_files import DataFile, TableColumn, read_data_files
-from pipeline.corpus.tables.libraries import TableAddress, lake_library, storage_options, utc_moment
+from pipeline.corpus.tables.libraries import Lake, TableAddress, lake_library, storage_options, utc_moment
 from pipeline.corpus.where import parse_where
 from pipeline.errors import CorpusError
 
@@ -33,7 +33,7 @@ _KNOWN = {
 _MAPPED_NAME, _MAPPED_ID = "delta.columnMapping.physicalName", "delta.columnMapping.id"
 
 
-def open_delta(address: TableAddress, where: str, wanted: str | None = None) -> ParquetSource:
+def open_delta(address: TableAddress, lake: Lake, where: str, wanted: str | None = None) -> ParquetSource:
     """The rows of a Delta table at the asked version, or the newest.
 
     wanted: a filter; files that hold no such row by the log's statistics are left out.
@@ -42,7 +42,7 @@ def open_delta(address: TableAddress, where: str, wanted: str | None = None) -> 
     """
     deltalake = lake_library("deltalake", address.written, where)
     filesystem, root, _ = locate(address.place)
-    table = _load(deltalake, address, root, where)
+    table = lake.once(address, lambda: _load(deltalake, address, root, where))
     unknown = sorted(set(table.protocol().reader_features or ()) - _KNOWN)
     if unknown:
         raise CorpusError(

@@ -11,7 +11,7 @@ from pipeline.corpus.files import Listed, describe_files
 from pipeline.corpus.mixed_splits import SPLIT_OF, named_split
 from pipeline.corpus.paths import locate, matches
 from pipeline.corpus.source_files import ParquetSource, SourceFile, TableVersion, one_line
-from pipeline.corpus.tables.libraries import lake_library
+from pipeline.corpus.tables.libraries import Lake, lake_library
 from pipeline.corpus.tables.text_files import has_text_name
 from pipeline.errors import CorpusError, UnreachableError
 
@@ -38,12 +38,12 @@ def hub_split(path: str) -> HubSplit | None:
     return None if found is None else HubSplit(found[1], found[2], found[3])
 
 
-def open_hub_split(asked: HubSplit, where: str, types: Mapping[str, str]) -> ParquetSource | None:
+def open_hub_split(asked: HubSplit, lake: Lake, where: str, types: Mapping[str, str]) -> ParquetSource | None:
     """The rows of a split at the newest commit, or that of the revision; None where the path names a file or a folder.
 
     Raises: CorpusError when there is no such dataset, revision or split; UnreachableError.
     """
-    info = _look_up(asked, where)
+    info = lake.once((asked.repo, asked.revision), lambda: _look_up(asked, where))
     files = {file.rfilename: file for file in info.siblings or ()}
     if any(name == asked.split or name.startswith(f"{asked.split}/") for name in files):
         return None

@@ -17,16 +17,14 @@ from pipeline.addresses import hide_credentials
 from pipeline.corpus.row_view import Mask
 from pipeline.corpus.source_files import ParquetSource, TableVersion, one_line, unreadable
 from pipeline.corpus.tables.data_files import DataFile, TableColumn, read_data_files
-from pipeline.corpus.tables.libraries import TableAddress, lake_library
+from pipeline.corpus.tables.libraries import Lake, TableAddress, lake_library
 from pipeline.errors import CorpusError, UnreachableError
 from pipeline.settings import CatalogSettings
 
 Positions = npt.NDArray[np.int64]
 
 
-def open_iceberg(
-    address: TableAddress, catalogs: Mapping[str, CatalogSettings], where: str, wanted: str | None = None
-) -> ParquetSource:
+def open_iceberg(address: TableAddress, lake: Lake, where: str, wanted: str | None = None) -> ParquetSource:
     """The rows of an Iceberg table at the asked snapshot, or the newest.
 
     wanted: a filter; files that hold no such row by the table's statistics are left out.
@@ -34,7 +32,7 @@ def open_iceberg(
     UnreachableError when its catalog does not answer.
     """
     lake_library("pyiceberg.io.pyarrow", address.written, where)
-    table, ref = _load(address, catalogs, where)
+    table, ref = lake.once(address, lambda: _load(address, lake.catalogs, where))
     snapshot = _snapshot(table, address, ref, where)
     written = address.written.removesuffix(f"@{ref}") if ref else address.written
     if snapshot is None:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC
+from datetime import UTC, timedelta
 from functools import lru_cache
 from typing import Any
 
@@ -13,7 +13,7 @@ from pyarrow import fs
 from pipeline.corpus.paths import locate
 from pipeline.corpus.row_view import RowFilter, RowView
 from pipeline.corpus.source_files import ParquetSource, SourceFile, TableVersion, one_line, unreadable
-from pipeline.corpus.tables.libraries import TableAddress, lake_library, storage_options
+from pipeline.corpus.tables.libraries import Lake, TableAddress, lake_library, storage_options
 from pipeline.errors import CorpusError
 
 _READ_AHEAD = 2
@@ -52,7 +52,7 @@ def _dataset(place: str, version: int, options: tuple[tuple[str, str], ...]) -> 
     return lance.dataset(place, version=version, storage_options=dict(options) or None)
 
 
-def open_lance(address: TableAddress, where: str, wanted: str | None = None) -> ParquetSource:
+def open_lance(address: TableAddress, lake: Lake, where: str, wanted: str | None = None) -> ParquetSource:
     """The rows of a Lance dataset at the asked version, or the newest.
 
     wanted: a filter in Lance's SQL.
@@ -67,7 +67,7 @@ def open_lance(address: TableAddress, where: str, wanted: str | None = None) -> 
         if address.version is not None and not asked:
             # The library compares with its versions' times, which are local ones without a zone.
             asked["asof"] = address.moment.astimezone().replace(tzinfo=None)
-        dataset = lance.dataset(place, storage_options=options, **asked)
+        dataset = lake.once(address, lambda: lance.dataset(place, storage_options=options, **asked))
     except (OSError, ValueError) as error:
         of = f"version {address.version} of " if address.version else ""
         raise unreadable(
@@ -82,7 +82,8 @@ def open_lance(address: TableAddress, where: str, wanted: str | None = None) -> 
             told = one_line(OSError(_NOISE.sub("", str(error))))[:200]
             raise CorpusError(f"{where}: the filter {wanted!r} is none of Lance's ({told}); fix 'where'") from error
     written = next((one["timestamp"] for one in dataset.versions() if one["version"] == dataset.version), None)
-    time = None if written is None else written.astimezone(UTC).isoformat(timespec="milliseconds")
+    # The library tells a time without its nanoseconds, and by that finds the version before.
+    time = None if written is None else (written.astimezone(UTC) + timedelta(microseconds=1)).isoformat()
     version = TableVersion(address.written, str(dataset.version), None, time)
     columns = tuple((own.name, own.type) for own in dataset.schema)
     files = []

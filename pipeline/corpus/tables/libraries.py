@@ -3,15 +3,17 @@
 import importlib
 import re
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import ModuleType
+from typing import Any
 
 from pipeline.addresses import hide_credentials
 from pipeline.corpus.source_files import unreadable
 from pipeline.errors import CorpusError, PromptBankError
+from pipeline.settings import CatalogSettings
 
 _ADDRESS = re.compile(r"(delta|lance|iceberg)(?:\+([A-Za-z0-9]+))?://(.+)", re.DOTALL)
 _NUMBER = re.compile(r"\d+")
@@ -40,6 +42,23 @@ class TableAddress:
     def moment(self) -> datetime:
         """The version where it is a time; without a zone, it is UTC."""
         return utc_moment(self.version or "")
+
+
+@dataclass(frozen=True)
+class Lake:
+    """Iceberg's catalogs by name, and the open tables: each is opened once, so that all splits read one version.
+
+    A table holds its log in memory; a run drops its lake when every task is planned.
+    """
+
+    catalogs: Mapping[str, CatalogSettings] = field(default_factory=dict)
+    _opened: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, address: Hashable, load: Callable[[], Any]) -> Any:
+        """What `load` gave for the address first. Raises: what it raises, and then the next one tries again."""
+        if address not in self._opened:
+            self._opened[address] = load()
+        return self._opened[address]
 
 
 def table_address(path: str) -> TableAddress | None:

@@ -11,6 +11,7 @@ from pipeline.corpus.reading import read_texts, read_units
 from pipeline.corpus.rows import row_identities
 from pipeline.corpus.source_files import ParquetSource
 from pipeline.corpus.sources import open_split_source
+from pipeline.corpus.tables.libraries import Lake
 from pipeline.corpus.tally import tally_rows
 from pipeline.corpus.values import column_texts
 from pipeline.settings import CatalogSettings, SplitSettings
@@ -22,7 +23,7 @@ Rows = Counter[tuple[str | None, ...]]
 def open_rows(path: str | Mapping[str, Any], catalogs: Any = None) -> ParquetSource:
     split = path if isinstance(path, str) else SplitSettings(**path)
     named = {name: CatalogSettings(**properties) for name, properties in (catalogs or {}).items()}
-    return open_split_source(split, HERE, named)
+    return open_split_source(split, HERE, Lake(named))
 
 
 def read_rows(source: ParquetSource, columns: Sequence[str]) -> Rows:

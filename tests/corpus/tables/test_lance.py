@@ -105,6 +105,7 @@ def test_a_version_is_named_by_its_number_or_by_a_time(tmp_path: Path) -> None:
         (table,) = source.tables
         assert (table.version, table.address) == (str(number + 1), f"lance://{tmp_path}/t")
         assert {text[0] for (text,) in read_rows(source, ["text"])} == {str(number)}
+        assert open_rows(f"lance://{tmp_path}/t@{table.time}").tables == (table,), "its time finds it again"
     assert open_rows(f"lance://{tmp_path}/t@2999-01-01T00:00:00Z").tables[0].version == "3"
     for address, reason in [
         ("t@9", "version 9 of lance"),

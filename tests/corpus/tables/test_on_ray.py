@@ -12,8 +12,9 @@ import pytest
 import ray
 from deltalake import DeltaTable, write_deltalake
 
-from pipeline.corpus import TaskCorpus, TokenizerSpec, prepare_task
+from pipeline.corpus import TaskCorpus, TokenizerSpec, check_task, prepare_task, prepare_tasks
 from pipeline.corpus.source_files import TableVersion
+from pipeline.corpus.tables.libraries import Lake
 from pipeline.errors import CorpusError
 from pipeline.settings import CatalogSettings, TaskSettings
 from tests.corpus.tables.delta_log import delete_by_vector
@@ -37,7 +38,8 @@ def prepared(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> C
     storage = tmp_path_factory.mktemp("storage")
 
     def prepare(train: Any, catalogs: Any = None, **task: Any) -> TaskCorpus:
-        return prepare_task("x", TaskSettings(train=train, dev_fraction=0.3, **task), spec, storage, catalogs=catalogs)
+        settings = TaskSettings(train=train, dev_fraction=0.3, **task)
+        return prepare_task("x", settings, spec, storage, lake=Lake(catalogs or {}))
 
     prepare.folders = lambda: {path.name for path in (storage / "token_shards").glob("[!.]*")}  # type: ignore[attr-defined]
     return prepare
@@ -116,6 +118,25 @@ def test_a_filter_that_leaves_no_row_is_one_sentence(tmp_path: Path, prepared: C
     assert sum(counts["ok"] for counts in some.counts.values()) == 11
     first = prepared({**train, "where": "text like 'a good film number 1%'", "limit": 5})
     assert sum(counts["ok"] for counts in first.counts.values()) == 5
+
+
+def test_a_run_reads_one_version_of_a_table_though_others_write_to_it(tmp_path: Path, tokenizer_dir: Path) -> None:
+    spec = TokenizerSpec(str(tokenizer_dir), "digest of the tokenizer", "decoder-only")
+    write_deltalake(tmp_path / "delta", ROWS)
+    train = {"path": f"delta://{tmp_path}/delta", "where": "text < 'a good film number 3'"}
+    dev = {"path": f"delta://{tmp_path}/delta", "where": "text >= 'a good film number 3'"}
+    lake = Lake()
+    tasks = {name: TaskSettings(train=train, dev=dev) for name in ("first", "second")}
+    plans = {}
+    for name, task in tasks.items():
+        plans[name] = check_task(name, task, lake)
+        write_deltalake(tmp_path / "delta", ROWS, mode="append")
+    prepared = prepare_tasks(tasks, plans, spec, tmp_path / "storage")
+    for corpus in prepared.values():
+        assert isinstance(corpus, TaskCorpus)
+        assert {table.version for tables in corpus.tables.values() for table in tables} == {"0"}
+        assert sum(counts["ok"] for counts in corpus.counts.values()) == len(ROWS)
+    assert check_task("next night", tasks["first"], Lake()).sources["train"].tables[0].version == "2"
 
 
 def test_a_table_that_is_replaced_while_workers_read_is_one_sentence(
