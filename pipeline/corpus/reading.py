@@ -14,7 +14,7 @@ from pyarrow import fs
 from pipeline.corpus.class_names import UnnamedClassError, named_texts
 from pipeline.corpus.pages import PageHeaderError
 from pipeline.corpus.read_steps import STREAM_BUFFER, OversizedPageError, rows_per_step
-from pipeline.corpus.row_view import Mask, unpack_deleted, viewed
+from pipeline.corpus.row_view import FilterError, Mask, unpack_deleted, viewed
 from pipeline.corpus.source_files import ParquetSource, SourceFile, of_its_store, one_line, unreadable
 from pipeline.corpus.values import column_texts, fraction_error
 from pipeline.errors import CorpusError
@@ -158,6 +158,8 @@ def _in_one_sentence(filesystem: fs.FileSystem, file: SourceFile, where: str) ->
         raise CorpusError(f"{where}: {file.path} holds text that is not UTF-8; write it again as UTF-8") from error
     except CorpusError:
         raise
+    except FilterError as error:
+        raise CorpusError(f"{where}: {file.path} holds values to which {error}; fix 'where'") from error
     except MemoryError as error:  # Arrow's own memory error is one, too
         raise CorpusError(
             f"{where}: the memory did not suffice to read {file.path} ({one_line(error) or 'no more was given'}); "

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.corpus.source_files import one_line
 from pipeline.corpus.values import is_text, plain_type
 
 Mask = npt.NDArray[np.bool_]
@@ -28,6 +29,10 @@ class RowFilter:
     """None where the file's own library filters."""
     takes_nan: bool = False
     """Whether it is true of NaN, which statistics leave out."""
+
+
+class FilterError(ValueError):
+    """A filter cannot be applied to values that a file holds."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ def viewed(
     """Batches of stored columns -> batches of the columns that templates call `names`, without the rows that are gone.
 
     types: the corpus' columns. deleted: [rows of all batches].
-    Raises: ArrowInvalid when a value does not fit the table's type.
+    Raises: ArrowInvalid when a value does not fit the table's type; FilterError when the filter does not fit a value.
     """
     type_of, left, seen = dict(view.types_of(types)), view.take, 0
     for batch in batches:
@@ -103,7 +108,7 @@ def viewed(
         if deleted is not None:
             columns = columns.filter(pa.array(~deleted[seen - batch.num_rows : seen]))
         if view.where is not None and view.where.expression is not None:
-            columns = columns.filter(view.where.expression)
+            columns = _filtered(columns, view.where)
         if left is not None:
             columns = columns.slice(0, left)
             left -= columns.num_rows
@@ -112,6 +117,13 @@ def viewed(
             yield pa.RecordBatch.from_arrays(found, list(names) if names else columns.schema.names)
         if left == 0:
             return
+
+
+def _filtered(columns: pa.RecordBatch, where: RowFilter) -> pa.RecordBatch:
+    try:
+        return columns.filter(where.expression)
+    except (pa.ArrowException, ValueError) as error:
+        raise FilterError(f"the filter {where.text!r} cannot be applied ({one_line(error)})") from error
 
 
 def _columns(

@@ -52,7 +52,7 @@ def parse_where(text: str, columns: Mapping[str, pa.DataType], where: str, of_ic
         return RowFilter(
             text, named, arrow.expression_to_pyarrow(bound, schema), _takes_nan(parsed, columns, expressions)
         )
-    except (TypeError, ValueError, pa.ArrowException) as error:
+    except Exception as error:  # pyiceberg has errors of its own for types that Iceberg lacks
         raise CorpusError(
             f"{where}: the filter {text!r} does not fit the columns' types ({one_line(error)[:200]}); fix 'where'"
         ) from error
@@ -81,10 +81,14 @@ def without_hopeless_groups(filesystem: fs.FileSystem, file: SourceFile, wanted:
 
 
 def _filtered_type(kind: pa.DataType) -> pa.DataType:
-    """The type that a filter compares: Iceberg knows no unsigned numbers, and no kinds of texts."""
+    """The type that a filter compares: Iceberg knows no unsigned numbers, no kinds of texts, and one kind of times."""
     kind = plain_type(kind)
     if is_text(kind):
         return pa.string()
+    if pa.types.is_uint64(kind):  # the only integers that a long cannot hold
+        return pa.decimal128(20, 0)
+    if pa.types.is_time(kind):
+        return pa.time64("us")
     if pa.types.is_integer(kind):
         return pa.int64()
     return pa.float32() if pa.types.is_float16(kind) else kind

@@ -1,7 +1,7 @@
 """Everything that can be checked before anything is trained: what `--plan` shows, and a run does first."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,9 @@ from pipeline.run.bank import find_bank
 from pipeline.run.teachers import check_words
 from pipeline.settings import RunSettings, Settings, TaskSettings
 from pipeline.whole_files import check_folder
+
+_OTHER_MAPS = 4096
+"""Of a rank's libraries, its heap and the model's weights."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def check_run(settings: Settings, new_backbone: bool = False, publishes: bool = 
         except PromptBankError as error:
             refused[name] = error
     refuse_or_skip(settings, refused)
+    check_maps(plans.values())
     int8 = settings.model.weights == "int8"
     weights = open_weights(files, build_skeleton(config, int8=False))
     identity = identify(settings.model.path, config, tokenizer, weights, settings.model.weights)
@@ -116,6 +120,21 @@ def check_storage(run: RunSettings) -> None:
         raise SettingsError(f"run.storage {run.storage}: must be a folder that every node sees, not a URI")
     folder = Path(run.storage).expanduser().resolve() / run.name
     check_folder(folder, f"run.storage {run.storage}", "name a folder that every node can write")
+
+
+def check_maps(plans: Collection[TaskPlan], limit: Path = Path("/proc/sys/vm/max_map_count")) -> None:
+    """A rank maps the shard of every source file, and Linux allows a process so many maps. Raises: SettingsError."""
+    files = [len(source.files) for plan in plans for source in plan.sources.values()]
+    files += [len(plan.sources["train"].files) for plan in plans if plan.dev_fraction is not None]  # mapped for dev too
+    try:
+        most = int(limit.read_text())
+    except (OSError, ValueError):  # another system
+        return
+    if sum(files) > most - _OTHER_MAPS:
+        raise SettingsError(
+            f"tasks: their corpora lie in {sum(files)} files, each of which a rank maps, and a process here may have "
+            f"{most} maps; compact the corpora into fewer files, or raise vm.max_map_count on every node"
+        )
 
 
 def _check_bank(uri: str, publishes: bool) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from pipeline.backbone.files import find_model, read_tokenizer
 from pipeline.errors import BackboneError, BankError, CorpusError, PromptBankError, SettingsError, StorageError
-from pipeline.run.checks import check_run
+from pipeline.run.checks import check_maps, check_run
 from pipeline.run.job import run_job
 from pipeline.run.stages import make_run_folder
 from pipeline.run.terminal import ending_in_a_sentence
@@ -63,6 +63,17 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_done_and_r
         check_run(parse_settings(project, [f"{key}={place}"]))
     assert ended.value.exit_code == code
     assert f"{key} {place}: " in capsys.readouterr().err
+
+
+def test_more_files_than_a_process_may_map_are_refused_by_the_plan(project, tmp_path):
+    plans = check_run(parse_settings(project, [])).plans
+    limit = tmp_path / "max_map_count"
+    limit.write_text("65530\n")
+    check_maps(plans.values(), limit)
+    limit.write_text("4097\n")
+    with pytest.raises(SettingsError, match=r"lie in \d+ files, .* 4097 maps; compact the corpora .*max_map_count"):
+        check_maps(plans.values(), limit)
+    check_maps(plans.values(), tmp_path / "of no Linux")
 
 
 @pytest.mark.parametrize("place", ["s3://bucket/runs", "/etc/passwd"])

@@ -2,6 +2,7 @@
 
 import datetime
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,45 @@ def test_hive_folders_and_class_names_can_be_filtered_and_renamed(tmp_path: Path
 def test_a_filter_that_is_none_is_one_sentence(places: dict[str, str], kind: str, text: str, reason: str) -> None:
     with pytest.raises(CorpusError, match=f"^{HERE}: .*{reason}.*fix 'where'") as refused:
         _open(places, kind, where=text)
+    assert "\n" not in str(refused.value)
+
+
+UNUSUAL = {
+    "number": pa.array([2**64 - 1, 3], pa.uint64()),
+    "time": pa.array([1, 2], pa.time32("s")),
+    "name": pa.array(["x", "y"]).dictionary_encode(),
+    "half": pa.array([1.5, 2.5], pa.float32()).cast(pa.float16()),
+    "span": pa.array([1, 2], pa.duration("s")),
+    "price": pa.array([Decimal(1), Decimal(2)], pa.decimal256(60, 2)),
+    "list": pa.array([[1], [2]]),
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("number > 5", ["a"]),
+        (f"number = {2**64 - 1}", ["a"]),
+        ("number != 3", ["a"]),
+        ("time = '00:00:02'", ["b"]),
+        ("name = 'x'", ["a"]),
+    ],
+)
+def test_a_filter_takes_its_rows_also_of_types_that_iceberg_lacks(tmp_path: Path, text: str, rows: list[str]) -> None:
+    column = text.split()[0]
+    pq.write_table(pa.table({"text": ["a", "b"], column: UNUSUAL[column]}), tmp_path / "a.parquet")
+    found = read_rows(open_rows({"path": str(tmp_path / "a.parquet"), "where": text}), ["text"])
+    assert [row for (row,) in found.elements()] == rows
+
+
+@pytest.mark.parametrize("text", ["half > 2", "span > 1", "price > 1", "list = 1"])
+def test_a_filter_that_cannot_be_applied_to_a_column_is_one_sentence_about_the_filter(
+    tmp_path: Path, text: str
+) -> None:
+    column = text.split()[0]
+    pq.write_table(pa.table({"text": ["a", "b"], column: UNUSUAL[column]}), tmp_path / "a.parquet")
+    with pytest.raises(CorpusError, match=f"^{HERE}: .*the filter {text!r} .*; fix 'where'$") as refused:
+        read_rows(open_rows({"path": str(tmp_path / "a.parquet"), "where": text}), ["text"])
     assert "\n" not in str(refused.value)
 
 
