@@ -7,9 +7,10 @@ import lance
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
+from pyiceberg.catalog import load_catalog
 
 from pipeline.corpus.tables.libraries import table_address
-from tests.corpus.tables.rows import Rows, open_rows, read_rows
+from tests.corpus.tables.rows import Rows, library_rows, open_rows, read_rows
 
 if TYPE_CHECKING:
     from tests.bank.s3_server import S3Server
@@ -40,6 +41,28 @@ def test_delta_and_lance_are_read_from_an_object_store(
     assert now.tables[0].address == f"delta+s3://{place}/delta{where}"
     assert read_rows(open_rows(f"delta+s3://{place}/delta@0{where}"), ["text", "lang"]) == expected
     assert read_rows(open_rows(f"lance+s3://{place}/lance@1{where}"), ["text", "lang"]) == expected
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("kind", ["glue", "sql"])
+def test_an_iceberg_table_in_an_object_store_is_read_by_glue_and_by_a_sql_catalog(
+    s3: "S3Server", tmp_path: Path, kind: str
+) -> None:
+    of_kind = {
+        "glue": {"glue.endpoint": s3.endpoint, "glue.region": "us-east-1"},
+        "sql": {"uri": f"sqlite:///{tmp_path}/catalog.db"},
+    }
+    store = {"s3.endpoint": s3.endpoint, "s3.region": "us-east-1", "warehouse": s3.new_uri()}
+    properties = {"type": kind, **of_kind[kind], **store}
+    catalog = load_catalog("prod", **properties)
+    catalog.create_namespace("sales")
+    rows = pa.table({"text": [f"text {i}" for i in range(20)], "lang": ["en gb", "de"] * 10})
+    table = catalog.create_table("sales.reviews", schema=rows.schema)
+    table.append(rows)
+    table.delete("text = 'text 3'")
+    found = read_rows(open_rows("iceberg://prod/sales.reviews", {"prod": properties}), ["text", "lang"])
+    assert found == library_rows(table.scan().to_arrow(), ["text", "lang"])
+    assert found.total() == 19
 
 
 @pytest.mark.parametrize(
