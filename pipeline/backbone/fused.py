@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.backbone.gpu import attention as gpu_attention
 from pipeline.backbone.int8 import int8_gated_layer, multiplies_in_int8
 from pipeline.backbone.native import attention as native_attention
 from pipeline.backbone.native import rows as native
@@ -98,9 +99,11 @@ class RotaryAttention(nn.Module):
         """`[1, N, H]` -> `[1, N, H]`, and no attention weights."""
         # Without a packed run this is transformers' own pass, with its own cache and mask.
         run = current_run()
-        if run is None or not run.kernels or not native.supports(hidden_states) or run.biases(rest["attention_mask"]):
-            return self._usual[0](hidden_states, position_embeddings=position_embeddings, **rest)
         usual = self._usual[0]
+        on_gpu = gpu_attention.supports(hidden_states, usual.head_dim)
+        supported = run is not None and run.kernels and (on_gpu or native.supports(hidden_states))
+        if run is None or not supported or run.biases(rest["attention_mask"]):
+            return usual(hidden_states, position_embeddings=position_embeddings, **rest)
         # A view, made once: the layers quantise what they share once, and no gradient is copied into a larger one.
         x = hidden_states.flatten(0, 1)
         q, k, v = (
@@ -108,9 +111,14 @@ class RotaryAttention(nn.Module):
         )
         if hasattr(usual, "q_norm"):
             q, k = usual.q_norm(q), usual.k_norm(k)
+        rotation = run.layout.rotation(position_embeddings)
+        if on_gpu:
+            q, k = gpu_attention.rotate(q, k, rotation)
+            k, v = run.with_given(usual.layer_idx, k, v)
+            turned = gpu_attention.attend(q, k, v, usual.scaling, run.layout.tables)
+            return usual.o_proj(turned.flatten(1))[None], None
         # Given keys are rotated already, which the kernel knows by their number.
         k, v = run.with_given(usual.layer_idx, k, v)
-        rotation = run.layout.rotation(position_embeddings)
         out = native_attention.attend(q, k, v, usual.scaling, run.layout.forest, rotation)
         return usual.o_proj(out.flatten(1))[None], None
 

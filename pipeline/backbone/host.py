@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from pipeline.backbone import gpu
 from pipeline.backbone.allocator import configure_allocator_for_loading
 from pipeline.backbone.embedding import embed_words
 from pipeline.backbone.files import Architecture, ModelFiles, architecture_of, embedding_rows, read_generation
@@ -202,6 +203,10 @@ def choose_way(
     model.partitioned = partitioned
     model.keeps_rows = model.keeps_prompts = False  # nothing is kept before it is proved
     proof = prove(hosted, model, device, dtype, gradients, on_all_ranks)
+    ways = {way: difference for way, difference in proof.differences.items() if way not in ("alone", proof.way)}
+    if ways and gpu.runs_on(device):  # a way may be refused for a kernel's sake, so it is tried once more without
+        gpu.give_up("; ".join(f"{way}: {difference}" for way, difference in ways.items()))
+        proof = prove(hosted, model, device, dtype, gradients, on_all_ranks)
     set_products(model, products, device)
     if proof.way is None:
         found = "; ".join(f"{way}: {difference}" for way, difference in proof.differences.items())

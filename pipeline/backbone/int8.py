@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
+from pipeline.backbone import gpu
+from pipeline.backbone.gpu import rows as gpu_rows
 from pipeline.backbone.native import products
 from pipeline.backbone.native import rows as native
 
@@ -421,6 +423,8 @@ def _quantize(x: Tensor, kernels: bool, columns: Tensor | None = None) -> tuple[
     """
     if kernels:
         return native.quantize_activations(x, columns)
+    if gpu.runs_on(x.device):
+        return gpu_rows.quantize_activations(x, _SMALLEST, columns)
     x = x.float() if columns is None else x * columns
     scale = x.abs().amax(-1, keepdim=True).clamp_min_(_SMALLEST) / _LEVELS
     return (x / scale).round_().to(torch.int8), scale
@@ -441,6 +445,8 @@ def _rescale(product: Tensor, row_scale: Tensor, columns: Tensor | None, kernels
     """Int32 `[N, O]` -> float32 `[N, O]`."""
     if kernels:
         return native.rescale(product, row_scale, columns)
+    if gpu.runs_on(product.device):
+        return gpu_rows.rescale(product, row_scale, columns)
     # In place and in float: torch is many times slower with mixed types.
     y = product.float()
     return (y if columns is None else y.mul_(columns)).mul_(row_scale)

@@ -28,6 +28,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from pipeline.backbone import packed_attention
+from pipeline.backbone.gpu import attention as gpu_attention
 from pipeline.backbone.native import attention as native_attention
 from pipeline.backbone.output import layers_of
 from pipeline.backbone.rows import PromptState
@@ -59,7 +60,7 @@ class Layout:
         """Index of each segment's first token; given segments lie at -G to -1, before all that run."""
         return self.segments.starts
 
-    # There is no `[N, N]` mask: most of its entries would say "another row". The two forms below list for each segment
+    # There is no `[N, N]` mask: most of its entries would say "another row". The forms below list for each segment
     # only what it attends to. Each is made once a batch and serves every layer.
 
     @cached_property
@@ -73,6 +74,10 @@ class Layout:
             cosine, sine = (part[0, :, : part.shape[-1] // 2].float().contiguous() for part in embeddings)
             self._rotations[id(embeddings[0])] = (embeddings[0], (cosine, sine))  # kept, so that no other gets its id
         return self._rotations[id(embeddings[0])][1]
+
+    @cached_property
+    def tables(self) -> gpu_attention.Tables:
+        return gpu_attention.make_tables(self.segments, self.device)
 
     @cached_property
     def forest(self) -> native_attention.Forest:
@@ -239,6 +244,8 @@ def _attend(
     plain = biases is None and softcap is None and s_aux is None and k.shape[-1] == v.shape[-1]
     if run.kernels and plain and native_attention.supports(q, k, v):
         return native_attention.attend(q, k, v, scaling, layout.forest)[None], None
+    if run.kernels and plain and gpu_attention.supports(q, q.shape[-1]):
+        return gpu_attention.attend(q, k, v, scaling, layout.tables)[None], None
     scores = packed_attention.Scores(biases, softcap, s_aux)
     return packed_attention.attend(q * scaling, k, v, layout.levels, scores)[None], None
 
