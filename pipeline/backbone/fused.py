@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.backbone import gpu
 from pipeline.backbone.gpu import attention as gpu_attention
+from pipeline.backbone.gpu import rows as gpu_rows
 from pipeline.backbone.int8 import int8_gated_layer, multiplies_in_int8
 from pipeline.backbone.native import attention as native_attention
 from pipeline.backbone.native import rows as native
@@ -45,6 +47,9 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., H]` -> `[..., H]`."""
+        if self.kernels and gpu.runs_on(x.device):
+            of_gpu: Tensor = gpu_rows.RmsNormFunction.apply(x, self.weight, self.epsilon, self.plus_one, self.wide)
+            return of_gpu
         weight: Tensor = self.weight
         if self.wide:
             weight = weight.float()
@@ -76,7 +81,8 @@ class GatedMlp(nn.Module):
         # Looked up each time: they may have been replaced.
         layers: list[Any] = [self._modules[name] for name in self._names]
         gate_proj, up_proj, down_proj = layers
-        if self.kernels and native.supports(x) and all(map(multiplies_in_int8, layers)):
+        supported = native.supports(x) or gpu.runs_on(x.device)
+        if self.kernels and supported and all(map(multiplies_in_int8, layers)):
             return int8_gated_layer(x, gate_proj, up_proj, down_proj, self.activation)
         gate, up = gate_proj(x), up_proj(x)
         if self.kernels and native.supports(gate, up):

@@ -22,6 +22,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -361,36 +362,46 @@ def multiplies_in_int8(layer: nn.Module) -> bool:
 
 
 def int8_gated_layer(x: Tensor, gate: Int8Linear, up: Int8Linear, down: Int8Linear, activation: str) -> Tensor:
-    """`down(activation(gate(x)) * up(x))` of float32 x `[..., H]`, by the same arithmetic as the layers one by one.
+    """`down(activation(gate(x)) * up(x))` of x `[..., H]`, by the same arithmetic as the layers one by one.
 
-    Between the products each row is activated and quantised while it is in the cache, in both directions.
+    Between the products each row is activated and quantised while it is in the cache, in both directions. On a CPU x is
+    float32.
     """
-    y: Tensor = _Int8Gated.apply(x, *_quantized(x, kernels=True), (gate, up, down), activation)
+    kernels = native.supports(x)  # else those of a GPU
+    y: Tensor = _Int8Gated.apply(x, *_quantized(x, kernels), (gate, up, down), activation, kernels)
     return y.view(*x.shape[:-1], -1)
 
 
 class _Int8Gated(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, rows: Tensor, row_scale: Tensor, layers: tuple[Int8Linear, ...], activation: str
+        ctx: Any,
+        x: Tensor,
+        rows: Tensor,
+        row_scale: Tensor,
+        layers: tuple[Int8Linear, ...],
+        activation: str,
+        kernels: bool,
     ) -> Tensor:
         # References to parameters, as in `_Matrix`.
-        ctx.weights = [layer._parameters["weight"] for layer in layers]
-        ctx.scales, ctx.activation, ctx.shape = [layer.scale for layer in layers], activation, x.shape
-        gate, up = (_rescaled_product(rows, row_scale, ctx.weights[i], ctx.scales[i], True) for i in (0, 1))
+        ctx.weights, ctx.scales = [layer._parameters["weight"] for layer in layers], [layer.scale for layer in layers]
+        ctx.activation, ctx.shape, ctx.kernels = activation, x.shape, kernels
+        gate, up = (_rescaled_product(rows, row_scale, ctx.weights[i], ctx.scales[i], kernels) for i in (0, 1))
         ctx.save_for_backward(gate, up)
-        inner, inner_scale = native.gated_rows(gate, up, activation)
-        return _rescaled_product(inner, inner_scale, ctx.weights[2], ctx.scales[2], True)
+        gated = native.gated_rows if kernels else partial(gpu_rows.gated_rows, smallest=_SMALLEST)
+        inner, inner_scale = gated(gate, up, activation)
+        return _rescaled_product(inner, inner_scale, ctx.weights[2], ctx.scales[2], kernels).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         of_gate, of_up, of_down = ctx.scales
-        rows, row_scale = native.quantize_activations(grads[0], of_down)
-        inner = _rescaled_product(rows, row_scale, ctx.weights[2], None, True)
-        found = native.gated_gradients(inner, gate, up, (of_gate, of_up), ctx.activation)
-        dx, more = (_rescaled_product(*found[i], ctx.weights[i], None, True) for i in (0, 1))
-        return dx.add_(more).view(ctx.shape), *(None,) * 4
+        rows, row_scale = _quantize(grads[0], ctx.kernels, of_down)
+        inner = _rescaled_product(rows, row_scale, ctx.weights[2], None, ctx.kernels)
+        gradients = native.gated_gradients if ctx.kernels else partial(gpu_rows.gated_gradients, smallest=_SMALLEST)
+        found = gradients(inner, gate, up, (of_gate, of_up), ctx.activation)
+        dx, more = (_rescaled_product(*found[i], ctx.weights[i], None, ctx.kernels) for i in (0, 1))
+        return dx.add_(more).view(ctx.shape).to(grads[0].dtype), *(None,) * 5
 
 
 @dataclass(frozen=True)

@@ -95,15 +95,16 @@ class _PackedAttention(torch.autograd.Function):
 
         q, k, v, out, log_sums = ctx.saved_tensors
         tables, grad = ctx.tables, grads[0].contiguous()
-        shares = (out.float() * grad).sum(-1)
+        shares = torch.empty_like(log_sums)  # the first kernel writes them, and the second one reads them
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         given = (q, k, v, grad, log_sums, shares)
         sides, tiles = _sides(q, k, ctx.scaling, tables), _tiles(q)
         queries = (tables.query_blocks.shape[1], q.shape[1])
-        attention_kernels.backward_queries[queries](*given, dq, *tables.query_blocks, *tables.segments, *sides, **tiles)
-        keys = (tables.key_blocks.shape[1], k.shape[1])
+        attention_kernels.backward_queries[queries](
+            *given, out, dq, *tables.query_blocks, *tables.segments, *sides, **tiles
+        )
         starts, sizes, _ = tables.segments
-        attention_kernels.backward_keys[keys](
+        attention_kernels.backward_keys[(tables.key_blocks.shape[1], k.shape[1])](
             *given, dk, dv, *tables.key_blocks, starts, sizes, tables.first_below, tables.below, *sides, **tiles
         )
         return dq, dk, dv, None, None

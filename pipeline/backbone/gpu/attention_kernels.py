@@ -70,12 +70,12 @@ def forward(
 
 @triton.jit
 def backward_queries(
-    q_pointer, k_pointer, v_pointer, grad_pointer, log_sums, shares, dq_pointer,
+    q_pointer, k_pointer, v_pointer, grad_pointer, log_sums, shares, out_pointer, dq_pointer,
     of_block, firsts, starts, sizes, parents,
     given, scaling, heads, key_heads,
     SIZE: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one block's queries for one head. `shares` `[N, A]` are the sums of output times gradient."""
+    """The gradient of one block's queries for one head; into `shares` `[N, A]` go the sums of output times gradient."""
     block, head = tl.program_id(0), tl.program_id(1)
     key_head = head // (heads // key_heads)
     own, first = tl.load(of_block + block), tl.load(firsts + block)
@@ -85,7 +85,9 @@ def backward_queries(
     q = _rows(q_pointer, tokens, heads, head, inside, SIZE, WIDE)
     grad = _rows(grad_pointer, tokens, heads, head, inside, SIZE, WIDE)
     log_sum = tl.load(log_sums + tokens.to(tl.int64) * heads + head, mask=inside, other=0.0)
-    share = tl.load(shares + tokens.to(tl.int64) * heads + head, mask=inside, other=0.0)
+    out = _rows(out_pointer, tokens, heads, head, inside, SIZE, WIDE)
+    share = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    tl.store(shares + tokens.to(tl.int64) * heads + head, share, mask=inside)
     dq = tl.zeros([M, WIDE], tl.float32)
     segment = own
     while segment >= 0:

@@ -13,9 +13,12 @@ from pipeline.backbone.gpu import attention_kernels, row_kernels
 
 INTEGERS = "given heads key_heads width"
 TABLES = "of_block firsts starts sizes parents first_below below"
-FLOATS = "scaling direction smallest"
-OF_ONE_TYPE = {"rows_pointer": "*i8", "product": "*i32"}
-IN_FLOAT32 = "log_sums shares cosine sine columns scales row_scales y_pointer"
+FLOATS = "scaling direction smallest epsilon"
+OF_ONE_TYPE = {"rows_pointer": "*i8", "gate_rows": "*i8", "up_rows": "*i8", "product": "*i32"}
+IN_FLOAT32 = (
+    "log_sums shares cosine sine columns scales row_scales y_pointer inverses "
+    "gates ups of_gate of_up gate_scales up_scales"
+)
 
 
 def compiled(kernel, kind: str, target: GPUTarget, constants: dict[str, int]) -> dict[str, int]:
@@ -47,6 +50,11 @@ def main(kind: str, size: int, capability: int) -> None:
     found["rotate"] = compiled(attention_kernels.rotate, kind, target, turned)
     for kernel in (row_kernels.quantize, row_kernels.rescale):
         found[kernel.__name__] = compiled(kernel, kind, target, {"SCALED": True, "BLOCK": 1024})
+    norm = {"PLUS_ONE": True, "BLOCK": 1024}
+    found["rms_norm"] = compiled(row_kernels.rms_norm, kind, target, norm | {"IN_FLOAT32": False})
+    found["rms_norm_backward"] = compiled(row_kernels.rms_norm_backward, kind, target, norm)
+    for kernel in (row_kernels.gated_rows, row_kernels.gated_gradients):
+        found[kernel.__name__] = compiled(kernel, kind, target, {"SILU": False, "BLOCK": 1024})
     print(json.dumps(found))
 
 
