@@ -49,6 +49,10 @@ class BankModels(OpenAIServingModels):
     def model_name(self, lora_request: LoRARequest | None = None) -> str:
         return _answering.get() or super().model_name(lora_request)
 
+    def names_of_vllm(self) -> tuple[str, ...]:
+        """Of the base model and of adapters, which answer before a task of the same name."""
+        return (*(model.name for model in self.base_model_paths), *self.lora_requests)
+
     def is_task(self, name: str | None) -> bool:
         """Whether a request of this name is the bank's to answer, or to refuse."""
         return bool(name) and not self.is_base_model(name) and name not in self.lora_requests
