@@ -281,6 +281,31 @@ def test_a_chat_of_more_or_less_than_a_row_is_a_bad_request(client, messages):
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("response_format", {"type": "json_object"}),
+        ("modalities", ["text", "audio"]),
+        ("logprobs", True),
+        ("n", 2),
+        ("temperature", 1),
+    ],
+)
+def test_a_chat_that_asks_for_more_than_a_greedy_answer_is_a_bad_request(client, name, value):
+    messages = [{"role": "user", "content": "good"}]
+    with pytest.raises(openai.BadRequestError, match=f"body.{name}: this service gives one greedy answer") as refused:
+        client.chat.completions.create(model="chat", messages=messages, **{name: value})
+    assert refused.value.param == name
+
+
+def test_settings_of_chats_that_ask_for_nothing_more_are_taken(client):
+    messages = [{"role": "user", "content": "good"}]
+    neutral = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"]}
+    given = client.chat.completions.create(model="chat", messages=messages, logprobs=False, top_logprobs=0, **neutral)
+    assert given.choices == client.chat.completions.create(model="chat", messages=messages).choices
+
+
+@pytest.mark.parametrize(
     ("error", "kind", "status", "sentence"),
     [
         (OverloadedError("7 requests wait"), "ServiceUnavailableError", 503, "7 requests wait"),
