@@ -25,6 +25,7 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
     401: {"model": bodies.OpenAIFailure, "description": "No token, or one that is not known"},
     404: {"model": bodies.OpenAIFailure, "description": "No such task, version or alias"},
     503: {"model": bodies.OpenAIFailure, "description": "Too many requests wait, or the bank cannot be read"},
+    "default": {"model": bodies.OpenAIFailure, "description": "Another failure"},  # else FastAPI tells of a 422
 }
 
 
