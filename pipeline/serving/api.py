@@ -91,7 +91,7 @@ def _add_views(api: FastAPI, service: Service) -> None:
         """Whether rows can be answered; it does not wait for the model."""
         return bodies.Health(version=service.snapshot().version, watch_error=service.watch_error())
 
-    @api.get("/metrics", response_class=Response)
+    @api.get("/metrics", response_class=Response, responses={401: _FAILURES[401]})
     async def metrics() -> Response:
         """Counters of this replica in Prometheus' text format."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
