@@ -29,6 +29,7 @@ _log = logging.getLogger("ray.serve")
 _VARIABLE = "PROMPT_BANK_TOKEN"
 _OPEN = "/healthz"
 _TOKEN = re.compile(r"[\x21-\x7e]+")
+_FORM = "is empty, or has a space or a sign that no header can carry"
 _LARGEST_FILE = 2**20
 _FileState: TypeAlias = tuple[int, ...]
 """What changes with a file's content; empty for a file that is not there."""
@@ -132,9 +133,6 @@ class AuthenticationMiddleware:
         )
         error = HTTPException(HTTPStatus.UNAUTHORIZED, told, {"WWW-Authenticate": known})
         await (await error_reply(HttpRequest(scope), error))(scope, receive, send)
-
-
-_FORM = "is empty, or has a space or a sign that no header can carry"
 
 
 def _digests(tokens: Sequence[bytes]) -> list[bytes]:
