@@ -6,7 +6,8 @@
          -d '{"rows": [{"task": "sentiment", "text": "wonderful"}]}'
 
 The service follows the bank's alias, and takes a new version without dropping a request. On SIGINT or
-SIGTERM it finishes the requests that it has and ends. It joins the Ray cluster at RAY_ADDRESS, or starts
+SIGTERM it finishes the requests that it has and ends. Beyond 127.0.0.1 it listens only for callers with a token, which
+PROMPT_BANK_TOKEN or --token-file names. It joins the Ray cluster at RAY_ADDRESS, or starts
 a Ray of its own. Exit codes: 0 ended by a signal, 2 bad input.
 """
 
@@ -34,6 +35,12 @@ def main(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     replicas: Annotated[int, typer.Option(help="Copies of the model.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    token_file: Annotated[
+        str | None, typer.Option(help="File of the tokens that are let in, one a line; else PROMPT_BANK_TOKEN is.")
+    ] = None,
+    no_authentication: Annotated[
+        bool, typer.Option("--no-authentication", help="Let everybody in who reaches the service.")
+    ] = False,
     watch_every: Annotated[float, typer.Option(help="Seconds between two checks of the alias.")] = 10.0,
     overrides: Annotated[
         list[str] | None,
@@ -43,7 +50,8 @@ def main(
     """Serve the prompts of a bank over HTTP until SIGINT or SIGTERM."""
     console = Console(soft_wrap=True, highlight=False)
     given = {
-        "bank": bank, "model": model, "alias": alias, "replicas": replicas, "device": device, "watch_every": watch_every
+        "bank": bank, "model": model, "alias": alias, "replicas": replicas, "device": device,
+        "watch_every": watch_every, "token_file": token_file, "no_authentication": no_authentication,
     }  # fmt: skip
     try:
         _serve(given | _parsed(overrides or []), host, port, console)

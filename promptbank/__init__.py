@@ -54,21 +54,25 @@ from pipeline.errors import (
 
 if TYPE_CHECKING:
     from pipeline.serving import PromptedModel, ServedBackbone, classify_ensemble, generate_ensemble, load_backbone
-    from pipeline.serving.api import Service, VersionedAnswers, make_api
-    from pipeline.serving.prompted_model import BatchAnswers
+    from pipeline.serving.api import make_api
+    from pipeline.serving.bank_tasks import BankTasks
+    from pipeline.serving.prompted_model import BatchAnswers, Completion
     from pipeline.serving.requests import Request
+    from pipeline.serving.service import Service, VersionedAnswers
     from pipeline.serving.service_metrics import ServiceMetrics
     from pipeline.serving.service_settings import ServiceSettings
 
 _LAZY = {
+    "BankTasks": "pipeline.serving.bank_tasks",
     "BatchAnswers": "pipeline.serving.prompted_model",
+    "Completion": "pipeline.serving.prompted_model",
     "PromptedModel": "pipeline.serving",
     "Request": "pipeline.serving.requests",
     "ServedBackbone": "pipeline.serving",
-    "Service": "pipeline.serving.api",
+    "Service": "pipeline.serving.service",
     "ServiceMetrics": "pipeline.serving.service_metrics",
     "ServiceSettings": "pipeline.serving.service_settings",
-    "VersionedAnswers": "pipeline.serving.api",
+    "VersionedAnswers": "pipeline.serving.service",
     "classify_ensemble": "pipeline.serving",
     "generate_ensemble": "pipeline.serving",
     "load_backbone": "pipeline.serving",
@@ -80,9 +84,11 @@ __all__ = [
     "BackboneError",
     "BackboneId",
     "BankError",
+    "BankTasks",
     "BatchAnswers",
     "CarriedPrompt",
     "CollectedFiles",
+    "Completion",
     "CorpusError",
     "DivergedError",
     "LeaseError",

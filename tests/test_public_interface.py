@@ -23,8 +23,8 @@ ERRORS = """
     UnreachableError
 """
 SERVING = """
-    BatchAnswers PromptedModel Request ServedBackbone Service ServiceMetrics ServiceSettings VersionedAnswers
-    classify_ensemble generate_ensemble load_backbone make_api
+    BankTasks BatchAnswers Completion PromptedModel Request ServedBackbone Service ServiceMetrics ServiceSettings
+    VersionedAnswers classify_ensemble generate_ensemble load_backbone make_api
 """
 
 # Opens, reads and publishes; then tells which heavy packages were imported.

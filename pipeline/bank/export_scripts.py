@@ -1,10 +1,12 @@
 """What lies beside an exported prompt and runs without this package: scripts that ask a server, and PEFT's README.
 
-A script is one text with three places for what a prompt brings along: its constants, how a row becomes token ids, and
-how an answer ends. Shapes: P prompt tokens, T tokens, H hidden, B rows, V vocabulary.
+A script is one text with places for what a prompt brings along: its constants, how a row becomes token ids, and how an
+answer ends. All of them read a row alike. Shapes: P prompt tokens, T tokens, H hidden, B rows, V vocabulary.
 """
 
 import json
+from collections.abc import Sequence
+from string import Formatter
 from typing import Any
 
 from pipeline.bank.manifest import FIXED_DAY, PromptRecord
@@ -45,9 +47,12 @@ def peft_readme(prompt: Prompt, base_model: str) -> bytes:
 def _template(record: PromptRecord) -> dict[str, Any]:
     template = record.template
     if template.chat is None:
-        return {"TEMPLATE": template.input, "SEPARATOR": template.separator}
+        columns = _columns([template.input])
+        return {"TEMPLATE": template.input, "COLUMNS": columns, "SEPARATOR": template.separator}
+    messages = json.loads(template.input)
     return {
-        "MESSAGES": json.loads(template.input),
+        "MESSAGES": messages,
+        "COLUMNS": _columns([message["content"] for message in messages]),
         "OPTIONS": dict(template.chat.options),
         "LEAD": template.chat.lead,
         "END": template.chat.end,
@@ -55,6 +60,12 @@ def _template(record: PromptRecord) -> dict[str, Any]:
         "CHAT_TEMPLATE": template.chat.template,
         "FIXED_DAY": FIXED_DAY,
     }
+
+
+def _columns(templates: Sequence[str]) -> list[str]:
+    """The columns that templates name, in their order."""
+    named = [column for template in templates for _, column, _, _ in Formatter().parse(template) if column is not None]
+    return list(dict.fromkeys(named))
 
 
 def _labels(record: PromptRecord) -> dict[str, Any]:
@@ -66,8 +77,8 @@ def _labels(record: PromptRecord) -> dict[str, Any]:
 
 def _script(text: str, constants: dict[str, Any], input_ids: str = "") -> bytes:
     lines = "\n".join(f"{name} = {value!r}" for name, value in constants.items())
-    # The constants come last: a template may hold any word.
-    return text.replace("INPUT_IDS", input_ids.strip()).replace("CONSTANTS", lines).encode()
+    parts = text.replace("READ_ROW", READ_ROW.strip()).replace("INPUT_IDS", input_ids.strip())
+    return parts.replace("CONSTANTS", lines).encode()  # last, for a template may hold any word
 
 
 ASK_VLLM = '''\
@@ -88,9 +99,7 @@ from safetensors.torch import load_file
 CONSTANTS
 
 
-def filled(template, row):
-    pieces = Formatter().parse(template)
-    return "".join(literal + ("" if column is None else str(row[column])) for literal, column, _, _ in pieces)
+READ_ROW
 
 
 INPUT_IDS
@@ -140,10 +149,10 @@ def main():
     options = parser.parse_args()
     if options.scores and not LABELS:
         parser.error("--scores: this prompt has no labels, or was tuned on a chat")
+    row = given_row(options.columns, parser)
     from transformers import AutoTokenizer
     from vllm import LLM, SamplingParams
 
-    row = dict(column.split("=", 1) for column in options.columns)
     tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
     ids, dtype = input_ids(row, tokenizer), getattr(torch, options.dtype)
     llm = LLM(model=options.model, dtype=options.dtype, enable_prompt_embeds=True)
@@ -166,6 +175,22 @@ if __name__ == "__main__":
     main()
 '''
 
+
+READ_ROW = """
+def given_row(words, parser):
+    row = dict(word.partition("=")[::2] for word in words)
+    broken = next((word for word in words if "=" not in word), None)
+    if broken is not None or not row.keys() >= set(COLUMNS):
+        wanted = " ".join(f"{column}=TEXT" for column in COLUMNS)
+        found = f"'{broken}' is no COLUMN=TEXT" if broken is not None else f"given: {', '.join(row) or 'none'}"
+        parser.exit(2, f"error: give every column that this prompt needs, {wanted} ({found})\\n")
+    return row
+
+
+def filled(template, row):
+    pieces = Formatter().parse(template)
+    return "".join(literal + ("" if column is None else str(row[column])) for literal, column, _, _ in pieces)
+"""
 
 TEXT_IDS = """
 def input_ids(row, tokenizer):
@@ -217,9 +242,7 @@ import numpy as np
 CONSTANTS
 
 
-def filled(template, row):
-    pieces = Formatter().parse(template)
-    return "".join(literal + ("" if column is None else str(row[column])) for literal, column, _, _ in pieces)
+READ_ROW
 
 
 def run(llm, first, vectors=None, ids=None):
@@ -284,7 +307,7 @@ def main():
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("columns", nargs="*", metavar="COLUMN=TEXT")
     options = parser.parse_args()
-    row = dict(column.split("=", 1) for column in options.columns)
+    row = given_row(options.columns, parser)
     print(answer(row, open_model(options.model, options.context, options.threads), options.max_tokens))
 
 
@@ -313,9 +336,7 @@ from safetensors import safe_open
 CONSTANTS
 
 
-def filled(template, row):
-    pieces = Formatter().parse(template)
-    return "".join(literal + ("" if column is None else str(row[column])) for literal, column, _, _ in pieces)
+READ_ROW
 
 
 INPUT_IDS
@@ -351,9 +372,9 @@ def main():
     parser.add_argument("--max-tokens", type=int, default=64, help="longest answer")
     parser.add_argument("columns", nargs="*", metavar="COLUMN=TEXT")
     options = parser.parse_args()
+    row = given_row(options.columns, parser)
     from transformers import AutoTokenizer
 
-    row = dict(column.split("=", 1) for column in options.columns)
     tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
     body = json.dumps(request(row, options.model, tokenizer, options.max_tokens)).encode()
     asked = urllib.request.Request(f"{options.url}/generate", body, {"Content-Type": "application/json"})

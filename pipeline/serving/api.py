@@ -2,87 +2,46 @@
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, Generic, Protocol
+from typing import Any
 
 from fastapi import FastAPI, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipeline.bank import Snapshot
 from pipeline.corpus.chat import recorded_input
-from pipeline.errors import (
-    CorpusError,
-    NoLabelsError,
-    OverloadedError,
-    PromptBankError,
-    RowTooLongError,
-    UnknownTaskError,
-)
+from pipeline.errors import PromptBankError
 from pipeline.serving import bodies
-from pipeline.serving.prompted_model import Answer
-from pipeline.serving.requests import Request
+from pipeline.serving.authentication import AuthenticationMiddleware, Tokens
+from pipeline.serving.failures import error_reply
+from pipeline.serving.openai_routes import add_openai_routes
+from pipeline.serving.service import Service, check_size
 from pipeline.serving.service_metrics import ServiceMetrics
-from pipeline.serving.service_settings import ServiceSettings
 
-
-@dataclass(frozen=True)
-class VersionedAnswers(Generic[Answer]):
-    """Answers to one request, and the version of the bank that they come from."""
-
-    version: int
-    answers: Sequence[Answer]
-
-
-class Service(Protocol):
-    """What the routes need of a service; `app.PromptService` is one on Ray Serve."""
-
-    settings: ServiceSettings
-    metrics: ServiceMetrics
-
-    def snapshot(self) -> Snapshot:
-        """The version that is served. Raises: BankError when none can be served."""
-
-    def watch_error(self) -> str | None:
-        """Why the bank cannot be followed at present, None while it can."""
-
-    async def generate(self, request: Request) -> VersionedAnswers[str]:
-        """Text for each row. Raises: as `PromptedModel.generate`, OverloadedError."""
-
-    async def classify(self, request: Request) -> VersionedAnswers[dict[str, float]]:
-        """Each row's score of every label, in nats. Raises: as `PromptedModel.classify`, OverloadedError."""
-
-
-_STATUS: dict[type[Exception], int] = {
-    UnknownTaskError: 404,
-    RowTooLongError: 413,
-    NoLabelsError: 422,
-    CorpusError: 422,
-    PromptBankError: 503,
-}
 _FAILURES: dict[int | str, dict[str, Any]] = {
+    401: {"model": bodies.Failure, "description": "No token, or one that is not known"},
     404: {"model": bodies.Failure, "description": "No such task"},
     413: {"model": bodies.Failure, "description": "Too many rows, too long a row, or too large a body"},
     422: {"model": bodies.Failure, "description": "A malformed body, or a row that does not fit its task"},
     503: {"model": bodies.Failure, "description": "Too many requests wait, or the bank cannot be read"},
 }
-_UNAVAILABLE: dict[int | str, dict[str, Any]] = {503: _FAILURES[503]}
+_UNAVAILABLE: dict[int | str, dict[str, Any]] = {401: _FAILURES[401], 503: _FAILURES[503]}
 
 
-def make_api(service: Service) -> FastAPI:
-    """The routes of a service."""
+def make_api(service: Service, tokens: Tokens | None = None) -> FastAPI:
+    """The routes of a service. With `tokens` each but /healthz asks for one of them."""
     api = FastAPI(title="Prompt bank", description="Many tasks, one frozen model: each row runs behind its own prompt.")
     _add_answers(api, service)
+    add_openai_routes(api, service)
     _add_views(api, service)
     for kind in (PromptBankError, HTTPException, RequestValidationError, Exception):
-        api.add_exception_handler(kind, _error_reply)
+        api.add_exception_handler(kind, error_reply)
     api.add_middleware(_BodyLimitMiddleware, limit=service.settings.max_body_bytes, seconds=service.settings.request_s)
+    if tokens is not None:
+        api.add_middleware(AuthenticationMiddleware, tokens=tokens)
     api.add_middleware(_HeadMiddleware)
     api.add_middleware(_MetricsMiddleware, metrics=service.metrics)
     return api
@@ -92,31 +51,24 @@ def _add_answers(api: FastAPI, service: Service) -> None:
     @api.post("/v1/generate", responses=_FAILURES)
     async def generate(body: bodies.GenerateBody) -> bodies.GenerateReply:
         """Greedy answers, each behind the prompt of its row's task."""
-        _check_size(body, service.settings)
-        reply = await service.generate(body.request())
-        rows = [bodies.Generated(task=row.task, text=text) for row, text in zip(body.rows, reply.answers, strict=True)]
+        check_size(service.settings, len(body.rows), body.max_new_tokens, "max_new_tokens")
+        reply = await service.complete(body.request())
+        rows = [
+            bodies.Generated(task=row.task, text=completion.answer)
+            for row, completion in zip(body.rows, reply.answers, strict=True)
+        ]
         return bodies.GenerateReply(version=reply.version, rows=rows)
 
     @api.post("/v1/classify", responses=_FAILURES)
     async def classify(body: bodies.ClassifyBody) -> bodies.ClassifyReply:
         """The likelihood of each label of a row's task."""
-        _check_size(body, service.settings)
+        check_size(service.settings, len(body.rows), 0, "")
         reply = await service.classify(body.request())
         rows = [
             bodies.Classified(task=row.task, label=max(scores, key=lambda label: scores[label]), log_likelihoods=scores)
             for row, scores in zip(body.rows, reply.answers, strict=True)
         ]
         return bodies.ClassifyReply(version=reply.version, rows=rows)
-
-
-def _check_size(body: bodies.ClassifyBody, settings: ServiceSettings) -> None:
-    if len(body.rows) > settings.max_rows:
-        raise RowTooLongError(
-            f"the request has {len(body.rows)} rows where {settings.max_rows} are allowed; send them in parts"
-        )
-    asked = getattr(body, "max_new_tokens", 0)
-    if asked > settings.max_new_tokens:
-        raise RowTooLongError(f"max_new_tokens is {asked} where {settings.max_new_tokens} are allowed; ask for fewer")
 
 
 def _add_views(api: FastAPI, service: Service) -> None:
@@ -134,42 +86,15 @@ def _add_views(api: FastAPI, service: Service) -> None:
             found.append(bodies.TaskTold(name=name, columns=list(columns), **told))
         return bodies.TasksReply(version=snapshot.version, tasks=found)
 
-    @api.get("/healthz", responses=_UNAVAILABLE)
+    @api.get("/healthz", responses={503: _FAILURES[503]})
     async def healthz() -> bodies.Health:
         """Whether rows can be answered; it does not wait for the model."""
         return bodies.Health(version=service.snapshot().version, watch_error=service.watch_error())
 
-    @api.get("/metrics", response_class=Response)
+    @api.get("/metrics", response_class=Response, responses={401: _FAILURES[401]})
     async def metrics() -> Response:
         """Counters of this replica in Prometheus' text format."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
-
-
-async def _error_reply(request: HttpRequest, error: Exception) -> JSONResponse:
-    """Answer every failure with one sentence and never a traceback."""
-    headers: Mapping[str, str] = {}
-    match error:
-        case PromptBankError():
-            status = next(status for kind, status in _STATUS.items() if isinstance(error, kind))
-            sentence = str(error)
-            headers = {"Retry-After": "1"} if isinstance(error, OverloadedError) else {}
-        case RequestValidationError():
-            status, sentence = 422, _first_mistake(error)
-        case HTTPException():
-            status, headers = error.status_code, error.headers or {}
-            sentence = f"{request.method} {request.url.path}: {error.detail}"
-        case _:
-            status, sentence = 500, "the service failed on this request; its log tells why"
-    return JSONResponse({"error": sentence}, status, headers=dict(headers))
-
-
-def _first_mistake(error: RequestValidationError) -> str:
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return f"the body is not JSON ({first['ctx']['error']})"
-    where = ".".join(map(str, first["loc"]))
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {message[:1].lower()}{message[1:]}"
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,13 @@ from pipeline.backbone.files import absolute_if_local
 from pipeline.backbone.fingerprint import weights_setting
 from pipeline.bank import PromptBank, Snapshot, WatchEvent
 from pipeline.errors import BankError, OverloadedError, PromptBankError, SettingsError
-from pipeline.serving.api import VersionedAnswers, make_api
-from pipeline.serving.prompted_model import Answer, BatchAnswers, PromptedModel
+from pipeline.serving.api import make_api
+from pipeline.serving.authentication import require_tokens, settle_authentication
+from pipeline.serving.bank_tasks import BankTasks, public_sentence
+from pipeline.serving.prompted_model import Answer, BatchAnswers, Completion, PromptedModel
 from pipeline.serving.requests import Request
 from pipeline.serving.served_backbone import load_backbone
+from pipeline.serving.service import VersionedAnswers
 from pipeline.serving.service_metrics import ServiceMetrics
 from pipeline.serving.service_settings import ServiceSettings
 
@@ -41,9 +44,10 @@ def build(settings: ServiceSettings) -> serve.Application:
     """The application, for `serve.run` and `serve run`."""
     # A replica has another working directory than this process.
     places = {"bank": absolute_if_local(settings.bank), "model": absolute_if_local(settings.model)}
-    settings = settings.model_copy(
-        update=places | {"trusted_keys": tuple(map(absolute_if_local, settings.trusted_keys))}
-    )
+    files: dict[str, str | tuple[str, ...]] = {"trusted_keys": tuple(map(absolute_if_local, settings.trusted_keys))}
+    if settings.token_file is not None:
+        files["token_file"] = absolute_if_local(settings.token_file)
+    settings = settings.model_copy(update=places | files)
     deployment = serve.deployment(
         serve.ingress()(PromptService),
         name=_NAME,
@@ -63,11 +67,12 @@ def serving(settings: ServiceSettings, host: str, port: int) -> Iterator[None]:
     """Run the application at `http://host:port`; when the block ends, finish its requests and stop it.
 
     Runs on the Ray cluster at RAY_ADDRESS, else on a local Ray, which it stops too.
-    Raises: SettingsError when the port is taken or no cluster answers; PromptBankError with the reason why a replica
-    could not start.
+    Raises: SettingsError when the port is taken, no cluster answers, or callers beyond this machine would need no
+    token; PromptBankError with the reason why a replica could not start.
     """
     address = os.environ.get("RAY_ADDRESS")
     if not address:
+        settings = settle_authentication(settings, host)
         try:
             socket.create_server((host, port)).close()
         except OSError as error:
@@ -127,11 +132,13 @@ class PromptService:
 
     def __init__(self, settings: ServiceSettings) -> None:
         self.settings = settings
+        self._tokens = require_tokens(settings)
         self.bank = PromptBank.open(settings.bank, settings.alias, trusted_keys=settings.trusted_keys)
         assert self.bank.current is not None, "a bank without a version is refused when opened"
         weights = weights_setting(self.bank.current.backbone)
         backbone = load_backbone(settings.model, weights, settings.device, settings.dtype)
         self.model = PromptedModel(backbone, self.bank, settings.cache_mib * 2**20, settings.token_budget)
+        self.tasks = BankTasks(self.bank, backbone, self.model.longest)
         self.snapshot()  # so that a bank of another backbone is refused before the first request
         self.metrics = ServiceMetrics(serve.get_replica_context().replica_id.unique_id)
         self.metrics.watched(self.bank.version, None)
@@ -141,12 +148,12 @@ class PromptService:
         self._waiting = self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        for batch in (self._generate, self._classify):
+        for batch in (self._complete, self._classify):
             batch.set_max_batch_size(settings.max_rows)
             batch.set_batch_wait_timeout_s(settings.batch_wait_s)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return make_api(self)
+        return make_api(self, self._tokens)
 
     def snapshot(self) -> Snapshot:
         """The version that is served. Raises: BankError when it belongs to another model than this replica's."""
@@ -164,15 +171,15 @@ class PromptService:
     def watch_error(self) -> str | None:
         return self._watch_error
 
-    async def generate(self, request: Request) -> VersionedAnswers[str]:
-        return await self._ask(self._generate, request)
+    async def complete(self, request: Request) -> VersionedAnswers[Completion]:
+        return await self._ask(self._complete, request)
 
     async def classify(self, request: Request) -> VersionedAnswers[dict[str, float]]:
         return await self._ask(self._classify, request)
 
     @serve.batch(batch_size_fn=_rows)
-    async def _generate(self, requests: list[Request]) -> list[VersionedAnswers[str] | PromptBankError]:
-        return await self._run("generate", self.model.generate_each, requests)
+    async def _complete(self, requests: list[Request]) -> list[VersionedAnswers[Completion] | PromptBankError]:
+        return await self._run("generate", self.model.complete_each, requests)
 
     @serve.batch(batch_size_fn=_rows)
     async def _classify(self, requests: list[Request]) -> list[VersionedAnswers[dict[str, float]] | PromptBankError]:
@@ -190,7 +197,7 @@ class PromptService:
         finally:
             self._waiting -= 1
         if isinstance(answered, PromptBankError):
-            raise type(answered)(self._public(answered)) from answered
+            raise type(answered)(public_sentence(answered, self.bank)) from answered
         for task in request.tasks:
             self.metrics.rows.labels(task.partition("@")[0]).inc()
         return answered
@@ -214,13 +221,9 @@ class PromptService:
 
     def _on_event(self, event: WatchEvent) -> None:
         """Called in the watcher's thread."""
-        self._watch_error = self._public(event.error) if event.error else None
+        self._watch_error = public_sentence(event.error, self.bank) if event.error else None
         self.metrics.watched(event.version, self._watch_error)
         if event.error:
             _log.warning("serving version %d on: %s", event.version, event.error)
         else:
             _log.info("serving version %d of the bank", event.version)
-
-    def _public(self, error: Exception) -> str:
-        """The error's sentence without the bank's address, which is not for callers."""
-        return str(error).replace(f"{self.bank.uri}/", "").replace(f"the bank {self.bank.uri}", "the bank")

@@ -1,15 +1,16 @@
 """A bank's tasks under the names of models, for servers that speak OpenAI's protocol: a row is one text."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 from pipeline.backbone.files import Architecture, check_eos, embedding_rows, find_model, read_config, read_tokenizer
 from pipeline.backbone.fingerprint import identify, weights_setting
 from pipeline.backbone.loading import build_skeleton
 from pipeline.backbone.weights import open_weights
-from pipeline.bank import BackboneId, Prompt, PromptBank
+from pipeline.bank import BackboneId, Prompt, PromptBank, Snapshot
 from pipeline.corpus.chat import recorded_input
 from pipeline.errors import (
     BankError,
@@ -20,6 +21,18 @@ from pipeline.errors import (
     UnknownTaskError,
 )
 from pipeline.serving.requests import EncodedRow, Request, Text, encode_rows
+from pipeline.serving.served_backbone import ServedText
+
+_OF_THE_PROMPTS_TEXT = (
+    "echo",
+    "suffix",
+    "prompt_logprobs",
+    "prompt_embeds",
+    "truncate_prompt_tokens",
+    "use_beam_search",
+)
+"""Settings that ask for the prompt's text, or change it; a soft prompt has none."""
+_STATUS = {UnknownTaskError: HTTPStatus.NOT_FOUND, CorpusError: HTTPStatus.BAD_REQUEST}
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,7 @@ def read_model_text(model: str, bank: PromptBank) -> ModelText:
 class BankTasks:
     """What a server with a model and a bank answers; many threads may call it."""
 
-    def __init__(self, bank: PromptBank, model: ModelText, longest: int) -> None:
+    def __init__(self, bank: PromptBank, model: ServedText, longest: int) -> None:
         self.bank = bank
         self.model = model
         self._longest = longest
@@ -65,32 +78,95 @@ class BankTasks:
         return self.bank.names()
 
     def prompt(self, task: str) -> Prompt:
-        """The prompt of `name`, `name@3` or `name@alias`.
+        """The prompt of `name`, `name@3` or `name@alias`. Raises: as `find`."""
+        return self.find(task)[0]
+
+    def find(self, task: str) -> tuple[Prompt, Snapshot]:
+        """The prompt of `name`, `name@3` or `name@alias`, and the version that it is of.
 
         Raises: UnknownTaskError for a name, version or alias that the bank does not have; BankError, StorageError.
         """
         try:
             name, snapshot = self.bank.find(task)
-            return snapshot.load(name, self.model.identity)
+            return snapshot.load(name, self.model.identity), snapshot
         except (MissingFileError, UnknownNameError) as error:
-            raise UnknownTaskError(self._public(error)) from error
+            raise UnknownTaskError(public_sentence(error, self.bank)) from error
         except PromptBankError as error:
-            raise type(error)(self._public(error)) from error
+            raise type(error)(public_sentence(error, self.bank)) from error
 
     def encode(self, prompt: Prompt, rows: Sequence[str], max_new_tokens: int) -> list[EncodedRow]:
         """Token ids of rows behind one prompt. A row is its text, or a JSON object where the template has more columns.
 
         Raises: CorpusError for a row that does not fit the task or the model's context; BankError.
         """
-        name = prompt.record.name
-        columns = recorded_input(prompt.record.template, f"prompt '{name}'").columns
-        texts = [row if len(columns) == 1 else _columns(row, columns, name) for row in rows]
-        request = Request(texts, [name] * len(rows), max_new_tokens)
+        request = Request(row_contents(prompt, rows), [prompt.record.name] * len(rows), max_new_tokens)
         return encode_rows(request, lambda _: prompt, self.model, labelled=False, longest=self._longest)
 
-    def _public(self, error: Exception) -> str:
-        """The error's sentence without the bank's address, which is not for callers."""
-        return str(error).replace(f"{self.bank.uri}/", "").replace(f"the bank {self.bank.uri}", "the bank")
+
+def public_sentence(error: Exception | str, bank: PromptBank) -> str:
+    """An error's sentence without the bank's address, which is not for callers."""
+    return str(error).replace(f"{bank.uri}/", "").replace(f"the bank {bank.uri}", "the bank")
+
+
+def row_contents(prompt: Prompt, rows: Sequence[str]) -> list[Text]:
+    """Rows as they were sent: each is its text, or a JSON object where the prompt's template has several columns.
+
+    Raises: CorpusError for a row that is no JSON object there.
+    """
+    name = prompt.record.name
+    columns = recorded_input(prompt.record.template, f"prompt '{name}'").columns
+    return [row if len(columns) == 1 else _columns(row, columns, name) for row in rows]
+
+
+def prompt_rows(prompt: Any) -> list[str]:
+    """The rows in a completion's `prompt`. Raises: CorpusError for token ids, or none."""
+    rows = [prompt] if isinstance(prompt, str) else prompt or []
+    if not rows or not all(isinstance(row, str) for row in rows):
+        raise CorpusError("a task of the prompt bank takes texts and not token ids: send 'prompt' as text")
+    return list(rows)
+
+
+def message_row(messages: Sequence[Any]) -> str:
+    """The row in a chat's only message. Raises: CorpusError for more messages, another role or no text."""
+    fields = dict(messages[0]) if len(messages) == 1 else {}
+    content = fields.get("content")
+    parts = [content] if isinstance(content, str) else [dict(part).get("text") for part in content or ()]
+    if fields.get("role") != "user" or not parts or not all(isinstance(part, str) for part in parts):
+        raise CorpusError(
+            "a task of the prompt bank takes one message of the role 'user' with a row's text: what stands around it "
+            "is the task's own template"
+        )
+    return "".join(map(str, parts))
+
+
+def refuse_settings(value_of: Callable[[str], Any]) -> None:
+    """Raises: CorpusError when a request sets what no soft prompt can have; `value_of` gives None for what it lacks."""
+    for name in _OF_THE_PROMPTS_TEXT:
+        value = value_of(name)
+        if value is not None and value is not False:  # 0 asks for something, too
+            raise CorpusError(f"'{name}' cannot be had for a task of the prompt bank: leave it out")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An error as OpenAI's protocol tells it."""
+
+    message: str
+    status: HTTPStatus
+    param: str | None = None
+    """The part of the request that was wrong, where it is known."""
+
+    @property
+    def kind(self) -> str:
+        """`type` of the reply: `NotFoundError`, `BadRequestError`, `ServiceUnavailableError` and so on."""
+        return "".join(self.status.phrase.title().split()).removesuffix("Error") + "Error"
+
+
+def refusal(error: PromptBankError) -> Refusal:
+    """What a caller is told: 404 for a task that is not there, 400 for a row that does not fit it, else 503."""
+    kind = next((kind for kind in _STATUS if isinstance(error, kind)), None)
+    status = HTTPStatus.SERVICE_UNAVAILABLE if kind is None else _STATUS[kind]
+    return Refusal(str(error), status, "model" if kind is UnknownTaskError else None)
 
 
 def _columns(row: str, columns: Sequence[str], name: str) -> Text:

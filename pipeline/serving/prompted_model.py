@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from threading import Lock
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -21,6 +21,7 @@ from pipeline.serving.requests import EncodedRow, Request, Text, encode_rows, te
 from pipeline.serving.served_backbone import ServedBackbone
 
 Answer = TypeVar("Answer")
+Other = TypeVar("Other")
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,36 @@ class BatchAnswers(Generic[Answer]):
     of_request: Sequence[list[Answer] | PromptBankError]
     """Answers in the order of the request's rows, or why it was refused."""
 
+    def map(self, change: "Callable[[Answer], Other]") -> "BatchAnswers[Other]":
+        """The same with each answer changed."""
+        of_request = [r if isinstance(r, PromptBankError) else list(map(change, r)) for r in self.of_request]
+        return BatchAnswers(self.version, of_request)
+
     def only(self) -> list[Answer]:
         """The answers to a single request. Raises: why it was refused."""
         (reply,) = self.of_request
         if isinstance(reply, PromptBankError):
             raise reply
         return reply
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer as the model wrote it, and what it took."""
+
+    text: str
+    """The template's separator stands before the answer. It ends before the first of the request's stops."""
+    input_tokens: int
+    """Of prompt and input."""
+    tokens: int
+    """Of the answer, with the token that ended it; of a text that was cut, up to the end of its stop."""
+    ended: bool
+    """False where the answer had as many tokens as it may have, and might have gone on."""
+
+    @property
+    def answer(self) -> str:
+        """The text without the space around it."""
+        return self.text.strip()
 
 
 class PromptStateCache:
@@ -86,7 +111,8 @@ class PromptedModel:
         self.states = PromptStateCache(cache_bytes)
         self._beginnings: WeakKeyDictionary[Prompt, np.ndarray] = WeakKeyDictionary()
         self._token_budget = token_budget
-        self._longest = min(backbone.context or token_budget, token_budget)
+        self.longest = min(backbone.context or token_budget, token_budget)
+        """Most tokens of prompt, input and answer of a row."""
         # One batch at a time: a model's attention is a setting of the whole model (backbone/packed.py).
         self._running = Lock()
 
@@ -111,6 +137,10 @@ class PromptedModel:
 
     def generate_each(self, requests: Sequence[Request]) -> BatchAnswers[str]:
         """`generate` for many callers in one batch: a bad row refuses its own request alone."""
+        return self.complete_each(requests).map(lambda completion: completion.answer)
+
+    def complete_each(self, requests: Sequence[Request]) -> BatchAnswers[Completion]:
+        """As `generate_each`, with the answers as they were written and counted."""
         return self._answer_each(requests, False, lambda row: row.length + row.max_new_tokens, self._decode)
 
     def classify_each(self, requests: Sequence[Request]) -> BatchAnswers[dict[str, float]]:
@@ -133,7 +163,7 @@ class PromptedModel:
         encoded: list[list[EncodedRow] | PromptBankError] = []
         for request in requests:
             try:
-                encoded.append(encode_rows(request, load, self.backbone, labelled, self._longest))
+                encoded.append(encode_rows(request, load, self.backbone, labelled, self.longest))
             except PromptBankError as error:
                 encoded.append(error)
         rows = [row for of_request in encoded if isinstance(of_request, list) for row in of_request]
@@ -152,17 +182,15 @@ class PromptedModel:
         except (MissingFileError, UnknownNameError) as error:
             raise UnknownTaskError(str(error)) from error
 
-    def _decode(self, rows: Sequence[EncodedRow]) -> list[str]:
-        tokenizer = self.backbone.tokenizer
-        answers: dict[int, str] = {}
+    def _decode(self, rows: Sequence[EncodedRow]) -> list[Completion]:
+        answers: dict[int, Completion] = {}
         for end in dict.fromkeys(row.end for row in rows):  # chats may end otherwise than texts
             places = [place for place, row in enumerate(rows) if row.end == end]
             packed = self._packed([rows[place] for place in places])
             limits = [rows[place].max_new_tokens for place in places]
             ids = self.backbone.backbone.run(prompted.greedy_decode, packed, limits, end)
-            answers |= zip(
-                places, (tokenizer.decode(of_row, skip_special_tokens=True).strip() for of_row in ids), strict=True
-            )
+            for place, of_row in zip(places, ids, strict=True):
+                answers[place] = _completion(rows[place], of_row, self.backbone.tokenizer)
         return [answers[place] for place in range(len(rows))]
 
     def _score(self, rows: Sequence[EncodedRow]) -> list[dict[str, float]]:
@@ -209,6 +237,22 @@ class PromptedModel:
 
     def _tensor(self, prompt: Prompt) -> Tensor:
         return torch.from_numpy(prompt.array.copy()).to(self.backbone.backbone.device)
+
+
+def _completion(row: EncodedRow, ids: np.ndarray, tokenizer: Any) -> Completion:
+    """What the ids `[T]` of an answer, without the token that ends it, are as text, cut before the row's first stop."""
+
+    def text_of(tokens: int) -> str:
+        return str(tokenizer.decode(ids[:tokens], skip_special_tokens=True))
+
+    text = text_of(len(ids))
+    if any(stop in text for stop in row.stops):
+        texts = ((tokens, text_of(tokens)) for tokens in range(1, len(ids) + 1))
+        tokens, text = next(found for found in texts if any(stop in found[1] for stop in row.stops))
+        cut = min(text.index(stop) for stop in row.stops if stop in text)
+        return Completion(text[:cut], row.length, tokens, ended=True)
+    ended = len(ids) < row.max_new_tokens
+    return Completion(text, row.length, len(ids) + ended, ended)
 
 
 def _tokens_with_labels(row: EncodedRow) -> int:

@@ -29,6 +29,11 @@ class Request:
     tasks: Sequence[str]
     """Of each row: `name`, `name@3` or `name@alias`."""
     max_new_tokens: int = 64
+    """Longest answer."""
+    shorten: bool = False
+    """Whether answers are shorter where prompt and input leave less room; else such a row is refused."""
+    stops: Sequence[str] = ()
+    """An answer ends before the first of these that it has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +48,8 @@ class EncodedRow:
     """Token ids of each label; empty when text is to be generated."""
     end: int
     """The token that ends an answer."""
+    stops: Sequence[str] = ()
+    """Texts that an answer ends before."""
 
     @property
     def length(self) -> int:
@@ -73,7 +80,10 @@ def encode_rows(
     for ids, task, of_row in zip(_encoded(texts, request.tasks, chats, served), request.tasks, where, strict=True):
         chat = chats[task]
         end = served.tokenizer.eos_token_id if chat is None else chat.end_id
-        row = EncodedRow(prompts[task], np.array(ids, dtype=np.int64), request.max_new_tokens, labels[task], end)
+        most = request.max_new_tokens
+        if request.shorten:
+            most = max(1, min(most, longest - len(prompts[task].array) - len(ids)))
+        row = EncodedRow(prompts[task], np.array(ids, dtype=np.int64), most, labels[task], end, request.stops)
         _check_length(row, of_row, longest)
         if (reason := missing_embedding(served.tokenizer, ids, served.embedding_rows)) is not None:
             raise CorpusError(f"{of_row} {reason}")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import SettingsError
 from pipeline.settings.fields import Address, SettingsModel
@@ -21,6 +21,11 @@ class ServiceSettings(SettingsModel):
     """The alias that is served and followed."""
     trusted_keys: tuple[str, ...] = ()
     """Public keys (PEM files, separated by commas); with them, a version that none of them signed is not served."""
+    token_file: str | None = None
+    """A file of the tokens that are let in, one a line; it is read again when it changes. Without it, the environment's
+    PROMPT_BANK_TOKEN is the token."""
+    no_authentication: bool = False
+    """Let everybody in who reaches the service."""
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of activations; auto is float32 on a CPU and bfloat16 on a GPU."""
@@ -56,6 +61,12 @@ class ServiceSettings(SettingsModel):
     def _several(cls, value: Any) -> Any:
         return tuple(value.split(",")) if isinstance(value, str) else value
 
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "ServiceSettings":
+        if self.no_authentication and self.token_file is not None:
+            raise ValueError("token_file names who is let in, and no_authentication lets in everybody: give one")
+        return self
+
     @field_validator("cpus_per_replica")
     @classmethod
     def _as_ray_counts(cls, value: float) -> float:
@@ -73,4 +84,5 @@ def make_settings(given: Mapping[str, Any]) -> ServiceSettings:
         where, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             message = f"the service has no such setting; it has {', '.join(ServiceSettings.model_fields)}"
-        raise SettingsError(f"{where}: {message[:1].lower()}{message[1:]}") from error
+        told = f"{message[:1].lower()}{message[1:]}"
+        raise SettingsError(f"{where}: {told}" if where else told) from error

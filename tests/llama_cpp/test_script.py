@@ -101,3 +101,11 @@ def test_the_script_runs_as_it_stands(bank, folders):
 def test_a_prompt_that_was_tuned_on_a_chat_is_refused_with_what_takes_it(bank, tmp_path):
     with pytest.raises(BankError, match=r"'shout' was tuned on a chat, .* export it for vLLM"):
         export_llama_cpp(bank.model.bank.load("shout"), tmp_path / "shout")
+
+
+@pytest.mark.parametrize("given", [["txt=Italy"], ["Italy"], []])
+def test_the_script_without_a_column_ends_with_one_sentence(folders, given):
+    words = [PYTHON, f"{folders['capital']}/ask_llama_cpp.py", "--model", find_packaged(MODEL), *given]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: give every column that this prompt needs, text=TEXT (")

@@ -9,7 +9,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from pipeline.errors import BankError, OverloadedError
-from pipeline.serving.api import VersionedAnswers, make_api
+from pipeline.serving.api import make_api
+from pipeline.serving.prompted_model import Completion
+from pipeline.serving.service import VersionedAnswers
 from pipeline.serving.service_metrics import ServiceMetrics
 from pipeline.serving.service_settings import ServiceSettings
 
@@ -30,10 +32,10 @@ class InTrouble:
     def watch_error(self):
         return None
 
-    async def generate(self, request):
+    async def complete(self, request):
         if self.error:
             raise self.error
-        return VersionedAnswers(3, ["fine"] * len(request.tasks))
+        return VersionedAnswers(3, [Completion(" fine", 7, 2, True)] * len(request.tasks))
 
 
 @pytest.mark.parametrize(

@@ -161,8 +161,14 @@ def test_tasks_are_told_with_their_columns_and_labels(client):
 def test_openapi_describes_routes_and_errors(client):
     api = client.get("/openapi.json").json()
     post = api["paths"]["/v1/generate"]["post"]
-    assert set(api["paths"]) == {"/v1/generate", "/v1/classify", "/v1/tasks", "/healthz", "/metrics"}
-    assert set(post["responses"]) == {"200", "404", "413", "422", "503"}
+    openai = {"/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{model}"}
+    assert set(api["paths"]) == openai | {"/v1/generate", "/v1/classify", "/v1/tasks", "/healthz", "/metrics"}
+    assert set(post["responses"]) == {"200", "401", "404", "413", "422", "503"}
+    for path in openai:
+        (operation,) = api["paths"][path].values()
+        assert set(operation["responses"]) == {"200", "400", "401", "404", "503", "default"}
+        failure = operation["responses"]["404"]["content"]["application/json"]["schema"]
+        assert failure["$ref"].endswith("/OpenAIFailure")
     assert post["responses"]["404"]["content"]["application/json"]["schema"]["$ref"].endswith("/Failure")
     assert "max_new_tokens" in api["components"]["schemas"]["GenerateBody"]["properties"]
 

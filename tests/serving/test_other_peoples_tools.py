@@ -306,3 +306,34 @@ def test_the_request_for_sglang_gives_transformers_the_logits_that_we_compute(se
     assert set(body) == {"input_embeds", "sampling_params"}
     by_script = theirs(load_plainly(served), inputs_embeds=torch.tensor(body["input_embeds"])[None])
     torch.testing.assert_close(by_script, ours(served, prompt.array), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ([], "given: none"),
+        (["left=a"], "given: left"),
+        (["lift=a", "right=b"], "given: lift, right"),
+        (["left=a", "right"], "'right' is no COLUMN=TEXT"),
+        (["good film"], "'good film' is no COLUMN=TEXT"),
+    ],
+)
+@pytest.mark.parametrize(("export", "name"), [(export_vllm, "ask_vllm"), (export_sglang, "ask_sglang")])
+def test_a_script_without_a_column_ends_with_one_sentence(
+    llama, tmp_path, monkeypatch, capsys, export, name, given, found
+):
+    """Before it loads anything. Of llama.cpp's script: tests/llama_cpp."""
+    prompt = llama.bank.load("film")
+    template = prompt.record.template.model_copy(update={"input": "{left} is {right}, {left}!"})
+    record = prompt.record.model_copy(update={"template": template})
+    script = load_script(export(replace(prompt, record=record), tmp_path / "exported"), name)
+    monkeypatch.setattr("sys.argv", [f"{name}.py", "--model", "no/such/model", *given])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    told = f"error: give every column that this prompt needs, left=TEXT right=TEXT ({found})\n"
+    assert ended.value.code == 2 and capsys.readouterr() == ("", told)
+
+
+def test_the_scripts_row_may_have_signs_of_equality_and_columns_that_are_not_needed(llama, tmp_path):
+    script = load_script(export_vllm(llama.bank.load("film"), tmp_path / "vllm"))
+    assert script.given_row(["text=a=b=", "more=x"], None) == {"text": "a=b=", "more": "x"}

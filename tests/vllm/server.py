@@ -28,14 +28,15 @@ def environment() -> dict[str, str]:
     return os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def start(model: Path, bank: Path, log: Path, port: int) -> subprocess.Popen[bytes]:
+def start(model: Path, bank: Path, log: Path, port: int, *more: str) -> subprocess.Popen[bytes]:
+    """`more` are flags of vLLM, which go before those of the tests."""
     words = ["-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "base"]
     words += ["--enable-prompt-embeds", "--dtype", "float32", "--max-model-len", LONGEST, "--block-size", BLOCK]
     words += ["--enforce-eager", "--enable-prompt-tokens-details", "--max-num-seqs", 32, "--host", "127.0.0.1"]
     variables = {"VLLM_PLUGINS": "promptbank", "PROMPT_BANK_URI": str(bank), "PROMPT_BANK_WATCH_EVERY": "0.5"}
     with log.open("wb") as out:
         return subprocess.Popen(
-            [PYTHON, *map(str, words), "--port", str(port)],
+            [PYTHON, *map(str, words), "--port", str(port), *more],
             env=environment() | variables,
             cwd=log.parent,  # not the repository, whose folders would be found before installed packages
             stdout=out,

@@ -12,9 +12,12 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from fastapi.testclient import TestClient
 
 from pipeline.backbone import prompted
 from pipeline.bank import PromptBank, Template
+from pipeline.serving.api import make_api
+from tests.serving.local_service import LocalService
 from tests.vllm import server
 from tests.word_prompts import EVERY_ROW, INSTRUCTIONS, MOST, ROWS, TURN, columns_of, new_prompt
 
@@ -243,3 +246,52 @@ def test_a_bank_of_another_model_ends_the_server_before_it_listens(tuned, tmp_pa
     process = server.start(tuned.folder, tmp_path / "bank", log, 1)
     assert process.wait(900) != 0
     assert "belongs to another backbone" in log.read_text() or "differ in" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--load-format", "dummy"), "--load-format dummy: vLLM would run another model than the one that is held"),
+        (("--hf-overrides", '{"rope_theta": 5000}'), "--hf-overrides {'rope_theta': 5000"),
+        (("--served-model-name", "capital"), "the model that vLLM serves as 'capital' would answer in place of"),
+    ],
+)
+def test_a_flag_that_makes_it_another_model_or_hides_a_task_ends_the_server(tuned, tmp_path, flags, sentence):
+    log = tmp_path / "log"
+    assert server.start(tuned.folder, tuned.uri, log, 1, *flags).wait(900) != 0
+    assert sentence in log.read_text()
+
+
+@pytest.mark.parametrize("task", ["capital", "pair", "shout"])
+def test_our_own_service_gives_openais_client_the_same_replies(vllm, tuned, task):
+    """So that a client changes nothing when it moves between the two."""
+    row = ROWS["pair"][0] if task == "pair" else "Italy"
+    own = TestClient(make_api(LocalService(tuned.model)))
+    asked = [
+        ("completions", {"prompt": [row, row], "max_tokens": MOST}),
+        ("completions", {"prompt": row, "max_tokens": 2}),
+        ("completions", {"prompt": row, "max_tokens": MOST, "stop": ["e", "o"]}),
+        ("completions", {"prompt": row}),
+        ("chat/completions", {"messages": [{"role": "user", "content": row}], "max_completion_tokens": MOST}),
+        ("completions", {"prompt": row, "model": f"{task}@7"}),
+        ("completions", {"prompt": row, "model": "capitol"}),
+        ("completions", {"prompt": [1, 2]}),
+        ("completions", {"prompt": row, "echo": True}),
+        ("chat/completions", {"messages": []}),
+    ]
+    for path, body in asked:
+        replies = [client.post(f"/v1/{path}", json={"model": task, **body}) for client in (vllm, own)]
+        assert replies[0].status_code == replies[1].status_code, (body, replies[0].text, replies[1].text)
+        assert what_counts(replies[0].json()) == what_counts(replies[1].json()), body
+
+
+def what_counts(reply):
+    """What a client reads of a reply, and not what is of the moment or of vLLM alone."""
+    if "error" in reply:
+        return reply["error"]
+    choices = [
+        (choice["index"], choice.get("text"), (choice.get("message") or {}).get("content"), choice["finish_reason"])
+        for choice in reply["choices"]
+    ]
+    counted = [reply["usage"][name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")]
+    return reply["object"], reply["model"], choices, counted

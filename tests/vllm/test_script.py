@@ -43,3 +43,12 @@ def test_the_scores_of_labels_are_those_of_the_prompted_model_end_of_sequence_in
     (own,) = tuned.model.classify(["Italy"], [f"scored@{version}"])
     scores = dict(line.split("\t") for line in run(folder, "text=Italy", "--scores")[-len(labels) :])
     assert {label: float(score) for label, score in scores.items()} == pytest.approx(own, abs=1e-3)
+
+
+@pytest.mark.parametrize("given", [["txt=Italy"], ["Italy"], []])
+def test_the_script_without_a_column_ends_with_one_sentence(tuned, tmp_path, given):
+    folder = export_vllm(tuned.model.bank.load("shout"), tmp_path / "vllm", str(tuned.folder))
+    words = [server.PYTHON, folder / "ask_vllm.py", *given]
+    done = subprocess.run(words, env=server.environment(), cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("error: give every column that this prompt needs, text=TEXT (")

@@ -4,7 +4,6 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from contextvars import ContextVar
-from http import HTTPStatus
 from typing import Any, TypeAlias
 
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -16,16 +15,13 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, Mod
 from vllm.inputs import EmbedsInput
 from vllm.lora.request import LoRARequest
 
-from pipeline.errors import CorpusError, PromptBankError, UnknownTaskError
-from pipeline.serving.bank_tasks import BankTasks
+from pipeline.errors import PromptBankError
+from pipeline.serving.bank_tasks import BankTasks, message_row, prompt_rows, refusal, refuse_settings
 from pipeline.serving.in_vllm.inputs import engine_input
 
 _log = logging.getLogger("vllm.promptbank")
 # What answers this request, as `name@version`. Every request runs in a context of its own.
 _answering: ContextVar[str | None] = ContextVar("answering", default=None)
-# Settings that would ask for the prompt's text, or change it; a soft prompt has none.
-_REFUSED = ("echo", "suffix", "prompt_logprobs", "prompt_embeds", "truncate_prompt_tokens", "use_beam_search")
-_STATUS = {UnknownTaskError: HTTPStatus.NOT_FOUND, CorpusError: HTTPStatus.BAD_REQUEST}
 
 Request: TypeAlias = CompletionRequest | ChatCompletionRequest
 
@@ -53,6 +49,10 @@ class BankModels(OpenAIServingModels):
     def model_name(self, lora_request: LoRARequest | None = None) -> str:
         return _answering.get() or super().model_name(lora_request)
 
+    def names_of_vllm(self) -> tuple[str, ...]:
+        """Of the base model and of adapters, which answer before a task of the same name."""
+        return (*(model.name for model in self.base_model_paths), *self.lora_requests)
+
     def is_task(self, name: str | None) -> bool:
         """Whether a request of this name is the bank's to answer, or to refuse."""
         return bool(name) and not self.is_base_model(name) and name not in self.lora_requests
@@ -71,10 +71,7 @@ class Rendering:
 
         Raises: UnknownTaskError; CorpusError for a row or a setting that does not fit; BankError, StorageError.
         """
-        for name in _REFUSED:
-            value = getattr(request, name, None)
-            if value is not None and value is not False:  # 0 asks for something, too
-                raise CorpusError(f"'{name}' cannot be had for a task of the prompt bank: leave it out")
+        refuse_settings(lambda name: getattr(request, name, None))
         # Files are read and texts tokenised beside the event loop.
         return await asyncio.to_thread(self._inputs, request, rows)
 
@@ -107,13 +104,10 @@ class BankCompletion(OpenAIServingCompletion):
         if not self.models.is_task(request.model):
             return await super().render_completion_request(request)
         self._preflight(request.n or 1)
-        rows = [request.prompt] if isinstance(request.prompt, str) else request.prompt or []
         try:
-            if not rows or not all(isinstance(row, str) for row in rows):
-                raise CorpusError("a task of the prompt bank takes texts and not token ids: send 'prompt' as text")
-            inputs = await self.rendering.inputs(request, rows)
+            inputs = await self.rendering.inputs(request, prompt_rows(request.prompt))
         except PromptBankError as error:
-            return self.create_error_response(**_refusal(error))
+            return self.create_error_response(**_reply(error))
         _answering.set(request.model)
         return inputs
 
@@ -140,9 +134,9 @@ class BankChat(OpenAIServingChat):
             return await super().render_chat_request(request)
         self._preflight(request.n or 1)
         try:
-            inputs = await self.rendering.inputs(request, [_message_text(request.messages)])
+            inputs = await self.rendering.inputs(request, [message_row(request.messages)])
         except PromptBankError as error:
-            return self.create_error_response(**_refusal(error))
+            return self.create_error_response(**_reply(error))
         _answering.set(request.model)
         return list(request.messages), inputs
 
@@ -152,27 +146,7 @@ class BankChat(OpenAIServingChat):
         return super()._maybe_get_adapters(request, supports_default_mm_loras)
 
 
-def _message_text(messages: Sequence[Any]) -> str:
-    """The row in a chat's only message. Raises: CorpusError for more messages, another role or no text."""
-    fields = dict(messages[0]) if len(messages) == 1 else {}
-    content = fields.get("content")
-    parts = [content] if isinstance(content, str) else [dict(part).get("text") for part in content or ()]
-    if fields.get("role") != "user" or not parts or not all(isinstance(part, str) for part in parts):
-        raise CorpusError(
-            "a task of the prompt bank takes one message of the role 'user' with a row's text: what stands around it "
-            "is the task's own template"
-        )
-    return "".join(map(str, parts))
-
-
-def _refusal(error: PromptBankError) -> dict[str, Any]:
+def _reply(error: PromptBankError) -> dict[str, Any]:
     """What vLLM makes its error reply of."""
-    kind = next((kind for kind in _STATUS if isinstance(error, kind)), None)
-    status = HTTPStatus.SERVICE_UNAVAILABLE if kind is None else _STATUS[kind]
-    names = {HTTPStatus.NOT_FOUND: "NotFoundError", HTTPStatus.BAD_REQUEST: "BadRequestError"}
-    return {
-        "message": str(error),
-        "err_type": names.get(status, "ServiceUnavailableError"),
-        "status_code": status,
-        "param": "model" if kind is UnknownTaskError else None,
-    }
+    told = refusal(error)
+    return {"message": told.message, "err_type": told.kind, "status_code": told.status, "param": told.param}

@@ -12,11 +12,13 @@ import logging
 import os
 import secrets
 from argparse import Namespace
+from functools import partial
 from typing import Any
 
 from pipeline.bank import PromptBank, WatchEvent
 from pipeline.errors import SettingsError
 from pipeline.serving.bank_tasks import BankTasks, read_model_text
+from pipeline.serving.in_vllm.checks import check_flags, check_names, hidden_tasks
 from pipeline.serving.in_vllm.handlers import BankChat, BankCompletion, BankModels, Rendering
 
 _log = logging.getLogger("vllm.promptbank")  # below vLLM's logger, which prints it
@@ -39,13 +41,15 @@ class PromptBankPlugin:
         model_config = engine_client.model_config
         if not model_config.enable_prompt_embeds:
             raise SettingsError("vLLM takes no soft prompts as it was started: add --enable-prompt-embeds")
+        check_flags(args, model_config.model)
         tasks = await asyncio.to_thread(_open_tasks, model_config.model, model_config.max_model_len)
         models = BankModels(state.openai_serving_models, tasks)
+        check_names(await asyncio.to_thread(tasks.names), models.names_of_vllm())
         rendering = Rendering(tasks, model_config.dtype, secrets.token_hex(16))
         state.openai_serving_models = models
         state.openai_serving_completion = BankCompletion(state.openai_serving_completion, models, rendering)
         state.openai_serving_chat = BankChat(state.openai_serving_chat, models, rendering)
-        tasks.bank.watch(_tell, _seconds("PROMPT_BANK_WATCH_EVERY", 10.0))
+        tasks.bank.watch(partial(_tell, models), _seconds("PROMPT_BANK_WATCH_EVERY", 10.0))
         identity = tasks.model.identity
         _log.info("serving version %d of the prompt bank %s", tasks.bank.version, tasks.bank.uri)
         if identity.quantization != "none":
@@ -78,9 +82,11 @@ def _seconds(variable: str, default: float) -> float:
     return seconds
 
 
-def _tell(event: WatchEvent) -> None:
+def _tell(models: BankModels, event: WatchEvent) -> None:
     """Called in the watcher's thread."""
     if event.error:
         _log.warning("serving version %d of the prompt bank on: %s", event.version, event.error)
     else:
         _log.info("serving version %d of the prompt bank", event.version)
+        for task in hidden_tasks(models.tasks.names(), models.names_of_vllm()):
+            _log.warning("the task '%s' cannot be asked: the model that vLLM serves by that name answers", task)
