@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.backbone.int8 import int8_gated_layer, multiplies_in_int8
+from pipeline.backbone.int8 import int8_gated_layer, int16_gated_layer, multiplies_in_int8, multiplies_in_int16
 from pipeline.backbone.native import attention as native_attention
 from pipeline.backbone.native import rows as native
 from pipeline.backbone.packed import current_run
@@ -77,6 +77,9 @@ class GatedMlp(nn.Module):
         gate_proj, up_proj, down_proj = layers
         if self.kernels and native.supports(x) and all(map(multiplies_in_int8, layers)):
             return int8_gated_layer(x, gate_proj, up_proj, down_proj, self.activation)
+        no_gradient = not torch.is_grad_enabled()
+        if self.kernels and no_gradient and native.supports(x) and all(map(multiplies_in_int16, layers)):
+            return int16_gated_layer(x, gate_proj, up_proj, down_proj, self.activation)
         gate, up = gate_proj(x), up_proj(x)
         if self.kernels and native.supports(gate, up):
             inner = native.GatedProductFunction.apply(gate, up, self.activation)

@@ -130,7 +130,7 @@ class PromptService:
         self.bank = PromptBank.open(settings.bank, settings.alias, trusted_keys=settings.trusted_keys)
         assert self.bank.current is not None, "a bank without a version is refused when opened"
         weights = weights_setting(self.bank.current.backbone)
-        backbone = load_backbone(settings.model, weights, settings.device, settings.dtype)
+        backbone = load_backbone(settings.model, weights, settings.device, settings.dtype, settings.products)
         self.model = PromptedModel(backbone, self.bank, settings.cache_mib * 2**20, settings.token_budget)
         self.snapshot()  # so that a bank of another backbone is refused before the first request
         self.metrics = ServiceMetrics(serve.get_replica_context().replica_id.unique_id)

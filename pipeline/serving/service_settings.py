@@ -24,6 +24,9 @@ class ServiceSettings(SettingsModel):
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of activations; auto is float32 on a CPU and bfloat16 on a GPU."""
+    products: Literal["auto", "exact", "int16", "int8"] = "auto"
+    """How int8 layers multiply: `exact` by floats, `int16` or `int8` with activations rounded to whole numbers of so
+    many bits. `auto` is int16 where the processor has it (a CPU with AVX2), and exact elsewhere."""
     replicas: int = Field(default=1, ge=1, le=10_000)
     """Copies of the model."""
     cpus_per_replica: float = Field(default=1, ge=0.0001, le=10_000)
