@@ -111,9 +111,14 @@ class RotaryAttention(nn.Module):
         )
         if hasattr(usual, "q_norm"):
             q, k = usual.q_norm(q), usual.k_norm(k)
+        rotation = run.layout.rotation(position_embeddings)
+        if run.parts is not None:
+            grown = native_attention.attend_growing(q, k, v, usual.scaling, run.parts(usual.layer_idx), rotation)
+            return usual.o_proj(grown.flatten(1))[None], None
+        if run.kept is not None:
+            run.kept[usual.layer_idx] = (native_attention.rotated(k, rotation), v)
         # Given keys are rotated already, which the kernel knows by their number.
         k, v = run.with_given(usual.layer_idx, k, v)
-        rotation = run.layout.rotation(position_embeddings)
         out = native_attention.attend(q, k, v, usual.scaling, run.layout.forest, rotation)
         return usual.o_proj(out.flatten(1))[None], None
 
