@@ -9,8 +9,7 @@ import math
 import os
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from pipeline.backbone.fingerprint import weights_setting
 from pipeline.bank import PromptBank, Snapshot, WatchEvent
 from pipeline.errors import BankError, OverloadedError, PromptBankError, SettingsError
 from pipeline.serving.api import VersionedAnswers, make_api
-from pipeline.serving.prompted_model import Answer, BatchAnswers, PromptedModel
+from pipeline.serving.model_loop import ModelLoop
+from pipeline.serving.prompted_model import PromptedModel
 from pipeline.serving.requests import Request
 from pipeline.serving.served_backbone import load_backbone
 from pipeline.serving.service_metrics import ServiceMetrics
@@ -115,14 +115,10 @@ def _reason(error: RuntimeError) -> Exception:
     return error
 
 
-def _rows(requests: Sequence[Request]) -> int:
-    return sum(len(request.tasks) for request in requests)
-
-
 class PromptService:
     """One replica: a copy of the model and a view of the bank.
 
-    Requests wait on the event loop, and one thread runs the model.
+    Requests wait on the event loop, and one thread runs the model (`model_loop`).
     """
 
     def __init__(self, settings: ServiceSettings) -> None:
@@ -133,17 +129,13 @@ class PromptService:
         backbone = load_backbone(settings.model, weights, settings.device, settings.dtype, settings.products)
         self.model = PromptedModel(backbone, self.bank, settings.cache_mib * 2**20, settings.token_budget)
         self.snapshot()  # so that a bank of another backbone is refused before the first request
-        self.metrics = ServiceMetrics(serve.get_replica_context().replica_id.unique_id)
+        self.metrics = ServiceMetrics(serve.get_replica_context().replica_id.unique_id, self.model.states)
         self.metrics.watched(self.bank.version, None)
         self._watch_error: str | None = None
         self._watcher = self.bank.watch(self._on_event, settings.watch_every)
-        self._worker = ThreadPoolExecutor(1, "model")
-        self._waiting = self._running = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
-        for batch in (self._generate, self._classify):
-            batch.set_max_batch_size(settings.max_rows)
-            batch.set_batch_wait_timeout_s(settings.batch_wait_s)
+        self._waiting = 0
+        observe = lambda kind, rows: self.metrics.batch_rows.labels(kind).observe(rows)  # noqa: E731
+        self._loop = ModelLoop(self.model, settings.max_rows, settings.batch_wait_s, observe)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_api(self)
@@ -165,52 +157,24 @@ class PromptService:
         return self._watch_error
 
     async def generate(self, request: Request) -> VersionedAnswers[str]:
-        return await self._ask(self._generate, request)
+        return await self._ask("generate", request)
 
     async def classify(self, request: Request) -> VersionedAnswers[dict[str, float]]:
-        return await self._ask(self._classify, request)
+        return await self._ask("classify", request)
 
-    @serve.batch(batch_size_fn=_rows)
-    async def _generate(self, requests: list[Request]) -> list[VersionedAnswers[str] | PromptBankError]:
-        return await self._run("generate", self.model.generate_each, requests)
-
-    @serve.batch(batch_size_fn=_rows)
-    async def _classify(self, requests: list[Request]) -> list[VersionedAnswers[dict[str, float]] | PromptBankError]:
-        return await self._run("classify", self.model.classify_each, requests)
-
-    async def _ask(self, batch: Callable[[Request], Awaitable[Any]], request: Request) -> VersionedAnswers[Any]:
+    async def _ask(self, kind: str, request: Request) -> VersionedAnswers[Any]:
         if self._waiting >= self.settings.max_waiting:
             raise OverloadedError(f"{self._waiting} requests wait for the model already; come back later")
         self._waiting += 1
         try:
-            # `serve.batch` collects for a fixed time, whether the model is busy or not. Requests that wait here
-            # until it is idle come into the next batch together, however long the previous batch took.
-            await self._idle.wait()
-            answered = await batch(request)
+            reply = await asyncio.wrap_future(self._loop.ask(kind, request))
         finally:
             self._waiting -= 1
-        if isinstance(answered, PromptBankError):
-            raise type(answered)(self._public(answered)) from answered
+        if isinstance(reply.answers, PromptBankError):
+            raise type(reply.answers)(self._public(reply.answers)) from reply.answers
         for task in request.tasks:
             self.metrics.rows.labels(task.partition("@")[0]).inc()
-        return answered
-
-    async def _run(
-        self, kind: str, answer: Callable[[Sequence[Request]], BatchAnswers[Answer]], requests: Sequence[Request]
-    ) -> list[VersionedAnswers[Answer] | PromptBankError]:
-        self._running += 1
-        self._idle.clear()
-        self.metrics.batch_rows.labels(kind).observe(_rows(requests))
-        try:
-            replies = await asyncio.get_running_loop().run_in_executor(self._worker, answer, requests)
-        finally:
-            self._running -= 1
-            if not self._running:
-                self._idle.set()
-        return [
-            reply if isinstance(reply, PromptBankError) else VersionedAnswers(replies.version, reply)
-            for reply in replies.of_request
-        ]
+        return VersionedAnswers(reply.version, reply.answers)
 
     def _on_event(self, event: WatchEvent) -> None:
         """Called in the watcher's thread."""

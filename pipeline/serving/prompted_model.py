@@ -96,7 +96,7 @@ class PromptedModel:
         self.bank = bank
         self.states = PromptStateCache(cache_bytes)
         self._beginnings: WeakKeyDictionary[Prompt, np.ndarray] = WeakKeyDictionary()
-        self._token_budget = token_budget
+        self.token_budget = token_budget
         self._longest = min(backbone.context or token_budget, token_budget)
         # One batch at a time: a model's attention is a setting of the whole model (backbone/packed.py).
         self._running = Lock()
@@ -142,7 +142,7 @@ class PromptedModel:
         version, encoded = self.encode_each(requests, labelled)
         rows = [row for of_request in encoded if isinstance(of_request, list) for row in of_request]
         answers: dict[int, Answer] = {}
-        for batch in split_by_budget([tokens(row) for row in rows], self._token_budget):
+        for batch in split_by_budget([tokens(row) for row in rows], self.token_budget):
             with self._running:
                 answers |= zip(batch, answer([rows[i] for i in batch]), strict=True)
         in_order = (answers[i] for i in range(len(rows)))

@@ -49,6 +49,10 @@ class RunningBatch(Generic[Key]):
         """B"""
         return len(self._rows)
 
+    def unfinished(self) -> list[Key]:
+        """Of the rows that are not done."""
+        return [row.key for row in self._rows.values()]
+
     def join(
         self, rows: Rows, keys: Sequence[Key], ends: Sequence[int], most: Sequence[int]
     ) -> list[tuple[Key, np.ndarray]]:

@@ -42,7 +42,7 @@ class ServiceSettings(SettingsModel):
     max_waiting: int = Field(default=1000, ge=1, le=10**9)
     """Most requests that may wait for the model; further ones are refused with 503 and Retry-After."""
     batch_wait_s: float = Field(default=0.003, ge=0, le=MOST_SECONDS)
-    """How long a batch waits for further requests while the model is idle, in seconds."""
+    """How long a first request waits for others while the model is idle, in seconds."""
     token_budget: int = Field(default=8192, ge=1, le=10**9)
     """Most tokens that the model runs at once, and most tokens of a row with its prompt and answer."""
     cache_mib: int = Field(default=512, ge=0, le=2**30)
