@@ -26,6 +26,7 @@ _START_A_RAY = (
     "reporting/test_ray_metrics.py",
     "run/",
     "serving/test_app.py",
+    "serving/test_replicas.py",
 )
 _NEED_NONE = ("jobs/test_quickstart_corpora.py", "run/test_lease.py")
 
