@@ -176,7 +176,7 @@ def _untuned_bank(folder: Path, options: ServingOptions, labels: Mapping[str, se
     table = read_input_embeddings(find_model(options.model))
     prompts = []
     for number, (name, of_task) in enumerate(labels.items()):
-        draw = np.random.default_rng(number).choice(_COMMON_TOKENS, options.length, replace=False)
+        draw = np.random.default_rng(number).choice(min(_COMMON_TOKENS, len(table)), options.length, replace=False)
         prompts.append(
             NewPrompt(
                 name=name,
