@@ -134,8 +134,7 @@ class PromptService:
         self._watch_error: str | None = None
         self._watcher = self.bank.watch(self._on_event, settings.watch_every)
         self._waiting = 0
-        observe = lambda kind, rows: self.metrics.batch_rows.labels(kind).observe(rows)  # noqa: E731
-        self._loop = ModelLoop(self.model, settings.max_rows, settings.batch_wait_s, observe)
+        self._loop = ModelLoop(self.model, settings.max_rows, settings.batch_wait_s, self._on_batch)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_api(self)
@@ -175,6 +174,10 @@ class PromptService:
         for task in request.tasks:
             self.metrics.rows.labels(task.partition("@")[0]).inc()
         return VersionedAnswers(reply.version, reply.answers)
+
+    def _on_batch(self, kind: str, rows: int) -> None:
+        """Called in the model's thread."""
+        self.metrics.batch_rows.labels(kind).observe(rows)
 
     def _on_event(self, event: WatchEvent) -> None:
         """Called in the watcher's thread."""
