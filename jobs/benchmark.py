@@ -8,6 +8,7 @@ python jobs/benchmark.py profile --data ../shared/data              # where the 
 python jobs/benchmark.py lengths --data ../shared/data              # what a longer prompt costs
 python jobs/benchmark.py growth --data ../shared/data               # 1 to 256 trials in one run
 python jobs/benchmark.py evaluation --data ../shared/data           # labels and answers, against transformers
+python jobs/benchmark.py serving --data ../shared/data              # the service, against another checkout
 python jobs/benchmark.py zero --data ../shared/data                 # what ZeRO-3 costs
 python jobs/benchmark.py ranks --data ../shared/data                # bytes of a step here, and on up to 64 GPUs
 python jobs/benchmark.py quality --data ../shared/data              # whether a fast step makes prompts worse
@@ -242,6 +243,33 @@ def evaluation(
     result = compare_evaluation(bench, tokens, answers, rounds)
     console.print(evaluation_table(result))
     save_evaluation(out, result)
+    console.print(f"Written to {out}.")
+
+
+@app.command()
+def serving(
+    data: Data,
+    tasks: Tasks = "sst2,trec,cr,mpqa,subj,mr,sst5",
+    model: Model = "smollm2-135m",
+    earlier: Annotated[Path | None, typer.Option(help="A checkout of an earlier commit, as the other side.")] = None,
+    bank: Annotated[str | None, typer.Option(help="A bank with prompts of these tasks; else untuned ones.")] = None,
+    length: Annotated[int, typer.Option(help="Length of untuned prompts.")] = 20,
+    rows: Annotated[str, typer.Option(help="Rows of batches, separated by commas; answers for the first.")] = "64,512",
+    tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 16,
+    rounds: Rounds = 1,
+    clients: Annotated[int, typer.Option(help="Clients over HTTP.")] = 8,
+    seconds: Annotated[float, typer.Option(help="Of load over HTTP on each side; 0 leaves it out.")] = 20,
+    out: Out = Path("docs/benchmarks/serving.json"),
+) -> None:
+    """Mixed rows on one thread: labels and answers by int16 and exact products, and by an earlier commit; and HTTP."""
+    from pipeline.lab.benchmark.serving import ServingOptions, compare_serving, save_serving, serving_tables
+
+    counts = [int(count) for count in rows.split(",")]
+    options = ServingOptions(model, length, counts, tokens, rounds, clients, seconds)
+    figures = compare_serving(data, tasks.split(","), earlier, options, bank)
+    for table in serving_tables(figures):
+        console.print(table)
+    save_serving(out, figures)
     console.print(f"Written to {out}.")
 
 

@@ -27,6 +27,7 @@ _START_A_RAY = (
     "run/",
     "serving/test_app.py",
     "serving/test_guarded_app.py",
+    "serving/test_replicas.py",
 )
 _NEED_NONE = ("jobs/test_quickstart_corpora.py", "run/test_lease.py")
 

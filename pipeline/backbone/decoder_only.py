@@ -8,7 +8,7 @@ prompt whose keys and values were kept (`prompt_state`) does not run at all.
 Shapes: B rows, S prompts, T tokens, P prompt tokens, N tokens of all segments, H hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from pipeline.backbone.embedding import embed_words
 from pipeline.backbone.output import (
-    best_tokens,
     label_token_nll,
     layers_of,
     summed,
@@ -137,7 +136,8 @@ def prompt_state(model: Any, prompt: Tensor, beginning: np.ndarray = NO_TOKENS) 
     run_behind_prompts(model, [prompt], [beginning], [0], kept)
     state = _state(kept)
     # Copies: families that make queries, keys and values in one product keep all three while a view of one is there.
-    return PromptState([part.clone() for part in state.keys], [part.clone() for part in state.values])
+    keys, values = ([_copied(part) for part in side] for side in (state.keys, state.values))
+    return PromptState(keys, values)
 
 
 def label_nll(model: Any, rows: Rows, pairs: np.ndarray, candidates: TokenRows) -> Tensor:
@@ -163,54 +163,10 @@ def label_nll(model: Any, rows: Rows, pairs: np.ndarray, candidates: TokenRows) 
     return summed(nll, np.concatenate(of_label), len(candidates))
 
 
-# Decoding runs prompts and inputs, packed, and then token after token, each behind the keys and values of what came
-# before. They are kept as the attention of the layers saw them, so this is exact for whatever is exact when packed.
-
-
-def decoding_steps(model: Any, rows: Rows) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
-    """Two functions: one returns the first tokens `[B]`, the other takes tokens `[B]` and returns the next ones."""
-    trees, kept = trees_of(rows), KeysAndValues()
-    hidden, layout = run_behind_prompts(model, trees.prompts, [*trees.beginnings, *trees.own], trees.parents, kept)
-    texts = trees.segments  # each of them grows token by token
-    lengths, parents = layout.segments.lengths.copy(), layout.segments.parents
-    memory = _joined([*_given_and_fresh(trees.prompts)[0], _state(kept)])
-    ends = layout.starts[texts] + lengths[texts] - 1
-    first = best_tokens(model, hidden[as_indices(ends, hidden)])
-
-    def step(tokens: Tensor) -> Tensor:
-        nonlocal memory
-        new = make_layout([*lengths, *np.ones_like(texts)], [*parents, *texts], tokens.device, len(lengths))
-        kept = KeysAndValues()
-        more = inputs_beside(model, tokens[None])
-        hidden = run_packed(model, embed_words(model, tokens), new, [memory], kept, more)
-        order = as_indices(_with_one_more(lengths, texts), tokens)
-        joined = _joined([memory, _state(kept)])
-        memory = PromptState([part[order] for part in joined.keys], [part[order] for part in joined.values])
-        lengths[texts] += 1
-        return best_tokens(model, hidden)
-
-    return lambda: first, step
-
-
 def _state(kept: KeysAndValues) -> PromptState:
     pairs = [kept[layer] for layer in sorted(kept)]
     return PromptState([keys for keys, _ in pairs], [values for _, values in pairs])
 
 
-def _joined(states: Sequence[PromptState]) -> PromptState:
-    """One behind the other."""
-    if len(states) == 1:
-        return states[0]
-    keys, values = (
-        [torch.cat(parts) for parts in zip(*of_all, strict=True)]
-        for of_all in ([state.keys for state in states], [state.values for state in states])
-    )
-    return PromptState(keys, values)
-
-
-def _with_one_more(lengths: np.ndarray, growing: np.ndarray) -> np.ndarray:
-    """The order in which each growing segment's new token, all of which lie behind all segments, follows it."""
-    starts, total = np.cumsum(lengths) - lengths, int(lengths.sum())
-    new_of = {int(segment): total + place for place, segment in enumerate(growing)}
-    segments = [starts[s] + np.arange(n) for s, n in enumerate(lengths)]
-    return np.concatenate([np.append(part, new_of[s]) if s in new_of else part for s, part in enumerate(segments)])
+def _copied(part: Tensor) -> Tensor:
+    return part.clone(memory_format=torch.contiguous_format)

@@ -18,7 +18,7 @@ from torch.nn import functional
 from pipeline.backbone import gpu
 from pipeline.backbone.gpu import attention as gpu_attention
 from pipeline.backbone.gpu import rows as gpu_rows
-from pipeline.backbone.int8 import int8_gated_layer, multiplies_in_int8
+from pipeline.backbone.int8 import int8_gated_layer, int16_gated_layer, multiplies_in_int8, multiplies_in_int16
 from pipeline.backbone.native import attention as native_attention
 from pipeline.backbone.native import rows as native
 from pipeline.backbone.packed import current_run
@@ -84,6 +84,9 @@ class GatedMlp(nn.Module):
         supported = native.supports(x) or gpu.runs_on(x.device)
         if self.kernels and supported and all(map(multiplies_in_int8, layers)):
             return int8_gated_layer(x, gate_proj, up_proj, down_proj, self.activation)
+        no_gradient = not torch.is_grad_enabled()
+        if self.kernels and no_gradient and native.supports(x) and all(map(multiplies_in_int16, layers)):
+            return int16_gated_layer(x, gate_proj, up_proj, down_proj, self.activation)
         gate, up = gate_proj(x), up_proj(x)
         if self.kernels and native.supports(gate, up):
             inner = native.GatedProductFunction.apply(gate, up, self.activation)
@@ -120,9 +123,16 @@ class RotaryAttention(nn.Module):
         rotation = run.layout.rotation(position_embeddings)
         if on_gpu:
             q, k = gpu_attention.rotate(q, k, rotation)
+            if run.kept is not None:
+                run.kept[usual.layer_idx] = (k, v)
             k, v = run.with_given(usual.layer_idx, k, v)
             turned = gpu_attention.attend(q, k, v, usual.scaling, run.layout.tables)
             return usual.o_proj(turned.flatten(1))[None], None
+        if run.parts is not None:
+            grown = native_attention.attend_growing(q, k, v, usual.scaling, run.parts(usual.layer_idx), rotation)
+            return usual.o_proj(grown.flatten(1))[None], None
+        if run.kept is not None:
+            run.kept[usual.layer_idx] = (native_attention.rotated(k, rotation), v)
         # Given keys are rotated already, which the kernel knows by their number.
         k, v = run.with_given(usual.layer_idx, k, v)
         out = native_attention.attend(q, k, v, usual.scaling, run.layout.forest, rotation)

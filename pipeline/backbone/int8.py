@@ -4,13 +4,15 @@ bitsandbytes' own `Linear8bitLt` keeps its matrix in attributes that ZeRO cannot
 rank would hold all of it. Here the matrix is an ordinary int8 parameter, quantised row by row
 with bitsandbytes' function (absmax of each output row, Dettmers et al. 2022, without outliers).
 
-There are two kinds of product. Both treat each row by itself, so that trials in one batch cannot touch each other:
+There are three kinds of product. All treat each row by itself, so that trials in one batch cannot touch each other:
 
 - exact: activations in their own type are multiplied by the matrix, which is converted on the fly; the gradient is
   exact, too;
 - int8: activations are quantised row by row as well, and whole numbers are multiplied. The backward pass does the same
   with the gradient, its scales folded in ("SwitchBack", Wortsman et al. 2023). Weights are frozen and have no gradient,
-  so every large product is in int8. The backward pass alone can be exact.
+  so every large product is in int8. The backward pass alone can be exact;
+- int16: activations are quantised to int16, which loses about as much as the order of a float sum does, and whole
+  numbers are multiplied. The gradient is exact. It is for answering, by a processor that does this faster than floats.
 
 Nothing but a reference to the matrix is stored for the backward pass. Experts of one layer are one parameter
 `[E, O, I]`; a product converts the matrix of one expert at a time.
@@ -80,6 +82,8 @@ class Int8Linear(nn.Module):
         self.int8_products = False
         self.exact_backward = False
         self.kernels = False
+        self.fine = False
+        """Whether products are int16, where a processor has them."""
         self.digits = False
         """Whether floats may be multiplied as several int8 digits each, which is as exact; see `set_products`."""
         self.register_buffer("scale", unknown_scale(weight), persistent=False)
@@ -87,11 +91,19 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., I]` of any float type -> `[..., O]` of the same type."""
         weight: Tensor = self._parameters["weight"]  # type: ignore[assignment]
-        if self.digits and self.kernels and native.supports(x, self.scale) and products.supports(weight, weight):
-            y: Tensor = _DigitProduct.apply(x, weight, self.scale)
+        if self.multiplies_finely and native.supports(x, self.scale):
+            y: Tensor = _FineProduct.apply(x, *_quantized(x, True, fine=True), weight, self.scale)
+        elif self.digits and self.kernels and native.supports(x, self.scale) and products.supports(weight, weight):
+            y = _DigitProduct.apply(x, weight, self.scale)
         else:
             y = multiply(self, x, weight, self.scale)
         return y if self.bias is None else y + self.bias
+
+    @property
+    def multiplies_finely(self) -> bool:
+        """Whether its products are int16 now, by kernels."""
+        weight: Tensor = self._parameters["weight"]  # type: ignore[assignment]
+        return self.fine and self.kernels and (products.supports_int16(weight) or products.supports(weight, weight))
 
     def extra_repr(self) -> str:
         return f"{len(self.scale)} rows of int8"
@@ -312,10 +324,55 @@ class _DigitProduct(torch.autograd.Function):
 
 
 def _sum_of_digits(digits: Tensor, row_scale: Tensor, weight: Tensor, columns: Tensor | None) -> Tensor:
-    """Int8 `[3, N, I]` times W, as in `_rescaled_product` -> float32 `[N, O]`."""
+    """Int8 digits `[3 or 2, N, I]` times W, as in `_rescaled_product` -> float32 `[N, O]`."""
     found = products.multiply(digits.flatten(0, 1), row_scale.flatten(0, 1), weight, columns, columns is None)
-    first, second, third = found.view(3, digits.shape[1], -1)
-    return third.add_(second).add_(first)  # the smallest first
+    *larger, total = found.view(*digits.shape[:2], -1)
+    for part in reversed(larger):  # the smallest first
+        total = total.add_(part)
+    return total
+
+
+class _FineProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.matrix, ctx.scale = _Matrix(weight, None), scale
+        return _fine_product(rows, row_scale, weight, scale).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _exact_gradient(grads[0], ctx.matrix.rows(), ctx.scale), *(None,) * 4
+
+
+def multiplies_in_int16(layer: nn.Module) -> bool:
+    """Whether a layer is an int16 product, by kernels, and nothing else."""
+    return isinstance(layer, Int8Linear) and layer.multiplies_finely and _only_multiplies(layer)
+
+
+def int16_gated_layer(x: Tensor, gate: Int8Linear, up: Int8Linear, down: Int8Linear, activation: str) -> Tensor:
+    """`int8_gated_layer` in int16 products, and without a gradient."""
+    rows = _quantized(x, kernels=True, fine=True)
+    weights: list[Tensor] = [layer._parameters["weight"] for layer in (gate, up, down)]  # type: ignore[misc]
+    of_gate, of_up = (_fine_product(*rows, weights[i], layer.scale) for i, layer in enumerate((gate, up)))
+    if products.ways():
+        inner = _quantize_finely(native.GatedProductFunction.apply(of_gate, of_up, activation))
+    else:
+        inner = native.gated_fine_rows(of_gate, of_up, activation)
+    return _fine_product(*inner, weights[2], down.scale).view(*x.shape[:-1], -1)
+
+
+def _quantize_finely(x: Tensor) -> tuple[Tensor, Tensor]:
+    """X `[N, I]` as int16 and a scale `[N, 1]`, or as two digits of int8 with theirs, `[2, N, I]` and `[2, N, 1]`."""
+    if products.ways():  # for digits this processor has instructions that are twice as fast
+        digits, scale = native.quantize_digits(x)
+        return digits[:2], scale[:2]
+    return native.quantize_finely(x)
+
+
+def _fine_product(rows: Tensor, row_scale: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
+    """What `_quantize_finely` gives, times W `[O, I]` -> float32 `[N, O]`."""
+    if rows.dtype == torch.int8:
+        return _sum_of_digits(rows, row_scale, weight, columns)
+    return products.multiply_int16(rows, row_scale, weight, columns)
 
 
 class _Int8Product(torch.autograd.Function):
@@ -354,11 +411,13 @@ def multiplies_in_int8(layer: nn.Module) -> bool:
         isinstance(layer, Int8Linear)
         and layer.int8_products
         and layer.kernels
-        and layer.bias is None
         and not layer.exact_backward
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
+        and _only_multiplies(layer)
     )
+
+
+def _only_multiplies(layer: Int8Linear) -> bool:
+    return layer.bias is None and not layer._forward_hooks and not layer._forward_pre_hooks
 
 
 def int8_gated_layer(x: Tensor, gate: Int8Linear, up: Int8Linear, down: Int8Linear, activation: str) -> Tensor:
@@ -408,6 +467,7 @@ class _Int8Gated(torch.autograd.Function):
 class _Quantized:
     of: weakref.ref[Tensor]
     version: int
+    fine: bool
     rows: Tensor
     scale: Tensor
 
@@ -417,13 +477,17 @@ class _Quantized:
 _last = threading.local()
 
 
-def _quantized(x: Tensor, kernels: bool) -> tuple[Tensor, Tensor]:
-    """X `[..., I]` in int8, `[N, I]` and `[N, 1]`; once for layers that follow each other on the same activations."""
+def _quantized(x: Tensor, kernels: bool, fine: bool = False) -> tuple[Tensor, Tensor]:
+    """X `[..., I]` in int8 (or `_quantize_finely`), `[N, I]` and `[N, 1]`.
+
+    Once for layers that follow each other on the same activations.
+    """
     # The version counts changes in place, after which the same object holds other numbers.
     last: _Quantized | None = getattr(_last, "activations", None)
-    if last is None or last.of() is not x or last.version != x._version:
-        rows, scale = _quantize(x.detach().flatten(0, -2), kernels)
-        last = _last.activations = _Quantized(weakref.ref(x), x._version, rows, scale)
+    if last is None or last.of() is not x or last.version != x._version or last.fine != fine:
+        flat = x.detach().flatten(0, -2)
+        rows, scale = _quantize_finely(flat) if fine else _quantize(flat, kernels)
+        last = _last.activations = _Quantized(weakref.ref(x), x._version, fine, rows, scale)
     return last.rows, last.scale
 
 
@@ -449,6 +513,9 @@ def _rescaled_product(rows: Tensor, row_scale: Tensor, weight: Tensor, columns: 
     across = columns is None
     if kernels and products.supports(rows, weight):
         return products.multiply(rows, row_scale, weight, columns, across)
+    if kernels and columns is not None and products.supports_int16(weight):
+        wide = functional.pad(rows.short(), (0, -rows.shape[1] % native.DEEP))  # the same whole numbers
+        return products.multiply_int16(wide, row_scale, weight, columns)
     return _rescale(_multiply(rows, weight if across else weight.t()), row_scale, columns, kernels)
 
 
@@ -478,7 +545,9 @@ def multiplies_int8_fast(device: torch.device) -> bool:
 
 
 def set_products(model: nn.Module, setting: str, device: torch.device) -> None:
-    """Set how the model's int8 layers multiply: `int8`, `int8_forward` (the gradient is exact) or `exact`.
+    """Set how the model's int8 layers multiply: `int8`, `int8_forward` (the gradient is exact), `int16` or `exact`.
+
+    Where a processor has no int16 products, `int16` is exact; so are experts.
 
     The output layer stays exact: its product is one of floats or, unless all are `exact`, of int8 digits. One large
     entry of a token's gradient over the vocabulary would leave the others no bits: measured on SmolLM2, the prompt's
@@ -486,12 +555,13 @@ def set_products(model: nn.Module, setting: str, device: torch.device) -> None:
     a GPU a layer with other sides stays exact.
     """
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    assert setting in ("int8", "int8_forward", "exact"), setting
+    assert setting in ("int8", "int8_forward", "int16", "exact"), setting
     for module in model.modules():
         if hasattr(module, "int8_products"):
             how: Any = module
             sides_fit = device.type != "cuda" or all(side % 8 == 0 for side in how.sides)
-            how.int8_products = setting != "exact" and sides_fit and module is not output
+            how.int8_products = setting in ("int8", "int8_forward") and sides_fit and module is not output
             how.exact_backward = setting == "int8_forward"
             if isinstance(how, Int8Linear):
+                how.fine = setting == "int16"
                 how.digits = setting != "exact" and module is output

@@ -47,6 +47,10 @@ class NotPackedError(Exception):
     """The family's layers do not take part: they pass over the interface, or hand over what is not known here."""
 
 
+class NotPlainError(Exception):
+    """A layer's attention does more than the kernel for growing rows knows."""
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """Where the tokens of each segment lie in the packed row, and what they attend to."""
@@ -126,6 +130,9 @@ class PackedRun:
     kernels: bool
     kept: KeysAndValues | None = None
     """Where keys and values go, if they are wanted."""
+    parts: Callable[[int], native_attention.Parts] | None = None
+    """Of a layer, where the keys and values lie to which one more token of each row attends, and where its own go; in
+    place of `given` and `kept`, where the kernel is used."""
     _biases: dict[int, tuple[Rule, packed_attention.Biases | None]] = field(default_factory=dict)
 
     def biases(self, rule: Rule | None) -> packed_attention.Biases | None:
@@ -171,18 +178,19 @@ def run_packed(
     given: Sequence[PromptState] = (),
     kept: KeysAndValues | None = None,
     more: Mapping[str, Tensor] = MappingProxyType({}),
+    parts: Callable[[int], native_attention.Parts] | None = None,
 ) -> Tensor:
     """Last hidden states `[N, H]` of packed input embeddings `[N, H]`, behind the layout's given segments.
 
-    Keys and values of every layer go into `kept`, if it is there. `more` are inputs that the family has beside them.
+    Keys and values of every layer go into `kept`, if it is there. `more` are inputs that the family has beside
+    them. `parts`: as in `PackedRun`.
     """
     # A token's position counts its ancestors' tokens, not its neighbours in the packed row: each row runs as if it had
     # its prompt to itself. A prompt that many rows share runs once, and autograd sums their gradients in it.
     # A row that is done may be decoded on beside longer ones, beyond the model's table of positions.
     last = (getattr(model.config, "max_position_embeddings", None) or 2**62) - 1
     positions = torch.as_tensor(layout.segments.positions()[None].clip(max=last), device=layout.device)
-    # The kernel that rotates keys itself cannot hand them over, so runs that keep them do without.
-    run = PackedRun(layout, given, bool(getattr(model, "kernels", False)) and kept is None, kept)
+    run = PackedRun(layout, given, bool(getattr(model, "kernels", False)), kept, parts)
     token = _current.set(run)
     try:
         # One pass at a time, whichever thread calls: the setting is the whole model's.
@@ -236,13 +244,18 @@ def _attend(
     if not isinstance(attention_mask, Rule | None):
         raise NotPackedError(f"its layers hand over a mask of their own ({type(attention_mask).__name__})")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, A, D]
+    scaling = scaling or q.shape[-1] ** -0.5
+    biases, layout = run.biases(attention_mask), run.layout
+    plain = biases is None and softcap is None and s_aux is None and key.shape[-1] == value.shape[-1]
+    by_kernel = run.kernels and plain and native_attention.supports(q, k, v)
+    if run.parts is not None:
+        if not by_kernel:
+            raise NotPlainError
+        return native_attention.attend_growing(q, k, v, scaling, run.parts(module.layer_idx))[None], None
     if run.kept is not None:
         run.kept[module.layer_idx] = (k, v)
     k, v = run.with_given(getattr(module, "layer_idx", -1), k, v)
-    scaling = scaling or q.shape[-1] ** -0.5
-    biases, layout = run.biases(attention_mask), run.layout
-    plain = biases is None and softcap is None and s_aux is None and k.shape[-1] == v.shape[-1]
-    if run.kernels and plain and native_attention.supports(q, k, v):
+    if by_kernel:
         return native_attention.attend(q, k, v, scaling, layout.forest)[None], None
     if run.kernels and plain and gpu_attention.supports(q, q.shape[-1]):
         return gpu_attention.attend(q, k, v, scaling, layout.tables)[None], None

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.backbone import decoder_only, encoder_decoder, padded
+from pipeline.backbone import decoder_only, encoder_decoder, growing, padded
 from pipeline.backbone.output import summed, target_of_token, token_distillation
 from pipeline.backbone.rows import NO_TOKENS, PromptState, Rows, TokenRows, as_indices
 
@@ -90,7 +90,8 @@ def greedy_decode(
     `max_new_tokens` holds for all rows, or is given for each.
     `all_done` turns "this rank is done" into "every rank is done": under ZeRO-3 all stop together.
     """
-    start, step = _family(model).decoding_steps(model, rows)
+    family = _family(model)
+    start, step = (growing if family is decoder_only else family).decoding_steps(model, rows)
     tokens = start()
     limits = np.broadcast_to(max_new_tokens, len(tokens))
     limit = torch.as_tensor(limits.copy(), device=tokens.device)

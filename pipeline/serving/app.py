@@ -9,8 +9,7 @@ import math
 import os
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,8 @@ from pipeline.errors import BankError, OverloadedError, PromptBankError, Setting
 from pipeline.serving.api import make_api
 from pipeline.serving.authentication import require_tokens, settle_authentication
 from pipeline.serving.bank_tasks import BankTasks, public_sentence
-from pipeline.serving.prompted_model import Answer, BatchAnswers, Completion, PromptedModel
+from pipeline.serving.model_loop import ModelLoop
+from pipeline.serving.prompted_model import Completion, PromptedModel
 from pipeline.serving.requests import Request
 from pipeline.serving.served_backbone import load_backbone
 from pipeline.serving.service import VersionedAnswers
@@ -120,14 +120,10 @@ def _reason(error: RuntimeError) -> Exception:
     return error
 
 
-def _rows(requests: Sequence[Request]) -> int:
-    return sum(len(request.tasks) for request in requests)
-
-
 class PromptService:
     """One replica: a copy of the model and a view of the bank.
 
-    Requests wait on the event loop, and one thread runs the model.
+    Requests wait on the event loop, and one thread runs the model (`model_loop`).
     """
 
     def __init__(self, settings: ServiceSettings) -> None:
@@ -136,21 +132,16 @@ class PromptService:
         self.bank = PromptBank.open(settings.bank, settings.alias, trusted_keys=settings.trusted_keys)
         assert self.bank.current is not None, "a bank without a version is refused when opened"
         weights = weights_setting(self.bank.current.backbone)
-        backbone = load_backbone(settings.model, weights, settings.device, settings.dtype)
+        backbone = load_backbone(settings.model, weights, settings.device, settings.dtype, settings.products)
         self.model = PromptedModel(backbone, self.bank, settings.cache_mib * 2**20, settings.token_budget)
         self.tasks = BankTasks(self.bank, backbone, self.model.longest)
         self.snapshot()  # so that a bank of another backbone is refused before the first request
-        self.metrics = ServiceMetrics(serve.get_replica_context().replica_id.unique_id)
+        self.metrics = ServiceMetrics(serve.get_replica_context().replica_id.unique_id, self.model.states)
         self.metrics.watched(self.bank.version, None)
         self._watch_error: str | None = None
         self._watcher = self.bank.watch(self._on_event, settings.watch_every)
-        self._worker = ThreadPoolExecutor(1, "model")
-        self._waiting = self._running = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
-        for batch in (self._complete, self._classify):
-            batch.set_max_batch_size(settings.max_rows)
-            batch.set_batch_wait_timeout_s(settings.batch_wait_s)
+        self._waiting = 0
+        self._loop = ModelLoop(self.model, settings.max_rows, settings.batch_wait_s, self._on_batch)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_api(self, self._tokens)
@@ -172,52 +163,28 @@ class PromptService:
         return self._watch_error
 
     async def complete(self, request: Request) -> VersionedAnswers[Completion]:
-        return await self._ask(self._complete, request)
+        return await self._ask("generate", request)
 
     async def classify(self, request: Request) -> VersionedAnswers[dict[str, float]]:
-        return await self._ask(self._classify, request)
+        return await self._ask("classify", request)
 
-    @serve.batch(batch_size_fn=_rows)
-    async def _complete(self, requests: list[Request]) -> list[VersionedAnswers[Completion] | PromptBankError]:
-        return await self._run("generate", self.model.complete_each, requests)
-
-    @serve.batch(batch_size_fn=_rows)
-    async def _classify(self, requests: list[Request]) -> list[VersionedAnswers[dict[str, float]] | PromptBankError]:
-        return await self._run("classify", self.model.classify_each, requests)
-
-    async def _ask(self, batch: Callable[[Request], Awaitable[Any]], request: Request) -> VersionedAnswers[Any]:
+    async def _ask(self, kind: str, request: Request) -> VersionedAnswers[Any]:
         if self._waiting >= self.settings.max_waiting:
             raise OverloadedError(f"{self._waiting} requests wait for the model already; come back later")
         self._waiting += 1
         try:
-            # `serve.batch` collects for a fixed time, whether the model is busy or not. Requests that wait here
-            # until it is idle come into the next batch together, however long the previous batch took.
-            await self._idle.wait()
-            answered = await batch(request)
+            reply = await asyncio.wrap_future(self._loop.ask(kind, request))
         finally:
             self._waiting -= 1
-        if isinstance(answered, PromptBankError):
-            raise type(answered)(public_sentence(answered, self.bank)) from answered
+        if isinstance(reply.answers, PromptBankError):
+            raise type(reply.answers)(public_sentence(reply.answers, self.bank)) from reply.answers
         for task in request.tasks:
             self.metrics.rows.labels(task.partition("@")[0]).inc()
-        return answered
+        return VersionedAnswers(reply.version, reply.answers)
 
-    async def _run(
-        self, kind: str, answer: Callable[[Sequence[Request]], BatchAnswers[Answer]], requests: Sequence[Request]
-    ) -> list[VersionedAnswers[Answer] | PromptBankError]:
-        self._running += 1
-        self._idle.clear()
-        self.metrics.batch_rows.labels(kind).observe(_rows(requests))
-        try:
-            replies = await asyncio.get_running_loop().run_in_executor(self._worker, answer, requests)
-        finally:
-            self._running -= 1
-            if not self._running:
-                self._idle.set()
-        return [
-            reply if isinstance(reply, PromptBankError) else VersionedAnswers(replies.version, reply)
-            for reply in replies.of_request
-        ]
+    def _on_batch(self, kind: str, rows: int) -> None:
+        """Called in the model's thread."""
+        self.metrics.batch_rows.labels(kind).observe(rows)
 
     def _on_event(self, event: WatchEvent) -> None:
         """Called in the watcher's thread."""

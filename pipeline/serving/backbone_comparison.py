@@ -97,7 +97,7 @@ class _RowScore:
 
 
 def _scored(model: str, weights: str, rows: Sequence[str]) -> _ModelScores:
-    served = load_backbone(model, weights)
+    served = load_backbone(model, weights, products="exact")
     facts = {
         "the tokenizer's end of a text (eos_token_id)": served.tokenizer.eos_token_id,
         "the decoder's first token (decoder_start_token_id)": _start(served),

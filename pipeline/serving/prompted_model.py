@@ -18,6 +18,7 @@ from pipeline.backbone.rows import NO_TOKENS
 from pipeline.bank import Prompt, PromptBank, Snapshot
 from pipeline.errors import MissingFileError, PromptBankError, UnknownNameError, UnknownTaskError
 from pipeline.serving.requests import EncodedRow, Request, Text, encode_rows, template_beginning
+from pipeline.serving.running_batch import Key, RunningBatch
 from pipeline.serving.served_backbone import ServedBackbone
 
 Answer = TypeVar("Answer")
@@ -76,17 +77,27 @@ class PromptStateCache:
         self.limit = limit
         self.nbytes = 0
         """Bytes that are held."""
+        self.hits = 0
+        """How often a state was asked for and held."""
+        self.misses = 0
+        """How often one had to be made."""
+        self.evictions = 0
+        """How often one left for want of room."""
         self._states: OrderedDict[str, prompted.PromptState] = OrderedDict()
 
     def get(self, digest: str, make: Callable[[], prompted.PromptState]) -> prompted.PromptState:
         """The state of a prompt, made only if it is not held."""
-        if digest not in self._states:
+        if digest in self._states:
+            self.hits += 1
+        else:
+            self.misses += 1
             state = self._states[digest] = make()
             self.nbytes += state.nbytes
         self._states.move_to_end(digest)
         state = self._states[digest]
         while self.nbytes > self.limit:  # a state larger than the limit leaves at once
             self.nbytes -= self._states.popitem(last=False)[1].nbytes
+            self.evictions += 1
         return state
 
 
@@ -110,7 +121,7 @@ class PromptedModel:
         self.bank = bank
         self.states = PromptStateCache(cache_bytes)
         self._beginnings: WeakKeyDictionary[Prompt, np.ndarray] = WeakKeyDictionary()
-        self._token_budget = token_budget
+        self.token_budget = token_budget
         self.longest = min(backbone.context or token_budget, token_budget)
         """Most tokens of prompt, input and answer of a row."""
         # One batch at a time: a model's attention is a setting of the whole model (backbone/packed.py).
@@ -158,6 +169,20 @@ class PromptedModel:
 
         tokens: how many tokens a row takes while it runs.
         """
+        version, encoded = self.encode_each(requests, labelled)
+        rows = [row for of_request in encoded if isinstance(of_request, list) for row in of_request]
+        answers: dict[int, Answer] = {}
+        for batch in split_by_budget([tokens(row) for row in rows], self.token_budget):
+            with self._running:
+                answers |= zip(batch, answer([rows[i] for i in batch]), strict=True)
+        in_order = (answers[i] for i in range(len(rows)))
+        replies = [e if isinstance(e, PromptBankError) else [next(in_order) for _ in e] for e in encoded]
+        return BatchAnswers(version, replies)
+
+    def encode_each(
+        self, requests: Sequence[Request], labelled: bool
+    ) -> tuple[int, list[list[EncodedRow] | PromptBankError]]:
+        """The rows of each request, or why it is refused, all by one version of the bank, which comes first."""
         snapshot = self.bank.current
         load = cache(lambda task: self._load(task, snapshot))
         encoded: list[list[EncodedRow] | PromptBankError] = []
@@ -166,14 +191,7 @@ class PromptedModel:
                 encoded.append(encode_rows(request, load, self.backbone, labelled, self.longest))
             except PromptBankError as error:
                 encoded.append(error)
-        rows = [row for of_request in encoded if isinstance(of_request, list) for row in of_request]
-        answers: dict[int, Answer] = {}
-        for batch in split_by_budget([tokens(row) for row in rows], self._token_budget):
-            with self._running:
-                answers |= zip(batch, answer([rows[i] for i in batch]), strict=True)
-        in_order = (answers[i] for i in range(len(rows)))
-        replies = [e if isinstance(e, PromptBankError) else [next(in_order) for _ in e] for e in encoded]
-        return BatchAnswers(snapshot.version if snapshot else 0, replies)
+        return snapshot.version if snapshot else 0, encoded
 
     def _load(self, task: str, snapshot: Snapshot | None) -> Prompt:
         try:
@@ -182,15 +200,45 @@ class PromptedModel:
         except (MissingFileError, UnknownNameError) as error:
             raise UnknownTaskError(str(error)) from error
 
+    def running_batch(self) -> RunningBatch[Any] | None:
+        """A batch that `join` puts rows into; None where rows of this model cannot join others (`shares_prompts`)."""
+        return RunningBatch(self.backbone.backbone) if self.backbone.backbone.shares_prompts else None
+
+    def join(
+        self, running: RunningBatch[Key], rows: Sequence[EncodedRow], keys: Sequence[Key]
+    ) -> list[tuple[Key, np.ndarray]]:
+        """Let rows of `encode_each` join a batch: -> the ids of the answers that are done already, by key."""
+        with self._running:
+            ends, most = [row.end for row in rows], [row.max_new_tokens for row in rows]
+            return running.join(self._packed(rows), keys, ends, most)
+
+    def step(self, running: RunningBatch[Key]) -> list[tuple[Key, np.ndarray]]:
+        """One token more for all rows of a batch: -> the ids of the answers that are done, by key."""
+        with self._running:
+            return running.step()
+
+    def completion(self, row: EncodedRow, ids: np.ndarray) -> Completion:
+        """The answer to a row, of the ids `[T]` that the model wrote."""
+        return _completion(row, ids, self.backbone.tokenizer)
+
     def _decode(self, rows: Sequence[EncodedRow]) -> list[Completion]:
+        running: RunningBatch[int] | None = self.running_batch()
+        if running is None:
+            return self._decode_together(rows)
+        ends, most = [row.end for row in rows], [row.max_new_tokens for row in rows]
+        ids = dict(running.join(self._packed(rows), range(len(rows)), ends, most))
+        while len(running):
+            ids |= running.step()
+        return [self.completion(row, ids[place]) for place, row in enumerate(rows)]
+
+    def _decode_together(self, rows: Sequence[EncodedRow]) -> list[Completion]:
         answers: dict[int, Completion] = {}
         for end in dict.fromkeys(row.end for row in rows):  # chats may end otherwise than texts
             places = [place for place, row in enumerate(rows) if row.end == end]
             packed = self._packed([rows[place] for place in places])
             limits = [rows[place].max_new_tokens for place in places]
             ids = self.backbone.backbone.run(prompted.greedy_decode, packed, limits, end)
-            for place, of_row in zip(places, ids, strict=True):
-                answers[place] = _completion(rows[place], of_row, self.backbone.tokenizer)
+            answers |= {place: self.completion(rows[place], of_row) for place, of_row in zip(places, ids, strict=True)}
         return [answers[place] for place in range(len(rows))]
 
     def _score(self, rows: Sequence[EncodedRow]) -> list[dict[str, float]]:

@@ -49,12 +49,14 @@ class ServedBackbone:
 
 
 def load_backbone(
-    model: str, weights: str = "int8", device: str = "cpu", dtype: str = "auto", products: str = "exact"
+    model: str, weights: str = "int8", device: str = "cpu", dtype: str = "auto", products: str = "auto"
 ) -> ServedBackbone:
     """Load a whole model into this process: a folder, hub name, .gguf file or packaged name.
 
     `weights` is "int8" or "full", as the prompts were tuned on; `dtype` is the type of activations.
-    `products` tells how int8 layers multiply (`int8.set_products`): exactly, or faster in int8.
+    `products` tells how int8 layers multiply (`int8.set_products`): `exact`, by floats; `int16`, which rounds
+    activations to 1 of 20,000 to 60,000 steps and is faster on a CPU; `int8`, which rounds them to 1 of 255; `auto`,
+    which is int16 where the processor has it and exact elsewhere.
     Raises: BackboneError when it cannot be loaded.
     """
     files = find_model(model)
@@ -69,6 +71,6 @@ def load_backbone(
         dtype=compute_dtype(dtype, place),
         device=place,
         sharded=False,
-        products=products,
+        products="int16" if products == "auto" else products,
     )
     return ServedBackbone(backbone, tokenizer, identity)

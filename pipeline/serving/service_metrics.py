@@ -1,12 +1,24 @@
 """The metrics of a service, in Prometheus' format."""
 
 from collections.abc import Iterator
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+class StateCounts(Protocol):
+    """What a cache of prompts' states counts; `PromptStateCache` does."""
+
+    limit: int
+    nbytes: int
+    hits: int
+    misses: int
+    evictions: int
 
 
 class ServiceMetrics(Collector):
@@ -15,8 +27,9 @@ class ServiceMetrics(Collector):
     The proxy routes each scrape to any replica, so every sample carries its replica's name.
     """
 
-    def __init__(self, replica: str) -> None:
+    def __init__(self, replica: str, states: StateCounts | None = None) -> None:
         self._replica = replica
+        self._states = states
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
             "promptbank_requests", "Requests by route and HTTP status.", ["route", "status"], registry=registry
@@ -53,8 +66,22 @@ class ServiceMetrics(Collector):
         return generate_latest(self)
 
     def collect(self) -> Iterator[Metric]:
-        for metric in self._registry.collect():
+        for metric in (*self._registry.collect(), *self._of_states()):
             metric.samples = [
                 sample._replace(labels={**sample.labels, "replica": self._replica}) for sample in metric.samples
             ]
             yield metric
+
+    def _of_states(self) -> Iterator[Metric]:
+        states = self._states
+        if states is None:
+            return
+        counters = {
+            "hits": ("A prompt's keys and values were asked for and held.", states.hits),
+            "misses": ("They had to be computed.", states.misses),
+            "evictions": ("They left the cache for want of room.", states.evictions),
+        }
+        for name, (told, count) in counters.items():
+            yield CounterMetricFamily(f"promptbank_state_cache_{name}", told, count)
+        yield GaugeMetricFamily("promptbank_state_cache_bytes", "Held keys and values of prompts.", states.nbytes)
+        yield GaugeMetricFamily("promptbank_state_cache_limit_bytes", "What they may take, cache_mib.", states.limit)

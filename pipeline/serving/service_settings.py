@@ -29,6 +29,9 @@ class ServiceSettings(SettingsModel):
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of activations; auto is float32 on a CPU and bfloat16 on a GPU."""
+    products: Literal["auto", "exact", "int16", "int8"] = "auto"
+    """How int8 layers multiply: `exact` by floats, `int16` or `int8` with activations rounded to whole numbers of so
+    many bits. `auto` is int16 where the processor has it (a CPU with AVX2), and exact elsewhere."""
     replicas: int = Field(default=1, ge=1, le=10_000)
     """Copies of the model."""
     cpus_per_replica: float = Field(default=1, ge=0.0001, le=10_000)
@@ -44,7 +47,7 @@ class ServiceSettings(SettingsModel):
     max_waiting: int = Field(default=1000, ge=1, le=10**9)
     """Most requests that may wait for the model; further ones are refused with 503 and Retry-After."""
     batch_wait_s: float = Field(default=0.003, ge=0, le=MOST_SECONDS)
-    """How long a batch waits for further requests while the model is idle, in seconds."""
+    """How long a first request waits for others while the model is idle, in seconds."""
     token_budget: int = Field(default=8192, ge=1, le=10**9)
     """Most tokens that the model runs at once, and most tokens of a row with its prompt and answer."""
     cache_mib: int = Field(default=512, ge=0, le=2**30)

@@ -49,7 +49,7 @@ class ModelSettings(SettingsModel):
     products: Literal["auto", "int8", "int8_forward", "exact"] = "auto"
     """How int8 layers multiply while tuning: `int8` quantises activations and gradients too, row by row; `int8_forward`
     activations only; `exact` neither; `auto` is int8 where every rank's hardware has instructions for it. Dev and test
-    metrics are measured with the same products; the service uses exact ones."""
+    metrics are measured with the same products; a service has a setting of its own."""
     offload: Literal["none", "cpu", "nvme"] = "none"
     """Where a rank's part of the weights waits between uses: on its device, in main memory (`cpu`, for GPUs), or in
     files under `offload_folder` (`nvme`). The system keeps as much of these files in memory as it has room for."""

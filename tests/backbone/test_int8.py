@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pipeline.backbone import int8
+from pipeline.backbone.fused import GatedMlp, use_kernels
 from pipeline.backbone.int8 import Int8Embedding, Int8Linear, empty_int8, quantize_matrix, set_products
 
 
@@ -118,3 +119,34 @@ def test_a_row_of_an_int8_product_does_not_depend_on_the_others_bit_by_bit():
 def test_rows_of_zeros_stay_zeros_in_int8_products():
     _, _, y, dx = both_products(torch.randn(8, 16), torch.zeros(2, 16), torch.zeros(2, 8))
     assert not y.any() and not dx.any()
+
+
+def _linear_and_gated():
+    torch.manual_seed(0)
+    sides = {"gate_proj": (80, 48), "up_proj": (80, 48), "down_proj": (48, 80)}
+    layers = {name: loaded(torch.randn(shape), lambda p: Int8Linear(p, None)) for name, shape in sides.items()}
+    mlp = GatedMlp(layers, "silu")
+    use_kernels(mlp, True)
+    return mlp, torch.randn(2, 70, 48)
+
+
+def test_int16_products_lose_a_ten_thousandth_and_have_the_exact_gradient():
+    mlp, x = _linear_and_gated()
+    x.requires_grad_()
+    results = {}
+    for setting in ("exact", "int16", "int8"):
+        set_products(mlp, setting, torch.device("cpu"))
+        y = mlp.gate_proj(x)
+        results[setting] = y.detach(), torch.autograd.grad(y.sum(), x)[0]
+    exact, fine, coarse = results.values()
+    assert (fine[0] - exact[0]).norm() <= 1e-4 * exact[0].norm() <= 0.1 * (coarse[0] - exact[0]).norm()
+    torch.testing.assert_close(fine[1], exact[1])
+
+
+def test_a_gated_layer_of_int16_products_is_its_layers_one_by_one():
+    mlp, x = _linear_and_gated()
+    set_products(mlp, "int16", torch.device("cpu"))
+    one_by_one = mlp(x.requires_grad_())  # with a gradient, they run so
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x), one_by_one, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(mlp(x[1:, 3:9]), mlp(x)[1:, 3:9])  # each row by itself

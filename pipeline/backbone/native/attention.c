@@ -315,3 +315,60 @@ void packed_attention(
         free_scratch(&s);
     }
 }
+
+static inline float dot(const float *restrict a, const float *restrict b, int64_t size) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t d = 0; d < size; d++) sum += a[d] * b[d];
+    return sum;
+}
+
+static inline void add_times(float *restrict to, const float *restrict x, float factor, int64_t size) {
+#pragma omp simd
+    for (int64_t d = 0; d < size; d++) to[d] += x[d] * factor;
+}
+
+// One token a row, behind keys and values that lie where they are. Row b has the parts [first[b], first[b + 1]): each is
+// `length` tokens [key_heads, size] at the addresses `keys` and `values`. A row's last part ends with room for its new
+// token, which q, k and v [rows, heads or key_heads, size] are of; its key and value are put there.
+void growing_attention(
+    const int64_t *sides, float scaling, const float *cosine, const float *sine, const int64_t *first,
+    const int64_t *keys, const int64_t *values, const int64_t *length, const float *q, const float *k, const float *v,
+    float *out) {
+    int64_t rows = sides[3], most = padded(sides[4]);
+    const Layout l = {.heads = sides[0], .key_heads = sides[1], .size = sides[2], .scaling = scaling, .cosine = cosine,
+                      .sine = sine};
+    int64_t group = l.heads / l.key_heads, apart = l.key_heads * l.size;
+#pragma omp parallel
+    {
+        float *turned = floats(group * l.size), *p = floats(group * most);
+#pragma omp for schedule(dynamic, 1) collapse(2)
+        for (int64_t b = 0; b < rows; b++)
+            for (int64_t head = 0; head < l.key_heads; head++) {
+                int64_t last = first[b + 1] - 1, place = (length[last] - 1) * apart + head * l.size, count = 0;
+                rotate(&l, k + b * apart + head * l.size, (float *)keys[last] + place, b, 1.0f, 0);
+                memcpy((float *)values[last] + place, v + b * apart + head * l.size, (size_t)l.size * 4);
+                for (int64_t g = 0; g < group; g++)
+                    rotate(&l, q + (b * l.heads + head * group + g) * l.size, turned + g * l.size, b, scaling, 0);
+                for (int64_t part = first[b]; part <= last; part++)
+                    for (int64_t t = 0; t < length[part]; t++, count++) {
+                        const float *key = (const float *)keys[part] + t * apart + head * l.size;
+                        for (int64_t g = 0; g < group; g++) p[g * most + count] = dot(turned + g * l.size, key, l.size);
+                    }
+                float *to = out + (b * l.heads + head * group) * l.size;
+                for (int64_t g = 0; g < group; g++) {
+                    float inverse = softmax_row(p + g * most, count, padded(count));
+                    scale_row(p + g * most, padded(count), inverse);
+                }
+                memset(to, 0, (size_t)(group * l.size) * 4);
+                count = 0;
+                for (int64_t part = first[b]; part <= last; part++)
+                    for (int64_t t = 0; t < length[part]; t++, count++) {
+                        const float *value = (const float *)values[part] + t * apart + head * l.size;
+                        for (int64_t g = 0; g < group; g++)
+                            add_times(to + g * l.size, value, p[g * most + count], l.size);
+                    }
+            }
+        free(turned), free(p);
+    }
+}

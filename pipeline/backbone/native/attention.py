@@ -18,7 +18,7 @@ from pipeline.backbone.native.build import load_kernels
 from pipeline.backbone.native.rows import supports
 from pipeline.backbone.segments import Segments
 
-__all__ = ["DistanceBias", "Forest", "attend", "make_forest", "supports"]
+__all__ = ["DistanceBias", "Forest", "Parts", "attend", "attend_growing", "make_forest", "rotated", "supports"]
 
 _P = ctypes.c_void_p
 _SIGNATURE = [_P, ctypes.c_float, *[_P] * 16]
@@ -60,6 +60,13 @@ Rotation = tuple[Tensor, Tensor]
 """Cosine and sine `[N, D / 2]` of the angles by which each token's queries and keys are rotated."""
 
 
+def rotated(x: Tensor, rotation: Rotation) -> Tensor:
+    """X `[N, A, D]` as the kernel rotates it: pairs lie half a head apart."""
+    cosine, sine = (part[:, None] for part in rotation)
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1)
+
+
 @dataclass(frozen=True, eq=False)
 class DistanceBias:
     """What is added to a score by how far behind its query a key stands, as in T5."""
@@ -95,6 +102,46 @@ def attend(
     """
     run = partial(_run, scaling=scaling, forest=forest, rotation=rotation, sees=sees, bias=bias)
     out: Tensor = _PackedAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), run)
+    return out
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Where the keys and values lie that one more token of each row attends to, part by part.
+
+    A part is `[tokens, A', D]`, contiguous. The last part of each row ends with room for the new token.
+    """
+
+    first: np.ndarray
+    """`[B + 1]` the first part of each row, and the end of the last row's."""
+    keys: np.ndarray
+    """Addresses."""
+    values: np.ndarray
+    lengths: np.ndarray
+    """Tokens of each part, with the new one."""
+    most: int
+    """Tokens of the row that has most."""
+
+
+def attend_growing(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float, parts: Parts, rotation: Rotation | None = None
+) -> Tensor:
+    """Q `[B, A, D]`, k and v `[B, A', D]` of one new token a row, all float32 -> `[B, A, D]`, without a gradient.
+
+    Puts each k, rotated if a rotation is given, and each v behind the row's others.
+    """
+    kernels = load_kernels()
+    assert kernels is not None
+    function = kernels.growing_attention
+    if function.argtypes is None:
+        function.argtypes, function.restype = [_P, ctypes.c_float, *[_P] * 10], None
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out = torch.empty_like(q)
+    sides = np.array([q.shape[1], k.shape[1], q.shape[2], len(q), parts.most], dtype=np.int64)
+    cosine, sine = (None, None) if rotation is None else (part.data_ptr() for part in rotation)
+    arrays = (parts.first, parts.keys, parts.values, parts.lengths)
+    tensors = [t.data_ptr() for t in (q, k, v, out)]
+    function(sides.ctypes.data, scaling, cosine, sine, *(array.ctypes.data for array in arrays), *tensors)
     return out
 
 

@@ -14,7 +14,7 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-_SOURCES = ("rows.c", "attention.c", "products.c", "weights.c")
+_SOURCES = ("rows.c", "attention.c", "products.c", "fine_products.c", "weights.c")
 _HEADERS = ("vectors.h",)
 # No `-ffast-math`: it would let the compiler assume that there is no NaN, and a trial gone NaN must show it.
 # `-fno-thread-jumps`: GCC would compute what follows a bounded exponential for its bounds, too, in every lane.

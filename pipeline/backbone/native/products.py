@@ -48,3 +48,30 @@ def multiply(
     pointers = (None if t is None else t.data_ptr() for t in (rows, scale, weight, columns, out))
     function(*pointers, len(rows), inner, outer, across, ways()[0] if way is None else way)
     return out
+
+
+@lru_cache(maxsize=1)
+def _multiplies_int16() -> bool:
+    kernels = load_kernels()
+    return kernels is not None and bool(kernels.multiplies_int16())
+
+
+def supports_int16(weight: Tensor) -> bool:
+    """Whether `multiply_int16` can multiply by a matrix."""
+    return weight.device.type == "cpu" and weight.shape[1] <= _LONGEST_SUM and _multiplies_int16()
+
+
+def multiply_int16(rows: Tensor, scale: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
+    """Int16 `[N, I]`, widened with zeros (`rows.fine_sides`), x int8 `[O, I]` -> `[N, O]`, times scale `[N, 1]` and
+    columns `[O]`.
+    """
+    rows, weight = rows.contiguous(), weight.contiguous()
+    (outer, inner), (n, deep) = weight.shape, rows.shape
+    out = torch.empty(n, outer)
+    kernels = load_kernels()
+    assert kernels is not None
+    function = kernels.int16_product
+    if function.argtypes is None:
+        function.argtypes, function.restype = [_P] * 5 + [_N] * 4, None
+    function(*(t.data_ptr() for t in (rows, scale, weight, columns, out)), n, inner, deep, outer)
+    return out

@@ -14,8 +14,11 @@ from torch import Tensor
 from pipeline.backbone.native.build import load_kernels
 
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+DEEP = 16
+"""What the width of int16 rows is a multiple of."""
 _SIGNATURES: dict[str, list[Any]] = {
     "quantize_rows": [_P, _P, _P, _P, _N, _N],
+    "quantize_fine_rows": [_P, _P, _P, _F, _N, _N, _N],
     "quantize_digits": [_P, _P, _P, _P, _N, _N],
     "quantize_bfloat16_weights": [_P, _P, _P, _N, _N],
     "quantize_float32_weights": [_P, _P, _P, _N, _N],
@@ -25,6 +28,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     **{f"{activation}_product": [*[_P] * 3, _N, _N] for activation in ("silu", "gelu_tanh")},
     **{f"{activation}_product_backward": [*[_P] * 5, _N, _N] for activation in ("silu", "gelu_tanh")},
     **{f"{activation}_product_quantized": [*[_P] * 4, _N, _N] for activation in ("silu", "gelu_tanh")},
+    **{f"{activation}_product_fine": [*[_P] * 4, _F, _N, _N, _N] for activation in ("silu", "gelu_tanh")},
     **{f"{activation}_product_backward_quantized": [*[_P] * 9, _N, _N] for activation in ("silu", "gelu_tanh")},
 }
 
@@ -48,6 +52,23 @@ def quantize_digits(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, T
     digits, scale = torch.empty((3, *x.shape), dtype=torch.int8), torch.empty(3, len(x), 1)
     _call("quantize_digits", x, columns, digits, scale, *x.shape)
     return digits, scale
+
+
+def fine_sides(width: int) -> tuple[int, int]:
+    """-> the width of int16 rows for floats `[N, width]`, and the size of their largest number.
+
+    Sums of products with int8 numbers of such rows fit into 32 bits.
+    """
+    return -(-width // DEEP) * DEEP, min(2**15 - 1, (2**31 - 1) // (2**7 * width))
+
+
+def quantize_finely(x: Tensor) -> tuple[Tensor, Tensor]:
+    """X `[N, X]` -> (int16 `[N, X, and zeros]`, scale `[N, 1]`), as `fine_sides` tells."""
+    x = x.contiguous()
+    deep, levels = fine_sides(x.shape[1])
+    rows, scale = torch.empty((len(x), deep), dtype=torch.int16), torch.empty(len(x), 1)
+    _call("quantize_fine_rows", x, rows, scale, levels, *x.shape, deep)
+    return rows, scale
 
 
 def quantize_weights(weight: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -118,6 +139,14 @@ def gated_rows(gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tenso
     """`activation(gate) * up`, both `[N, X]`, quantised: int8 `[N, X]` and scale `[N, 1]`."""
     rows, scale = torch.empty(gate.shape, dtype=torch.int8), torch.empty(len(gate), 1)
     _call(f"{activation}_product_quantized", gate, up, rows, scale, *gate.shape)
+    return rows, scale
+
+
+def gated_fine_rows(gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """`activation(gate) * up`, both `[N, X]`, as `quantize_finely`."""
+    deep, levels = fine_sides(gate.shape[1])
+    rows, scale = torch.empty((len(gate), deep), dtype=torch.int16), torch.empty(len(gate), 1)
+    _call(f"{activation}_product_fine", gate, up, rows, scale, levels, *gate.shape, deep)
     return rows, scale
 
 

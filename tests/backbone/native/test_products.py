@@ -9,6 +9,9 @@ from pipeline.backbone import int8
 from pipeline.backbone.native import products, rows
 
 needs_instructions = pytest.mark.skipif(not products.ways(), reason="no compiler, or no instructions for int8 products")
+needs_int16 = pytest.mark.skipif(
+    not products.supports_int16(torch.empty(1, 1)), reason="no compiler, or no instructions for int16 products"
+)
 sides = st.one_of(st.integers(1, 140), st.sampled_from([576, 1536]))
 
 
@@ -94,3 +97,45 @@ def test_several_threads_give_what_one_gives_and_leave_other_products_as_they_ar
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(found, results[0][0]) for found in (*results[0], *results[1]))
+
+
+@needs_int16
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 140), sides, sides)
+def test_int16_products_are_sums_of_whole_numbers_rescaled(n, inner, outer):
+    deep, levels = rows.fine_sides(inner)
+    numbers = torch.zeros(n, deep, dtype=torch.int16)
+    numbers[:, :inner] = torch.randint(-levels, levels + 1, (n, inner))
+    weight, scale, columns = whole_numbers(outer, inner), torch.rand(n, 1), torch.rand(outer)
+    whole = (numbers[:, :inner].double() @ weight.double().t()).to(torch.int32)
+    expected = int8._rescale(whole, scale, columns, kernels=False)
+    assert torch.equal(products.multiply_int16(numbers, scale, weight, columns), expected)
+
+
+@needs_int16
+@pytest.mark.parametrize("inner", [1, 576, 1536, products._LONGEST_SUM])
+def test_the_longest_sum_of_the_largest_int16_numbers_fits(inner):
+    deep, levels = rows.fine_sides(inner)
+    numbers, weight = torch.full((1, deep), levels, dtype=torch.int16), torch.full((1, inner), -128, dtype=torch.int8)
+    found = products.multiply_int16(numbers, torch.ones(1, 1), weight, torch.ones(1))
+    assert found.item() == pytest.approx(-128 * levels * inner, rel=1e-6)
+
+
+@needs_int16
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), sides)
+def test_int16_rows_are_within_half_a_step_of_their_floats(n, width):
+    x = torch.randn(n, width) * torch.logspace(-6, 6, n)[:, None]
+    numbers, scale = rows.quantize_finely(x)
+    _, levels = rows.fine_sides(width)
+    assert not numbers[:, width:].any() and int(numbers.abs().max()) <= levels
+    error = (numbers[:, :width].double() * scale.double() - x.double()).abs()
+    assert bool((error <= (0.5001 + 1e-3) * scale).all())
+
+
+@needs_int16
+def test_an_int16_row_that_is_not_finite_spoils_no_other():
+    x, weight = torch.randn(5, 64), whole_numbers(30, 64)
+    x[2, 7], x[4, 0] = float("nan"), float("inf")
+    found = products.multiply_int16(*rows.quantize_finely(x), weight, torch.ones(30))
+    assert (~found.isfinite()).any(1).nonzero().flatten().tolist() == [2, 4]
