@@ -147,7 +147,7 @@ def test_logits_of_a_few_places_at_a_time_give_the_same_losses_and_gradients(bot
     monkeypatch.setattr(output, "LOGIT_BYTES", 3 * 16 * VOCAB)
     ours.run(prompted.target_nll, parts, TARGETS).sum().backward()
     for one, other in zip(whole.prompts, parts.prompts, strict=True):
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=5e-6)
 
 
 def test_experts_that_would_drop_a_token_for_another_rows_are_refused(tmp_path):

@@ -9,7 +9,6 @@ import torch
 from peft import PeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
-from pipeline.backbone import prompted
 from pipeline.bank import PromptBank, Template
 from pipeline.bank.exports import export_npy, export_peft, export_vllm
 from pipeline.corpus.chat import bind_chat, parse_chat
@@ -19,6 +18,7 @@ from pipeline.corpus.template import parse_template
 from pipeline.corpus.token_set import token_set
 from pipeline.errors import BackboneError, BankError, CorpusError
 from pipeline.serving import PromptedModel, load_backbone
+from pipeline.serving.running_batch import RunningBatch
 from pipeline.tuning.evaluate import EvalRequest, answer
 from tests.chats import CHATML, ENDS, TEMPLATES, make_chat_model
 from tests.corpora import reviews
@@ -166,8 +166,13 @@ def test_rows_of_chats_and_texts_in_one_request_are_answered_as_alone(chatml):
 
 def test_an_answer_ends_where_the_chat_template_ends_a_turn_and_a_texts_at_eos(chatml, monkeypatch):
     ends = []
-    decode = prompted.greedy_decode
-    monkeypatch.setattr(prompted, "greedy_decode", lambda *given: ends.append(given[3]) or decode(*given))
+    join = RunningBatch.join
+
+    def noting(batch, rows, keys, ends_of_rows, most):
+        ends.extend(ends_of_rows)
+        return join(batch, rows, keys, ends_of_rows, most)
+
+    monkeypatch.setattr(RunningBatch, "join", noting)
     chatml.generate(TEXTS[:2], ["chat", "film"], 2)
     tokenizer = chatml.backbone.tokenizer
     assert ends == [tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id]

@@ -33,6 +33,10 @@ def loop(model):
     return made
 
 
+def texts_of(reply):
+    return [completion.answer for completion in reply.answers]
+
+
 def test_requests_of_many_threads_get_the_answers_that_each_gets_alone(model, loop):
     texts = [text for text, _ in reviews(60, 0)]
     asked = [
@@ -57,7 +61,7 @@ def test_requests_of_many_threads_get_the_answers_that_each_gets_alone(model, lo
         reply = future.result(60)
         assert reply.version == 1
         if kind == "generate":
-            assert reply.answers == model.generate(request.texts, request.tasks, request.max_new_tokens)
+            assert texts_of(reply) == model.generate(request.texts, request.tasks, request.max_new_tokens)
         else:
             for scores, expected in zip(reply.answers, model.classify(request.texts, request.tasks), strict=True):
                 np.testing.assert_allclose([*scores.values()], [*expected.values()], rtol=1e-4)
@@ -89,9 +93,9 @@ def test_a_failure_is_told_to_its_callers_and_the_next_request_is_answered(model
         with pytest.raises(MemoryError, match="no room"):
             loop.ask("generate", Request(["good film"], ["film"], 5)).result(60)
     after = loop.ask("generate", Request(["good film"], ["film"], 5)).result(60)
-    assert after.answers == model.generate(["good film"], ["film"], 5)
+    assert texts_of(after) == model.generate(["good film"], ["film"], 5)
 
 
 def test_a_request_larger_than_a_batch_is_answered(model, loop):
     request = Request(["good film", "bad food"] * 20, ["film"] * 40, 4)
-    assert loop.ask("generate", request).result(60).answers == model.generate(request.texts, request.tasks, 4)
+    assert texts_of(loop.ask("generate", request).result(60)) == model.generate(request.texts, request.tasks, 4)
