@@ -8,6 +8,7 @@ Shapes: B rows, S places for rows, R tokens of a place, L layers, A' heads of ke
 """
 
 from collections.abc import Callable, Sequence
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -27,17 +28,20 @@ _SPARE = 32
 def decoding_steps(model: Any, rows: Rows) -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]:
     """Two functions: one returns the first tokens `[B]`, the other takes tokens `[B]` and returns the next ones."""
     growing = GrowingRows()
-    places, first = growing.join(model, rows)
-    return lambda: first, lambda tokens: growing.step(model, places, tokens)
+    numbers, first = growing.join(model, rows)
+    return lambda: first, lambda tokens: growing.step(model, numbers, tokens)
 
 
 class GrowingRows:
-    """Rows that are under way. A row is known by its place, from when it joins until it leaves."""
+    """Rows that are under way. Each has a number, from when it joins until it leaves, and a place, which may change."""
 
     def __init__(self) -> None:
         self._keys: list[Tensor] = []
         """`[S, R, A', D]` of each layer."""
         self._values: list[Tensor] = []
+        self._places: dict[int, int] = {}
+        """By a row's number."""
+        self._numbers = count()
         self._before: dict[int, list[PromptState]] = {}
         """By place: what the row's own tokens stand behind."""
         self._lengths = np.zeros(0, dtype=np.int64)
@@ -54,7 +58,7 @@ class GrowingRows:
         return sum(part.nbytes for part in (*self._keys, *self._values))
 
     def join(self, model: Any, rows: Rows) -> tuple[list[int], Tensor]:
-        """Run rows up to their first token: -> their places, and the tokens `[B]`."""
+        """Run rows up to their first token: -> their numbers, and the tokens `[B]`."""
         trees, kept = trees_of(rows), KeysAndValues()
         hidden, layout = run_behind_prompts(model, trees.prompts, [*trees.beginnings, *trees.own], trees.parents, kept)
         state = PromptState(*([kept[layer][side].contiguous() for layer in sorted(kept)] for side in (0, 1)))
@@ -69,11 +73,13 @@ class GrowingRows:
         own = as_indices(tokens, hidden)
         self._write(at, within, PromptState([k[own] for k in state.keys], [v[own] for v in state.values]))
         self._lengths[places] = lengths
-        return places, best_tokens(model, hidden[as_indices(starts + lengths - 1, hidden)])
+        numbers = list(islice(self._numbers, len(places)))
+        self._places |= zip(numbers, places, strict=True)
+        return numbers, best_tokens(model, hidden[as_indices(starts + lengths - 1, hidden)])
 
-    def step(self, model: Any, places: Sequence[int], tokens: Tensor) -> Tensor:
-        """Let the rows at some places take one token each, `[B]` -> the tokens `[B]` that follow them."""
-        at = np.array(places)
+    def step(self, model: Any, numbers: Sequence[int], tokens: Tensor) -> Tensor:
+        """Let some rows take one token each, `[B]` -> the tokens `[B]` that follow them."""
+        at = np.array([self._places[number] for number in numbers])
         self._make_room(len(self._lengths), int(self._lengths[at].max()) + 1)
         hidden = self._run_by_kernel(model, at, tokens)
         if hidden is None:
@@ -81,9 +87,10 @@ class GrowingRows:
         self._lengths[at] += 1
         return best_tokens(model, hidden)
 
-    def leave(self, places: Sequence[int]) -> None:
+    def leave(self, numbers: Sequence[int]) -> None:
         """Free the places of rows that are done."""
-        for place in places:
+        for number in numbers:
+            place = self._places.pop(number)
             del self._before[place]
             self._lengths[place] = 0
 
@@ -170,6 +177,7 @@ class GrowingRows:
                 [part.new_empty(0, 0, *part.shape[1:]) for part in side] for side in (like.keys, like.values)
             )
             self._lengths = self._lengths[:0]
+        self._move_together(len(self) + len(lengths), int(max(lengths.max(), self._lengths.max(initial=0))) + 1)
         free = [place for place in range(len(self._lengths)) if place not in self._before]
         missing = max(0, len(lengths) - len(free))
         total = len(self._lengths)
@@ -178,6 +186,23 @@ class GrowingRows:
             free = [*free, *range(len(self._lengths), total)]
         self._make_room(total, int(lengths.max()) + 1)
         return free[: len(lengths)]
+
+    def _move_together(self, places: int, tokens: int) -> None:
+        """Where much more room is there than so many places of so many tokens take, keep no more than rows fill.
+
+        Else one long row beside many short ones, or many short ones before a long one, would leave room for as many
+        rows as there ever were, each as long as the longest ever was.
+        """
+        has, room = self._keys[0].shape[:2]
+        if has <= 2 * places and room <= 2 * tokens + _SPARE:
+            return
+        kept = sorted(self._before)
+        at, wide = as_indices(np.array(kept, dtype=np.int64), self._keys[0]), min(room, tokens + _SPARE)
+        self._keys, self._values = ([part[at, :wide] for part in side] for side in (self._keys, self._values))
+        new = {place: number for number, place in enumerate(kept)}
+        self._places = {number: new[place] for number, place in self._places.items()}
+        self._before = {new[place]: states for place, states in self._before.items()}
+        self._lengths = self._lengths[kept]
 
     def _make_room(self, places: int, tokens: int) -> None:
         """Make places for so many rows of so many tokens, at least."""

@@ -11,6 +11,7 @@ import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,10 @@ def _reason(error: RuntimeError) -> Exception:
     return error
 
 
+def _names_versions(request: Request) -> bool:
+    return any("@" in task for task in request.tasks)
+
+
 class PromptService:
     """One replica: a copy of the model and a view of the bank.
 
@@ -173,7 +178,8 @@ class PromptService:
             raise OverloadedError(f"{self._waiting} requests wait for the model already; come back later")
         self._waiting += 1
         try:
-            reply = await asyncio.wrap_future(self._loop.ask(kind, request))
+            settled = await asyncio.to_thread(self._settled, request) if _names_versions(request) else request
+            reply = await asyncio.wrap_future(self._loop.ask(kind, settled))
         finally:
             self._waiting -= 1
         if isinstance(reply.answers, PromptBankError):
@@ -181,6 +187,15 @@ class PromptService:
         for task in request.tasks:
             self.metrics.rows.labels(task.partition("@")[0]).inc()
         return VersionedAnswers(reply.version, reply.answers)
+
+    def _settled(self, request: Request) -> Request:
+        """The request by its prompts' versions. A store that is slow to tell them stops no one else's answers here."""
+        versions = {
+            task: f"{task.partition('@')[0]}@{self.tasks.find(task)[1].version}"
+            for task in dict.fromkeys(request.tasks)
+            if "@" in task
+        }
+        return replace(request, tasks=[versions.get(task, task) for task in request.tasks])
 
     def _on_batch(self, kind: str, rows: int) -> None:
         """Called in the model's thread."""

@@ -1,7 +1,8 @@
 """The thread that runs the model of a service, for requests of many callers.
 
 Rows that are generated join the running batch between two tokens, and leave it when they are done. Requests to classify
-run between two tokens as well, all that wait in one batch. So no request waits for another one's whole answer.
+run between two tokens as well, all that wait in one batch, and answers get as much time as those took. Requests take
+turns with their rows. What a caller who left has asked for does not run on.
 """
 
 import threading
@@ -45,6 +46,8 @@ class _Generating:
     future: Future[Reply]
     version: int
     rows: list[EncodedRow]
+    waiting: deque[int]
+    """Rows that have not joined the batch yet."""
     answers: dict[int, Completion] = field(default_factory=dict)
 
 
@@ -62,13 +65,13 @@ class ModelLoop:
         self._observe = observe
         self._asked: dict[str, deque[_Asked]] = {"classify": deque(), "generate": deque()}
         self._changed = threading.Condition()
-        self._ready: deque[_RowKey] = deque()
-        """Rows that will join as soon as there is room."""
+        self._ready: deque[_Generating] = deque()
+        """Requests with rows that will join as soon as there is room."""
         self._running: RunningBatch[_RowKey] | None = model.running_batch()
         threading.Thread(target=self._run, name="model", daemon=True).start()
 
     def ask(self, kind: str, request: Request) -> Future[Reply]:
-        """`classify` or `generate`; the future can be cancelled until the model takes the request up."""
+        """`classify` or `generate`; the future can be cancelled until it is answered."""
         asked = _Asked(request)
         with self._changed:
             self._asked[kind].append(asked)
@@ -78,11 +81,17 @@ class ModelLoop:
     def _run(self) -> None:
         while True:
             self._wait()
+            start = time.monotonic()
             self._turn("classify", self._classify)
+            now = time.monotonic()
             if self._running is None:
                 self._turn("generate", self._generate)
-            else:
+                continue
+            if sum(len(request.waiting) for request in self._ready) < self._max_rows:
                 self._turn("generate", self._encode)
+            self._go_on(self._running)
+            # Under a load of requests to classify, answers take half of the time.
+            while self._running is not None and len(self._running) and time.monotonic() - now < now - start:
                 self._go_on(self._running)
 
     def _wait(self) -> None:
@@ -102,7 +111,7 @@ class ModelLoop:
             waiting = self._asked[kind]
             while waiting and (not taken or rows + len(waiting[0]) <= self._max_rows):
                 asked = waiting.popleft()
-                if asked.future.set_running_or_notify_cancel():  # else its caller has left
+                if not asked.future.cancelled():  # else its caller has left
                     taken.append(asked)
                     rows += len(asked)
         if taken:
@@ -114,7 +123,7 @@ class ModelLoop:
             work()
         except Exception as error:
             for future in futures:
-                if not future.done():
+                if not future.done() and future.set_running_or_notify_cancel():
                     future.set_exception(error)
             return False
         return True
@@ -131,23 +140,36 @@ class ModelLoop:
         version, encoded = self._model.encode_each([asked.request for asked in taken], labelled=False)
         for asked, rows in zip(taken, encoded, strict=True):
             if isinstance(rows, PromptBankError) or not rows:
-                asked.future.set_result(Reply(version, rows))
-                continue
-            request = _Generating(asked.future, version, rows)
-            self._ready += [(request, number) for number in range(len(rows))]
+                _answer(asked.future, Reply(version, rows))
+            else:
+                self._ready.append(_Generating(asked.future, version, rows, deque(range(len(rows)))))
 
     def _go_on(self, running: RunningBatch[_RowKey]) -> None:
         """Let rows join that there is room for, and then all rows take a token."""
-        joining, tokens = list[_RowKey](), sum(_tokens(key) for key in running.unfinished())
-        while self._ready and len(running) + len(joining) < self._max_rows:
-            tokens += _tokens(self._ready[0])
-            if tokens > self._model.token_budget and (joining or len(running)):
-                break
-            joining.append(self._ready.popleft())
-        callers = [request.future for request, _ in (*running.unfinished(), *joining)]
+        self._ready = deque(request for request in self._ready if not request.future.cancelled())
+        running.drop(lambda key: key[0].future.cancelled())
+        joining = self._joining(running.unfinished())
+        callers = list(dict.fromkeys(request.future for request, _ in (*running.unfinished(), *joining)))
         if not self._guard(lambda: self._take_a_token(running, joining), callers):
             self._running = self._model.running_batch()
-            self._ready = deque(key for key in self._ready if not key[0].future.done())
+            self._ready = deque(request for request in self._ready if not request.future.done())
+
+    def _joining(self, under_way: Sequence[_RowKey]) -> list[_RowKey]:
+        """Rows that join next: one of each request in turn, as long as all rows fit when padded to the longest."""
+        joining = list[_RowKey]()
+        longest = max(map(_tokens, under_way), default=0)
+        while self._ready and len(under_way) + len(joining) < self._max_rows:
+            request = self._ready[0]
+            key = (request, request.waiting[0])
+            longest, rows = max(longest, _tokens(key)), len(under_way) + len(joining) + 1
+            if rows > 1 and rows * longest > self._model.token_budget:
+                break
+            joining.append(key)
+            request.waiting.popleft()
+            self._ready.rotate(-1)
+            if not request.waiting:
+                self._ready.pop()
+        return joining
 
     def _take_a_token(self, running: RunningBatch[_RowKey], joining: list[_RowKey]) -> None:
         if joining:
@@ -162,7 +184,7 @@ class ModelLoop:
             request.answers[row] = self._model.completion(request.rows[row], ids)
             if len(request.answers) == len(request.rows):
                 answers = [request.answers[number] for number in range(len(request.rows))]
-                request.future.set_result(Reply(request.version, answers))
+                _answer(request.future, Reply(request.version, answers))
 
 
 def _tokens(key: _RowKey) -> int:
@@ -173,4 +195,9 @@ def _tokens(key: _RowKey) -> int:
 
 def _reply(taken: Sequence[_Asked], answers: BatchAnswers[Any]) -> None:
     for asked, of_request in zip(taken, answers.of_request, strict=True):
-        asked.future.set_result(Reply(answers.version, of_request))
+        _answer(asked.future, Reply(answers.version, of_request))
+
+
+def _answer(future: Future[Reply], reply: Reply) -> None:
+    if future.set_running_or_notify_cancel():  # else its caller has left
+        future.set_result(reply)

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from threading import Lock
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
@@ -209,13 +209,19 @@ class PromptedModel:
     ) -> list[tuple[Key, np.ndarray]]:
         """Let rows of `encode_each` join a batch: -> the ids of the answers that are done already, by key."""
         with self._running:
-            ends, most = [row.end for row in rows], [row.max_new_tokens for row in rows]
-            return running.join(self._packed(rows), keys, ends, most)
+            return self._join(running, rows, keys)
 
     def step(self, running: RunningBatch[Key]) -> list[tuple[Key, np.ndarray]]:
         """One token more for all rows of a batch: -> the ids of the answers that are done, by key."""
         with self._running:
             return running.step()
+
+    def _join(
+        self, running: RunningBatch[Key], rows: Sequence[EncodedRow], keys: Sequence[Key]
+    ) -> list[tuple[Key, np.ndarray]]:
+        ends, most = [row.end for row in rows], [row.max_new_tokens for row in rows]
+        stopped = [partial(_has_stop, row, self.backbone.tokenizer) for row in rows]
+        return running.join(self._packed(rows), keys, ends, most, stopped)
 
     def completion(self, row: EncodedRow, ids: np.ndarray) -> Completion:
         """The answer to a row, of the ids `[T]` that the model wrote."""
@@ -225,8 +231,7 @@ class PromptedModel:
         running: RunningBatch[int] | None = self.running_batch()
         if running is None:
             return self._decode_together(rows)
-        ends, most = [row.end for row in rows], [row.max_new_tokens for row in rows]
-        ids = dict(running.join(self._packed(rows), range(len(rows)), ends, most))
+        ids = dict(self._join(running, rows, range(len(rows))))
         while len(running):
             ids |= running.step()
         return [self.completion(row, ids[place]) for place, row in enumerate(rows)]
@@ -285,6 +290,14 @@ class PromptedModel:
 
     def _tensor(self, prompt: Prompt) -> Tensor:
         return torch.from_numpy(prompt.array.copy()).to(self.backbone.backbone.device)
+
+
+def _has_stop(row: EncodedRow, tokenizer: Any, ids: Sequence[int]) -> bool:
+    """Whether one of the row's stops stands in the answer, which then needs no more tokens."""
+    if not row.stops:
+        return False
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return any(stop in text for stop in row.stops)
 
 
 def _completion(row: EncodedRow, ids: np.ndarray, tokenizer: Any) -> Completion:

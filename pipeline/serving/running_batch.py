@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -15,6 +15,8 @@ from pipeline.backbone.host import Backbone
 from pipeline.backbone.rows import Rows
 
 Key = TypeVar("Key")
+Stopped = Callable[[Sequence[int]], bool]
+"""Whether an answer of these ids needs no more tokens."""
 
 
 @dataclass(eq=False)
@@ -23,12 +25,13 @@ class _Running(Generic[Key]):
     end: int
     """The token that ends its answer."""
     most: int
+    stopped: Stopped
     ids: list[int] = field(default_factory=list)
     """The answer so far, with the token that ends it."""
 
     @property
     def done(self) -> bool:
-        return self.ids[-1] == self.end or len(self.ids) >= self.most
+        return self.ids[-1] == self.end or len(self.ids) >= self.most or self.stopped(self.ids)
 
     def answer(self) -> np.ndarray:
         """`[T]`, without the token that ends it."""
@@ -54,38 +57,51 @@ class RunningBatch(Generic[Key]):
         return [row.key for row in self._rows.values()]
 
     def join(
-        self, rows: Rows, keys: Sequence[Key], ends: Sequence[int], most: Sequence[int]
+        self,
+        rows: Rows,
+        keys: Sequence[Key],
+        ends: Sequence[int],
+        most: Sequence[int],
+        stopped: Sequence[Stopped] | None = None,
     ) -> list[tuple[Key, np.ndarray]]:
-        """Take rows up, each with a key, the token that ends its answer, and the most tokens of one.
+        """Take rows up, each with a key, the token that ends its answer, the most tokens of one, and what else ends it.
 
         -> the answers `[T]` of those that are done with their first token.
         """
-        places, tokens = self._backbone.run(_join, self._growing, rows)
-        for place, key, end, longest in zip(places, keys, ends, most, strict=True):
-            self._rows[place] = _Running(key, end, longest)
-        return self._took(places, tokens)
+        numbers, tokens = self._backbone.run(_join, self._growing, rows)
+        stops = stopped or [lambda _: False] * len(keys)
+        for number, key, end, longest, stop in zip(numbers, keys, ends, most, stops, strict=True):
+            self._rows[number] = _Running(key, end, longest, stop)
+        return self._took(numbers, tokens)
+
+    def drop(self, unwanted: Callable[[Key], bool]) -> None:
+        """Let rows leave whose answers nobody waits for."""
+        gone = [number for number, row in self._rows.items() if unwanted(row.key)]
+        self._growing.leave(gone)
+        for number in gone:
+            del self._rows[number]
 
     def step(self) -> list[tuple[Key, np.ndarray]]:
         """One token more for every row -> the answers `[T]` that are done, by key."""
-        places = list(self._rows)
-        before = torch.tensor([self._rows[place].ids[-1] for place in places], device=self._backbone.device)
-        return self._took(places, self._backbone.run(_step, self._growing, places, before))
+        numbers = list(self._rows)
+        before = torch.tensor([self._rows[number].ids[-1] for number in numbers], device=self._backbone.device)
+        return self._took(numbers, self._backbone.run(_step, self._growing, numbers, before))
 
-    def _took(self, places: Sequence[int], tokens: Sequence[int]) -> list[tuple[Key, np.ndarray]]:
-        for place, token in zip(places, tokens, strict=True):
-            self._rows[place].ids.append(token)
-        done = [place for place in places if self._rows[place].done]
+    def _took(self, numbers: Sequence[int], tokens: Sequence[int]) -> list[tuple[Key, np.ndarray]]:
+        for number, token in zip(numbers, tokens, strict=True):
+            self._rows[number].ids.append(token)
+        done = [number for number in numbers if self._rows[number].done]
         self._growing.leave(done)
         return [(row.key, row.answer()) for row in map(self._rows.pop, done)]
 
 
 @torch.no_grad()
 def _join(model: object, growing: GrowingRows, rows: Rows) -> tuple[list[int], list[int]]:
-    places, tokens = growing.join(model, rows)
-    return places, tokens.tolist()
+    numbers, tokens = growing.join(model, rows)
+    return numbers, tokens.tolist()
 
 
 @torch.no_grad()
-def _step(model: object, growing: GrowingRows, places: Sequence[int], tokens: torch.Tensor) -> list[int]:
-    found: list[int] = growing.step(model, places, tokens).tolist()
+def _step(model: object, growing: GrowingRows, numbers: Sequence[int], tokens: torch.Tensor) -> list[int]:
+    found: list[int] = growing.step(model, numbers, tokens).tolist()
     return found

@@ -103,3 +103,27 @@ def test_places_that_are_free_are_taken_again(backbone, rows):
         growing.leave(first[1:])
         first = first[:1]
     assert growing.nbytes <= 3 * size
+
+
+@torch.no_grad()
+def test_a_long_row_beside_many_short_ones_leaves_no_room_behind_for_as_many_long_ones(backbone):
+    growing, chance = GrowingRows(), np.random.default_rng(0)
+    prompt = torch.randn(3, 32)
+
+    def join(model, *lengths):
+        inputs = [chance.integers(3, VOCAB, n) for n in lengths]
+        return growing.join(model, prompted.Rows([prompt], [0] * len(lengths), inputs))[0]
+
+    def room_of_a_token():
+        return growing.nbytes / growing._keys[0].shape[0] / growing._keys[0].shape[1]
+
+    short = backbone.run(join, *[5] * 40)
+    of_a_token = room_of_a_token()
+    growing.leave(short[1:])
+    (long,) = backbone.run(join, 300)
+    assert growing.nbytes <= of_a_token * 2 * 2 * (301 + 150)  # two rows, as wide as the long one may grow at once
+    growing.leave([long])
+    others = backbone.run(join, *[5] * 40)
+    assert growing.nbytes <= of_a_token * 2 * 41 * (2 * 6 + 2 * 32)
+    tokens = backbone.run(growing.step, [short[0], *others], torch.full((41,), 5))
+    assert len(tokens) == 41 and len(growing) == 41

@@ -168,9 +168,9 @@ def test_an_answer_ends_where_the_chat_template_ends_a_turn_and_a_texts_at_eos(c
     ends = []
     join = RunningBatch.join
 
-    def noting(batch, rows, keys, ends_of_rows, most):
+    def noting(batch, rows, keys, ends_of_rows, *others):
         ends.extend(ends_of_rows)
-        return join(batch, rows, keys, ends_of_rows, most)
+        return join(batch, rows, keys, ends_of_rows, *others)
 
     monkeypatch.setattr(RunningBatch, "join", noting)
     chatml.generate(TEXTS[:2], ["chat", "film"], 2)

@@ -1,6 +1,7 @@
 """The loop that runs a model for many callers, against the model asked directly."""
 
 import threading
+import time
 from concurrent.futures import wait
 
 import numpy as np
@@ -96,6 +97,71 @@ def test_a_failure_is_told_to_its_callers_and_the_next_request_is_answered(model
     assert texts_of(after) == model.generate(["good film"], ["film"], 5)
 
 
+def test_rows_of_a_caller_who_left_neither_wait_nor_run_on(model, loop):
+    left = [loop.ask("generate", Request(["good film"] * 16, ["film"] * 16, 60)) for _ in range(6)]
+    while not loop.batches:  # until the first of them run
+        time.sleep(0.001)
+    assert all(future.cancel() for future in left)
+    before = len(loop.batches)
+    assert len(loop.ask("generate", Request(["good film"], ["film"], 1)).result(60).answers) == 1
+    assert sum(rows for _, rows in loop.batches[before:]) <= 16 + 1  # at most the batch that ran, and this row
+
+
+def test_a_request_of_one_row_is_not_behind_all_rows_of_an_earlier_one(model, loop):
+    if model.running_batch() is None:
+        pytest.skip("rows of this model do not join others")
+    order = []
+    large = loop.ask("generate", Request(["good film"] * 60, ["film"] * 60, 30))
+    large.add_done_callback(lambda _: order.append("large"))
+    small = loop.ask("generate", Request(["good film"], ["film"], 1))
+    small.add_done_callback(lambda _: order.append("small"))
+    wait([large, small], 60)
+    assert order == ["small", "large"]
+
+
+def test_an_answer_goes_on_under_a_load_of_requests_to_classify(model, loop, monkeypatch):
+    if model.running_batch() is None:
+        pytest.skip("rows of this model do not join others")
+    classify_each = model.classify_each
+    # As long as several tokens take.
+    monkeypatch.setattr(model, "classify_each", lambda asked: time.sleep(0.1) or classify_each(asked))
+    loop.ask("generate", Request(["good film"], ["film"], 2)).result(60)
+    stop, done = threading.Event(), []
+
+    def classify():
+        while not stop.is_set():
+            loop.ask("classify", Request(["bad"] * 16, ["film"] * 16)).result(60)
+            done.append(1)
+
+    threads = [threading.Thread(target=classify) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        while not done:
+            time.sleep(0.001)
+        before = len(done)
+        loop.ask("generate", Request(["good film"], ["film"], 80)).result(60)
+        during = len(done) - before
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert during < 60  # else every token would have waited for a batch of its own
+
+
 def test_a_request_larger_than_a_batch_is_answered(model, loop):
     request = Request(["good film", "bad food"] * 20, ["film"] * 40, 4)
     assert texts_of(loop.ask("generate", request).result(60)) == model.generate(request.texts, request.tasks, 4)
+
+
+def test_an_answer_ends_its_work_with_its_first_stop(model, loop, monkeypatch):
+    if model.running_batch() is None:
+        pytest.skip("rows of this model do not join others")
+    steps, step = [], model.step
+    monkeypatch.setattr(model, "step", lambda running: steps.append(1) or step(running))
+    (whole,) = loop.ask("generate", Request(["good film"], ["film"], 40)).result(60).answers
+    taken = len(steps)
+    stop = whole.text[: len(whole.text) // 4]
+    (cut,) = loop.ask("generate", Request(["good film"], ["film"], 40, stops=(stop,))).result(60).answers
+    assert cut.text == "" and cut.ended and cut.tokens < whole.tokens
+    assert len(steps) - taken == cut.tokens - 1
