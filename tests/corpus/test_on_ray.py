@@ -574,11 +574,11 @@ def test_many_tasks_are_one_job_and_a_broken_corpus_refuses_its_own_task_alone(
     counted = ray.data.range
     monkeypatch.setattr(ray.data, "range", lambda *args, **options: jobs.append(1) or counted(*args, **options))
     files = {name: write(tmp_path / f"{name}.parquet", GOOD[:40] + [{"text": name, "label": 0}] * 3) for name in "abcd"}
-    damage_pages(files["b"])
     tasks = {name: make_task(file, dev_fraction=0.3) for name, file in files.items()}
     tasks["e"] = make_task(files["a"], dev_fraction=0.3)
     tasks["f"] = make_task(files["b"], dev_fraction=0.3)
     plans = {name: check_task(name, task) for name, task in tasks.items()}
+    damage_pages(files["b"])
     prepared = prepare_tasks(tasks, plans, spec, tmp_path / "storage")
     assert list(prepared) == list("abcdef") and len(jobs) == 1
     refused = {name: str(outcome) for name, outcome in prepared.items() if not isinstance(outcome, TaskCorpus)}

@@ -130,7 +130,8 @@ def test_int16_rows_are_within_half_a_step_of_their_floats(n, width):
     _, levels = rows.fine_sides(width)
     assert not numbers[:, width:].any() and int(numbers.abs().max()) <= levels
     error = (numbers[:, :width].double() * scale.double() - x.double()).abs()
-    assert bool((error <= (0.5001 + 1e-3) * scale).all())
+    # A step is up to 60,000 steps from zero, where a float32 is off by some thousandths of one.
+    assert bool((error <= 0.51 * scale).all())
 
 
 @needs_int16
