@@ -112,6 +112,13 @@ def test_a_stop_cuts_the_answer_before_it_and_counts_the_tokens_up_to_it(client,
     assert (again.choices, again.usage) == (c.choices, c.usage)
 
 
+def test_as_many_stops_as_are_allowed_are_taken(client):
+    plain = client.completions.create(model="open", prompt=TEXTS[0], max_tokens=12)
+    stops = [f"{place:0256}" for place in range(16)]
+    reply = client.completions.create(model="open", prompt=TEXTS[0], max_tokens=12, stop=stops)
+    assert (reply.choices, reply.usage) == (plain.choices, plain.usage)
+
+
 def test_rows_in_a_list_are_choices_in_their_order(client, model):
     reply = client.completions.create(model="open", prompt=TEXTS, max_tokens=7)
     assert [choice.index for choice in reply.choices] == [0, 1, 2, 3]
@@ -238,6 +245,9 @@ def test_a_task_version_or_alias_that_is_not_there_is_not_found(client, model, t
         ({"prompt": "x", "frequency_penalty": 1}, "frequency_penalty", "set it to 0"),
         ({"prompt": "x", "logit_bias": {"7": 1}}, "logit_bias", "set it to {}"),
         ({"prompt": "x", "stop": ""}, "stop", "an empty text would end every answer"),
+        ({"prompt": "x", "stop": ["y"] * 17}, "stop", "body.stop: 16 texts of at most 256 characters each are allowed"),
+        ({"prompt": "x", "stop": ["y", "z" * 257]}, "stop", "are allowed: send fewer, or shorter ones"),
+        ({"prompt": "x", "stop": "z" * 257}, "stop", "are allowed: send fewer, or shorter ones"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"prompt": "x", "max_tokens": MOST_NEW + 1}, None, f"max_tokens is 41 where {MOST_NEW} are allowed"),
         ({"prompt": "good " * 300}, None, "fit; shorten the text"),
