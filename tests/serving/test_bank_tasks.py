@@ -7,7 +7,7 @@ import pytest
 from pipeline.bank import PromptBank, Template
 from pipeline.cli.models import identity_of
 from pipeline.errors import BankError, CorpusError, RowTooLongError, UnknownTaskError
-from pipeline.serving.bank_tasks import BankTasks, read_model_text
+from pipeline.serving.bank_tasks import BankTasks, message_row, prompt_rows, read_model_text
 from tests.serving.prompts import new_prompt
 from tests.tiny import make_model
 
@@ -69,6 +69,42 @@ def test_a_row_is_a_text_or_a_json_object_of_its_columns(tasks):
 def test_a_row_without_its_columns_is_refused_with_what_to_send(tasks, row):
     with pytest.raises(CorpusError, match=r'send it as a JSON object, {"one": "…", "two": "…"}|the column\(s\) two'):
         tasks.encode(tasks.prompt("pair"), [row], 4)
+
+
+@pytest.mark.parametrize(
+    "value", [None, [], ["good"], {}, {"a": 1}, float("nan"), float("inf"), float("-inf")], ids=repr
+)
+@pytest.mark.parametrize("column", ["one", "unused"])
+def test_a_column_is_a_text_a_finite_number_or_a_boolean(tasks, column, value):
+    row = json.dumps({"one": "good", "two": "bad", column: value})
+    with pytest.raises(CorpusError, match=f"task 'pair': the column '{column}' must be a text, a finite number or a b"):
+        tasks.encode(tasks.prompt("pair"), [row], 4)
+
+
+@pytest.mark.parametrize("value", ["good", "", 7, -1.5, True])
+def test_columns_of_every_plain_type_are_taken(tasks, value):
+    (row,) = tasks.encode(tasks.prompt("pair"), [json.dumps({"one": value, "two": "bad"})], 4)
+    assert row.input_ids.tolist() == tasks.model.tokenizer(f"{value} and bad it is").input_ids
+
+
+@pytest.mark.parametrize("row", ["[" * 100_000, '{"one":' * 100_000])
+def test_json_nested_without_end_is_a_row_that_does_not_fit(tasks, row):
+    with pytest.raises(CorpusError, match="send it as a JSON object"):
+        tasks.encode(tasks.prompt("pair"), [row], 4)
+
+
+@pytest.mark.parametrize("prompt", [{"a": 1}, {}, 7, 0, True, None], ids=repr)
+def test_a_prompt_is_a_text_or_a_list(prompt):
+    with pytest.raises(CorpusError, match="'prompt' must be a text or a list of texts"):
+        prompt_rows(prompt)
+
+
+@pytest.mark.parametrize("part", [{"type": "image_url", "text": "good"}, {"text": "good"}, {"type": "text"}, "good", ""])
+def test_a_part_of_a_message_that_is_not_of_the_type_text_is_refused(part):
+    whole = {"type": "text", "text": "good"}
+    assert message_row([{"role": "user", "content": [whole, whole]}]) == "goodgood"
+    with pytest.raises(CorpusError, match="takes one message of the role 'user' with a row's text"):
+        message_row([{"role": "user", "content": [whole, part]}])
 
 
 def test_a_row_that_does_not_fit_the_context_with_its_answer_is_refused(tasks):
