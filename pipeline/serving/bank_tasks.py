@@ -13,14 +13,7 @@ from pipeline.backbone.loading import build_skeleton
 from pipeline.backbone.weights import open_weights
 from pipeline.bank import BackboneId, Prompt, PromptBank, Snapshot
 from pipeline.corpus.chat import recorded_input
-from pipeline.errors import (
-    BankError,
-    CorpusError,
-    MissingFileError,
-    PromptBankError,
-    UnknownNameError,
-    UnknownTaskError,
-)
+from pipeline.errors import BankError, CorpusError, PromptBankError, UnknownNameError, UnknownTaskError
 from pipeline.serving.requests import EncodedRow, Request, Text, encode_rows
 from pipeline.serving.served_backbone import ServedText
 
@@ -85,12 +78,13 @@ class BankTasks:
     def find(self, task: str) -> tuple[Prompt, Snapshot]:
         """The prompt of `name`, `name@3` or `name@alias`, and the version that it is of.
 
-        Raises: UnknownTaskError for a name, version or alias that the bank does not have; BankError, StorageError.
+        Raises: UnknownTaskError for a name, version or alias that the bank does not have; BankError, also where a file
+        of one that it has is lost; StorageError.
         """
         try:
             name, snapshot = self.bank.find(task)
             return snapshot.load(name, self.model.identity), snapshot
-        except (MissingFileError, UnknownNameError) as error:
+        except UnknownNameError as error:
             raise UnknownTaskError(public_sentence(error, self.bank)) from error
         except PromptBankError as error:
             raise type(error)(public_sentence(error, self.bank)) from error

@@ -6,8 +6,8 @@ import pytest
 
 from pipeline.bank import PromptBank, Template
 from pipeline.cli.models import identity_of
-from pipeline.errors import BankError, CorpusError, RowTooLongError, UnknownTaskError
-from pipeline.serving.bank_tasks import BankTasks, message_row, prompt_rows, read_model_text
+from pipeline.errors import BankError, CorpusError, MissingFileError, RowTooLongError, UnknownTaskError
+from pipeline.serving.bank_tasks import BankTasks, message_row, prompt_rows, read_model_text, refusal
 from tests.serving.prompts import new_prompt
 from tests.tiny import make_model
 
@@ -99,7 +99,9 @@ def test_a_prompt_is_a_text_or_a_list(prompt):
         prompt_rows(prompt)
 
 
-@pytest.mark.parametrize("part", [{"type": "image_url", "text": "good"}, {"text": "good"}, {"type": "text"}, "good", ""])
+@pytest.mark.parametrize(
+    "part", [{"type": "image_url", "text": "good"}, {"text": "good"}, {"type": "text"}, "good", ""]
+)
 def test_a_part_of_a_message_that_is_not_of_the_type_text_is_refused(part):
     whole = {"type": "text", "text": "good"}
     assert message_row([{"role": "user", "content": [whole, whole]}]) == "goodgood"
@@ -117,6 +119,16 @@ def test_what_the_bank_does_not_have_is_told_without_its_address(tasks, task):
     with pytest.raises(UnknownTaskError) as caught:
         tasks.prompt(task)
     assert tasks.bank.uri not in str(caught.value)
+
+
+@pytest.mark.parametrize(("lost", "task"), [("blobs/*/*.safetensors", "film"), ("versions/2.json", "film@prod")])
+def test_a_lost_file_of_a_task_that_the_bank_has_is_a_failure_of_the_bank(tasks, model, tmp_path, lost, task):
+    publish(tmp_path / "bank", model).promote(2, "prod", "test")
+    for file in (tmp_path / "bank").glob(lost):
+        file.unlink()
+    with pytest.raises(MissingFileError, match=r"^(blobs|versions)/.* is missing$") as caught:
+        tasks.prompt(task)
+    assert refusal(caught.value).status == 503
 
 
 def test_a_damaged_prompt_is_told_without_the_banks_address(tasks, tmp_path):
