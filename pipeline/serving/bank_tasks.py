@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -100,7 +101,13 @@ class BankTasks:
 
 def public_sentence(error: Exception | str, bank: PromptBank) -> str:
     """An error's sentence without the bank's address, which is not for callers."""
-    return str(error).replace(f"{bank.uri}/", "").replace(f"the bank {bank.uri}", "the bank")
+    uri = re.escape(bank.uri)
+    sentence = re.sub(rf"(?<!\w){uri}/", "", str(error))
+    sentence = re.sub(rf"\bthe bank {uri}(?!\w)", "the bank", sentence)
+    sentence = re.sub(rf" at {uri}(?!\w)", "", sentence)
+    # A folder's name of one word may be a word of the sentence, too.
+    before = "" if "/" in bank.uri else r"\b(?:in|of|to|read|write) "
+    return re.sub(rf"({before}){uri}(?!\w)", r"\1the bank", sentence)
 
 
 def row_contents(prompt: Prompt, rows: Sequence[str]) -> list[Text]:

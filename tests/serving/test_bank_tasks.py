@@ -7,7 +7,7 @@ import pytest
 from pipeline.bank import PromptBank, Template
 from pipeline.cli.models import identity_of
 from pipeline.errors import BankError, CorpusError, MissingFileError, RowTooLongError, UnknownTaskError
-from pipeline.serving.bank_tasks import BankTasks, message_row, prompt_rows, read_model_text, refusal
+from pipeline.serving.bank_tasks import BankTasks, message_row, prompt_rows, public_sentence, read_model_text, refusal
 from tests.serving.prompts import new_prompt
 from tests.tiny import make_model
 
@@ -128,6 +128,31 @@ def test_a_lost_file_of_a_task_that_the_bank_has_is_a_failure_of_the_bank(tasks,
         file.unlink()
     with pytest.raises(MissingFileError, match=r"^(blobs|versions)/.* is missing$") as caught:
         tasks.prompt(task)
+    assert refusal(caught.value).status == 503
+
+
+@pytest.mark.parametrize("place", ["/data/prompts/bank", "some/bank", "bank", "prompts", "s"])
+def test_a_sentence_has_no_address_of_the_bank_and_keeps_its_words(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bank = PromptBank.connect(tmp_path / place[1:] if place[0] == "/" else place, create=True)
+    uri = bank.uri
+    for told, public in {
+        f"there is no prompt bank at {uri}: publish to it first": "there is no prompt bank: publish to it first",
+        f"the bank {uri} has no alias 'x'; known: latest": "the bank has no alias 'x'; known: latest",
+        f"{uri}/versions/7.json is missing": "versions/7.json is missing",
+        f"cannot read {uri}: it is full": "cannot read the bank: it is full",
+        f"cannot list {uri}/versions: it is full": "cannot list versions: it is full",
+        f"the cached alias 'x' of {uri} is damaged": "the cached alias 'x' of the bank is damaged",
+    }.items():
+        assert public_sentence(told, bank) == public
+        assert public_sentence(public, bank) == public
+
+
+def test_a_bank_that_is_gone_is_told_without_its_address(tasks, tmp_path):
+    for version in (tmp_path / "bank/versions").iterdir():
+        version.unlink()
+    with pytest.raises(BankError, match=r"^there is no prompt bank: publish to it first, or fix the path$") as caught:
+        tasks.prompt("film@prod")
     assert refusal(caught.value).status == 503
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from datetime import UTC, datetime
 
 import httpx
@@ -347,6 +348,19 @@ def test_a_body_that_is_no_json_and_a_method_that_is_not_there_have_openais_form
     reply = httpx.post(f"{url}/v1/completions", content=b"{", headers={"content-type": "application/json"})
     assert reply.status_code == 400 and "the body is not JSON" in reply.json()["error"]["message"]
     assert httpx.get(f"{url}/v1/completions").json()["error"]["type"] == "MethodNotAllowedError"
+
+
+@pytest.mark.parametrize("path", ["models", "tasks", "generate"])
+def test_a_bank_that_cannot_be_read_is_told_without_its_address(model, tmp_path, path):
+    shutil.copytree(model.bank.uri, tmp_path / "bank")
+    bank = PromptBank.open(tmp_path / "bank")
+    place = tmp_path / "bank/versions/2.json"
+    place.write_bytes(place.read_bytes()[::-1])
+    service = LocalService(PromptedModel(model.backbone, bank))
+    with listening(service) as address:
+        body = {"json": {"rows": [{"task": "film", "text": "good"}]}} if path == "generate" else {}
+        reply = httpx.request("POST" if body else "GET", f"{address}/v1/{path}", **body, timeout=60)
+    assert reply.status_code == 503 and "versions/2.json is damaged" in reply.text and bank.uri not in reply.text
 
 
 def test_classification_is_as_it_was(url, model):
