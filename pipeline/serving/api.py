@@ -148,8 +148,12 @@ class _HeadMiddleware:
         async def bodiless(message: Message) -> None:
             await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
 
-        scope["method"] = "GET"  # in place, for the router reads the method from this scope
-        await self.app(scope, receive, bodiless)
+        asked = {**scope, "method": "GET"}  # a copy, for the server must know that no body comes
+        try:
+            await self.app(asked, receive, bodiless)
+        finally:
+            if "route" in asked:  # the router's finding, which is counted outside
+                scope["route"] = asked["route"]
 
 
 _CLIENT_LEFT = 499

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import shutil
 from datetime import UTC, datetime
 
@@ -361,6 +362,21 @@ def test_a_bank_that_cannot_be_read_is_told_without_its_address(model, tmp_path,
         body = {"json": {"rows": [{"task": "film", "text": "good"}]}} if path == "generate" else {}
         reply = httpx.request("POST" if body else "GET", f"{address}/v1/{path}", **body, timeout=60)
     assert reply.status_code == 503 and "versions/2.json is damaged" in reply.text and bank.uri not in reply.text
+
+
+def test_head_is_answered_by_a_real_server_without_a_body_or_a_traceback(service, url, caplog):
+    server = logging.getLogger("uvicorn.error")
+    server.addHandler(caplog.handler)
+    try:
+        with httpx.Client() as client:
+            for path, status in {"/metrics": 200, "/v1/models": 200, "/v1/tasks": 200, "/v1/completions": 405}.items():
+                reply = client.head(url + path)
+                assert (reply.status_code, reply.content) == (status, b"")
+                assert int(reply.headers["content-length"]) > 0
+    finally:
+        server.removeHandler(caplog.handler)
+    assert not caplog.records
+    assert 'route="/v1/models",status="200"' in service.metrics.text().decode()
 
 
 def test_classification_is_as_it_was(url, model):
