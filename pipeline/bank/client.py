@@ -20,7 +20,7 @@ from pipeline.bank.snapshot import Prompt, Snapshot
 from pipeline.bank.verify import Verification, verify_bank
 from pipeline.bank.versions import Version, read_version, version_numbers
 from pipeline.bank.watch import Watcher, WatchEvent
-from pipeline.errors import BankError, StorageError, UnknownNameError
+from pipeline.errors import BankError, MissingFileError, StorageError, UnknownNameError
 
 _log = logging.getLogger(__name__)
 _MOST_OTHERS = 4
@@ -160,9 +160,15 @@ class PromptBank:
         return name, snapshot
 
     def at(self, revision: str) -> Snapshot:
-        """A version by its number, or the one that an alias names now. Raises: BankError, StorageError."""
+        """A version by its number, or the one that an alias names now.
+
+        Raises: UnknownNameError for a number or an alias that is not there, BankError, StorageError.
+        """
         if _VERSION.fullmatch(revision):
-            return self._snapshot(int(revision))
+            try:
+                return self._snapshot(int(revision))
+            except MissingFileError as error:
+                raise UnknownNameError(str(error)) from error
         if revision.isdecimal():
             rule = "from 1 on, of at most 18 digits and without a zero in front"
             raise UnknownNameError(

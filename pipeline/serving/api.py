@@ -10,12 +10,14 @@ from fastapi import FastAPI, Response
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.corpus.chat import recorded_input
 from pipeline.errors import PromptBankError
 from pipeline.serving import bodies
 from pipeline.serving.authentication import AuthenticationMiddleware, Tokens
+from pipeline.serving.bank_tasks import public_sentence
 from pipeline.serving.failures import error_reply
 from pipeline.serving.openai_routes import add_openai_routes
 from pipeline.serving.service import Service, check_size
@@ -37,8 +39,14 @@ def make_api(service: Service, tokens: Tokens | None = None) -> FastAPI:
     _add_answers(api, service)
     add_openai_routes(api, service)
     _add_views(api, service)
+
+    async def error_without_address(request: HttpRequest, error: Exception) -> Response:
+        if isinstance(error, PromptBankError):
+            error = type(error)(public_sentence(error, service.tasks.bank))
+        return await error_reply(request, error)
+
     for kind in (PromptBankError, HTTPException, RequestValidationError, Exception):
-        api.add_exception_handler(kind, error_reply)
+        api.add_exception_handler(kind, error_without_address)
     api.add_middleware(_BodyLimitMiddleware, limit=service.settings.max_body_bytes, seconds=service.settings.request_s)
     if tokens is not None:
         api.add_middleware(AuthenticationMiddleware, tokens=tokens)
@@ -140,8 +148,12 @@ class _HeadMiddleware:
         async def bodiless(message: Message) -> None:
             await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
 
-        scope["method"] = "GET"  # in place, for the router reads the method from this scope
-        await self.app(scope, receive, bodiless)
+        asked = {**scope, "method": "GET"}  # a copy, for the server must know that no body comes
+        try:
+            await self.app(asked, receive, bodiless)
+        finally:
+            if "route" in asked:  # the router's finding, which is counted outside
+                scope["route"] = asked["route"]
 
 
 _CLIENT_LEFT = 499

@@ -1,6 +1,8 @@
 """A bank's tasks under the names of models, for servers that speak OpenAI's protocol: a row is one text."""
 
 import json
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -12,14 +14,7 @@ from pipeline.backbone.loading import build_skeleton
 from pipeline.backbone.weights import open_weights
 from pipeline.bank import BackboneId, Prompt, PromptBank, Snapshot
 from pipeline.corpus.chat import recorded_input
-from pipeline.errors import (
-    BankError,
-    CorpusError,
-    MissingFileError,
-    PromptBankError,
-    UnknownNameError,
-    UnknownTaskError,
-)
+from pipeline.errors import BankError, CorpusError, PromptBankError, UnknownNameError, UnknownTaskError
 from pipeline.serving.requests import EncodedRow, Request, Text, encode_rows
 from pipeline.serving.served_backbone import ServedText
 
@@ -84,12 +79,13 @@ class BankTasks:
     def find(self, task: str) -> tuple[Prompt, Snapshot]:
         """The prompt of `name`, `name@3` or `name@alias`, and the version that it is of.
 
-        Raises: UnknownTaskError for a name, version or alias that the bank does not have; BankError, StorageError.
+        Raises: UnknownTaskError for a name, version or alias that the bank does not have; BankError, also where a file
+        of one that it has is lost; StorageError.
         """
         try:
             name, snapshot = self.bank.find(task)
             return snapshot.load(name, self.model.identity), snapshot
-        except (MissingFileError, UnknownNameError) as error:
+        except UnknownNameError as error:
             raise UnknownTaskError(public_sentence(error, self.bank)) from error
         except PromptBankError as error:
             raise type(error)(public_sentence(error, self.bank)) from error
@@ -105,13 +101,19 @@ class BankTasks:
 
 def public_sentence(error: Exception | str, bank: PromptBank) -> str:
     """An error's sentence without the bank's address, which is not for callers."""
-    return str(error).replace(f"{bank.uri}/", "").replace(f"the bank {bank.uri}", "the bank")
+    uri = re.escape(bank.uri)
+    sentence = re.sub(rf"(?<!\w){uri}/", "", str(error))
+    sentence = re.sub(rf"\bthe bank {uri}(?!\w)", "the bank", sentence)
+    sentence = re.sub(rf" at {uri}(?!\w)", "", sentence)
+    # A folder's name of one word may be a word of the sentence, too.
+    before = "" if "/" in bank.uri else r"\b(?:in|of|to|read|write) "
+    return re.sub(rf"({before}){uri}(?!\w)", r"\1the bank", sentence)
 
 
 def row_contents(prompt: Prompt, rows: Sequence[str]) -> list[Text]:
     """Rows as they were sent: each is its text, or a JSON object where the prompt's template has several columns.
 
-    Raises: CorpusError for a row that is no JSON object there.
+    Raises: CorpusError for a row that is no JSON object there, or has a value that is no text, number or boolean.
     """
     name = prompt.record.name
     columns = recorded_input(prompt.record.template, f"prompt '{name}'").columns
@@ -119,8 +121,10 @@ def row_contents(prompt: Prompt, rows: Sequence[str]) -> list[Text]:
 
 
 def prompt_rows(prompt: Any) -> list[str]:
-    """The rows in a completion's `prompt`. Raises: CorpusError for token ids, or none."""
-    rows = [prompt] if isinstance(prompt, str) else prompt or []
+    """The rows in a completion's `prompt`. Raises: CorpusError for token ids, no rows, or what is no text."""
+    if not isinstance(prompt, str | list):
+        raise CorpusError("'prompt' must be a text or a list of texts: a row of several columns is JSON in a text")
+    rows = [prompt] if isinstance(prompt, str) else prompt
     if not rows or not all(isinstance(row, str) for row in rows):
         raise CorpusError("a task of the prompt bank takes texts and not token ids: send 'prompt' as text")
     return list(rows)
@@ -130,7 +134,7 @@ def message_row(messages: Sequence[Any]) -> str:
     """The row in a chat's only message. Raises: CorpusError for more messages, another role or no text."""
     fields = dict(messages[0]) if len(messages) == 1 else {}
     content = fields.get("content")
-    parts = [content] if isinstance(content, str) else [dict(part).get("text") for part in content or ()]
+    parts = [content] if isinstance(content, str) else [_part_text(part) for part in content or ()]
     if fields.get("role") != "user" or not parts or not all(isinstance(part, str) for part in parts):
         raise CorpusError(
             "a task of the prompt bank takes one message of the role 'user' with a row's text: what stands around it "
@@ -169,12 +173,26 @@ def refusal(error: PromptBankError) -> Refusal:
     return Refusal(str(error), status, "model" if kind is UnknownTaskError else None)
 
 
+def _part_text(part: Any) -> Any:
+    """The text of one part of a message; None where the part is of another type than `text`."""
+    try:
+        fields = dict(part)
+    except (TypeError, ValueError):  # vLLM lets a part be a text
+        return None
+    return fields.get("text") if fields.get("type") == "text" else None
+
+
 def _columns(row: str, columns: Sequence[str], name: str) -> Text:
     try:
         given = json.loads(row)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter for brackets in brackets in brackets
         given = None
     if not isinstance(given, dict):
         example = json.dumps(dict.fromkeys(columns, "…"), ensure_ascii=False)
         raise CorpusError(f"a row for task '{name}' has several columns: send it as a JSON object, {example}")
+    for column, value in given.items():
+        if not isinstance(value, str | int | float) or value in (math.inf, -math.inf) or value != value:
+            raise CorpusError(
+                f"a row for task '{name}': the column {column!r} must be a text, a finite number or a boolean"
+            )
     return given

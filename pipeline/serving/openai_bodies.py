@@ -27,6 +27,8 @@ _WITHOUT_EFFECT = {
     "modalities": ["text"],
 }
 """Settings that would change a greedy answer, and the value with which they do not."""
+_MOST_STOPS, _LONGEST_STOP = 16, 256
+"""Texts and characters, for every answer is searched for all of them."""
 
 
 class _AskedBody(BaseModel):
@@ -40,7 +42,7 @@ class _AskedBody(BaseModel):
     """Whether the reply comes as events. Each row's answer is one of them, for rows are answered as a whole."""
     stream_options: "StreamOptions | None" = None
     stop: str | list[str] | None = None
-    """An answer ends before the first of these that it has."""
+    """An answer ends before the first of these that it has: at most 16 texts of at most 256 characters."""
 
     n: Any = None
     """One answer a row: 1."""
@@ -97,8 +99,12 @@ class _AskedBody(BaseModel):
     @field_validator("stop")
     @classmethod
     def _has_text(cls, value: str | list[str] | None) -> str | list[str] | None:
-        if "" in ([value] if isinstance(value, str) else value or []):
+        texts = [value] if isinstance(value, str) else value or []
+        if "" in texts:
             raise ValueError("an empty text would end every answer before it began: leave it out")
+        if len(texts) > _MOST_STOPS or any(len(text) > _LONGEST_STOP for text in texts):
+            allowed = f"{_MOST_STOPS} texts of at most {_LONGEST_STOP} characters each are allowed"
+            raise ValueError(f"{allowed}: send fewer, or shorter ones")
         return value
 
     def stops(self) -> list[str]:

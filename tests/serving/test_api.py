@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from fastapi.testclient import TestClient
@@ -24,6 +25,7 @@ class InTrouble:
     def __init__(self, error=None):
         self.settings = ServiceSettings(bank="bank", model="model")
         self.metrics = ServiceMetrics("r1")
+        self.tasks = SimpleNamespace(bank=SimpleNamespace(uri="some/bank"))
         self.error = error
 
     def snapshot(self):

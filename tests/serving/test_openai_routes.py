@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import logging
+import shutil
 from datetime import UTC, datetime
 
 import httpx
@@ -110,6 +112,13 @@ def test_a_stop_cuts_the_answer_before_it_and_counts_the_tokens_up_to_it(client,
             assert reply.usage.completion_tokens == len(until)
     again = client.completions.create(model="open", prompt=TEXTS[0], max_tokens=12, stop=["never in it"])
     assert (again.choices, again.usage) == (c.choices, c.usage)
+
+
+def test_as_many_stops_as_are_allowed_are_taken(client):
+    plain = client.completions.create(model="open", prompt=TEXTS[0], max_tokens=12)
+    stops = [f"{place:0256}" for place in range(16)]
+    reply = client.completions.create(model="open", prompt=TEXTS[0], max_tokens=12, stop=stops)
+    assert (reply.choices, reply.usage) == (plain.choices, plain.usage)
 
 
 def test_rows_in_a_list_are_choices_in_their_order(client, model):
@@ -229,6 +238,9 @@ def test_a_task_version_or_alias_that_is_not_there_is_not_found(client, model, t
         ({"prompt": [1, 2]}, None, "takes texts and not token ids"),
         ({"prompt": [[1, 2]]}, None, "takes texts and not token ids"),
         ({"prompt": []}, None, "send 'prompt' as text"),
+        ({"prompt": {"a": 1}}, None, "'prompt' must be a text or a list of texts"),
+        ({"prompt": 7}, None, "'prompt' must be a text or a list of texts"),
+        ({"prompt": None}, None, "'prompt' must be a text or a list of texts"),
         ({"prompt": "x", "echo": True}, None, "'echo' cannot be had for a task of the prompt bank"),
         ({"prompt": "x", "suffix": "y"}, None, "'suffix' cannot be had for a task of the prompt bank"),
         ({"prompt": "x", "temperature": 0.7}, "temperature", "one greedy answer to a row and cannot do this"),
@@ -238,6 +250,9 @@ def test_a_task_version_or_alias_that_is_not_there_is_not_found(client, model, t
         ({"prompt": "x", "frequency_penalty": 1}, "frequency_penalty", "set it to 0"),
         ({"prompt": "x", "logit_bias": {"7": 1}}, "logit_bias", "set it to {}"),
         ({"prompt": "x", "stop": ""}, "stop", "an empty text would end every answer"),
+        ({"prompt": "x", "stop": ["y"] * 17}, "stop", "body.stop: 16 texts of at most 256 characters each are allowed"),
+        ({"prompt": "x", "stop": ["y", "z" * 257]}, "stop", "are allowed: send fewer, or shorter ones"),
+        ({"prompt": "x", "stop": "z" * 257}, "stop", "are allowed: send fewer, or shorter ones"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"prompt": "x", "max_tokens": MOST_NEW + 1}, None, f"max_tokens is 41 where {MOST_NEW} are allowed"),
         ({"prompt": "good " * 300}, None, "fit; shorten the text"),
@@ -245,6 +260,9 @@ def test_a_task_version_or_alias_that_is_not_there_is_not_found(client, model, t
         ({"prompt": "x", "sampler": "beam"}, "sampler", "body.sampler: extra inputs are not permitted"),
         ({"prompt": "x", "model": "pair"}, None, 'send it as a JSON object, {"left": "…", "right": "…"}'),
         ({"prompt": '{"left": "x"}', "model": "pair"}, None, "needs the column(s) right"),
+        ({"prompt": '{"left": "x", "right": [1]}', "model": "pair"}, None, "the column 'right' must be a text"),
+        ({"prompt": '{"left": "x", "right": NaN}', "model": "pair"}, None, "the column 'right' must be a text"),
+        ({"prompt": "[" * 100_000, "model": "pair"}, None, "send it as a JSON object"),
         ({}, "prompt", "body.prompt: field required"),
     ],
 )
@@ -271,6 +289,7 @@ def test_settings_that_change_no_greedy_answer_are_taken(client):
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "good"}],
         [{"role": "assistant", "content": "good"}],
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}],
+        [{"role": "user", "content": [{"type": "image_url", "text": "good"}]}],
         [{"role": "user"}],
         [],
     ],
@@ -330,6 +349,34 @@ def test_a_body_that_is_no_json_and_a_method_that_is_not_there_have_openais_form
     reply = httpx.post(f"{url}/v1/completions", content=b"{", headers={"content-type": "application/json"})
     assert reply.status_code == 400 and "the body is not JSON" in reply.json()["error"]["message"]
     assert httpx.get(f"{url}/v1/completions").json()["error"]["type"] == "MethodNotAllowedError"
+
+
+@pytest.mark.parametrize("path", ["models", "tasks", "generate"])
+def test_a_bank_that_cannot_be_read_is_told_without_its_address(model, tmp_path, path):
+    shutil.copytree(model.bank.uri, tmp_path / "bank")
+    bank = PromptBank.open(tmp_path / "bank")
+    place = tmp_path / "bank/versions/2.json"
+    place.write_bytes(place.read_bytes()[::-1])
+    service = LocalService(PromptedModel(model.backbone, bank))
+    with listening(service) as address:
+        body = {"json": {"rows": [{"task": "film", "text": "good"}]}} if path == "generate" else {}
+        reply = httpx.request("POST" if body else "GET", f"{address}/v1/{path}", **body, timeout=60)
+    assert reply.status_code == 503 and "versions/2.json is damaged" in reply.text and bank.uri not in reply.text
+
+
+def test_head_is_answered_by_a_real_server_without_a_body_or_a_traceback(service, url, caplog):
+    server = logging.getLogger("uvicorn.error")
+    server.addHandler(caplog.handler)
+    try:
+        with httpx.Client() as client:
+            for path, status in {"/metrics": 200, "/v1/models": 200, "/v1/tasks": 200, "/v1/completions": 405}.items():
+                reply = client.head(url + path)
+                assert (reply.status_code, reply.content) == (status, b"")
+                assert int(reply.headers["content-length"]) > 0
+    finally:
+        server.removeHandler(caplog.handler)
+    assert not caplog.records
+    assert 'route="/v1/models",status="200"' in service.metrics.text().decode()
 
 
 def test_classification_is_as_it_was(url, model):
