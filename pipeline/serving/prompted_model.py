@@ -16,7 +16,7 @@ from pipeline.backbone import prompted
 from pipeline.backbone.label_scores import label_scores
 from pipeline.backbone.rows import NO_TOKENS
 from pipeline.bank import Prompt, PromptBank, Snapshot
-from pipeline.errors import MissingFileError, PromptBankError, UnknownNameError, UnknownTaskError
+from pipeline.errors import PromptBankError, UnknownNameError, UnknownTaskError
 from pipeline.serving.requests import EncodedRow, Request, Text, encode_rows, template_beginning
 from pipeline.serving.running_batch import Key, RunningBatch
 from pipeline.serving.served_backbone import ServedBackbone
@@ -197,7 +197,7 @@ class PromptedModel:
         try:
             name, version = self.bank.find(task) if "@" in task or snapshot is None else (task, snapshot)
             return version.load(name, self.backbone.identity)
-        except (MissingFileError, UnknownNameError) as error:
+        except UnknownNameError as error:
             raise UnknownTaskError(str(error)) from error
 
     def running_batch(self) -> RunningBatch[Any] | None:
