@@ -211,9 +211,9 @@ def test_health_is_told_while_the_model_runs(service, client):
 def test_more_requests_than_may_wait_are_told_to_come_back(service, client):
     busy = _ask_for_long(service[1], [])
     replies: list[httpx.Response] = []
-    body = {"rows": [{"task": "film", "text": "good"}]}
+    body = {"rows": [{"task": "film", "text": "good"}] * 8}
     asking = [
-        threading.Thread(target=lambda: replies.append(client.post("/v1/classify", json=body))) for _ in range(30)
+        threading.Thread(target=lambda: replies.append(client.post("/v1/classify", json=body))) for _ in range(80)
     ]
     _together(asking)
     for thread in busy:
