@@ -121,10 +121,6 @@ def _reason(error: RuntimeError) -> Exception:
     return error
 
 
-def _names_versions(request: Request) -> bool:
-    return any("@" in task for task in request.tasks)
-
-
 class PromptService:
     """One replica: a copy of the model and a view of the bank.
 
@@ -178,7 +174,9 @@ class PromptService:
             raise OverloadedError(f"{self._waiting} requests wait for the model already; come back later")
         self._waiting += 1
         try:
-            settled = await asyncio.to_thread(self._settled, request) if _names_versions(request) else request
+            settled = request
+            if any("@" in task for task in request.tasks):
+                settled = await asyncio.to_thread(self._settled, request)
             reply = await asyncio.wrap_future(self._loop.ask(kind, settled))
         finally:
             self._waiting -= 1

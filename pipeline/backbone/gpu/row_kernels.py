@@ -15,6 +15,20 @@ def _rounded(x):
 
 
 @triton.jit
+def _scale(largest, spoiled, smallest):
+    """Of a row, from its largest numbers by place, and from what is NaN where the row is not finite."""
+    # A maximum may pass over NaN, and a sum does not.
+    return tl.maximum(tl.max(largest), smallest) / 127.0 + tl.sum(spoiled)
+
+
+@triton.jit
+def _put_int8(pointer, at, x, scale, inside):
+    # `/` is approximate on a GPU, and where it errs a number could go to another step than PyTorch's.
+    whole = _rounded(tl.where(scale == scale, tl.div_rn(x, scale), 0.0))
+    tl.store(pointer + at, whole.to(tl.int8), mask=inside)
+
+
+@triton.jit
 def quantize(x_pointer, columns, rows_pointer, scales, width, smallest, SCALED: tl.constexpr, BLOCK: tl.constexpr):
     """A row, times `columns` if SCALED -> int8 and its scale; a row that is not finite has a scale that is not."""
     row = tl.program_id(0).to(tl.int64)
@@ -26,17 +40,15 @@ def quantize(x_pointer, columns, rows_pointer, scales, width, smallest, SCALED: 
         if SCALED:
             x = x * tl.load(columns + place, mask=place < width, other=0.0)
         largest = tl.maximum(largest, tl.abs(x))
-        spoiled += x - x  # NaN where x is not finite, which a maximum may pass over
-    scale = tl.maximum(tl.max(largest), smallest) / 127.0 + tl.sum(spoiled)
+        spoiled += x - x
+    scale = _scale(largest, spoiled, smallest)
     tl.store(scales + row, scale)
     for at in range(0, width, BLOCK):
         place = at + tl.arange(0, BLOCK)
         x = tl.load(x_pointer + row * width + place, mask=place < width, other=0.0).to(tl.float32)
         if SCALED:
             x = x * tl.load(columns + place, mask=place < width, other=0.0)
-        # `/` is approximate on a GPU, and where it errs a number could go to another step than PyTorch's.
-        whole = _rounded(tl.where(scale == scale, tl.div_rn(x, scale), 0.0))
-        tl.store(rows_pointer + row * width + place, whole.to(tl.int8), mask=place < width)
+        _put_int8(rows_pointer, row * width + place, x, scale, place < width)
 
 
 @triton.jit
@@ -133,13 +145,12 @@ def gated_rows(gates, ups, rows_pointer, scales, width, smallest, SILU: tl.const
         y, _, _ = _gated(gates, ups, row * width + place, place < width, SILU)
         largest = tl.maximum(largest, tl.abs(y))
         spoiled += y - y
-    scale = tl.maximum(tl.max(largest), smallest) / 127.0 + tl.sum(spoiled)
+    scale = _scale(largest, spoiled, smallest)
     tl.store(scales + row, scale)
     for at in range(0, width, BLOCK):
         place = at + tl.arange(0, BLOCK)
         y, _, _ = _gated(gates, ups, row * width + place, place < width, SILU)
-        whole = _rounded(tl.where(scale == scale, tl.div_rn(y, scale), 0.0))
-        tl.store(rows_pointer + row * width + place, whole.to(tl.int8), mask=place < width)
+        _put_int8(rows_pointer, row * width + place, y, scale, place < width)
 
 
 @triton.jit
@@ -161,9 +172,7 @@ def gated_gradients(
         gate_largest = tl.maximum(gate_largest, tl.abs(dgate))
         up_largest = tl.maximum(up_largest, tl.abs(dup))
         spoiled += (dgate - dgate) + (dup - dup)
-    bad = tl.sum(spoiled)
-    gate_scale = tl.maximum(tl.max(gate_largest), smallest) / 127.0 + bad
-    up_scale = tl.maximum(tl.max(up_largest), smallest) / 127.0 + bad
+    gate_scale, up_scale = _scale(gate_largest, spoiled, smallest), _scale(up_largest, spoiled, smallest)
     tl.store(gate_scales + row, gate_scale)
     tl.store(up_scales + row, up_scale)
     for at in range(0, width, BLOCK):
@@ -173,7 +182,5 @@ def gated_gradients(
         _, to_gate, to_up = _gated(gates, ups, row * width + place, inside, SILU)
         dgate = grad * to_gate * tl.load(of_gate + place, mask=inside, other=0.0)
         dup = grad * to_up * tl.load(of_up + place, mask=inside, other=0.0)
-        dgate = _rounded(tl.where(bad == bad, tl.div_rn(dgate, gate_scale), 0.0))
-        dup = _rounded(tl.where(bad == bad, tl.div_rn(dup, up_scale), 0.0))
-        tl.store(gate_rows + row * width + place, dgate.to(tl.int8), mask=inside)
-        tl.store(up_rows + row * width + place, dup.to(tl.int8), mask=inside)
+        _put_int8(gate_rows, row * width + place, dgate, gate_scale, inside)
+        _put_int8(up_rows, row * width + place, dup, up_scale, inside)

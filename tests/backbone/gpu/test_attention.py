@@ -14,10 +14,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.backbone import packed_attention
 from pipeline.backbone.gpu import attention
 from pipeline.backbone.segments import make_segments
-from tests.backbone.native.test_attention import CPU, rotated, tensors
+from tests.backbone.native.test_attention import (
+    CPU,
+    assert_a_tree_gone_nan_leaves_the_others_as_they_were,
+    assert_same,
+    by_torch,
+    rotated,
+    tensors,
+)
 
 
 @st.composite
@@ -31,24 +37,15 @@ def forests(draw):
     return make_segments(lengths, parents, len(prompts) if draw(st.booleans()) else 0)
 
 
-def by_torch(segments, q, k, v):
-    levels = packed_attention.make_levels(segments, CPU)
-    return packed_attention.attend(q * q.shape[-1] ** -0.5, k, v, levels)
-
-
-def by_triton(segments, q, k, v):
+def by_triton(segments, q, k, v, rotation=None):
+    assert rotation is None, "another kernel rotates"
     return attention.attend(q, k, v, q.shape[-1] ** -0.5, attention.make_tables(segments, CPU))
 
 
 @settings(max_examples=10, deadline=None)
 @given(forests(), st.sampled_from([(4, 2, 8), (3, 3, 20), (2, 1, 64)]))
 def test_outputs_and_gradients_are_those_of_pytorchs_operators(segments, sides):
-    (q, k, v), upstream = tensors(segments, *sides)
-    expected, ours = (side(segments, q, k, v) for side in (by_torch, by_triton))
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-    gradients = [torch.autograd.grad(y, (q, k, v), upstream) for y in (ours, expected)]
-    for name, mine, theirs in zip("qkv", *gradients, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"d{name}: {m}")
+    assert_same(segments, sides, attend=by_triton)
 
 
 def test_half_precision_is_within_its_rounding_of_float64():
@@ -66,18 +63,7 @@ def test_half_precision_is_within_its_rounding_of_float64():
 
 
 def test_a_tree_gone_nan_leaves_the_others_as_they_were_bit_by_bit():
-    segments = make_segments([5, 3, 7, 4, 9], [None, None, 0, 1, 1])
-    (q, k, v), upstream = tensors(segments, 4, 2, 16)
-    second = torch.cat([torch.arange(5, 8), torch.arange(15, 28)])
-    first = torch.cat([torch.arange(0, 5), torch.arange(8, 15)])
-    before = by_triton(segments, q, k, v)
-    gradients = torch.autograd.grad(before, (q, k, v), upstream)
-    spoiled = [x.detach().clone().index_fill_(0, second, float("nan")).requires_grad_() for x in (q, k, v)]
-    after = by_triton(segments, *spoiled)
-    spoiled_gradients = torch.autograd.grad(after, spoiled, upstream)
-    assert torch.equal(before[first], after[first]) and after[second].isnan().all()
-    for mine, theirs in zip(gradients, spoiled_gradients, strict=True):
-        assert torch.equal(mine[first], theirs[first])
+    assert_a_tree_gone_nan_leaves_the_others_as_they_were(by_triton)
 
 
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(4, 2, 20), (3, 1, 64)])

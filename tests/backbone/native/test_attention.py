@@ -52,9 +52,9 @@ def rotated(x, rotation):
     return x * cosine + torch.cat([-second, first], -1) * sine
 
 
-def assert_same(segments, sides, rotation=None):
+def assert_same(segments, sides, rotation=None, attend=by_kernel):
     (q, k, v), upstream = tensors(segments, *sides)
-    expected, ours = (side(segments, q, k, v, rotation) for side in (by_torch, by_kernel))
+    expected, ours = (side(segments, q, k, v, rotation) for side in (by_torch, attend))
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     gradients = [torch.autograd.grad(y, (q, k, v), upstream) for y in (ours, expected)]
     for name, mine, theirs in zip("qkv", *gradients, strict=True):
@@ -74,19 +74,23 @@ def test_rotating_inside_the_kernel_is_rotating_before_it(segments):
     assert_same(segments, (4, 2, 20), (angles.cos().contiguous(), angles.sin().contiguous()))
 
 
-def test_a_tree_gone_nan_leaves_the_others_as_they_were_bit_by_bit():
+def assert_a_tree_gone_nan_leaves_the_others_as_they_were(attend):
     segments = make_segments([5, 3, 7, 4, 9], [None, None, 0, 1, 1])
     (q, k, v), upstream = tensors(segments, 4, 2, 16)
     second = torch.cat([torch.arange(5, 8), torch.arange(15, 28)])
     first = torch.cat([torch.arange(0, 5), torch.arange(8, 15)])
-    before = by_kernel(segments, q, k, v)
+    before = attend(segments, q, k, v)
     gradients = torch.autograd.grad(before, (q, k, v), upstream)
     spoiled = [x.detach().clone().index_fill_(0, second, float("nan")).requires_grad_() for x in (q, k, v)]
-    after = by_kernel(segments, *spoiled)
+    after = attend(segments, *spoiled)
     spoiled_gradients = torch.autograd.grad(after, spoiled, upstream)
     assert torch.equal(before[first], after[first]) and after[second].isnan().all()
     for mine, theirs in zip(gradients, spoiled_gradients, strict=True):
         assert torch.equal(mine[first], theirs[first])
+
+
+def test_a_tree_gone_nan_leaves_the_others_as_they_were_bit_by_bit():
+    assert_a_tree_gone_nan_leaves_the_others_as_they_were(by_kernel)
 
 
 def test_several_threads_give_what_one_gives_bit_by_bit():
