@@ -32,6 +32,19 @@ Rates = Annotated[
 ]
 
 
+class InstructionSearchSettings(SettingsModel):
+    """A search over instructions by GEPA (Agrawal et al. 2025). The frozen model itself writes them."""
+
+    rows: Count = 64
+    """Train rows that an instruction is judged on."""
+    answers: Count = 1000
+    """Rows answered in a search, over all instructions. A search ends when it has reached this number."""
+    shown: int = Field(3, ge=1, le=100)
+    """Train rows, with the model's answers and the right ones, that a new instruction is written from."""
+    max_tokens: Count = 128
+    """Most tokens of a new instruction."""
+
+
 class HardPromptSettings(SettingsModel):
     """Prompts of words: what people write instead of tuning."""
 
@@ -45,6 +58,9 @@ class HardPromptSettings(SettingsModel):
     """By task, the words that stand before everything, as you would write them; of a list, each text is a choice."""
     between: str = "\n\n"
     """Put between the text, the solved rows and the row itself."""
+    search: InstructionSearchSettings | None = None
+    """A search for better words, for every task and seed. It begins with the task's first text, or with its labels.
+    Null: no search."""
 
 
 class TrainingSettings(SettingsModel):

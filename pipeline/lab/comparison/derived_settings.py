@@ -24,6 +24,11 @@ def comparison_settings(settings: Settings) -> Settings:
     """
     if settings.compare.lora is not None and importlib.util.find_spec("peft") is None:
         raise SettingsError("compare.lora: PEFT is not installed; pip install 'promptbank[compare]', or set it to null")
+    hard = settings.compare.hard_prompts
+    if hard is not None and hard.search is not None and importlib.util.find_spec("gepa") is None:
+        raise SettingsError(
+            "compare.hard_prompts.search: GEPA is not installed; pip install 'promptbank[compare]', or set it to null"
+        )
     tasks = {name: _with_seeds(task, settings.compare.seeds) for name, task in settings.tasks.items()}
     plain = {name: task.model_dump(mode="json") for name, task in tasks.items()}
     try:

@@ -1,7 +1,7 @@
 """Answer questions on the ranks, with many prompts in the same batches. Each answer is kept as soon as it is there."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from pipeline.backbone.host import Backbone
 from pipeline.corpus.reader import open_split
 from pipeline.corpus.task_corpus import TaskCorpus
-from pipeline.lab.comparison.hard_prompts import with_shared_prefix
+from pipeline.lab.comparison.hard_prompts import instructed_request
 from pipeline.lab.comparison.questions import (
     SplitAnswers,
     SplitQuestion,
@@ -154,9 +154,4 @@ def _eval_request(
     if question.prompt is not None:
         array = load_prompt(Path(job.run_folder), question.prompt)
         return eval_request(task, torch.as_tensor(array, device=backbone.device), split, corpus)
-    request = eval_request(task, backbone.no_prompt(), split, corpus)
-    unlabelled = [] if request.unlabelled is None else [request.unlabelled]
-    text = question.text or ""
-    ids, (split, *unlabelled) = with_shared_prefix(text, [split, *unlabelled], tokenizer, backbone.architecture)
-    prompt = backbone.embed(torch.as_tensor(ids, dtype=torch.long))  # [P, H]
-    return replace(request, prompt=prompt, split=split, unlabelled=unlabelled[0] if unlabelled else None)
+    return instructed_request(task, question.text or "", split, corpus, backbone, tokenizer)

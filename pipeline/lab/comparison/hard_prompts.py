@@ -11,7 +11,9 @@ from itertools import islice, product
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
+from pipeline.backbone.host import Backbone
 from pipeline.corpus.encoding import Architecture, decode_inputs, encode_inputs, missing_embedding
 from pipeline.corpus.reader import open_split
 from pipeline.corpus.task_corpus import TaskCorpus
@@ -19,6 +21,7 @@ from pipeline.corpus.token_set import TokenSet, flat_column
 from pipeline.errors import SettingsError
 from pipeline.lab.comparison.candidates import Candidate
 from pipeline.settings import HardPromptSettings, TaskSettings
+from pipeline.tuning.evaluate import EvalRequest, eval_request
 from pipeline.tuning.teaching import joined, solved_rows
 from pipeline.tuning.trials import random_numbers
 
@@ -28,6 +31,8 @@ class HardPrompt:
     candidate: Candidate
     text: str
     """The text before every row."""
+    rank_seconds: float = 0.0
+    """What it took to find the text, summed over ranks; 0 where it was written."""
 
 
 def hard_prompts(
@@ -40,8 +45,7 @@ def hard_prompts(
 ) -> Iterator[HardPrompt]:
     """Every task's hard prompts: for each of its texts one without solved rows, and one for each number and seed."""
     for task, corpus in corpora.items():
-        given = settings.text.get(task, "")
-        texts = (given,) if isinstance(given, str) else given
+        texts = written_texts(settings, task)
         train = open_split(corpus.splits["train"]) if settings.shots else None
         for place, own in enumerate(texts, start=1):
             name, choice = (f"hard.{task}", {}) if len(texts) == 1 else (f"hard.{task}.text-{place}", {"text": place})
@@ -55,6 +59,12 @@ def hard_prompts(
                 chosen = {**choice, "shots": shots}
                 candidate = Candidate(f"{name}.shots-{shots}.seed-{seed}", "hard prompt", task, chosen, seed)
                 yield HardPrompt(candidate, joined([own, *solved] if own else solved, settings.between))
+
+
+def written_texts(settings: HardPromptSettings, task: str) -> tuple[str, ...]:
+    """The user's own texts for a task; an empty one where there is none."""
+    given = settings.text.get(task, "")
+    return (given,) if isinstance(given, str) else given
 
 
 def drawn_rows(
@@ -85,6 +95,17 @@ def with_shared_prefix(
     shared = _shared(whole) if text else 0
     rest = iter([ids[shared:] for ids in whole])
     return whole[0][:shared], [_with_inputs(split, list(islice(rest, len(split)))) for split in splits]
+
+
+def instructed_request(
+    task: TaskSettings, text: str, rows: TokenSet, corpus: TaskCorpus, backbone: Backbone, tokenizer: Any
+) -> EvalRequest:
+    """Rows of a task behind a text, measured as the task's settings say. Raises: CorpusError."""
+    request = eval_request(task, backbone.no_prompt(), rows, corpus)
+    unlabelled = [] if request.unlabelled is None else [request.unlabelled]
+    ids, (split, *unlabelled) = with_shared_prefix(text, [rows, *unlabelled], tokenizer, backbone.architecture)
+    prompt = backbone.embed(torch.as_tensor(ids, dtype=torch.long))  # [P, H]
+    return replace(request, prompt=prompt, split=split, unlabelled=unlabelled[0] if unlabelled else None)
 
 
 def _with_inputs(split: TokenSet, inputs: Sequence[np.ndarray]) -> TokenSet:

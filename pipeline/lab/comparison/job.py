@@ -21,6 +21,7 @@ from pipeline.lab.comparison.choice import SeedGroup, choose_best, group_over_se
 from pipeline.lab.comparison.derived_settings import with_own_bank
 from pipeline.lab.comparison.fine_tuning import fine_tune
 from pipeline.lab.comparison.hard_prompts import HardPrompt, check_hard_prompt, hard_prompts
+from pipeline.lab.comparison.instruction_search import searched_prompts
 from pipeline.lab.comparison.lora import train_adapters
 from pipeline.lab.comparison.overlap import find_seen_rows
 from pipeline.lab.comparison.page.markdown import to_markdown
@@ -120,6 +121,8 @@ def _hard_prompts(study: Study) -> list[HardPrompt]:
         return []
     tasks, tokenizer, architecture = study.settings.tasks, checked.tokenizer, checked.architecture
     found = list(hard_prompts(compare.hard_prompts, tasks, study.corpora, compare.seeds, tokenizer, architecture))
+    if compare.hard_prompts.search is not None:
+        found += searched_prompts(study, compare.hard_prompts.search)
     for prompt in found:
         task = tasks[prompt.candidate.task]
         context, rows = context_length(checked.config), embedding_rows(checked.config)
@@ -128,7 +131,7 @@ def _hard_prompts(study: Study) -> list[HardPrompt]:
 
 
 def _measured_hard(study: Study, prompts: Sequence[HardPrompt]) -> list[MeasuredCandidate]:
-    """Hard prompts with their dev metric; nothing is tuned."""
+    """Hard prompts with their dev metric."""
     checked = study.checked
     unmeasured = [MeasuredCandidate(prompt.candidate, float("nan"), float("nan")) for prompt in prompts]
     questions = QuestionList(study, CandidatePrompts({}, {prompt.candidate.name: prompt.text for prompt in prompts}))
@@ -140,7 +143,11 @@ def _measured_hard(study: Study, prompts: Sequence[HardPrompt]) -> list[Measured
         answered = answers[prompt.candidate.name, task, "dev"]
         context = None  # checked before
         tokens = check_hard_prompt(prompt, study.settings.tasks[task], checked.tokenizer, checked.architecture, context)
-        cost = Cost(stored_bytes=len(prompt.text.encode()), prompt_tokens=tokens if prompt.text else 0)
+        cost = Cost(
+            stored_bytes=len(prompt.text.encode()),
+            rank_seconds=prompt.rank_seconds,
+            prompt_tokens=tokens if prompt.text else 0,
+        )
         found.append(MeasuredCandidate(prompt.candidate, answered.value(study.metrics[task]), answered.loss, cost))
     return found
 
