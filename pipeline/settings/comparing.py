@@ -37,7 +37,7 @@ class InstructionSearchSettings(SettingsModel):
 
     rows: Count = 64
     """Train rows that an instruction is judged on."""
-    answers: Count = 1000
+    answers: Count = 400
     """Rows answered in a search, over all instructions. A search ends when it has reached this number."""
     shown: int = Field(3, ge=1, le=100)
     """Train rows, with the model's answers and the right ones, that a new instruction is written from."""
