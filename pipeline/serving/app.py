@@ -3,7 +3,6 @@
 `serve run pipeline.serving.app:build bank=BANK model=MODEL`, or `jobs/serve_prompts.py`.
 """
 
-import asyncio
 import logging
 import math
 import os
@@ -11,7 +10,6 @@ import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +21,13 @@ from pipeline import proxy
 from pipeline.backbone.files import absolute_if_local
 from pipeline.backbone.fingerprint import weights_setting
 from pipeline.bank import PromptBank, Snapshot, WatchEvent
-from pipeline.errors import BankError, OverloadedError, PromptBankError, SettingsError
+from pipeline.errors import BankError, PromptBankError, SettingsError
+from pipeline.serving.answering import Answering
 from pipeline.serving.api import make_api
 from pipeline.serving.authentication import require_tokens, settle_authentication
-from pipeline.serving.bank_tasks import BankTasks, public_sentence
-from pipeline.serving.model_loop import ModelLoop
-from pipeline.serving.prompted_model import Completion, PromptedModel
-from pipeline.serving.requests import Request
+from pipeline.serving.bank_tasks import public_sentence
+from pipeline.serving.prompted_model import PromptedModel
 from pipeline.serving.served_backbone import load_backbone
-from pipeline.serving.service import VersionedAnswers
 from pipeline.serving.service_metrics import ServiceMetrics
 from pipeline.serving.service_settings import ServiceSettings
 
@@ -121,28 +117,25 @@ def _reason(error: RuntimeError) -> Exception:
     return error
 
 
-class PromptService:
+class PromptService(Answering):
     """One replica: a copy of the model and a view of the bank.
 
     Requests wait on the event loop, and one thread runs the model (`model_loop`).
     """
 
     def __init__(self, settings: ServiceSettings) -> None:
-        self.settings = settings
         self._tokens = require_tokens(settings)
         self.bank = PromptBank.open(settings.bank, settings.alias, trusted_keys=settings.trusted_keys)
         assert self.bank.current is not None, "a bank without a version is refused when opened"
         weights = weights_setting(self.bank.current.backbone)
         backbone = load_backbone(settings.model, weights, settings.device, settings.dtype, settings.products)
-        self.model = PromptedModel(backbone, self.bank, settings.cache_mib * 2**20, settings.token_budget)
-        self.tasks = BankTasks(self.bank, backbone, self.model.longest)
+        model = PromptedModel(backbone, self.bank, settings.cache_mib * 2**20, settings.token_budget)
+        metrics = ServiceMetrics(serve.get_replica_context().replica_id.unique_id, model.states)
+        super().__init__(settings, model, metrics)
         self.snapshot()  # so that a bank of another backbone is refused before the first request
-        self.metrics = ServiceMetrics(serve.get_replica_context().replica_id.unique_id, self.model.states)
         self.metrics.watched(self.bank.version, None)
         self._watch_error: str | None = None
         self._watcher = self.bank.watch(self._on_event, settings.watch_every)
-        self._waiting = 0
-        self._loop = ModelLoop(self.model, settings.max_rows, settings.batch_wait_s, self._on_batch)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_api(self, self._tokens)
@@ -162,42 +155,6 @@ class PromptService:
 
     def watch_error(self) -> str | None:
         return self._watch_error
-
-    async def complete(self, request: Request) -> VersionedAnswers[Completion]:
-        return await self._ask("generate", request)
-
-    async def classify(self, request: Request) -> VersionedAnswers[dict[str, float]]:
-        return await self._ask("classify", request)
-
-    async def _ask(self, kind: str, request: Request) -> VersionedAnswers[Any]:
-        if self._waiting >= self.settings.max_waiting:
-            raise OverloadedError(f"{self._waiting} requests wait for the model already; come back later")
-        self._waiting += 1
-        try:
-            settled = request
-            if any("@" in task for task in request.tasks):
-                settled = await asyncio.to_thread(self._settled, request)
-            reply = await asyncio.wrap_future(self._loop.ask(kind, settled))
-        finally:
-            self._waiting -= 1
-        if isinstance(reply.answers, PromptBankError):
-            raise type(reply.answers)(public_sentence(reply.answers, self.bank)) from reply.answers
-        for task in request.tasks:
-            self.metrics.rows.labels(task.partition("@")[0]).inc()
-        return VersionedAnswers(reply.version, reply.answers)
-
-    def _settled(self, request: Request) -> Request:
-        """The request by its prompts' versions. A store that is slow to tell them stops no one else's answers here."""
-        versions = {
-            task: f"{task.partition('@')[0]}@{self.tasks.find(task)[1].version}"
-            for task in dict.fromkeys(request.tasks)
-            if "@" in task
-        }
-        return replace(request, tasks=[versions.get(task, task) for task in request.tasks])
-
-    def _on_batch(self, kind: str, rows: int) -> None:
-        """Called in the model's thread."""
-        self.metrics.batch_rows.labels(kind).observe(rows)
 
     def _on_event(self, event: WatchEvent) -> None:
         """Called in the watcher's thread."""
