@@ -44,8 +44,8 @@ class Answering:
 
     async def find(self, task: str) -> tuple[Prompt, Snapshot]:
         """As `BankTasks.find`. A store that is slow to tell stops no one else's answers."""
-        current = self.model.bank.current
-        if current is not None and task in current.used:  # and so is in memory
+        current, (name, _, revision) = self.model.bank.current, task.partition("@")
+        if current is not None and revision in ("", str(current.version)) and name in current.used:  # so in memory
             return self.tasks.find(task)
         return await asyncio.to_thread(self.tasks.find, task)
 

@@ -17,7 +17,7 @@ from pipeline.backbone.label_scores import label_scores
 from pipeline.backbone.rows import NO_TOKENS
 from pipeline.bank import Prompt, PromptBank, Snapshot
 from pipeline.errors import PromptBankError, UnknownNameError, UnknownTaskError
-from pipeline.serving.requests import EncodedRow, Request, Text, encode_rows, template_beginning
+from pipeline.serving.requests import EncodedRow, PromptTexts, Request, Text, encode_rows, template_beginning
 from pipeline.serving.running_batch import Key, RunningBatch
 from pipeline.serving.served_backbone import ServedBackbone
 from pipeline.serving.streamed_text import AnswerDecoder, StreamedText
@@ -120,6 +120,7 @@ class PromptedModel:
     ) -> None:
         self.backbone = backbone
         self.bank = bank
+        self._told = PromptTexts(backbone)
         self._decoder = AnswerDecoder(backbone.tokenizer)
         self.states = PromptStateCache(cache_bytes)
         self._beginnings: WeakKeyDictionary[Prompt, np.ndarray] = WeakKeyDictionary()
@@ -190,7 +191,7 @@ class PromptedModel:
         encoded: list[list[EncodedRow] | PromptBankError] = []
         for request in requests:
             try:
-                encoded.append(encode_rows(request, load, self.backbone, labelled, self.longest))
+                encoded.append(encode_rows(request, load, self._told, labelled, self.longest))
             except PromptBankError as error:
                 encoded.append(error)
         return snapshot.version if snapshot else 0, encoded
@@ -288,7 +289,7 @@ class PromptedModel:
     def _beginning(self, row: EncodedRow) -> np.ndarray:
         """The tokens that the row begins with because its template does; none for a row that begins otherwise."""
         if row.prompt not in self._beginnings:
-            self._beginnings[row.prompt] = template_beginning(row.prompt, self.backbone)
+            self._beginnings[row.prompt] = template_beginning(row.prompt, self._told)
         beginning = self._beginnings[row.prompt]
         # A text may merge with the template's last word into one token.
         begins = len(row.input_ids) > len(beginning) and (row.input_ids[: len(beginning)] == beginning).all()

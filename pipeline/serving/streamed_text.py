@@ -14,7 +14,8 @@ import numpy as np
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 """A token of SentencePiece that is one byte of a character."""
-_LAST_WORD = re.compile(r"\s+\S*$")
+_LAST_WORDS = re.compile(r"(?:\s+\S*){1,3}$")
+"""As many as become one word when transformers cleans a text up: `do n ' t` is "don't"."""
 _REPLACEMENT = "\ufffd"
 """What an incomplete character is decoded to."""
 _APPENDING = {"ByteLevel", "Metaspace", "BPEDecoder", "WordPiece", "ByteFallback", "Fuse", "Strip"}
@@ -36,7 +37,7 @@ class AnswerDecoder:
         if not self._appends:
             return ""
         text = self.text(ids[: self._before_bytes(ids)]).rstrip(_REPLACEMENT)
-        return _LAST_WORD.sub("", text) if self._cleans_up else text
+        return _LAST_WORDS.sub("", text) if self._cleans_up else text
 
     def _before_bytes(self, ids: Sequence[int]) -> int:
         """Tokens before the bytes at the end: SentencePiece decodes a run of bytes as a whole, or none of it."""
@@ -56,7 +57,7 @@ class AnswerDecoder:
 
     @cached_property
     def _cleans_up(self) -> bool:
-        """Whether spaces before punctuation and contractions are taken out, which only the next word tells."""
+        """Whether spaces before punctuation and contractions are taken out, which only the next words tell."""
         of_bpe = type(self.tokenizer.backend_tokenizer.model).__name__ == "BPE"  # transformers leaves its texts alone
         forced = getattr(
             self.tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False
@@ -66,7 +67,7 @@ class AnswerDecoder:
     @cached_property
     def _appends(self) -> bool:
         decoder = self.tokenizer.backend_tokenizer.decoder
-        told = {"type": "Fuse"} if decoder is None else json.loads(decoder.__getstate__())
+        told: dict[str, Any] = {"type": "Fuse"} if decoder is None else json.loads(decoder.__getstate__())
         parts = told["decoders"] if told["type"] == "Sequence" else [told]
         return all(part["type"] in _APPENDING or _replaces_a_character(part) for part in parts)
 

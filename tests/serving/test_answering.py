@@ -34,8 +34,9 @@ def stuck(model, monkeypatch):
     released, asked, at = threading.Event(), [], model.bank.at
 
     def slow(revision):
-        asked.append(revision)
-        assert released.wait(60)
+        if revision == "prod":
+            asked.append(revision)
+            assert released.wait(60)
         return at(revision)
 
     monkeypatch.setattr(model.bank, "at", slow)
