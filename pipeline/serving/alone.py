@@ -18,6 +18,9 @@ from pipeline.serving.authentication import settle_authentication
 from pipeline.serving.replica import Replica
 from pipeline.serving.service_settings import ServiceSettings
 
+_KEEP_ALIVE_S = 90
+"""As behind Serve: a connection that is closed sooner meets clients' next requests half way."""
+
 
 @contextmanager
 def serving_alone(settings: ServiceSettings, host: str, port: int) -> Iterator[None]:
@@ -42,6 +45,7 @@ def serving_alone(settings: ServiceSettings, host: str, port: int) -> Iterator[N
                 lifespan="off",
                 log_level="warning",
                 access_log=False,
+                timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=1,  # by then all is answered, or has had its time
             )
         )
