@@ -7,8 +7,9 @@
 
 The service follows the bank's alias, and takes a new version without dropping a request. On SIGINT or
 SIGTERM it finishes the requests that it has and ends. Beyond 127.0.0.1 it listens only for callers with a token, which
-PROMPT_BANK_TOKEN or --token-file names. It joins the Ray cluster at RAY_ADDRESS, or starts
-a Ray of its own. Exit codes: 0 ended by a signal, 2 bad input.
+PROMPT_BANK_TOKEN or --token-file names. It joins the Ray cluster at RAY_ADDRESS, or starts a Ray of its own. With
+--set ray=false one replica answers without Ray, which costs far less a request. Exit codes: 0 ended by a signal, 2 bad
+input.
 """
 
 import os
@@ -77,7 +78,10 @@ def _serve(given: dict[str, Any], host: str, port: int, console: Console) -> Non
     bank = PromptBank.open(settings.bank, settings.alias, trusted_keys=settings.trusted_keys)
     read_config(find_model(settings.model))
 
-    from pipeline.serving.app import serving
+    if settings.ray:
+        from pipeline.serving.app import serving
+    else:
+        from pipeline.serving.alone import serving_alone as serving
 
     stop = threading.Event()
     with serving(settings, host, port):

@@ -133,11 +133,12 @@ def encode_inputs(
     if chat is not None:
         return encode_plain(tokenizer, inputs)
     ids = _encode(tokenizer, inputs, special=True)
+    eos = [tokenizer.eos_token_id]
+    if architecture != "decoder-only" or not any(row[-1:] == eos for row in ids):
+        return ids
     # Whether eos is added is tested with a word, not with the row: where bos is eos, an empty row is one bos that must
     # stay.
-    if architecture == "decoder-only" and _encode(tokenizer, ["a"], special=True)[0][-1:] == [tokenizer.eos_token_id]:
-        return [row[:-1] for row in ids]
-    return ids
+    return [row[:-1] for row in ids] if _encode(tokenizer, ["a"], special=True)[0][-1:] == eos else ids
 
 
 def decode_inputs(

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Response
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,8 +18,7 @@ from pipeline.corpus.chat import recorded_input
 from pipeline.errors import PromptBankError
 from pipeline.serving import bodies
 from pipeline.serving.authentication import AuthenticationMiddleware, Tokens
-from pipeline.serving.bank_tasks import public_sentence
-from pipeline.serving.failures import error_reply
+from pipeline.serving.failures import error_reply, public_error
 from pipeline.serving.openai_routes import add_openai_routes
 from pipeline.serving.service import Service, check_size
 from pipeline.serving.service_metrics import ServiceMetrics
@@ -41,9 +41,7 @@ def make_api(service: Service, tokens: Tokens | None = None) -> FastAPI:
     _add_views(api, service)
 
     async def error_without_address(request: HttpRequest, error: Exception) -> Response:
-        if isinstance(error, PromptBankError):
-            error = type(error)(public_sentence(error, service.tasks.bank))
-        return await error_reply(request, error)
+        return await error_reply(request, public_error(error, service.tasks.bank))
 
     for kind in (PromptBankError, HTTPException, RequestValidationError, Exception):
         api.add_exception_handler(kind, error_without_address)
@@ -56,27 +54,34 @@ def make_api(service: Service, tokens: Tokens | None = None) -> FastAPI:
 
 
 def _add_answers(api: FastAPI, service: Service) -> None:
-    @api.post("/v1/generate", responses=_FAILURES)
-    async def generate(body: bodies.GenerateBody) -> bodies.GenerateReply:
+    @api.post("/v1/generate", responses=_FAILURES, response_model=bodies.GenerateReply)
+    async def generate(body: bodies.GenerateBody) -> Response:
         """Greedy answers, each behind the prompt of its row's task."""
         check_size(service.settings, len(body.rows), body.max_new_tokens, "max_new_tokens")
-        reply = await service.complete(body.request())
+        with service.admitted():
+            reply = await service.complete(body.request())
         rows = [
             bodies.Generated(task=row.task, text=completion.answer)
             for row, completion in zip(body.rows, reply.answers, strict=True)
         ]
-        return bodies.GenerateReply(version=reply.version, rows=rows)
+        return _json(bodies.GenerateReply(version=reply.version, rows=rows))
 
-    @api.post("/v1/classify", responses=_FAILURES)
-    async def classify(body: bodies.ClassifyBody) -> bodies.ClassifyReply:
+    @api.post("/v1/classify", responses=_FAILURES, response_model=bodies.ClassifyReply)
+    async def classify(body: bodies.ClassifyBody) -> Response:
         """The likelihood of each label of a row's task."""
         check_size(service.settings, len(body.rows), 0, "")
-        reply = await service.classify(body.request())
+        with service.admitted():
+            reply = await service.classify(body.request())
         rows = [
             bodies.Classified(task=row.task, label=max(scores, key=lambda label: scores[label]), log_likelihoods=scores)
             for row, scores in zip(body.rows, reply.answers, strict=True)
         ]
-        return bodies.ClassifyReply(version=reply.version, rows=rows)
+        return _json(bodies.ClassifyReply(version=reply.version, rows=rows))
+
+
+def _json(reply: BaseModel) -> Response:
+    """Without FastAPI's second validation of what was made here."""
+    return Response(reply.model_dump_json(), media_type="application/json")
 
 
 def _add_views(api: FastAPI, service: Service) -> None:

@@ -3,7 +3,6 @@
 `serve run pipeline.serving.app:build bank=BANK model=MODEL`, or `jobs/serve_prompts.py`.
 """
 
-import asyncio
 import logging
 import math
 import os
@@ -11,7 +10,6 @@ import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +19,11 @@ from ray import serve
 
 from pipeline import proxy
 from pipeline.backbone.files import absolute_if_local
-from pipeline.backbone.fingerprint import weights_setting
-from pipeline.bank import PromptBank, Snapshot, WatchEvent
-from pipeline.errors import BankError, OverloadedError, PromptBankError, SettingsError
-from pipeline.serving.api import make_api
-from pipeline.serving.authentication import require_tokens, settle_authentication
-from pipeline.serving.bank_tasks import BankTasks, public_sentence
-from pipeline.serving.model_loop import ModelLoop
-from pipeline.serving.prompted_model import Completion, PromptedModel
-from pipeline.serving.requests import Request
-from pipeline.serving.served_backbone import load_backbone
-from pipeline.serving.service import VersionedAnswers
-from pipeline.serving.service_metrics import ServiceMetrics
+from pipeline.errors import PromptBankError, SettingsError
+from pipeline.serving.authentication import settle_authentication
+from pipeline.serving.replica import Replica
 from pipeline.serving.service_settings import ServiceSettings
 
-_log = logging.getLogger("ray.serve")
 _NAME = "prompts"
 _SPARE_REQUESTS = 64
 """Room for /healthz and other views while `max_waiting` requests wait."""
@@ -121,89 +109,11 @@ def _reason(error: RuntimeError) -> Exception:
     return error
 
 
-class PromptService:
-    """One replica: a copy of the model and a view of the bank.
-
-    Requests wait on the event loop, and one thread runs the model (`model_loop`).
-    """
+class PromptService(Replica):
+    """A replica as Serve makes it."""
 
     def __init__(self, settings: ServiceSettings) -> None:
-        self.settings = settings
-        self._tokens = require_tokens(settings)
-        self.bank = PromptBank.open(settings.bank, settings.alias, trusted_keys=settings.trusted_keys)
-        assert self.bank.current is not None, "a bank without a version is refused when opened"
-        weights = weights_setting(self.bank.current.backbone)
-        backbone = load_backbone(settings.model, weights, settings.device, settings.dtype, settings.products)
-        self.model = PromptedModel(backbone, self.bank, settings.cache_mib * 2**20, settings.token_budget)
-        self.tasks = BankTasks(self.bank, backbone, self.model.longest)
-        self.snapshot()  # so that a bank of another backbone is refused before the first request
-        self.metrics = ServiceMetrics(serve.get_replica_context().replica_id.unique_id, self.model.states)
-        self.metrics.watched(self.bank.version, None)
-        self._watch_error: str | None = None
-        self._watcher = self.bank.watch(self._on_event, settings.watch_every)
-        self._waiting = 0
-        self._loop = ModelLoop(self.model, settings.max_rows, settings.batch_wait_s, self._on_batch)
+        super().__init__(settings, serve.get_replica_context().replica_id.unique_id)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return make_api(self, self._tokens)
-
-    def snapshot(self) -> Snapshot:
-        """The version that is served. Raises: BankError when it belongs to another model than this replica's."""
-        snapshot = self.bank.current
-        if snapshot is None:
-            raise BankError("the bank has no version")
-        identity = self.model.backbone.identity
-        if not snapshot.is_of(identity):
-            raise BankError(
-                f"version {snapshot.version} of the bank belongs to another model than {self.settings.model}: "
-                f"they differ in {', '.join(snapshot.backbone.differing_parts(identity))}"
-            )
-        return snapshot
-
-    def watch_error(self) -> str | None:
-        return self._watch_error
-
-    async def complete(self, request: Request) -> VersionedAnswers[Completion]:
-        return await self._ask("generate", request)
-
-    async def classify(self, request: Request) -> VersionedAnswers[dict[str, float]]:
-        return await self._ask("classify", request)
-
-    async def _ask(self, kind: str, request: Request) -> VersionedAnswers[Any]:
-        if self._waiting >= self.settings.max_waiting:
-            raise OverloadedError(f"{self._waiting} requests wait for the model already; come back later")
-        self._waiting += 1
-        try:
-            settled = request
-            if any("@" in task for task in request.tasks):
-                settled = await asyncio.to_thread(self._settled, request)
-            reply = await asyncio.wrap_future(self._loop.ask(kind, settled))
-        finally:
-            self._waiting -= 1
-        if isinstance(reply.answers, PromptBankError):
-            raise type(reply.answers)(public_sentence(reply.answers, self.bank)) from reply.answers
-        for task in request.tasks:
-            self.metrics.rows.labels(task.partition("@")[0]).inc()
-        return VersionedAnswers(reply.version, reply.answers)
-
-    def _settled(self, request: Request) -> Request:
-        """The request by its prompts' versions. A store that is slow to tell them stops no one else's answers here."""
-        versions = {
-            task: f"{task.partition('@')[0]}@{self.tasks.find(task)[1].version}"
-            for task in dict.fromkeys(request.tasks)
-            if "@" in task
-        }
-        return replace(request, tasks=[versions.get(task, task) for task in request.tasks])
-
-    def _on_batch(self, kind: str, rows: int) -> None:
-        """Called in the model's thread."""
-        self.metrics.batch_rows.labels(kind).observe(rows)
-
-    def _on_event(self, event: WatchEvent) -> None:
-        """Called in the watcher's thread."""
-        self._watch_error = public_sentence(event.error, self.bank) if event.error else None
-        self.metrics.watched(event.version, self._watch_error)
-        if event.error:
-            _log.warning("serving version %d on: %s", event.version, event.error)
-        else:
-            _log.info("serving version %d of the bank", event.version)
+        return self.api()

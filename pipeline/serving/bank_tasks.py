@@ -15,7 +15,7 @@ from pipeline.backbone.weights import open_weights
 from pipeline.bank import BackboneId, Prompt, PromptBank, Snapshot
 from pipeline.corpus.chat import recorded_input
 from pipeline.errors import BankError, CorpusError, PromptBankError, UnknownNameError, UnknownTaskError
-from pipeline.serving.requests import EncodedRow, Request, Text, encode_rows
+from pipeline.serving.requests import EncodedRow, PromptTexts, Request, Text, encode_rows
 from pipeline.serving.served_backbone import ServedText
 
 _OF_THE_PROMPTS_TEXT = (
@@ -66,6 +66,7 @@ class BankTasks:
     def __init__(self, bank: PromptBank, model: ServedText, longest: int) -> None:
         self.bank = bank
         self.model = model
+        self._told = PromptTexts(model)
         self._longest = longest
 
     def names(self) -> tuple[str, ...]:
@@ -96,7 +97,7 @@ class BankTasks:
         Raises: CorpusError for a row that does not fit the task or the model's context; BankError.
         """
         request = Request(row_contents(prompt, rows), [prompt.record.name] * len(rows), max_new_tokens)
-        return encode_rows(request, lambda _: prompt, self.model, labelled=False, longest=self._longest)
+        return encode_rows(request, lambda _: prompt, self._told, labelled=False, longest=self._longest)
 
 
 def public_sentence(error: Exception | str, bank: PromptBank) -> str:

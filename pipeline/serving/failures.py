@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 
+from pipeline.bank import PromptBank
 from pipeline.errors import (
     CorpusError,
     NoLabelsError,
@@ -17,7 +18,7 @@ from pipeline.errors import (
     RowTooLongError,
     UnknownTaskError,
 )
-from pipeline.serving.bank_tasks import Refusal, refusal
+from pipeline.serving.bank_tasks import Refusal, public_sentence, refusal
 
 _OPENAI = ("/v1/completions", "/v1/chat/completions", "/v1/models")
 """Routes that fail as OpenAI's do."""
@@ -28,6 +29,7 @@ _STATUS: dict[type[Exception], HTTPStatus] = {
     CorpusError: HTTPStatus.UNPROCESSABLE_ENTITY,
     PromptBankError: HTTPStatus.SERVICE_UNAVAILABLE,
 }
+_UNKNOWN = Refusal("the service failed on this request; its log tells why", HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
 async def error_reply(request: HttpRequest, error: Exception) -> JSONResponse:
@@ -35,12 +37,23 @@ async def error_reply(request: HttpRequest, error: Exception) -> JSONResponse:
     # A route may stand below a prefix, which Serve takes from the path.
     path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
     if path in _OPENAI or path.startswith("/v1/models/"):
-        told = refusal(error) if isinstance(error, PromptBankError) else _told(request, error)
-        status = HTTPStatus.BAD_REQUEST if isinstance(error, RequestValidationError) else told.status
-        fields = {"message": told.message, "type": Refusal("", status).kind, "param": told.param, "code": int(status)}
-        return JSONResponse({"error": fields}, status, headers=_headers(error))
+        body, status = openai_failure(error, _told(request, error))
+        return JSONResponse(body, status, headers=_headers(error))
     told = _told(request, error)
     return JSONResponse({"error": told.message}, told.status, headers=_headers(error))
+
+
+def public_error(error: Exception, bank: PromptBank) -> Exception:
+    """The error without the bank's address, which is not for callers."""
+    return type(error)(public_sentence(error, bank)) if isinstance(error, PromptBankError) else error
+
+
+def openai_failure(error: Exception, otherwise: Refusal = _UNKNOWN) -> tuple[dict[str, Any], HTTPStatus]:
+    """A reply's body, or a stream's event, and its status; what is no PromptBankError is told `otherwise`."""
+    told = refusal(error) if isinstance(error, PromptBankError) else otherwise
+    status = HTTPStatus.BAD_REQUEST if isinstance(error, RequestValidationError) else told.status
+    fields = {"message": told.message, "type": Refusal("", status).kind, "param": told.param, "code": int(status)}
+    return {"error": fields}, status
 
 
 def _told(request: HttpRequest, error: Exception) -> Refusal:
@@ -53,7 +66,7 @@ def _told(request: HttpRequest, error: Exception) -> Refusal:
             sentence = f"{request.method} {request.url.path}: {error.detail}"
             return Refusal(sentence, HTTPStatus(error.status_code))
         case _:
-            return Refusal("the service failed on this request; its log tells why", HTTPStatus.INTERNAL_SERVER_ERROR)
+            return _UNKNOWN
 
 
 def _headers(error: Exception) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 Rows that are generated join the running batch between two tokens, and leave it when they are done. Requests to classify
 run between two tokens as well, all that wait in one batch, and answers get as much time as those took. Requests take
-turns with their rows. What a caller who left has asked for does not run on.
+turns with their rows. What a caller who left has asked for does not run on. A caller may be told answers while they are
+written.
 """
 
 import threading
@@ -17,6 +18,7 @@ from pipeline.errors import PromptBankError
 from pipeline.serving.prompted_model import BatchAnswers, Completion, PromptedModel
 from pipeline.serving.requests import EncodedRow, Request
 from pipeline.serving.running_batch import RunningBatch
+from pipeline.serving.streamed_text import StreamedText
 
 Observe = Callable[[str, int], None]
 """Told the kind of a batch, `classify` or `generate`, and its rows."""
@@ -30,9 +32,24 @@ class Reply:
     answers: list[Any] | PromptBankError
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A further part of the answer to one row of a request."""
+
+    row: int
+    text: str
+    whole: Completion | None = None
+    """With the last piece: the whole answer, and what it took."""
+
+
+Tell = Callable[[Sequence[Piece]], None]
+"""Called in the model's thread, with pieces of one request; must not raise."""
+
+
 @dataclass(eq=False)
 class _Asked:
     request: Request
+    tell: Tell | None
     future: Future[Reply] = field(default_factory=Future)
 
     def __len__(self) -> int:
@@ -48,6 +65,9 @@ class _Generating:
     rows: list[EncodedRow]
     waiting: deque[int]
     """Rows that have not joined the batch yet."""
+    tell: Tell | None
+    texts: dict[int, StreamedText] = field(default_factory=dict)
+    """Of the rows that are under way, where somebody is told."""
     answers: dict[int, Completion] = field(default_factory=dict)
 
 
@@ -70,9 +90,13 @@ class ModelLoop:
         self._running: RunningBatch[_RowKey] | None = model.running_batch()
         threading.Thread(target=self._run, name="model", daemon=True).start()
 
-    def ask(self, kind: str, request: Request) -> Future[Reply]:
-        """`classify` or `generate`; the future can be cancelled until it is answered."""
-        asked = _Asked(request)
+    def ask(self, kind: str, request: Request, tell: Tell | None = None) -> Future[Reply]:
+        """`classify` or `generate`; the future can be cancelled until it is answered.
+
+        tell: gets pieces of the answers that are generated, each as soon as it is certain. A model whose rows cannot
+        join others (`shares_prompts`) has each answer in one piece.
+        """
+        asked = _Asked(request, tell)
         with self._changed:
             self._asked[kind].append(asked)
             self._changed.notify()
@@ -134,7 +158,11 @@ class ModelLoop:
 
     def _generate(self, taken: list[_Asked]) -> None:
         self._observe("generate", sum(map(len, taken)))
-        _reply(taken, self._model.complete_each([asked.request for asked in taken]))
+        answers = self._model.complete_each([asked.request for asked in taken])
+        for asked, of_request in zip(taken, answers.of_request, strict=True):
+            if asked.tell and not isinstance(of_request, PromptBankError):
+                asked.tell([Piece(row, answer.text, answer) for row, answer in enumerate(of_request)])
+        _reply(taken, answers)
 
     def _encode(self, taken: list[_Asked]) -> None:
         version, encoded = self._model.encode_each([asked.request for asked in taken], labelled=False)
@@ -142,7 +170,7 @@ class ModelLoop:
             if isinstance(rows, PromptBankError) or not rows:
                 _answer(asked.future, Reply(version, rows))
             else:
-                self._ready.append(_Generating(asked.future, version, rows, deque(range(len(rows)))))
+                self._ready.append(_Generating(asked.future, version, rows, deque(range(len(rows))), asked.tell))
 
     def _go_on(self, running: RunningBatch[_RowKey]) -> None:
         """Let rows join that there is room for, and then all rows take a token."""
@@ -175,16 +203,33 @@ class ModelLoop:
         if joining:
             self._observe("generate", len(running) + len(joining))
             rows = [request.rows[number] for request, number in joining]
-            self._finish(self._model.join(running, rows, joining))
+            self._took(running, self._model.join(running, rows, joining))
         if len(running):
-            self._finish(self._model.step(running))
+            self._took(running, self._model.step(running))
 
-    def _finish(self, done: Sequence[tuple[_RowKey, Any]]) -> None:
+    def _took(self, running: RunningBatch[_RowKey], done: Sequence[tuple[_RowKey, Any]]) -> None:
+        """All rows have a token more: tell what is new of answers, and reply to requests of which no row is left."""
+        pieces: dict[_Generating, list[Piece]] = {}
+        for (request, row), ids in running.written():
+            if request.tell and (text := self._text(request, row).piece(ids)):
+                pieces.setdefault(request, []).append(Piece(row, text))
         for (request, row), ids in done:
-            request.answers[row] = self._model.completion(request.rows[row], ids)
+            answer = request.answers[row] = self._model.completion(request.rows[row], ids)
+            if request.tell:
+                rest = self._text(request, row).rest(answer.text)
+                pieces.setdefault(request, []).append(Piece(row, rest, answer))
+        for request, of_request in pieces.items():
+            assert request.tell is not None
+            request.tell(of_request)
+        for request in dict.fromkeys(request for (request, _), _ in done):
             if len(request.answers) == len(request.rows):
                 answers = [request.answers[number] for number in range(len(request.rows))]
                 _answer(request.future, Reply(request.version, answers))
+
+    def _text(self, request: _Generating, row: int) -> StreamedText:
+        if row not in request.texts:
+            request.texts[row] = self._model.streamed_text(request.rows[row])
+        return request.texts[row]
 
 
 def _tokens(key: _RowKey) -> int:

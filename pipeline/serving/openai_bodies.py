@@ -39,7 +39,7 @@ class _AskedBody(BaseModel):
     model: str
     """A task: `name`, or one version of it: `name@3`, `name@alias`."""
     stream: bool | None = None
-    """Whether the reply comes as events. Each row's answer is one of them, for rows are answered as a whole."""
+    """Whether the reply comes as events, each with a piece of a row's answer as soon as it is written."""
     stream_options: "StreamOptions | None" = None
     stop: str | list[str] | None = None
     """An answer ends before the first of these that it has: at most 16 texts of at most 256 characters."""
@@ -191,6 +191,19 @@ class _Reply(BaseModel):
 class CompletionReply(_Reply):
     object: Literal["text_completion"] = "text_completion"
     choices: list[TextChoice]
+    usage: Usage | None = None
+
+
+class TextChunkChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: None = None
+    finish_reason: FinishReason | None = None
+
+
+class CompletionChunk(_Reply):
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[TextChunkChoice]
     usage: Usage | None = None
 
 

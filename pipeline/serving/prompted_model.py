@@ -17,9 +17,10 @@ from pipeline.backbone.label_scores import label_scores
 from pipeline.backbone.rows import NO_TOKENS
 from pipeline.bank import Prompt, PromptBank, Snapshot
 from pipeline.errors import PromptBankError, UnknownNameError, UnknownTaskError
-from pipeline.serving.requests import EncodedRow, Request, Text, encode_rows, template_beginning
+from pipeline.serving.requests import EncodedRow, PromptTexts, Request, Text, encode_rows, template_beginning
 from pipeline.serving.running_batch import Key, RunningBatch
 from pipeline.serving.served_backbone import ServedBackbone
+from pipeline.serving.streamed_text import AnswerDecoder, StreamedText
 
 Answer = TypeVar("Answer")
 Other = TypeVar("Other")
@@ -119,6 +120,8 @@ class PromptedModel:
     ) -> None:
         self.backbone = backbone
         self.bank = bank
+        self._told = PromptTexts(backbone)
+        self._decoder = AnswerDecoder(backbone.tokenizer)
         self.states = PromptStateCache(cache_bytes)
         self._beginnings: WeakKeyDictionary[Prompt, np.ndarray] = WeakKeyDictionary()
         self.token_budget = token_budget
@@ -188,7 +191,7 @@ class PromptedModel:
         encoded: list[list[EncodedRow] | PromptBankError] = []
         for request in requests:
             try:
-                encoded.append(encode_rows(request, load, self.backbone, labelled, self.longest))
+                encoded.append(encode_rows(request, load, self._told, labelled, self.longest))
             except PromptBankError as error:
                 encoded.append(error)
         return snapshot.version if snapshot else 0, encoded
@@ -220,12 +223,16 @@ class PromptedModel:
         self, running: RunningBatch[Key], rows: Sequence[EncodedRow], keys: Sequence[Key]
     ) -> list[tuple[Key, np.ndarray]]:
         ends, most = [row.end for row in rows], [row.max_new_tokens for row in rows]
-        stopped = [partial(_has_stop, row, self.backbone.tokenizer) for row in rows]
+        stopped = [partial(_has_stop, row, self._decoder) for row in rows]
         return running.join(self._packed(rows), keys, ends, most, stopped)
 
     def completion(self, row: EncodedRow, ids: np.ndarray) -> Completion:
         """The answer to a row, of the ids `[T]` that the model wrote."""
-        return _completion(row, ids, self.backbone.tokenizer)
+        return _completion(row, ids, self._decoder)
+
+    def streamed_text(self, row: EncodedRow) -> StreamedText:
+        """What hands over the answer to a row in pieces."""
+        return StreamedText(self._decoder, row.stops)
 
     def _decode(self, rows: Sequence[EncodedRow]) -> list[Completion]:
         running: RunningBatch[int] | None = self.running_batch()
@@ -282,7 +289,7 @@ class PromptedModel:
     def _beginning(self, row: EncodedRow) -> np.ndarray:
         """The tokens that the row begins with because its template does; none for a row that begins otherwise."""
         if row.prompt not in self._beginnings:
-            self._beginnings[row.prompt] = template_beginning(row.prompt, self.backbone)
+            self._beginnings[row.prompt] = template_beginning(row.prompt, self._told)
         beginning = self._beginnings[row.prompt]
         # A text may merge with the template's last word into one token.
         begins = len(row.input_ids) > len(beginning) and (row.input_ids[: len(beginning)] == beginning).all()
@@ -292,23 +299,19 @@ class PromptedModel:
         return torch.from_numpy(prompt.array.copy()).to(self.backbone.backbone.device)
 
 
-def _has_stop(row: EncodedRow, tokenizer: Any, ids: Sequence[int]) -> bool:
+def _has_stop(row: EncodedRow, decoder: AnswerDecoder, ids: Sequence[int]) -> bool:
     """Whether one of the row's stops stands in the answer, which then needs no more tokens."""
     if not row.stops:
         return False
-    text = tokenizer.decode(ids, skip_special_tokens=True)
+    text = decoder.text(ids)
     return any(stop in text for stop in row.stops)
 
 
-def _completion(row: EncodedRow, ids: np.ndarray, tokenizer: Any) -> Completion:
+def _completion(row: EncodedRow, ids: np.ndarray, decoder: AnswerDecoder) -> Completion:
     """What the ids `[T]` of an answer, without the token that ends it, are as text, cut before the row's first stop."""
-
-    def text_of(tokens: int) -> str:
-        return str(tokenizer.decode(ids[:tokens], skip_special_tokens=True))
-
-    text = text_of(len(ids))
+    text = decoder.text(ids)
     if any(stop in text for stop in row.stops):
-        texts = ((tokens, text_of(tokens)) for tokens in range(1, len(ids) + 1))
+        texts = ((tokens, decoder.text(ids[:tokens])) for tokens in range(1, len(ids) + 1))
         tokens, text = next(found for found in texts if any(stop in found[1] for stop in row.stops))
         cut = min(text.index(stop) for stop in row.stops if stop in text)
         return Completion(text[:cut], row.length, tokens, ended=True)

@@ -5,12 +5,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from pipeline.backbone.rows import NO_TOKENS, common_beginnings
 from pipeline.bank import Prompt, PromptRecord
-from pipeline.corpus.chat import ModelChat, recorded_chat, recorded_input
+from pipeline.corpus.chat import ChatInput, ModelChat, recorded_chat, recorded_input
 from pipeline.corpus.encoding import encode_inputs, encode_targets, missing_embedding
 from pipeline.corpus.template import TextTemplate, render_row
 from pipeline.corpus.values import value_text
@@ -57,8 +58,36 @@ class EncodedRow:
         return len(self.prompt.array) + len(self.input_ids)
 
 
+class PromptTexts:
+    """What prompts' records tell of their rows' texts, as one model writes them: read once a prompt, not once a row."""
+
+    def __init__(self, served: ServedText) -> None:
+        self.served = served
+        self._templates: WeakKeyDictionary[Prompt, TextTemplate | ChatInput] = WeakKeyDictionary()
+        self._chats: WeakKeyDictionary[Prompt, ModelChat | None] = WeakKeyDictionary()
+        self._labels: WeakKeyDictionary[Prompt, Mapping[str, np.ndarray]] = WeakKeyDictionary()
+
+    def template(self, prompt: Prompt) -> TextTemplate | ChatInput:
+        """Raises: CorpusError."""
+        if prompt not in self._templates:
+            self._templates[prompt] = recorded_input(prompt.record.template, f"prompt '{prompt.record.name}'")
+        return self._templates[prompt]
+
+    def chat(self, prompt: Prompt) -> ModelChat | None:
+        """None for a prompt whose input is one text. Raises: BankError."""
+        if prompt not in self._chats:
+            self._chats[prompt] = _chat(prompt.record, self.served)
+        return self._chats[prompt]
+
+    def labels(self, prompt: Prompt) -> Mapping[str, np.ndarray]:
+        """Token ids `[T]` of each label. Raises: NoLabelsError, CorpusError."""
+        if prompt not in self._labels:
+            self._labels[prompt] = _label_ids(prompt.record, self.served, self.chat(prompt))
+        return self._labels[prompt]
+
+
 def encode_rows(
-    request: Request, load: Callable[[str], Prompt], served: ServedText, labelled: bool, longest: int
+    request: Request, load: Callable[[str], Prompt], told: PromptTexts, labelled: bool, longest: int
 ) -> list[EncodedRow]:
     """Render and tokenise a request's rows; prompt, input and answer together may be `longest` tokens.
 
@@ -66,14 +95,13 @@ def encode_rows(
     token without an embedding; BankError for a prompt whose chat this model's template writes otherwise;
     RowTooLongError.
     """
+    served = told.served
     prompts = {task: load(task) for task in request.tasks}
-    chats = {task: _chat(prompt.record, served) for task, prompt in prompts.items()}
-    labels = {
-        task: _label_ids(prompt.record, served, chats[task]) if labelled else {} for task, prompt in prompts.items()
-    }
+    chats = {task: told.chat(prompt) for task, prompt in prompts.items()}
+    labels = {task: told.labels(prompt) if labelled else {} for task, prompt in prompts.items()}
     where = [f"row {number} for task '{task}'" for number, task in enumerate(request.tasks)]
     texts = [
-        _rendered(text, prompts[task].record, chats[task], of_row)
+        _rendered(text, told.template(prompts[task]), chats[task], of_row)
         for text, task, of_row in zip(request.texts, request.tasks, where, strict=True)
     ]
     rows = []
@@ -91,13 +119,12 @@ def encode_rows(
     return rows
 
 
-def template_beginning(prompt: Prompt, served: ServedText) -> np.ndarray:
+def template_beginning(prompt: Prompt, told: PromptTexts) -> np.ndarray:
     """The tokens `[T]` that rows of a prompt's template begin with, whatever is in their columns; may be none."""
-    template = recorded_input(prompt.record.template, f"prompt '{prompt.record.name}'")
-    probes = [dict.fromkeys(template.columns, text) for text in ("a", "7")]
+    probes = [dict.fromkeys(told.template(prompt).columns, text) for text in ("a", "7")]
     request = Request(probes, [prompt.record.name] * 2)
     try:
-        one, other = encode_rows(request, lambda _: prompt, served, labelled=False, longest=sys.maxsize)
+        one, other = encode_rows(request, lambda _: prompt, told, labelled=False, longest=sys.maxsize)
     except CorpusError:  # a vocabulary without these, or a chat template that refuses them
         return NO_TOKENS
     (tokens,) = common_beginnings([one.input_ids, other.input_ids], [0, 0], 1)
@@ -143,8 +170,7 @@ def _chat(record: PromptRecord, served: ServedText) -> ModelChat | None:
     return chat
 
 
-def _rendered(row: Text, record: PromptRecord, chat: ModelChat | None, where: str) -> str:
-    template = recorded_input(record.template, f"prompt '{record.name}'")
+def _rendered(row: Text, template: TextTemplate | ChatInput, chat: ModelChat | None, where: str) -> str:
     if isinstance(row, str):
         if len(template.columns) != 1:
             columns = ", ".join(template.columns) or "none"

@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -55,6 +55,10 @@ class RunningBatch(Generic[Key]):
     def unfinished(self) -> list[Key]:
         """Of the rows that are not done."""
         return [row.key for row in self._rows.values()]
+
+    def written(self) -> Iterator[tuple[Key, Sequence[int]]]:
+        """The answers so far, `[T]` ids, of the rows that are not done."""
+        return ((row.key, row.ids) for row in self._rows.values())
 
     def join(
         self,

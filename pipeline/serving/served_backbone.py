@@ -1,6 +1,7 @@
 """The model of a service: loaded whole into this process, with its tokenizer and its identity."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -34,11 +35,11 @@ class ServedBackbone:
     tokenizer: Any
     identity: BackboneId
 
-    @property
+    @cached_property
     def architecture(self) -> Architecture:
         return self.backbone.architecture
 
-    @property
+    @cached_property
     def embedding_rows(self) -> int:
         return self.backbone.embedding_rows
 

@@ -32,6 +32,9 @@ class ServiceSettings(SettingsModel):
     products: Literal["auto", "exact", "int16", "int8"] = "auto"
     """How int8 layers multiply: `exact` by floats, `int16` or `int8` with activations rounded to whole numbers of so
     many bits. `auto` is int16 where the processor has it (a CPU with AVX2), and exact elsewhere."""
+    ray: bool = True
+    """Whether Ray Serve stands between callers and the model. Without it there is one replica, in the process that was
+    started, and a request costs a fraction of the CPU time around the model."""
     replicas: int = Field(default=1, ge=1, le=10_000)
     """Copies of the model."""
     cpus_per_replica: float = Field(default=1, ge=0.0001, le=10_000)
@@ -68,6 +71,12 @@ class ServiceSettings(SettingsModel):
     def _one_of_two(self) -> "ServiceSettings":
         if self.no_authentication and self.token_file is not None:
             raise ValueError("token_file names who is let in, and no_authentication lets in everybody: give one")
+        return self
+
+    @model_validator(mode="after")
+    def _one_without_ray(self) -> "ServiceSettings":
+        if not self.ray and self.replicas > 1:
+            raise ValueError("several replicas need Ray: leave out ray=false, or start one service for each replica")
         return self
 
     @field_validator("cpus_per_replica")

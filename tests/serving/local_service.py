@@ -8,36 +8,22 @@ from contextlib import contextmanager
 import uvicorn
 
 from pipeline.serving import PromptedModel
+from pipeline.serving.answering import Answering
 from pipeline.serving.api import make_api
 from pipeline.serving.authentication import Tokens
-from pipeline.serving.bank_tasks import BankTasks
-from pipeline.serving.service import VersionedAnswers
 from pipeline.serving.service_metrics import ServiceMetrics
 from pipeline.serving.service_settings import ServiceSettings
 
 
-class LocalService:
-    """Answers in the event loop, one request after another."""
-
+class LocalService(Answering):
     def __init__(self, model: PromptedModel, **settings):
-        self.settings = ServiceSettings(bank="bank", model="model", **settings)
-        self.metrics = ServiceMetrics("local")
-        self.model = model
-        self.tasks = BankTasks(model.bank, model.backbone, model.longest)
+        super().__init__(ServiceSettings(bank="bank", model="model", **settings), model, ServiceMetrics("local"))
 
     def snapshot(self):
         return self.model.bank.current
 
     def watch_error(self):
         return None
-
-    async def complete(self, request):
-        answers = self.model.complete_each([request])
-        return VersionedAnswers(answers.version, answers.only())
-
-    async def classify(self, request):
-        answers = self.model.classify_each([request])
-        return VersionedAnswers(answers.version, answers.only())
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -33,6 +34,9 @@ class InTrouble:
 
     def watch_error(self):
         return None
+
+    def admitted(self):
+        return nullcontext()
 
     async def complete(self, request):
         if self.error:

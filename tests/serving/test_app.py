@@ -1,4 +1,4 @@
-"""A real service on a Ray of its own, as `jobs/serve_prompts.py` starts it, asked over HTTP."""
+"""A real service, on a Ray of its own and without Ray, as `jobs/serve_prompts.py` starts it, asked over HTTP."""
 
 import json
 import os
@@ -24,8 +24,13 @@ ROOT = Path(__file__).parents[2]
 MAX_ROWS, MAX_BODY, MAX_WAITING = 32, 20_000, 20
 
 
+@pytest.fixture(scope="module", params=["ray=true", "ray=false"])
+def way(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def direct(tmp_path_factory):
+def direct(way, tmp_path_factory):
     """The model in this process, and the bank that the service follows, at its first version."""
     folder = tmp_path_factory.mktemp("service")
     backbone = load_backbone(str(make_model(folder / "model", "llama", seed=1, scale=2.0)))
@@ -37,13 +42,13 @@ def direct(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def service(direct, tmp_path_factory):
+def service(way, direct, tmp_path_factory):
     """The process of the service and its URL."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     bank = Path(direct.bank.uri)
     log = tmp_path_factory.mktemp("log") / "service.log"
-    settings = [f"max_rows={MAX_ROWS}", f"max_body_bytes={MAX_BODY}", f"max_waiting={MAX_WAITING}", "request_s=2"]
+    settings = [f"max_rows={MAX_ROWS}", f"max_body_bytes={MAX_BODY}", f"max_waiting={MAX_WAITING}", "request_s=2", way]
     command = [
         sys.executable, str(ROOT / "jobs/serve_prompts.py"), "--bank", str(bank), "--model", str(bank.parent / "model"),
         "--port", str(port), "--watch-every", "0.3", *(part for text in settings for part in ("--set", text)),
@@ -277,6 +282,17 @@ def test_head_is_answered_as_get_without_a_body(client, path):
     assert asked.status_code == got.status_code == 200 and asked.content == b""
     assert asked.headers["content-type"] == got.headers["content-type"]
     assert client.head("/v1/classify").status_code == 405
+
+
+def test_a_stream_comes_token_by_token_and_is_the_answer(client):
+    asked = {"model": "open", "prompt": "good film", "max_tokens": 40}
+    (whole,) = client.post("/v1/completions", json=asked).json()["choices"]
+    with client.stream("POST", "/v1/completions", json={**asked, "stream": True}) as reply:
+        lines = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
+    told = [json.loads(line)["choices"][0] for line in lines[:-1]]
+    assert lines[-1] == "[DONE]" and len(told) > 5
+    assert "".join(choice["text"] for choice in told) == whole["text"]
+    assert told[-1]["finish_reason"] == whole["finish_reason"]
 
 
 @pytest.mark.parametrize(

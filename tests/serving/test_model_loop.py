@@ -165,3 +165,58 @@ def test_an_answer_ends_its_work_with_its_first_stop(model, loop, monkeypatch):
     (cut,) = loop.ask("generate", Request(["good film"], ["film"], 40, stops=(stop,))).result(60).answers
     assert cut.text == "" and cut.ended and cut.tokens < whole.tokens
     assert len(steps) - taken == cut.tokens - 1
+
+
+def test_the_pieces_of_many_callers_answers_are_their_answers(model, loop):
+    texts = [text for text, _ in reviews(24, 0)]
+    told, replies = [[] for _ in texts], []
+    for i in range(0, len(texts), 3):
+        request = Request(texts[i : i + 3], ["open", "film", "open"], 1 + i, stops=("good", "d f") if i % 2 else ())
+        replies.append((request, loop.ask("generate", request, told[i].extend)))
+    for i, (request, future) in zip(range(0, len(texts), 3), replies, strict=True):
+        answers, pieces = future.result(60).answers, told[i]
+        assert [answer.text for answer in answers] == [a.text for a in model.complete_each([request]).only()]
+        for row, answer in enumerate(answers):
+            of_row = [piece for piece in pieces if piece.row == row]
+            assert "".join(piece.text for piece in of_row) == answer.text
+            assert [piece.whole for piece in of_row] == [None] * (len(of_row) - 1) + [answer]
+
+
+def test_a_piece_is_told_before_the_next_token_is_made(model, loop, monkeypatch):
+    if model.running_batch() is None:
+        pytest.skip("rows of this model do not join others")
+    order, step = [], model.step
+    monkeypatch.setattr(model, "step", lambda running: order.append("token") or step(running))
+    request = Request(["good film"], ["film"], 12)
+    (answer,) = loop.ask("generate", request, order.extend).result(60).answers
+    assert answer.tokens == 12 and order[0].text and order[1] == "token"
+    assert order[2::2] == [piece for piece in order if piece != "token"][1:]  # a word each
+
+
+def test_an_answer_whose_caller_left_in_the_middle_takes_no_more_tokens(model, loop, monkeypatch):
+    if model.running_batch() is None:
+        pytest.skip("rows of this model do not join others")
+    step, rows = model.step, []
+    monkeypatch.setattr(model, "step", lambda running: rows.append(len(running)) or step(running))
+    began = threading.Event()
+    left = loop.ask("generate", Request(["good film"], ["film"], 150), lambda _: began.set())
+    assert began.wait(60) and left.cancel()
+    taken = len(rows)
+    loop.ask("generate", Request(["good film"], ["film"], 5)).result(60)
+    assert taken < 100 and rows[taken + 1 :] == [1] * len(rows[taken + 1 :])
+
+
+def test_a_failure_in_the_middle_of_a_stream_is_told_behind_its_pieces(model, loop, monkeypatch):
+    if model.running_batch() is None:
+        pytest.skip("rows of this model do not join others")
+    step, told = model.step, []
+
+    def breaks(running):
+        if len(told) > 2:
+            raise MemoryError("no room")
+        return step(running)
+
+    monkeypatch.setattr(model, "step", breaks)
+    with pytest.raises(MemoryError, match="no room"):
+        loop.ask("generate", Request(["good film"], ["film"], 50), told.extend).result(60)
+    assert 2 < len(told) < 50 and all(piece.whole is None for piece in told)

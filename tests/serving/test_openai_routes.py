@@ -4,6 +4,8 @@ import itertools
 import json
 import logging
 import shutil
+import threading
+import time
 from datetime import UTC, datetime
 
 import httpx
@@ -142,9 +144,11 @@ def test_a_stream_has_the_answer_the_reason_and_the_usage_of_the_reply(client, m
     whole = client.completions.create(**asked)
     chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
     told = [choice for chunk in chunks for choice in chunk.choices]
-    assert [(c.index, c.text, c.finish_reason) for c in told] == [
-        (c.index, c.text, c.finish_reason) for c in whole.choices
-    ]
+    for choice in whole.choices:
+        of_row = [(c.text, c.finish_reason) for c in told if c.index == choice.index]
+        assert "".join(text for text, _ in of_row) == choice.text
+        assert [reason for _, reason in of_row] == [None] * (len(of_row) - 1) + [choice.finish_reason]
+    assert [c.index for c in told] != sorted(c.index for c in told)  # rows are written side by side
     assert chunks[-1].usage == whole.usage and {chunk.model for chunk in chunks} == {"open@2"}
     assert len({chunk.id for chunk in chunks}) == 1
     assert all(chunk.usage is None for chunk in client.completions.create(**asked, stream=True))
@@ -173,6 +177,86 @@ def test_a_stream_is_server_sent_events_that_end_with_done(url, path, asked):
         lines = list(stream.iter_lines())
     assert lines[-2:] == ["data: [DONE]", ""] and set(lines[1::2]) == {""}
     assert all(json.loads(line.removeprefix("data: "))["model"] == "film@2" for line in lines[:-2:2])
+
+
+@pytest.mark.parametrize("task", ["film", "open", "colour", "chat"])
+def test_a_streams_pieces_are_the_answer_whatever_stops_it(client, model, task):
+    """The random model's answers are full of bytes that are no characters."""
+    asked = {"model": task, "prompt": TEXTS[1], "max_tokens": MOST_NEW}
+    text = client.completions.create(**asked).choices[0].text
+    for stop in (None, text[5:7], [text[-3:], text[8:12]], ["\ufffd"]):
+        (whole,) = client.completions.create(**asked, stop=stop).choices
+        told = [chunk.choices[0] for chunk in client.completions.create(**asked, stop=stop, stream=True)]
+        assert "".join(choice.text for choice in told) == whole.text and told[-1].finish_reason == whole.finish_reason
+
+
+def test_the_first_event_comes_before_the_second_token_is_made(client, model, monkeypatch):
+    arrived, made, step = threading.Event(), [], model.step
+
+    def after_the_first_event(running):
+        assert arrived.wait(60), "the first event did not come"
+        made.append(1)
+        return step(running)
+
+    monkeypatch.setattr(model, "step", after_the_first_event)
+    stream = client.completions.create(model="open", prompt=TEXTS[0], max_tokens=9, stream=True)
+    first = next(iter(stream))
+    assert first.choices[0].text and not made
+    arrived.set()
+    assert [chunk.choices[0].finish_reason for chunk in stream][-1] and len(made) == 8
+
+
+def test_a_client_that_leaves_in_the_middle_frees_its_row_and_its_place(model, monkeypatch):
+    service, arrived, rows, step = LocalService(model, max_new_tokens=200), threading.Event(), [], model.step
+
+    def counted(running):
+        assert arrived.wait(60)
+        rows.append(len(running))
+        return step(running)
+
+    monkeypatch.setattr(model, "step", counted)
+    long = {"model": "film", "prompt": "good film", "max_tokens": 200, "stream": True}
+    with listening(service) as address:
+        with httpx.stream("POST", f"{address}/v1/completions", json=long, timeout=60) as stream:
+            next(stream.iter_lines())
+        arrived.set()
+        while 'status="200"' not in (told := httpx.get(f"{address}/metrics").text) and 'status="499"' not in told:
+            time.sleep(0.01)
+        with service.admitted():
+            assert service._admitted == 1
+        taken = len(rows)
+        httpx.post(f"{address}/v1/completions", json={"model": "film", "prompt": "one", "max_tokens": 3}, timeout=60)
+    assert taken < 190 and set(rows[taken + 1 :]) <= {1}
+
+
+def test_a_failure_in_the_middle_of_a_stream_is_an_event_with_the_error(model, monkeypatch):
+    step, made = model.step, []
+
+    def breaks(running):
+        if len(made) == 3:
+            raise MemoryError("no room")
+        made.append(1)
+        return step(running)
+
+    monkeypatch.setattr(model, "step", breaks)
+    told = []
+    with (
+        listening(LocalService(model)) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client,
+        pytest.raises(openai.APIError, match="the service failed on this request; its log tells why") as failed,
+    ):
+        told.extend(client.completions.create(model="open", prompt=TEXTS[0], max_tokens=9, stream=True))
+    assert len(told) > 2 and (failed.value.type, failed.value.body["code"]) == ("InternalServerError", 500)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_mistake_has_its_own_status_with_and_without_a_stream(client, stream):
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="flim", prompt="good", stream=stream)
+    with pytest.raises(openai.BadRequestError, match="send it as a JSON object"):
+        client.completions.create(model="pair", prompt="x", stream=stream)
+    with pytest.raises(openai.BadRequestError, match="too long"):
+        client.completions.create(model="film", prompt="good " * 600, stream=stream)
 
 
 @pytest.mark.parametrize("task", ["chat", "film", "pair"])

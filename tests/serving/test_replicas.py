@@ -1,4 +1,4 @@
-"""Two replicas under load while a new version is published every second: PROMPT_BANK_SOAK_SECONDS (60) long."""
+"""A service under load while a new version is published every second: PROMPT_BANK_SOAK_SECONDS (60) long."""
 
 import os
 import re
@@ -29,8 +29,13 @@ QUESTIONS = [
 ]
 
 
+@pytest.fixture(scope="module", params=["two replicas", "without Ray"])
+def replicas(request):
+    return 2 if request.param == "two replicas" else 1
+
+
 @pytest.fixture(scope="module")
-def direct(tmp_path_factory):
+def direct(replicas, tmp_path_factory):
     folder = tmp_path_factory.mktemp("replicas")
     backbone = load_backbone(str(make_model(folder / "model", "llama", seed=1, scale=2.0)))
     PromptBank.open(folder / "bank", create=True).publish(_version(1), backbone.identity, "test", {}, "latest")
@@ -38,14 +43,15 @@ def direct(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def service(direct, tmp_path_factory):
-    """The process of a service of two replicas, and its URL."""
+def service(replicas, direct, tmp_path_factory):
+    """The process of a service, and its URL."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     bank, log = Path(direct.bank.uri), tmp_path_factory.mktemp("log") / "service.log"
     command = [
         sys.executable, str(ROOT / "jobs/serve_prompts.py"), "--bank", str(bank), "--model", str(bank.parent / "model"),
-        "--port", str(port), "--replicas", "2", "--watch-every", "0.3",
+        "--port", str(port), "--replicas", str(replicas), "--watch-every", "0.3",
+        "--set", f"ray={str(replicas > 1).lower()}",
     ]  # fmt: skip
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     with log.open("w") as output:
@@ -80,8 +86,10 @@ def _ask(url, until, first, replies):
                 return
 
 
-def _replica_bytes(process):
+def _replica_bytes(process, replicas):
     """Resident memory of each replica."""
+    if replicas == 1:
+        return [process.memory_info().rss]
     found = []
     for child in process.children(recursive=True):
         try:
@@ -92,24 +100,39 @@ def _replica_bytes(process):
     return found
 
 
-def test_swaps_under_load_fail_no_request_mix_no_versions_and_leave_memory_flat(service, direct):
-    process, url = psutil.Process(service[0].pid), service[1]
-    replies, memory, replicas = [], [], set()
-    until, version = time.monotonic() + SECONDS, 1
-    callers = [threading.Thread(target=_ask, args=(url, until, first, replies)) for first in range(4)]
-    for caller in callers:
-        caller.start()
+def _watch(process, url, replicas, until, memory, names):
+    with httpx.Client(base_url=url, timeout=120) as client:
+        while time.monotonic() < until:
+            memory.append(sum(_replica_bytes(process, replicas)))
+            names |= set(re.findall(r'promptbank_bank_version{replica="([^"]+)"}', client.get("/metrics").text))
+            time.sleep(1)
+
+
+def _publish_every_second(direct, until):
+    """-> the last version. What a publication takes is no part of the second."""
+    version, due = 1, time.monotonic()
     while time.monotonic() < until:
         version += 1
         assert direct.bank.publish(_version(version), direct.backbone.identity, "test", {}, "latest") == version
-        memory.append(sum(_replica_bytes(process)))
-        replicas |= set(re.findall(r'promptbank_bank_version{replica="([^"]+)"}', httpx.get(f"{url}/metrics").text))
-        time.sleep(1)
-    for caller in callers:
-        caller.join()
+        due += 1
+        time.sleep(max(0.0, due - time.monotonic()))
+    return version
+
+
+def test_swaps_under_load_fail_no_request_mix_no_versions_and_leave_memory_flat(service, direct, replicas):
+    process, url = psutil.Process(service[0].pid), service[1]
+    replies, memory, names = [], [], set()
+    until = time.monotonic() + SECONDS
+    threads = [threading.Thread(target=_ask, args=(url, until, first, replies)) for first in range(4)]
+    threads.append(threading.Thread(target=_watch, args=(process, url, replicas, until, memory, names)))
+    for thread in threads:
+        thread.start()
+    version = _publish_every_second(direct, until)
+    for thread in threads:
+        thread.join()
 
     assert [reply for reply in replies if reply[1] != 200] == []
-    assert len(_replica_bytes(process)) == 2 and len(replicas) == 2
+    assert len(_replica_bytes(process, replicas)) == len(names) == replicas
     seen = {reply["version"] for _, _, reply in replies}
     assert len(seen) > 5 and max(seen) > version / 2
     expected = {}

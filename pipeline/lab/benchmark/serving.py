@@ -113,6 +113,8 @@ class ServingOptions:
 class _Side:
     checkout: Path
     options: Mapping[str, str]
+    service: Sequence[str] = ()
+    """Further options of `jobs/serve_prompts.py`."""
 
 
 def compare_serving(
@@ -135,11 +137,13 @@ def compare_serving(
             (held[name][0][i], name) for i in range(max(options.counts)) for name in names if i < len(held[name][0])
         ]
         batches = _compare_batches(sides, bank, rows, options)
+        served = {name: side for name, side in sides.items() if not side.options}
+        served["now, without Ray"] = _Side(here, {}, ("--set", "ray=false"))
         http = [
-            _under_load(name, sides[name], bank, rows, options, kind)
+            _under_load(name, side, bank, rows, options, kind)
             for kind in ("classify", "generate")
-            for name in ("now", "earlier")
-            if name in sides and options.seconds
+            for name, side in served.items()
+            if options.seconds
         ]
     return ServingFigures(device_name(), options.model, options.length, options.clients, batches, http)
 
@@ -319,6 +323,7 @@ def _served(side: _Side, bank: str, model: str) -> Iterator[tuple[int, Any]]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "jobs/serve_prompts.py", "--bank", bank, "--model", model, "--port", str(port)]
+    command += side.service
     process = subprocess.Popen(
         command, cwd=side.checkout, env=_environment(side), stdout=subprocess.PIPE, text=True, start_new_session=True
     )
