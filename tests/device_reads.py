@@ -72,7 +72,7 @@ class _Operators(TorchDispatchMode):
                 self._note("sent and waited for")
         if found and name == "_local_scalar_dense":
             self._note("read")
-            return False if args[0].dtype == torch.bool else 0 if not args[0].is_floating_point() else 0.0
+            return True if args[0].dtype == torch.bool else 0 if not args[0].is_floating_point() else 0.0
         if found and name == "equal":
             self._note("read")
             return True
