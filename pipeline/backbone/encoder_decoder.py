@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline.backbone.embedding import embed_words
 from pipeline.backbone.output import best_tokens, layers_of, summed, target_of_token, token_nll
 from pipeline.backbone.rows import Rows, TokenRows, as_indices, mask_of, pad_embeddings, pad_ids
+from pipeline.backbone.transfer import to_device
 from pipeline.backbone.unpadded import Attended, UnpaddedRun, across, decoder_rows, encoder_rows, run_unpadded
 
 _UNLABELLED = -100
@@ -102,12 +103,12 @@ def decoder_inputs(model: Any, targets: TokenRows, device: torch.device) -> Tens
     """
     lengths = np.array([len(target) for target in targets])
     ids = pad_ids(targets)
-    labels = torch.as_tensor(np.where(mask_of(lengths, ids.shape[1]), ids, _UNLABELLED), device=device)
+    labels = to_device(np.where(mask_of(lengths, ids.shape[1]), ids, _UNLABELLED), device)
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         shifted: Tensor = model.prepare_decoder_input_ids_from_labels(labels)
         return shifted
     start = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
-    return torch.cat([start, torch.as_tensor(ids[:, :-1], device=device)], dim=1)
+    return torch.cat([start, to_device(ids[:, :-1], device)], dim=1)
 
 
 def _encode(model: Any, rows: Rows) -> _Encoded:
@@ -140,15 +141,17 @@ def _decoder_states(model: Any, encoded: _Encoded, row_of: np.ndarray, targets: 
     # Teacher forcing.
     ids = decoder_inputs(model, targets, encoded.states.device)
     lengths = np.array([len(target) for target in targets])
-    used = as_indices(mask_of(lengths, ids.shape[1]), ids).bool()
+    # By number and not by a mask: how many a mask lets through is known on the device alone.
+    used = as_indices(np.flatnonzero(mask_of(lengths, ids.shape[1])), ids)
     if model.way == "packed":
         own = decoder_rows(lengths)
         run = UnpaddedRun(own, across(encoded.rows, own, row_of), model.kernels)
-        return run_unpadded(layers_of(model), run, input_ids=ids[used][None], encoder_hidden_states=encoded.states)[0]
+        tokens = ids.flatten()[used][None]
+        return run_unpadded(layers_of(model), run, input_ids=tokens, encoder_hidden_states=encoded.states)[0]
     index = as_indices(row_of, ids)
     states, mask = encoded.states[index], encoded.mask[index]
     # Padding stands behind a target's tokens, where a decoder does not look.
     hidden: Tensor = layers_of(model)(
         input_ids=ids, encoder_hidden_states=states, encoder_attention_mask=mask, use_cache=False
     ).last_hidden_state  # [B, T, H]
-    return hidden[used]
+    return hidden.flatten(0, 1)[used]

@@ -32,6 +32,7 @@ from pipeline.backbone.loading import (
 )
 from pipeline.backbone.node_memory import NodeMemory, join_node_memory
 from pipeline.backbone.offload import Keep, on_device
+from pipeline.backbone.prefetch import Gather, prefetch_layers
 from pipeline.backbone.proof import Proof, Way, prove
 from pipeline.backbone.weights import open_weights
 from pipeline.errors import BackboneError
@@ -54,6 +55,8 @@ class Traffic:
 
     gathered: int = 0
     """Bytes of weights gathered, this rank's own part included."""
+    ahead: int = 0
+    """Of these, the bytes that were asked for while another layer ran (see `prefetch`)."""
 
 
 @dataclass(frozen=True)
@@ -132,13 +135,15 @@ def host_backbone(
     kernels: bool = True,
     keep: Keep | None = None,
     share_memory: bool = True,
+    prefetch: bool | None = None,
 ) -> Backbone:
     """Load the frozen model: whole into this process, or partitioned over all ranks of torch.distributed.
 
     `products` (`exact`, `int8` or `int8_forward`, see `int8.set_products`) tells how int8 layers multiply.
     `kernels` tells whether parts of the layers run as compiled kernels where these can be used (`native`).
     `keep` tells where weights stay between uses (`offload`), by default on the device. `share_memory` lets ranks on
-    CPUs of one machine read each other's parts directly (`node_memory`).
+    CPUs of one machine read each other's parts directly (`node_memory`). `prefetch` tells whether the next layer's
+    weights are gathered while a layer runs, by default on GPUs (see `prefetch`).
     With `sharded`, no rank ever holds the whole model, nor a whole matrix: it reads and quantises its own part.
     Raises: BackboneError when weights are damaged or missing, or the model cannot be run exactly.
     """
@@ -171,8 +176,10 @@ def host_backbone(
     deepspeed.utils.set_z3_leaf_modules(hosted, layer_types(model))
     # The engine installs the hooks that gather and release. Its own `forward` and `step` are for training: unused.
     engine, *_ = deepspeed.initialize(model=hosted, config=zero)
+    if device.type == "cuda" if prefetch is None else prefetch:
+        prefetch_layers(model, gathers_of(engine, traffic))
     proof = choose_way(engine.module, model, files.name, device, dtype, partitioned=True, products=products)
-    traffic.gathered = 0
+    traffic.gathered = traffic.ahead = 0
     return Backbone(config, engine.module, device, dtype, width, proof, traffic, partitioned=True)
 
 
@@ -280,6 +287,21 @@ def set_gather(node: NodeMemory | None, traffic: Traffic) -> None:
     partition_parameters._dist_allgather_fn = gather
 
 
+def gathers_of(engine: Any, traffic: Traffic) -> Gather:
+    """DeepSpeed's own gathering of some parameters, which does not wait for them; it passes over those that are there.
+
+    A private function, since DeepSpeed gathers ahead by its own order alone.
+    """
+    coordinator = engine.optimizer.get_param_coordinator()  # without an optimizer, this is what holds the weights
+
+    def gather(parameters: set[nn.Parameter], forward: bool) -> None:
+        before = traffic.gathered
+        coordinator._PartitionedParameterCoordinator__all_gather_params(parameters, forward)
+        traffic.ahead += traffic.gathered - before
+
+    return gather
+
+
 @dataclass(frozen=True)
 class _Gathering:
     """The handle that DeepSpeed waits on after it asked for a gather."""
@@ -329,9 +351,11 @@ def zero_settings(hidden_size: int) -> dict[str, Any]:
             "stage": 3,
             # Norms and biases stay on every rank; every matrix is partitioned.
             "stage3_param_persistence_threshold": 2 * hidden_size,
-            # Prefetching follows a recorded order of layers; training and evaluation walk the model differently.
+            # DeepSpeed's own prefetching follows a recorded order of layers, which training and evaluation do not
+            # share; `prefetch` takes its place. Gathers have a stream of their own on a GPU.
             "stage3_prefetch_bucket_size": 0,
             "stage3_max_reuse_distance": 0,
+            "overlap_comm": True,
             # Each matrix is gathered into its own memory; by default they come side by side and are then copied.
             "stage3_allgather_sequential": True,
         },

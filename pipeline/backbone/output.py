@@ -10,6 +10,7 @@ Shapes: n places, H hidden, V vocabulary.
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -27,6 +28,7 @@ LOGIT_BYTES = 256 * 2**20
 _COPIES = 4
 """In float32: the logits, what the softmax keeps, their gradient, and one that comes and goes."""
 
+_most_places: ContextVar[int | None] = ContextVar("most places of any rank", default=None)
 _given_hidden: ContextVar[Tensor | None] = ContextVar("hidden states in place of the layers", default=None)
 
 
@@ -158,12 +160,31 @@ def _blocks(model: Any, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     blocks = -(-total // places)
     if model.partitioned:
         # Each block gathers the output layer, and all ranks must gather alike.
-        most = torch.tensor(blocks, device=tensors[0].device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        blocks = int(most)
+        blocks = _most_blocks(blocks, places, tensors[0])
     for start in range(0, blocks * places, places):
         first = min(start, total - 1)
         yield tuple(tensor[first : max(first + 1, start + places)] for tensor in tensors)
+
+
+def _most_blocks(blocks: int, places: int, like: Tensor) -> int:
+    """The blocks of the rank that has most of them."""
+    known = _most_places.get()
+    if known is not None:
+        assert -(-known // places) >= blocks, "more places than was told"
+        return -(-known // places)
+    most = torch.tensor(blocks, device=like.device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
+
+
+@contextmanager
+def most_places(places: int) -> Iterator[None]:
+    """Within it no rank has more places than this, so that ranks need not ask each other: a GPU would be waited for."""
+    token = _most_places.set(places)
+    try:
+        yield
+    finally:
+        _most_places.reset(token)
 
 
 _BlockLoss = Callable[..., Tensor]

@@ -33,6 +33,7 @@ from pipeline.backbone.native import attention as native_attention
 from pipeline.backbone.output import layers_of
 from pipeline.backbone.rows import PromptState
 from pipeline.backbone.segments import Segments, make_segments
+from pipeline.backbone.transfer import to_device
 
 _NAME = "prompt_bank_packed"
 
@@ -110,15 +111,29 @@ class Rule:
     def __getitem__(self, _: Any) -> "Rule":
         return self  # Gemma 4 slices the masks of layers that share keys
 
-    def is_causal(self, queries: Tensor) -> bool:
-        """Whether it is the plain causal rule for tokens at these positions: a window that is longer does nothing."""
+    def first_seen(self, queries: np.ndarray, device: torch.device) -> np.ndarray | None:
+        """`[N]`: the first position that tokens at positions `[N]` see, where each sees all from there to its own.
+
+        0 for all is the plain causal rule, and a window that is longer does nothing. None is another kind of rule.
+        """
         if self.function is causal_mask_function:
-            return True
-        # The last one first, since a window shows there; and some at a time, since the whole is positions by positions.
-        queries = queries.unique().flip(0)
-        keys = torch.arange(int(queries[0]) + 1, device=queries.device)
-        parts = (queries[:1], *queries[1:].split(_QUERIES))
-        return all(torch.equal(self(q[:, None], keys[None]), q[:, None] >= keys[None]) for q in parts if len(q))
+            return np.zeros_like(queries)
+        places = np.unique(queries)
+        keys, firsts = np.arange(places[-1] + 1), list[np.ndarray]()
+        for start in range(0, len(places), _QUERIES):  # some at a time, since the whole is positions by positions
+            some = places[start : start + _QUERIES, None]
+            seen = self._seen(some, keys[None], device)
+            firsts.append(seen.argmax(1))
+            if not np.array_equal(seen, (keys >= firsts[-1][:, None]) & (keys <= some)):
+                return None
+        return np.concatenate(firsts)[np.searchsorted(places, queries)]
+
+    def _seen(self, queries: np.ndarray, keys: np.ndarray, device: torch.device) -> np.ndarray:
+        try:
+            # On the host, which would otherwise wait until the device has caught up, only to decide what to launch.
+            return self(torch.from_numpy(queries), torch.from_numpy(keys)).numpy()
+        except RuntimeError:  # a rule that has numbers of its own on the device (llama4's chunks)
+            return self(to_device(queries, device), to_device(keys, device)).cpu().numpy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,9 +156,11 @@ class PackedRun:
             return None
         if id(rule) not in self._biases:
             segments, device = self.layout.segments, self.layout.device
-            positions = torch.as_tensor(segments.all_positions(), device=device)
-            plain = rule.is_causal(positions[segments.given_tokens :])
-            made = None if plain else packed_attention.make_biases(self.layout.levels, rule, positions)
+            first = rule.first_seen(segments.positions(), device)
+            made = None
+            if first is None or first.any():
+                positions = to_device(segments.all_positions(), device)
+                made = packed_attention.make_biases(self.layout.levels, rule, positions)
             self._biases[id(rule)] = (rule, made)  # the rule is kept, so that no other gets its id
         return self._biases[id(rule)][1]
 
@@ -189,7 +206,7 @@ def run_packed(
     # its prompt to itself. A prompt that many rows share runs once, and autograd sums their gradients in it.
     # A row that is done may be decoded on beside longer ones, beyond the model's table of positions.
     last = (getattr(model.config, "max_position_embeddings", None) or 2**62) - 1
-    positions = torch.as_tensor(layout.segments.positions()[None].clip(max=last), device=layout.device)
+    positions = to_device(layout.segments.positions()[None].clip(max=last), layout.device)
     run = PackedRun(layout, given, bool(getattr(model, "kernels", False)), kept, parts)
     token = _current.set(run)
     try:

@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.backbone.segments import Segments
+from pipeline.backbone.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def _level(
     return _Level(
         _tensor(padded, device),
         _tensor(padded + given, device),
-        torch.as_tensor(causal, device=device),
+        to_device(causal, device),
         _tensor(used, device),
         _ancestors(own, ancestors, places, given, device) if ancestors[0] else None,
     )
@@ -168,7 +169,7 @@ def _ancestors(
     return _Ancestors(
         _tensor(_pad(tokens), device),
         _tensor(_pad(keys), device),
-        torch.as_tensor(hidden[:, None, None], device=device),
+        to_device(hidden[:, None, None], device),
         _tensor(own_of_family.ravel(), device),
         _tensor(family_of_own.ravel(), device),
         _tensor(place[np.concatenate(flat)], device),
@@ -188,7 +189,7 @@ def _is_token(rows: list[np.ndarray]) -> np.ndarray:
 
 
 def _tensor(values: np.ndarray, device: torch.device) -> Tensor:
-    return torch.as_tensor(values, dtype=torch.long, device=device)
+    return to_device(values, device, torch.long)
 
 
 def _attend_level(

@@ -19,6 +19,7 @@ from pipeline.backbone.decoder_only import inputs_beside, pad_token
 from pipeline.backbone.embedding import embed_words
 from pipeline.backbone.output import best_tokens, layers_of, summed, target_of_token, token_nll
 from pipeline.backbone.rows import Rows, TokenRows, as_indices, mask_of, pad_embeddings, pad_ids
+from pipeline.backbone.transfer import to_device
 
 _SHARED_TOKENS = 384
 """Tokens of texts that share a row at most."""
@@ -174,7 +175,7 @@ def sharing_prompts(model: Any, prompts: Sequence[Any], of_row: Sequence[int], t
     longest = max(len(row) for row in rows)
     joined, ids = _joined(model, prompts, [s for s, _ in shared], [np.concatenate(row.texts) for row in rows])
     embeddings = pad_embeddings(joined)
-    seen = torch.as_tensor(np.stack([row.seen(longest) for row in rows]), device=embeddings.device)
+    seen = to_device(np.stack([row.seen(longest) for row in rows]), embeddings.device)
     mask = torch.zeros(seen.shape, dtype=embeddings.dtype, device=embeddings.device)
     output = layers_of(model)(
         inputs_embeds=embeddings,

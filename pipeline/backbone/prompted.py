@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.backbone import decoder_only, encoder_decoder, growing, padded
 from pipeline.backbone.output import summed, target_of_token, token_distillation
 from pipeline.backbone.rows import NO_TOKENS, PromptState, Rows, TokenRows, as_indices
+from pipeline.backbone.transfer import to_device
 
 __all__ = [
     "PromptState",
@@ -56,7 +57,7 @@ def target_distillation(model: Any, rows: Rows, targets: TokenRows, teacher: Row
     states = family.target_states(model, rows, targets)
     of_target = target_of_token(targets)
     tokens = as_indices(np.concatenate(targets), states)
-    of_token = torch.tensor(shares, dtype=torch.float32, device=states.device)[as_indices(of_target, states)]
+    of_token = to_device(np.array(shares)[of_target], states.device, torch.float32)
     return summed(token_distillation(model, states, tokens, taught, of_token), of_target, len(targets))
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.backbone.transfer import to_device
+
 TokenRows = Sequence[np.ndarray]
 """One array of token ids a row, of any lengths."""
 NO_TOKENS = np.empty(0, dtype=np.int64)
@@ -71,7 +73,7 @@ def common_beginnings(inputs: TokenRows, group_of_row: Sequence[int], groups: in
 
 def as_indices(values: np.ndarray, like: Tensor | PromptState) -> Tensor:
     """Integers as a tensor on the device of another one."""
-    return torch.as_tensor(values, dtype=torch.long, device=like.device)
+    return to_device(values, like.device, torch.long)
 
 
 def pad_ids(rows: TokenRows) -> np.ndarray:

@@ -10,7 +10,7 @@ its longest queries, K its longest keys.
 
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,22 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.backbone.native import attention as native_attention
 from pipeline.backbone.native.attention import DistanceBias, Sees
 from pipeline.backbone.segments import Segments, make_segments
+from pipeline.backbone.transfer import to_device
 
 # By class name: what they compute takes a whole model's configuration to try. `proof` compares the whole model.
 _ATTENTIONS = ("T5Attention", "MT5Attention", "UMT5Attention")
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Rows of like length, padded by each row's last token, for attention by PyTorch's operators."""
+
+    queries: Tensor
+    """`[R, Q]` indices of tokens."""
+    keys: Tensor
+    """`[R, K]`: the same among all tokens, those that are given included."""
+    visible: Tensor
+    """`[R, 1, Q, K]`: whether a query sees a key."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,25 +46,26 @@ class Attended:
 
     segments: Segments
     sees: Sees
+    _groups: dict[torch.device, tuple[list[_Group], Tensor]] = field(default_factory=dict)
 
     @cached_property
     def forest(self) -> native_attention.Forest:
         return native_attention.make_forest(self.segments)
 
-    @cached_property
-    def groups(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Rows of like length for attention by PyTorch's operators.
+    def groups(self, device: torch.device) -> tuple[list[_Group], Tensor]:
+        """Rows in groups of like length, and `[N]` the place of each token in the groups' outputs."""
+        if device not in self._groups:  # once for all layers
+            self._groups[device] = self._in_groups(device)
+        return self._groups[device]
 
-        For each group the indices of queries `[R, Q]` and keys `[R, K]`, padded by each row's last one, and whether a
-        query sees a key `[R, 1, Q, K]`.
-        """
+    def _in_groups(self, device: torch.device) -> tuple[list[_Group], Tensor]:
         places, chains = self.segments.places(), self.segments.chains()
         own = {row: places[row] for row in self.segments.run}
         seen = {row: chains[row][:-1] if self.sees == "ancestors" else [row] for row in own}
         keys = {row: np.concatenate([places[s] for s in seen[row]]) + self.segments.given_tokens for row in own}
         # Padded by powers of two, a group wastes less than half of either side.
         alike = {row: tuple((len(side[row]) - 1).bit_length() for side in (own, keys)) for row in own}
-        groups = []
+        groups, order = [], []
         for kind in sorted(set(alike.values())):
             rows = [row for row in own if alike[row] == kind]
             queries, of_keys = _padded([own[row] for row in rows]), _padded([keys[row] for row in rows])
@@ -59,9 +73,12 @@ class Attended:
             visible = np.arange(of_keys.shape[1]) < lengths[:, None, None, None]
             if self.sees == "causal":
                 visible = visible & (np.arange(of_keys.shape[1]) <= np.arange(queries.shape[1])[:, None])
-            visible = np.broadcast_to(visible, (len(rows), 1, queries.shape[1], of_keys.shape[1]))
-            groups.append((queries, of_keys, visible.copy()))
-        return groups
+            visible = np.broadcast_to(visible, (len(rows), 1, queries.shape[1], of_keys.shape[1])).copy()
+            groups.append(_Group(*(to_device(part, device) for part in (queries, of_keys, visible))))
+            order.append(queries.ravel())
+        # A row's padding repeats its last token, and so do the outputs: any of them is that token's.
+        _, first = np.unique(np.concatenate(order), return_index=True)
+        return groups, to_device(first, device)
 
 
 def encoder_rows(lengths: np.ndarray) -> Attended:
@@ -159,23 +176,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Attended, bias: DistanceBias |
     if kernels and not learns and native_attention.supports(q, k, v):
         return native_attention.attend(q, k, v, 1.0, seen.forest, sees=seen.sees, bias=bias)
     remember = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or learns)
-    outputs, order = [], []
-    for queries, keys, visible in seen.groups:
-        index, of_keys, sees = (torch.as_tensor(part, device=q.device) for part in (queries, keys, visible))
-        of_group = partial(_attend_group, q, k, v, index, of_keys, sees)
-        # Scores are computed again in the backward pass: kept for every layer, they would outgrow all else.
-        outputs.append(checkpoint(of_group, bias, use_reentrant=False) if remember else of_group(bias))
-        order.append(queries.ravel())
-    # A row's padding repeats its last token, and so do the outputs: any of them is that token's.
-    _, first = np.unique(np.concatenate(order), return_index=True)
-    return torch.cat(outputs)[torch.as_tensor(first, device=q.device)]
+    groups, order = seen.groups(q.device)
+    # Scores are computed again in the backward pass: kept for every layer, they would outgrow all else.
+    outputs = [
+        checkpoint(_attend_group, q, k, v, group, bias, use_reentrant=False)
+        if remember
+        else _attend_group(q, k, v, group, bias)
+        for group in groups
+    ]
+    return torch.cat(outputs)[order]
 
 
-def _attend_group(
-    q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor, visible: Tensor, bias: DistanceBias | None
-) -> Tensor:
+def _attend_group(q: Tensor, k: Tensor, v: Tensor, group: _Group, bias: DistanceBias | None) -> Tensor:
     """Outputs `[R * Q, A, D]` of rows that are padded to the longest of their group."""
-    mask = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill(~visible, -torch.inf)
+    queries, keys = group.queries, group.keys
+    mask = torch.zeros(group.visible.shape, dtype=q.dtype, device=q.device).masked_fill(~group.visible, -torch.inf)
     if bias is not None:
         places = [torch.arange(side.shape[1], device=q.device) for side in (queries, keys)]
         mask = mask + bias.table[:, places[1] - places[0][:, None] + bias.zero].to(q.dtype)

@@ -1,6 +1,5 @@
 """Where a trial stands: everything needed to go on with it, or to publish it."""
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -100,14 +99,16 @@ class TrialState:
         return not measured and (self.step % settings.eval_every == 0 or self.step >= settings.max_steps)
 
     def update(self, loss: float) -> None:
-        """Take one step with the gradient that is in the prompt; where it or the loss is not finite, end the trial."""
+        """Take one step with the gradient that is in the prompt; end the trial where the loss is not finite.
+
+        `losses_and_gradients` gives no finite loss where the gradient is not finite.
+        """
         settings = self.trial.settings
         assert self.prompt.grad is not None
-        finite = bool(self.prompt.grad.isfinite().all())
-        self.losses = [*self.losses, loss if finite else math.nan] if self.step < _FIRST_STEPS else []
+        self.losses = [*self.losses, loss] if self.step < _FIRST_STEPS else []
         if self.exploded:
             return  # see `start_again`
-        if not np.isfinite(loss) or not finite:
+        if not np.isfinite(loss):
             self.fail_at("loss", loss)
             return
         clip_gradients([self.prompt], settings.optimizer)

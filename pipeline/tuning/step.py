@@ -12,7 +12,9 @@ from torch import Tensor
 
 from pipeline.backbone import prompted
 from pipeline.backbone.host import Backbone
+from pipeline.backbone.output import most_places
 from pipeline.backbone.rows import common_beginnings
+from pipeline.backbone.transfer import to_device
 from pipeline.corpus.token_set import TokenSet
 from pipeline.tuning.batches import (
     Plan,
@@ -152,6 +154,7 @@ def losses_and_gradients(
 ) -> tuple[np.ndarray, TokenCounts]:
     """Each trial's loss `[S]` (nats a target token) and what was run; gradients `[P, H]` are left in the prompts.
 
+    A trial whose gradient is not finite has a loss of NaN: so a GPU is waited for once a step, when losses are read.
     Every rank must call this with the same work; all ranks end with the same numbers. `nll` computes the losses of rows
     that have no teacher.
     """
@@ -179,12 +182,15 @@ def losses_and_gradients(
         slots = [row.slot for row in batch]
         inputs = prompted.Rows(prompts, slots, [row.split.input_ids(row.number) for row in batch], shared)
         targets = [row.split.target_ids(row.number) for row in batch]
-        if batch[0].teacher is None:
-            row_losses = backbone.run(nll, inputs, targets)  # [B]
-        else:
-            row_losses = backbone.run(prompted.target_distillation, inputs, targets, *behind_teachers(batch, packed))
-        weighted = row_losses * torch.tensor([row.weight * factor for row in batch], device=row_losses.device)
-        losses.index_add_(0, torch.tensor(slots, device=losses.device), weighted.detach())
+        with most_places(max(sum(len(rows[i].split.target_ids(rows[i].number)) for i in share) for share in shares)):
+            if batch[0].teacher is None:
+                row_losses = backbone.run(nll, inputs, targets)  # [B]
+            else:
+                behind = behind_teachers(batch, packed)
+                row_losses = backbone.run(prompted.target_distillation, inputs, targets, *behind)
+        weights = np.array([row.weight * factor for row in batch])
+        weighted = row_losses * to_device(weights, losses.device, torch.float32)
+        losses.index_add_(0, to_device(np.array(slots), losses.device), weighted.detach())
         # The batch's sum, and yet each prompt gets the gradient of its own loss: no row looks at another's prompt.
         weighted.sum().backward()
     # One all-reduce a step: prompts are small, and a message costs more than what is in it. The weights are frozen, so
@@ -194,4 +200,6 @@ def losses_and_gradients(
     losses, *summed = flat.split([len(work), *(prompt.numel() for prompt in prompts)])
     for prompt, gradient in zip(prompts, summed, strict=True):
         prompt.grad = gradient.view_as(prompt).clone()
+    finite = torch.stack([gradient.isfinite().all() for gradient in summed])
+    losses = losses.where(finite, torch.nan)
     return losses.cpu().numpy(), tokens

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.backbone import gpu
 from pipeline.backbone.segments import Segments
+from pipeline.backbone.transfer import to_device
 
 _TILE = 32
 """Tokens of a block of queries or keys: rows of text have about as many."""
@@ -52,7 +53,7 @@ def make_tables(segments: Segments, device: torch.device) -> Tables:
         np.cumsum([0, *map(len, below)]),
         np.array([segment for listed in below for segment in listed]),
     ]
-    flat = torch.as_tensor(np.concatenate([part.ravel() for part in parts]).astype(np.int32), device=device)
+    flat = to_device(np.concatenate([part.ravel() for part in parts]).astype(np.int32), device)
     tensors = [piece.view(part.shape) for piece, part in zip(flat.split([p.size for p in parts]), parts, strict=True)]
     return Tables(segments.given_tokens, *tensors)
 
