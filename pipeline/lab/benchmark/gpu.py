@@ -56,8 +56,8 @@ class _Section:
 # Correctness first: figures of a wrong result would be worth nothing.
 SECTIONS: dict[str, _Section] = {
     "machine": _Section("gpu_speed:measure_machine", 35),
-    "kernels": _Section("gpu_checks:check_kernels", 95, proves=True, takes=("device", "small")),
-    "steps": _Section("gpu_steps:check_steps", 55, proves=True),
+    "kernels": _Section("gpu_checks:check_kernels", 120, proves=True, takes=("device", "small")),
+    "steps": _Section("gpu_steps:check_steps", 60, proves=True),
     "partitioned": _Section(
         "gpu_steps:check_partitioned", 50, proves=True, alone=True, takes=("device", "small")
     ),
@@ -89,7 +89,7 @@ def measure_gpu(options: GpuOptions, out: Path, say: Callable[[str], None] = pri
     try:
         for name in names:
             ends += SECTIONS[name].seconds / asked * options.minutes * 60
-            found["sections"][name] = _run(worker, name, ends, lambda _: _write(out, found), found["sections"][name])
+            _run(worker, name, ends, found["sections"][name], lambda: _write(out, found))
             _add_shares(found["sections"])
             found["passed"] = all(map(_is_right, names, found["sections"].values()))
             found["seconds"] = round(time.monotonic() - started, 1)
@@ -109,29 +109,22 @@ def _is_right(name: str, section: Mapping[str, Any]) -> bool:
     return section["status"] == "done" or (section["status"] == "out of time" and not SECTIONS[name].proves)
 
 
-def _run(
-    worker: "_Worker", name: str, ends: float, write: Callable[[Entry], None], section: dict[str, Any]
-) -> dict[str, Any]:
-    """Run one section until it ends, or its time does, and keep what it reports."""
+def _run(worker: "_Worker", name: str, ends: float, section: dict[str, Any], write: Callable[[], None]) -> None:
+    """Run one section until it ends, or its time does, and keep what it reports in `section`."""
     begun = time.monotonic()
     status, reason = "out of time", None
-    try:
-        for kind, told_of in worker.run(name, ends):
-            if kind == "found":
-                section["found"].append(told_of)
-                section["seconds"] = round(time.monotonic() - begun, 1)
-                write(section)
-            else:
-                status, reason = ("done", None) if kind == "done" else ("failed", told_of)
-    finally:
-        section["seconds"] = round(time.monotonic() - begun, 1)
+    for kind, told_of in worker.run(name, ends):
+        if kind == "found":
+            section["found"].append(told_of)
+            section["seconds"] = round(time.monotonic() - begun, 1)
+            write()
+        else:
+            status, reason = ("done", None) if kind == "done" else ("failed", told_of)
     if any(entry.get("passed") is False for entry in section["found"]):
-        status = "failed" if status == "done" else status
-        reason = reason or "some of what was found is wrong"
-    section["status"] = status
+        status, reason = "failed", reason or "some of what was found is wrong"
+    section |= {"status": status, "seconds": round(time.monotonic() - begun, 1)}
     if reason:
         section["reason"] = reason
-    return section
 
 
 class _Worker:

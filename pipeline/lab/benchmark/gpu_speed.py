@@ -18,7 +18,7 @@ from transformers import LlamaConfig, PretrainedConfig, T5Config
 from pipeline.backbone.files import architecture_of, find_model, read_config
 from pipeline.backbone.host import Backbone, compute_dtype, held_bytes, host_backbone
 from pipeline.backbone.memory import estimate_memory
-from pipeline.lab.benchmark.gpu_checks import Entry, Report, short
+from pipeline.lab.benchmark.gpu_checks import Entry, Report, finite, short
 from pipeline.lab.benchmark.launches import layer_costs
 from pipeline.lab.benchmark.ours import tune_together
 from pipeline.lab.benchmark.peak import bfloat16_peak, copy_rate, int8_peak, useful_operations
@@ -28,7 +28,7 @@ from pipeline.lab.benchmark.side_by_side import SETTLING, Side
 from pipeline.lab.benchmark.synthetic import byte_tokenizer, write_checkpoint
 from pipeline.lab.benchmark.work import TaskWork, WorkOptions, load_work, needed_tokens, random_work
 from pipeline.tuning.hosting import agreed_products
-from pipeline.tuning.machine import device_name, free_bytes, peak_bytes
+from pipeline.tuning.machine import device_name, free_bytes
 
 _PACKAGES = (
     "torch",
@@ -155,56 +155,70 @@ def count_launches(report: Report) -> None:
 def measure_trials(device: torch.device, report: Report, scale: Scale) -> None:
     """1, 8 and 64 trials in one run, with prompts of 20 and of 100 tokens, on a shape of 3 billion parameters."""
     config = scale.config("llama-3b")
-    backbone = _made(config, device, report, "llama-3b")
+    subject = _made(config, device, report, "llama-3b")
     for length in (20, 100):
         for count in (1, 8, 64):
             named = {"shape": "llama-3b", "trials": count, "length": length}
-            _measured(named, backbone, scale.tasks(config, count, length), scale.steps, report)
+            _measured(named, subject, scale.tasks(config, count, length), scale.steps, report)
 
 
 def measure_shape(device: torch.device, report: Report, scale: Scale, shape: str) -> None:
     """Eight trials on a published shape of random weights."""
     config = scale.config(shape)
-    backbone = _made(config, device, report, shape)
+    subject = _made(config, device, report, shape)
     for length in (20, 100):
         named = {"shape": shape, "trials": 8, "length": length}
-        _measured(named, backbone, scale.tasks(config, 8, length), scale.steps, report)
+        _measured(named, subject, scale.tasks(config, 8, length), scale.steps, report)
 
 
-def _made(config: PretrainedConfig, device: torch.device, report: Report, shape: str) -> Backbone:
+@dataclass(frozen=True)
+class _Subject:
+    """A model to measure, and what its skeleton tells, which takes seconds to build."""
+
+    backbone: Backbone
+    operations: float
+    """Useful operations of a token."""
+    token_budget: int
+
+
+def _subject(backbone: Backbone) -> _Subject:
+    return _Subject(backbone, useful_operations(backbone.config, 1.0), _token_budget(backbone))
+
+
+def _made(config: PretrainedConfig, device: torch.device, report: Report, shape: str) -> _Subject:
     start = time.perf_counter()
     products = agreed_products("auto", device)
     backbone = random_backbone(config, device, compute_dtype("auto", device), products=products)
     held = {name: size // 2**20 for name, size in held_bytes(backbone).items()}
     seconds = round(time.perf_counter() - start, 2)
     report({"shape": shape, "products": products, "way": backbone.way, "held_mib": held, "made_in_seconds": seconds})
-    return backbone
+    return _subject(backbone)
 
 
-def _measured(named: Entry, backbone: Backbone, tasks: Sequence[TaskWork], steps: int, report: Report) -> Side | None:
+def _measured(named: Entry, subject: _Subject, tasks: Sequence[TaskWork], steps: int, report: Report) -> Side | None:
     """Tune, and report the figures or the error, such as too little memory."""
+    backbone, budget = subject.backbone, subject.token_budget
     _forget(backbone.device)
     try:
-        budget = _token_budget(backbone)
         side = tune_together(backbone, tasks, _prompts(backbone, tasks), steps, budget)
     except Exception as error:
         report({**named, "passed": False, "error": short(error)})
         return None
-    report({**named, "tokens_of_a_micro_batch": budget, **_figures(side, backbone.config, tasks, steps)})
+    figures = _figures(side, backbone.config, subject.operations, tasks)
+    report({**named, "tokens_of_a_micro_batch": budget, **figures})
     return side
 
 
-def _figures(side: Side, config: PretrainedConfig, tasks: Sequence[TaskWork], steps: int) -> Entry:
-    prompts = [np.empty((task.trial.settings.prompt.length, 0)) for task in tasks]
-    work = useful_operations(config, needed_tokens(config, tasks, prompts, steps))
+def _figures(side: Side, config: PretrainedConfig, operations: float, tasks: Sequence[TaskWork]) -> Entry:
+    work = operations * needed_tokens(config, tasks, side.prompts, len(side.losses))
     return {
         "tokens_a_second": side.rate,
         "step_seconds": side.step_seconds,
         "first_step_seconds": side.seconds[0],
         "useful_operations_a_second": work / side.step_seconds,
         "peak_mib": side.peak_bytes // 2**20,
-        "first_losses": float(np.mean(side.losses[0])),
-        "last_losses": float(np.mean(side.losses[-1])),
+        "first_losses": finite(float(np.mean(side.losses[0]))),
+        "last_losses": finite(float(np.mean(side.losses[-1]))),
         "passed": bool(np.isfinite(side.losses).all()),
     }
 
@@ -249,12 +263,13 @@ def compare_peers(device: torch.device, report: Report, scale: Scale) -> None:
         checkpoint = Path(folder, "model")
         write_checkpoint(config, checkpoint)
         found, prompts = _our_side(checkpoint, device, named, work, scale.steps, report)
+        operations = useful_operations(config, 1.0)
         for side, int8 in {"PEFT, bf16": False, "PEFT, load_in_8bit": True}.items():
             if int8 and importlib.util.find_spec("bitsandbytes") is None:
                 report({**named, "side": side, "skipped": "bitsandbytes is not installed"})
                 continue
             try:
-                _peer_side(checkpoint, Path(folder), named | {"side": side}, int8, (work, prompts, found), report)
+                _peer_side(checkpoint, named | {"side": side}, int8, operations, (work, prompts, found), report)
             except Exception as error:
                 report({**named, "side": side, "passed": False, "error": short(error)})
 
@@ -274,8 +289,9 @@ def _our_side(
         files, read_config(files), int8=True, dtype=dtype, device=device, sharded=False, products=products
     )
     found: dict[int, Side] = {}
+    subject = _subject(backbone)
     for length, tasks in work.items():
-        side = _measured({**named, "side": "ours", "length": length}, backbone, tasks, steps, report)
+        side = _measured({**named, "side": "ours", "length": length}, subject, tasks, steps, report)
         if side is not None:
             found[length] = side
     return found, {length: _prompts(backbone, tasks) for length, tasks in work.items()}
@@ -283,9 +299,9 @@ def _our_side(
 
 def _peer_side(
     checkpoint: Path,
-    folder: Path,
     named: Entry,
     int8: bool,
+    operations: float,
     sides: tuple[Mapping[int, Sequence[TaskWork]], Mapping[int, list[np.ndarray]], Mapping[int, Side]],
     report: Report,
 ) -> None:
@@ -299,10 +315,9 @@ def _peer_side(
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         steps = len(ours[length].losses) if length in ours else SETTLING + 1
-        side = tune_one_by_one(model, tasks, prompts[length], steps, options, folder / "trainer")
-        side = Side(side.tokens, side.seconds, side.losses, side.prompts, peak_bytes())
+        side = tune_one_by_one(model, tasks, prompts[length], steps, options, checkpoint.parent / "trainer")
         more: Entry = {}
         if length in ours:
             apart = np.abs(np.array(side.losses) / np.array(ours[length].losses) - 1)
-            more = {"ours_is_faster_by": ours[length].rate / side.rate, "losses_apart": float(apart.max())}
-        report({**named, "length": length, **_figures(side, config, tasks, steps), **more})
+            more = {"ours_is_faster_by": ours[length].rate / side.rate, "losses_apart": finite(float(apart.max()))}
+        report({**named, "length": length, **_figures(side, config, operations, tasks), **more})

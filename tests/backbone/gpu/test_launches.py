@@ -20,7 +20,7 @@ def of_a_layer(shape, kernels, dtype):
     return layer_costs(lambda layers: published_config(shape, layers), LENGTHS, PARENTS, kernels, dtype)
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, (24, 30)), (torch.bfloat16, (29, 35))])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, (24, 30)), (torch.bfloat16, (24, 31))])
 def test_a_layer_takes_few_launches(dtype, most):
     costs = of_a_layer("llama-7b", True, dtype)
     assert [cost.by_name["_int_mm"][0] for cost in costs] == [7, 7]
