@@ -206,17 +206,15 @@ def _quantised(device: torch.device, width: int, dtype: torch.dtype, scaled: boo
     columns = _random(device, width, seed=1).abs() if scaled else None
     rows, scale = int8._quantize(x, False, columns)
     wanted = x.double() if columns is None else x.double() * columns.double()
-    steps = wanted.abs().amax(-1, keepdim=True).clamp_min(_SMALLEST) / 127
-    # Half a step, and what float32 adds where a number lies between two.
-    off = (rows.double() - wanted / steps).abs().max().reshape(1)
+    off = _steps_off(rows, wanted)
     x[2, width - 1] = float("nan")
     beside = int8._quantize(x, False, columns)
     same = [torch.equal(a[[0, 1, 3, 4]], b[[0, 1, 3, 4]]) for a, b in zip(beside, (rows, scale), strict=True)]
     spoiled = not beside[1][2].isfinite().any()
     kept = torch.tensor([float(all(same) and spoiled)])
     return {
-        "scales": distance(scale, steps, 1e-6),
-        "steps off": Distance(float(off), float(off), 0.5 + 1e-3),
+        "scales": distance(scale, _steps(wanted), 1e-6),
+        "steps off": off,
         "a NaN spoils its own row alone": distance(kept, torch.ones(1), 0.0),
     }
 
@@ -297,9 +295,22 @@ def _gate(device: torch.device, activation: str) -> dict[str, Distance]:
     wanted = [product, *(slope * of.double() for slope, of in zip(slopes, columns, strict=True))]
     names = ("product", "gradient of gate", "gradient of up")
     return {
-        name: distance(rows.double() * scale.double(), of, 0.02)
-        for name, (rows, scale), of in zip(names, found, wanted, strict=True)
+        f"steps off, {name}": _steps_off(rows, of) for name, (rows, _), of in zip(names, found, wanted, strict=True)
+    } | {
+        f"scales, {name}": distance(scale, _steps(of), 1e-5)
+        for name, (_, scale), of in zip(names, found, wanted, strict=True)
     }
+
+
+def _steps(wanted: Tensor) -> Tensor:
+    """`[N, 1]`: the size of each row's steps of quantising."""
+    return wanted.detach().abs().amax(-1, keepdim=True).clamp_min(_SMALLEST) / 127
+
+
+def _steps_off(rows: Tensor, wanted: Tensor) -> Distance:
+    """Half a step at most, and what float32 adds where a number lies between two."""
+    off = float((rows.double() - wanted.detach() / _steps(wanted)).abs().max())
+    return Distance(off, off, 0.5 + 1e-3)
 
 
 @dataclass(frozen=True)
