@@ -19,6 +19,7 @@ python jobs/benchmark.py memory                                     # what a ran
 python jobs/benchmark.py tasks                                      # a thousand small tasks, stage by stage
 python jobs/benchmark.py sweep --data ../shared/data                # 64 trials of a sweep against one after another
 python jobs/benchmark.py fit                                        # memory of models of 3 billion parameters
+python jobs/benchmark.py gpu                                        # is a GPU right, and how fast is it: nine minutes
 """
 
 import os
@@ -532,6 +533,24 @@ def fit(
         console.print(fit_table(result))
         save_fits(out, [result])
         console.print(f"Written to {out}.")
+
+
+@app.command()
+def gpu(
+    device: Annotated[str, typer.Option(help="cuda; or cpu, where Triton's kernels are left out.")] = "cuda",
+    sections: Annotated[str, typer.Option(help="Some sections, separated by commas; all by default.")] = "",
+    minutes: Annotated[float, typer.Option(help="The command ends after so many, with what it has.")] = 8.5,
+    data: Annotated[Path | None, typer.Option(help="As --data elsewhere; random tokens by default.")] = None,
+    small: Annotated[bool, typer.Option(help="Tiny shapes, to try the command itself.")] = False,
+    out: Out = Path("docs/benchmarks/gpu.json"),
+) -> None:
+    """Whether a GPU's results are right, and how fast it is, in one file; exits with 1 where something is wrong."""
+    from pipeline.lab.benchmark.gpu import GpuOptions, measure_gpu
+
+    options = GpuOptions(device, minutes, tuple(filter(None, sections.split(","))), data, small)
+    right = measure_gpu(options, out, lambda line: console.print(line, markup=False))
+    console.print(f"Written to {out}: {'all is right' if right else 'something is WRONG'}.")
+    raise typer.Exit(0 if right else 1)
 
 
 def _bench(

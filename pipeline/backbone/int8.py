@@ -390,7 +390,7 @@ class _Int8Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.matrix, ctx.scale, ctx.kernels, ctx.exact_backward = _Matrix(weight, expert), scale, kernels, exact_backward
         ctx.shape = x.shape
-        return _rescaled_product(rows, row_scale, ctx.matrix.rows(), scale, kernels).to(x.dtype)
+        return _rescaled_product(rows, row_scale, ctx.matrix.rows(), scale, kernels, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -401,8 +401,8 @@ class _Int8Product(torch.autograd.Function):
         # The scale of W's rows first: each column of the gradient has another one, which could not be taken out after
         # the sum over columns.
         rows, row_scale = _quantize(grad, kernels, ctx.scale)
-        dx = _rescaled_product(rows, row_scale, ctx.matrix.rows(), None, kernels)
-        return dx.view(ctx.shape).to(grad.dtype), *others
+        dx = _rescaled_product(rows, row_scale, ctx.matrix.rows(), None, kernels, grad.dtype)
+        return dx.view(ctx.shape), *others
 
 
 def multiplies_in_int8(layer: nn.Module) -> bool:
@@ -449,7 +449,7 @@ class _Int8Gated(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         gated = native.gated_rows if kernels else partial(gpu_rows.gated_rows, smallest=_SMALLEST)
         inner, inner_scale = gated(gate, up, activation)
-        return _rescaled_product(inner, inner_scale, ctx.weights[2], ctx.scales[2], kernels).to(x.dtype)
+        return _rescaled_product(inner, inner_scale, ctx.weights[2], ctx.scales[2], kernels, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -505,10 +505,18 @@ def _quantize(x: Tensor, kernels: bool, columns: Tensor | None = None) -> tuple[
     return (x / scale).round_().to(torch.int8), scale
 
 
-def _rescaled_product(rows: Tensor, row_scale: Tensor, weight: Tensor, columns: Tensor | None, kernels: bool) -> Tensor:
-    """Int8 rows `[N, I]` times W `[O, I]`, each column times its own scale -> float32 `[N, O]`.
+def _rescaled_product(
+    rows: Tensor,
+    row_scale: Tensor,
+    weight: Tensor,
+    columns: Tensor | None,
+    kernels: bool,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Int8 rows `[N, I]` times W `[O, I]`, each column times its own scale -> `[N, O]` in `dtype`.
 
-    Without scales of columns it is the product with the transpose: int8 `[N, O]` times W `[O, I]` -> float32 `[N, I]`.
+    Without scales of columns it is the product with the transpose: int8 `[N, O]` times W `[O, I]` -> `[N, I]`. The
+    CPU's kernels give float32 alone.
     """
     across = columns is None
     if kernels and products.supports(rows, weight):
@@ -516,18 +524,20 @@ def _rescaled_product(rows: Tensor, row_scale: Tensor, weight: Tensor, columns: 
     if kernels and columns is not None and products.supports_int16(weight):
         wide = functional.pad(rows.short(), (0, -rows.shape[1] % native.DEEP))  # the same whole numbers
         return products.multiply_int16(wide, row_scale, weight, columns)
-    return _rescale(_multiply(rows, weight if across else weight.t()), row_scale, columns, kernels)
+    return _rescale(_multiply(rows, weight if across else weight.t()), row_scale, columns, kernels, dtype)
 
 
-def _rescale(product: Tensor, row_scale: Tensor, columns: Tensor | None, kernels: bool) -> Tensor:
-    """Int32 `[N, O]` -> float32 `[N, O]`."""
+def _rescale(
+    product: Tensor, row_scale: Tensor, columns: Tensor | None, kernels: bool, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Int32 `[N, O]` -> `[N, O]` in `dtype`, of the CPU's kernels in float32."""
     if kernels:
         return native.rescale(product, row_scale, columns)
     if gpu.runs_on(product.device):
-        return gpu_rows.rescale(product, row_scale, columns)
+        return gpu_rows.rescale(product, row_scale, columns, dtype)
     # In place and in float: torch is many times slower with mixed types.
     y = product.float()
-    return (y if columns is None else y.mul_(columns)).mul_(row_scale)
+    return (y if columns is None else y.mul_(columns)).mul_(row_scale).to(dtype)
 
 
 def _multiply(x: Tensor, y: Tensor) -> Tensor:

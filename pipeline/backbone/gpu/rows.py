@@ -28,11 +28,11 @@ def quantize_activations(x: Tensor, smallest: float, columns: Tensor | None = No
     return rows, scale
 
 
-def rescale(product: Tensor, row_scale: Tensor, columns: Tensor | None) -> Tensor:
-    """Int32 `[N, X]` times scales `[N, 1]`, and times `columns` `[X]` if given -> float32 `[N, X]`."""
+def rescale(product: Tensor, row_scale: Tensor, columns: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Int32 `[N, X]` times scales `[N, 1]`, and times `columns` `[X]` if given -> `[N, X]`, rounded once to `dtype`."""
     from pipeline.backbone.gpu import row_kernels
 
-    y = torch.empty_like(product, dtype=torch.float32)
+    y = torch.empty_like(product, dtype=dtype)
     if len(product):
         grid = (len(product), -(-product.shape[1] // _BLOCK))
         row_kernels.rescale[grid](

@@ -22,7 +22,7 @@ from pipeline.lab.benchmark.ours import tune_together
 from pipeline.lab.benchmark.peft_trainer import PeerOptions, load_peer_model, tune_one_by_one
 from pipeline.lab.benchmark.ranks import run_ranks
 from pipeline.lab.benchmark.side_by_side import Side
-from pipeline.lab.benchmark.work import TaskWork, WorkOptions, load_work
+from pipeline.lab.benchmark.work import TaskWork, WorkOptions, load_work, needed_tokens
 from pipeline.tuning.hosting import agreed_products, partitions
 
 _COMMON_TOKENS = 5_000
@@ -62,7 +62,7 @@ class Bench:
 
     def peer(self, options: PeerOptions) -> Callable[[], Side]:
         """The other side: one task after another, in one fresh process."""
-        return lambda: _merged(run_ranks(1, _tune_as_peer, self, options))
+        return lambda: _merged(run_ranks(1, tune_as_peer, self, options))
 
     @property
     def config(self) -> PretrainedConfig:
@@ -70,13 +70,8 @@ class Bench:
 
     @property
     def needed_tokens(self) -> float:
-        """Tokens that a step must compute at least: each row's text once, and each prompt once. An encoder reads the
-        prompt again with each row.
-        """
-        text = sum(task.text_tokens(step) for task in self.tasks for step in range(self.steps)) / self.steps
-        with_each_row = bool(self.config.is_encoder_decoder)
-        rows = [task.trial.settings.batch_size if with_each_row else 1 for task in self.tasks]
-        return text + sum(len(prompt) * count for prompt, count in zip(self.prompts, rows, strict=True))
+        """Tokens that a step must compute at least."""
+        return needed_tokens(self.config, self.tasks, self.prompts, self.steps)
 
 
 def open_bench(
@@ -125,7 +120,8 @@ def tune_on_rank(bench: Bench, options: OurOptions) -> Side:
     return tune_together(backbone, bench.tasks, bench.prompts, bench.steps, options.token_budget, options.nll)
 
 
-def _tune_as_peer(bench: Bench, options: PeerOptions) -> Side:
+def tune_as_peer(bench: Bench, options: PeerOptions) -> Side:
+    """The other side of a bench in this process."""
     torch.set_num_threads(bench.threads)
     with tempfile.TemporaryDirectory() as folder:
         model = load_peer_model(as_safetensors(bench.model, Path(folder)), options)

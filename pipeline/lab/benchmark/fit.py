@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -24,7 +23,6 @@ from pipeline.backbone.host import held_bytes, start_deepspeed
 from pipeline.backbone.loading import build_skeleton, untie_separate_weights
 from pipeline.backbone.memory import gathered_together
 from pipeline.backbone.weights import open_weights
-from pipeline.corpus.token_set import TokenSet, flat_column
 from pipeline.lab.benchmark.bench import OurOptions, host_model
 from pipeline.lab.benchmark.ours import tune_together
 from pipeline.lab.benchmark.ranks import run_ranks
@@ -32,10 +30,8 @@ from pipeline.lab.benchmark.resident import MemoryWatch, Resident, resident
 from pipeline.lab.benchmark.shapes import published_config
 from pipeline.lab.benchmark.side_by_side import write_figures
 from pipeline.lab.benchmark.synthetic import write_checkpoint
-from pipeline.lab.benchmark.work import TaskWork
-from pipeline.settings import TaskSettings
+from pipeline.lab.benchmark.work import WorkOptions, random_work
 from pipeline.tuning.machine import device_name
-from pipeline.tuning.trials import make_trial
 
 _SLACK = 2**30
 _READ_AT_ONCE = 2**23
@@ -187,34 +183,13 @@ def _on_rank(folder: Path, options: FitOptions) -> RankFit:
         backbone = host_model(str(folder), options.threads // options.ranks, hosted)
     seconds = time.perf_counter() - start
     plain.append(_plain_read(weights))
-    tasks = [_random_task(place, backbone.embedding_rows, options) for place in range(options.prompts)]
+    of_each = WorkOptions(options.length, options.batch_size, rate=0.01, rows=_ROWS)
+    tasks = random_work(options.prompts, backbone.embedding_rows, of_each)
     rng = np.random.default_rng(0)
     prompts = [rng.normal(size=(options.length, backbone.hidden_size)).astype(np.float32) for _ in tasks]
     with MemoryWatch() as training:
         side = tune_together(backbone, tasks, prompts, options.steps, _TOKEN_BUDGET)
     return RankFit(before, loading.peak, held_bytes(backbone), training.peak, plain, seconds, side.seconds, side.losses)
-
-
-def _random_task(place: int, vocabulary: int, options: FitOptions) -> TaskWork:
-    rng = np.random.default_rng(place)
-    lengths = {"inputs": rng.integers(4, 13, _ROWS), "targets": rng.integers(1, 5, _ROWS)}
-    tokens = {key: rng.integers(3, vocabulary, sizes.sum()).astype(np.int32) for key, sizes in lengths.items()}
-    offsets = {key: np.concatenate([[0], np.cumsum(sizes)]) for key, sizes in lengths.items()}
-    texts = pa.array([""] * _ROWS, pa.large_string())
-    ids = np.arange(_ROWS, dtype=np.uint64)
-    inputs, targets = (flat_column(tokens[key], offsets[key], texts) for key in lengths)
-    train = TokenSet(ids, inputs, targets)
-    settings = TaskSettings.model_validate(
-        {
-            "train": "in memory",
-            "dev": "in memory",
-            "prompt": {"length": options.length},
-            "batch_size": options.batch_size,
-            "optimizer": {"lr": 0.01, "schedule": "constant"},
-        }
-    )
-    trial = make_trial(f"task{place}", settings, place, "benchmark", "benchmark")
-    return TaskWork(trial, train, None, (), ())
 
 
 def _plain_read(files: Sequence[Path]) -> float:

@@ -1,7 +1,8 @@
-"""How close a step comes to the machine's limit: its useful operations against the fastest int8 products."""
+"""How close a step comes to the machine's limits: its useful operations against the fastest products."""
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from pipeline.backbone.loading import build_skeleton
 from pipeline.lab.benchmark.side_by_side import SidesResult
 
 _SHAPES = ((1024, 1024, 1024), (2048, 2048, 2048), (1536, 576, 1536))
+_SHAPES_ON_GPU = ((4096, 4096, 4096), (8192, 8192, 8192), (16_384, 8192, 8192))
 _SECONDS = 1.0
+_COPIED = {"cpu": 2**26, "cuda": 2**30}
+"""Bytes, more than caches hold."""
 
 
 def shares_of_peak(result: SidesResult, config: PretrainedConfig, tokens: float, threads: int) -> dict[str, Any]:
@@ -27,24 +31,51 @@ def shares_of_peak(result: SidesResult, config: PretrainedConfig, tokens: float,
 
 def int8_peak(device: torch.device, threads: int) -> float:
     """Operations a second of int8 products, the best of some shapes; a multiplication with its addition counts two."""
+
+    def product(n: int, k: int, m: int) -> Callable[[], object]:
+        x, y = (torch.randint(-127, 127, sides, dtype=torch.int8, device=device) for sides in ((n, k), (m, k)))
+        return lambda: torch._int_mm(x, y.t())
+
+    return _best_rate(device, threads, product)
+
+
+def bfloat16_peak(device: torch.device, threads: int) -> float:
+    """The same of products in bfloat16."""
+
+    def product(n: int, k: int, m: int) -> Callable[[], object]:
+        x, y = (torch.randn(sides, dtype=torch.bfloat16, device=device) for sides in ((n, k), (m, k)))
+        return lambda: x @ y.t()
+
+    return _best_rate(device, threads, product)
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second that a large copy on the device reads and writes together."""
+    source = torch.ones(_COPIED[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _least_seconds(device, lambda: target.copy_(source))
+
+
+def _best_rate(device: torch.device, threads: int, product: Callable[[int, int, int], Callable[[], object]]) -> float:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return max(_rate(device, *shape) for shape in _SHAPES)
+        shapes = _SHAPES_ON_GPU if device.type == "cuda" else _SHAPES
+        return max(2 * n * k * m / _least_seconds(device, product(n, k, m)) for n, k, m in shapes)
     finally:
         torch.set_num_threads(before)
 
 
-def _rate(device: torch.device, n: int, k: int, m: int) -> float:
-    x, y = (torch.randint(-127, 127, sides, dtype=torch.int8, device=device) for sides in ((n, k), (m, k)))
+def _least_seconds(device: torch.device, call: Callable[[], object]) -> float:
+    """Of a call, run again and again for about a second."""
     best, end = float("inf"), time.perf_counter() + _SECONDS
     while time.perf_counter() < end:
         start = time.perf_counter()
-        torch._int_mm(x, y.t())
+        call()
         if device.type == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
-    return 2 * n * k * m / best
+    return best
 
 
 def useful_operations(config: PretrainedConfig, tokens: float) -> float:

@@ -44,7 +44,7 @@ def write_checkpoint(
         output = skeleton.get_output_embeddings()  # type: ignore[operator]
         output.weight = nn.Parameter(torch.empty_like(output.weight), requires_grad=False)
     parameters = dict(skeleton.named_parameters())
-    deviations = _deviations(skeleton, config)
+    wide = deviations(skeleton, config)
     shards = _shards({name: p.numel() * dtype.itemsize for name, p in parameters.items()}, shard_bytes)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def write_checkpoint(
         index: dict[str, str] = {}
         for place, names in enumerate(shards, 1):
             file = f"model-{place:05d}-of-{len(shards):05d}.safetensors"
-            tensors = {name: _values(name, parameters[name], deviations.get(name), dtype, seed) for name in names}
+            tensors = {name: _values(name, parameters[name], wide.get(name), dtype, seed) for name in names}
             save_file(tensors, folder / file, metadata={"format": "pt"})
             index.update(dict.fromkeys(names, file))
         total = sum(p.numel() * dtype.itemsize for p in parameters.values())
@@ -94,20 +94,20 @@ def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
     return shards
 
 
-def _deviations(skeleton: nn.Module, config: PretrainedConfig) -> dict[str, float]:
+def deviations(skeleton: nn.Module, config: PretrainedConfig) -> dict[str, float]:
     """Standard deviation of every matrix: 1 / root of its inputs. Vectors (norms, biases) have none.
 
     T5 does not scale its dot products, so its queries are made smaller.
     """
-    deviations = {}
+    found = {}
     for module_name, module in skeleton.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.dim() == 2:
                 inputs = parameter.shape[0 if isinstance(module, Conv1D) else 1]
                 if config.model_type in ("t5", "mt5") and module_name.endswith(".q"):
                     inputs *= config.d_kv
-                deviations[f"{module_name}.{key}"] = float(inputs**-0.5)
-    return deviations
+                found[f"{module_name}.{key}"] = float(inputs**-0.5)
+    return found
 
 
 def _values(name: str, like: Tensor, deviation: float | None, dtype: torch.dtype, seed: int) -> Tensor:

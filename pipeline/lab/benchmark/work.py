@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from transformers import PretrainedConfig
 
 from pipeline.corpus.encoding import encode_inputs, encode_targets
 from pipeline.corpus.reader import SplitRef
@@ -71,15 +72,7 @@ def load_work(
 
     Raises: CorpusError.
     """
-    settings = TaskSettings.model_validate(
-        {
-            "train": "in memory",
-            "dev": "in memory",
-            "prompt": {"length": options.length},
-            "batch_size": options.batch_size,
-            "optimizer": {"name": "adafactor", "lr": options.rate, "schedule": "constant"},
-        }
-    )
+    settings = _settings(options)
     splits: dict[str, tuple[TokenSet, TokenSet | None]] = {}
     work = []
     beginning: list[int] = []
@@ -100,6 +93,62 @@ def load_work(
             trial = make_trial(name, settings, own, "benchmark", "benchmark")
             work.append(TaskWork(trial, train, held_out, labels, label_ids))
     return work
+
+
+def _settings(options: WorkOptions) -> TaskSettings:
+    return TaskSettings.model_validate(
+        {
+            "train": "in memory",
+            "dev": "in memory",
+            "prompt": {"length": options.length},
+            "batch_size": options.batch_size,
+            "optimizer": {"name": "adafactor", "lr": options.rate, "schedule": "constant"},
+        }
+    )
+
+
+def random_work(
+    count: int,
+    vocabulary: int,
+    options: WorkOptions,
+    input_tokens: tuple[int, int] = (4, 12),
+    target_tokens: tuple[int, int] = (1, 4),
+) -> list[TaskWork]:
+    """`count` tasks of random tokens, whose rows have from the first to the second number of tokens, both included."""
+    settings = _settings(options)
+    return [
+        TaskWork(
+            make_trial(f"task{place}", settings, place, "benchmark", "benchmark"),
+            _random_rows(np.random.default_rng(place), vocabulary, options.rows, (input_tokens, target_tokens)),
+            None,
+            (),
+            (),
+        )
+        for place in range(count)
+    ]
+
+
+def _random_rows(
+    rng: np.random.Generator, vocabulary: int, rows: int, between: tuple[tuple[int, int], tuple[int, int]]
+) -> TokenSet:
+    lengths = [rng.integers(least, most + 1, rows) for least, most in between]
+    texts = pa.array([""] * rows, pa.large_string())
+    inputs, targets = (
+        flat_column(rng.integers(3, vocabulary, of.sum()).astype(np.int32), np.concatenate([[0], np.cumsum(of)]), texts)
+        for of in lengths
+    )
+    return TokenSet(np.arange(rows, dtype=np.uint64), inputs, targets)
+
+
+def needed_tokens(
+    config: PretrainedConfig, tasks: Sequence[TaskWork], prompts: Sequence[np.ndarray], steps: int
+) -> float:
+    """Tokens that a step must compute at least: each row's text once, and each prompt `[P, H]` once. An encoder reads
+    the prompt again with each row.
+    """
+    text = sum(task.text_tokens(step) for task in tasks for step in range(steps)) / steps
+    rows = [task.trial.settings.batch_size if config.is_encoder_decoder else 1 for task in tasks]
+    return text + sum(len(prompt) * count for prompt, count in zip(prompts, rows, strict=True))
 
 
 def write_token_shards(

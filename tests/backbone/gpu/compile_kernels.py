@@ -16,8 +16,7 @@ TABLES = "of_block firsts starts sizes parents first_below below"
 FLOATS = "scaling direction smallest epsilon"
 OF_ONE_TYPE = {"rows_pointer": "*i8", "gate_rows": "*i8", "up_rows": "*i8", "product": "*i32"}
 IN_FLOAT32 = (
-    "log_sums shares cosine sine columns scales row_scales y_pointer inverses "
-    "gates ups of_gate of_up gate_scales up_scales"
+    "log_sums shares cosine sine columns scales row_scales inverses gates ups of_gate of_up gate_scales up_scales"
 )
 
 

@@ -48,13 +48,14 @@ def test_a_row_that_is_not_finite_spoils_its_own_scale_alone(spoiled):
 
 @pytest.mark.parametrize("width", [3, 1024, 2050])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_a_product_is_rescaled_as_by_pytorchs_operators_to_the_last_bit(width, scaled):
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_a_product_is_rescaled_as_by_pytorchs_operators_to_the_last_bit(width, scaled, kind):
     torch.manual_seed(width)
     product = torch.randint(-(2**24), 2**24, (4, width), dtype=torch.int32)
-    row_scale, columns = torch.rand(4, 1), torch.rand(width) if scaled else None
-    assert torch.equal(
-        rows.rescale(product, row_scale, columns), int8._rescale(product, row_scale, columns, kernels=False)
-    )
+    row_scale, columns = torch.rand(4, 1) * 1e-4, torch.rand(width) if scaled else None
+    found = rows.rescale(product, row_scale, columns, kind)
+    expected = int8._rescale(product, row_scale, columns, False, kind)
+    assert found.dtype == expected.dtype == kind and torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float16])
