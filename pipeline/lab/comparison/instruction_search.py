@@ -181,7 +181,7 @@ def find_instruction(
     stops: Callable[[], bool] = lambda: False,
 ) -> FoundInstruction | None:
     """Search on all ranks together; None when `stops` said so before a proposal. Raises: CorpusError."""
-    import gepa  # an optional package, and ranks of other phases need none
+    from gepa.api import optimize  # an optional package, and ranks of other phases need none
 
     hard = settings.compare.hard_prompts
     assert hard is not None and hard.search is not None
@@ -190,21 +190,27 @@ def find_instruction(
     order = random_numbers(search.seed, search.task, "instructions").permutation(len(train))
     # Half of a small train split is left to learn from.
     judged = min(wanted.rows, len(train) // 2) if len(train) > 1 else 1
-    told: list[bool] = []
-    program = _Program(settings, search.task, corpus, train, backbone, tokenizer)
-    result = gepa.optimize(
-        seed_candidate={_PART: _first_text(hard.between, written_texts(hard, search.task), corpus)},
+    told = False
+
+    def told_to_stop(gepa_state: Any) -> bool:
+        nonlocal told
+        told = told or stops()
+        return told
+
+    program: Any = _Program(settings, search.task, corpus, train, backbone, tokenizer)
+    result: Any = optimize(
+        seed_candidate={_PART: _first_text(written_texts(hard, search.task), corpus)},
         trainset=order[judged:].tolist() or order.tolist(),
         valset=order[:judged].tolist(),
         adapter=program,
         reflection_lm=partial(_propose, backbone, tokenizer, wanted.max_tokens, settings.cluster.tokens_per_microbatch),
         reflection_minibatch_size=wanted.shown,
         max_metric_calls=wanted.answers,
-        stop_callbacks=lambda state: told.append(stops()) or told[-1],
+        stop_callbacks=told_to_stop,
         logger=_Silent(),
         seed=search.seed,
     )
-    if any(told):
+    if told:
         return None
     best, seconds = int(result.best_idx), time.perf_counter() - started
     return FoundInstruction(
@@ -215,7 +221,7 @@ def find_instruction(
     )
 
 
-def _first_text(between: str, texts: Sequence[str], corpus: TaskCorpus) -> str:
+def _first_text(texts: Sequence[str], corpus: TaskCorpus) -> str:
     """What a search begins with: the user's first text, else the labels."""
     if texts[0] or corpus.labels is None:
         return texts[0]
@@ -241,7 +247,7 @@ class _Program:
     """GEPA's own request to the model that proposes."""
 
     def evaluate(self, batch: list[int], candidate: dict[str, str], capture_traces: bool = False) -> Any:
-        from gepa import EvaluationBatch
+        from gepa.core.adapter import EvaluationBatch
 
         hard, own = self.settings.compare.hard_prompts, self.settings.tasks[self.task]
         assert hard is not None

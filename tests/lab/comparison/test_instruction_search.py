@@ -1,4 +1,4 @@
-"""A search over instructions with the real GEPA, in this process; over ranks, see `tests/jobs/test_compare_methods.py`."""
+"""A search over instructions with the real GEPA, in this process (over ranks: `tests/jobs/test_compare_methods.py`)."""
 
 import numpy as np
 import pytest
