@@ -131,7 +131,7 @@ class Rule:
     def _seen(self, queries: np.ndarray, keys: np.ndarray, device: torch.device) -> np.ndarray:
         try:
             # On the host, which would otherwise wait until the device has caught up, only to decide what to launch.
-            return self(torch.from_numpy(queries), torch.from_numpy(keys)).numpy()
+            return self(torch.from_numpy(queries), torch.from_numpy(keys)).cpu().numpy()
         except RuntimeError:  # a rule that has numbers of its own on the device (llama4's chunks)
             return self(to_device(queries, device), to_device(keys, device)).cpu().numpy()
 

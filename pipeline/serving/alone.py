@@ -53,9 +53,12 @@ def serving_alone(settings: ServiceSettings, host: str, port: int) -> Iterator[N
         thread.start()
         try:
             while not server.started:
+                if not thread.is_alive():
+                    raise SettingsError(f"the HTTP server on {host}:{port} ended before it listened; its log tells why")
                 time.sleep(0.01)
             yield
         finally:
-            proxy.drain(host, port, token, settings.shutdown_s)
+            if thread.is_alive():
+                proxy.drain(host, port, token, settings.shutdown_s)
             server.should_exit = True
             thread.join()

@@ -14,7 +14,7 @@ import numpy as np
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 """A token of SentencePiece that is one byte of a character."""
-_LAST_WORDS = re.compile(r"(?:\s+\S*){1,3}$")
+_LAST_WORDS = 3
 """As many as become one word when transformers cleans a text up: `do n ' t` is "don't"."""
 _REPLACEMENT = "\ufffd"
 """What an incomplete character is decoded to."""
@@ -37,7 +37,7 @@ class AnswerDecoder:
         if not self._appends:
             return ""
         text = self.text(ids[: self._before_bytes(ids)]).rstrip(_REPLACEMENT)
-        return _LAST_WORDS.sub("", text) if self._cleans_up else text
+        return _without_last_words(text) if self._cleans_up else text
 
     def _before_bytes(self, ids: Sequence[int]) -> int:
         """Tokens before the bytes at the end: SentencePiece decodes a run of bytes as a whole, or none of it."""
@@ -70,6 +70,12 @@ class AnswerDecoder:
         told: dict[str, Any] = {"type": "Fuse"} if decoder is None else json.loads(decoder.__getstate__())
         parts = told["decoders"] if told["type"] == "Sequence" else [told]
         return all(part["type"] in _APPENDING or _replaces_a_character(part) for part in parts)
+
+
+def _without_last_words(text: str) -> str:
+    words = text.rsplit(maxsplit=_LAST_WORDS)
+    # A space at the beginning may go, too, as long as few words follow it.
+    return words[0] if len(words) > _LAST_WORDS or (words and not text[0].isspace()) else ""
 
 
 def _replaces_a_character(part: Mapping[str, Any]) -> bool:

@@ -85,10 +85,11 @@ def test_openais_client_gets_the_answers_of_the_prompted_model(service, direct):
             asked = {"model": task, "prompt": TEXTS, "max_tokens": 7}
             reply = client.completions.create(**asked)
             assert [choice.text.strip() for choice in reply.choices] == expected and reply.model == f"{task}@1"
-            streamed = [
-                choice.text for chunk in client.completions.create(**asked, stream=True) for choice in chunk.choices
-            ]
-            assert streamed == [choice.text for choice in reply.choices]
+            streamed = dict.fromkeys(range(len(TEXTS)), "")
+            for chunk in client.completions.create(**asked, stream=True):
+                for choice in chunk.choices:
+                    streamed[choice.index] += choice.text
+            assert list(streamed.values()) == [choice.text for choice in reply.choices]
             messages = [{"role": "user", "content": TEXTS[0]}]
             chat = client.chat.completions.create(model=task, messages=messages, max_tokens=7)
             assert chat.choices[0].message.content.strip() == expected[0]

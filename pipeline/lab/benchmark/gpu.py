@@ -12,7 +12,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -77,13 +77,14 @@ def measure_gpu(options: GpuOptions, out: Path, say: Callable[[str], None] = pri
     Raises: SettingsError for a section that there is not, BackboneError where PyTorch sees no GPU, StorageError.
     """
     names = options.sections or tuple(SECTIONS)
+    if options.device not in ("cuda", "cpu"):
+        raise SettingsError(f"--device {options.device}: take cuda or cpu; CUDA_VISIBLE_DEVICES chooses a card")
     for name in names:
         if name not in SECTIONS:
             raise SettingsError(f"--sections {name}: there is no such section; there are {', '.join(SECTIONS)}")
     asked = sum(SECTIONS[name].seconds for name in names)
     found: dict[str, Any] = {"device": options.device, "small": options.small, "passed": False}
     found["sections"] = {name: {"status": "not begun", "seconds": 0.0, "found": []} for name in names}
-    _write(out, found)
     started = ends = time.monotonic()
     worker = _Worker(options)
     try:
@@ -106,7 +107,9 @@ def _write(out: Path, found: object) -> None:
 
 
 def _is_right(name: str, section: Mapping[str, Any]) -> bool:
-    return section["status"] == "done" or (section["status"] == "out of time" and not SECTIONS[name].proves)
+    if section["status"] == "out of time":  # what was measured until then is right
+        return bool(section["found"]) and not SECTIONS[name].proves
+    return bool(section["status"] == "done")
 
 
 def _run(worker: "_Worker", name: str, ends: float, section: dict[str, Any], write: Callable[[], None]) -> None:
@@ -143,14 +146,15 @@ class _Worker:
         if self._process is None:
             self._start()
         assert self._connection is not None
-        self._connection.send(name)
+        with suppress(OSError):  # of a process that has ended, which the loop tells
+            self._connection.send(name)
         kind = ""
         while kind not in ("done", "failed"):
             if not self._connection.poll(max(0.0, ends - time.monotonic())):
                 break
             try:
                 kind, told_of = self._connection.recv()
-            except EOFError:
+            except (EOFError, OSError):
                 self._process.join(10)
                 kind, told_of = "failed", f"its process ended with exit code {self._process.exitcode}"
             if kind == "no device":

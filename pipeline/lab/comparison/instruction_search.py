@@ -112,8 +112,11 @@ class SearchJob:
 def searched_prompts(study: Study, search: InstructionSearchSettings) -> list[HardPrompt]:
     """What a search of each task and seed found. Raises: PromptBankError."""
     context = context_length(study.checked.config)
+    hard, encode = study.settings.compare.hard_prompts, partial(encode_inputs, study.checked.tokenizer)
+    assert hard is not None
     for task in study.corpora:
-        _check_room(task, study.settings.tasks[task], search, context)
+        (first,) = encode(study.checked.architecture, [written_texts(hard, task)[0]])
+        _check_room(task, study.settings.tasks[task], search, len(first), context)
     corpora = without_test_splits(study.corpora)
     with study.phase(PHASE) as (folder, log):
         log.write("begin", tasks=len(corpora))
@@ -154,14 +157,17 @@ def _searches(study: Study, search: InstructionSearchSettings) -> Iterator[Searc
             yield Search(task, seed, digest)
 
 
-def _check_room(task: str, settings: TaskSettings, search: InstructionSearchSettings, context: int | None) -> None:
+def _check_room(
+    task: str, settings: TaskSettings, search: InstructionSearchSettings, first: int, context: int | None
+) -> None:
+    """first: tokens of the text that the search begins with."""
     row = settings.max_input_tokens + 2 * settings.max_target_tokens + _ROW_TOKENS
-    most = _REQUEST_TOKENS + 2 * search.max_tokens + search.shown * row
+    most = _REQUEST_TOKENS + max(first, search.max_tokens) + search.max_tokens + search.shown * row
     if context is not None and most > context:
         raise SettingsError(
-            f"compare.hard_prompts.search: {search.shown} solved rows of '{task}', two instructions of "
-            f"{search.max_tokens} tokens and the request may take {most} tokens, longer than the model's context of "
-            f"{context} tokens; lower shown, max_tokens or the task's max_input_tokens"
+            f"compare.hard_prompts.search: {search.shown} solved rows of '{task}', its text of {first} tokens, a new "
+            f"one of {search.max_tokens} and the request may take {most} tokens, longer than the model's context "
+            f"of {context} tokens; lower shown, max_tokens or the task's max_input_tokens, or shorten the text"
         )
 
 

@@ -121,13 +121,20 @@ def _hard_prompts(study: Study) -> list[HardPrompt]:
         return []
     tasks, tokenizer, architecture = study.settings.tasks, checked.tokenizer, checked.architecture
     found = list(hard_prompts(compare.hard_prompts, tasks, study.corpora, compare.seeds, tokenizer, architecture))
+    _check_hard_prompts(study, found)  # before a search takes its time
     if compare.hard_prompts.search is not None:
-        found += searched_prompts(study, compare.hard_prompts.search)
-    for prompt in found:
-        task = tasks[prompt.candidate.task]
-        context, rows = context_length(checked.config), embedding_rows(checked.config)
-        check_hard_prompt(prompt, task, tokenizer, architecture, context, rows)
+        searched = searched_prompts(study, compare.hard_prompts.search)
+        _check_hard_prompts(study, searched)
+        found += searched
     return found
+
+
+def _check_hard_prompts(study: Study, prompts: Sequence[HardPrompt]) -> None:
+    checked = study.checked
+    context, rows = context_length(checked.config), embedding_rows(checked.config)
+    for prompt in prompts:
+        task = study.settings.tasks[prompt.candidate.task]
+        check_hard_prompt(prompt, task, checked.tokenizer, checked.architecture, context, rows)
 
 
 def _measured_hard(study: Study, prompts: Sequence[HardPrompt]) -> list[MeasuredCandidate]:

@@ -128,5 +128,7 @@ def test_the_model_that_answers_writes_the_instructions_too(hosted):
 def test_rows_too_long_to_be_shown_are_refused_with_what_to_lower():
     search = InstructionSearchSettings(shown=8)
     with pytest.raises(SettingsError, match=r"compare\.hard_prompts\.search: 8 solved rows of 'a'.*; lower shown"):
-        _check_room("a", make_task(max_input_tokens=512), search, 2048)
-    _check_room("a", make_task(max_input_tokens=512), search, None)
+        _check_room("a", make_task(max_input_tokens=512), search, 9, 2048)
+    with pytest.raises(SettingsError, match="its text of 1500 tokens"):
+        _check_room("a", make_task(max_input_tokens=8), search, 1500, 2048)
+    _check_room("a", make_task(max_input_tokens=512), search, 9, None)
