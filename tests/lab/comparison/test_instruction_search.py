@@ -1,8 +1,9 @@
-"""A search over instructions with the real GEPA, in this process (over ranks: `tests/jobs/test_compare_methods.py`)."""
+"""A search over instructions with the real GEPA, in this process and on two ranks."""
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from pipeline.backbone.files import find_model, read_config, read_tokenizer
 from pipeline.backbone.host import host_backbone
@@ -14,6 +15,7 @@ from pipeline.lab.comparison.instruction_search import Search, _check_room, _pro
 from pipeline.settings import InstructionSearchSettings, parse_settings
 from pipeline.tuning.evaluate import answer, score_texts
 from tests.corpora import make_corpus, make_task
+from tests.ranks import run_ranks
 from tests.tiny import WORDS, make_model
 
 # Of three rows answered at a time, the instruction that learns and the one that it makes; of eight, what was kept.
@@ -132,3 +134,29 @@ def test_rows_too_long_to_be_shown_are_refused_with_what_to_lower():
     with pytest.raises(SettingsError, match="its text of 1500 tokens"):
         _check_room("a", make_task(max_input_tokens=8), search, 1500, 2048)
     _check_room("a", make_task(max_input_tokens=512), search, 9, None)
+
+
+def search_on_rank(folder, model_folder):
+    """A search on one of several ranks of a partitioned model, which writes its own instructions."""
+    files = find_model(str(model_folder))
+    cpu = torch.device("cpu")
+    backbone = host_backbone(files, read_config(files), int8=True, dtype=torch.float32, device=cpu, sharded=True)
+    tokenizer = read_tokenizer(files)
+    corpus = make_corpus(folder / f"rank{dist.get_rank()}", tokenizer, backbone.architecture, "a", rows=40)
+    taken = []
+    real = instruction_search._Program.evaluate
+
+    def spied(program, batch, *more, **by_name):
+        taken.append(list(batch))
+        return real(program, batch, *more, **by_name)
+
+    instruction_search._Program.evaluate = spied  # in this process, which ends with the search
+    found = find_instruction(settings_of("is it good", metric="loss"), corpus, Search("a", 0, "f"), backbone, tokenizer)
+    return found.text, found.value, found.tried, taken
+
+
+@pytest.mark.processes
+def test_two_ranks_of_a_partitioned_model_search_in_step(tmp_path):
+    folder = make_model(tmp_path / "model", "llama_untied", scale=1.0, max_position_embeddings=2048)
+    first, second = run_ranks(2, search_on_rank, tmp_path, folder)
+    assert first == second and len(first[-1]) > 3
