@@ -1,9 +1,10 @@
 """Answer questions on the ranks, with many prompts in the same batches. Each answer is kept as soon as it is there."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import AutoTokenizer
@@ -37,6 +38,46 @@ _AT_ONCE = 8
 PHASE = "answers"
 
 
+class FrozenModelJob(Protocol):
+    """A job whose ranks host the frozen model and ask it."""
+
+    @property
+    def settings(self) -> dict[str, Any]: ...
+    @property
+    def run_folder(self) -> str: ...
+    @property
+    def model_folder(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class FrozenRank:
+    """What a rank needs that asks the frozen model."""
+
+    settings: Settings
+    backbone: Backbone
+    tokenizer: Any
+    run_log: RunLog
+    stops: Callable[[], bool]
+    """Whether all ranks are told to stop; every rank must call it at the same place."""
+
+
+@contextmanager
+def frozen_rank(
+    job: FrozenModelJob, phase: str, device: torch.device, node_leaves: Callable[[], bool]
+) -> Iterator[FrozenRank]:
+    """Host the model of a phase that tunes nothing, and tell the phase's memory at its end. Raises: BackboneError."""
+    settings, folder = Settings.model_validate(job.settings), Path(job.run_folder)
+    run_log = RunLog(folder, silent=rank() != 0)
+    timeout, threads = settings.run.hang_timeout, settings.cluster.cpus_per_worker
+    with rank_process(job.run_folder, timeout, threads, device) as alive:
+        backbone = host_on_rank(settings, Path(job.model_folder), device, run_log)
+        call_at_every_layer(backbone.hosted, alive)
+        tokenizer = AutoTokenizer.from_pretrained(job.model_folder, trust_remote_code=False)
+        signal = StopSignal(folder, node_leaves)
+        yield FrozenRank(settings, backbone, tokenizer, run_log, lambda: signal.next(backbone.device) == "stop")
+        run_log.memory(phase)
+
+
 @dataclass(frozen=True)
 class EvalJob:
     """Questions as sent to the ranks; plain values only."""
@@ -56,14 +97,8 @@ class EvalJob:
 
     def carry_out(self, device: torch.device, node_leaves: Callable[[], bool]) -> None:
         """Answer what is missing, on a rank. Raises: StorageError, BackboneError."""
-        settings = Settings.model_validate(self.settings)
-        run_log = RunLog(Path(self.run_folder), silent=rank() != 0)
-        timeout, threads = settings.run.hang_timeout, settings.cluster.cpus_per_worker
-        with rank_process(self.run_folder, timeout, threads, device) as alive:
-            backbone = host_on_rank(settings, Path(self.model_folder), device, run_log)
-            call_at_every_layer(backbone.hosted, alive)
-            _answer_all(self, settings, backbone, run_log, StopSignal(Path(self.run_folder), node_leaves))
-            run_log.memory(PHASE)
+        with frozen_rank(self, PHASE, device, node_leaves) as own:
+            _answer_all(self, own)
 
 
 @dataclass(frozen=True)
@@ -116,14 +151,14 @@ def _eval_job(study: Study, questions: Sequence[SplitQuestion], phase: str, weig
     )
 
 
-def _answer_all(job: EvalJob, settings: Settings, backbone: Backbone, run_log: RunLog, stop_signal: StopSignal) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(job.model_folder, trust_remote_code=False)
+def _answer_all(job: EvalJob, own: FrozenRank) -> None:
+    settings, backbone, tokenizer = own.settings, own.backbone, own.tokenizer
     corpora = {task: TaskCorpus.from_dict(corpus) for task, corpus in job.corpora.items()}
     paths = job.paths
     missing = _missing(paths, backbone.device)
-    run_log.event("stage", name=PHASE, text=f"{len(missing)} question(s) to {world_size()} rank(s)")
+    own.run_log.event("stage", name=PHASE, text=f"{len(missing)} question(s) to {world_size()} rank(s)")
     for start in range(0, len(missing), _AT_ONCE):
-        if stop_signal.next(backbone.device) == "stop":
+        if own.stops():
             return
         part = missing[start : start + _AT_ONCE]
         requests = [_eval_request(job, settings, corpora, question, backbone, tokenizer) for question in part]
@@ -131,7 +166,7 @@ def _answer_all(job: EvalJob, settings: Settings, backbone: Backbone, run_log: R
         if rank() == 0:
             for question, request, given in zip(part, requests, answers, strict=True):
                 save_answers(paths[question], to_split_answers(request, given))
-        run_log.event("stage", name=PHASE, text=f"{min(start + _AT_ONCE, len(missing))} of {len(missing)} answered")
+        own.run_log.event("stage", name=PHASE, text=f"{min(start + _AT_ONCE, len(missing))} of {len(missing)} answered")
 
 
 def _missing(paths: Mapping[SplitQuestion, Path], device: torch.device) -> list[SplitQuestion]:

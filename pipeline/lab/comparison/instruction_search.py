@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import AutoTokenizer
 
 from pipeline.backbone.files import context_length
 from pipeline.backbone.host import Backbone
@@ -32,16 +31,13 @@ from pipeline.corpus.task_corpus import TaskCorpus
 from pipeline.corpus.token_set import TokenSet, flat_column
 from pipeline.errors import CorpusError, SettingsError
 from pipeline.lab.comparison.candidates import Candidate
+from pipeline.lab.comparison.eval_job import frozen_rank
 from pipeline.lab.comparison.hard_prompts import HardPrompt, instructed_request, written_texts
 from pipeline.lab.comparison.study import Study, without_test_splits
 from pipeline.run.stages import settings_for_ranks
 from pipeline.settings import InstructionSearchSettings, Settings, TaskSettings
 from pipeline.tuning.evaluate import LABELLED, EvalRequest, answer, score_texts
-from pipeline.tuning.hosting import host_on_rank
-from pipeline.tuning.interruption.stop_signal import StopSignal
-from pipeline.tuning.interruption.watchdog import call_at_every_layer, rank_process
 from pipeline.tuning.ranks import rank, world_size
-from pipeline.tuning.run_log import RunLog
 from pipeline.tuning.teaching import joined
 from pipeline.tuning.trials import random_numbers
 from pipeline.whole_files import write_atomically
@@ -87,26 +83,16 @@ class SearchJob:
 
     def carry_out(self, device: torch.device, node_leaves: Callable[[], bool]) -> None:
         """Search on a rank. Raises: StorageError, BackboneError."""
-        settings = Settings.model_validate(self.settings)
-        run_log = RunLog(Path(self.run_folder), silent=rank() != 0)
-        tokenizer = AutoTokenizer.from_pretrained(self.model_folder, trust_remote_code=False)
-        with rank_process(
-            self.run_folder, settings.run.hang_timeout, settings.cluster.cpus_per_worker, device
-        ) as alive:
-            backbone = host_on_rank(settings, Path(self.model_folder), device, run_log)
-            call_at_every_layer(backbone.hosted, alive)
-            stop_signal = StopSignal(Path(self.run_folder), node_leaves)
-            stops = lambda: stop_signal.next(backbone.device) == "stop"  # noqa: E731
+        with frozen_rank(self, PHASE, device, node_leaves) as own:
             for place, search in enumerate(self.searches, 1):
                 text = f"{search.task}, seed {search.seed} ({place} of {len(self.searches)})"
-                run_log.event("stage", name=PHASE, text=text)
+                own.run_log.event("stage", name=PHASE, text=text)
                 corpus = TaskCorpus.from_dict(self.corpora[search.task])
-                found = find_instruction(settings, corpus, search, backbone, tokenizer, stops)
+                found = find_instruction(own.settings, corpus, search, own.backbone, own.tokenizer, own.stops)
                 if found is None:
                     return
                 if rank() == 0:
                     write_atomically(self.path(search), json.dumps(asdict(found)).encode())
-            run_log.memory(PHASE)
 
 
 def searched_prompts(study: Study, search: InstructionSearchSettings) -> list[HardPrompt]:
@@ -129,7 +115,7 @@ def searched_prompts(study: Study, search: InstructionSearchSettings) -> list[Ha
         )
         missing = tuple(one for one in job.searches if _load(job.path(one)) is None)
         if missing:
-            study.run_on_ranks(SearchJob(**{**vars(job), "searches": missing}), log)
+            study.run_on_ranks(replace(job, searches=missing), log)
         found = [_load(job.path(one)) for one in job.searches]
         log.write("end", version=None, exit=0)
     if any(one is None for one in found):
