@@ -12,6 +12,7 @@ PROMPT_BANK_TOKEN or --token-file names. It joins the Ray cluster at RAY_ADDRESS
 input.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -82,6 +83,9 @@ def _serve(given: dict[str, Any], host: str, port: int, console: Console) -> Non
         from pipeline.serving.app import serving
     else:
         from pipeline.serving.alone import serving_alone as serving
+
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+        logging.getLogger("ray.serve").setLevel(logging.INFO)  # the replica's own log, which Serve keeps in a file
 
     stop = threading.Event()
     with serving(settings, host, port):

@@ -40,6 +40,7 @@ def drain(host: str, port: int, token: str, patience: float) -> None:
 
 def proxy_middleware() -> list[Middleware]:
     """The middleware that Serve asks for in its proxy before the proxy listens."""
+    HeadTimeoutProtocol.seconds = float(os.environ[_SECONDS])
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{HeadTimeoutProtocol.__name__}"  # Serve gives it no other
     return [Middleware(DrainMiddleware, token=os.environ[_TOKEN])]
 
@@ -74,7 +75,9 @@ class DrainMiddleware:
 
 
 class HeadTimeoutProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """uvicorn's own protocol, which also closes a connection whose request head does not arrive in time."""
+    """uvicorn's own protocol, which also closes a connection whose request head does not arrive in `seconds`."""
+
+    seconds: float
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -94,7 +97,7 @@ class HeadTimeoutProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
 
     def _expect_head(self) -> None:
         if self._late is None and not self.transport.is_closing():
-            self._late = self.loop.call_later(float(os.environ[_SECONDS]), self._close)
+            self._late = self.loop.call_later(self.seconds, self._close)
 
     def _cancel(self) -> None:
         if self._late is not None:

@@ -31,6 +31,10 @@ class Answering:
         self._admitted = 0
         self._loop = ModelLoop(model, settings.max_rows, settings.batch_wait_s, self._on_batch)
 
+    def close(self) -> None:
+        """End the model's thread."""
+        self._loop.close()
+
     @contextmanager
     def admitted(self) -> Iterator[None]:
         """Around all that a request waits for: the bank's store, and the model. Raises: OverloadedError."""

@@ -85,10 +85,12 @@ class ModelLoop:
         self._observe = observe
         self._asked: dict[str, deque[_Asked]] = {"classify": deque(), "generate": deque()}
         self._changed = threading.Condition()
+        self._closed = False
         self._ready: deque[_Generating] = deque()
         """Requests with rows that will join as soon as there is room."""
         self._running: RunningBatch[_RowKey] | None = model.running_batch()
-        threading.Thread(target=self._run, name="model", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+        self._thread.start()
 
     def ask(self, kind: str, request: Request, tell: Tell | None = None) -> Future[Reply]:
         """`classify` or `generate`; the future can be cancelled until it is answered.
@@ -102,8 +104,15 @@ class ModelLoop:
             self._changed.notify()
         return asked.future
 
+    def close(self) -> None:
+        """End the thread after the batch or the token that is under way. What is not answered by then never is."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
     def _run(self) -> None:
-        while True:
+        while not self._closed:
             self._wait()
             start = time.monotonic()
             self._turn("classify", self._classify)
@@ -125,7 +134,7 @@ class ModelLoop:
         with self._changed:
             if any(self._asked.values()):
                 return
-            self._changed.wait_for(lambda: any(self._asked.values()))
+            self._changed.wait_for(lambda: self._closed or any(self._asked.values()))
         time.sleep(self._wait_s)
 
     def _turn(self, kind: str, answer: Callable[[list[_Asked]], None]) -> None:

@@ -37,6 +37,11 @@ class Replica(Answering):
         self._watch_error: str | None = None
         self._watcher = self.bank.watch(self._on_event, settings.watch_every)
 
+    def close(self) -> None:
+        """End the threads that run the model and follow the bank."""
+        self._watcher.stop()
+        super().close()
+
     def api(self) -> FastAPI:
         return make_api(self, self._tokens)
 

@@ -24,7 +24,7 @@ class VersionedAnswers(Generic[Answer]):
 
 
 class Service(Protocol):
-    """What the routes need of a service; `app.PromptService` is one on Ray Serve."""
+    """What the routes need of a service; `replica.Replica` is one."""
 
     settings: ServiceSettings
     metrics: ServiceMetrics

@@ -56,8 +56,8 @@ class ServiceSettings(SettingsModel):
     cache_mib: int = Field(default=512, ge=0, le=2**30)
     """Memory for the keys and values of prompts, in MiB."""
     request_s: float = Field(default=30, gt=0, le=MOST_SECONDS)
-    """How long a client may take to send a request's body, in seconds. A service with a local Ray also limits the
-    request's head to this."""
+    """How long a client may take to send a request's body, in seconds. A service without Ray or with a local one also
+    limits the request's head to this; without Ray, also how long a client may take nothing of a stream."""
     shutdown_s: float = Field(default=60, ge=0, le=MOST_SECONDS)
     """How long requests may still run when the service is told to end, in seconds. If one hangs, the end takes twice
     as long: the proxy waits for its answer, and then Serve for its replica."""

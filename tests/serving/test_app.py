@@ -178,14 +178,16 @@ def test_openapi_describes_routes_and_errors(client):
     assert "max_new_tokens" in api["components"]["schemas"]["GenerateBody"]["properties"]
 
 
+# A random model may end any one text at once; of so many, some are long.
+LONG = {"rows": [{"task": "open", "text": text} for text, _ in reviews(MAX_ROWS, 0)], "max_new_tokens": 200}
+
+
 def _ask_for_long(url, replies):
     """Threads that ask for a second or more of the model's work, started, and one arrived."""
-    # A random model may end any one text at once; of so many, some are long.
-    body = {"rows": [{"task": "open", "text": text} for text, _ in reviews(MAX_ROWS, 0)], "max_new_tokens": 200}
 
     def ask():
         try:
-            replies.append(httpx.post(f"{url}/v1/generate", json=body, timeout=60).status_code)
+            replies.append(httpx.post(f"{url}/v1/generate", json=LONG, timeout=60).status_code)
         except httpx.ConnectError:
             replies.append(0)
 
@@ -293,6 +295,16 @@ def test_a_stream_comes_token_by_token_and_is_the_answer(client):
     assert lines[-1] == "[DONE]" and len(told) > 5
     assert "".join(choice["text"] for choice in told) == whole["text"]
     assert told[-1]["finish_reason"] == whole["finish_reason"]
+
+
+def test_what_a_caller_who_left_asked_for_ends_unanswered(service, client):
+    body = json.dumps(LONG).encode()
+    head = f"POST /v1/generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    with socket.create_connection(("127.0.0.1", int(service[1].rpartition(":")[2]))) as connection:
+        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        _wait_until(lambda: _in_progress(service[1]), 10, every=0.01)
+    unanswered = 'route="/v1/generate",status="499"'
+    _wait_until(lambda: any(unanswered in line for line in client.get("/metrics").text.splitlines()), 10)
 
 
 @pytest.mark.parametrize(
