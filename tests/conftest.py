@@ -29,6 +29,8 @@ _START_A_RAY = (
     "serving/test_guarded_app.py",
     "serving/test_replicas.py",
 )
+_SLOW_SECONDS = 1500
+"""Before a slow test counts as one that hangs: several whole jobs beside another process' tests."""
 _NEED_NONE = ("jobs/test_quickstart_corpora.py", "run/test_lease.py")
 
 
@@ -41,6 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _starts_a_ray(item.nodeid):
             item.add_marker("processes")
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(_SLOW_SECONDS))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -111,22 +111,17 @@ class Rule:
     def __getitem__(self, _: Any) -> "Rule":
         return self  # Gemma 4 slices the masks of layers that share keys
 
-    def first_seen(self, queries: np.ndarray, device: torch.device) -> np.ndarray | None:
-        """`[N]`: the first position that tokens at positions `[N]` see, where each sees all from there to its own.
-
-        0 for all is the plain causal rule, and a window that is longer does nothing. None is another kind of rule.
-        """
+    def is_causal(self, queries: np.ndarray, device: torch.device) -> bool:
+        """Whether tokens at positions `[N]` see all up to their own, as behind a window that is longer than they are."""
         if self.function is causal_mask_function:
-            return np.zeros_like(queries)
-        places = np.unique(queries)
-        keys, firsts = np.arange(places[-1] + 1), list[np.ndarray]()
+            return True
+        places = np.unique(queries)[::-1]  # the last come first, for there a window hides something
+        keys = np.arange(places[0] + 1)
         for start in range(0, len(places), _QUERIES):  # some at a time, since the whole is positions by positions
-            some = places[start : start + _QUERIES, None]
-            seen = self._seen(some, keys[None], device)
-            firsts.append(seen.argmax(1))
-            if not np.array_equal(seen, (keys >= firsts[-1][:, None]) & (keys <= some)):
-                return None
-        return np.concatenate(firsts)[np.searchsorted(places, queries)]
+            some = places[start : start + _QUERIES, None].copy()
+            if not np.array_equal(self._seen(some, keys[None], device), keys <= some):
+                return False
+        return True
 
     def _seen(self, queries: np.ndarray, keys: np.ndarray, device: torch.device) -> np.ndarray:
         try:
@@ -156,9 +151,8 @@ class PackedRun:
             return None
         if id(rule) not in self._biases:
             segments, device = self.layout.segments, self.layout.device
-            first = rule.first_seen(segments.positions(), device)
             made = None
-            if first is None or first.any():
+            if not rule.is_causal(segments.positions(), device):
                 positions = to_device(segments.all_positions(), device)
                 made = packed_attention.make_biases(self.layout.levels, rule, positions)
             self._biases[id(rule)] = (rule, made)  # the rule is kept, so that no other gets its id

@@ -1,13 +1,11 @@
-"""What a family's rule lets a token see, as the first position that it sees."""
+"""Whether what a family's rule lets tokens see is all that lies before them."""
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import masking_utils
 
-from pipeline.backbone import packed
 from pipeline.backbone.packed import Rule
 
 CPU = torch.device("cpu")
@@ -19,28 +17,24 @@ def seen_by(rule, queries):
     return rule(torch.tensor(queries)[:, None], keys[None]), keys
 
 
-@settings(max_examples=40, deadline=None)
-@given(PLACES, st.integers(1, 800), st.booleans())
-def test_a_window_and_a_chunk_are_what_lies_between_the_first_position_seen_and_a_tokens_own(places, size, chunks):
-    if chunks:
-        rule = Rule(masking_utils.chunked_causal_mask_function(size, torch.zeros(1, dtype=torch.long)))
-    else:
-        rule = Rule(masking_utils.sliding_window_causal_mask_function(size))
-    first = rule.first_seen(np.array(places), CPU)
+@settings(max_examples=60, deadline=None)
+@given(PLACES, st.integers(1, 800), st.sampled_from(["window", "chunk", "gaps", "ahead"]))
+def test_a_rule_is_causal_where_each_token_sees_all_up_to_its_own(places, size, kind):
+    rule = {
+        "window": lambda: Rule(masking_utils.sliding_window_causal_mask_function(size)),
+        "chunk": lambda: Rule(masking_utils.chunked_causal_mask_function(size, torch.zeros(1, dtype=torch.long))),
+        "gaps": lambda: Rule(lambda b, h, q, k: (k <= q) & ((q - k) % size == 0)),
+        "ahead": lambda: Rule(lambda b, h, q, k: k <= q + size),
+    }[kind]()
     seen, keys = seen_by(rule, places)
-    between = (keys >= torch.from_numpy(first)[:, None]) & (keys <= torch.tensor(places)[:, None])
-    assert torch.equal(seen, between)
-    assert first.any() == (max(places) >= size)
+    plain = torch.equal(seen, keys <= torch.tensor(places)[:, None])
+    assert rule.is_causal(np.array(places), CPU) == plain
+    if kind in ("window", "chunk"):
+        assert plain == (max(places) < size)
 
 
-def test_the_plain_causal_rule_sees_all_from_the_first_position_on():
-    assert not Rule(masking_utils.causal_mask_function).first_seen(np.array([0, 5, 900]), CPU).any()
-
-
-@pytest.mark.parametrize("positions", [[4], [0, 3, 4], list(range(600))])
-def test_a_rule_with_gaps_has_no_first_position(positions):
-    rule = Rule(lambda b, h, q, k: (k <= q) & ((q - k) % 3 == 0))
-    assert rule.first_seen(np.array(positions), CPU) is None
+def test_the_plain_causal_rule_is_causal():
+    assert Rule(masking_utils.causal_mask_function).is_causal(np.array([0, 5, 900]), CPU)
 
 
 def test_a_rule_that_has_numbers_on_the_device_is_asked_there():
@@ -52,5 +46,5 @@ def test_a_rule_that_has_numbers_on_the_device_is_asked_there():
             raise RuntimeError("Expected all tensors to be on the same device")
         return (k <= q) & (k > q - 3)
 
-    found = Rule(function).first_seen(np.arange(packed._QUERIES), CPU)
-    assert asked and found.tolist() == [0, 0, *range(packed._QUERIES - 2)]
+    assert not Rule(function).is_causal(np.arange(6), CPU)
+    assert asked
