@@ -112,7 +112,7 @@ class Rule:
         return self  # Gemma 4 slices the masks of layers that share keys
 
     def is_causal(self, queries: np.ndarray, device: torch.device) -> bool:
-        """Whether tokens at positions `[N]` see all up to their own, as behind a window that is longer than they are."""
+        """Whether tokens at positions `[N]` see all up to their own, as in a window that is longer than they are."""
         if self.function is causal_mask_function:
             return True
         places = np.unique(queries)[::-1]  # the last come first, for there a window hides something
