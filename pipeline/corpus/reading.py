@@ -168,10 +168,10 @@ def _in_one_sentence(filesystem: fs.FileSystem, file: SourceFile, where: str) ->
     except Exception as error:
         if not of_its_store(error, filesystem):
             raise
-        if isinstance(error, FileNotFoundError) and file.view is not None:
+        if isinstance(error, FileNotFoundError):
             raise CorpusError(
-                f"{where}: {file.path} is gone, so its table was vacuumed or replaced since the job looked at it; run "
-                "the job again"
+                f"{where}: {file.path} is gone, so it was removed, or its table vacuumed or replaced, since the job "
+                "looked at it; run the job again"
             ) from error
         advice = "write it again or leave it out" if file.reader is None else file.reader.advice
         raise unreadable(error, f"{where}: {file.path} is damaged", advice) from error

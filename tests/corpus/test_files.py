@@ -1,3 +1,4 @@
+import gzip
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.corpus import check_task
+from pipeline.corpus import check_task, files
 from pipeline.corpus.files import inspect_files
 from pipeline.corpus.reading import group_units, read_texts, read_units
 from pipeline.errors import CorpusError
@@ -27,7 +28,7 @@ def lake(tmp_path: Path, write: Callable[..., Path]) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("path", "files"),
+    ("path", "expected"),
     [
         ("{lake}", 4),
         ("{lake}/year=2024", 2),
@@ -41,10 +42,10 @@ def lake(tmp_path: Path, write: Callable[..., Path]) -> Path:
         ("file://{lake}/year=*/b.parquet", 2),
     ],
 )
-def test_a_path_is_a_file_folder_glob_or_uri(lake: Path, path: str, files: int) -> None:
+def test_a_path_is_a_file_folder_glob_or_uri(lake: Path, path: str, expected: int) -> None:
     source = inspect_files(path.format(lake=lake), HERE)
-    assert len(source.files) == files
-    assert source.rows == 6 * files
+    assert len(source.files) == expected
+    assert source.rows == 6 * expected
 
 
 def test_a_list_counts_each_file_once(lake: Path) -> None:
@@ -139,6 +140,31 @@ def test_a_file_without_a_footer_is_one_sentence_with_its_name(lake: Path, damag
     with pytest.raises(CorpusError, match="is not a readable Parquet file") as refused:
         inspect_files(str(lake), HERE)
     assert str(bad) in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl.gz"])
+@pytest.mark.parametrize("when", ["described", "read"])
+def test_a_file_that_vanishes_under_the_job_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, when: str
+) -> None:
+    place = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": ["good"]}), place)
+    elif kind == "csv":
+        place.write_text("text\ngood\n")
+    else:
+        place.write_bytes(gzip.compress(b'{"text": "good"}\n'))
+    if when == "described":
+        describe = files._describe
+        monkeypatch.setattr(files, "_describe", lambda *given: (place.unlink(), describe(*given))[1])
+        with pytest.raises(CorpusError, match=f"^{HERE}: {place} was removed while it was looked at"):
+            inspect_files(str(place), HERE)
+        return
+    source = inspect_files(str(place), HERE)
+    (unit,) = read_units(source)
+    place.unlink()
+    with pytest.raises(CorpusError, match=f"^{HERE}: {place} is gone, so it was removed"):
+        list(read_texts(source.filesystem, unit, ["text"], HERE))
 
 
 def test_a_plan_counts_rows_per_split_from_the_footers(lake: Path, make_task: Callable[..., object]) -> None:

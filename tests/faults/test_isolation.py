@@ -59,7 +59,7 @@ def test_tasks_that_cannot_be_used_are_reported_and_change_no_bit_of_the_others(
     output = finish(process)
     assert process.returncode == 3, output
     assert PromptBank.open(tmp_path / "project/bank").names() == ("book", "film")
-    for reason in ("60 input over-long", "there is no file or folder"):
+    for reason in ("60 input over-long", "gone/train.parquet is gone"):
         assert reason in output, output
     assert_same(tmp_path / "project/bank", alone / "bank")
 

@@ -100,6 +100,8 @@ def describe_text_file(
             with filesystem.open_input_stream(path, compression=_packing(path)) as file:
                 columns = _inferred(file, kind) | declared
         rows = sum(batch.num_rows for batch in _opened(pa.BufferReader(block), kind, {})) if whole else 0
+    except FileNotFoundError:
+        raise
     except Exception as error:
         if not of_its_store(error, filesystem):
             raise

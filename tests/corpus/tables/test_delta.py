@@ -246,7 +246,9 @@ def test_a_table_that_is_replaced_between_plan_and_read_is_one_sentence(tmp_path
     source = open_rows(f"delta://{tmp_path}/t")
     shutil.rmtree(tmp_path / "t")
     _four_versions(tmp_path / "t")
-    with pytest.raises(CorpusError, match=f"^{HERE}: .* is gone, so its table was vacuumed or replaced") as refused:
+    with pytest.raises(
+        CorpusError, match=f"^{HERE}: .* is gone, so it was removed, or its table vacuumed or replaced"
+    ) as refused:
         read_rows(source, ["text"])
     assert "run the job again" in str(refused.value) and "\n" not in str(refused.value)
 

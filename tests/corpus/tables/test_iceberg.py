@@ -226,7 +226,7 @@ def test_a_snapshot_whose_files_are_gone_is_one_sentence(reviews: Table, tmp_pat
 def test_a_table_that_is_replaced_between_plan_and_read_is_one_sentence(reviews: Table, tmp_path: Path) -> None:
     source = open_rows("iceberg://prod/sales.reviews", catalog_in(tmp_path))
     shutil.rmtree(tmp_path / "a house")
-    with pytest.raises(CorpusError, match=f"^{HERE}: .* is gone, so its table was vacuumed or replaced"):
+    with pytest.raises(CorpusError, match=f"^{HERE}: .* is gone, so it was removed, or its table vacuumed or replaced"):
         read_rows(source, ["text"])
 
 

@@ -156,7 +156,9 @@ def test_a_table_that_is_replaced_while_workers_read_is_one_sentence(
         return plan
 
     monkeypatch.setattr(task_corpus, "check_task", then_replace)
-    with pytest.raises(CorpusError, match=r"task 'x', train: .* is gone, so its table was vacuumed") as refused:
+    with pytest.raises(
+        CorpusError, match=r"task 'x', train: .* is gone, so it was removed, or its table vacuumed"
+    ) as refused:
         prepared(f"delta://{tmp_path}/delta")
     assert "\n" not in str(refused.value)
 
