@@ -42,6 +42,8 @@ _SMALLEST = 1e-30
 """Stands for the absolute maximum of a row of zeros, which could not be divided by."""
 _FEWEST_CUDA_ROWS = 16
 """`torch._int_mm` needs more rows than this on CUDA."""
+_EXACT_SUM = 1024
+"""So many products of int8 numbers have a sum of at most 2^24, up to which a float32 tells whole numbers apart."""
 _CHUNK = 2**20
 """Weights that are quantised at a time."""
 CONVERTED_AT_ONCE = 2**23
@@ -544,7 +546,17 @@ def _multiply(x: Tensor, y: Tensor) -> Tensor:
     """Int8 `[N, I]` x int8 `[I, O]` -> int32 `[N, O]`."""
     if x.is_cuda and len(x) <= _FEWEST_CUDA_ROWS:
         return torch._int_mm(functional.pad(x, (0, 0, 0, _FEWEST_CUDA_ROWS + 1 - len(x))), y)[: len(x)]
+    if x.is_cpu and not multiplies_int8_fast(x.device):
+        return _multiply_as_floats(x, y)
     return torch._int_mm(x, y)
+
+
+def _multiply_as_floats(x: Tensor, y: Tensor) -> Tensor:
+    """The same numbers from products of floats: without instructions for int8, PyTorch has nothing but a plain loop."""
+    total = torch.zeros(len(x), y.shape[1], dtype=torch.int32)
+    for left, right in zip(x.split(_EXACT_SUM, 1), y.split(_EXACT_SUM, 0), strict=True):
+        total += (left.float() @ right.float()).int()
+    return total
 
 
 def multiplies_int8_fast(device: torch.device) -> bool:

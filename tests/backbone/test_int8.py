@@ -57,6 +57,15 @@ def test_bfloat16_activations_stay_bfloat16_and_lose_nothing_in_the_scale():
     torch.testing.assert_close(layer(x).float(), exact, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("inner", [1, 576, 1024, 1025, 5000])
+def test_a_product_through_floats_is_the_one_of_whole_numbers_to_the_last_bit(inner):
+    """At its worst, too: all of one sign, and as large as they can be."""
+    rows = torch.stack([torch.full((inner,), 127), torch.full((inner,), -127), torch.randint(-127, 128, (inner,))])
+    matrix = torch.stack([torch.full((inner,), -128), torch.full((inner,), 127), torch.randint(-128, 128, (inner,))])
+    product = int8._multiply_as_floats(rows.to(torch.int8), matrix.to(torch.int8).t())
+    assert product.dtype == torch.int32 and torch.equal(product.long(), rows @ matrix.t())
+
+
 def test_a_row_of_a_batch_does_not_depend_on_the_others():
     layer = loaded(torch.randn(40, 24), lambda parameter: Int8Linear(parameter, None))
     x = torch.randn(6, 24)

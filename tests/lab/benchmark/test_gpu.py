@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.backbone import int8
 from pipeline.errors import SettingsError
 from pipeline.lab.benchmark import gpu, gpu_steps
 from pipeline.lab.benchmark.gpu import SECTIONS, GpuOptions, measure_gpu, run_section, told
@@ -55,7 +56,7 @@ def test_pytorchs_operators_are_within_the_bounds_of_float64(kind):
 
 
 def test_a_product_that_is_off_by_one_in_one_place_fails_and_one_that_raises_does_not_end_the_checks(monkeypatch):
-    usual = torch._int_mm
+    usual = int8._multiply
 
     def off(x, y):
         if len(x) == 17:
@@ -65,7 +66,7 @@ def test_a_product_that_is_off_by_one_in_one_place_fails_and_one_that_raises_doe
             product[-1, -1] += 1
         return product
 
-    monkeypatch.setattr(torch, "_int_mm", off)
+    monkeypatch.setattr(int8, "_multiply", off)
     found = ran(product_checks(CPU, small=True))
     wrong = [entry for entry in found if not entry["passed"]]
     assert {"33 rows" in entry["check"] or "17 rows" in entry["check"] for entry in wrong} == {True}
@@ -76,7 +77,7 @@ def test_a_product_that_is_off_by_one_in_one_place_fails_and_one_that_raises_doe
 
 
 def test_a_result_that_is_not_finite_fails_and_can_be_written_as_json(monkeypatch):
-    monkeypatch.setattr(torch, "_int_mm", lambda x, y: torch.full((len(x), y.shape[1]), float("nan")))
+    monkeypatch.setattr(int8, "_multiply", lambda x, y: torch.full((len(x), y.shape[1]), float("nan")))
     found = ran(product_checks(CPU, small=True))
     assert not any(entry["passed"] for entry in found)
     assert json.loads(json.dumps(found, allow_nan=False))[0]["relative"] is None
@@ -144,7 +145,10 @@ def command(tmp_path, patched, *options):
 
 @pytest.mark.processes
 def test_a_wrong_product_is_reported_and_the_exit_code_is_1(tmp_path):
-    patched = "import torch\nusual = torch._int_mm\ntorch._int_mm = lambda x, y: usual(x, y) + 1\n"
+    patched = (
+        "from pipeline.backbone import int8\n"
+        "usual = int8._multiply\nint8._multiply = lambda x, y: usual(x, y) + 1\n"
+    )
     ran, found = command(tmp_path, patched, "--sections", "kernels", "--minutes", "4")
     assert ran.returncode == 1 and "something is WRONG" in ran.stdout and "WRONG int8 product" in ran.stdout, ran.stderr
     assert not found["passed"] and found["sections"]["kernels"]["status"] == "failed"

@@ -12,15 +12,15 @@ from pipeline.lab.benchmark.work import WorkOptions
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 
 
-@pytest.mark.slow  # a dozen trials on SmolLM2, twice: ten minutes on two cores
-@pytest.mark.timeout(2400)
+@pytest.mark.slow  # six trials on SmolLM2, twice
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(not DATA.exists(), reason="../shared/data is not there")
 def test_dev_accuracy_with_int8_products_is_within_a_point_of_exact_ones_or_within_the_noise_of_seeds():
-    work = WorkOptions(20, 8, rate=0.01, seeds=3, rows=100_000, dev_rows=300)
-    bench = open_bench("smollm2-135m", DATA, ["sst2", "cr", "mpqa", "subj"], work, steps=60, ranks=1, threads=1)
+    work = WorkOptions(20, 8, rate=0.01, seeds=3, rows=100_000, dev_rows=200)
+    bench = open_bench("smollm2-135m", DATA, ["sst2", "subj"], work, steps=30, ranks=1, threads=1)
     int8, exact = (tune_and_score(bench, OurOptions(products=products)) for products in ("int8", "exact"))
     differences = np.concatenate([np.subtract(int8.after[task], exact.after[task]) for task in exact.after])
     noise = differences.std(ddof=1) / np.sqrt(len(differences))
-    assert len(differences) == 12
+    assert len(differences) == 6
     assert differences.mean() >= -max(0.01, 2 * noise)
     assert int8.mean_loss <= exact.mean_loss * 1.05
