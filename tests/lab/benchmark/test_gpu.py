@@ -146,8 +146,7 @@ def command(tmp_path, patched, *options):
 @pytest.mark.processes
 def test_a_wrong_product_is_reported_and_the_exit_code_is_1(tmp_path):
     patched = (
-        "from pipeline.backbone import int8\n"
-        "usual = int8._multiply\nint8._multiply = lambda x, y: usual(x, y) + 1\n"
+        "from pipeline.backbone import int8\nusual = int8._multiply\nint8._multiply = lambda x, y: usual(x, y) + 1\n"
     )
     ran, found = command(tmp_path, patched, "--sections", "kernels", "--minutes", "4")
     assert ran.returncode == 1 and "something is WRONG" in ran.stdout and "WRONG int8 product" in ran.stdout, ran.stderr
