@@ -21,7 +21,7 @@ from tests.job_process import (
     wait_for_step,
 )
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -17,7 +17,7 @@ PYTHON = Path(__file__).parents[2] / ".venv-llama-cpp/bin/python"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.processes,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(not PYTHON.exists(), reason="llama.cpp has an environment of its own: make test-llama-cpp"),
 ]
 

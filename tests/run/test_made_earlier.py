@@ -41,8 +41,9 @@ def test_a_run_that_an_earlier_commit_left_at_step_40_ends_with_the_prompts_that
     bank, wanted = PromptBank.open(project / "bank"), PromptBank.open(project / "bank_after")
     assert bank.names() == wanted.names() == ("book", "film")
     for name in bank.names():
-        # Products of another processor may round differently; a lost optimizer state is far off.
-        np.testing.assert_allclose(bank.load(name).array, wanted.load(name).array, atol=1e-3)
+        # A processor without instructions for int8 takes exact products, which ends 5e-3 off. A step of an optimizer
+        # that lost its state would be ten times as far.
+        np.testing.assert_allclose(bank.load(name).array, wanted.load(name).array, atol=1e-2)
         assert bank.load(f"{name}@1").record == wanted.load(f"{name}@1").record
 
 

@@ -30,22 +30,25 @@ def shares_of_peak(result: SidesResult, config: PretrainedConfig, tokens: float,
 
 
 def int8_peak(device: torch.device, threads: int) -> float:
-    """Operations a second of products of int8 numbers, the best of some shapes; a multiply-add counts two.
+    """Operations a second of int8 products, the best of some shapes; a multiply-add counts two.
 
-    They are multiplied as floats where that is faster: on a CPU without instructions for int8 PyTorch has a plain loop.
+    At least those of float32 on a CPU, where PyTorch has no more than a plain loop if the instructions are not there.
     """
 
     def product(n: int, k: int, m: int) -> Callable[[], object]:
         x, y = (torch.randint(-127, 127, sides, dtype=torch.int8, device=device) for sides in ((n, k), (m, k)))
         return lambda: torch._int_mm(x, y.t())
 
-    as_int8 = _best_rate(device, threads, product)
-    return as_int8 if device.type == "cuda" else max(as_int8, _float_peak(device, threads, torch.float32))
+    return max(_best_rate(device, threads, product), _float32_peak_of_cpu(device, threads))
 
 
 def bfloat16_peak(device: torch.device, threads: int) -> float:
     """The same of products in bfloat16."""
-    return _float_peak(device, threads, torch.bfloat16)
+    return max(_float_peak(device, threads, torch.bfloat16), _float32_peak_of_cpu(device, threads))
+
+
+def _float32_peak_of_cpu(device: torch.device, threads: int) -> float:
+    return _float_peak(device, threads, torch.float32) if device.type == "cpu" else 0.0
 
 
 def _float_peak(device: torch.device, threads: int, dtype: torch.dtype) -> float:

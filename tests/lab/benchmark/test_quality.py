@@ -23,4 +23,5 @@ def test_dev_accuracy_with_int8_products_is_within_a_point_of_exact_ones_or_with
     noise = differences.std(ddof=1) / np.sqrt(len(differences))
     assert len(differences) == 6
     assert differences.mean() >= -max(0.01, 2 * noise)
-    assert int8.mean_loss <= exact.mean_loss * 1.05
+    more = np.concatenate([np.subtract(int8.losses[task], exact.losses[task]) for task in exact.losses])
+    assert more.mean() <= max(0.05 * exact.mean_loss, 2 * more.std(ddof=1) / np.sqrt(len(more)))

@@ -18,7 +18,7 @@ from pipeline.settings import parse_settings
 from tests.corpora import reviews
 from tests.jobs_data import make_project, write_parquet
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # ranks are started ten times a comparison
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # ranks are started ten times a comparison
 
 
 @pytest.fixture(scope="module", autouse=True)
