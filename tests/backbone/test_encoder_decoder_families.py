@@ -220,6 +220,7 @@ def losses_of(folder, sharded):
     return losses.numpy(), [gradient.numpy() for gradient in gradients]
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize("family", ["pegasus", "switch", "nllb_moe", "t5gemma2"])
 def test_two_zero3_ranks_give_the_losses_and_gradients_of_one_process(family, tmp_path):

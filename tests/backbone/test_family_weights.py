@@ -325,6 +325,7 @@ def on_rank(folder):
     return results, held, [tuple(p.shape) for p in experts]
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt_oss, sinks", "jamba"])
 def test_two_zero3_ranks_give_the_loss_and_gradients_of_one_process(family, saved):

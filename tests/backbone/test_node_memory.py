@@ -70,6 +70,7 @@ def both_ways(folder: Path) -> list[Outcome]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_reading_from_memory_and_sending_give_the_same_losses_and_gradients_bit_by_bit(family, tmp_path):
     for (losses, gradients), (sent_losses, sent_gradients) in run_ranks(2, both_ways, make_model(tmp_path, family)):

@@ -105,6 +105,7 @@ def test_logits_of_a_large_vocabulary_are_bounded_and_blocks_change_no_result(ba
     check_bounded(work(backbone), monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", [training, distilling, scoring, decoding])
 def test_logits_of_an_encoder_decoder_are_bounded_alike(tmp_path, work, monkeypatch):
     backbone = large_vocabulary(tmp_path, "t5", False, d_model=16, d_ff=16, d_kv=4, num_layers=1, num_decoder_layers=1)
@@ -159,6 +160,7 @@ def losses_on_rank(folder, share_memory):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize("share_memory", [True, False])
 @pytest.mark.parametrize("family", ["llama", "t5"])

@@ -16,7 +16,7 @@ from pipeline.backbone.host import host_backbone
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB, make_model
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 LAYERS = 4
 STACKS = {"llama": {"num_hidden_layers": LAYERS}, "t5": {"num_layers": LAYERS}}

@@ -11,7 +11,7 @@ import pytest
 
 from promptbank import PromptBank
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("pipeline", "promptbank", "pyproject.toml", "README.md", "LICENSE")

@@ -84,6 +84,7 @@ def test_names_of_classes_are_texts_whatever_numbers_stand_for_them(tmp_path: Pa
         check_task("x", task)
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_memory_that_does_not_suffice_is_not_called_damage(tmp_path: Path) -> None:
     place = tmp_path / "x.parquet"

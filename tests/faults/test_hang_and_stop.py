@@ -73,6 +73,7 @@ def test_a_run_that_is_told_to_stop_goes_on_from_that_very_step(undisturbed, tmp
     assert_no_temporary_files(tmp_path / "project")
 
 
+@pytest.mark.slow
 def test_a_job_told_to_stop_before_it_trains_is_one_sentence(tmp_path):
     settings = project_in(tmp_path / "project")
     process = start(settings)

@@ -100,6 +100,7 @@ def test_killed_or_told_to_stop_it_ends_with_the_models_of_one_left_alone(tmp_pa
     assert [json.loads(line)["step"] for line in series] == list(range(1, 201))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_done_is_said_before_ray_starts(tmp_path):
     settings = project(tmp_path / "project")
     assert "there is no file or folder" in run(settings, "--set", "corpus.train=nowhere.parquet", code=2)

@@ -9,6 +9,8 @@ from tests.job_process import finish, run, start, wait_for_step
 from tests.jobs_data import write_settings
 from tests.lab.comparison.test_job import make_comparison
 
+pytestmark = pytest.mark.slow
+
 JOB = "compare_methods.py"
 
 

@@ -74,6 +74,7 @@ def unchanged_and_planned(settings: Path) -> None:
     assert "1 of 2 task(s) would be tuned" in output and not (folder / "runs/small-n3").exists()
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_sentence_and_exit_code_2(tmp_path):
     settings = project_in(tmp_path / "project")
     output = run(settings, "--set", "refresh.canaries=[films]", code=2)

@@ -15,7 +15,7 @@ from tests.ray_cluster import free_port
 ROOT = Path(__file__).resolve().parents[2]
 SUBMIT = [sys.executable, str(ROOT / "jobs" / "submit_nightly.py")]
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,7 @@ def test_the_job_publishes_every_prompt_and_prints_what_became_of_each(undisturb
     assert [line["step"] for line in series if "loss" in line] == list(range(1, 401))
 
 
+@pytest.mark.slow
 def test_json_logs_are_json_up_to_the_last_line_and_printed_commands_can_be_pasted(undisturbed, tmp_path):
     folder, _ = undisturbed
     bank = tmp_path / "my bank"

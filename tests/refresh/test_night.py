@@ -91,6 +91,7 @@ def test_a_changed_corpus_starts_warm_beside_cold_passes_the_gate_and_the_other_
     assert night(project, "n3").version is None, "the night after has nothing to do"
 
 
+@pytest.mark.slow
 def test_a_table_that_was_compacted_is_carried_and_one_whose_rows_were_updated_is_tuned(project, tmp_path):
     film, table = project["tasks"]["film"], tmp_path / "lake" / "film"
     rows = pq.read_table(film["train"])
@@ -169,6 +170,7 @@ def test_a_removed_task_leaves_with_a_note_and_a_new_one_starts_cold(project):
     assert manifest.removed == {"book": "the settings have no such task any more"} and record.exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_canary_that_is_worse_leaves_the_alias_and_the_next_night_goes_on_from_where_it_stands(project):
     change_corpus(project, "book")
     canary = ["refresh.canaries=[film]"]
@@ -184,6 +186,7 @@ def test_a_canary_that_is_worse_leaves_the_alias_and_the_next_night_goes_on_from
     assert bank.manifest(3).prompts["film"].digest == bank.manifest(1).prompts["film"].digest
 
 
+@pytest.mark.slow
 def test_a_new_backbone_retunes_all(project):
     make_model(Path(project["model"]["path"]), seed=1, scale=1.0)
     record = night(project, "n2")
@@ -196,6 +199,7 @@ def test_a_new_backbone_retunes_all(project):
     assert night(project, "n3").version is None
 
 
+@pytest.mark.slow
 def test_a_task_that_fails_keeps_its_prompt_is_told_of_and_is_tried_again(project):
     change_corpus(project)
     broken = ["tasks.film.optimizer.lr=1e30"]

@@ -63,6 +63,7 @@ def prepared(project, folder, *overrides):
     return prepare_task("film", settings.tasks["film"], spec, folder / "runs")
 
 
+@pytest.mark.slow
 def test_another_chat_template_or_option_is_another_corpus_and_the_same_one_is_tokenised_once(chats, tmp_path):
     def folders():
         return len(list((tmp_path / "runs/token_shards").glob("[!.]*/manifest.json")))

@@ -101,6 +101,7 @@ def test_a_finished_run_publishes_nothing_twice_whatever_came_after_it_or_where_
     assert bank.versions() == (1, 2) and bank.version == 2, "the alias stays at the later version"
 
 
+@pytest.mark.slow
 def test_a_start_that_loses_its_lease_while_it_waits_for_the_store_publishes_nothing(project, tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.run.job.launch", lambda work, *rest: work(torch.device("cpu"), lambda: False))
     tries = []

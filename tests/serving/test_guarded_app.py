@@ -19,6 +19,8 @@ from tests.serving.prompts import LABELS, new_prompt
 from tests.serving.test_app import ROOT, _wait_until
 from tests.tiny import make_model
 
+pytestmark = pytest.mark.slow
+
 TOKEN = "the-token-that-nobody-may-see"
 TEXTS = ["good film", "bad food with music", "the red story"]
 

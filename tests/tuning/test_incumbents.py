@@ -156,6 +156,7 @@ def measure_on_rank(folder: Path, model_folder: Path):
     return read_pairs(run.folder, keys(states, old))
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_two_ranks_measure_what_one_does(model, tmp_path):
     backbone, tokenizer, folder = model

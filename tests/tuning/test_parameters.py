@@ -170,6 +170,7 @@ def test_a_trial_alone_ends_with_the_prompt_that_it_reaches_among_others_and_lea
         assert state.history[state.best_at].loss < state.history[0].loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [3, 9, 14])
 def test_a_run_killed_at_any_step_and_started_again_ends_with_the_same_prompts_bit_by_bit(model, tmp_path, at):
     backbone, tokenizer, _ = model
@@ -287,6 +288,7 @@ def tune_on_rank(folder, model_folder):
     return prompts_of(tune(replace(run, folder=folder / "run"), backbone, tokenizer))
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize("model", ["llama"], indirect=True)
 def test_two_ranks_reach_the_prompts_of_one_process_and_both_the_same_bit_by_bit(model, tmp_path):

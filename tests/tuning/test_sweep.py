@@ -157,6 +157,7 @@ def tune_on_rank(folder, model_folder):
     return [(state.status, state.step, state.prompt.detach().numpy()) for state in states]
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_two_ranks_take_the_decisions_of_one_process(model, tmp_path):
     alone = run(model, tmp_path / "one", 3, HALVING)

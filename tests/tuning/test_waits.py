@@ -39,6 +39,7 @@ def by_file(waits):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_waits_for_its_losses_alone_however_many_micro_batches_it_has(tmp_path, family):
     backbone, tokenizer = tiny(tmp_path / "model", family)

@@ -11,6 +11,8 @@ from pipeline.settings import TextSettings
 from tests.lab.adapt.text import documents, write_text
 from tests.tiny import make_tokenizer
 
+pytestmark = pytest.mark.slow
+
 EOS = 1
 
 

@@ -17,6 +17,8 @@ from tests.killed import killed_at_call
 from tests.lab.adapt.conftest import CONFIG
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SPANS = {"name": "span_corruption", "noise_density": 0.3, "mean_span": 2.0}
 OBJECTIVES = {

@@ -103,6 +103,7 @@ def test_a_familys_steps_are_within_the_bounds_of_float64_and_not_with_another_s
     assert len(found) == 4 and not any(entry["passed"] for entry in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", ["trials", "llama-7b", "t5-xxl"])
 def test_speed_and_memory_are_measured_on_random_weights_without_a_file(section):
     found = []
@@ -119,6 +120,7 @@ def test_a_section_that_does_not_exist_gets_one_sentence(tmp_path):
         measure_gpu(GpuOptions("cpu", sections=("kernel",)), tmp_path / "gpu.json")
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_section_that_outlasts_its_time_is_ended_and_the_next_one_runs():
     worker, written, late, after = gpu._Worker(GpuOptions("cpu", small=True)), [], {"found": []}, {"found": []}
@@ -143,6 +145,7 @@ def command(tmp_path, patched, *options):
     return ran, json.loads(out.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_wrong_product_is_reported_and_the_exit_code_is_1(tmp_path):
     patched = (
@@ -155,6 +158,7 @@ def test_a_wrong_product_is_reported_and_the_exit_code_is_1(tmp_path):
     assert any(check.startswith("int8 product") for check in wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_section_whose_process_dies_is_a_record_and_the_others_go_on(tmp_path):
     patched = (

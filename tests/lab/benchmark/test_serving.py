@@ -16,6 +16,8 @@ from pipeline.lab.benchmark.serving import Client, ServingOptions, compare_servi
 from tests.corpora import reviews
 from tests.tiny import make_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):

@@ -23,6 +23,8 @@ from tests.killed import killed_at_call
 from tests.ranks import run_ranks
 from tests.tiny import make_model
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 FAMILIES = ["llama", "t5"]
 

@@ -22,6 +22,8 @@ from tests.ranks import run_ranks
 from tests.seq2seq_families import CONFIGS, make_seq2seq
 from tests.tiny import make_model
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = ["llama", "llama_untied", "qwen3", "gpt2", "t5", "t5_tied"]
 
 
