@@ -29,7 +29,7 @@ LLAMA_CPP_STAMP := .venv-llama-cpp/.installed
 help:
 	@echo "make quickstart  set up, then tune prompts on a small real model and publish a bank"
 	@echo "make test-fast   the tests without Ray, other processes and real models: about three minutes"
-	@echo "make test        those and whole jobs of tuning and of a night, about twenty minutes (ARGS=... goes to pytest)"
+	@echo "make test        those and whole jobs of tuning and of a night, ten to eighteen minutes (ARGS=... goes to pytest)"
 	@echo "make test-all    every test: two hours and more"
 	@echo "make test-vllm   the plugin in the real vLLM, in .venv-vllm: about ten minutes after its set-up (4 GB)"
 	@echo "make test-llama-cpp   an export in the real llama.cpp, in .venv-llama-cpp, which is compiled once"
