@@ -554,8 +554,9 @@ def _multiply(x: Tensor, y: Tensor) -> Tensor:
 def _multiply_as_floats(x: Tensor, y: Tensor) -> Tensor:
     """The same numbers from products of floats: without instructions for int8, PyTorch has nothing but a plain loop."""
     total = torch.zeros(len(x), y.shape[1], dtype=torch.int32)
-    for left, right in zip(x.split(_EXACT_SUM, 1), y.split(_EXACT_SUM, 0), strict=True):
-        total += (left.float() @ right.float()).int()
+    with torch.autocast("cpu", enabled=False):  # which would round the products
+        for left, right in zip(x.split(_EXACT_SUM, 1), y.split(_EXACT_SUM, 0), strict=True):
+            total += (left.float() @ right.float()).int()
     return total
 
 

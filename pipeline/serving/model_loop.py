@@ -105,11 +105,11 @@ class ModelLoop:
         return asked.future
 
     def close(self) -> None:
-        """End the thread after the batch or the token that is under way. What is not answered by then never is."""
+        """End the thread after what is under way, and wait a moment for it. What is not answered by then never is."""
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(5)  # a batch that hangs must not keep the process
 
     def _run(self) -> None:
         while not self._closed:

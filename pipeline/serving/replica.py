@@ -32,7 +32,11 @@ class Replica(Answering):
         model = PromptedModel(backbone, self.bank, settings.cache_mib * 2**20, settings.token_budget)
         metrics = ServiceMetrics(name, model.states)
         super().__init__(settings, model, metrics)
-        self.snapshot()  # so that a bank of another backbone is refused before the first request
+        try:
+            self.snapshot()  # so that a bank of another backbone is refused before the first request
+        except Exception:
+            super().close()
+            raise
         self.metrics.watched(self.bank.version, None)
         self._watch_error: str | None = None
         self._watcher = self.bank.watch(self._on_event, settings.watch_every)
