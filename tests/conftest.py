@@ -29,9 +29,9 @@ _START_A_RAY = (
     "serving/test_guarded_app.py",
     "serving/test_replicas.py",
 )
+_NEED_NONE = ("jobs/test_quickstart_corpora.py", "run/test_lease.py")
 _SLOW_SECONDS = 1500
 """Before a slow test counts as one that hangs: several whole jobs beside another process' tests."""
-_NEED_NONE = ("jobs/test_quickstart_corpora.py", "run/test_lease.py")
 
 
 def _starts_a_ray(nodeid: str) -> bool:

@@ -8,7 +8,6 @@ from tests.faults.chaos import Chaos
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_a_run_survives_faults_drawn_at_random(undisturbed, tmp_path):
     chaos = Chaos(random.Random(20), tmp_path, undisturbed)
     chaos.survive_one_run(faults=1)

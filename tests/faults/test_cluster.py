@@ -18,7 +18,7 @@ from tests.job_process import (
 )
 from tests.ray_cluster import RayCluster, ray_cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

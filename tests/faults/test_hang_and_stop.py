@@ -21,8 +21,6 @@ from tests.job_process import (
     wait_for_step,
 )
 
-pytestmark = pytest.mark.timeout(1800)
-
 
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.slow

@@ -13,7 +13,6 @@ from pipeline.bank import PromptBank
 from tests.job_process import assert_same, distance, finish, project_in, run, start
 from tests.jobs_data import write_parquet
 
-pytestmark = pytest.mark.timeout(1800)
 EXACT = ("--set", "model.products=exact")
 TOLERANCE = 1e-3
 

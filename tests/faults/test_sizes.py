@@ -4,7 +4,6 @@ import pytest
 
 from tests.job_process import distance, events, finish, project_in, run, start, steps_written, wait_for_step
 
-pytestmark = pytest.mark.timeout(1800)
 EXACT = ("--set", "model.products=exact")
 STEPS = 1200
 """Long enough that one rank is killed before it has ended."""

@@ -28,7 +28,6 @@ from tests.job_process import (
     wait_for_step,
 )
 
-pytestmark = pytest.mark.timeout(1800)
 pytest_plugins = ["tests.bank.s3_server"]
 
 AWAY = {

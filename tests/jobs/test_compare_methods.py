@@ -46,7 +46,6 @@ def test_layers_that_the_model_lacks_are_refused_by_the_plan(tmp_path):
     assert output.count("error:") == 1 and "compare.lora.targets" in output and "q_proj" in output
 
 
-@pytest.mark.slow
 def test_prompts_and_hard_prompts_over_two_ranks_leave_a_report_of_every_seed(tmp_path):
     output = run(write_settings(tmp_path, small(tmp_path)), job=JOB)
     folder = tmp_path / "runs/small"
@@ -58,7 +57,6 @@ def test_prompts_and_hard_prompts_over_two_ranks_leave_a_report_of_every_seed(tm
     assert found["ranks"] == 2 and {row["on"] for row in found["shifts"]} == {"film", "song"}
 
 
-@pytest.mark.slow
 def test_a_comparison_killed_while_it_tunes_and_started_again_ends_as_one_left_alone(tmp_path):
     found = []
     for name, kill in (("left-alone", False), ("killed", True)):

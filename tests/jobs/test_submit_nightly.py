@@ -43,7 +43,6 @@ def test_a_night_leaves_with_the_exit_code_of_its_job_and_shows_what_it_printed(
     assert "the night of 2026-01-01" in output and "refresh-2026-01-01 ended with exit code 3" in output
 
 
-@pytest.mark.slow
 def test_a_night_submitted_again_is_the_same_submission_and_runs_once(cluster, tmp_path):
     script = f"echo ran >> {tmp_path}/runs; sleep 5; exit 4"
     both = [start(cluster, "2026-01-02", script) for _ in range(2)]
@@ -53,7 +52,6 @@ def test_a_night_submitted_again_is_the_same_submission_and_runs_once(cluster, t
     assert (tmp_path / "runs").read_text() == "ran\n"
 
 
-@pytest.mark.slow
 def test_an_interrupted_night_is_started_again_and_a_finished_attempt_is_not(cluster, tmp_path):
     runs = tmp_path / "runs"
     script = f"echo ran >> {runs}; test $(wc -l < {runs}) -ge 3 || exit 5"
@@ -71,7 +69,6 @@ def test_a_job_whose_driver_is_killed_is_started_again(cluster, tmp_path):
     assert code == 0 and "refresh-2026-01-04-2 was submitted" in output, output
 
 
-@pytest.mark.slow
 def test_a_job_that_an_operator_stops_is_not_started_again(cluster, tmp_path):
     runs = tmp_path / "runs"
     process = start(cluster, "2026-01-05", f"echo ran >> {runs}; sleep 600")
@@ -85,14 +82,12 @@ def test_a_job_that_an_operator_stops_is_not_started_again(cluster, tmp_path):
     assert runs.read_text() == "ran\n"
 
 
-@pytest.mark.slow
 def test_a_night_ends_at_its_deadline_and_its_job_with_it(cluster):
     code, output = submit(cluster, "2026-01-06", "echo begun; sleep 600", "--deadline-hours", "0.002")
     assert code == 124 and "stopped at its deadline" in output, output
     assert "STOPPED" in cluster.ray("job", "status", "refresh-2026-01-06").upper()
 
 
-@pytest.mark.slow
 def test_a_submitter_that_is_killed_leaves_its_job_running_and_the_next_one_follows_it(cluster, tmp_path):
     runs = tmp_path / "runs"
     script = f"echo ran >> {runs}; sleep 8; echo the end"

@@ -12,6 +12,7 @@ import torch
 from pipeline.bank import PromptBank
 from pipeline.serving import alone, load_backbone
 from pipeline.serving.service_settings import ServiceSettings
+from tests.ray_cluster import free_port
 from tests.serving.prompts import new_prompt
 from tests.tiny import make_model
 
@@ -28,8 +29,7 @@ def served(tmp_path_factory):
 
 @pytest.fixture
 def port():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
+    return free_port()
 
 
 def test_it_leaves_the_process_as_it_was(served, port):

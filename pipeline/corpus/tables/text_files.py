@@ -80,7 +80,7 @@ def describe_text_file(
 ) -> SourceFile:
     """A text file as its first block describes it; one without a row has no columns.
 
-    Raises: CorpusError; UnreachableError.
+    Raises: CorpusError; UnreachableError; FileNotFoundError.
     """
     named = _NAME.search(path)
     assert named is not None

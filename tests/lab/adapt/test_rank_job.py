@@ -122,7 +122,6 @@ def on_rank(job):
     job.carry_out(CPU, lambda: False)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("changes", [OBJECTIVES["prefix_lm"], OBJECTIVES["spans"]], ids=["prefix_lm", "spans"])
 @pytest.mark.processes
 def test_two_ranks_reach_the_weights_of_one(make_job, tmp_path, changes):
@@ -136,7 +135,6 @@ def test_two_ranks_reach_the_weights_of_one(make_job, tmp_path, changes):
         assert_same(weights(both, step), weights(alone, step), tolerance=1e-3)
 
 
-@pytest.mark.slow
 def test_more_steps_go_on_from_the_last_ones(make_job, tmp_path):
     whole = make_job(tmp_path / "whole", steps=20)
     carry_out(whole)

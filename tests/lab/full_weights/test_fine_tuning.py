@@ -174,7 +174,6 @@ def on_rank(job):
     job.carry_out(CPU, lambda: False)
 
 
-@pytest.mark.slow
 @pytest.mark.processes
 def test_two_ranks_reach_the_result_of_one(ready, tmp_path):
     make_job, _ = ready

@@ -100,7 +100,6 @@ def on_rank(folder, run, settings, dtype, save):
     return weights, losses, dist.get_world_size()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("settings", [ADAFACTOR, ADAMW], ids=["adafactor", "adamw"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 @pytest.mark.processes
@@ -116,7 +115,6 @@ def test_two_ranks_reach_the_weights_of_one_process_and_save_the_same_folder(fam
     assert_close(load_file(tmp_path / "saved/model.safetensors"), alone, 0.0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.processes
 def test_bfloat16_keeps_float32_weights_for_the_optimizer_and_learns(ranks, tmp_path):
@@ -174,7 +172,6 @@ def test_a_training_killed_at_any_step_and_started_again_ends_with_the_same_weig
 
 
 @pytest.mark.parametrize("settings", [pytest.param(ADAFACTOR, id="adafactor"), pytest.param(ADAMW, id="adamw")])
-@pytest.mark.slow
 @pytest.mark.processes
 def test_two_ranks_killed_end_bit_by_bit_as_two_undisturbed_and_may_go_on_as_another_number(settings, tmp_path):
     folder = make_model(tmp_path / "llama", "llama", scale=1.0)
@@ -201,7 +198,6 @@ def test_the_two_newest_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tm
     assert starts[0] == 6
 
 
-@pytest.mark.slow
 @pytest.mark.processes
 def test_a_flipped_bit_of_any_file_of_a_checkpoint_is_found_by_every_rank(tmp_path):
     folder, run = make_model(tmp_path / "gpt2", "gpt2", scale=1.0), tmp_path / "run"
